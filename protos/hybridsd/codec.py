@@ -1,0 +1,163 @@
+"""Arrays and plans to messages and back. The one place that knows the byte layout.
+
+Knows nothing of the network. Everything is checked before a byte of payload is read.
+"""
+
+import hashlib
+import math
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybridsd.errors import InvalidRequest, Reason
+from hybridsd.plan import Plan, PlanRow
+from hybridsd.v1 import plan_pb2, tensor_pb2
+
+FLOAT32 = tensor_pb2.ENCODING_FLOAT32
+FLOAT16 = tensor_pb2.ENCODING_FLOAT16
+INT8 = tensor_pb2.ENCODING_INT8
+
+ENCODINGS: dict[str, tensor_pb2.Encoding.ValueType] = {"fp32": FLOAT32, "fp16": FLOAT16, "int8": INT8}
+"""Encodings by the names that people use."""
+
+MAX_VALUES = 2**22
+_MAX_AXIS = 65536
+_DTYPES: dict[int, np.dtype[Any]] = {FLOAT32: np.dtype("<f4"), FLOAT16: np.dtype("<f2"), INT8: np.dtype("i1")}
+
+
+def encode_tensor(array: NDArray[np.float32], encoding: tensor_pb2.Encoding.ValueType) -> tensor_pb2.Tensor:
+    """Returns a float array as a message.
+
+    Args:
+        array: 1 to 4 axes, finite. With INT8, each index of the first axis has its own scale: largest magnitude / 127.
+        encoding: FLOAT32 (exact), FLOAT16 (saturates at 65504) or INT8.
+
+    Raises:
+        InvalidRequest: TENSOR_INVALID if a value is not finite.
+    """
+    if not np.isfinite(array).all():
+        raise InvalidRequest(Reason.TENSOR_INVALID, "a tensor to send has values that are not finite")
+    message = tensor_pb2.Tensor(encoding=encoding, shape=array.shape)
+    if encoding == INT8:
+        rows = array.reshape(array.shape[0], -1).astype(np.float32)
+        scale = np.abs(rows).max(axis=1) / np.float32(127)
+        safe = np.where(scale > 0, scale, np.float32(1))
+        message.scale.extend(scale.tolist())
+        message.data = np.clip(np.rint(rows / safe[:, None]), -127, 127).astype(np.int8).tobytes()
+    elif encoding == FLOAT16:
+        message.data = np.clip(array, -65504, 65504).astype("<f2").tobytes()
+    else:
+        message.data = array.astype("<f4").tobytes()
+    return message
+
+
+def decode_tensor(
+    message: tensor_pb2.Tensor, *, shape: Sequence[int] | None = None, field: str = "tensor"
+) -> NDArray[np.float32]:
+    """Returns a message as a float32 array.
+
+    Args:
+        message: The message; nothing about it is trusted.
+        shape: The shape that it must have; None for any.
+        field: What to call it in an error.
+
+    Raises:
+        InvalidRequest: TENSOR_INVALID, naming the field, what it has and what it should have.
+    """
+
+    def refuse(what: str) -> InvalidRequest:
+        return InvalidRequest(Reason.TENSOR_INVALID, f"{field}: {what}", field=field)
+
+    dtype = _DTYPES.get(message.encoding)
+    if dtype is None:
+        raise refuse(f"encoding {message.encoding} is unknown; use {', '.join(ENCODINGS)}")
+    actual = tuple(message.shape)
+    if not 1 <= len(actual) <= 4 or not all(1 <= axis <= _MAX_AXIS for axis in actual):
+        raise refuse(f"shape {list(actual)} is wrong; give 1 to 4 axes of 1 to {_MAX_AXIS}")
+    if shape is not None and actual != tuple(shape):
+        raise refuse(f"shape is {list(actual)}; it must be {list(shape)}")
+    size = math.prod(actual)
+    if size > MAX_VALUES:
+        raise refuse(f"shape {list(actual)} holds {size} values; at most {MAX_VALUES} are allowed")
+    if len(message.data) != size * dtype.itemsize:
+        raise refuse(f"{len(message.data)} bytes for shape {list(actual)}; it must be {size * dtype.itemsize}")
+    expected_scales = actual[0] if message.encoding == INT8 else 0
+    if len(message.scale) != expected_scales:
+        raise refuse(f"{len(message.scale)} scales; there must be {expected_scales}")
+    values: NDArray[np.float32] = np.frombuffer(message.data, dtype=dtype).reshape(actual).astype(np.float32)
+    if expected_scales:
+        scale = np.asarray(message.scale, dtype=np.float32)
+        if not (scale >= 0).all():
+            raise refuse("a scale is negative or not a number")
+        values *= scale.reshape(-1, *(1,) * (len(actual) - 1))
+    if not np.isfinite(values).all():
+        raise refuse("some values are NaN or infinite")
+    return values
+
+
+def tensor_digest(message: tensor_pb2.Tensor) -> bytes:
+    """Returns the SHA-256 of an encoded tensor (docs/protocol.md, "Digests"): its name in a content-addressed cache."""
+    header = struct.pack(f"<ii{len(message.shape)}i", message.encoding, len(message.shape), *message.shape)
+    scales = struct.pack(f"<{len(message.scale)}f", *message.scale)
+    return hashlib.sha256(b"hybridsd.tensor.v1" + header + scales + message.data).digest()
+
+
+def encode_plan(plan: Plan) -> plan_pb2.Plan:
+    """Returns a plan as a message."""
+    rows = [
+        plan_pb2.PlanRow(
+            timestep=row.timestep,
+            step=row.step,
+            unet_input=row.unet_input,
+            transition=[value for weights in row.transition for value in weights],
+            output=row.output,
+            noise=row.noise if row.draws_noise else (),
+            x0_state=row.x0_state,
+            x0_output=row.x0_output,
+        )
+        for row in plan.rows
+    ]
+    return plan_pb2.Plan(
+        scheduler=plan.scheduler[:64],
+        num_inference_steps=plan.num_inference_steps,
+        init_noise_sigma=plan.init_noise_sigma,
+        rows=rows,
+    )
+
+
+def decode_plan(message: plan_pb2.Plan) -> Plan:
+    """Returns a message as a plan; nothing about it is trusted.
+
+    Raises:
+        InvalidRequest: PLAN_INVALID, naming the row.
+    """
+    rows = []
+    for index, row in enumerate(message.rows):
+        n, m = len(row.unet_input), len(row.output)
+        if n == 0 or len(row.transition) != n * m:
+            raise InvalidRequest(
+                Reason.PLAN_INVALID,
+                f"plan row {index}: transition has {len(row.transition)} values; it must have {m} x {n}",
+                field="plan",
+            )
+        rows.append(
+            PlanRow(
+                timestep=row.timestep,
+                step=row.step,
+                unet_input=tuple(row.unet_input),
+                transition=tuple(tuple(row.transition[i * n : (i + 1) * n]) for i in range(m)),
+                output=tuple(row.output),
+                noise=tuple(row.noise) or (0.0,) * m,
+                x0_state=tuple(row.x0_state),
+                x0_output=row.x0_output,
+            )
+        )
+    return Plan(
+        scheduler=message.scheduler,
+        num_inference_steps=message.num_inference_steps,
+        init_noise_sigma=message.init_noise_sigma,
+        rows=tuple(rows),
+    )

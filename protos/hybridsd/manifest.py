@@ -1,0 +1,171 @@
+"""The manifest of an edge bundle, `model.json`: what the files are, what they fit, and their hashes.
+
+Knows nothing of ONNX or torch. Training writes it, the edge reads it, the cloud hands it out.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from hybridsd.errors import InvalidRequest, Reason
+
+MANIFEST_NAME = "model.json"
+FORMAT = 1
+
+REQUIRED_ROLES = ("unet", "vae_decoder", "text_encoder", "tokenizer", "plans")
+OPTIONAL_ROLES = ("vae_encoder", "licence", "parity_report")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BundleFile:
+    """One file of a bundle."""
+
+    path: str
+    """Below the bundle's folder, with `/`."""
+    size_bytes: int
+    sha256: str
+    """64 hexadecimal digits."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Defaults:
+    """What to do when the user does not say."""
+
+    scheduler: str
+    num_inference_steps: int
+    guidance_scale: float
+    width: int
+    height: int
+    cloud_steps: int
+    """How many of num_inference_steps the cloud runs in hybrid mode."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QualityPoint:
+    """A measured point of the quality-versus-split curve."""
+
+    cloud_steps: int
+    num_inference_steps: int
+    metric: str
+    """Such as "semantic_accuracy" (0 to 1, higher is better)."""
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """`model.json`. See each field.
+
+    The ONNX files, by role; all float32 unless said otherwise, every batch and size dynamic:
+        unet: sample [B, C, h, w] in VP scale, timestep [B] (fractional allowed), encoder_hidden_states [B, T, D]
+            -> noise_pred [B, C, h, w]
+        text_encoder: input_ids int64 [B, T] -> last_hidden_state [B, T, D]
+        vae_decoder: latents [B, C, h, w] as the U-Net sees them (the scaling factor is inside)
+            -> image [B, 3, H, W] in [-1, 1]
+        vae_encoder: image [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w] as the U-Net sees them
+        tokenizer: tokenizer.json of the `tokenizers` library, which adds begin and end and pads to T
+        plans: JSON object "scheduler/steps" -> plan (hybridsd.plan.to_json), for use without a cloud
+    """
+
+    name: str
+    """1 to 64 characters of A-Z a-z 0-9 . _ -"""
+    latent_space: str
+    """Edge and cloud models can be paired exactly when theirs are equal."""
+    latent_channels: int
+    vae_scale_factor: int
+    """Pixels a latent cell spans in each direction; 8."""
+    scaling_factor: float
+    """1 / standard deviation of the VAE's raw latents; for information, it is inside the ONNX files."""
+    size_multiple: int
+    """Width and height must be multiples of this many pixels."""
+    prediction_type: str
+    """"epsilon", "v_prediction" or "sample"."""
+    context_length: int
+    embed_dim: int
+    num_parameters: Mapping[str, int]
+    """By role."""
+    defaults: Defaults
+    files: Mapping[str, BundleFile]
+    """By role: REQUIRED_ROLES and any of OPTIONAL_ROLES."""
+    quality: tuple[QualityPoint, ...] = ()
+    description: str = ""
+    licence: str = ""
+    base_model: str = ""
+    """The cloud model that this bundle was distilled from."""
+    format: int = field(default=FORMAT)
+
+    def __post_init__(self) -> None:
+        def refuse(what: str) -> InvalidRequest:
+            return InvalidRequest(Reason.MANIFEST_INVALID, f"{MANIFEST_NAME}: {what}", field="bundle")
+
+        if self.format != FORMAT:
+            raise refuse(f"format is {self.format}; this version reads {FORMAT}")
+        if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", self.name):
+            raise refuse(f"name is {self.name[:80]!r}; use 1 to 64 characters of A-Z a-z 0-9 . _ -")
+        missing = [role for role in REQUIRED_ROLES if role not in self.files]
+        if missing:
+            raise refuse(f"no file for {', '.join(missing)}; export the bundle again")
+        for role, file in self.files.items():
+            path = PurePosixPath(file.path)
+            if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in file.path:
+                raise refuse(f"{role}: path {file.path!r} leaves the bundle's folder")
+            if not re.fullmatch(r"[0-9a-f]{64}", file.sha256):
+                raise refuse(f"{role}: sha256 is not 64 hexadecimal digits")
+
+
+def describe_file(folder: Path, path: str) -> BundleFile:
+    """Returns size and hash of a file of a bundle that is being written."""
+    content = folder / path
+    with content.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return BundleFile(path=path, size_bytes=content.stat().st_size, sha256=digest)
+
+
+def write_manifest(manifest: Manifest, folder: Path) -> Path:
+    """Writes `model.json`; returns its path."""
+    path = folder / MANIFEST_NAME
+    path.write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads `model.json`; the files themselves are not touched.
+
+    Raises:
+        InvalidRequest: MANIFEST_INVALID, saying what is wrong and what to do.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise InvalidRequest(
+            Reason.MANIFEST_INVALID,
+            f"{folder} has no {MANIFEST_NAME}; give the folder of an edge bundle",
+            field="bundle",
+        )
+    try:
+        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        raw["defaults"] = Defaults(**raw["defaults"])
+        raw["files"] = {role: BundleFile(**file) for role, file in raw["files"].items()}
+        raw["quality"] = tuple(QualityPoint(**point) for point in raw.get("quality", ()))
+        return Manifest(**raw)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InvalidRequest):
+            raise
+        raise InvalidRequest(Reason.MANIFEST_INVALID, f"{path} is not a manifest: {error}", field="bundle") from error
+
+
+def verify_files(manifest: Manifest, folder: Path) -> list[str]:
+    """Returns what is wrong with the files of a bundle, one sentence each; empty when all is well."""
+    problems = []
+    for role, file in manifest.files.items():
+        path = folder / file.path
+        if not path.is_file():
+            problems.append(f"{role}: {file.path} is missing")
+        elif path.stat().st_size != file.size_bytes:
+            problems.append(f"{role}: {file.path} has {path.stat().st_size} bytes; the manifest says {file.size_bytes}")
+        elif describe_file(folder, file.path).sha256 != file.sha256:
+            problems.append(f"{role}: {file.path} does not match its SHA-256")
+    return problems

@@ -11,7 +11,7 @@ Before call i the future depends on x_i and on the past v = (x_0, e_0, z_0, ...,
 row m holds the weights of v in x_{m+1}, m >= i. Its rank r is small (0 for DDIM, 1 for DPM-Solver++ 2M, 3 for PLMS), so
 with the singular vectors V_i the r numbers V_i' v carry all the memory there is: the state is (x_i, V_i' v). This is
 the Ho-Kalman construction of a minimal realization, for a time-varying system. It is exact also where the recurrence is
-dense (UniPC). Then the plan is run against the scheduler on random data; a difference means: the scheduler is not affine.
+dense (UniPC). Then the plan is run against the scheduler on random data: a difference means that it is not affine.
 """
 
 import types
@@ -85,7 +85,7 @@ def compile_plan(
     plan = Plan(
         scheduler=name,
         num_inference_steps=num_inference_steps,
-        init_noise_sigma=float(scheduler.init_noise_sigma),
+        init_noise_sigma=float(getattr(scheduler, "init_noise_sigma", 1.0)),
         rows=tuple(rows),
     )
     difference = probe.difference(plan)
@@ -122,7 +122,8 @@ class _Probe:
         x, e, z = (
             self._tensor(values[None].copy()) for values in (sample, output, noise)
         )  # copies: schedulers keep them
-        fed = np.asarray(scheduler.scale_model_input(x, timestep), dtype=np.float64)[0]
+        scale = getattr(scheduler, "scale_model_input", None)  # flow matching has none
+        fed = np.asarray(x if scale is None else scale(x, timestep), dtype=np.float64)[0]
         # `step` draws its noise through a name of its module: run its code with that name replaced, for this call only.
         step = type(scheduler).step
         probing = {**step.__globals__, "randn_tensor": lambda *_args, **_kwargs: z}
@@ -140,7 +141,17 @@ class _Probe:
             basis[:] = 0.0
             for kind in range(3):
                 basis[kind, 3 * i + kind] = 1.0
-            fed, result = self._call(i, *basis)
+            try:
+                fed, result = self._call(i, *basis)
+                if not (np.isfinite(fed).all() and np.isfinite(result).all()):
+                    raise ZeroDivisionError("its weights are not finite")  # two equal timesteps, mostly
+            except (ArithmeticError, IndexError, ValueError) as error:
+                raise InvalidRequest(
+                    Reason.STEPS_INVALID,
+                    f"scheduler {self._name} breaks down at call {i} of {self._num_steps} steps ({error}); "
+                    "choose another number of steps",
+                    field="num_inference_steps",
+                ) from error
             scales.append(float(fed[3 * i]))
             weights.append(result[: 3 * (i + 1)].reshape(i + 1, 3))
         return scales, weights
@@ -171,7 +182,9 @@ def _realize(recurrence: Sequence[Floats], i: int) -> Floats:
         return np.zeros((3 * i, 0))
     past_weights = np.stack([weights[:i].reshape(-1) for weights in future])  # F_i
     _, singular, rows = np.linalg.svd(past_weights, full_matrices=False)
-    return rows[singular > RANK_TOLERANCE].T  # absolute: weights of a sample are near 1, whatever the rest of F_i is
+    kept = rows[singular > RANK_TOLERANCE]  # absolute: weights of a sample are near 1, whatever the rest of F_i is
+    signs = np.sign(np.take_along_axis(kept, np.abs(kept).argmax(axis=1, keepdims=True), axis=1))
+    return np.asarray((kept * signs).T)  # a singular vector's sign is arbitrary: choose one, the same everywhere
 
 
 def _advance_matrices(

@@ -70,7 +70,7 @@ class DenoiseRequest(_message.Message):
     width: _builtins.int
     """Picture width in pixels, a multiple of the model's `size_multiple` within its limits. 0 is the model's default."""
     height: _builtins.int
-    """Picture height in pixels; the same rules as `width`."""
+    """Picture height in pixels; the same rules as `width`. 0 is the model's default."""
     first_step: _builtins.int
     """The first step to run, in `[0, handoff_step)`. Above 0 `initial_state` is required. Default 0."""
     handoff_step: _builtins.int

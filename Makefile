@@ -1,0 +1,50 @@
+# The commands of the README. `make demo` and `make test` are all that a fresh machine needs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint format protos golden docs bench clean
+.DEFAULT_GOAL := demo
+
+# torch first and alone: a wheel for this machine's CPU or GPU, in the one version we test with.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[cloud,edge,training,dev]'
+	touch $@
+
+demo: $(INSTALLED)  ## start a cloud and an edge on this machine, make a picture, say where it is
+	$(BIN)/python deploy/demo.py
+
+test: lint  ## everything that needs no GPU and no real weights; ends with pytest's own closing line
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)  ## style, types, who may import whom, generated files
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python protos/generate.py --check
+	$(BIN)/python docs/generate_cli.py --check
+
+format: $(INSTALLED)  ## fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+protos: $(INSTALLED)  ## regenerate the stubs from the .proto files
+	$(BIN)/python protos/generate.py
+
+golden: $(INSTALLED)  ## rewrite the golden files after a deliberate change
+	$(BIN)/python tests/contract/golden.py
+
+docs: $(INSTALLED)  ## regenerate docs/cli.md
+	$(BIN)/python docs/generate_cli.py
+
+bench: $(INSTALLED)  ## ratios inside one run, with the machine named; BENCH="--full" for full-size shapes
+	$(BIN)/python -m tests.bench $(BENCH)
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

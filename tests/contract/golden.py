@@ -1,0 +1,97 @@
+"""Writes the golden files in protos/hybridsd/golden, which an implementation in another language can be tested against.
+
+Run `make golden` after a deliberate change; tests/contract/test_golden.py compares.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+
+from hybridsd import noise
+from hybridsd.plan import denoise, initial_state, to_json
+from hybridsd.plan_compiler import compile_plan
+from hybridsd.schedulers import find
+
+FOLDER = Path(__file__).parents[2] / "protos/hybridsd/golden"
+SD1 = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "clip_sample": False,
+}
+PLANS = (("ddim", 8), ("dpmpp_2m", 25), ("pndm", 10), ("unipc", 8), ("heun", 6), ("euler_ancestral", 8), ("lcm", 4))
+
+
+def golden_noise() -> dict[str, Any]:
+    """Noise of a few (seed, image_index, draw), and known answers of Philox itself."""
+    cases = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (2**53 - 1, 65535, 25), (1674753452, 0, 0)]
+    counter = np.array([[0x243F6A88], [0x85A308D3], [0x13198A2E], [0x03707344]], dtype=np.uint64)
+    key = (0xA4093822, 0x299F31D0)
+    return {
+        "philox4x32_10": {
+            "counter": counter[:, 0].tolist(),
+            "key": list(key),
+            "words": noise.philox4x32(counter, key)[:, 0].tolist(),
+        },
+        "normal": [
+            {
+                "seed": seed,
+                "image_index": image_index,
+                "draw": draw,
+                "shape": [2, 3, 3],
+                "values": noise.normal(seed, image_index, draw, (2, 3, 3)).reshape(-1).tolist(),
+            }
+            for seed, image_index, draw in cases
+        ],
+    }
+
+
+def golden_plan(name: str, steps: int) -> dict[str, Any]:
+    """A compiled plan, with its digest."""
+    spec = find(name)
+    scheduler = getattr(diffusers, spec.diffusers_class).from_config({**SD1, **spec.overrides})
+    plan = compile_plan(scheduler, steps, torch.from_numpy, name=name)
+    return {**json.loads(to_json(plan)), "sha256": plan.digest().hex()}
+
+
+def golden_trajectory(name: str, steps: int) -> dict[str, Any]:
+    """A whole run: every state, from the noise of a seed, with a model that any language has."""
+    spec = find(name)
+    scheduler = getattr(diffusers, spec.diffusers_class).from_config({**SD1, **spec.overrides})
+    plan = compile_plan(scheduler, steps, torch.from_numpy, name=name)
+    shape, seed, image_index = (2, 2, 2), 42, 3
+    run = denoise(
+        plan,
+        initial_state(plan, noise.initial_latents(seed, image_index, shape)),
+        lambda x, t: (0.9 * np.tanh(x) + t / 10000).astype(np.float32),
+        lambda call: noise.call_noise(seed, image_index, call, shape),
+    )
+    return {
+        "plan": json.loads(to_json(plan)),
+        "model": "0.9 * tanh(unet_input) + timestep / 10000",
+        "seed": seed,
+        "image_index": image_index,
+        "shape": list(shape),
+        "states": [{"call": a.call, "arrays": [s.reshape(-1).tolist() for s in a.state]} for a in run],
+    }
+
+
+def golden() -> dict[str, dict[str, Any]]:
+    """Returns every golden file by name."""
+    plans = {f"plan_{name}_{steps}.json": golden_plan(name, steps) for name, steps in PLANS}
+    runs = {
+        f"trajectory_{name}_{steps}.json": golden_trajectory(name, steps)
+        for name, steps in (("dpmpp_2m", 6), ("euler_ancestral", 6))
+    }
+    return {"noise.json": golden_noise(), **plans, **runs}
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for file_name, content in golden().items():
+        (FOLDER / file_name).write_text(json.dumps(content) + "\n")

@@ -1,0 +1,91 @@
+"""What we compute today is what the golden files say: another implementation may rely on them."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hybridsd import noise
+from hybridsd.plan import denoise, from_json, initial_state
+
+_spec = importlib.util.spec_from_file_location("golden", Path(__file__).parent / "golden.py")
+assert _spec is not None
+assert _spec.loader is not None
+golden = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(golden)
+
+FILES = sorted(path.name for path in golden.FOLDER.glob("*.json"))
+
+
+def assert_close(expected: Any, actual: Any, where: str = "") -> None:
+    """Compares two JSON values: numbers to 1e-5 (libm differs in the last place), everything else exactly."""
+    if isinstance(expected, dict):
+        assert expected.keys() == actual.keys(), where
+        for key in expected:
+            if key != "sha256":  # of binary64 numbers that may differ in the last place
+                assert_close(expected[key], actual[key], f"{where}.{key}")
+    elif isinstance(expected, list):
+        assert len(expected) == len(actual), where
+        for index, (x, y) in enumerate(zip(expected, actual, strict=True)):
+            assert_close(x, y, f"{where}[{index}]")
+    elif isinstance(expected, float):
+        assert actual == pytest.approx(expected, rel=1e-5, abs=1e-5), where
+    else:
+        assert expected == actual, where
+
+
+def test_every_golden_file_is_current() -> None:
+    """Compiling and running again gives the committed numbers, file by file."""
+    current = golden.golden()
+
+    assert sorted(current) == FILES
+    for name, content in current.items():
+        assert_close(json.loads((golden.FOLDER / name).read_text()), json.loads(json.dumps(content)), name)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("plan_")])
+def test_committed_plan_runs_like_a_fresh_one(name: str) -> None:
+    """The committed plan and the one compiled now take the same latents to the same picture; its digest is right."""
+    text = (golden.FOLDER / name).read_text()
+    committed = from_json(text)
+    fresh = from_json(json.dumps(golden.golden_plan(committed.scheduler, committed.num_inference_steps)))
+    latents = noise.initial_latents(5, 0, (4, 4, 4))
+    runs = [
+        list(
+            denoise(
+                plan,
+                initial_state(plan, latents),
+                lambda x, t: (0.9 * np.tanh(x) + t / 10000).astype(np.float32),
+                lambda call: noise.call_noise(5, 0, call, (4, 4, 4)),
+            )
+        )
+        for plan in (committed, fresh)
+    ]
+
+    assert committed.digest().hex() == json.loads(text)["sha256"]
+    for a, b in zip(*runs, strict=True):
+        np.testing.assert_allclose(
+            a.state[0], b.state[0], rtol=0, atol=2e-5 * max(1.0, float(np.abs(a.state[0]).max()))
+        )
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("trajectory_")])
+def test_committed_trajectory_is_reproduced(name: str) -> None:
+    """Executing the committed plan from the noise of its seed gives every committed state."""
+    content = json.loads((golden.FOLDER / name).read_text())
+    plan, shape = from_json(json.dumps(content["plan"])), tuple(content["shape"])
+    seed, image_index = content["seed"], content["image_index"]
+    run = denoise(
+        plan,
+        initial_state(plan, noise.initial_latents(seed, image_index, shape)),
+        lambda x, t: (0.9 * np.tanh(x) + t / 10000).astype(np.float32),
+        lambda call: noise.call_noise(seed, image_index, call, shape),
+    )
+
+    for expected, actual in zip(content["states"], run, strict=True):
+        assert expected["call"] == actual.call
+        for x, y in zip(expected["arrays"], actual.state, strict=True):
+            np.testing.assert_allclose(x, y.reshape(-1), rtol=1e-4, atol=1e-4)

@@ -1,5 +1,7 @@
 """The error table is one table: every reason has its place on every surface."""
 
+from pathlib import Path
+
 import pytest
 
 from hybridsd.errors import CloudBusy, HybridSDError, InvalidRequest, Reason, reason_for_grpc_code
@@ -40,3 +42,15 @@ def test_every_code_has_a_general_reason(code: str) -> None:
 def test_unknown_code_is_a_bug() -> None:
     """A code that is not in the table is INTERNAL."""
     assert reason_for_grpc_code("DATA_LOSS") is Reason.INTERNAL
+
+
+def test_documented_table_is_the_table() -> None:
+    """docs/protocol.md lists every reason with the codes that the program uses."""
+    page = (Path(__file__).parents[3] / "docs/protocol.md").read_text()
+    rows = [line for line in page.split("<!-- errors -->")[1].splitlines() if line.startswith("| ")][2:]
+    expected = [
+        f"| {r.name} | {r.value.meaning} | {r.value.grpc_code} | {r.value.http_status} | {r.value.exit_code} |"
+        for r in Reason
+    ]
+
+    assert expected == rows

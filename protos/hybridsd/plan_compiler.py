@@ -14,6 +14,7 @@ the Ho-Kalman construction of a minimal realization, for a time-varying system. 
 dense (UniPC). Then the plan is run against the scheduler on random data: a difference means that it is not affine.
 """
 
+import inspect
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -56,8 +57,9 @@ def compile_plan(
             f"num_inference_steps is {num_inference_steps}; choose 1 to {MAX_STEPS}",
             field="num_inference_steps",
         )
+    options = inspect.signature(type(scheduler).__init__).parameters  # a config may carry other classes' options along
     for option in ("thresholding", "clip_sample"):
-        if scheduler.config.get(option):
+        if option in options and scheduler.config.get(option):
             raise _not_affine(name, f"{option} clips values; set {option} to false")
 
     probe = _Probe(scheduler, num_inference_steps, make_tensor, name)

@@ -1,0 +1,140 @@
+"""What a job is: the request as our own types, and the events that a job leads to.
+
+Knows nothing of messages, the network or torch: arrays are numpy, everything is immutable.
+"""
+
+import uuid
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hybridsd.errors import HybridSDError
+from hybridsd.plan import Plan
+
+Latents = NDArray[np.float32]
+"""`[channels, height / vae_scale_factor, width / vae_scale_factor]`, VP scale at the input of the U-Net."""
+Embeds = NDArray[np.float32]
+"""`[context_length, embed_dim]`."""
+
+
+def new_request_id() -> str:
+    """Returns an id for a job, or a call, whose caller did not choose one."""
+    return uuid.uuid4().hex
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class JobRequest:
+    """One picture to begin: everything resolved and checked, nothing left to look up."""
+
+    request_id: str
+    content: bytes = b""
+    """Digest of what the caller asked for: two requests of one id must agree in it."""
+    model: str
+    prompt: str | Embeds = field(repr=False)
+    """Text to encode, or embeddings that the caller made."""
+    negative_prompt: str | Embeds | None = field(default=None, repr=False)
+    """As `prompt`; None without guidance."""
+    guidance_scale: float = 1.0
+    """In [1, 30]; runs only with a negative prompt."""
+    seed: int = 0
+    image_index: int = 0
+    latent_shape: tuple[int, int, int]
+    plan: Plan = field(repr=False)
+    first_call: int = 0
+    handoff_call: int
+    """The first call that is not run, in (first_call, len(plan.rows)]."""
+    initial_state: tuple[Latents, ...] = field(default=(), repr=False)
+    """The state before `first_call`; empty draws it from `seed`."""
+    initial_latents: Latents | None = field(default=None, repr=False)
+    """Unit normal noise in place of the seed's."""
+    state_every: int = 0
+    """Publish the state after every this many calls; 0: only the hand-off."""
+    preview_every: int = 0
+    """Publish state and preview after every this many calls; 0: never."""
+    reattach_grace_s: float = 0.0
+    """How long the job goes on without a reader."""
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the job takes two rows of a batch."""
+        return self.negative_prompt is not None
+
+    @property
+    def num_calls(self) -> int:
+        """Calls of the U-Net that the job will take."""
+        return self.handoff_call - self.first_call
+
+    def is_state_due(self, call: int) -> bool:
+        """Whether the state before `call` is to be published."""
+        return call == self.handoff_call or _is_due(call - self.first_call, self.state_every) or self.is_preview_due(call)
+
+    def is_preview_due(self, call: int) -> bool:
+        """Whether the preview of the call before `call` is to be published."""
+        return _is_due(call - self.first_call, self.preview_every)
+
+
+def _is_due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """The job waits."""
+
+    position: int
+    """Jobs that begin before it."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """A text as the model sees it."""
+
+    embeds: Embeds
+    num_dropped_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Started:
+    """The job has begun."""
+
+    prompt: Encoded
+    negative_prompt: Encoded | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Snapshot:
+    """A complete solver state that a reader can go on from."""
+
+    call: int
+    """The next call to run."""
+    arrays: tuple[Latents, ...]
+    x0_preview: Latents | None
+    is_handoff: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a job took, in seconds."""
+
+    queue_s: float
+    text_s: float
+    compute_s: float
+    num_calls: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The job is done."""
+
+    usage: Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The stream ends with an error."""
+
+    error: HybridSDError
+
+
+Event = Queued | Started | Snapshot | Finished | Failed

@@ -1,0 +1,110 @@
+"""Plans of the schedulers that we know by name, compiled from diffusers once and kept.
+
+Compiling is safe from several threads and takes 10 ms to some seconds: call it off the event loop. Knows nothing of jobs.
+"""
+
+import contextlib
+import json
+import logging
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import structlog
+import torch
+
+from hybridsd import schedulers
+from hybridsd.errors import HybridSDError, Reason
+from hybridsd.plan import Plan
+from hybridsd.plan_compiler import compile_plan
+
+log = structlog.get_logger()
+
+MAX_PLANS = 256
+
+
+class PlanCompiler:
+    """Compiles the plans of one model's schedulers."""
+
+    def __init__(self, base_config: Mapping[str, Any], *, max_plans: int = MAX_PLANS) -> None:
+        """Takes the content of the model's `scheduler_config.json`."""
+        self._base_config, self._max_plans = dict(base_config), max_plans
+        self._plans: OrderedDict[tuple[str, int], Plan] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def plan(self, scheduler: str, num_inference_steps: int) -> Plan:
+        """Returns the plan of a scheduler, by any of its names.
+
+        Raises:
+            InvalidRequest: SCHEDULER_UNKNOWN, SCHEDULER_NOT_AFFINE or STEPS_INVALID.
+        """
+        spec = schedulers.find(scheduler)
+        key = (spec.name, num_inference_steps)
+        with self._lock:
+            if key not in self._plans:
+                self._plans[key] = self._compile(spec, num_inference_steps)
+                if len(self._plans) > self._max_plans:
+                    self._plans.popitem(last=False)
+            self._plans.move_to_end(key)
+            return self._plans[key]
+
+    def _compile(self, spec: schedulers.SchedulerSpec, num_inference_steps: int) -> Plan:
+        import diffusers  # the class is imported when it is first asked for, which is slow
+
+        try:
+            with _quiet():
+                scheduler = getattr(diffusers, spec.diffusers_class).from_config(self._base_config, **spec.overrides)
+                return compile_plan(scheduler, num_inference_steps, torch.from_numpy, name=spec.name)
+        except HybridSDError:
+            raise
+        except Exception as error:  # diffusers has many ways to dislike a number of steps
+            log.info("plan_failed", scheduler=spec.name, steps=num_inference_steps, exc_info=error)
+            raise Reason.STEPS_INVALID.error(
+                f"scheduler {spec.name} cannot do {num_inference_steps} steps with this model; choose fewer",
+                field="scheduler.num_inference_steps",
+            ) from error
+
+    def usable(self, num_inference_steps: int) -> list[str]:
+        """Returns the names of the schedulers that can be plans for this model."""
+        names = []
+        for spec in schedulers.SCHEDULERS:
+            try:
+                self.plan(spec.name, num_inference_steps)
+                names.append(spec.name)
+            except HybridSDError as error:
+                log.info("scheduler_left_out", scheduler=spec.name, reason=error.message)
+        return names
+
+
+def default_scheduler(base_config: Mapping[str, Any]) -> str:
+    """Returns the name of the scheduler that a model's own configuration means; "dpmpp_2m" where we have no name for it."""
+    class_name = base_config.get("_class_name")
+    same_class = [spec for spec in schedulers.SCHEDULERS if spec.diffusers_class == class_name]
+    for spec in same_class:
+        if all(base_config.get(key, value) == value for key, value in spec.overrides.items()):
+            return spec.name
+    return same_class[0].name if same_class else "dpmpp_2m"
+
+
+def read_config(text: str) -> dict[str, Any]:
+    """Reads a `scheduler_config.json`."""
+    config = json.loads(text)
+    if not isinstance(config, dict):
+        raise ValueError("a scheduler configuration must be a JSON object")
+    return config
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps diffusers' advice about options out of the log: the overrides are ours and deliberate."""
+    logger = logging.getLogger("diffusers")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)

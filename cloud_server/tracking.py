@@ -1,0 +1,104 @@
+"""A job while it lives: shared by the worker thread, which moves it, and the event loop, whose streams watch it.
+
+Knows nothing of models or messages. Times are `time.monotonic()` seconds.
+"""
+
+import threading
+import time
+
+from cloud_server.jobs import Event, Failed, Finished, JobRequest, Queued, Snapshot, Started, Usage
+from cloud_server.mailbox import Mailbox
+from cloud_server.stepping import Trajectory
+from hybridsd.errors import HybridSDError, Reason
+
+
+class Job:
+    """A job, its newest events, and the one stream that reads them."""
+
+    def __init__(self, request: JobRequest) -> None:
+        self.request = request
+        self.arrived_s = time.monotonic()
+        self.outcome: Finished | Failed | None = None
+        # Only the worker touches these.
+        self.trajectory: Trajectory | None = None
+        self.last_turn = 0
+        self.first_call_s: float | None = None
+        self.text_s = 0.0
+        self.compute_s = 0.0
+        self.num_calls = 0
+        # Shared; under the lock.
+        self._lock = threading.Lock()
+        self._mailbox: Mailbox | None = None
+        self._queued: Queued | None = None
+        self._started: Started | None = None
+        self._newest: Snapshot | None = None
+        self._deadline_s: float | None = None
+        self._lost_s: float | None = None
+        self._stop_error: HybridSDError | None = None
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether somebody asked the job to stop."""
+        return self._stop_error is not None
+
+    @property
+    def calls_left(self) -> int:
+        """Calls of the U-Net that are still to come."""
+        return self.request.num_calls - self.num_calls
+
+    def attach(self, mailbox: Mailbox, deadline_s: float | None) -> None:
+        """Makes `mailbox` the one reader, from the newest state on; a reader before it ends with SUPERSEDED."""
+        with self._lock:
+            if self._mailbox is not None:
+                self._mailbox.supersede()
+            self._mailbox = mailbox
+            self._lost_s = None
+            self._deadline_s = None if deadline_s is None else deadline_s + self.request.reattach_grace_s
+            for event in (self._queued, self._started, self._newest, self.outcome):
+                if event is not None:
+                    mailbox.post(event)
+
+    def detach(self, mailbox: Mailbox) -> None:
+        """Says that the stream of `mailbox` has ended. From now on the grace period runs."""
+        with self._lock:
+            if self._mailbox is mailbox:
+                self._mailbox = None
+                self._lost_s = time.monotonic()
+
+    def post(self, event: Event) -> None:
+        """Records an event and hands it to the reader."""
+        with self._lock:
+            match event:
+                case Queued():
+                    if event == self._queued:
+                        return
+                    self._queued = event
+                case Started():
+                    self._queued, self._started = None, event
+                case Snapshot():
+                    self._newest = event
+                case Finished() | Failed():
+                    self._queued, self.outcome = None, event
+            if self._mailbox is not None:
+                self._mailbox.post(event)
+
+    def stop(self, error: HybridSDError) -> None:
+        """Asks the job to stop with an error at its next step boundary."""
+        with self._lock:
+            self._stop_error = self._stop_error or error
+
+    def stop_error(self, now_s: float) -> HybridSDError | None:
+        """Returns why the job must stop; None when it may go on."""
+        with self._lock:
+            if self._stop_error is not None:
+                return self._stop_error
+            if self._lost_s is not None and now_s >= self._lost_s + self.request.reattach_grace_s:
+                return Reason.CANCELLED.error("the stream of the job was lost")
+            if self._deadline_s is not None and now_s >= self._deadline_s:
+                return Reason.DEADLINE_EXCEEDED.error("the deadline of the call passed; give it more time")
+            return None
+
+    def usage(self) -> Usage:
+        """Returns what the job has taken so far."""
+        began_s = time.monotonic() if self.first_call_s is None else self.first_call_s
+        return Usage(began_s - self.arrived_s, self.text_s, self.compute_s, self.num_calls)

@@ -17,7 +17,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(INSTALLED)  ## start a cloud and an edge on this machine, make a picture, say where it is
-	$(BIN)/python deploy/demo.py
+	$(BIN)/python deploy/run_demo.py
 
 test: lint  ## everything that needs no GPU and no real weights; ends with pytest's own closing line
 	$(BIN)/python -m pytest

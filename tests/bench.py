@@ -1,0 +1,330 @@
+"""`make bench`: what the product costs on this machine, as ratios inside one run.
+
+Not a test: nothing here passes or fails. Each line names the aim. The default is the demo family; `--full` takes full-size
+shapes with random weights: SD 1.4's 860M U-Net in the cloud, a 224M one at the edge, 512x512.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cloud_server.devices import place
+from cloud_server.engine import Engine
+from cloud_server.jobs import Failed, Finished, JobRequest, Snapshot
+from cloud_server.mailbox import Mailbox
+from cloud_server.models import Model, load_model
+from deploy.run_demo import running_cloud
+from edge_client.bundle import Bundle
+from edge_client.cache import Cache
+from edge_client.events import CloudStarted, Conditioning, StepDone
+from edge_client.events import Finished as EdgeFinished
+from edge_client.onnx_models import Models
+from edge_client.pipeline import generate
+from edge_client.remote import Cloud
+from edge_client.request import Request
+from hybridsd import noise
+from hybridsd.manifest import read_manifest
+from hybridsd.plan import denoise, initial_state
+from tests.wire import measure
+
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "deploy/demo"
+PROMPT = "a fox to the left of a donut on a yellow background"
+MIX = (
+    # scheduler, guided: eight jobs that have nothing in common but the model
+    ("dpmpp_2m", True), ("ddim", True), ("euler", True), ("pndm", True),
+    ("unipc", True), ("euler_ancestral", True), ("dpmpp_2m_karras", False), ("lms", False),
+)  # fmt: skip
+
+
+def say(text: str = "") -> None:
+    """Prints a line at once."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def machine() -> str:
+    """Names the machine: processor, cores, torch threads, memory."""
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
+    load = os.getloadavg()[0]
+    return f"{cpu}, {os.cpu_count()} cores, {memory_gib:.0f} GiB, {gpu}, load {load:.1f} at the start"
+
+
+def mixed_jobs(model: Model, num_calls: int, first_id: int = 0) -> list[JobRequest]:
+    """Returns eight jobs of the same number of calls, each with another scheduler, step count and seed."""
+    info = model.info
+    side = info.default_size // info.vae_scale_factor
+    rng = np.random.default_rng(0)
+    embeds = rng.normal(size=(2, info.context_length, info.embed_dim)).astype(np.float32)
+    jobs = []
+    for index, (scheduler, guided) in enumerate(MIX):
+        plan = model.plans.plan(scheduler, num_calls + 2 + index)
+        jobs.append(
+            JobRequest(
+                request_id=f"bench-{first_id + index}",
+                model=info.id,
+                prompt=embeds[1],
+                negative_prompt=embeds[0] if guided else None,
+                guidance_scale=4.0 if guided else 1.0,
+                seed=index,
+                latent_shape=(info.latent_channels, side, side),
+                plan=plan,
+                handoff_call=num_calls,
+                state_every=1,
+            )
+        )
+    return jobs
+
+
+def bare_loop_s(model: Model, jobs: Sequence[JobRequest], num_calls: int) -> float:
+    """Times the batched U-Net alone, with the rows of the jobs: what no engine can beat."""
+    rows = sum(2 if job.is_guided else 1 for job in jobs)
+    sample = torch.randn(rows, *jobs[0].latent_shape)
+    embeds = torch.randn(rows, model.info.context_length, model.info.embed_dim).to(model.denoiser.dtype)
+    times = torch.linspace(900, 1, rows)
+    device = model.denoiser.device
+    sample, embeds, times = sample.to(device), embeds.to(device), times.to(device)
+    with torch.inference_mode():
+        begin = time.perf_counter()
+        for _ in range(num_calls):
+            output = model.denoiser.predict(sample, times, embeds)
+        output.cpu()
+        return time.perf_counter() - begin
+
+
+async def _drain(mailbox: Mailbox, on_state: Callable[[], None] | None = None) -> None:
+    while True:
+        event = await mailbox.next(600.0)
+        if isinstance(event, Snapshot) and on_state is not None:
+            on_state()
+            on_state = None
+        if isinstance(event, Failed):
+            raise event.error
+        if event is None or isinstance(event, Finished):
+            return
+
+
+async def engine_s(model: Model, jobs: Sequence[JobRequest]) -> float:
+    """Times the engine on the same jobs, from its start to the last hand-off."""
+    engine = Engine({model.info.id: model.denoiser}, max_batch=8)
+    boxes = [Mailbox() for _ in jobs]
+    for job, box in zip(jobs, boxes, strict=True):
+        engine.submit(job, box)
+    begin = time.perf_counter()
+    engine.start()
+    await asyncio.gather(*(_drain(box) for box in boxes))
+    elapsed = time.perf_counter() - begin
+    engine.stop()
+    return elapsed
+
+
+async def first_step_of_eighth(model: Model, tries: int, num_calls: int) -> tuple[list[float], float]:
+    """Times the first state of an eighth job that arrives while seven run; returns the times, and the step's time."""
+    times = []
+    rng = np.random.default_rng(1)
+    call_s = 0.0
+    for attempt in range(tries):
+        engine = Engine({model.info.id: model.denoiser}, max_batch=8)
+        *seven, eighth = mixed_jobs(model, num_calls, first_id=100 * attempt)
+        running = asyncio.Event()
+        boxes = [Mailbox() for _ in seven]
+        for job, box in zip(seven, boxes, strict=True):
+            engine.submit(job, box)
+        engine.start()
+        readers = [asyncio.create_task(_drain(box, running.set)) for box in boxes]
+        await running.wait()
+        await asyncio.sleep(float(rng.uniform(0, 1)) * engine.load().call_s)
+        box, begin = Mailbox(), time.perf_counter()
+        engine.submit(eighth, box)
+        reader = asyncio.create_task(_drain(box, lambda begin=begin: times.append(time.perf_counter() - begin)))
+        await asyncio.gather(reader, *readers)
+        call_s = engine.load().call_s
+        engine.stop()
+    step_s = bare_loop_s(model, mixed_jobs(model, num_calls), 4) / 4
+    return times, max(step_s, call_s)
+
+
+def bench_engine(model: Model, *, repeats: int, num_calls: int) -> None:
+    """Prints throughput and admission latency of the engine."""
+    jobs = mixed_jobs(model, num_calls)
+    bare_loop_s(model, jobs, 2)
+    ratios = []
+    for repeat in range(repeats):
+        bare = bare_loop_s(model, jobs, num_calls)
+        engine = asyncio.run(engine_s(model, [replace(j, request_id=f"r{repeat}-{i}") for i, j in enumerate(jobs)]))
+        ratios.append(bare / engine)
+    say(
+        f"engine throughput / bare batched U-Net loop, 8 mixed jobs: {statistics.median(ratios):.3f} "
+        f"(aim 0.97; {repeats} runs {min(ratios):.3f} to {max(ratios):.3f}; bare step {1e3 * bare / num_calls:.0f} ms)"
+    )
+    times, step_s = asyncio.run(first_step_of_eighth(model, repeats, num_calls))
+    say(
+        f"first step of the 8th job, in steps: mean {statistics.mean(times) / step_s:.2f}, "
+        f"worst {max(times) / step_s:.2f} (aim 2; {len(times)} arrivals at random moments; step {1e3 * step_s:.0f} ms)"
+    )
+
+
+def one_process_s(model: Model, models: Models, request: Request, conditioning: Conditioning) -> float:
+    """Times the same steps with both U-Nets and the decoder in this process, nothing in between."""
+    manifest = models.manifest
+    steps, cloud_steps = request.num_inference_steps or 0, request.cloud_steps or 0
+    plan = model.plans.plan(request.scheduler or "", steps)
+    side = (manifest.defaults.height // manifest.vae_scale_factor, manifest.defaults.width // manifest.vae_scale_factor)
+    shape = (manifest.latent_channels, *side)
+    assert conditioning.negative_prompt_embeds is not None
+    pair = np.stack([conditioning.negative_prompt_embeds, conditioning.prompt_embeds])
+    denoiser, g = model.denoiser, request.guidance_scale or 1.0
+    embeds = torch.from_numpy(pair).to(denoiser.device, denoiser.dtype)
+
+    def large(x: torch.Tensor, t: float) -> torch.Tensor:
+        output = denoiser.predict(torch.stack([x, x]), torch.full((2,), t, device=x.device), embeds)
+        return output[0] + g * (output[1] - output[0])
+
+    def small(x: np.ndarray, t: float) -> np.ndarray:
+        return models.predict_noise(x.astype(np.float32), t, conditioning, guidance_scale=g)
+
+    def no_noise(call: int) -> Any:
+        raise AssertionError(f"call {call} draws noise; DPM-Solver++ 2M does not")
+
+    begin = time.perf_counter()
+    with torch.inference_mode():
+        state: list[Any] = initial_state(plan, torch.from_numpy(noise.initial_latents(1, 0, shape)).to(denoiser.device))
+        for done in denoise(plan, state, large, no_noise, stop=plan.first_call(cloud_steps)):
+            state = done.state
+    arrays = [array.cpu().numpy() for array in state]
+    for advance in denoise(plan, arrays, small, no_noise, start=plan.first_call(cloud_steps)):
+        arrays = advance.state
+    models.decode(arrays[0])
+    return time.perf_counter() - begin
+
+
+def bench_hybrid(
+    model: Model, bundle_folder: Path, cloud_options: list[str], *, steps: int, k: int, repeats: int
+) -> None:
+    """Prints hybrid over gRPC against one process, and what an edge step takes."""
+    bundle = Bundle(bundle_folder, read_manifest(bundle_folder))
+    models = Models(bundle_folder, bundle.manifest)
+    request = Request(
+        prompt=PROMPT, mode="hybrid", scheduler="dpmpp_2m", num_inference_steps=steps, cloud_steps=k,
+        guidance_scale=4.0, seed=1, fallback=False,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as name, running_cloud(cloud_options, Path(name) / "cloud.log") as (address, _):
+        cloud = Cloud(address, cache=Cache(Path(name) / "cache"))
+        wire, local, edge_step_s, conditioning = [], [], [], None
+        for repeat in range(repeats + 1):
+            begin = time.perf_counter()
+            for event in generate(replace(request, request_id=f"bench{repeat}"), bundle, models, cloud):
+                if isinstance(event, CloudStarted):
+                    conditioning = event.conditioning or conditioning
+                elif isinstance(event, StepDone) and event.place == "edge":
+                    edge_step_s.append(event.elapsed_s)
+                elif isinstance(event, EdgeFinished):
+                    result = event.result
+            elapsed = time.perf_counter() - begin
+            conditioning = conditioning or result.conditioning
+            assert conditioning is not None
+            assert result.actual_cloud_steps == k
+            alone = one_process_s(model, models, request, conditioning)
+            if repeat:  # the first warms both up
+                wire.append(elapsed)
+                local.append(alone)
+        cloud.close()
+    ratios = [a / b for a, b in zip(wire, local, strict=True)]
+    say(
+        f"hybrid over gRPC / the same steps in one process: {statistics.median(ratios):.3f} "
+        f"(aim 1.02; {repeats} pairs {min(ratios):.3f} to {max(ratios):.3f}; {k} + {steps - k} steps, "
+        f"{statistics.median(wire):.2f} s against {statistics.median(local):.2f} s)"
+    )
+    say(f"edge step, guidance, ONNX Runtime: {1e3 * statistics.median(edge_step_s):.0f} ms")
+
+
+def bench_wire(folder: Path) -> None:
+    """Prints the bytes of each kind of message, read off real messages of a real server with SD 1.x shapes."""
+    say("bytes on the wire: 512x512, DPM-Solver++ 2M, 25 steps, guidance, empty negative known, hand-off only")
+    say("  codec  prompt    request     plan   embeds    state    other      all      aim")
+    aims = {("fp16", "new"): "190 KiB", ("int8", "new"): "100 KiB", ("int8", "known"): "40 KiB"}
+    for row in measure(folder):
+        sizes = "".join(f"{row[key]:9d}" for key in ("request", "plan", "embeds", "state", "other", "all"))
+        say(f"  {row['codec']:6s} {row['prompt']:6s} {sizes}  {aims.get((row['codec'], row['prompt']), ''):>7s}")
+
+
+def bench_edge_memory(bundle_folder: Path) -> None:
+    """Prints the peak memory of an edge process that draws one picture alone."""
+    code = (
+        "import json, resource, sys, time\n"
+        "from pathlib import Path\n"
+        "from edge_client.bundle import Bundle\n"
+        "from edge_client.onnx_models import Models\n"
+        "from edge_client.pipeline import generate\n"
+        "from edge_client.request import Request\n"
+        "from hybridsd.manifest import read_manifest\n"
+        "folder = Path(sys.argv[1]); manifest = read_manifest(folder)\n"
+        "models = Models(folder, manifest, low_memory=sys.argv[2] == 'low')\n"
+        f"request = Request(prompt={PROMPT!r}, mode='edge', seed=1, num_inference_steps=int(sys.argv[3]))\n"
+        "for event in generate(request, Bundle(folder, manifest), models): pass\n"
+        "print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))\n"
+    )
+    steps = str(read_manifest(bundle_folder).defaults.num_inference_steps)
+    for mode in ("normal", "low"):
+        command = [sys.executable, "-c", code, str(bundle_folder), mode, steps]
+        peak = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        say(f"edge process, one picture alone, {mode} memory mode: peak {peak:.0f} MiB")
+
+
+def main() -> None:
+    """Runs the benchmarks that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--full", action="store_true", help="full-size shapes with random weights: minutes, 10 GiB")
+    parser.add_argument("--family", type=Path, default=DEMO, help="folder with large/ and edge/")
+    parser.add_argument("--only", choices=["engine", "hybrid", "wire", "memory"], action="append")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    family, steps, k, calls = options.family, 25, 8, 12
+    with tempfile.TemporaryDirectory() as folder:
+        if options.full:
+            from tests.full_size import write_full_size
+
+            say("writing full-size models with random weights ...")
+            family, steps, k, calls = write_full_size(Path(folder)), 6, 2, 2
+        placement = place(dtype=options.dtype)
+        say(f"machine: {machine()}")
+        say(f"cloud: {placement.device} ({placement.device_reason}), {placement.dtype} ({placement.dtype_reason})")
+        model = load_model(f"bench={family / 'large'}", placement)
+        edge = read_manifest(family / "edge")
+        say(
+            f"models: large U-Net {model.info.num_parameters:,}, small U-Net {edge.num_parameters['unet']:,} parameters"
+        )
+        wanted = options.only or ["engine", "hybrid", "wire", "memory"]
+        if "engine" in wanted:
+            bench_engine(model, repeats=options.repeats, num_calls=calls)
+        if "hybrid" in wanted:
+            cloud = ["--model", f"bench={family / 'large'}", "--dtype", options.dtype]
+            bench_hybrid(model, family / "edge", cloud, steps=steps, k=k, repeats=options.repeats)
+        if "wire" in wanted:
+            bench_wire(Path(folder))
+        if "memory" in wanted:
+            bench_edge_memory(family / "edge")
+
+
+if __name__ == "__main__":
+    main()

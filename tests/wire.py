@@ -1,0 +1,69 @@
+"""Counts the bytes of each kind of message, on real messages of a real server with SD 1.x shapes.
+
+Used by `make bench` and by a test that keeps the sizes within the aims. Sizes do not depend on the weights.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+
+from deploy.run_demo import running_cloud
+from hybridsd import codec
+from hybridsd.v1 import denoising_service_pb2 as pb
+from hybridsd.v1 import denoising_service_pb2_grpc
+from tests.tiny_pipeline import write_tiny_pipeline
+
+STEPS, HANDOFF = 25, 10
+
+
+def measure(folder: Path) -> Iterator[dict[str, str | int]]:
+    """Yields a row for each codec, with the prompt's embeddings new or known: bytes by kind of message.
+
+    512x512, DPM-Solver++ 2M, guidance, hand-off state only, the empty negative prompt known.
+    """
+    model = write_tiny_pipeline(folder / "sd1-shapes", context_length=77, embed_dim=768, size=512)
+    with running_cloud(["--model", f"sd={model}", "--dtype", "fp32"], folder / "wire.log") as (address, _):
+        channel = grpc.insecure_channel(address)
+        stub = denoising_service_pb2_grpc.DenoisingServiceStub(channel)
+        for name, encoding in codec.ENCODINGS.items():
+            first = exchange(stub, encoding, [])
+            negative, prompt, plan = (first[1][key] for key in ("negative", "prompt", "plan"))
+            yield {"codec": name, "prompt": "new", **exchange(stub, encoding, [negative])[0]}
+            yield {"codec": name, "prompt": "known", **exchange(stub, encoding, [negative, prompt, plan])[0]}
+        channel.close()
+
+
+def exchange(
+    stub: denoising_service_pb2_grpc.DenoisingServiceStub, encoding: int, known: list[bytes]
+) -> tuple[dict[str, int], dict[str, bytes]]:
+    """Runs one request; returns bytes by kind, and the digests of what it brought."""
+    request = pb.DenoiseRequest(
+        text=pb.TextConditioning(prompt="a photograph of an astronaut riding a horse"),
+        guidance_scale=7.5,
+        seed=1,
+        scheduler=pb.SchedulerSpec(name="dpmpp_2m", num_inference_steps=STEPS),
+        handoff_step=HANDOFF,
+        encoding=encoding,  # type: ignore[arg-type]  # an int is what mypy-protobuf's own values are
+        known_digests=known,
+    )
+    sizes = dict.fromkeys(("request", "plan", "embeds", "state", "other"), 0)
+    sizes["request"] = request.ByteSize()
+    digests: dict[str, bytes] = {}
+    for response in stub.Denoise(request, timeout=120):
+        kind = response.WhichOneof("event")
+        size = response.ByteSize()
+        if kind == "started":
+            started = response.started
+            sizes["plan"] += started.plan.ByteSize()
+            embeds = started.prompt.embeds.ByteSize() + started.negative_prompt.embeds.ByteSize()
+            sizes["embeds"] += embeds
+            sizes["other"] += size - started.plan.ByteSize() - embeds
+            digests = {
+                "plan": started.plan_digest,
+                "prompt": started.prompt.digest,
+                "negative": started.negative_prompt.digest,
+            }
+        else:
+            sizes["state" if kind == "state" else "other"] += size
+    return {**sizes, "all": sum(sizes.values())}, digests

@@ -1,0 +1,154 @@
+"""`hybridsd doctor`: checks everything that a picture needs, and says what to do where something is wrong.
+
+Knows click and what the other modules check; it adds no rule of its own.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from edge_client import bundle as bundles
+from edge_client.bundle import Bundle
+from edge_client.events import Conditioning
+from edge_client.onnx_models import Models
+from edge_client.options import CONTEXT, model_options, open_cloud, server_options
+from edge_client.remote import Cloud
+from hybridsd import noise
+from hybridsd.errors import HybridSDError
+from hybridsd.plan import unet_input
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What one look found."""
+
+    name: str
+    ok: bool
+    detail: str
+    """What was found; where it is wrong, also what to do."""
+    exit_code: int = 0
+
+
+@click.command(context_settings=CONTEXT)
+@server_options
+@model_options
+@click.option("--offline", is_flag=True, help="Leave the cloud out.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(
+    server: str,
+    token_file: Path | None,
+    tls_ca: Path | None,
+    insecure: bool,
+    bundle_name: str | None,
+    provider: str | None,
+    threads: int | None,
+    low_memory: bool,
+    offline: bool,
+    as_json: bool,
+) -> None:
+    """Checks bundle, models and cloud, one line each, and says what to do where something is wrong."""
+    checks: list[Check] = []
+
+    def note(check: Check) -> None:
+        checks.append(check)
+        if not as_json:
+            click.echo(f"{'ok   ' if check.ok else 'WRONG'}  {check.name:<9} {check.detail}")
+
+    bundle: Bundle | None = None
+    try:
+        bundle = bundles.open_bundle(bundles.locate(bundle_name))
+        for check in check_device(bundle, provider=provider, threads=threads, low_memory=low_memory):
+            note(check)
+    except HybridSDError as error:
+        note(_failed("bundle" if bundle is None else "models", error))
+    if not offline:
+        try:
+            with open_cloud(server, token_file=token_file, tls_ca=tls_ca, insecure=insecure) as cloud:
+                for check in check_cloud(cloud, bundle):
+                    note(check)
+        except HybridSDError as error:
+            note(_failed("cloud", error))
+    exit_code = next((check.exit_code for check in checks if not check.ok), 0)
+    if as_json:
+        rows = [asdict(check) for check in checks]
+        click.echo(json.dumps({"ok": exit_code == 0, "checks": rows}))
+    click.get_current_context().exit(exit_code)
+
+
+def check_device(bundle: Bundle, **options: Any) -> Iterator[Check]:
+    """Checks the files and runs each model once.
+
+    Args:
+        bundle: The bundle.
+        **options: What `Models` takes.
+    """
+    manifest = bundle.manifest
+    problems = bundle.verify()
+    if problems:
+        yield Check("bundle", False, f"{bundle.folder}: {'; '.join(problems)}; fetch or export it again", 2)
+        return
+    yield Check("bundle", True, f"{manifest.name} in {bundle.folder}, {len(manifest.files)} files as they should be")
+    models = Models(bundle.folder, manifest, **options)
+    yield Check("provider", True, f"{models.provider}: {models.provider_reason}")
+    names = bundle.plan_names()
+    default = f"{manifest.defaults.scheduler}/{manifest.defaults.num_inference_steps}"
+    if default in names:
+        yield Check("plans", True, ", ".join(names))
+    else:
+        yield Check(
+            "plans", False, f"the default {default} is not among {', '.join(names)}; export the bundle again", 3
+        )
+    embeds, _ = models.encode_text("a test")
+    empty, _ = models.encode_text("")
+    cell = manifest.vae_scale_factor
+    shape = (manifest.latent_channels, manifest.defaults.height // cell, manifest.defaults.width // cell)
+    latents = noise.initial_latents(0, 0, shape)
+    plan = bundle.find_plan(manifest.defaults.scheduler, manifest.defaults.num_inference_steps)
+    timestep = 500.0 if plan is None else plan.rows[0].timestep
+    fed = latents if plan is None else unet_input(plan.rows[0], [np.float32(plan.init_noise_sigma) * latents])
+    conditioning = Conditioning(prompt_embeds=embeds, negative_prompt_embeds=empty)
+    predicted = models.predict_noise(fed, timestep, conditioning, guidance_scale=2.0)
+    image = models.decode(latents)
+    expected = (3, manifest.defaults.height, manifest.defaults.width)
+    wrong = [
+        what
+        for what, array, right in (
+            ("text encoder", embeds, (manifest.context_length, manifest.embed_dim)),
+            ("U-Net", predicted, shape),
+            ("decoder", image, expected),
+        )
+        if array.shape != right or not np.isfinite(array).all()
+    ]
+    if wrong:
+        what = ", ".join(wrong)
+        yield Check("models", False, f"{what}: wrong shape or values; choose another --provider or export again", 70)
+    else:
+        yield Check("models", True, f"text, one step and a decode at {expected[2]}x{expected[1]}: all finite")
+
+
+def check_cloud(cloud: Cloud, bundle: Bundle | None) -> Iterator[Check]:
+    """Asks the cloud what it can do, and compares that with the bundle."""
+    found = cloud.capabilities()  # a missing or wrong token fails here
+    busy = f"{found.num_running} running, {found.num_queued} waiting"
+    how = "encrypted" if cloud.encrypted else "plain text"
+    yield Check("cloud", True, f"{cloud.target} ({how}) runs version {found.server_version}; {busy}")
+    ids = ", ".join(model.id for model in found.models)
+    if bundle is None:
+        yield Check("pairing", False, f"no bundle to pair with {ids}", 2)
+        return
+    space = bundle.manifest.latent_space
+    fitting = [model.id for model in found.models if model.latent_space == space]
+    if fitting:
+        yield Check("pairing", True, f"latent space {space!r} is that of {', '.join(fitting)}")
+    else:
+        others = ", ".join(f"{model.id}: {model.latent_space!r}" for model in found.models) or "no models"
+        yield Check("pairing", False, f"latent space {space!r} is of none there ({others}); choose another --bundle", 3)
+
+
+def _failed(name: str, error: HybridSDError) -> Check:
+    return Check(name, False, error.message, error.reason.value.exit_code)

@@ -1,0 +1,125 @@
+"""Latents and stopped trajectories as `.npz` files.
+
+Knows numpy's file format; nothing of models. Two kinds: a *state* (plan, call, arrays, conditioning: can be continued,
+or only decoded when all calls are done), and bare *latents* (one array named `latents`, unit normal noise to start
+from, with or without a batch axis of 1).
+"""
+
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from edge_client.arrays import Latents
+from edge_client.events import Conditioning, Result, StepDone
+from edge_client.request import SavedState
+from hybridsd import plan as plans
+from hybridsd.errors import InvalidRequest, Reason
+
+FORMAT = 1
+
+
+def saved_state(result: Result, latent_space: str, at: StepDone | None = None) -> SavedState:
+    """Returns a run as a state that can be continued.
+
+    Args:
+        result: The finished run.
+        latent_space: Of the bundle.
+        at: After which call; None for the end, where only the decoder is left to run.
+    """
+    return SavedState(
+        plan=result.plan,
+        call=len(result.plan.rows) if at is None else at.call,
+        state=(result.latents,) if at is None else at.state,
+        conditioning=result.conditioning,
+        guidance_scale=result.guidance_scale,
+        seed=result.seed,
+        image_index=result.image_index,
+        latent_space=latent_space,
+        cloud_steps=result.first_step + result.planned_cloud_steps,
+        prompt=result.prompt,
+        negative_prompt=result.negative_prompt,
+    )
+
+
+def dump(saved: SavedState) -> bytes:
+    """Returns a state as the content of a file."""
+    head = {
+        "format": FORMAT,
+        "call": saved.call,
+        "guidance_scale": saved.guidance_scale,
+        "seed": saved.seed,
+        "image_index": saved.image_index,
+        "latent_space": saved.latent_space,
+        "cloud_steps": saved.cloud_steps,
+        "prompt": saved.prompt,
+        "negative_prompt": saved.negative_prompt,
+    }
+    arrays = {"state": np.stack(saved.state), "latents": saved.state[0]}
+    if saved.conditioning is not None:
+        arrays["prompt_embeds"] = saved.conditioning.prompt_embeds
+        if saved.conditioning.negative_prompt_embeds is not None:
+            arrays["negative_prompt_embeds"] = saved.conditioning.negative_prompt_embeds
+    stream = io.BytesIO()
+    np.savez(stream, head=np.array(json.dumps(head)), plan=np.array(plans.to_json(saved.plan)), **arrays)  # type: ignore[arg-type]
+    return stream.getvalue()
+
+
+def load(path: Path) -> SavedState | Latents:
+    """Returns the state, or the unit normal latents `[C, h, w]`, in a file.
+
+    Raises:
+        InvalidRequest: STATE_INVALID, saying what is wrong with it.
+    """
+
+    def refuse(what: object) -> InvalidRequest:
+        return InvalidRequest(
+            Reason.STATE_INVALID, f"{path} cannot be loaded: {what}; give a file of --save-latents", field="latents"
+        )
+
+    try:
+        with np.load(path, allow_pickle=False) as raw:
+            arrays = {name: raw[name] for name in raw.files}
+    except (OSError, ValueError, zipfile.BadZipFile, AttributeError) as error:
+        raise refuse(error) from error
+    for name in set(arrays) - {"head", "plan"}:
+        if arrays[name].dtype.kind != "f" or not np.isfinite(arrays[name]).all():
+            raise refuse(f"{name} must be finite floating-point numbers")
+    if "head" not in arrays:
+        if "latents" not in arrays:
+            raise refuse("it has no array named latents")
+        bare: Latents = arrays["latents"].astype(np.float32)
+        if bare.ndim == 4 and len(bare) == 1:
+            bare = bare[0]
+        if bare.ndim != 3:
+            raise refuse(f"latents are {list(bare.shape)}; they must be [channels, height / 8, width / 8]")
+        return bare
+    try:
+        head = json.loads(str(arrays["head"]))
+        if head["format"] != FORMAT:
+            raise refuse(f"format is {head['format']}; this version reads {FORMAT}")
+        plan = plans.from_json(str(arrays["plan"]))
+        if not 0 <= int(head["call"]) <= len(plan.rows):
+            raise refuse(f"call is {head['call']}; the plan has {len(plan.rows)} rows")
+        embeds, negative = arrays.get("prompt_embeds"), arrays.get("negative_prompt_embeds")
+        return SavedState(
+            plan=plan,
+            call=int(head["call"]),
+            state=tuple(arrays["state"].astype(np.float32)),
+            conditioning=None
+            if embeds is None
+            else Conditioning(prompt_embeds=embeds, negative_prompt_embeds=negative),
+            guidance_scale=float(head["guidance_scale"]),
+            seed=int(head["seed"]),
+            image_index=int(head["image_index"]),
+            latent_space=str(head["latent_space"]),
+            cloud_steps=int(head["cloud_steps"]),
+            prompt=str(head["prompt"]),
+            negative_prompt=str(head["negative_prompt"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InvalidRequest):
+            raise
+        raise refuse(error) from error

@@ -1,0 +1,100 @@
+"""Where pictures go. Chooses names, and never writes over a file that it was not told to.
+
+Knows paths; nothing of pictures.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from hybridsd.errors import InvalidRequest, Reason
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+def is_folder(output: str) -> bool:
+    """Returns whether an --output means a folder: it is one, ends like one, or has no ending of a picture."""
+    return output.endswith(("/", os.sep)) or Path(output).is_dir() or Path(output).suffix.lower() == ""
+
+
+def slug(prompt: str) -> str:
+    """Returns a few words of a prompt as a part of a file name."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.casefold()).strip("-")
+    return words[:40].rstrip("-") or "picture"
+
+
+def choose(output: str | None, names: Sequence[str], *, overwrite: bool) -> list[Path]:
+    """Returns where to write each picture.
+
+    Args:
+        output: What the user said: a file, a folder, or None for the current folder.
+        names: For each picture a name with an ending, or (ending in ".png?") one that may be changed to be free.
+        overwrite: Allows to write over files.
+
+    Raises:
+        InvalidRequest: FIELD_INVALID when a file is there already or the ending is not a picture's.
+    """
+    paths: list[Path] = []
+    if output is not None and not is_folder(output):
+        single = Path(output)
+        if len(names) == 1:
+            wanted = [single]
+        else:
+            digits = len(str(len(names) - 1))
+            wanted = [single.with_stem(f"{single.stem}-{index:0{digits}}") for index in range(len(names))]
+    else:
+        folder = Path("." if output is None else output)
+        wanted = []
+        for name in names:
+            free = folder / name.rstrip("?")
+            if name.endswith("?") and not overwrite:
+                free = _free(free, set(wanted))
+            wanted.append(free)
+    for path in wanted:
+        check(path, overwrite=overwrite)
+        if path.suffix.lower() not in PICTURE_SUFFIXES:
+            raise InvalidRequest(
+                Reason.FIELD_INVALID, f"{path} does not end in {', '.join(PICTURE_SUFFIXES)}", field="output"
+            )
+        paths.append(path)
+    return paths
+
+
+def check(path: Path, *, overwrite: bool) -> None:
+    """Makes sure that a file may be written.
+
+    Raises:
+        InvalidRequest: FIELD_INVALID when it is there already.
+    """
+    if path.exists() and not overwrite:
+        raise InvalidRequest(
+            Reason.FIELD_INVALID, f"{path} is there already; choose another name, or give --overwrite", field="output"
+        )
+
+
+def write(path: Path, content: bytes, *, overwrite: bool) -> None:
+    """Writes a file, and the folders above it; without `overwrite` never over another one, whoever made it.
+
+    Raises:
+        InvalidRequest: FIELD_INVALID when it is there already or cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb" if overwrite else "xb") as stream:
+            stream.write(content)
+    except FileExistsError:
+        check(path, overwrite=overwrite)
+        raise
+    except OSError as error:
+        raise InvalidRequest(
+            Reason.FIELD_INVALID, f"cannot write {path}: {error.strerror}; choose another --output", field="output"
+        ) from error
+
+
+def _free(path: Path, taken: set[Path]) -> Path:
+    candidate, number = path, 1
+    while candidate.exists() or candidate in taken:
+        number += 1
+        candidate = path.with_stem(f"{path.stem}-{number}")
+    return candidate

@@ -1,0 +1,84 @@
+"""Lists of prompts from files: alternating lines, and CSV.
+
+Knows text; nothing of pictures or models. Both formats are those of the Hybrid-SD reference, read forgivingly.
+"""
+
+import csv
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from hybridsd.errors import InvalidRequest, Reason
+
+EMPTY = '"""'
+"""How the reference's files write an empty negative prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptPair:
+    """What to draw, and what not."""
+
+    prompt: str
+    negative_prompt: str = ""
+    name: str = ""
+    """The file to write, relative; empty lets the program choose."""
+
+
+def parse_prompts(text: str) -> list[PromptPair]:
+    """Returns the pairs of a prompts file: line 1 a prompt, line 2 its negative prompt, and so on.
+
+    Blank lines between pairs are skipped; a blank line in a negative prompt's place, or nothing at the end, is an empty
+    negative prompt, and so is a line of three double quotes.
+
+    Raises:
+        InvalidRequest: PROMPT_EMPTY if there is no prompt.
+    """
+    lines = [line.strip() for line in text.lstrip("\ufeff").splitlines()]
+    pairs: list[PromptPair] = []
+    at = 0
+    while at < len(lines):
+        if not lines[at] or lines[at] == EMPTY:
+            at += 1
+            continue
+        negative = lines[at + 1] if at + 1 < len(lines) else ""
+        pairs.append(PromptPair(lines[at], "" if negative == EMPTY else negative))
+        at += 2
+    if not pairs:
+        raise InvalidRequest(
+            Reason.PROMPT_EMPTY, "the prompts file has no prompt; write prompt and negative prompt in turns"
+        )
+    return pairs
+
+
+def parse_csv(lines: Iterable[str]) -> list[PromptPair]:
+    """Returns the rows of a CSV file: a header, then file name, caption and, if there is one, negative prompt.
+
+    Raises:
+        InvalidRequest: If a row has too few columns, no caption, a name twice, or one that leaves the output folder.
+    """
+    rows = csv.reader(lines)
+    next(rows, None)
+    pairs: list[PromptPair] = []
+    seen: set[str] = set()
+    for row in rows:
+        if not any(cell.strip() for cell in row):
+            continue
+        where = f"CSV line {rows.line_num}"
+        if len(row) < 2 or not row[0].strip() or not row[1].strip():
+            raise InvalidRequest(
+                Reason.FIELD_INVALID, f"{where} needs a file name and a caption, as in fox.png,a red fox", field="csv"
+            )
+        name = row[0].strip()
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name or name in seen:
+            raise InvalidRequest(
+                Reason.FIELD_INVALID,
+                f"{where}: file name {name[:80]!r} comes twice or leaves the output folder; give another",
+                field="csv",
+            )
+        seen.add(name)
+        negative = row[2].strip() if len(row) > 2 else ""
+        pairs.append(PromptPair(row[1].strip(), "" if negative == EMPTY else negative, name))
+    if not pairs:
+        raise InvalidRequest(Reason.PROMPT_EMPTY, "the CSV file has no rows below its header", field="csv")
+    return pairs

@@ -1,0 +1,236 @@
+"""What to generate, and the rules that fill in what the user did not say.
+
+Knows the manifest of a bundle; nothing of models, files or the network.
+"""
+
+import uuid
+from dataclasses import dataclass, field
+
+from edge_client.arrays import Latents
+from edge_client.events import Conditioning, Mode
+from hybridsd import schedulers
+from hybridsd.codec import ENCODINGS
+from hybridsd.errors import InvalidRequest, Reason
+from hybridsd.manifest import Manifest
+from hybridsd.noise import MAX_SEED
+from hybridsd.plan import MAX_STEPS, Plan
+
+MAX_PROMPT_CHARS = 4000
+MAX_SIZE = 4096
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SavedState:
+    """A trajectory that was stopped somewhere: everything needed to go on."""
+
+    plan: Plan
+    call: int
+    """The next call to run; `len(plan.rows)` when only the decoder is left to run."""
+    state: tuple[Latents, ...]
+    conditioning: Conditioning | None
+    guidance_scale: float
+    seed: int
+    image_index: int
+    latent_space: str
+    cloud_steps: int
+    prompt: str = ""
+    negative_prompt: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What to draw and how. None means: as the bundle's defaults say."""
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    mode: Mode = "auto"
+    model: str = ""
+    """Id of the cloud's model; empty is the server's first."""
+    scheduler: str | None = None
+    num_inference_steps: int | None = None
+    cloud_steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int = 0
+    image_index: int = 0
+    width: int | None = None
+    height: int | None = None
+    codec: str = "fp16"
+    """"fp32", "fp16" or "int8": how the cloud's tensors travel."""
+    deadline_s: float | None = None
+    """Seconds that the cloud's part may take; then the edge takes over. None: no limit."""
+    fallback: bool = True
+    """Whether the edge may take over when the cloud is lost, late or full."""
+    private: bool = False
+    """Encodes the text on this device and sends embeddings only."""
+    preview_every: int = 0
+    """Asks the cloud for a preview after every this many calls; 0 never."""
+    initial_latents: Latents | None = None
+    """Unit normal noise to start from instead of the seed's."""
+    resume: SavedState | None = None
+    """A saved trajectory to continue; then what it fixes is taken from it."""
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resolved:
+    """A request with every default filled in and every range checked."""
+
+    mode: Mode
+    """"hybrid", "cloud" or "edge"."""
+    scheduler: str
+    num_inference_steps: int
+    cloud_steps: int
+    guidance_scale: float
+    width: int
+    height: int
+    latent_shape: tuple[int, int, int]
+    embed_shape: tuple[int, int]
+
+
+def resolve(request: Request, manifest: Manifest) -> Resolved:
+    """Returns the request with the bundle's defaults.
+
+    Raises:
+        InvalidRequest: Naming the field, its value, the allowed range and what to do.
+    """
+    if request.resume is not None:
+        return _resolve_saved(request, request.resume, manifest)
+    defaults = manifest.defaults
+    _check_prompts(request)
+    scheduler = schedulers.find(defaults.scheduler if request.scheduler is None else request.scheduler).name
+    steps = defaults.num_inference_steps if request.num_inference_steps is None else request.num_inference_steps
+    if not 1 <= steps <= MAX_STEPS:
+        raise InvalidRequest(Reason.STEPS_INVALID, f"steps is {steps}; choose 1 to {MAX_STEPS}", field="steps")
+    guidance = defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    if not 1 <= guidance <= 30:
+        raise InvalidRequest(
+            Reason.GUIDANCE_INVALID, f"guidance_scale is {guidance}; choose 1 to 30", field="guidance_scale"
+        )
+    if guidance == 1 and request.negative_prompt:
+        raise InvalidRequest(
+            Reason.GUIDANCE_INVALID,
+            "a negative prompt has no effect at guidance_scale 1; leave it out or raise guidance_scale",
+            field="negative_prompt",
+        )
+    width = defaults.width if request.width is None else request.width
+    height = defaults.height if request.height is None else request.height
+    _check_rest(request, manifest, width, height)
+    cloud_steps = _cloud_steps(request, steps, defaults.cloud_steps / defaults.num_inference_steps)
+    cell = manifest.vae_scale_factor
+    shape = (manifest.latent_channels, height // cell, width // cell)
+    if request.initial_latents is not None and request.initial_latents.shape != shape:
+        raise InvalidRequest(
+            Reason.TENSOR_INVALID,
+            f"initial latents are {list(request.initial_latents.shape)}; "
+            f"for {width}x{height} they must be {list(shape)}",
+            field="initial_latents",
+        )
+    return Resolved(
+        mode=_mode(cloud_steps, steps),
+        scheduler=scheduler,
+        num_inference_steps=steps,
+        cloud_steps=cloud_steps,
+        guidance_scale=float(guidance),
+        width=width,
+        height=height,
+        latent_shape=shape,
+        embed_shape=(manifest.context_length, manifest.embed_dim),
+    )
+
+
+def _resolve_saved(request: Request, saved: SavedState, manifest: Manifest) -> Resolved:
+    """Returns the request that a saved state fixes; only mode and split may differ from it."""
+    shape = saved.state[0].shape
+    if len(shape) != 3 or shape[0] != manifest.latent_channels or saved.latent_space != manifest.latent_space:
+        raise Reason.LATENT_SPACE_MISMATCH.error(
+            f"the saved state is of latent space {saved.latent_space!r} with shape {list(shape)}; "
+            f"the bundle is of {manifest.latent_space!r} with {manifest.latent_channels} channels",
+            field="load_latents",
+        )
+    if any(array.shape != shape for array in saved.state) or len(saved.state) != saved.plan.num_arrays(saved.call):
+        raise InvalidRequest(
+            Reason.STATE_INVALID, "the saved state does not fit its plan; save it again", field="load_latents"
+        )
+    steps, cell = saved.plan.num_inference_steps, manifest.vae_scale_factor
+    height, width = shape[1] * cell, shape[2] * cell
+    _check_rest(request, manifest, width, height)
+    cloud_steps = _cloud_steps(request, steps, saved.cloud_steps / steps)
+    return Resolved(
+        mode=_mode(cloud_steps, steps),
+        scheduler=saved.plan.scheduler,
+        num_inference_steps=steps,
+        cloud_steps=cloud_steps,
+        guidance_scale=saved.guidance_scale,
+        width=width,
+        height=height,
+        latent_shape=(shape[0], shape[1], shape[2]),
+        embed_shape=(manifest.context_length, manifest.embed_dim),
+    )
+
+
+def _check_prompts(request: Request) -> None:
+    if not request.prompt.strip():
+        raise InvalidRequest(Reason.PROMPT_EMPTY, "the prompt is empty; say what to draw", field="prompt")
+    for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
+        if len(text) > MAX_PROMPT_CHARS:
+            raise InvalidRequest(
+                Reason.PROMPT_TOO_LONG,
+                f"{name} has {len(text)} characters; at most {MAX_PROMPT_CHARS} are allowed",
+                field=name,
+            )
+
+
+def _check_rest(request: Request, manifest: Manifest, width: int, height: int) -> None:
+    multiple = manifest.size_multiple
+    for name, size in (("width", width), ("height", height)):
+        if size % multiple or not multiple <= size <= MAX_SIZE:
+            raise InvalidRequest(
+                Reason.SIZE_INVALID,
+                f"{name} is {size}; choose a multiple of {multiple} from {multiple} to {MAX_SIZE}",
+                field=name,
+            )
+    if not 0 <= request.seed <= MAX_SEED:
+        raise InvalidRequest(Reason.FIELD_INVALID, f"seed is {request.seed}; choose 0 to {MAX_SEED}", field="seed")
+    if not 0 <= request.image_index <= 0xFFFF:
+        raise InvalidRequest(
+            Reason.FIELD_INVALID, f"image_index is {request.image_index}; choose 0 to 65535", field="image_index"
+        )
+    if request.codec not in ENCODINGS:
+        raise InvalidRequest(
+            Reason.FIELD_INVALID, f"codec is {request.codec!r}; choose {', '.join(ENCODINGS)}", field="codec"
+        )
+    if not 0 <= request.preview_every <= 1000:
+        raise InvalidRequest(
+            Reason.FIELD_INVALID, f"preview_every is {request.preview_every}; choose 0 to 1000", field="preview_every"
+        )
+    if request.deadline_s is not None and request.deadline_s <= 0:
+        raise InvalidRequest(
+            Reason.FIELD_INVALID, f"deadline is {request.deadline_s} s; choose more than 0", field="deadline_s"
+        )
+
+
+def _cloud_steps(request: Request, steps: int, default_share: float) -> int:
+    """Returns how many of the steps are the cloud's."""
+    given = request.cloud_steps
+    if given is not None and not 0 <= given <= steps:
+        raise InvalidRequest(
+            Reason.SPLIT_INVALID, f"cloud_steps is {given}, but there are {steps} steps; choose 0 to {steps}",
+            field="cloud_steps",
+        )  # fmt: skip
+    fixed = {"edge": 0, "cloud": steps}.get(request.mode)
+    if fixed is not None:
+        if given is not None and given != fixed:
+            raise InvalidRequest(
+                Reason.SPLIT_INVALID,
+                f"mode {request.mode} runs {fixed} of {steps} steps in the cloud, not {given}; "
+                "leave cloud_steps out or choose mode hybrid",
+                field="cloud_steps",
+            )
+        return fixed
+    if given is not None:
+        return given
+    return min(max(round(default_share * steps), 0), steps)
+
+
+def _mode(cloud_steps: int, steps: int) -> Mode:
+    return "edge" if cloud_steps == 0 else "cloud" if cloud_steps == steps else "hybrid"

@@ -1,0 +1,144 @@
+"""The command line of training: `python -m training RECIPE --out DIR`. Knows commands; what they do stands elsewhere.
+
+Every recipe reads and writes folders of one family directory, so that `--out` is the same for all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import pprint
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+import click
+
+from training import recipes
+from training.loop import Run, StepRecord, train
+from training.workers import Share, shared
+
+PLAIN_LINE_SECONDS = 15.0
+
+
+@click.group()
+def main() -> None:
+    """Train, judge and export the demo family. Run the recipes in the order in which they are listed."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+
+
+def _stop_on_signals(run: Run) -> None:
+    """Makes Ctrl-C and SIGTERM end the run after the step in hand, with a checkpoint."""
+
+    def handler(signum: int, frame: FrameType | None) -> None:
+        del signum, frame
+        run.stop = True
+
+    signal.signal(signal.SIGTERM, handler)
+    signal.signal(signal.SIGINT, handler)
+
+
+def _follow(recipe: recipes.Recipe, out: Path, share: Share) -> None:
+    """Does another worker's part of a run: the same steps, without files and without words."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first worker tells the others to stop
+    run = Run(recipe.build(out), recipe.schedule, share)
+    run.resume(out / recipe.folder)
+    for _ in run.steps():
+        pass
+
+
+def _shown(records: Iterator[StepRecord], *, done: int, steps: int, name: str) -> None:
+    """Exhausts `records`, showing progress: a bar on a terminal, a line every few seconds elsewhere."""
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True)) as progress:
+            bar = progress.add_task(name, total=steps, completed=done)
+            for record in records:
+                progress.update(bar, completed=record.step, description=f"{name} loss {record.loss:.4f}")
+        return
+    shown_at, shown_step = time.monotonic(), done
+    smooth: dict[str, float] = {}
+    for record in records:
+        for term, value in record.losses.items():
+            smooth[term] = 0.98 * smooth.get(term, value) + 0.02 * value
+        elapsed = time.monotonic() - shown_at
+        if elapsed > PLAIN_LINE_SECONDS or record.step == steps:
+            rate = (record.step - shown_step) / max(elapsed, 1e-9)
+            terms = " ".join(f"{term}={value:.5f}" for term, value in smooth.items())
+            click.echo(
+                f"{time.strftime('%H:%M:%S')} {name} step {record.step}/{steps} "
+                f"loss={sum(smooth.values()):.5f} {terms} lr={record.lr:.2e} {rate:.2f} steps/s "
+                f"eta {(steps - record.step) / max(rate, 1e-9) / 60:.1f} min",
+                err=True,
+            )
+            shown_at, shown_step = time.monotonic(), record.step
+
+
+def _plot(curve: list[dict[str, float]], path: Path, title: str) -> None:
+    """Draws the loss curve as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for term in curve[0].keys() - {"step", "lr"}:
+        axes.plot([row["step"] for row in curve], [row[term] for row in curve], label=term)
+    axes.set(xlabel="step", ylabel="loss", yscale="log", title=title)
+    axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def _add(name: str) -> None:
+    """Adds the command of one recipe."""
+    make = recipes.by_name()[name]
+
+    @main.command(name, help=f"{(make.__doc__ or '').strip()}")
+    @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The family directory.")
+    @click.option("--scale", type=click.Choice(["demo", "toy"]), default="demo", show_default=True)
+    @click.option("--steps", type=click.IntRange(min=1), help="Learn for so many steps instead of the recipe's.")
+    @click.option("--seed", type=click.IntRange(min=0), help="Another seed than the recipe's.")
+    @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes to split over.")
+    @click.option("--threads", type=click.IntRange(min=1), help="Threads of each; the cores, divided, unless told.")
+    @click.option("--dry-run", is_flag=True, help="Show the resolved recipe and stop.")
+    def command(
+        out: Path, scale: str, steps: int | None, seed: int | None, workers: int, threads: int | None, dry_run: bool
+    ) -> None:
+        recipe = cast(Any, make(cast(recipes.Scale, scale)))
+        schedule = recipe.schedule
+        if steps is not None:
+            schedule = replace(schedule, steps=steps, warmup=min(schedule.warmup, steps))
+        if seed is not None:
+            schedule = replace(schedule, seed=seed)
+        recipe = replace(recipe, schedule=schedule)
+        click.echo(pprint.pformat(recipe, width=100), err=True)
+        if not dry_run:
+            _train(name, recipe, out, workers=workers, threads=threads or max(1, (os.cpu_count() or 1) // workers))
+
+
+def _train(name: str, recipe: recipes.Recipe, out: Path, *, workers: int, threads: int) -> None:
+    """Runs one recipe, from its checkpoint if it has one."""
+    directory = out / recipe.folder
+    started = time.monotonic()
+    with shared(workers, threads, functools.partial(_follow, recipe, out)) as share:
+        run = Run(recipe.build(out), recipe.schedule, share)
+        if run.resume(directory):
+            click.echo(f"resuming {name} at step {run.step}", err=True)
+        _stop_on_signals(run)
+        _shown(train(run, directory), done=run.step, steps=recipe.schedule.steps, name=name)
+    if run.step < recipe.schedule.steps:
+        click.echo(f"stopped at step {run.step}; the same command goes on from there", err=True)
+        sys.exit(130)
+    if run.curve:
+        _plot(run.curve, directory / "loss.png", name)
+    click.echo(f"{name}: {directory} after {(time.monotonic() - started) / 60:.1f} min", err=True)
+
+
+for _name in recipes.by_name():
+    _add(_name)

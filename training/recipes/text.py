@@ -1,0 +1,48 @@
+"""The tokenizer and the text encoder of the demo family. Knows their size; the method is `training.text`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from training.loop import Schedule
+from training.recipes import Scale
+from training.text import TextTask, build_text_encoder, make_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextRecipe:
+    """A CLIP text encoder, learnt on captions alone."""
+
+    schedule: Schedule
+    hidden: int
+    layers: int
+    heads: int
+    folder: str = "text"
+
+    def build(self, family: Path) -> TextTask:
+        """Makes the tokenizer and an untrained encoder; needs no earlier stage."""
+        del family
+        torch.manual_seed(self.schedule.seed)
+        tokenizer = make_tokenizer(seed=self.schedule.seed)
+        encoder = build_text_encoder(len(tokenizer), hidden=self.hidden, layers=self.layers, heads=self.heads)
+        return TextTask(tokenizer, encoder)
+
+
+def text(scale: Scale) -> TextRecipe:
+    """Three layers of 256, 32 tokens, learnt on captions alone, then frozen."""
+    toy = scale == "toy"
+    return TextRecipe(
+        schedule=Schedule(
+            steps=30 if toy else 1500,
+            batch_size=16 if toy else 96,
+            lr=3e-3 if toy else 8e-4,
+            warmup=5 if toy else 100,
+            ema_decay=0.99,
+        ),
+        hidden=32 if toy else 256,
+        layers=1 if toy else 3,
+        heads=4,
+    )

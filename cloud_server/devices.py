@@ -36,10 +36,8 @@ def place(device: str = "auto", dtype: str = "auto", *, cpu_flags: frozenset[str
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but torch finds no CUDA device; choose cpu or auto")
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    if device != "auto":
-        device_reason = "chosen"
-    else:
-        device_reason = torch.cuda.get_device_name(0) if use_cuda else "no CUDA device"
+    found = torch.cuda.get_device_name(0) if use_cuda else "no CUDA device"
+    device_reason = found if device == "auto" else "chosen"
     where = torch.device("cuda" if use_cuda else "cpu")
     if dtype != "auto":
         return Placement(where, device_reason, DTYPES[dtype], "chosen")

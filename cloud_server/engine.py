@@ -100,13 +100,16 @@ class Engine:
         with self._changed:
             self._is_draining = True
 
-    def submit(self, request: JobRequest, mailbox: Mailbox, deadline_s: float | None = None) -> Job:
+    def submit(
+        self, request: JobRequest, mailbox: Mailbox, *, deadline_s: float | None = None, arrived_s: float | None = None
+    ) -> Job:
         """Starts a job, or attaches to the one of that id, and posts its events to `mailbox`.
 
         Args:
             request: What to run.
             mailbox: Where its events go.
             deadline_s: When to give up, in `time.monotonic()` seconds; None for never.
+            arrived_s: When the request came, likewise; None for now.
 
         Raises:
             HybridSDError: REQUEST_ID_REUSED, QUEUE_FULL with a retry delay, or UNAVAILABLE while stopping.
@@ -128,7 +131,7 @@ class Engine:
                 )
             if not self._active and not self._waiting:
                 self._progress_s = time.monotonic()
-            job = Job(request)
+            job = Job(request, arrived_s)
             self._jobs[request.request_id] = job
             self._waiting.append(job)
             job.attach(mailbox, deadline_s)

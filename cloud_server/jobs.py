@@ -67,7 +67,9 @@ class JobRequest:
 
     def is_state_due(self, call: int) -> bool:
         """Whether the state before `call` is to be published."""
-        return call == self.handoff_call or _is_due(call - self.first_call, self.state_every) or self.is_preview_due(call)
+        return (
+            call == self.handoff_call or _is_due(call - self.first_call, self.state_every) or self.is_preview_due(call)
+        )
 
     def is_preview_due(self, call: int) -> bool:
         """Whether the preview of the call before `call` is to be published."""

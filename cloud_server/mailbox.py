@@ -1,7 +1,7 @@
 """Between the worker thread and one reader: events that the reader has not seen yet.
 
-Never blocks the worker and never grows without bound: a reader that falls behind finds the newest state only, but always
-the start, the hand-off and the end. Knows nothing of models or messages.
+Never blocks the worker and never grows without bound: a reader that falls behind finds the newest state only, but
+always the start, the hand-off and the end. Knows nothing of models or messages.
 """
 
 import asyncio

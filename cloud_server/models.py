@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cloud_server.denoiser import DiffusersDenoiser
+from cloud_server.denoiser import Denoiser, DiffusersDenoiser
 from cloud_server.devices import Placement
 from cloud_server.plans import PlanCompiler, default_scheduler
 from hybridsd import schedulers as known_schedulers
@@ -21,7 +21,7 @@ from hybridsd.errors import HybridSDError
 EXTRAS_NAME = "hybridsd.json"
 """Optional file of a model folder: latent_space, default_size, default_guidance_scale, default_num_inference_steps,
 default_scheduler."""
-_EXTRAS = {
+_EXTRAS: dict[str, type | tuple[type, ...]] = {
     "latent_space": str,
     "default_size": int,
     "default_guidance_scale": (int, float),
@@ -67,9 +67,9 @@ class Model:
     """A loaded model."""
 
     info: ModelInfo
-    denoiser: DiffusersDenoiser
+    denoiser: Denoiser
     plans: PlanCompiler
-    num_text_parameters: int
+    num_text_parameters: int = 0
 
 
 def split_name(source: str) -> tuple[str, str]:
@@ -170,7 +170,9 @@ def _refuse_unsupported(name: str, unet: dict[str, Any], text: dict[str, Any]) -
     if unet.get("_class_name") != "UNet2DConditionModel":
         raise ModelError(f"model {name}: its U-Net is a {unet.get('_class_name')}; UNet2DConditionModel is supported")
     if unet["in_channels"] != unet["out_channels"]:
-        raise ModelError(f"model {name}: an inpainting or depth model ({unet['in_channels']} channels) is not supported")
+        raise ModelError(
+            f"model {name}: an inpainting or depth model ({unet['in_channels']} channels) is not supported"
+        )
     if "CLIPTextModel" not in (text.get("architectures") or ["CLIPTextModel"]):
         raise ModelError(f"model {name}: its text encoder is {text['architectures']}; CLIPTextModel is supported")
     if unet.get("cross_attention_dim") != text.get("hidden_size"):
@@ -216,9 +218,7 @@ def _load_networks(name: str, folder: Path, placement: Placement) -> tuple[Any, 
         unet = UNet2DConditionModel.from_pretrained(
             folder / "unet", use_safetensors=True, torch_dtype=placement.dtype, low_cpu_mem_usage=lean
         )
-        text_encoder = CLIPTextModel.from_pretrained(
-            folder / "text_encoder", use_safetensors=True, dtype=torch.float32
-        )
+        text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", use_safetensors=True, dtype=torch.float32)
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     except Exception as error:
         raise ModelError(f"model {name}: {folder} cannot be loaded: {error}") from error

@@ -1,6 +1,7 @@
 """Plans of the schedulers that we know by name, compiled from diffusers once and kept.
 
-Compiling is safe from several threads and takes 10 ms to some seconds: call it off the event loop. Knows nothing of jobs.
+Compiling is safe from several threads and takes 10 ms to some seconds: call it off the event loop. Knows nothing
+of jobs.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ class PlanCompiler:
         """Takes the content of the model's `scheduler_config.json`."""
         self._base_config, self._max_plans = dict(base_config), max_plans
         self._plans: OrderedDict[tuple[str, int], Plan] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock, self._compiling = threading.Lock(), threading.Lock()
 
     def plan(self, scheduler: str, num_inference_steps: int) -> Plan:
         """Returns the plan of a scheduler, by any of its names.
@@ -41,12 +42,26 @@ class PlanCompiler:
             InvalidRequest: SCHEDULER_UNKNOWN, SCHEDULER_NOT_AFFINE or STEPS_INVALID.
         """
         spec = schedulers.find(scheduler)
-        key = (spec.name, num_inference_steps)
-        with self._lock:
-            if key not in self._plans:
-                self._plans[key] = self._compile(spec, num_inference_steps)
+        plan = self.held(scheduler, num_inference_steps)
+        if plan is None:
+            with self._compiling:  # one at a time: whoever waits here mostly waits for the same plan
+                plan = self.held(scheduler, num_inference_steps) or self._compile(spec, num_inference_steps)
+            with self._lock:
+                self._plans[spec.name, num_inference_steps] = plan
                 if len(self._plans) > self._max_plans:
                     self._plans.popitem(last=False)
+        return plan
+
+    def held(self, scheduler: str, num_inference_steps: int) -> Plan | None:
+        """Returns the plan if it was compiled before; never waits.
+
+        Raises:
+            InvalidRequest: SCHEDULER_UNKNOWN.
+        """
+        key = (schedulers.find(scheduler).name, num_inference_steps)
+        with self._lock:
+            if key not in self._plans:
+                return None
             self._plans.move_to_end(key)
             return self._plans[key]
 
@@ -74,12 +89,12 @@ class PlanCompiler:
                 self.plan(spec.name, num_inference_steps)
                 names.append(spec.name)
             except HybridSDError as error:
-                log.info("scheduler_left_out", scheduler=spec.name, reason=error.message)
+                log.debug("scheduler_left_out", scheduler=spec.name, reason=error.message)
         return names
 
 
 def default_scheduler(base_config: Mapping[str, Any]) -> str:
-    """Returns the name of the scheduler that a model's own configuration means; "dpmpp_2m" where we have no name for it."""
+    """Returns the name of the scheduler that a model's own configuration means; "dpmpp_2m" where it has none."""
     class_name = base_config.get("_class_name")
     same_class = [spec for spec in schedulers.SCHEDULERS if spec.diffusers_class == class_name]
     for spec in same_class:

@@ -85,7 +85,7 @@ def step(denoiser: Denoiser, batch: Sequence[Trajectory], embeds: torch.Tensor) 
         timesteps.extend([row.timestep] * count)
         counts.append(count)
     times = torch.tensor(timesteps, dtype=torch.float32).to(denoiser.device)
-    outputs = denoiser.predict(torch.stack(samples), times, embeds).split(counts)
+    outputs = torch.split(denoiser.predict(torch.stack(samples), times, embeds), counts)
     return [_advance(denoiser, trajectory, output) for trajectory, output in zip(batch, outputs, strict=True)]
 
 

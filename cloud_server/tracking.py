@@ -15,9 +15,9 @@ from hybridsd.errors import HybridSDError, Reason
 class Job:
     """A job, its newest events, and the one stream that reads them."""
 
-    def __init__(self, request: JobRequest) -> None:
+    def __init__(self, request: JobRequest, arrived_s: float | None = None) -> None:
         self.request = request
-        self.arrived_s = time.monotonic()
+        self.arrived_s = time.monotonic() if arrived_s is None else arrived_s
         self.outcome: Finished | Failed | None = None
         # Only the worker touches these.
         self.trajectory: Trajectory | None = None

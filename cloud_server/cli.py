@@ -1,0 +1,193 @@
+"""`hybridsd-cloud`: serve models, or check that they can be served.
+
+Every flag is also a variable HYBRIDSD_CLOUD_...; a flag wins. Knows nothing of gRPC.
+"""
+
+import asyncio
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import structlog
+
+from cloud_server import logs
+from cloud_server.settings import Settings
+
+F = TypeVar("F", bound=Callable[..., Any])
+log = structlog.get_logger()
+
+PREFIX = "HYBRIDSD_CLOUD_"
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+
+
+def _option(flag: str, *names: str, **attributes: Any) -> Callable[[F], F]:
+    """Returns a click option that can also come from the environment."""
+    variable = PREFIX + flag.lstrip("-").replace("-", "_").upper()
+    return click.option(flag, *names, envvar=variable, show_envvar=True, show_default=True, **attributes)
+
+
+_MODEL_OPTIONS = (
+    _option("--model", "models", multiple=True, required=True, metavar="[ID=]PATH_OR_HUB_ID",
+            help="A Stable Diffusion model in diffusers layout. Repeatable; the first is the default."),
+    _option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where models run."),
+    _option("--dtype", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", help="Of the U-Net."),
+    _option("--latent-space", help="Name of the models' latent space, where their folders do not say."),
+    _option("--threads", type=click.IntRange(1), help="Threads of a U-Net call on the CPU; torch's choice if not set."),
+    _option("--log-format",
+            type=click.Choice(["auto", "console", "json"]), default="auto", help="Of the log."),
+)  # fmt: skip
+_SERVE_OPTIONS = (
+    _option("--host", default="127.0.0.1", help="Address to listen on."),
+    _option("--port", type=click.IntRange(0, 65535), default=50051, help="0 takes a free one."),
+    _option("--port-file", type=click.Path(dir_okay=False, path_type=Path), help="File to write the port to."),
+    _option("--tls-cert", type=_FILE, help="Certificate chain, PEM."),
+    _option("--tls-key", type=_FILE, help="Private key, PEM."),
+    _option("--insecure", is_flag=True, help="Listen beyond this machine without a certificate."),
+    _option("--token-file", type=_FILE, help="File with the token that callers must send."),
+    _option("--max-batch", type=click.IntRange(1, 256), default=8, help="Jobs in one U-Net call."),
+    _option("--max-queue", type=click.IntRange(1), default=32, help="Jobs that may wait."),
+    _option("--max-size", type=click.IntRange(8), help="Largest width and height; else twice the models' default."),
+    _option("--bundle", "bundles", type=_FOLDER, multiple=True, help="Edge bundle to hand out. Repeatable."),
+    _option("--drain-timeout", "drain_timeout_s",
+            type=click.FloatRange(0), default=30.0, help="Seconds for jobs to finish on SIGTERM."),
+    _option("--heartbeat", "heartbeat_s",
+            type=click.FloatRange(0.1), default=5.0, help="Seconds of silence before a heartbeat."),
+    _option("--stall-timeout", "stall_timeout_s",
+            type=click.FloatRange(1), default=60.0, help="Seconds a step may take; more, and health is NOT_SERVING."),
+)  # fmt: skip
+
+
+def _options(*options: Callable[[Any], Any]) -> Callable[[F], F]:
+    def decorate(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="hybridsd")
+def main() -> None:
+    """Hybrid SD, the cloud side: begins pictures that edge devices finish."""
+
+
+@main.command()
+@_options(*_MODEL_OPTIONS, *_SERVE_OPTIONS)
+def serve(log_format: logs.LogFormat, token_file: Path | None, **options: Any) -> None:
+    """Serves models until SIGTERM or SIGINT; running jobs then finish."""
+    settings = _settings(token=_token(token_file), **options)
+    logs.configure(log_format)
+    log.info("settings", **_shown(settings))
+    from cloud_server import server as process  # torch and diffusers take seconds to import; --help must not
+    from cloud_server.bundles import load_bundle
+    from cloud_server.models import ModelError
+    from hybridsd.errors import HybridSDError
+
+    try:
+        bundles = [load_bundle(folder) for folder in settings.bundles]
+        models = _load(settings)
+        server = process.CloudServer(settings, models, bundles)
+
+        def on_listening(port: int) -> None:
+            if settings.port_file is not None:
+                part = settings.port_file.with_name(settings.port_file.name + ".part")
+                part.write_text(f"{port}\n", encoding="utf-8")
+                part.replace(settings.port_file)  # readers see no file or all of it
+
+        asyncio.run(process.run(server, settings, on_listening=on_listening))
+    except (ModelError, HybridSDError, OSError) as error:
+        raise click.UsageError(str(error)) from error
+
+
+@main.command()
+@_options(*_MODEL_OPTIONS)
+def check(log_format: logs.LogFormat, **options: Any) -> None:
+    """Loads the models, runs one step of each, and says what was found."""
+    settings = _settings(**options)
+    logs.configure(log_format, level=30)
+    from cloud_server.checking import check_model
+    from cloud_server.models import ModelError
+
+    for key, value in _shown(settings).items():
+        click.echo(f"{key + ':':<18}{value}")
+    try:
+        for name, model in _load(settings).items():
+            click.echo(f"\nmodel {name}")
+            for line in check_model(model):
+                click.echo(f"  {line}")
+    except ModelError as error:
+        raise click.UsageError(str(error)) from error
+    except (ValueError, RuntimeError) as error:
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(70)
+
+
+def _settings(**options: Any) -> Settings:
+    try:
+        return Settings(**options)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _shown(settings: Settings) -> dict[str, object]:
+    """Returns the settings for people to read; the token only as being there."""
+    shown = {item.name: getattr(settings, item.name) for item in fields(settings) if item.name != "token"}
+    return {
+        **{key: list(map(str, value)) if isinstance(value, tuple) else value for key, value in shown.items()},
+        "port_file": str(settings.port_file) if settings.port_file else None,
+        "tls_cert": str(settings.tls_cert) if settings.tls_cert else None,
+        "tls_key": str(settings.tls_key) if settings.tls_key else None,
+        "has_token": settings.token is not None,
+    }
+
+
+def _token(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    token = path.read_text(encoding="utf-8").strip()
+    if not token:
+        raise click.UsageError(f"token file {path} is empty; put a token into it")
+    return token
+
+
+def _load(settings: Settings) -> dict[str, Any]:
+    """Loads the models, by id."""
+    import torch
+
+    from cloud_server.devices import place
+    from cloud_server.models import ModelError, load_model
+
+    logs.quiet_libraries()
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    try:
+        placement = place(settings.device, settings.dtype)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    models = {}
+    for source in settings.models:
+        started_s = time.monotonic()
+        model = load_model(source, placement, latent_space=settings.latent_space)
+        if model.info.id in models:
+            raise ModelError(f"two models have the id {model.info.id}; name them with --model ID=PATH")
+        models[model.info.id] = model
+        log.info(
+            "model_loaded",
+            model=model.info.id,
+            latent_space=model.info.latent_space,
+            num_parameters=model.info.num_parameters,
+            device=f"{placement.device} ({placement.device_reason})",
+            dtype=f"{placement.dtype} ({placement.dtype_reason})",
+            elapsed_s=round(time.monotonic() - started_s, 3),
+        )
+    return models
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Around every call of our services: who may call, one log line, and errors as rich statuses.
+
+Knows nothing of what the calls do.
+"""
+
+import asyncio
+import hmac
+import re
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+import structlog
+from google.protobuf import any_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from cloud_server.jobs import new_request_id
+from cloud_server.logs import collect_notes
+from cloud_server.responses import duration
+from hybridsd.errors import DOMAIN, HybridSDError, Reason
+
+log = structlog.get_logger()
+
+_OURS = "/hybridsd."
+_OPEN = "/grpc.health."
+_LOG_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+Handler = Callable[[Any, "grpc.aio.ServicerContext[Any, Any]"], Awaitable[Any]]
+
+
+def rich_status(error: HybridSDError) -> grpc.Status:
+    """Returns an error as a gRPC status with `google.rpc` details (docs/protocol.md, "Errors")."""
+    details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason.name, domain=DOMAIN)]
+    code = grpc.StatusCode[error.reason.value.grpc_code]
+    if error.field is not None:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if error.retry_delay_s is not None:
+        details.append(error_details_pb2.RetryInfo(retry_delay=duration(error.retry_delay_s)))
+    packed = []
+    for detail in details:
+        packed.append(any_pb2.Any())
+        packed[-1].Pack(detail)
+    status: grpc.Status = rpc_status.to_status(
+        status_pb2.Status(code=code.value[0], message=error.message, details=packed)
+    )
+    return status
+
+
+class TokenInterceptor(grpc.aio.ServerInterceptor):
+    """Demands `authorization: Bearer TOKEN` of every call but health checks."""
+
+    def __init__(self, token: str) -> None:
+        self._expected = f"Bearer {token}".encode()
+
+    async def intercept_service(
+        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], details: grpc.HandlerCallDetails
+    ) -> Any:
+        """See `grpc.aio.ServerInterceptor`."""
+        handler = await continuation(details)
+        given = [str(value).encode() for key, value in details.invocation_metadata or () if key == "authorization"]
+        if handler is None or details.method.startswith(_OPEN):
+            return handler
+        if len(given) == 1 and hmac.compare_digest(given[0], self._expected):
+            return handler
+        what = "wrong" if given else "missing"
+        error = Reason.UNAUTHENTICATED.error(f"the token is {what}; send 'authorization: Bearer TOKEN'")
+
+        async def refuse(_request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
+            if details.method.startswith(_OURS):
+                raise error
+            await context.abort_with_status(rich_status(error))
+
+        return _with_handler(handler, refuse)
+
+
+class RequestInterceptor(grpc.aio.ServerInterceptor):
+    """Logs one line for each call of our services, and turns exceptions into statuses."""
+
+    async def intercept_service(
+        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], details: grpc.HandlerCallDetails
+    ) -> Any:
+        """See `grpc.aio.ServerInterceptor`."""
+        handler = await continuation(details)
+        if handler is None or not details.method.startswith(_OURS):
+            return handler
+        inner: Handler = handler.unary_stream or handler.unary_unary
+        method = details.method.rpartition("/")[2]
+        given = next((str(value) for key, value in details.invocation_metadata or () if key == "x-request-id"), "")
+
+        async def outer(request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
+            asked = getattr(request, "request_id", "")
+            request_id = next((text for text in (given, asked) if _LOG_ID.fullmatch(text)), new_request_id())
+            with structlog.contextvars.bound_contextvars(request_id=request_id):
+                return await _run(inner, request, context, method)
+
+        return _with_handler(handler, outer)
+
+
+async def _run(inner: Handler, request: Any, context: "grpc.aio.ServicerContext[Any, Any]", method: str) -> Any:
+    notes = collect_notes()
+    started_s = time.monotonic()
+    code, reason = "OK", None
+    try:
+        return await inner(request, context)
+    except asyncio.CancelledError:
+        remaining_s = context.time_remaining()
+        late = remaining_s is not None and remaining_s <= 0
+        code = reason = "DEADLINE_EXCEEDED" if late else "CANCELLED"
+        raise
+    except HybridSDError as error:
+        code, reason = error.reason.value.grpc_code, error.reason.name
+        await context.abort_with_status(rich_status(error))
+    except Exception:
+        code, reason = "INTERNAL", "INTERNAL"
+        log.exception("call_failed", method=method)
+        await context.abort_with_status(
+            rich_status(Reason.INTERNAL.error("a bug; the server's log has the details under the request_id"))
+        )
+    finally:
+        elapsed_ms = round(1e3 * (time.monotonic() - started_s), 3)
+        log.info("call", method=method, code=code, reason=reason, elapsed_ms=elapsed_ms, **notes)
+
+
+def _with_handler(handler: Any, inner: Handler) -> Any:
+    """Returns a method handler like the given one, running `inner`; a stream writes to the context."""
+    if handler.request_streaming:
+        make = (
+            grpc.stream_stream_rpc_method_handler
+            if handler.response_streaming
+            else grpc.stream_unary_rpc_method_handler
+        )
+    else:
+        make = (
+            grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
+        )
+    return make(inner, handler.request_deserializer, handler.response_serializer)

@@ -1,0 +1,143 @@
+"""Events of a job to `DenoiseResponse` messages, and what the server is to `GetCapabilitiesResponse`.
+
+Knows nothing of the engine or the network.
+"""
+
+from collections.abc import Iterable
+
+from google.protobuf.duration_pb2 import Duration
+
+from cloud_server.engine import Load
+from cloud_server.jobs import Encoded, Finished, JobRequest, Latents, Queued, Snapshot, Started
+from cloud_server.models import ModelInfo
+from cloud_server.requests import MAX_PROMPT_CHARS, AnswerStyle
+from hybridsd import codec
+from hybridsd.plan import MAX_STEPS
+from hybridsd.v1 import denoising_service_pb2 as pb
+from hybridsd.v1 import tensor_pb2
+
+
+def duration(seconds: float) -> Duration:
+    """Returns a span of time, to the microsecond."""
+    micros = round(seconds * 1e6)
+    return Duration(seconds=micros // 1_000_000, nanos=micros % 1_000_000 * 1000)
+
+
+def is_wanted(event: Snapshot, style: AnswerStyle) -> bool:
+    """Whether a reader wants a state: one after what it holds, and the hand-off in any case."""
+    return event.is_handoff or event.call > style.resume_call
+
+
+def response(
+    event: Queued | Started | Snapshot | Finished, request: JobRequest, style: AnswerStyle, *, sent_bytes: int
+) -> pb.DenoiseResponse:
+    """Returns the message of an event.
+
+    Args:
+        event: What happened.
+        request: The job.
+        style: How its reader wants the answers.
+        sent_bytes: Size of all messages of the stream before this one.
+    """
+    match event:
+        case Queued():
+            return pb.DenoiseResponse(queued=pb.Queued(position=event.position))
+        case Started():
+            return pb.DenoiseResponse(started=_started(event, request, style))
+        case Snapshot():
+            return pb.DenoiseResponse(state=_state(event, style))
+        case Finished():
+            usage = pb.Usage(
+                queue_duration=duration(event.usage.queue_s),
+                text_duration=duration(event.usage.text_s),
+                compute_duration=duration(event.usage.compute_s),
+                num_calls=event.usage.num_calls,
+                sent_bytes=sent_bytes,
+            )
+            return pb.DenoiseResponse(finished=pb.Finished(usage=usage))
+
+
+def heartbeat() -> pb.DenoiseResponse:
+    """Returns the message that says nothing."""
+    return pb.DenoiseResponse(heartbeat=pb.Heartbeat())
+
+
+def _started(event: Started, request: JobRequest, style: AnswerStyle) -> pb.Started:
+    digest = request.plan.digest()
+    is_plan_held = style.is_plan_sent or digest in style.known_digests
+    negative = event.negative_prompt
+    dropped = event.prompt.num_dropped_tokens + (0 if negative is None else negative.num_dropped_tokens)
+    return pb.Started(
+        request_id=request.request_id,
+        model=style.model.id,
+        latent_space=style.model.latent_space,
+        plan_digest=digest,
+        plan=None if is_plan_held else codec.encode_plan(request.plan),
+        prompt=_conditioning(event.prompt, style, style.prompt_digest),
+        negative_prompt=None if negative is None else _conditioning(negative, style, style.negative_prompt_digest),
+        guidance_scale=request.guidance_scale,
+        num_dropped_tokens=dropped,
+    )
+
+
+def _conditioning(encoded: Encoded, style: AnswerStyle, sent_digest: bytes | None) -> pb.Conditioning:
+    if sent_digest is not None:
+        return pb.Conditioning(digest=sent_digest)
+    tensor = codec.encode_tensor(encoded.embeds, style.encoding)
+    digest = codec.tensor_digest(tensor)
+    return pb.Conditioning(digest=digest, embeds=None if digest in style.known_digests else tensor)
+
+
+def _state(event: Snapshot, style: AnswerStyle) -> pb.State:
+    def tensor(latents: Latents) -> tensor_pb2.Tensor:
+        return codec.encode_tensor(latents, style.encoding)
+
+    return pb.State(
+        call=event.call,
+        arrays=[tensor(array) for array in event.arrays],
+        x0_preview=None if event.x0_preview is None else tensor(event.x0_preview),
+        is_handoff=event.is_handoff,
+    )
+
+
+def limits(*, min_size: int, max_size: int, max_queue: int, max_batch: int) -> pb.Limits:
+    """Returns what a request must keep to."""
+    return pb.Limits(
+        max_num_inference_steps=MAX_STEPS,
+        min_size=min_size,
+        max_size=max_size,
+        max_prompt_chars=MAX_PROMPT_CHARS,
+        max_queue=max_queue,
+        max_batch=max_batch,
+    )
+
+
+def capabilities(
+    *, version: str, models: Iterable[ModelInfo], bundles: Iterable[pb.BundleInfo], limits: pb.Limits, load: Load
+) -> pb.GetCapabilitiesResponse:
+    """Returns what the server can do and how busy it is."""
+    return pb.GetCapabilitiesResponse(
+        server_version=version,
+        models=[_model(info) for info in models],
+        bundles=bundles,
+        limits=limits,
+        load=pb.Load(num_running=load.num_running, num_queued=load.num_queued, call_duration=duration(load.call_s)),
+    )
+
+
+def _model(info: ModelInfo) -> pb.Model:
+    return pb.Model(
+        id=info.id,
+        latent_space=info.latent_space,
+        latent_channels=info.latent_channels,
+        vae_scale_factor=info.vae_scale_factor,
+        size_multiple=info.size_multiple,
+        default_size=info.default_size,
+        context_length=info.context_length,
+        embed_dim=info.embed_dim,
+        prediction_type=info.prediction_type,
+        num_parameters=info.num_parameters,
+        schedulers=info.schedulers,
+        default_num_inference_steps=info.default_num_inference_steps,
+        default_guidance_scale=info.default_guidance_scale,
+    )

@@ -1,0 +1,169 @@
+"""The process: gRPC wiring, health, keep-alive, watchdog and the graceful end.
+
+Knows nothing of steps; the engine and the services are handed what they need here.
+"""
+
+import asyncio
+import contextlib
+import importlib.metadata
+import signal
+from collections.abc import Callable, Mapping, Sequence
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from cloud_server import responses
+from cloud_server.bundles import Bundle, BundleService
+from cloud_server.engine import Engine
+from cloud_server.interceptors import RequestInterceptor, TokenInterceptor
+from cloud_server.models import Model
+from cloud_server.service import DenoisingService
+from cloud_server.settings import Settings
+from hybridsd.v1 import bundle_service_pb2, bundle_service_pb2_grpc, denoising_service_pb2_grpc
+from hybridsd.v1 import denoising_service_pb2 as pb
+
+log = structlog.get_logger()
+
+SERVICES = (
+    pb.DESCRIPTOR.services_by_name["DenoisingService"].full_name,
+    bundle_service_pb2.DESCRIPTOR.services_by_name["BundleService"].full_name,
+)
+_OPTIONS = [
+    ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a riddle
+    ("grpc.keepalive_time_ms", 30_000),  # below the idle limit of common proxies
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.max_ping_strikes", 0),
+]
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class CloudServer:
+    """A server that listens from `start` to `stop`."""
+
+    def __init__(self, settings: Settings, models: Mapping[str, Model], bundles: Sequence[Bundle] = ()) -> None:
+        """Takes loaded models by id, the default first; settings that concern loading are not looked at."""
+        self._settings = settings
+        self.engine = Engine(
+            {name: model.denoiser for name, model in models.items()},
+            max_batch=settings.max_batch,
+            max_queue=settings.max_queue,
+            num_threads=settings.threads,
+        )
+        infos = [model.info for model in models.values()]
+        limits = responses.limits(
+            min_size=max(info.size_multiple for info in infos),
+            max_size=settings.max_size or 2 * max(info.default_size for info in infos),
+            max_queue=settings.max_queue,
+            max_batch=settings.max_batch,
+        )
+        self._service = DenoisingService(
+            self.engine,
+            models,
+            version=importlib.metadata.version("hybridsd"),
+            limits=limits,
+            bundles=[bundle.info() for bundle in bundles],
+            heartbeat_s=settings.heartbeat_s,
+        )
+        token = [] if settings.token is None else [TokenInterceptor(settings.token)]
+        self._server = grpc.aio.server(interceptors=[RequestInterceptor(), *token], options=_OPTIONS)
+        self._health = health.aio.HealthServicer()
+        denoising_service_pb2_grpc.add_DenoisingServiceServicer_to_server(self._service, self._server)
+        bundle_service_pb2_grpc.add_BundleServiceServicer_to_server(BundleService(bundles), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        self._watchdog: asyncio.Task[None] | None = None
+        self.port = 0
+
+    async def start(self) -> None:
+        """Listens, and sets `port`.
+
+        Raises:
+            OSError: If the address cannot be had.
+        """
+        settings = self._settings
+        host = f"[{settings.host}]" if ":" in settings.host and not settings.host.startswith("[") else settings.host
+        address = f"{host}:{settings.port}"
+        try:
+            if settings.tls_cert is not None and settings.tls_key is not None:
+                pair = (settings.tls_key.read_bytes(), settings.tls_cert.read_bytes())
+                self.port = self._server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+            else:
+                self.port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {address}: {error}; choose another --port") from error
+        if self.port == 0:
+            raise OSError(f"cannot listen on {address}; choose another --host or --port")
+        self.engine.start()
+        await self._set_health(_SERVING)
+        await self._server.start()
+        self._watchdog = asyncio.create_task(self._watch())
+        log.info("listening", address=f"{host}:{self.port}", tls=settings.tls_cert is not None)
+
+    async def stop(self, drain_timeout_s: float) -> None:
+        """Refuses new jobs, lets the running ones finish, and closes.
+
+        Args:
+            drain_timeout_s: How long jobs may take; then they end with UNAVAILABLE.
+        """
+        log.info("draining", **_load(self.engine))
+        self.engine.drain()
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+        await self._health.enter_graceful_shutdown()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(drain_timeout_s):
+                while self._service.num_streams or not self.engine.is_idle:  # noqa: ASYNC110  (two things, one a thread's)
+                    await asyncio.sleep(0.05)
+        load = _load(self.engine)
+        await asyncio.to_thread(self.engine.stop, 5.0)
+        await self._server.stop(1.0)
+        log.info("stopped", **load)
+
+    async def _set_health(self, status: int) -> None:
+        for name in ("", *SERVICES):
+            await self._health.set(name, status)
+
+    async def _watch(self) -> None:
+        """Says NOT_SERVING while the engine has work but does not move, or has died."""
+        was_well = True
+        while True:
+            await asyncio.sleep(min(1.0, self._settings.stall_timeout_s / 4))
+            stalled_s = self.engine.stalled_s()
+            is_well = stalled_s < self._settings.stall_timeout_s
+            if is_well != was_well:
+                log.log(20 if is_well else 40, "health", is_well=is_well, stalled_s=stalled_s)
+                await self._set_health(_SERVING if is_well else _NOT_SERVING)
+            was_well = is_well
+
+
+async def run(server: CloudServer, settings: Settings, *, on_listening: Callable[[int], None]) -> None:
+    """Serves until SIGTERM or SIGINT, then drains; a second signal ends at once."""
+    loop = asyncio.get_running_loop()
+    asked, urged = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (urged if asked.is_set() else asked).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    await server.start()
+    on_listening(server.port)
+    await asked.wait()
+    stopping = asyncio.create_task(server.stop(settings.drain_timeout_s))
+    hurry = asyncio.create_task(urged.wait())
+    await asyncio.wait({stopping, hurry}, return_when=asyncio.FIRST_COMPLETED)
+    hurry.cancel()
+    if not stopping.done():
+        stopping.cancel()
+        log.warning("stopped_at_once")
+
+
+def _load(engine: Engine) -> dict[str, int]:
+    load = engine.load()
+    return {"num_running": load.num_running, "num_queued": load.num_queued}

@@ -1,0 +1,118 @@
+"""`hybridsd.v1.DenoisingService`: messages in, jobs to the engine, events out.
+
+Knows nothing of torch or of how a step is made.
+"""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import grpc
+
+from cloud_server import responses
+from cloud_server.engine import Engine
+from cloud_server.jobs import Failed, Finished, JobRequest, Snapshot
+from cloud_server.logs import note
+from cloud_server.mailbox import Mailbox
+from cloud_server.models import Model
+from cloud_server.requests import AnswerStyle, RequestReader, check_request_id
+from hybridsd.v1 import denoising_service_pb2 as pb
+from hybridsd.v1 import denoising_service_pb2_grpc
+
+
+class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
+    """The service, on an engine. Errors are raised as `HybridSDError`; an interceptor makes statuses of them."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        models: Mapping[str, Model],
+        *,
+        version: str,
+        limits: pb.Limits,
+        bundles: list[pb.BundleInfo],
+        heartbeat_s: float = 5.0,
+    ) -> None:
+        """Takes an engine that serves `models`, the default first."""
+        self._engine, self._models, self._version = engine, models, version
+        self._limits, self._bundles, self._heartbeat_s = limits, bundles, heartbeat_s
+        self._reader = RequestReader(models, max_size=limits.max_size, min_size=limits.min_size)
+        self.num_streams = 0
+
+    async def Denoise(  # type: ignore[override]
+        self, request: pb.DenoiseRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> None:
+        """Runs a job, or attaches to it, and streams its events."""
+        arrived_s = time.monotonic()
+        remaining_s = context.time_remaining()
+        deadline_s = None if remaining_s is None else arrived_s + remaining_s
+        job_request, style = await self._reader.read(request)
+        note(
+            job=job_request.request_id,
+            model=job_request.model,
+            scheduler=job_request.plan.scheduler[:64],
+            steps=job_request.plan.num_inference_steps,
+            first_call=job_request.first_call,
+            handoff_call=job_request.handoff_call,
+            size=f"{job_request.latent_shape[2]}x{job_request.latent_shape[1]}",
+        )
+        mailbox = Mailbox()
+        job = self._engine.submit(job_request, mailbox, deadline_s=deadline_s, arrived_s=arrived_s)
+        self.num_streams += 1
+        try:
+            await self._relay(mailbox, job_request, style, context)
+        finally:
+            self.num_streams -= 1
+            self._engine.detach(job, mailbox)
+            usage = job.usage()
+            note(
+                num_calls=usage.num_calls,
+                queue_ms=round(1e3 * usage.queue_s, 3),
+                text_ms=round(1e3 * usage.text_s, 3),
+                compute_ms=round(1e3 * usage.compute_s, 3),
+                states_dropped=mailbox.num_dropped,
+            )
+
+    async def _relay(
+        self,
+        mailbox: Mailbox,
+        request: JobRequest,
+        style: AnswerStyle,
+        context: "grpc.aio.ServicerContext[Any, Any]",
+    ) -> None:
+        """Sends what comes into the mailbox until the job has ended."""
+        sent_bytes = 0
+        while True:
+            event = await mailbox.next(self._heartbeat_s)
+            if isinstance(event, Failed):
+                raise event.error
+            if isinstance(event, Snapshot) and not responses.is_wanted(event, style):
+                continue
+            if event is None:
+                message = responses.heartbeat()
+            else:
+                message = responses.response(event, request, style, sent_bytes=sent_bytes)
+            await context.write(message)
+            sent_bytes += message.ByteSize()
+            note(sent_bytes=sent_bytes)
+            if isinstance(event, Finished):
+                return
+
+    async def CancelDenoise(
+        self, request: pb.CancelDenoiseRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> pb.CancelDenoiseResponse:
+        """Stops a job."""
+        check_request_id(request.request_id, may_be_empty=False)
+        return pb.CancelDenoiseResponse(cancelled=self._engine.cancel(request.request_id))
+
+    async def GetCapabilities(
+        self, request: pb.GetCapabilitiesRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> pb.GetCapabilitiesResponse:
+        """Says what there is."""
+        return responses.capabilities(
+            version=self._version,
+            models=[model.info for model in self._models.values()],
+            bundles=self._bundles,
+            limits=self._limits,
+            load=self._engine.load(),
+        )

@@ -1,0 +1,55 @@
+"""Where and how the server runs: one value, built in `cli.py` from flags and HYBRIDSD_CLOUD_* variables.
+
+Knows nothing of models; reads nothing by itself.
+"""
+
+import ipaddress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """See the help of `hybridsd-cloud serve`."""
+
+    models: tuple[str, ...]
+    """`[id=]path` or `[id=]hub_id`, the default first."""
+    device: str = "auto"
+    dtype: str = "auto"
+    latent_space: str | None = None
+    threads: int | None = None
+    host: str = "127.0.0.1"
+    port: int = 50051
+    port_file: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    insecure: bool = False
+    token: str | None = field(default=None, repr=False)
+    max_batch: int = 8
+    max_queue: int = 32
+    max_size: int | None = None
+    """Pixels; None is twice the largest default size of the models."""
+    bundles: tuple[Path, ...] = ()
+    drain_timeout_s: float = 30.0
+    heartbeat_s: float = 5.0
+    stall_timeout_s: float = 60.0
+    """Work without movement for this long is sickness; larger than a slow step."""
+
+    def __post_init__(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("--tls-cert and --tls-key go together; give both or none")
+        if self.tls_cert is None and not self.insecure and not is_loopback(self.host):
+            raise ValueError(
+                f"host {self.host} is not a loopback address, and there is no certificate:"
+                " give --tls-cert and --tls-key, or --insecure to send pictures in the clear"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

@@ -24,8 +24,6 @@ def check_model(model: Model) -> Iterator[str]:
     info, denoiser = model.info, model.denoiser
     cells = info.default_size // info.vae_scale_factor
     shape = (info.latent_channels, cells, cells)
-    yield f"device            {denoiser.device}"
-    yield f"dtype             {denoiser.dtype}"
     yield f"U-Net             {info.num_parameters:,} parameters"
     yield f"text encoder      {model.num_text_parameters:,} parameters"
     yield f"latent space      {info.latent_space}, {info.latent_channels} x {cells} x {cells}"

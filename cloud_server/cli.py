@@ -9,13 +9,17 @@ import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import structlog
 
 from cloud_server import logs
 from cloud_server.settings import Settings
+
+if TYPE_CHECKING:
+    from cloud_server.devices import Placement
+    from cloud_server.models import Model
 
 F = TypeVar("F", bound=Callable[..., Any])
 log = structlog.get_logger()
@@ -91,8 +95,7 @@ def serve(log_format: logs.LogFormat, token_file: Path | None, **options: Any) -
 
     try:
         bundles = [load_bundle(folder) for folder in settings.bundles]
-        models = _load(settings)
-        server = process.CloudServer(settings, models, bundles)
+        models = _load(settings, _placement(settings))
 
         def on_listening(port: int) -> None:
             if settings.port_file is not None:
@@ -100,7 +103,7 @@ def serve(log_format: logs.LogFormat, token_file: Path | None, **options: Any) -
                 part.write_text(f"{port}\n", encoding="utf-8")
                 part.replace(settings.port_file)  # readers see no file or all of it
 
-        asyncio.run(process.run(server, settings, on_listening=on_listening))
+        asyncio.run(process.run(settings, models, bundles, on_listening=on_listening))
     except (ModelError, HybridSDError, OSError) as error:
         raise click.UsageError(str(error)) from error
 
@@ -114,10 +117,14 @@ def check(log_format: logs.LogFormat, **options: Any) -> None:
     from cloud_server.checking import check_model
     from cloud_server.models import ModelError
 
-    for key, value in _shown(settings).items():
-        click.echo(f"{key + ':':<18}{value}")
+    for key in ("models", "device", "dtype", "latent_space", "threads"):
+        click.echo(f"{key + ':':<14}{_shown(settings)[key]}")
     try:
-        for name, model in _load(settings).items():
+        placement = _placement(settings)
+        click.echo(
+            f"\nruns on {placement.device} ({placement.device_reason}), in {placement.dtype} ({placement.dtype_reason})"
+        )
+        for name, model in _load(settings, placement).items():
             click.echo(f"\nmodel {name}")
             for line in check_model(model):
                 click.echo(f"  {line}")
@@ -156,20 +163,24 @@ def _token(path: Path | None) -> str | None:
     return token
 
 
-def _load(settings: Settings) -> dict[str, Any]:
+def _placement(settings: Settings) -> "Placement":
+    from cloud_server.devices import place
+
+    try:
+        return place(settings.device, settings.dtype)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _load(settings: Settings, placement: "Placement") -> "dict[str, Model]":
     """Loads the models, by id."""
     import torch
 
-    from cloud_server.devices import place
     from cloud_server.models import ModelError, load_model
 
     logs.quiet_libraries()
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    try:
-        placement = place(settings.device, settings.dtype)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
     models = {}
     for source in settings.models:
         started_s = time.monotonic()

@@ -44,7 +44,7 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 class CloudServer:
-    """A server that listens from `start` to `stop`."""
+    """A server that listens from `start` to `stop`; made, started and stopped on one event loop."""
 
     def __init__(self, settings: Settings, models: Mapping[str, Model], bundles: Sequence[Bundle] = ()) -> None:
         """Takes loaded models by id, the default first; settings that concern loading are not looked at."""
@@ -142,7 +142,9 @@ class CloudServer:
             was_well = is_well
 
 
-async def run(server: CloudServer, settings: Settings, *, on_listening: Callable[[int], None]) -> None:
+async def run(
+    settings: Settings, models: Mapping[str, Model], bundles: Sequence[Bundle], *, on_listening: Callable[[int], None]
+) -> None:
     """Serves until SIGTERM or SIGINT, then drains; a second signal ends at once."""
     loop = asyncio.get_running_loop()
     asked, urged = asyncio.Event(), asyncio.Event()
@@ -152,6 +154,7 @@ async def run(server: CloudServer, settings: Settings, *, on_listening: Callable
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
+    server = CloudServer(settings, models, bundles)
     await server.start()
     on_listening(server.port)
     await asked.wait()

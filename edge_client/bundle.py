@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import platformdirs
 
-from edge_client.remote import RemoteFile
+from edge_client.remote_types import RemoteFile
 from hybridsd import plan as plans
 from hybridsd.errors import InternalError, InvalidRequest, ModelMismatch, NotFound, Reason
 from hybridsd.manifest import MANIFEST_NAME, Manifest, read_manifest, verify_files

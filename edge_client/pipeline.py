@@ -30,7 +30,8 @@ from edge_client.events import (
 )
 from edge_client.images import to_u8
 from edge_client.onnx_models import Models
-from edge_client.remote import Cloud, CloudState, Job, RemoteJob
+from edge_client.remote import Cloud, RemoteJob
+from edge_client.remote_types import CloudState, Job
 from edge_client.request import Request, Resolved, resolve
 from hybridsd import noise
 from hybridsd.errors import (

@@ -2,13 +2,15 @@
 
     python tests/tiny_bundle.py DIR [--latent-space NAME]
 
-The U-Net is one 3x3 convolution plus what the text and the time add to each channel; `TinyUNet` is the same in numpy, so
-that a test can say what a picture must be. Plans are made by hand: one state, two states, noise, two calls a step.
+The U-Net is one 3x3 convolution plus what the text and the time add to each channel; `TinyUNet` is the same in numpy,
+so that a test can say what a picture must be. Plans are made by hand: one state, two states, noise, two calls a step.
 """
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import onnx
@@ -22,7 +24,29 @@ from hybridsd.plan import Plan, PlanRow
 
 CHANNELS, CONTEXT_LENGTH, EMBED_DIM, CELL = 4, 12, 8, 8
 LATENT_SPACE = "tiny-test"
-WORDS = "a an the red blue green fox donut cat dog left right of to on under and background no text blurry".split()
+WORDS = [
+    "a",
+    "an",
+    "the",
+    "red",
+    "blue",
+    "green",
+    "fox",
+    "donut",
+    "cat",
+    "dog",
+    "left",
+    "right",
+    "of",
+    "to",
+    "on",
+    "under",
+    "and",
+    "background",
+    "no",
+    "text",
+    "blurry",
+]
 Floats = NDArray[np.float32]
 
 
@@ -112,7 +136,7 @@ def _save(folder: Path, name: str, nodes: list, inputs: list, output: tuple, con
     onnx.save(model, str(folder / f"{name}.onnx"))
 
 
-def _save_models(folder: Path, seed: int) -> None:
+def _save_models(folder: Path, seed: int, cell: int) -> None:
     node, f, i = helper.make_node, TensorProto.FLOAT, TensorProto.INT64
     unet, rng = TinyUNet(seed), np.random.default_rng(1000 + seed)
     latents = ["B", CHANNELS, "h", "w"]
@@ -150,13 +174,13 @@ def _save_models(folder: Path, seed: int) -> None:
         [("latents", f, latents)], ("image", ["B", 3, "H", "W"]),
         {
             "kernel": rng.normal(size=(3, CHANNELS, 1, 1)).astype(np.float32),
-            "scales": np.array([1, 1, CELL, CELL], dtype=np.float32),
+            "scales": np.array([1, 1, cell, cell], dtype=np.float32),
         },
     )  # fmt: skip
     _save(
         folder, "vae_encoder",
         [
-            node("AveragePool", ["image"], ["small"], kernel_shape=[CELL, CELL], strides=[CELL, CELL]),
+            node("AveragePool", ["image"], ["small"], kernel_shape=[cell, cell], strides=[cell, cell]),
             node("Conv", ["small", "kernel"], ["latents"]),
         ],
         [("image", f, ["B", 3, "H", "W"])], ("latents", latents),
@@ -184,13 +208,28 @@ def default_plans() -> dict[str, Plan]:
 
 
 def write_bundle(
-    folder: Path, *, seed: int = 0, latent_space: str = LATENT_SPACE, guidance_scale: float = 3.0
+    folder: Path,
+    *,
+    seed: int = 0,
+    latent_space: str = LATENT_SPACE,
+    guidance_scale: float = 3.0,
+    cell: int = CELL,
+    more_plans: Mapping[str, Plan] = MappingProxyType({}),
 ) -> manifests.Manifest:
-    """Writes a bundle; returns its manifest. The default picture is 32x32, 6 steps of ddim, 3 of them the cloud's."""
+    """Writes a bundle; returns its manifest. The default picture is 32x32, 6 steps of ddim, 3 of them the cloud's.
+
+    Args:
+        folder: Where to; made if missing.
+        seed: Selects the weights.
+        latent_space: What the manifest says.
+        guidance_scale: The default.
+        cell: Pixels that a latent cell spans; 4 pairs with `tests.tiny_pipeline`.
+        more_plans: Beside `default_plans`, by "scheduler/steps".
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    _save_models(folder, seed)
+    _save_models(folder, seed, cell)
     _save_tokenizer(folder)
-    table = {name: json.loads(plans.to_json(plan)) for name, plan in default_plans().items()}
+    table = {name: json.loads(plans.to_json(plan)) for name, plan in {**default_plans(), **more_plans}.items()}
     (folder / "plans.json").write_text(json.dumps(table), encoding="utf-8")
     roles = {role: f"{role}.onnx" for role in ("unet", "text_encoder", "vae_decoder", "vae_encoder")}
     roles |= {"tokenizer": "tokenizer.json", "plans": "plans.json"}
@@ -198,9 +237,9 @@ def write_bundle(
         name="tiny-edge",
         latent_space=latent_space,
         latent_channels=CHANNELS,
-        vae_scale_factor=CELL,
+        vae_scale_factor=cell,
         scaling_factor=1.0,
-        size_multiple=16,
+        size_multiple=2 * cell,
         prediction_type="epsilon",
         context_length=CONTEXT_LENGTH,
         embed_dim=EMBED_DIM,

@@ -1,0 +1,257 @@
+"""A job as protobuf messages, and what a cloud answers as our events.
+
+With `edge_client.remote` the only place that sees messages; knows no gRPC. Nothing that arrives is trusted: tensors and
+plans are checked for size, shape, finite values and digest before anyone else sees them.
+"""
+
+from typing import Any, NoReturn
+
+from google.protobuf.duration_pb2 import Duration
+
+from edge_client.cache import Cache
+from edge_client.events import CloudStarted, Conditioning, Queued, Usage
+from edge_client.remote_types import CloudEvent, CloudState, Job
+from hybridsd import codec
+from hybridsd.errors import InternalError, InvalidRequest, Reason
+from hybridsd.plan import Plan
+from hybridsd.v1 import denoising_service_pb2 as pb
+from hybridsd.v1 import plan_pb2, tensor_pb2
+
+REATTACH_GRACE_S = 5
+"""How long the server keeps a job whose stream broke, so that we can attach again."""
+MAX_KNOWN_DIGESTS = 64
+
+
+class Conversation:
+    """The messages of one job. The request is made once: a retry must not differ from it.
+
+    Args:
+        job: What to ask for.
+        cache: What earlier conversations brought, to be named instead of sent again.
+    """
+
+    def __init__(self, job: Job, cache: Cache) -> None:
+        self._job, self._cache = job, cache
+        self._plan: Plan | None = None
+        self._tensors: dict[bytes, tensor_pb2.Tensor] = {}
+        self._plans: dict[bytes, Plan] = {}
+        for plan in (job.sent_plan, job.known_plan):
+            if plan is not None:
+                self._plans[plan.digest()] = plan
+        self._load_known()
+        self._own_messages, self._own = _encode_own(job)
+        self._message = self._build()
+
+    def request(self, *, resume_call: int) -> pb.DenoiseRequest:
+        """Returns the request; above 0, `resume_call` is the call of the state that the caller holds already."""
+        message = pb.DenoiseRequest()
+        message.CopyFrom(self._message)
+        message.resume_call = resume_call
+        return message
+
+    def _keys(self, text: str) -> tuple[str, ...]:
+        return ("embeds", self._job.model, self._job.codec, text)
+
+    def _plan_key(self) -> tuple[str, ...]:
+        return ("plan", self._job.model, self._job.scheduler, str(self._job.num_inference_steps))
+
+    def _load_known(self) -> None:
+        """Reads from the cache what the server may send again; whatever is broken is dropped."""
+        job, cache = self._job, self._cache
+        if job.conditioning is None:
+            for text in {job.prompt, job.negative_prompt}:
+                found = cache.find(*self._keys(text))
+                if found is None:
+                    continue
+                message = _parse(tensor_pb2.Tensor(), found[1])
+                if message is not None and codec.tensor_digest(message) == found[0]:
+                    self._tensors[found[0]] = message
+                else:
+                    cache.drop(found[0])
+        found = cache.find(*self._plan_key())
+        if found is not None:
+            plan = _parse_plan(found[1])
+            if plan is not None and plan.digest() == found[0]:
+                self._plans[found[0]] = plan
+            else:
+                cache.drop(found[0])
+
+    def _build(self) -> pb.DenoiseRequest:
+        job = self._job
+        encoding = codec.ENCODINGS[job.codec]
+        message = pb.DenoiseRequest(
+            request_id=job.request_id,
+            model=job.model,
+            latent_space=job.latent_space,
+            guidance_scale=job.guidance_scale,
+            seed=job.seed,
+            image_index=job.image_index,
+            width=job.width,
+            height=job.height,
+            first_step=job.first_step,
+            handoff_step=job.handoff_step,
+            initial_state=[codec.encode_tensor(array, codec.FLOAT32) for array in job.initial_state],
+            state_every=1,
+            preview_every=job.preview_every,
+            encoding=encoding,
+            known_digests=[*self._tensors, *self._plans][:MAX_KNOWN_DIGESTS],
+            reattach_grace=Duration(seconds=REATTACH_GRACE_S),
+        )
+        if self._own_messages:
+            message.embeddings.prompt_embeds.CopyFrom(self._own_messages[0])
+            if len(self._own_messages) > 1:
+                message.embeddings.negative_prompt_embeds.CopyFrom(self._own_messages[1])
+        else:
+            message.text.prompt, message.text.negative_prompt = job.prompt, job.negative_prompt
+        if job.sent_plan is not None:
+            message.plan.CopyFrom(codec.encode_plan(job.sent_plan))
+        else:
+            message.scheduler.name, message.scheduler.num_inference_steps = job.scheduler, job.num_inference_steps
+        if job.initial_latents is not None:
+            message.initial_latents.CopyFrom(codec.encode_tensor(job.initial_latents, codec.FLOAT32))
+        return message
+
+    def read(self, message: pb.DenoiseResponse) -> CloudEvent | None:
+        """Returns a message as an event; None for a heartbeat, or what a newer server may add.
+
+        Raises:
+            InternalError: INTERNAL, saying what about the message is wrong.
+            ModelMismatch: LATENT_SPACE_MISMATCH.
+        """
+        kind = message.WhichOneof("event")
+        try:
+            if kind == "queued":
+                return Queued(position=message.queued.position)
+            if kind == "started":
+                return self._started(message.started)
+            if kind == "state":
+                return self._state(message.state)
+        except InvalidRequest as error:
+            _refuse(error.message)
+        if kind == "finished":
+            usage = message.finished.usage
+            return Usage(
+                queue_s=seconds(usage.queue_duration),
+                text_s=seconds(usage.text_duration),
+                compute_s=seconds(usage.compute_duration),
+                num_calls=usage.num_calls,
+                sent_bytes=usage.sent_bytes,
+            )
+        return None
+
+    def _started(self, started: pb.Started) -> CloudStarted:
+        job = self._job
+        if job.latent_space and started.latent_space != job.latent_space:
+            raise Reason.LATENT_SPACE_MISMATCH.error(
+                f"the cloud's model {started.model[:64]!r} is of latent space {started.latent_space[:64]!r}, "
+                f"the bundle of {job.latent_space!r}; choose another --model or --bundle",
+                field="latent_space",
+            )
+        if abs(started.guidance_scale - job.guidance_scale) > 1e-9:
+            _refuse(f"guidance_scale {started.guidance_scale}, not {job.guidance_scale}")
+        plan = self._read_plan(started)
+        if plan.num_inference_steps != job.num_inference_steps:
+            _refuse(f"a plan of {plan.num_inference_steps} steps, not {job.num_inference_steps}")
+        self._plan = plan
+        conditioning = self._own
+        if conditioning is None and started.HasField("prompt"):
+            wants_negative = job.guidance_scale != 1
+            if wants_negative and not started.HasField("negative_prompt"):
+                _refuse("no unconditional embeddings, which guidance needs")
+            negative = self._embeds(started.negative_prompt, job.negative_prompt) if wants_negative else None
+            conditioning = Conditioning(
+                prompt_embeds=self._embeds(started.prompt, job.prompt), negative_prompt_embeds=negative
+            )
+        return CloudStarted(
+            request_id=started.request_id,
+            model=started.model,
+            plan=plan,
+            conditioning=conditioning,
+            guidance_scale=started.guidance_scale,
+            num_dropped_tokens=started.num_dropped_tokens,
+        )
+
+    def _read_plan(self, started: pb.Started) -> Plan:
+        digest = started.plan_digest
+        if started.HasField("plan"):
+            plan = codec.decode_plan(started.plan)
+            if plan.digest() != digest:
+                _refuse("a plan that does not match its digest")
+            if self._job.sent_plan is None:
+                self._cache.store(digest, started.plan.SerializeToString(), self._plan_key())
+            self._plans[digest] = plan
+        if digest not in self._plans:
+            _refuse("no plan, and the digest of one that was never named")
+        return self._plans[digest]
+
+    def _embeds(self, message: pb.Conditioning, text: str) -> Any:
+        digest = message.digest
+        if message.HasField("embeds"):
+            if codec.tensor_digest(message.embeds) != digest:
+                _refuse("embeddings that do not match their digest")
+            embeds = codec.decode_tensor(message.embeds, shape=self._job.embed_shape, field="embeddings")
+            self._tensors[digest] = message.embeds
+            self._cache.store(digest, message.embeds.SerializeToString(), self._keys(text))
+            return embeds
+        if digest not in self._tensors:
+            _refuse("no embeddings, and the digest of some that were never named")
+        self._cache.point(digest, self._keys(text))
+        return codec.decode_tensor(self._tensors[digest], shape=self._job.embed_shape, field="embeddings")
+
+    def _state(self, state: pb.State) -> CloudState:
+        plan = self._plan
+        if plan is None:
+            _refuse("a state before it said which plan it follows")
+        last = plan.first_call(self._job.handoff_step)
+        if not self._job.first_call < state.call <= last:
+            _refuse(f"a state before call {state.call}; it must be in [{self._job.first_call + 1}, {last}]")
+        if len(state.arrays) != plan.num_arrays(state.call):
+            _refuse(f"a state of {len(state.arrays)} arrays; it must have {plan.num_arrays(state.call)}")
+        if state.is_handoff != (state.call == last):
+            _refuse(f"is_handoff at call {state.call}; the hand-off is at {last}")
+        shape = self._job.latent_shape
+        preview = state.x0_preview if state.HasField("x0_preview") else None
+        return CloudState(
+            call=state.call,
+            arrays=tuple(codec.decode_tensor(array, shape=shape, field="state") for array in state.arrays),
+            x0_preview=None if preview is None else codec.decode_tensor(preview, shape=shape, field="x0_preview"),
+            is_handoff=state.is_handoff,
+        )
+
+
+def _encode_own(job: Job) -> tuple[list[tensor_pb2.Tensor], Conditioning | None]:
+    """Encodes the caller's embeddings, and returns them also as the cloud will see them."""
+    given = job.conditioning
+    if given is None:
+        return [], None
+    encoding = codec.ENCODINGS[job.codec]
+    pair = (given.prompt_embeds, given.negative_prompt_embeds)
+    messages = [codec.encode_tensor(embeds, encoding) for embeds in pair if embeds is not None]
+    prompt_embeds, *negative = (codec.decode_tensor(message) for message in messages)
+    own = Conditioning(prompt_embeds=prompt_embeds, negative_prompt_embeds=negative[0] if negative else None)
+    return messages, own
+
+
+def seconds(duration: Duration) -> float:
+    """Returns a protobuf duration in seconds."""
+    return duration.seconds + duration.nanos / 1e9
+
+
+def _refuse(what: str) -> NoReturn:
+    raise InternalError(Reason.INTERNAL, f"the cloud sent something that cannot be used: {what}")
+
+
+def _parse(message: tensor_pb2.Tensor, content: bytes) -> tensor_pb2.Tensor | None:
+    try:
+        message.ParseFromString(content)
+        codec.decode_tensor(message)
+    except Exception:  # protobuf's DecodeError, or our own: the entry is broken either way
+        return None
+    return message
+
+
+def _parse_plan(content: bytes) -> Plan | None:
+    try:
+        return codec.decode_plan(plan_pb2.Plan.FromString(content))
+    except Exception:  # as above
+        return None

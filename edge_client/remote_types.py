@@ -1,0 +1,88 @@
+"""What the edge and the cloud talk about, in our own types.
+
+Knows nothing of gRPC or protobuf: `edge_client.remote` and `edge_client.messages` turn these into calls and messages.
+"""
+
+from dataclasses import dataclass
+
+from edge_client.arrays import Latents
+from edge_client.events import CloudStarted, Conditioning, Queued, Usage
+from hybridsd.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What the cloud is asked to do for one picture."""
+
+    request_id: str
+    model: str
+    latent_space: str
+    prompt: str
+    negative_prompt: str
+    conditioning: Conditioning | None
+    """Embeddings to send instead of the text."""
+    guidance_scale: float
+    seed: int
+    image_index: int
+    width: int
+    height: int
+    latent_shape: tuple[int, int, int]
+    embed_shape: tuple[int, int]
+    scheduler: str
+    num_inference_steps: int
+    known_plan: Plan | None
+    """The plan as we hold it already, to be named by its digest."""
+    sent_plan: Plan | None
+    """A plan that the cloud must use instead of compiling the scheduler's."""
+    first_step: int
+    first_call: int
+    handoff_step: int
+    initial_state: tuple[Latents, ...]
+    initial_latents: Latents | None
+    preview_every: int
+    codec: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CloudState:
+    """A solver state that the cloud sent, checked against the plan."""
+
+    call: int
+    arrays: tuple[Latents, ...]
+    x0_preview: Latents | None
+    is_handoff: bool
+
+
+CloudEvent = Queued | CloudStarted | CloudState | Usage
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CloudModel:
+    """A model that the cloud serves."""
+
+    id: str
+    latent_space: str
+    prediction_type: str
+    num_parameters: int
+    default_size: int
+    schedulers: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RemoteFile:
+    """A file of a bundle that the cloud hands out."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Capabilities:
+    """What a cloud can do."""
+
+    server_version: str
+    models: tuple[CloudModel, ...]
+    bundles: dict[str, tuple[RemoteFile, ...]]
+    num_running: int
+    num_queued: int

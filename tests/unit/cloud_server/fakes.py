@@ -1,0 +1,197 @@
+"""Small stand-ins: a U-Net that waits for permission, requests with defaults, a client of one server."""
+
+import threading
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import grpc
+import numpy as np
+import torch
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from cloud_server.denoiser import Denoiser
+from cloud_server.engine import Engine
+from cloud_server.jobs import Encoded, Event, Failed, Finished, JobRequest, Snapshot, new_request_id
+from cloud_server.mailbox import Mailbox
+from cloud_server.models import Model
+from cloud_server.server import CloudServer
+from hybridsd import noise
+from hybridsd.plan import Advance, Plan, denoise, initial_state
+from hybridsd.v1 import bundle_service_pb2_grpc, denoising_service_pb2_grpc
+from hybridsd.v1 import denoising_service_pb2 as pb
+
+SHAPE = (4, 8, 8)
+PROMPT = "a fox on a blue hill"
+
+
+class GatedDenoiser:
+    """A denoiser whose `predict` takes a permit for each call, and remembers how many rows each had."""
+
+    def __init__(self, inner: Denoiser) -> None:
+        self.inner, self.device, self.dtype = inner, inner.device, inner.dtype
+        self.rows: list[int] = []
+        self._permits = threading.Semaphore(0)
+        self._is_open = False
+        self.entered = threading.Semaphore(0)
+        """One permit for each call that has begun."""
+
+    def allow(self, calls: int) -> None:
+        self._permits.release(calls)
+
+    def open(self) -> None:
+        self._is_open = True
+        self._permits.release(10_000)
+
+    def encode(self, text: str) -> Encoded:
+        return self.inner.encode(text)
+
+    def predict(self, sample: torch.Tensor, timesteps: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        self.rows.append(len(sample))
+        self.entered.release()
+        self._permits.acquire()
+        return self.inner.predict(sample, timesteps, embeds)
+
+
+class FailingDenoiser:
+    """A denoiser that fails, by an exception or by NaN, where `is_bad` says so of its embeddings."""
+
+    def __init__(self, inner: Denoiser, *, error: Exception | None, max_rows: int | None = None) -> None:
+        self.inner, self.device, self.dtype = inner, inner.device, inner.dtype
+        self._error, self._max_rows = error, max_rows
+        self.rows: list[int] = []
+
+    def encode(self, text: str) -> Encoded:
+        return self.inner.encode(text)
+
+    def predict(self, sample: torch.Tensor, timesteps: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        self.rows.append(len(sample))
+        bad = (embeds == 13.0).flatten(1).all(1)
+        if self._max_rows is not None and len(sample) > self._max_rows:
+            raise torch.OutOfMemoryError("out of memory")
+        if bad.any() and self._error is not None:
+            raise self._error
+        output = self.inner.predict(sample, timesteps, embeds)
+        output[bad] = float("nan")
+        return output
+
+
+def bad_embeds() -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Returns the embeddings that a `FailingDenoiser` fails for."""
+    return np.full((12, 8), 13.0, np.float32)
+
+
+def job_request(model: Model, **changes: Any) -> JobRequest:
+    """Returns a guided job of 6 steps, with changes."""
+    plan = changes.pop("plan", None) or model.plans.plan("dpmpp_2m", 6)
+    defaults = {
+        "request_id": new_request_id(),
+        "model": "tiny",
+        "prompt": PROMPT,
+        "negative_prompt": "",
+        "guidance_scale": 4.0,
+        "latent_shape": SHAPE,
+        "plan": plan,
+        "handoff_call": len(plan.rows),
+        "state_every": 1,
+    }
+    return JobRequest(**{**defaults, **changes})
+
+
+async def events_of(engine: Engine, request: JobRequest) -> list[Event]:
+    """Runs a job to its end and returns all that happened."""
+    mailbox = Mailbox()
+    job = engine.submit(request, mailbox)
+    events = await read_to_end(mailbox)
+    engine.detach(job, mailbox)
+    return events
+
+
+async def read_to_end(mailbox: Mailbox) -> list[Event]:
+    """Returns the events of a mailbox up to the last."""
+    events: list[Event] = []
+    while not events or not isinstance(events[-1], Finished | Failed):
+        event = await mailbox.next(30.0)
+        assert event is not None, f"nothing came for 30 s after {events}"
+        events.append(event)
+    return events
+
+
+def states(events: Sequence[Event]) -> dict[int, Snapshot]:
+    """Returns the snapshots among events, by call."""
+    return {event.call: event for event in events if isinstance(event, Snapshot)}
+
+
+def reference(model: Model, request: JobRequest) -> dict[int, Advance[torch.Tensor]]:
+    """Runs a job alone with `hybridsd.plan.denoise`; returns where it is after each call."""
+    assert isinstance(request.prompt, str)
+    texts = [request.prompt] if request.negative_prompt is None else [request.negative_prompt, request.prompt]
+    embeds = torch.stack([torch.from_numpy(model.denoiser.encode(text).embeds) for text in texts])
+    plan: Plan = request.plan
+
+    def predict(latents: torch.Tensor, timestep: float) -> torch.Tensor:
+        rows = latents[None].repeat(len(embeds), 1, 1, 1)
+        output = model.denoiser.predict(rows, torch.full((len(embeds),), timestep), embeds)
+        return output[0] if len(output) == 1 else output[0] + request.guidance_scale * (output[1] - output[0])
+
+    def draw(call: int) -> torch.Tensor:
+        return torch.from_numpy(noise.call_noise(request.seed, request.image_index, call, SHAPE))
+
+    latents = torch.from_numpy(noise.initial_latents(request.seed, request.image_index, SHAPE))
+    with torch.inference_mode():
+        return {done.call: done for done in denoise(plan, initial_state(plan, latents), predict, draw)}
+
+
+class Client:
+    """The stubs of one server, and what tests ask of it."""
+
+    def __init__(self, server: CloudServer, **channel: Any) -> None:
+        self.server = server
+        self._channel = grpc.aio.insecure_channel(f"127.0.0.1:{server.port}", **channel)
+        self.channel = self._channel
+        self.denoising = denoising_service_pb2_grpc.DenoisingServiceStub(self._channel)
+        self.bundles = bundle_service_pb2_grpc.BundleServiceStub(self._channel)
+
+    async def __aenter__(self) -> "Client":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._channel.close()
+
+    async def denoise(self, request: pb.DenoiseRequest, **options: Any) -> list[pb.DenoiseResponse]:
+        """Returns all messages of a call, without the queue and the heartbeats."""
+        return [message async for message in self.stream(request, **options)]
+
+    async def stream(self, request: pb.DenoiseRequest, **options: Any) -> AsyncIterator[pb.DenoiseResponse]:
+        async for message in self.denoising.Denoise(request, **options):
+            if message.WhichOneof("event") not in ("queued", "heartbeat"):
+                yield message
+
+
+def message(**changes: Any) -> pb.DenoiseRequest:
+    """Returns a request for 4 of 6 steps, with changes."""
+    defaults = {
+        "text": pb.TextConditioning(prompt=PROMPT),
+        "guidance_scale": 4.0,
+        "scheduler": pb.SchedulerSpec(name="dpmpp_2m", num_inference_steps=6),
+        "handoff_step": 4,
+        "encoding": 1,
+    }
+    merged = {**defaults, **changes}
+    return pb.DenoiseRequest(**{key: value for key, value in merged.items() if value is not None})
+
+
+def failure(error: grpc.RpcError) -> tuple[str, str, str | None, float | None]:
+    """Returns code, reason, field and retry delay of an error."""
+    status = rpc_status.from_call(error)
+    info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+    found: dict[str, Any] = {"reason": "", "field": None, "delay": None}
+    for detail in status.details if status else ():
+        if detail.Unpack(info):
+            assert info.domain == "hybridsd"
+            found["reason"] = info.reason
+        elif detail.Unpack(bad):
+            found["field"] = bad.field_violations[0].field
+        elif detail.Unpack(retry):
+            found["delay"] = retry.retry_delay.ToNanoseconds() / 1e9
+    return error.code().name, found["reason"], found["field"], found["delay"]

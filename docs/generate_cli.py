@@ -29,7 +29,12 @@ people to standard error. Exit codes of `hybridsd`: 0 done, 2 wrong usage, 3 the
 def sections(command: click.Command, path: str, parent: click.Context | None = None) -> Iterator[str]:
     """Yields the help of a command and of all below it as sections of Markdown."""
     context = command.make_context(
-        path.rsplit(" ", 1)[-1], [], parent=parent, resilient_parsing=True, terminal_width=WIDTH, max_content_width=WIDTH
+        path.rsplit(" ", 1)[-1],
+        [],
+        parent=parent,
+        resilient_parsing=True,
+        terminal_width=WIDTH,
+        max_content_width=WIDTH,
     )
     yield f"\n## `{path}`\n\n```text\n{command.get_help(context).rstrip()}\n```\n"
     if isinstance(command, click.Group):

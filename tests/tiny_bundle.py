@@ -99,14 +99,14 @@ def make_plan(kind: str, num_steps: int) -> Plan:
                 PlanRow(**common, unet_input=(1.0,), transition=((0.9,),), output=(-0.2,),
                         noise=(0.0 if last else 0.3,), x0_state=(1.05,), x0_output=-0.3)
             )  # fmt: skip
-        elif kind == "dpmpp_2m":
+        elif kind == "dpmpp_2m":  # with a negative zero, as compiled plans have them
             n = 1 if step == 0 else 2
             old = (0.05,) if n == 2 else ()
             sample = (0.96, *old)
             rows.append(
                 PlanRow(**common, unet_input=(1.0, 0.0)[:n], x0_state=(1.08, 0.0)[:n], x0_output=-0.35,
                         transition=(sample,) if last else (sample, (0.2, 0.0)[:n]),
-                        output=(-0.1,) if last else (-0.1, 0.7), noise=(0.0,) if last else (0.0, 0.0))
+                        output=(-0.1,) if last else (-0.1, 0.7), noise=(0.0,) if last else (0.0, -0.0))
             )  # fmt: skip
         else:
             assert kind == "heun"

@@ -85,14 +85,15 @@ class Plan:
         return self.rows[call].step if call < len(self.rows) else self.num_inference_steps
 
     def digest(self) -> bytes:
-        """SHA-256 over the numbers of the plan (docs/protocol.md, "Digests"); the name does not count."""
+        """SHA-256 over the numbers of the plan (docs/protocol.md, "Digests"); -0 counts as 0, the name not at all."""
         sha = hashlib.sha256(b"hybridsd.plan.v1")
         sha.update(struct.pack("<iid", self.num_inference_steps, len(self.rows), self.init_noise_sigma))
         for row in self.rows:
             n, m = len(row.unet_input), len(row.output)
             flat = [value for weights in row.transition for value in weights]
             numbers = (*row.unet_input, *flat, *row.output, *row.noise, *row.x0_state, row.x0_output)
-            sha.update(struct.pack(f"<diii{len(numbers)}d", row.timestep, row.step, n, m, *numbers))
+            positive = (value + 0.0 for value in numbers)  # -0.0 + 0.0 is 0.0, as a message has it
+            sha.update(struct.pack(f"<diii{len(numbers)}d", row.timestep + 0.0, row.step, n, m, *positive))
         return sha.digest()
 
 

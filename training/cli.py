@@ -21,7 +21,10 @@ from typing import Any, cast
 import click
 
 from training import recipes
+from training.latents import encode_part, save_part
 from training.loop import Run, StepRecord, train
+from training.recipes.unet import SCENES_SEED
+from training.vae import load_vae
 from training.workers import Share, shared
 
 PLAIN_LINE_SECONDS = 15.0
@@ -142,3 +145,42 @@ def _train(name: str, recipe: recipes.Recipe, out: Path, *, workers: int, thread
 
 for _name in recipes.by_name():
     _add(_name)
+
+
+def _encode_part(out: Path, scenes: int, share: Share) -> None:
+    """Encodes one worker's part of the scenes."""
+    directory = out / "latents"
+    part = encode_part(load_vae(out / "vae"), share, scenes=scenes, seed=SCENES_SEED)
+    save_part(directory / f"part-{share.rank:02d}.npy", part)
+
+
+@main.command("latents")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The family directory.")
+@click.option("--scenes", type=click.IntRange(min=1), default=60_000, show_default=True)
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes to split over.")
+def latents_command(out: Path, scenes: int, workers: int) -> None:
+    """Encode the scenes that the U-Nets learn from, once."""
+    started = time.monotonic()
+    for old in (out / "latents").glob("part-*.npy"):
+        old.unlink()
+    work = functools.partial(_encode_part, out, scenes)
+    with shared(workers, max(1, (os.cpu_count() or 1) // workers), work) as share:
+        work(share)
+    click.echo(f"{scenes} scenes after {time.monotonic() - started:.0f} s", err=True)
+
+
+@main.command("export")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The family directory.")
+@click.option("--to", "target", type=click.Path(file_okay=False, path_type=Path), required=True, help="Where to write.")
+def export_command(out: Path, target: Path) -> None:
+    """Write the cloud's pipeline and the edge's bundle, with what `evaluate` measured."""
+    from training.export import DEFAULT_CLOUD_STEPS, export_family
+
+    parity = export_family(
+        out, target, quality=(), cloud_steps=DEFAULT_CLOUD_STEPS, say=lambda text: click.echo(text, err=True)
+    )
+    for entry in parity:
+        click.echo(
+            f"{entry.role:13s} largest error {entry.max_abs_error:.2e}, mean {entry.mean_abs_error:.2e}, "
+            f"output std {entry.output_std:.2f}, shapes {' '.join(entry.shapes)}"
+        )

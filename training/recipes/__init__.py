@@ -35,6 +35,13 @@ class Recipe(Protocol):
 
 def by_name() -> dict[str, Callable[[Scale], Recipe]]:
     """Gives the recipes in the order in which they are to be run."""
-    from training.recipes import text, vae
+    from training.recipes import classifier, small_unet, text, tiny_vae, unet, vae
 
-    return {"vae": vae.vae, "text": text.text}
+    return {
+        "vae": vae.vae,
+        "text": text.text,
+        "classifier": classifier.classifier,
+        "unet": unet.unet,
+        "tiny-vae": tiny_vae.tiny_vae,
+        "small-unet": small_unet.small_unet,
+    }

@@ -1,0 +1,75 @@
+"""Encodes a fixed set of scenes once, so that the U-Nets never wait for the VAE.
+
+Scene `i` of the set is drawn by `default_rng((seed, i))`; only its latents are stored, the scene itself is drawn again.
+Latents are float16 [N, 4, 16, 16] as the U-Net sees them: the mean of the VAE's posterior times `scaling_factor`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from numpy.typing import NDArray
+from torch import Tensor
+
+from training.checkpoints import write_atomically
+from training.scenes import Scene, render, sample_scene, to_model_range
+from training.workers import Share
+
+
+def scene_of(seed: int, index: int) -> Scene:
+    """Gives scene `index` of the set."""
+    return sample_scene(np.random.default_rng((seed, index)))
+
+
+def image_of(seed: int, index: int) -> NDArray[np.uint8]:
+    """Draws scene `index` of the set: uint8 [128, 128, 3]."""
+    rng = np.random.default_rng((seed, index))
+    return render(sample_scene(rng), rng)
+
+
+@torch.inference_mode()
+def encode(vae: AutoencoderKL, images: NDArray[np.uint8]) -> Tensor:
+    """Encodes images: uint8 [B, H, W, 3] => float32 [B, 4, H/8, W/8], as the U-Net sees them."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        latents = cast(Tensor, vae.encode(torch.from_numpy(to_model_range(images))).latent_dist.mean)
+    return latents.float() * float(vae.config.scaling_factor)
+
+
+@torch.inference_mode()
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Decodes latents as the U-Net sees them: float32 [B, 4, h, w] => float32 [B, 3, 8h, 8w], about [-1, 1]."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        images = cast(Tensor, vae.decode(latents / float(vae.config.scaling_factor)).sample)
+    return images.float()
+
+
+def encode_part(vae: AutoencoderKL, share: Share, *, scenes: int, seed: int, batch: int = 64) -> NDArray[np.float16]:
+    """Encodes every scene of this worker's contiguous part of the set: float16 [n, 4, 16, 16]."""
+    indices = range(scenes * share.rank // share.workers, scenes * (share.rank + 1) // share.workers)
+    parts = []
+    for start in range(0, len(indices), batch):
+        images = np.stack([image_of(seed, index) for index in indices[start : start + batch]])
+        parts.append(encode(vae, images).half().numpy())
+    return np.concatenate(parts)
+
+
+def save_part(path: Path, part: NDArray[np.float16]) -> None:
+    """Writes one worker's latents."""
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:
+            np.save(file, part)
+
+    write_atomically(path, write)
+
+
+def load_latents(directory: Path) -> NDArray[np.float16]:
+    """Maps the latents of all workers, in order, into memory: float16 [N, 4, 16, 16]."""
+    parts = sorted(directory.glob("part-*.npy"))
+    if not parts:
+        raise FileNotFoundError(f"no latents in {directory}; run `python -m training latents --out {directory.parent}`")
+    return np.concatenate([np.load(part) for part in parts])

@@ -1,0 +1,46 @@
+"""The judge of the demo family. Knows its size and schedule; the method is `training.classifier`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from training.classifier import Classifier, ClassifierTask
+from training.loop import Schedule
+from training.recipes import Scale
+from training.vae import load_vae
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassifierRecipe:
+    """A classifier of scenes, trained on renders as they are and as the VAE gives them back."""
+
+    schedule: Schedule
+    width: int
+    pool: int
+    folder: str = "classifier"
+
+    def build(self, family: Path) -> ClassifierTask:
+        """Builds an untrained classifier; needs the stage vae."""
+        torch.manual_seed(self.schedule.seed)
+        return ClassifierTask(
+            Classifier(self.width), load_vae(family / "vae"), pool=self.pool, seed=self.schedule.seed
+        )
+
+
+def classifier(scale: Scale) -> ClassifierRecipe:
+    """Half of the pictures fresh renders, half from a pool that went through the VAE; all augmented."""
+    toy = scale == "toy"
+    return ClassifierRecipe(
+        schedule=Schedule(
+            steps=30 if toy else 1500,
+            batch_size=16 if toy else 64,
+            lr=3e-3 if toy else 1.5e-3,
+            warmup=5 if toy else 100,
+            ema_decay=0.99,
+        ),
+        width=8 if toy else 32,
+        pool=32 if toy else 4096,
+    )

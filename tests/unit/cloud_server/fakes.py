@@ -1,7 +1,8 @@
 """Small stand-ins: a U-Net that waits for permission, requests with defaults, a client of one server."""
 
+import asyncio
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
@@ -105,6 +106,15 @@ async def events_of(engine: Engine, request: JobRequest) -> list[Event]:
     events = await read_to_end(mailbox)
     engine.detach(job, mailbox)
     return events
+
+
+async def until(is_true: Callable[[], bool] | Callable[[], Awaitable[bool]]) -> None:
+    """Waits for something that nobody announces; the time limit of the test is the limit."""
+    while True:
+        result = is_true()
+        if result if isinstance(result, bool) else await result:
+            return
+        await asyncio.sleep(0.01)
 
 
 async def read_to_end(mailbox: Mailbox) -> list[Event]:

@@ -23,6 +23,7 @@ from tests.unit.cloud_server.fakes import (
     read_to_end,
     reference,
     states,
+    until,
 )
 
 TOLERANCE = 1e-5  # float32 rounding: a batch may sum in another order than one row
@@ -224,9 +225,7 @@ async def test_a_cancelled_job_frees_its_place_in_the_queue(
 
 
 @pytest.mark.parametrize("error", [RuntimeError("boom"), None], ids=["exception", "NaN"])
-async def test_one_jobs_failure_is_its_own(
-    tiny_model: Model, make_engine: MakeEngine, error: Exception | None
-) -> None:
+async def test_one_jobs_failure_is_its_own(tiny_model: Model, make_engine: MakeEngine, error: Exception | None) -> None:
     """A job that makes the call raise, or its output NaN, fails with INTERNAL; the others end as they would alone."""
     engine = make_engine({"tiny": FailingDenoiser(tiny_model.denoiser, error=error)})
     good = [job_request(tiny_model, seed=seed) for seed in range(3)]
@@ -267,8 +266,7 @@ async def test_a_lost_job_stops(tiny_model: Model, make_engine: MakeEngine, gate
         await asyncio.to_thread(gated.entered.acquire)
         engine.detach(job, mailbox)
         gated.allow(100)
-        while job.outcome is None:
-            await asyncio.sleep(0.01)
+        await until(lambda job=job: job.outcome is not None)  # type: ignore[misc]
         assert isinstance(job.outcome, Finished if grace_s else Failed)
 
 
@@ -279,8 +277,7 @@ async def test_a_second_stream_takes_over(tiny_model: Model, make_engine: MakeEn
     first, second = Mailbox(), Mailbox()
     job = engine.submit(request, first)
     gated.allow(2)
-    while engine.load().call_s == 0 or job.num_calls < 2:
-        await asyncio.sleep(0.01)
+    await until(lambda: job.num_calls == 2)
     assert engine.submit(request, second) is job
     gated.open()
     ended, events = await read_to_end(first), await read_to_end(second)

@@ -1,0 +1,81 @@
+"""The command line: flags and variables, refusals, `check`, and a real process that is told to stop."""
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+import grpc
+import pytest
+from click.testing import CliRunner
+
+from cloud_server.cli import main
+from hybridsd.v1 import denoising_service_pb2 as pb
+from hybridsd.v1 import denoising_service_pb2_grpc
+
+
+def test_check_says_what_was_found(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings, device and dtype with reasons, parameters, time of a step; settings come from variables too."""
+    monkeypatch.setenv("HYBRIDSD_CLOUD_MODEL", f"mine={tiny_folder}")
+    monkeypatch.setenv("HYBRIDSD_CLOUD_DTYPE", "bf16")
+    result = CliRunner().invoke(main, ["check", "--device", "cpu", "--threads", "1"])
+
+    assert result.exit_code == 0, result.output
+    for words in ("mine", "torch.bfloat16 (chosen)", "cpu (chosen)", "parameters", "one guided step", "ok"):
+        assert words in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--host", "0.0.0.0"], "--insecure"),
+        (["--port", "70000"], "70000"),
+        (["--tls-cert", __file__], "go together"),
+        (["--bundle", "."], "model.json"),
+        (["--model", "no/such/model"], "neither a folder nor a hub id"),
+    ],
+)
+def test_wrong_usage_exits_with_2(tiny_folder: Path, arguments: list[str], says: str) -> None:
+    """What cannot be served is said before anything is."""
+    result = CliRunner().invoke(main, ["serve", "--model", str(tiny_folder), *arguments])
+
+    assert result.exit_code == 2, result.output
+    assert says in result.output
+
+
+def test_an_empty_token_file_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    """An empty token would let everybody in."""
+    (tmp_path / "token").write_text("\n")
+    result = CliRunner().invoke(main, ["serve", "--model", str(tiny_folder), "--token-file", str(tmp_path / "token")])
+
+    assert result.exit_code == 2
+    assert "empty" in result.output
+
+
+async def test_a_process_serves_and_stops(tiny_folder: Path, tmp_path: Path) -> None:
+    """The port is written, a picture begun, and SIGTERM ends the process with 0."""
+    port_file = tmp_path / "port"
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "cloud_server.cli", "serve", "--model", f"tiny={tiny_folder}", "--port", "0",
+        "--port-file", str(port_file), "--threads", "1", "--device", "cpu",
+        stderr=asyncio.subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        while not port_file.exists() and process.returncode is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port_file.read_text().strip()}") as channel:
+            stub = denoising_service_pb2_grpc.DenoisingServiceStub(channel)
+            request = pb.DenoiseRequest(text=pb.TextConditioning(prompt="a fox"), handoff_step=2)
+            kinds = [str(answer.WhichOneof("event")) async for answer in stub.Denoise(request)]
+        process.send_signal(signal.SIGTERM)
+        _, errors = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+    assert kinds[-1] == "finished"
+    assert process.returncode == 0
+    assert b'"stopped"' in errors
+    assert b"a fox" not in errors

@@ -101,7 +101,7 @@ class Bars(Silent):
 
     def note(self, text: str) -> None:
         """Prints a line above the bars."""
-        self._console.print(text, highlight=False, markup=False)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         """Stops drawing."""
@@ -150,7 +150,7 @@ def choose_display(*, quiet: bool, jsonl: bool) -> Display:
 def describe(event: Event) -> str | None:
     """Returns an event in a few words; None where there is nothing to say."""
     match event:
-        case Queued(position=position):
+        case Queued(position=position) if position > 0:
             return f"cloud: {position} ahead in the queue"
         case Retrying(delay_s=delay_s, message=message):
             return f"cloud: {message}; asking again" + (f" in {delay_s:.1f} s" if delay_s else "")

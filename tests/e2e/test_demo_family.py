@@ -1,0 +1,97 @@
+"""The committed demo models are what they say, fit together, and fit into the repository."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deploy.run_demo import DEMO
+from edge_client.events import Conditioning
+from edge_client.onnx_models import Models
+from hybridsd.manifest import read_manifest, verify_files
+
+LARGEST_MB = 80
+
+
+def test_bundle_is_whole() -> None:
+    """Every file of the bundle has the size and hash of its manifest."""
+    assert verify_files(read_manifest(DEMO / "edge"), DEMO / "edge") == []
+
+
+def test_family_is_small_enough() -> None:
+    """All demo models together stay under 80 MB."""
+    total = sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file())
+
+    assert total < LARGEST_MB * 1e6
+
+
+def test_cloud_and_edge_can_be_paired() -> None:
+    """The cloud's model and the edge's bundle name the same latent space."""
+    described = json.loads((DEMO / "large/hybridsd.json").read_text())
+
+    assert described["latent_space"] == read_manifest(DEMO / "edge").latent_space
+
+
+def test_large_model_is_a_diffusers_pipeline() -> None:
+    """diffusers itself loads the directory that the cloud serves."""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(DEMO / "large", safety_checker=None)
+    image = pipeline("a fox on a blue background", num_inference_steps=2, output_type="np").images[0]
+
+    assert image.shape == (128, 128, 3)
+
+
+def test_small_model_is_about_a_quarter() -> None:
+    """The pruned U-Net has 20 to 30 percent of the large one's parameters."""
+    from diffusers import UNet2DConditionModel
+
+    counts = []
+    for folder in (DEMO / "small_unet", DEMO / "large/unet"):
+        unet = UNet2DConditionModel.from_pretrained(folder)
+        counts.append(sum(p.numel() for p in unet.parameters()))
+
+    assert 0.2 <= counts[0] / counts[1] <= 0.3
+    assert read_manifest(DEMO / "edge").num_parameters["unet"] == counts[0]
+
+
+@pytest.mark.parametrize("cells", [16, 24])
+def test_edge_unet_is_the_small_unet(cells: int) -> None:
+    """The ONNX file computes what the committed torch weights compute, at any size and fractional timesteps."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(DEMO / "small_unet", torch_dtype=torch.float32).eval()
+    manifest = read_manifest(DEMO / "edge")
+    models = Models(DEMO / "edge", manifest, threads=1)
+    rng = np.random.default_rng(0)
+    latents = rng.normal(size=(manifest.latent_channels, cells, cells)).astype(np.float32)
+    embeds = rng.normal(size=(2, manifest.context_length, manifest.embed_dim)).astype(np.float32)
+    conditioning = Conditioning(prompt_embeds=embeds[1], negative_prompt_embeds=embeds[0])
+    actual = models.predict_noise(latents, 957.375, conditioning, guidance_scale=3.0)
+    with torch.inference_mode():
+        both = unet(torch.from_numpy(np.stack([latents, latents])), torch.full((2,), 957.375), torch.from_numpy(embeds))
+    expected = (both.sample[0] + 3.0 * (both.sample[1] - both.sample[0])).numpy()
+
+    np.testing.assert_allclose(expected, actual, rtol=0, atol=1e-4)
+
+
+def test_edge_and_cloud_encode_text_alike() -> None:
+    """The bundle's tokenizer and text encoder give the cloud's embeddings."""
+    from cloud_server.devices import place
+    from cloud_server.models import load_model
+
+    model = load_model(f"demo={DEMO / 'large'}", place("cpu", "fp32"))
+    models = Models(DEMO / "edge", read_manifest(DEMO / "edge"), threads=1)
+    for text in ("", "a fox to the left of a donut on a yellow background", "Ein Fuchs, ganz allein! 🦊"):
+        np.testing.assert_allclose(model.denoiser.encode(text).embeds, models.encode_text(text)[0], rtol=0, atol=2e-3)
+
+
+def test_parity_report_is_within_its_bounds() -> None:
+    """The bundle carries the exporter's comparison with torch, and it is float noise."""
+    manifest = read_manifest(DEMO / "edge")
+    report = json.loads((DEMO / "edge" / Path(manifest.files["parity_report"].path)).read_text())
+
+    assert report
+    assert json.dumps(report).count("max") > 0

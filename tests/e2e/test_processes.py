@@ -1,0 +1,148 @@
+"""The product as a user meets it: two processes, the demo models, the commands of the README."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from deploy.run_demo import BIN, DEMO, ENVIRONMENT, ROOT, running_cloud
+
+PROMPT = "a fox to the left of a donut on a yellow background"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A cloud with the demo model, in float32 so that runs can be compared."""
+    log = tmp_path_factory.mktemp("cloud") / "cloud.log"
+    with running_cloud(["--model", f"demo={DEMO / 'large'}", "--dtype", "fp32", "--threads", "2"], log) as (address, _):
+        yield address
+
+
+def hybridsd(*words: object, cache: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Runs the edge's command line."""
+    environment = {**ENVIRONMENT, "HYBRIDSD_EDGE_CACHE": str(cache)}
+    command = [str(BIN / "hybridsd"), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=check, timeout=240)
+
+
+def generate(*words: object, cache: Path) -> dict[str, Any]:
+    """Runs `hybridsd generate --json`; returns what it says of its one picture."""
+    output = hybridsd("generate", *words, "--bundle", DEMO / "edge", "--json", cache=cache).stdout
+    (image,) = json.loads(output)["images"]
+    return dict(image)
+
+
+def pixels(path: str | Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"), dtype=np.int16)
+
+
+def test_demo_command(tmp_path: Path) -> None:
+    """The script behind `make demo` makes a picture from both processes and says where it is."""
+    output = tmp_path / "demo.png"
+    command = [sys.executable, str(ROOT / "deploy/run_demo.py"), "--output", str(output), "--split", "3,5"]
+    environment = {**os.environ, "HYBRIDSD_EDGE_CACHE": str(tmp_path / "cache")}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=environment)
+
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"picture: {output}" in result.stdout
+    assert "cloud: 3 steps" in result.stdout
+    assert "edge:  5 steps" in result.stdout
+    assert Image.open(output).size == (128, 128)
+    assert PROMPT in Image.open(output).info["parameters"]
+
+
+def test_same_seed_is_the_same_picture_in_every_mode_that_runs_the_same_models(server: str, tmp_path: Path) -> None:
+    """All-edge alone equals all-edge with a cloud at hand; hybrid repeats itself; splits differ."""
+    cache = tmp_path / "cache"
+    common = (PROMPT, "--steps", 8, "--seed", 3, "--codec", "fp32")
+    runs = {
+        "alone": generate(*common, "--mode", "edge", "-o", tmp_path / "alone.png", cache=cache),
+        "zero": generate(*common, "--cloud-steps", 0, "--server", server, "-o", tmp_path / "zero.png", cache=cache),
+        "first": generate(*common, "--split", "4,4", "--server", server, "-o", tmp_path / "first.png", cache=cache),
+        "again": generate(*common, "--split", "4,4", "--server", server, "-o", tmp_path / "again.png", cache=cache),
+        "cloud": generate(*common, "--mode", "cloud", "--server", server, "-o", tmp_path / "cloud.png", cache=cache),
+    }
+
+    assert runs["first"]["mode"] == "hybrid"
+    assert runs["cloud"]["mode"] == "cloud"
+    np.testing.assert_array_equal(pixels(tmp_path / "alone.png"), pixels(tmp_path / "zero.png"))
+    np.testing.assert_array_equal(pixels(tmp_path / "first.png"), pixels(tmp_path / "again.png"))
+    assert np.abs(pixels(tmp_path / "first.png") - pixels(tmp_path / "alone.png")).max() > 8
+    assert np.abs(pixels(tmp_path / "first.png") - pixels(tmp_path / "cloud.png")).max() > 8
+
+
+def test_killed_cloud_is_taken_over_and_the_picture_is_the_deliberate_split(tmp_path: Path) -> None:
+    """A cloud that is killed in mid-picture leaves the picture that a split at that step makes."""
+    cache, words = tmp_path / "cache", (PROMPT, "--seed", "5", "--codec", "fp32", "--steps", "60")
+    options = ["--model", f"demo={DEMO / 'large'}", "--dtype", "fp32", "--threads", "1"]
+    with running_cloud(options, tmp_path / "first.log") as (address, process):
+        command = [str(BIN / "hybridsd"), "generate", *words, "--cloud-steps", "50", "--server", address, "--jsonl"]
+        command += ["--bundle", str(DEMO / "edge"), "--output", str(tmp_path / "killed.png"), "--mode", "hybrid"]
+        environment = {**ENVIRONMENT, "HYBRIDSD_EDGE_CACHE": str(cache)}
+        edge = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        assert edge.stdout is not None
+        events = []
+        for line in edge.stdout:
+            events.append(json.loads(line))
+            if events[-1]["event"] == "step_done" and events[-1]["step"] == 2:
+                os.kill(process.pid, signal.SIGKILL)
+        assert edge.wait(timeout=60) == 0
+    took_over = next(event for event in events if event["event"] == "took_over")
+    result = events[-1]
+
+    assert took_over["planned"] == 50
+    assert 3 <= took_over["actual"] < 50
+    assert result["event"] == "finished"
+    assert result["handoff"] == {"planned": 50, "actual": took_over["actual"], "reason": "UNAVAILABLE"}
+
+    with running_cloud(options, tmp_path / "second.log") as (address, _):
+        split = ("--cloud-steps", took_over["actual"], "--server", address, "--mode", "hybrid")
+        deliberate = generate(*words, *split, "-o", tmp_path / "split.png", cache=cache)
+    assert deliberate["handoff"] == {"planned": took_over["actual"], "actual": took_over["actual"], "reason": None}
+    np.testing.assert_array_equal(pixels(tmp_path / "killed.png"), pixels(tmp_path / "split.png"))
+
+
+def test_no_cloud_at_all(tmp_path: Path) -> None:
+    """Nobody listens: the edge draws alone and says why; with --no-fallback it says so and exits with 4."""
+    cache = tmp_path / "cache"
+    common = (PROMPT, "--steps", 8, "--seed", 3, "--server", "127.0.0.1:9", "--mode", "hybrid", "--cloud-steps", 4)
+    alone = generate(*common, "-o", tmp_path / "alone.png", cache=cache)
+    words = ("generate", *common, "--bundle", DEMO / "edge", "--no-fallback", "-o", tmp_path / "no.png")
+    refused = hybridsd(*words, cache=cache, check=False)
+
+    assert alone["mode"] == "edge"
+    assert alone["handoff"] == {"planned": 4, "actual": 0, "reason": "UNAVAILABLE"}
+    assert refused.returncode == 4
+    assert not (tmp_path / "no.png").exists()
+
+
+def test_doctor_finds_all_well(server: str, tmp_path: Path) -> None:
+    """With the demo cloud and bundle, the doctor has nothing to complain of."""
+    result = hybridsd("doctor", "--server", server, "--bundle", DEMO / "edge", cache=tmp_path / "cache", check=False)
+
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_check_describes_the_demo_model() -> None:
+    """`hybridsd-cloud check` loads the model, steps once, and says what it chose and why."""
+    command = [str(BIN / "hybridsd-cloud"), "check", "--model", f"demo={DEMO / 'large'}"]
+    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=240)
+
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "cpu" in result.stdout or "cuda" in result.stdout
+
+
+def test_sigterm_ends_the_cloud_in_order(tmp_path: Path) -> None:
+    """SIGTERM stops an idle cloud with exit status 0."""
+    with running_cloud(["--model", f"demo={DEMO / 'large'}"], tmp_path / "cloud.log") as (_, process):
+        process.terminate()
+
+        assert process.wait(timeout=40) == 0

@@ -1,0 +1,112 @@
+"""A real cloud with a tiny torch model, and a real edge with a tiny ONNX one, over gRPC on the loopback."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cloud_server.denoiser import Denoiser
+from cloud_server.devices import place
+from cloud_server.models import Model, load_model
+from cloud_server.server import CloudServer
+from cloud_server.settings import Settings
+from edge_client.bundle import Bundle, open_bundle
+from edge_client.cache import Cache
+from edge_client.onnx_models import Models
+from edge_client.remote import Cloud
+from tests.tiny_bundle import write_bundle
+from tests.tiny_pipeline import LATENT_SPACE, write_tiny_pipeline
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """The large model."""
+    folder = write_tiny_pipeline(tmp_path_factory.mktemp("models") / "tiny")
+    return load_model(str(folder), place("cpu", "fp32"))
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The edge's bundle, in the latent space of the large model."""
+    folder = tmp_path_factory.mktemp("bundle") / "edge"
+    write_bundle(folder, latent_space=LATENT_SPACE)
+    return open_bundle(folder)
+
+
+@pytest.fixture(scope="session")
+def models(bundle: Bundle) -> Models:
+    return Models(bundle.folder, bundle.manifest, provider="cpu", threads=1)
+
+
+class SteppingDenoiser:
+    """The large model with a valve: runs so many calls, then calls `when_spent` and waits for the test's end."""
+
+    def __init__(self, inner: Denoiser, calls: int, when_spent: Callable[[], None]) -> None:
+        self.inner, self.device, self.dtype = inner, inner.device, inner.dtype
+        self._left, self._when_spent = calls, when_spent
+        self.released = threading.Event()
+
+    def encode(self, text: str) -> Any:
+        return self.inner.encode(text)
+
+    def predict(self, *arrays: torch.Tensor) -> torch.Tensor:
+        if self._left == 0:
+            self._when_spent()
+            self.released.wait(30)
+        self._left -= 1
+        return self.inner.predict(*arrays)
+
+
+@contextmanager
+def running_server(model: Model, denoiser: Any = None, **options: Any) -> Iterator[CloudServer]:
+    """Runs a cloud on an event loop of its own; yields it when it listens."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    async def start() -> CloudServer:
+        settings = Settings(**{"models": ("tiny",), "port": 0, "threads": 1, **options})
+        served = model if denoiser is None else replace(model, denoiser=denoiser)
+        server = CloudServer(settings, {"tiny": served})
+        await server.start()
+        return server
+
+    server = asyncio.run_coroutine_threadsafe(start(), loop).result(30)
+    try:
+        yield server
+    finally:
+        if denoiser is not None:
+            denoiser.released.set()
+        asyncio.run_coroutine_threadsafe(server.stop(0.0), loop).result(30)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(30)
+        loop.close()
+
+
+Connect = Callable[[CloudServer], Cloud]
+
+
+@pytest.fixture
+def connect(tmp_path: Path) -> Iterator[Connect]:
+    """Opens connections of one client, with a cache of its own."""
+    with ExitStack() as stack:
+        yield lambda server: stack.enter_context(
+            Cloud(f"127.0.0.1:{server.port}", cache=Cache(tmp_path / "cache"), idle_timeout_s=10.0)
+        )
+
+
+@pytest.fixture
+def server(model: Model) -> Iterator[CloudServer]:
+    with running_server(model) as running:
+        yield running

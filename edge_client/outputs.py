@@ -83,10 +83,9 @@ def write(path: Path, content: bytes, *, overwrite: bool) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb" if overwrite else "xb") as stream:
             stream.write(content)
-    except FileExistsError:
-        check(path, overwrite=overwrite)
-        raise
     except OSError as error:
+        if isinstance(error, FileExistsError):
+            check(path, overwrite=overwrite)
         raise InvalidRequest(
             Reason.FIELD_INVALID, f"cannot write {path}: {error.strerror}; choose another --output", field="output"
         ) from error

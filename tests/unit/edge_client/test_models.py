@@ -1,0 +1,116 @@
+"""Models and tokenizer of a bundle: shapes, guidance, and what is said when they do not fit."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_client.bundle import Bundle
+from edge_client.events import Conditioning
+from edge_client.onnx_models import Models, choose_provider
+from edge_client.tokenizer import Tokenizer
+from hybridsd.errors import InternalError, InvalidRequest, ModelMismatch
+from tests.tiny_bundle import CHANNELS, CONTEXT_LENGTH, EMBED_DIM, TinyUNet
+
+RNG = np.random.default_rng(5)
+LATENTS = RNG.normal(size=(CHANNELS, 6, 4)).astype(np.float32)
+EMBEDS = RNG.normal(size=(2, CONTEXT_LENGTH, EMBED_DIM)).astype(np.float32)
+
+
+def test_unet_guides_with_the_unconditional_row_first(models: Models) -> None:
+    """Guidance is e_uncond + scale * (e_cond - e_uncond), at fractional times and sizes that are not square."""
+    conditioning = Conditioning(prompt_embeds=EMBEDS[0], negative_prompt_embeds=EMBEDS[1])
+    guided = models.predict_noise(LATENTS, 321.5, conditioning, guidance_scale=4.0)
+    expected = TinyUNet(0).guided(LATENTS, 321.5, EMBEDS[0], EMBEDS[1], 4.0)
+
+    assert np.abs(guided - expected).max() < 1e-5
+
+
+def test_unet_without_guidance_needs_no_negative(models: Models) -> None:
+    """At guidance 1 a single row runs; above it unconditional embeddings are required."""
+    conditioning = Conditioning(prompt_embeds=EMBEDS[0], negative_prompt_embeds=None)
+    alone = models.predict_noise(LATENTS, 10.0, conditioning, guidance_scale=1.0)
+
+    assert np.abs(alone - TinyUNet(0)(LATENTS, 10.0, EMBEDS[0])).max() < 1e-5
+    with pytest.raises(InvalidRequest, match="unconditional"):
+        models.predict_noise(LATENTS, 10.0, conditioning, guidance_scale=2.0)
+
+
+def test_encoder_and_decoder_fit(models: Models) -> None:
+    """A picture's latents have the U-Net's shape, and decode to a picture of its size in [-1, 1]."""
+    latents = models.encode_image(np.zeros((3, 48, 32), dtype=np.float32))
+    image = models.decode(latents)
+
+    assert latents.shape == (CHANNELS, 6, 4)
+    assert image.shape == (3, 48, 32)
+    assert np.abs(image).max() <= 1
+
+
+def test_wrong_embeddings_are_explained(models: Models) -> None:
+    """What ONNX Runtime refuses comes as our error with what to do next."""
+    wide = Conditioning(
+        prompt_embeds=np.zeros((CONTEXT_LENGTH, EMBED_DIM + 1), dtype=np.float32), negative_prompt_embeds=None
+    )
+    with pytest.raises(InternalError, match="hybridsd doctor"):
+        models.predict_noise(LATENTS, 1.0, wide, guidance_scale=1.0)
+
+
+def test_text_encoder_must_keep_the_manifest(bundle: Bundle) -> None:
+    """A text encoder of another width than the manifest says is refused."""
+    manifest = dataclasses.replace(bundle.manifest, embed_dim=99)
+    with pytest.raises(ModelMismatch, match=r"\[12, 8\].*\[12, 99\]"):
+        Models(bundle.folder, manifest, provider="cpu", threads=1).encode_text("a fox")
+
+
+def test_swapped_files_are_noticed(bundle: Bundle) -> None:
+    """A decoder in the U-Net's place is found by its inputs; what is no ONNX file by loading it."""
+    files = dict(bundle.manifest.files)
+    for wrong, says in (("vae_decoder", "must have"), ("tokenizer", "cannot load")):
+        manifest = dataclasses.replace(bundle.manifest, files={**files, "unet": files[wrong]})
+        with pytest.raises(InvalidRequest, match=says):
+            Models(bundle.folder, manifest, provider="cpu", threads=1).warm_up()
+
+
+def test_missing_encoder_is_explained(bundle: Bundle) -> None:
+    """Not every bundle has an encoder; asking for it says so."""
+    files = {role: file for role, file in bundle.manifest.files.items() if role != "vae_encoder"}
+    manifest = dataclasses.replace(bundle.manifest, files=files)
+    with pytest.raises(ModelMismatch, match="has no vae_encoder"):
+        Models(bundle.folder, manifest, provider="cpu").encode_image(np.zeros((3, 16, 16), dtype=np.float32))
+
+
+def test_low_memory_keeps_one_model(bundle: Bundle) -> None:
+    """One model at a time, whichever was used last."""
+    small = Models(bundle.folder, bundle.manifest, provider="cpu", threads=1, low_memory=True)
+    small.warm_up()
+    assert list(small._loaded) == ["unet"]
+    small.decode(LATENTS)
+    assert list(small._loaded) == ["vae_decoder"]
+
+
+def test_provider_is_chosen_with_a_reason() -> None:
+    """The choice says why; a provider can be named shortly; one that is not there lists those that are."""
+    name, reason = choose_provider()
+    assert name.endswith("ExecutionProvider")
+    assert reason
+    assert choose_provider("CPU")[0] == "CPUExecutionProvider"
+    with pytest.raises(InvalidRequest, match="CPUExecutionProvider"):
+        choose_provider("tpu")
+
+
+def test_tokenizer_pads_cuts_and_counts(bundle: Bundle, tmp_path: Path) -> None:
+    """Ids have one length, begin and end stay, and what does not fit is counted."""
+    tokenizer = Tokenizer(bundle.folder / "tokenizer.json", CONTEXT_LENGTH)
+    short, none_dropped = tokenizer.encode("a Fox")
+    long, dropped = tokenizer.encode("fox " * 15)
+    again, _ = tokenizer.encode("a Fox")
+
+    assert short.tolist() == [1, 4, 10, 2, *[0] * 8]
+    assert none_dropped == 0
+    assert long.tolist() == [1, *[10] * 10, 2]
+    assert dropped == 5
+    assert np.array_equal(short, again)
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(InvalidRequest, match="not a tokenizer"):
+        Tokenizer(tmp_path / "x.json", CONTEXT_LENGTH)

@@ -1,0 +1,88 @@
+"""The connection: who may be spoken to in plain text, what errors become, what the cache forgets."""
+
+from pathlib import Path
+
+import grpc
+import pytest
+
+from edge_client import cache as caches
+from edge_client.cache import Cache
+from edge_client.remote import Cloud, is_loopback, translate
+from hybridsd.errors import InvalidRequest, Reason
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("localhost", True), ("127.0.0.1", True), ("127.9.9.9", True), ("[::1]", True), ("10.0.0.1", False),
+        ("example.org", False), ("localhost.example.org", False), ("127.example.org", False),
+    ],
+)  # fmt: skip
+def test_loopback(host: str, expected: bool) -> None:
+    """Only this machine is this machine."""
+    assert is_loopback(host) is expected
+
+
+@pytest.mark.parametrize(
+    ("target", "insecure", "encrypted"),
+    [("127.0.0.1:1", False, False), ("10.0.0.1:1", False, True), ("10.0.0.1:1", True, False)],
+)
+def test_plain_text_stays_here(target: str, insecure: bool, encrypted: bool, tmp_path: Path) -> None:
+    """Another machine is spoken to with TLS unless plain text is allowed."""
+    with Cloud(target, insecure=insecure, cache=Cache(tmp_path)) as cloud:
+        assert cloud.encrypted is encrypted
+
+
+@pytest.mark.parametrize("target", ["here", ":1", "here:", "here:http", ""])
+def test_targets_are_checked(target: str, tmp_path: Path) -> None:
+    """A server without host or port is refused at once."""
+    with pytest.raises(InvalidRequest, match="give host:port"):
+        Cloud(target, cache=Cache(tmp_path))
+
+
+class Failed(grpc.RpcError):
+    """A failed call without details, as a proxy makes it."""
+
+    def __init__(self, code: grpc.StatusCode) -> None:
+        self._code = code
+
+    def code(self) -> grpc.StatusCode:
+        return self._code
+
+    def details(self) -> str:
+        return "no details"
+
+    def trailing_metadata(self) -> None:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        (grpc.StatusCode.UNAVAILABLE, Reason.UNAVAILABLE),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, Reason.DEADLINE_EXCEEDED),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.QUEUE_FULL),
+        (grpc.StatusCode.INVALID_ARGUMENT, Reason.FIELD_INVALID),
+        (grpc.StatusCode.UNAUTHENTICATED, Reason.UNAUTHENTICATED),
+        (grpc.StatusCode.UNIMPLEMENTED, Reason.INTERNAL),
+        (grpc.StatusCode.UNKNOWN, Reason.INTERNAL),
+    ],
+)
+def test_errors_without_details_go_by_code(code: grpc.StatusCode, reason: Reason) -> None:
+    """A status from a proxy has no reason of ours; its code says enough."""
+    error = translate(Failed(code))
+
+    assert error.reason is reason
+    assert type(error) is reason.value.error
+
+
+def test_cache_forgets_the_oldest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store does not grow without end, and keys are not readable from it."""
+    monkeypatch.setattr(caches, "MAX_OBJECTS", 3)
+    cache = Cache(tmp_path)
+    for number in range(8):
+        cache.store(bytes([number] * 32), b"x", ("embeds", f"secret {number}"))
+
+    assert len(list((tmp_path / "objects").iterdir())) == 3
+    assert cache.find("embeds", "secret 7") == (bytes([7] * 32), b"x")
+    assert not [path for path in tmp_path.rglob("*") if "secret" in path.name]

@@ -45,6 +45,17 @@ class Bundle:
         """Returns the names of its plans, "scheduler/steps" each, sorted."""
         return sorted(self._plans(), key=_by_steps)
 
+    def describe_plans(self) -> str:
+        """Returns its plans for people: schedulers with the numbers of steps that they have plans for."""
+        steps_of: dict[str, list[str]] = {}
+        for name in self.plan_names():
+            scheduler, _, steps = name.partition("/")
+            steps_of.setdefault(scheduler, []).append(steps)
+        groups: dict[str, list[str]] = {}
+        for scheduler, steps_list in steps_of.items():
+            groups.setdefault(", ".join(steps_list), []).append(scheduler)
+        return "; ".join(f"{', '.join(schedulers)} in {steps} steps" for steps, schedulers in groups.items())
+
     def find_plan(self, scheduler: str, num_inference_steps: int) -> Plan | None:
         """Returns a plan of the bundle, or None."""
         raw = self._plans().get(f"{scheduler}/{num_inference_steps}")
@@ -63,7 +74,7 @@ class Bundle:
             raise ModelMismatch(
                 Reason.PLAN_MISSING,
                 f"bundle {self.manifest.name} has no plan {scheduler}/{num_inference_steps}, and only a cloud can "
-                f"make one; without a cloud choose one of {', '.join(self.plan_names())}",
+                f"make one; without a cloud choose {self.describe_plans()}",
                 field="scheduler",
             )
         return found

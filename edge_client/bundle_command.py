@@ -34,7 +34,7 @@ def inspect(bundle_name: str | None, as_json: bool) -> None:
         f"  defaults      {defaults.scheduler}, {defaults.num_inference_steps} steps, {defaults.cloud_steps} of them "
         f"in the cloud, guidance {defaults.guidance_scale:g}, {defaults.width}x{defaults.height}"
     )
-    click.echo(f"  plans         {', '.join(opened.plan_names())}")
+    click.echo(f"  plans         {opened.describe_plans()}")
     for role, file in manifest.files.items():
         count = manifest.num_parameters.get(role)
         size = f"{file.size_bytes / 2**20:.2f} MiB"

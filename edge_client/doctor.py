@@ -98,11 +98,9 @@ def check_device(bundle: Bundle, **options: Any) -> Iterator[Check]:
     names = bundle.plan_names()
     default = f"{manifest.defaults.scheduler}/{manifest.defaults.num_inference_steps}"
     if default in names:
-        yield Check("plans", True, ", ".join(names))
+        yield Check("plans", True, bundle.describe_plans())
     else:
-        yield Check(
-            "plans", False, f"the default {default} is not among {', '.join(names)}; export the bundle again", 3
-        )
+        yield Check("plans", False, f"the default {default} is missing; export the bundle again", 3)
     embeds, _ = models.encode_text("a test")
     empty, _ = models.encode_text("")
     cell = manifest.vae_scale_factor

@@ -75,7 +75,8 @@ def generate(request: Request, bundle: Bundle, models: Models, cloud: Cloud | No
     if run.first_step < job.cloud_steps:
         if request.private and run.conditioning is None:
             run.conditioning, run.num_dropped_tokens = encode_text(request, job, models)
-        threading.Thread(target=_warm_up, args=(models,), name="hybridsd-warm-up", daemon=True).start()
+        # no daemon: a process that ends inside ONNX Runtime aborts
+        threading.Thread(target=_warm_up, args=(models,), name="hybridsd-warm-up").start()
         try:
             yield from _replay_cloud(request, job, run, bundle, cloud)
         except _LOST as error:

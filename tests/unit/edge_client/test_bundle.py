@@ -48,7 +48,7 @@ def test_plans_are_read_by_name(bundle: Bundle) -> None:
     """A plan comes back as it was written; a missing one lists those there are."""
     assert bundle.plan("heun", 4) == default_plans()["heun/4"]
     assert bundle.find_plan("heun", 5) is None
-    with pytest.raises(ModelMismatch, match="ddim/4, ddim/6, dpmpp_2m/6, heun/4, lcm/4"):
+    with pytest.raises(ModelMismatch, match="ddim in 4, 6 steps; dpmpp_2m in 6 steps; heun, lcm in 4 steps"):
         bundle.plan("heun", 5)
 
 

@@ -344,7 +344,7 @@ def test_private_sends_no_text(bundle: Bundle, models: Models, cloud: Cloud, fak
 def test_missing_plan_names_those_there_are(bundle: Bundle, models: Models, running: Running, cloud: Cloud) -> None:
     """Without a cloud only the bundle's plans can run, and the error lists them."""
     running.server.stop(grace=None).wait()
-    with pytest.raises(ModelMismatch, match=r"no plan ddim/9.*ddim/4, ddim/6.*refuses connections") as raised:
+    with pytest.raises(ModelMismatch, match=r"no plan ddim/9.*ddim in 4, 6 steps.*refuses connections") as raised:
         run(replace(REQUEST, num_inference_steps=9), bundle, models, cloud)
 
     assert raised.value.reason is Reason.PLAN_MISSING

@@ -8,6 +8,7 @@ Images are float32 [B, 3, 128, 128] in [-1, 1].
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,13 +33,13 @@ def labels_of(scene: Scene) -> list[int]:
 
 
 class Classifier(nn.Module):
-    """Five strided convolutions, then one hidden layer over all positions: where a thing stands is part of the answer."""
+    """Five strided convolutions, then one hidden layer over all positions: where a thing stands matters."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
         widths = (3, width, 2 * width, 3 * width, 4 * width, 4 * width)
         layers: list[nn.Module] = []
-        for read, write in zip(widths, widths[1:], strict=False):
+        for read, write in pairwise(widths):
             layers += [
                 nn.Conv2d(read, write, 3, stride=2, padding=1),
                 nn.GroupNorm(8, write),
@@ -60,7 +61,7 @@ class Classifier(nn.Module):
     @torch.inference_mode()
     def read(self, images: Tensor) -> Tensor:
         """Reads pictures: float32 [B, 3, 128, 128] in [-1, 1] => int64 [B, 4], as `labels_of`."""
-        parts = [self(chunk) for chunk in images.clamp(-1, 1).split(64)]
+        parts = [self(chunk) for chunk in torch.split(images.clamp(-1, 1), 64)]
         return torch.cat([torch.stack([logits.argmax(-1) for logits in part], dim=1) for part in parts])
 
 

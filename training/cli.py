@@ -103,15 +103,25 @@ def _add(name: str) -> None:
     make = recipes.by_name()[name]
 
     @main.command(name, help=f"{(make.__doc__ or '').strip()}")
-    @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The family directory.")
+    @click.option(
+        "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The family directory."
+    )
     @click.option("--scale", type=click.Choice(["demo", "toy"]), default="demo", show_default=True)
     @click.option("--steps", type=click.IntRange(min=1), help="Learn for so many steps instead of the recipe's.")
     @click.option("--seed", type=click.IntRange(min=0), help="Another seed than the recipe's.")
-    @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes to split over.")
+    @click.option(
+        "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes to split over."
+    )
     @click.option("--threads", type=click.IntRange(min=1), help="Threads of each; the cores, divided, unless told.")
     @click.option("--dry-run", is_flag=True, help="Show the resolved recipe and stop.")
     def command(
-        out: Path, scale: str, steps: int | None, seed: int | None, workers: int, threads: int | None, dry_run: bool
+        out: Path,
+        scale: str,
+        steps: int | None,
+        seed: int | None,
+        workers: int,
+        threads: int | None,
+        dry_run: bool,
     ) -> None:
         recipe = cast(Any, make(cast(recipes.Scale, scale)))
         schedule = recipe.schedule
@@ -122,7 +132,13 @@ def _add(name: str) -> None:
         recipe = replace(recipe, schedule=schedule)
         click.echo(pprint.pformat(recipe, width=100), err=True)
         if not dry_run:
-            _train(name, recipe, out, workers=workers, threads=threads or max(1, (os.cpu_count() or 1) // workers))
+            _train(
+                name,
+                recipe,
+                out,
+                workers=workers,
+                threads=threads or max(1, (os.cpu_count() or 1) // workers),
+            )
 
 
 def _train(name: str, recipe: recipes.Recipe, out: Path, *, workers: int, threads: int) -> None:
@@ -176,11 +192,60 @@ def export_command(out: Path, target: Path) -> None:
     """Write the cloud's pipeline and the edge's bundle, with what `evaluate` measured."""
     from training.export import DEFAULT_CLOUD_STEPS, export_family
 
-    parity = export_family(
-        out, target, quality=(), cloud_steps=DEFAULT_CLOUD_STEPS, say=lambda text: click.echo(text, err=True)
-    )
+    parity = export_family(out, target, cloud_steps=DEFAULT_CLOUD_STEPS, say=lambda text: click.echo(text, err=True))
     for entry in parity:
         click.echo(
             f"{entry.role:13s} largest error {entry.max_abs_error:.2e}, mean {entry.mean_abs_error:.2e}, "
             f"output std {entry.output_std:.2f}, shapes {' '.join(entry.shapes)}"
         )
+
+
+@main.command("evaluate")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The family directory.")
+@click.option("--captions", type=click.IntRange(min=1), default=240, show_default=True, help="Held-out captions.")
+@click.option("--seed", type=click.IntRange(min=0), default=1000, show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), default=25, show_default=True)
+@click.option("--splits", default="25,18,12,8,5,3,0", show_default=True, help="Steps of the large model.")
+@click.option("--guidance", type=click.FloatRange(min=1), default=4.0, show_default=True)
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes to split over.")
+@click.option(
+    "--grid", "picture", type=click.Path(dir_okay=False, path_type=Path), help="Also draw a grid of pictures."
+)
+def evaluate_command(
+    out: Path,
+    captions: int,
+    seed: int,
+    steps: int,
+    splits: str,
+    guidance: float,
+    workers: int,
+    picture: Path | None,
+) -> None:
+    """Measure how often pictures of held-out pairs show what their caption says, for every split."""
+    from training import evaluate
+
+    numbers = [int(part) for part in splits.split(",")]
+    if not all(0 <= number <= steps for number in numbers):
+        raise click.BadParameter(f"{splits} is not within 0 to {steps}", param_hint="--splits")
+    work = functools.partial(
+        evaluate.judge_part,
+        out,
+        captions=captions,
+        seed=seed,
+        steps=steps,
+        splits=numbers,
+        guidance=guidance,
+        keep=10,
+    )
+    started = time.monotonic()
+    with shared(workers, max(1, (os.cpu_count() or 1) // workers), work) as share:
+        work(share)
+    judged = evaluate.join_parts(out, workers)
+    results = evaluate.summary(judged, seed=seed, steps=steps, guidance=guidance)
+    evaluate.save_results(results, out / "evaluation" / evaluate.RESULTS_NAME)
+    if picture is not None:
+        evaluate.grid(judged, picture, columns=10)
+        click.echo("\n".join(judged.captions[:10]))
+    click.echo(evaluate.markdown(results))
+    click.echo(f"{captions} captions, seed {seed}, {steps} steps, guidance {guidance}", nl=False)
+    click.echo(f", {time.monotonic() - started:.0f} s")

@@ -1,13 +1,13 @@
-"""Teaches a U-Net to predict noise, and samples from one U-Net or from two that share a trajectory.
+"""Teaches a U-Net to predict noise, by itself or from a larger one.
 
-Notation: `x0` clean latents, `eps` the noise, `x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps`, SNR = abar / (1 - abar).
-The loss is weighted by min(SNR, gamma) / SNR (Hang et al., 2023, for epsilon prediction). Knows latents and embeddings.
-Knows nothing about images or captions. Latents are float32 [B, 4, h, w] in VP scale: variance near 1.
+Notation: `x0` clean latents, `eps` the noise, `x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps`, SNR = abar / (1 -
+abar). The loss is weighted by min(SNR, gamma) / SNR (Hang et al., 2023, for epsilon prediction). Knows latents and
+embeddings. Knows nothing about images or captions. Latents are float32 [B, 4, h, w] in VP scale: variance near 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,7 +54,7 @@ def alphas_cumprod() -> Tensor:
 def build_unet(
     widths: Sequence[int], *, layers: int, cross_attention_dim: int, mid: bool, sample_size: int = 16
 ) -> UNet2DConditionModel:
-    """Builds an untrained U-Net of three levels that looks at the text at the middle one only, with 32-channel heads."""
+    """Builds an untrained U-Net of three levels that sees the text at the middle one only, with 32-channel heads."""
     return UNet2DConditionModel(
         sample_size=sample_size,
         in_channels=4,
@@ -143,10 +143,10 @@ class UNetTask(nn.Module):
     @property
     def module(self) -> nn.Module:
         """The U-Net."""
-        return self.unet
+        return cast(nn.Module, self.unet)
 
     def losses(self, rng: np.random.Generator, batch_size: int) -> dict[str, Tensor]:
-        """Gives "task", the weighted squared error of the noise, and with a teacher "output", that of its prediction."""
+        """Gives "task", the weighted squared error of the noise, and, given a teacher, "output", that of its answer."""
         x0, prompt_embeds = self.conditions.batch(rng, batch_size)
         timesteps = stratified_timesteps(rng, batch_size)
         eps = torch.from_numpy(rng.standard_normal(tuple(x0.shape), dtype=np.float32))
@@ -171,29 +171,17 @@ class UNetTask(nn.Module):
 
 
 @torch.inference_mode()
-def sample(
-    models: Sequence[nn.Module],
-    latents: Tensor,
-    prompt_embeds: Tensor,
-    *,
-    guidance_scale: float,
-) -> Iterator[Tensor]:
-    """Denoises `latents`, running `models[i]` at step `i`; yields the latents after every step.
-
-    One solver runs through, so its multistep memory is carried over where the model changes.
+def predict_guided(unet: nn.Module, latents: Tensor, timestep: float, embeds: Tensor, guidance: float) -> Tensor:
+    """Predicts the noise with classifier-free guidance: float32 [B, 4, h, w] => the same.
 
     Args:
-        models: The U-Net of each step; their number is the number of steps.
-        latents: Noise, float32 [B, 4, h, w], variance 1.
-        prompt_embeds: float32 [2B, T, D]; the first B rows are unconditional.
-        guidance_scale: 1 or more.
+        unet: The U-Net.
+        latents: Noisy latents, float32 [B, 4, h, w].
+        timestep: Training time, 0 to 1000, the same for all.
+        embeds: float32 [2B, T, D]; the first B rows are unconditional.
+        guidance: The guidance scale, 1 or more.
     """
-    scheduler = build_scheduler()
-    scheduler.set_timesteps(len(models))
-    for model, timestep in zip(models, scheduler.timesteps, strict=True):
-        pair = torch.cat([latents, latents])
-        noise_pred = predict_noise(model, pair, timestep.expand(len(pair)), prompt_embeds)
-        unconditional, conditional = noise_pred.chunk(2)
-        guided = unconditional + guidance_scale * (conditional - unconditional)
-        latents = scheduler.step(guided, timestep, latents, return_dict=False)[0]
-        yield latents
+    pair = torch.cat([latents, latents])
+    noise_pred = predict_noise(unet, pair, torch.full((len(pair),), timestep), embeds)
+    unconditional, conditional = noise_pred.chunk(2)
+    return unconditional + guidance * (conditional - unconditional)

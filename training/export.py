@@ -1,10 +1,9 @@
 """Exports a trained family: the edge's bundle (ONNX), and the cloud's pipeline (diffusers), in half precision.
 
 Every weight is rounded to float16 first and then both written to ONNX and used in torch, so that the two agree to the
-rounding of float32 arithmetic. In the ONNX files the weights are stored as float16 with a Cast to float32 behind them;
-ONNX Runtime folds the casts when it loads the file, so that computing stays in float32.
-
-Knows files, graphs and the manifest. Knows nothing about how the networks were trained.
+rounding of float32 arithmetic. In the ONNX files the weights are stored as float16 with a Cast to float32 behind
+them; ONNX Runtime folds the casts when it loads the file, so that computing stays in float32. Knows files, graphs and
+the manifest. Knows nothing about how the networks were trained.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ import onnx
 import onnxruntime
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+from transformers import CLIPTextModel
+
 from hybridsd import plan as plans
 from hybridsd import schedulers
 from hybridsd.errors import InvalidRequest
 from hybridsd.manifest import Defaults, Manifest, QualityPoint, describe_file, write_manifest
 from hybridsd.plan_compiler import compile_plan
-from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor, nn
-from transformers import CLIPTextModel
-
 from training.diffusion import build_scheduler, load_unet
 from training.text import load_text_encoder, load_tokenizer
 from training.tiny_vae import load_tiny_vae
@@ -50,8 +49,8 @@ DEFAULT_SIZE = 128
 DEFAULT_CLOUD_STEPS = 8
 DEFAULT_SCHEDULER = "dpmpp_2m"
 FONT_LICENCE = (
-    "Weights: Apache-2.0. Trained on pictures drawn from Noto Color Emoji (SIL Open Font License 1.1; the licence does\n"
-    "not extend to pictures made with the font).\n"
+    "Weights: Apache-2.0. Trained on pictures drawn from Noto Color Emoji (SIL Open Font License 1.1; the licence\n"
+    "does not extend to pictures made with the font).\n"
 )
 
 
@@ -148,7 +147,7 @@ def export_onnx(
         output: The name of the output.
     """
     names = {name for axes in dynamic.values() for name in axes.values()}
-    sizes = {name: torch.export.Dim.DYNAMIC for name in names}
+    sizes = dict.fromkeys(names, torch.export.Dim.DYNAMIC)
     shapes = {
         name: {axis: sizes[size] for axis, size in dynamic[name].items()} if name in dynamic else None
         for name in example
@@ -382,9 +381,27 @@ def export_cloud(family: Path, folder: Path) -> None:
     (folder / "hybridsd.json").write_text(json.dumps(extras, indent=2) + "\n", encoding="utf-8")
 
 
-def export_family(
-    family: Path, target: Path, *, quality: Sequence[QualityPoint], cloud_steps: int, say: Callable[[str], None]
-) -> list[Parity]:
+def measured_quality(family: Path) -> list[QualityPoint]:
+    """Reads what `evaluate` measured, if it was run: accuracy by the number of steps that the cloud does."""
+    path = family / "evaluation" / "evaluation.json"
+    if not path.exists():
+        return []
+    results = json.loads(path.read_text(encoding="utf-8"))
+    return [
+        QualityPoint(
+            cloud_steps=row["large_steps"],
+            num_inference_steps=results["steps"],
+            metric="semantic_accuracy",
+            value=round(row["all_correct"], 4),
+        )
+        for row in sorted(
+            (row for row in results["rows"] if row["large_steps"] is not None),
+            key=lambda row: row["large_steps"],
+        )
+    ]
+
+
+def export_family(family: Path, target: Path, *, cloud_steps: int, say: Callable[[str], None]) -> list[Parity]:
     """Writes large/, small_unet/, edge/ and, where there is one, classifier/ into `target`."""
     export_cloud(family, target / "large")
     say(f"{target / 'large'}: the cloud's pipeline")
@@ -394,6 +411,6 @@ def export_family(
         (target / "classifier").mkdir(parents=True, exist_ok=True)
         for name in ("classifier.safetensors", "accuracy.json"):
             shutil.copyfile(family / "classifier" / name, target / "classifier" / name)
-    parity = export_edge(family, target / "edge", quality=quality, cloud_steps=cloud_steps)
+    parity = export_edge(family, target / "edge", quality=measured_quality(family), cloud_steps=cloud_steps)
     say(f"{target / 'edge'}: the edge's bundle")
     return parity

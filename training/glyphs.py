@@ -1,11 +1,12 @@
 """Makes the font of the scenes: a subset of Noto Color Emoji with just our objects, under another name.
 
-Knows fonttools and the table of objects. Knows nothing about scenes: at run time only the made file is read, so neither
-fonttools' source font nor a system package is needed. Make the file again with::
+Knows fonttools and the table of objects. Knows nothing about scenes: at run time only the made file is read,
+so neither fonttools' source font nor a system package is needed. Make the file again with::
 
     python -m training.glyphs /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 
-The source is the Debian package fonts-noto-color-emoji, SIL Open Font License 1.1; the licence is beside the subset.
+The source is the Debian package fonts-noto-color-emoji, SIL Open Font License 1.1; the licence is beside the
+subset.
 """
 
 from __future__ import annotations

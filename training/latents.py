@@ -1,7 +1,8 @@
 """Encodes a fixed set of scenes once, so that the U-Nets never wait for the VAE.
 
-Scene `i` of the set is drawn by `default_rng((seed, i))`; only its latents are stored, the scene itself is drawn again.
-Latents are float16 [N, 4, 16, 16] as the U-Net sees them: the mean of the VAE's posterior times `scaling_factor`.
+Scene `i` of the set is drawn by `default_rng((seed, i))`; only its latents are stored, the scene itself is drawn
+again. Latents are float16 [N, 4, 16, 16] as the U-Net sees them: the mean of the VAE's posterior times
+`scaling_factor`.
 """
 
 from __future__ import annotations

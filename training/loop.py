@@ -1,8 +1,8 @@
 """The one training loop: step, average the weights, checkpoint, resume, and write the loss curve down.
 
-Knows optimization and files. Knows nothing about what is learnt: a task gives the module and the losses of one step. All
-randomness of step `i` comes from a generator seeded with `(seed, i, worker)`, so a run that was stopped and resumed by the
-same command reaches the same state as one that was not.
+Knows optimization and files. Knows nothing about what is learnt: a task gives the module and the losses of one step.
+All randomness of step `i` comes from a generator seeded with `(seed, i, worker)`, so a run that was stopped and
+resumed by the same command reaches the same state as one that was not.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class Run:
             return
         decay = min(self.schedule.ema_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            torch._foreach_lerp_(self._average, self._parameters, 1 - decay)
+            torch._foreach_lerp_(self._average, [*self._parameters], 1 - decay)
 
     def use_average(self) -> None:
         """Puts the averaged weights into the module, if the schedule averages; the run cannot go on after that."""

@@ -2,10 +2,9 @@
 
 Depth: the first resnet (and transformer) of every block stays, the others and the middle block go; of an up block's
 three, the first and the last stay, so that every skip connection that is left finds the layer that learnt to read it.
-Width: in each group of channels that must be cut together, the channels with the largest L2 norm over all weights that
-write or read them stay. The result is a stock `UNet2DConditionModel`.
-
-Knows the layout of the U-Nets that `training.diffusion.build_unet` makes, and no other. Knows nothing about training.
+Width: in each group of channels that must be cut together, the channels with the largest L2 norm over all weights
+that write or read them stay. The result is a stock `UNet2DConditionModel`. Knows the layout of the U-Nets that
+`training.diffusion.build_unet` makes, and no other. Knows nothing about training.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
 Knows the objects, the backgrounds, the layouts, how a scene is drawn and which pairs of objects are never trained on.
 Knows nothing about tokens, latents or models. Everything random comes from the `numpy.random.Generator` passed in, so
-that scene number `i` of seed `s` is the same on every machine.
-
-Images are uint8 [128, 128, 3], sRGB. "first" is the object on the left or on top, "second" the one on the right or below.
+that scene number `i` of seed `s` is the same on every machine. Images are uint8 [128, 128, 3], sRGB. "first" is the
+object on the left or on top, "second" the one on the right or below.
 """
 
 from __future__ import annotations
@@ -68,7 +67,12 @@ TEMPLATES: dict[Layout, tuple[str, ...]] = {
         "{b} with {a} above it",
     ),
 }
-BACKGROUND_TEMPLATES: tuple[str, ...] = (" on {ac} background", " on {c}", ", {c} background", " with {ac} background")
+BACKGROUND_TEMPLATES: tuple[str, ...] = (
+    " on {ac} background",
+    " on {c}",
+    ", {c} background",
+    " with {ac} background",
+)
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ class Placed:
 
 @cache
 def held_out_pairs() -> frozenset[frozenset[str]]:
-    """Gives the unordered pairs of objects that never occur in training: the tenth with the smallest hash of its names."""
+    """Gives the unordered pairs of objects that are never trained on: the tenth with the smallest hash of its names."""
     pairs = sorted(
         (frozenset(pair) for pair in combinations(OBJECTS, 2)),
         key=lambda pair: hashlib.sha256(" ".join(sorted(pair)).encode()).digest(),
@@ -215,4 +219,5 @@ def to_model_range(images: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 def from_model_range(images: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Moves images back from what a VAE gives: float32 [B, 3, H, W] in [-1, 1] => uint8 [B, H, W, 3]."""
-    return np.clip(np.rint((images.transpose(0, 2, 3, 1) + 1) * 127.5), 0, 255).astype(np.uint8)
+    pixels: NDArray[np.uint8] = np.clip(np.rint((images.transpose(0, 2, 3, 1) + 1) * 127.5), 0, 255).astype(np.uint8)
+    return pixels

@@ -1,9 +1,10 @@
-"""The text side of the family: a byte-pair tokenizer made from captions, and a CLIP text encoder taught what captions mean.
+"""The text side of the family: a byte-pair tokenizer, and a CLIP text encoder that was taught what captions mean.
 
-The encoder is learnt before any picture is: throw-away heads must read the scene off the tokens that follow the last word.
-From each of them: layout, first object, second object, background; and from the token at position `p` the object in
-quadrant `p % 4` of the picture. Which object stands where is thus plain in the embeddings before the U-Net sees them.
-Knows captions and tokens. Knows nothing about images. Embeddings are float32 [B, T, D], T = `max_position_embeddings`.
+The encoder is learnt before any picture is: throw-away heads must read the scene off the tokens that follow the last
+word. From each of them: layout, first object, second object, background; and from the token at position `p` the
+object in quadrant `p % 4` of the picture. Which object stands where is thus plain in the embeddings before the U-Net
+sees them. Knows captions and tokens. Knows nothing about images. Embeddings are float32 [B, T, D], T =
+`max_position_embeddings`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,15 @@ from training.scenes import COLOURS, LAYOUTS, OBJECTS, Scene, caption, sample_sc
 CONTEXT = 32
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 QUADRANTS = 4  # in the order top left, top right, bottom left, bottom right
-PREFIXES = ("draw ", "a drawing of ", "a picture of ", "an image of ", "a photo of ", "a nice picture of ", "show me ")
+PREFIXES = (
+    "draw ",
+    "a drawing of ",
+    "a picture of ",
+    "an image of ",
+    "a photo of ",
+    "a nice picture of ",
+    "show me ",
+)
 
 
 def free_caption(scene: Scene, rng: np.random.Generator) -> str:
@@ -54,8 +63,8 @@ def make_tokenizer(*, captions: int = 4000, seed: int = 0) -> CLIPTokenizer:
 def save_tokenizer(tokenizer: CLIPTokenizer, directory: Path) -> None:
     """Writes tokenizer.json and tokenizer_config.json.
 
-    The `tokenizers` library alone gives the same ids from tokenizer.json as transformers does: padding and truncation to
-    the context are written into the file.
+    The `tokenizers` library alone gives the same ids from tokenizer.json as transformers does: padding and
+    truncation to the context are written into the file.
     """
     tokenizer.save_pretrained(directory)
     path = directory / "tokenizer.json"
@@ -74,7 +83,11 @@ def load_tokenizer(directory: Path) -> CLIPTokenizer:
 def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     """Gives int64 [B, T]: begin, the text, then end tokens up to the context length. Longer texts are cut."""
     encoded = tokenizer(
-        texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+        texts,
+        padding="max_length",
+        truncation=True,
+        max_length=tokenizer.model_max_length,
+        return_tensors="pt",
     )
     return cast(Tensor, encoded.input_ids)
 

@@ -1,8 +1,8 @@
 """The tiny VAE: an AutoencoderTiny distilled from the KL VAE, in the same latent space.
 
-Scales: the tiny VAE works on latents as the U-Net sees them (the KL VAE's raw latents times its `scaling_factor`), so its
-own `scaling_factor` is 1. Its images are in [-1, 1] at the boundary; diffusers' AutoencoderTiny moves them to [0, 1]
-inside the encoder and back inside the decoder. Knows images and latents. Knows nothing about text or noise.
+Scales: the tiny VAE works on latents as the U-Net sees them (the KL VAE's raw latents times its `scaling_factor`), so
+its own `scaling_factor` is 1. Its images are in [-1, 1] at the boundary; diffusers' AutoencoderTiny moves them to [0,
+1] inside the encoder and back inside the decoder. Knows images and latents. Knows nothing about text or noise.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from training.vae import LATENT_CHANNELS, crop_batch, gradient_loss
 
 
 def build_tiny_vae(width: int, *, blocks: int) -> AutoencoderTiny:
-    """Builds an untrained AutoencoderTiny: four levels of `width` channels, `blocks` residual blocks at the coarse ones."""
+    """Builds an untrained AutoencoderTiny: four levels of `width` channels, `blocks` residual blocks at two."""
     return AutoencoderTiny(
         encoder_block_out_channels=(width,) * 4,
         decoder_block_out_channels=(width,) * 4,
@@ -46,7 +46,7 @@ class TinyVAETask(nn.Module):
     @property
     def module(self) -> nn.Module:
         """The tiny VAE."""
-        return self.tiny
+        return cast(nn.Module, self.tiny)
 
     def losses(self, rng: np.random.Generator, batch_size: int) -> dict[str, Tensor]:
         """Gives "l1", "mse" and "gradient" of the decoder against the picture, and "latent" of the encoder."""

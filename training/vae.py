@@ -1,8 +1,8 @@
 """The VAE of the family: what it is, what it is trained on and how it is judged.
 
-Learns on random crops of scenes: the network is convolutional and works at any size afterwards. Knows nothing about text
-or noise. Images are float32 [B, 3, H, W] in [-1, 1]; raw latents are float32 [B, 4, H/8, W/8]; latents as the U-Net sees
-them are raw latents times `scaling_factor`.
+Learns on random crops of scenes: the network is convolutional and works at any size afterwards. Knows nothing about
+text or noise. Images are float32 [B, 3, H, W] in [-1, 1]; raw latents are float32 [B, 4, H/8, W/8]; latents as the
+U-Net sees them are raw latents times `scaling_factor`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def crop_batch(rng: np.random.Generator, batch_size: int, crop: int) -> Tensor:
         item = placed[rng.integers(len(placed))]
         spread = (item.side + crop) / 4
         left, top = np.clip(
-            np.rint(np.array([item.x, item.y]) - crop / 2 + rng.uniform(-spread, spread, size=2)), 0, SIZE - crop
+            np.rint(np.array([item.x, item.y]) - crop / 2 + rng.uniform(-spread, spread, size=2)),
+            0,
+            SIZE - crop,
         ).astype(int)
         crops[index] = draw(placed, background_colour(scene, rng))[top : top + crop, left : left + crop]
     return torch.from_numpy(to_model_range(crops))
@@ -86,7 +88,9 @@ def latent_scaling_factor(vae: AutoencoderKL, *, images: int = 256, seed: int = 
 class VAETask(nn.Module):
     """Trains an AutoencoderKL: L1, squared error, L1 of the gradients, and a small KL term against runaway latents."""
 
-    def __init__(self, vae: AutoencoderKL, *, crop: int, mse_weight: float, gradient_weight: float, kl_weight: float) -> None:
+    def __init__(
+        self, vae: AutoencoderKL, *, crop: int, mse_weight: float, gradient_weight: float, kl_weight: float
+    ) -> None:
         super().__init__()
         self.vae = vae
         self.crop = crop
@@ -97,7 +101,7 @@ class VAETask(nn.Module):
     @property
     def module(self) -> nn.Module:
         """The VAE."""
-        return self.vae
+        return cast(nn.Module, self.vae)
 
     def losses(self, rng: np.random.Generator, batch_size: int) -> dict[str, Tensor]:
         """Gives the terms "l1", "mse", "gradient" and "kl" of one batch of crops."""

@@ -1,8 +1,8 @@
 """Splits one training run over several processes of this machine, which average their gradients once a step.
 
-On two cores this beats two threads in one process: a small network is thousands of tiny parallel regions a step, and each
-of them waits for the slowest core, so that any other load on the machine stalls the whole run. Knows processes and
-gradients. Knows nothing about what is trained.
+On two cores this beats two threads in one process: a small network is thousands of tiny parallel regions a step, and
+each of them waits for the slowest core, so that any other load on the machine stalls the whole run. Knows processes
+and gradients. Knows nothing about what is trained.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
-
 
 JOIN_TIMEOUT = timedelta(minutes=2)  # for the slowest step of another worker, its checkpoint included
 
@@ -51,7 +50,9 @@ class Share:
 
 
 def _join(rendezvous: str, share: Share) -> None:
-    dist.init_process_group("gloo", init_method=rendezvous, rank=share.rank, world_size=share.workers, timeout=JOIN_TIMEOUT)
+    dist.init_process_group(
+        "gloo", init_method=rendezvous, rank=share.rank, world_size=share.workers, timeout=JOIN_TIMEOUT
+    )
 
 
 def _follow(rank: int, workers: int, rendezvous: str, threads: int, work: Callable[[Share], None]) -> None:

@@ -1,7 +1,8 @@
-"""The recipes: dated, named choices of shapes and schedules. The methods they use stand beside this package.
+"""The recipes: dated, named choices of shapes and schedules.
 
-A recipe is a function from a scale to a frozen dataclass. At scale "demo" it makes the published family; at scale "toy"
-it runs the very same code in seconds, which is what the tests do.
+The methods they use stand beside this package. A recipe is a function from a scale to a frozen dataclass. At scale
+"demo" it makes the published family; at scale "toy" it runs the very same code in seconds, which is what the tests
+do.
 """
 
 from __future__ import annotations

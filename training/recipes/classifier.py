@@ -25,9 +25,7 @@ class ClassifierRecipe:
     def build(self, family: Path) -> ClassifierTask:
         """Builds an untrained classifier; needs the stage vae."""
         torch.manual_seed(self.schedule.seed)
-        return ClassifierTask(
-            Classifier(self.width), load_vae(family / "vae"), pool=self.pool, seed=self.schedule.seed
-        )
+        return ClassifierTask(Classifier(self.width), load_vae(family / "vae"), pool=self.pool, seed=self.schedule.seed)
 
 
 def classifier(scale: Scale) -> ClassifierRecipe:

@@ -202,7 +202,7 @@ def _replay_cloud(request: Request, job: Resolved, run: _Run, bundle: Bundle, cl
         raise
     finally:
         run.answered, run.received_bytes = remote.answered, remote.received_bytes
-        if not ended and remote.answered:
+        if not ended:  # even if nothing was heard: the server may have begun
             remote.cancel(wait_s=1.0 if interrupted else 0.0)
 
 

@@ -114,8 +114,9 @@ class Cloud:
     def translate(self, error: Any) -> HybridSDError:
         """Returns the exception of the table for a failed call; says what to do when there is no server at all."""
         found, text = translate(error), error.details() or ""
-        if isinstance(found, CloudUnreachable) and "failed to connect" in text:
-            what = "refuses connections" if "refused" in text else "cannot be reached"
+        if isinstance(found, CloudUnreachable) and ("failed to connect" in text or "errors resolving" in text):
+            no_name = "errors resolving" in text
+            what = "is unknown" if no_name else "refuses connections" if "refused" in text else "cannot be reached"
             hint = "" if self.encrypted else ", or give --tls-ca if it wants TLS"
             return Reason.UNAVAILABLE.error(
                 f"{self.target} {what}; check that `hybridsd-cloud serve` runs there{hint}, or use --mode edge"

@@ -1,14 +1,19 @@
 """The connection: who may be spoken to in plain text, what errors become, what the cache forgets."""
 
+import socket
 from pathlib import Path
 
 import grpc
 import pytest
 
 from edge_client import cache as caches
+from edge_client.bundle import Bundle
 from edge_client.cache import Cache
+from edge_client.onnx_models import Models
+from edge_client.pipeline import generate
 from edge_client.remote import Cloud, is_loopback, translate
-from hybridsd.errors import InvalidRequest, Reason
+from edge_client.request import Request
+from hybridsd.errors import CloudTimeout, CloudUnreachable, InvalidRequest, Reason
 
 
 @pytest.mark.parametrize(
@@ -43,14 +48,14 @@ def test_targets_are_checked(target: str, tmp_path: Path) -> None:
 class Failed(grpc.RpcError):
     """A failed call without details, as a proxy makes it."""
 
-    def __init__(self, code: grpc.StatusCode) -> None:
-        self._code = code
+    def __init__(self, code: grpc.StatusCode, details: str = "no details") -> None:
+        self._code, self._details = code, details
 
     def code(self) -> grpc.StatusCode:
         return self._code
 
     def details(self) -> str:
-        return "no details"
+        return self._details
 
     def trailing_metadata(self) -> None:
         return None
@@ -86,3 +91,41 @@ def test_cache_forgets_the_oldest(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(list((tmp_path / "objects").iterdir())) == 3
     assert cache.find("embeds", "secret 7") == (bytes([7] * 32), b"x")
     assert not [path for path in tmp_path.rglob("*") if "secret" in path.name]
+
+
+def test_silent_hosts_are_given_up(tmp_path: Path) -> None:
+    """A host that takes connections and never says a word is not waited for beyond the connect timeout."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        target = f"127.0.0.1:{silent.getsockname()[1]}"
+        with (
+            Cloud(target, cache=Cache(tmp_path), connect_timeout_s=0.3) as cloud,
+            pytest.raises((CloudUnreachable, CloudTimeout)),
+        ):
+            cloud.capabilities()
+
+
+def test_silent_hosts_do_not_stop_a_picture(tmp_path: Path, bundle: Bundle, models: Models) -> None:
+    """Nor does a picture wait for it."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        target = f"127.0.0.1:{silent.getsockname()[1]}"
+        with Cloud(target, cache=Cache(tmp_path), connect_timeout_s=0.3, idle_timeout_s=30) as cloud:
+            *_, last = generate(Request(prompt="a fox"), bundle, models, cloud)
+
+    assert last.result.fallback_reason is Reason.UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    ("details", "says"),
+    [
+        ("errors resolving nowhere:1: [Domain name not found]", "here:1 is unknown"),
+        ("failed to connect to all addresses; last error: Connection refused", "here:1 refuses connections"),
+        ("failed to connect to all addresses; last error: Timeout", "here:1 cannot be reached"),
+    ],
+)
+def test_no_server_is_explained(details: str, says: str, tmp_path: Path) -> None:
+    """Where there is no server, the error says so in plain words and what to do."""
+    with Cloud("here:1", cache=Cache(tmp_path)) as cloud:
+        error = cloud.translate(Failed(grpc.StatusCode.UNAVAILABLE, details))
+
+    assert error.message.startswith(says)
+    assert "--mode edge" in error.message

@@ -88,6 +88,8 @@ def serve(log_format: logs.LogFormat, token_file: Path | None, **options: Any) -
     settings = _settings(token=_token(token_file), **options)
     logs.configure(log_format)
     log.info("settings", **_shown(settings))
+    if settings.port_file is not None:
+        settings.port_file.unlink(missing_ok=True)  # an old one would send scripts to a dead port
     from cloud_server import server as process  # torch and diffusers take seconds to import; --help must not
     from cloud_server.bundles import load_bundle
     from cloud_server.models import ModelError

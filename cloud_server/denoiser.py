@@ -3,12 +3,18 @@
 Knows nothing of jobs, solvers or the network.
 """
 
+import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
-from cloud_server.jobs import Encoded
+from cloud_server.jobs import Embeds, Encoded
+
+MAX_TEXTS = 128
+"""Encoded texts that are kept for each model."""
 
 
 class Denoiser(Protocol):
@@ -65,3 +71,36 @@ class DiffusersDenoiser:
         """See `Denoiser`."""
         output: torch.Tensor = self._unet(sample.to(self.dtype), timesteps, embeds, return_dict=False)[0]
         return output.float()
+
+
+class TextCache:
+    """Encodes texts, and remembers the last of them. For one thread."""
+
+    def __init__(self, denoiser: Denoiser, *, max_texts: int = MAX_TEXTS) -> None:
+        self._denoiser, self._max_texts = denoiser, max_texts
+        self._held: OrderedDict[str, Encoded] = OrderedDict()
+        self.spent_s = 0.0
+        """Time in the text encoder so far."""
+
+    def encode(self, text: str | Embeds) -> Encoded:
+        """Returns the embeddings of a text; of embeddings, themselves.
+
+        Raises:
+            RuntimeError: If the encoder fails; the message does not quote the text, for it goes to the log.
+        """
+        if not isinstance(text, str):
+            return Encoded(text)
+        if text not in self._held:
+            started_s = time.monotonic()
+            try:
+                encoded = self._denoiser.encode(text)
+            except Exception as error:
+                raise RuntimeError(f"the text encoder failed: {type(error).__name__}") from None
+            if not np.isfinite(encoded.embeds).all():
+                raise RuntimeError("the text encoder's output is not finite")
+            self._held[text] = encoded
+            if len(self._held) > self._max_texts:
+                self._held.popitem(last=False)
+            self.spent_s += time.monotonic() - started_s
+        self._held.move_to_end(text)
+        return self._held[text]

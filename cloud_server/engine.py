@@ -15,8 +15,8 @@ import structlog
 import torch
 
 from cloud_server import stepping
-from cloud_server.denoiser import Denoiser
-from cloud_server.jobs import Embeds, Encoded, Failed, Finished, JobRequest, Queued, Snapshot, Started
+from cloud_server.denoiser import Denoiser, TextCache
+from cloud_server.jobs import Failed, Finished, JobRequest, Queued, Snapshot, Started
 from cloud_server.mailbox import Mailbox
 from cloud_server.stepping import Group, Progress, Trajectory
 from cloud_server.tracking import Job
@@ -26,8 +26,6 @@ log = structlog.get_logger()
 
 GROUPS_IN_FLIGHT = 4
 """Jobs may be stepping in this many full batches at once, in turns; their states are all that it costs."""
-MAX_TEXTS = 128
-"""Encoded texts that are kept."""
 CALL_MEMORY = 0.9
 """Weight of the past in the running mean of the duration of a call."""
 
@@ -79,7 +77,7 @@ class Engine:
 
         self._turn = 0  # from here on the worker's own
         self._batch_cap = max_batch
-        self._texts: OrderedDict[tuple[str, str], Encoded] = OrderedDict()
+        self._texts = {name: TextCache(denoiser) for name, denoiser in denoisers.items()}
         self._stacked: dict[Group, tuple[list[Trajectory], torch.Tensor]] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -284,37 +282,17 @@ class Engine:
         try:
             request = job.request
             started_s = time.monotonic()
-            prompt = self._encode(request.model, request.prompt)
-            negative = None if request.negative_prompt is None else self._encode(request.model, request.negative_prompt)
-            job.text_s = prompt[1] + (0.0 if negative is None else negative[1])
-            negative_embeds = None if negative is None else negative[0].embeds
-            denoiser = self._denoisers[request.model]
-            job.trajectory = stepping.begin(denoiser, request, prompt[0].embeds, negative_embeds)
+            denoiser, texts = self._denoisers[request.model], self._texts[request.model]
+            spent_s = texts.spent_s
+            prompt = texts.encode(request.prompt)
+            negative = None if request.negative_prompt is None else texts.encode(request.negative_prompt)
+            job.text_s = texts.spent_s - spent_s
+            job.trajectory = stepping.begin(denoiser, request, prompt.embeds, negative.embeds if negative else None)
             job.last_turn = self._turn
-            job.post(Started(prompt[0], None if negative is None else negative[0]))
+            job.post(Started(prompt, negative))
             log.debug("job_began", request_id=request.request_id, elapsed_ms=1e3 * (time.monotonic() - started_s))
         except Exception as error:
             self._fail(job, error)
-
-    def _encode(self, model: str, text: str | Embeds) -> tuple[Encoded, float]:
-        """Returns the embeddings, and the seconds that it took to make them."""
-        if not isinstance(text, str):
-            return Encoded(text), 0.0
-        key = (model, text)
-        if key in self._texts:
-            self._texts.move_to_end(key)
-            return self._texts[key], 0.0
-        started_s = time.monotonic()
-        try:
-            encoded = self._denoisers[model].encode(text)
-        except Exception as error:  # its message may quote the text, which is not for the log
-            raise RuntimeError(f"the text encoder failed: {type(error).__name__}") from None
-        if not np.isfinite(encoded.embeds).all():
-            raise ValueError("the text encoder's output is not finite")
-        self._texts[key] = encoded
-        if len(self._texts) > MAX_TEXTS:
-            self._texts.popitem(last=False)
-        return encoded, time.monotonic() - started_s
 
     def _choose(self) -> list[Job]:
         """Returns up to a batch of the group that has waited longest for its turn."""
@@ -340,6 +318,8 @@ class Engine:
                 torch.cuda.synchronize(denoiser.device)  # or durations and step boundaries mean nothing
         except Exception as error:
             self._stacked.clear()
+            if isinstance(error, torch.AcceleratorError):
+                raise  # the device is lost to this process; health says so, and whoever watches it starts another
             if len(batch) == 1:
                 self._fail(batch[0], error)
             elif _is_out_of_memory(error):

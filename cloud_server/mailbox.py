@@ -5,6 +5,7 @@ always the start, the hand-off and the end. Knows nothing of models or messages.
 """
 
 import asyncio
+import contextlib
 import threading
 
 from cloud_server.jobs import Event, Failed, Queued, Snapshot
@@ -60,7 +61,7 @@ class Mailbox:
         return event
 
     def _wake(self) -> None:
-        if not self._loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # a loop that is closed reads no more
             self._loop.call_soon_threadsafe(self._wake_if_filled)
 
     def _wake_if_filled(self) -> None:

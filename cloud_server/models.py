@@ -17,6 +17,7 @@ from cloud_server.devices import Placement
 from cloud_server.plans import PlanCompiler, default_scheduler
 from hybridsd import schedulers as known_schedulers
 from hybridsd.errors import HybridSDError
+from hybridsd.plan import MAX_STEPS
 
 EXTRAS_NAME = "hybridsd.json"
 """Optional file of a model folder: latent_space, default_size, default_guidance_scale, default_num_inference_steps,
@@ -114,10 +115,11 @@ def load_model(source: str, placement: Placement, *, latent_space: str | None = 
         embed_dim=text_config["hidden_size"],
         prediction_type=scheduler_config.get("prediction_type", "epsilon"),
         num_parameters=sum(parameter.numel() for parameter in unet.parameters()),
-        schedulers=(first, *(other for other in usable if other != first)),
+        schedulers=tuple(sorted(usable, key=lambda other: other != first)),
         default_num_inference_steps=num_steps,
         default_guidance_scale=float(extras.get("default_guidance_scale", 7.5)),
     )
+    _check_defaults(info)
     denoiser = DiffusersDenoiser(
         unet=unet,
         text_encoder=text_encoder,
@@ -179,6 +181,23 @@ def _refuse_unsupported(name: str, unet: dict[str, Any], text: dict[str, Any]) -
         raise ModelError(
             f"model {name}: its U-Net takes embeddings of {unet.get('cross_attention_dim')} features,"
             f" its text encoder makes {text.get('hidden_size')}"
+        )
+
+
+def _check_defaults(info: ModelInfo) -> None:
+    """Refuses defaults that a request could not ask for."""
+    if info.default_size <= 0 or info.default_size % info.size_multiple:
+        raise ModelError(
+            f"model {info.id}: default_size is {info.default_size}; it must be a multiple of {info.size_multiple}"
+        )
+    if not 1.0 <= info.default_guidance_scale <= 30.0:
+        raise ModelError(
+            f"model {info.id}: default_guidance_scale is {info.default_guidance_scale}; it must be in [1, 30]"
+        )
+    if not info.schedulers or not 1 <= info.default_num_inference_steps <= MAX_STEPS:
+        raise ModelError(
+            f"model {info.id}: default_num_inference_steps is {info.default_num_inference_steps}, with which no"
+            f" scheduler works; it must be in [1, {MAX_STEPS}]"
         )
 
 

@@ -358,15 +358,16 @@ async def test_a_stuck_call_is_seen(tiny_model: Model, make_engine: MakeEngine, 
     assert engine.stalled_s() == 0
 
 
-async def test_a_dead_worker_ends_every_job(tiny_model: Model, make_engine: MakeEngine) -> None:
-    """When the thread dies its jobs end with UNAVAILABLE, and the engine is stalled for ever."""
+@pytest.mark.parametrize("error", [SystemExit(), torch.AcceleratorError("device lost")], ids=["exit", "device"])
+async def test_a_dead_worker_ends_every_job(tiny_model: Model, make_engine: MakeEngine, error: BaseException) -> None:
+    """When the thread dies, or the device, its jobs end with UNAVAILABLE, and the engine is stalled for ever."""
 
     class Deadly:
         device, dtype = torch.device("cpu"), torch.float32
         encode = staticmethod(tiny_model.denoiser.encode)
 
         def predict(self, *_: torch.Tensor) -> torch.Tensor:
-            raise SystemExit
+            raise error
 
     engine = make_engine({"tiny": Deadly()})
     events = await events_of(engine, job_request(tiny_model))

@@ -75,6 +75,9 @@ def test_latent_spaces(folder: Path, scaling_factor: float, latent_channels: int
         ("text_encoder/config.json", {"architectures": ["T5"]}, "T5"),
         ("hybridsd.json", {"default_size": "big"}, "default_size"),
         ("hybridsd.json", {"default_scheduler": "magic"}, "magic"),
+        ("hybridsd.json", {"default_size": 65}, "multiple of 16"),
+        ("hybridsd.json", {"default_guidance_scale": 99}, "99"),
+        ("hybridsd.json", {"default_num_inference_steps": 2000}, "2000"),
     ],
 )
 def test_unsupported_models_are_refused(folder: Path, name: str, changes: dict[str, object], says: str) -> None:
@@ -91,6 +94,37 @@ def test_missing_files_are_named(folder: Path) -> None:
         load_model(str(folder), CPU)
     with pytest.raises(ModelError, match="neither a folder nor a hub id"):
         load_model(str(folder / "nowhere"), CPU)
+
+
+def test_a_hub_id_fetches_what_is_needed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the parts that are served are asked for; the VAE's weights only where they name the latent space."""
+    asked: list[list[str]] = []
+
+    def snapshot_download(_hub_id: str, *, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert load_model("owner/name", CPU).info.id == "owner/name"
+    assert not any(pattern.endswith(".bin") or "vae/diffusion" in pattern for pattern in asked[0])
+
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.rename(folder / "elsewhere")
+    (folder / "hybridsd.json").unlink()
+    with pytest.raises(ModelError, match="--latent-space"):
+        load_model("owner/name", CPU)
+    assert "vae/diffusion_pytorch_model.safetensors" in asked[-1]
+
+
+def test_a_hub_that_does_not_answer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the hub says goes to the user, with what to do."""
+
+    def snapshot_download(*_: object, **__: object) -> str:
+        raise OSError("offline")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(ModelError, match=r"offline.*give its folder"):
+        load_model("owner/name", CPU)
 
 
 def test_pickles_are_not_loaded(folder: Path) -> None:

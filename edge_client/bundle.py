@@ -6,7 +6,6 @@ Knows files and the manifest; nothing of ONNX or of what a plan does. The manife
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -180,7 +179,7 @@ def fetch(source: Downloads, name: str, files: tuple[RemoteFile, ...], into: Pat
         source: The cloud.
         name: The bundle's name there.
         files: What it consists of.
-        into: The folder that the bundle will be; beside it grows `NAME.partial`.
+        into: The folder that the bundle will be, not there yet; beside it grows `NAME.partial`.
 
     Raises:
         InternalError: If a path leaves the folder, or a file does not match its hash.
@@ -196,8 +195,6 @@ def fetch(source: Downloads, name: str, files: tuple[RemoteFile, ...], into: Pat
         yield from _fetch_file(source, name, file, partial / file.path)
     read_manifest(partial)
     into.parent.mkdir(parents=True, exist_ok=True)
-    if into.exists():
-        into.rename(into.with_name(f"{into.name}.old-{os.getpid()}"))
     partial.rename(into)
 
 

@@ -4,6 +4,7 @@ Knows click and files; how a picture is made is `edge_client.pipeline`'s busines
 """
 
 import contextlib
+import glob
 import json
 import secrets
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from edge_client.options import CONTEXT, model_options, open_bundle, open_cloud,
 from edge_client.pipeline import generate as run_pipeline
 from edge_client.progress import Display, choose_display, result_json
 from edge_client.remote import Cloud
-from edge_client.request import Request, SavedState, resolve
+from edge_client.request import Request, Resolved, SavedState, resolve, with_saved
 from hybridsd import schedulers
 from hybridsd.codec import ENCODINGS
 from hybridsd.errors import HybridSDError, InvalidRequest, Reason
@@ -127,13 +128,9 @@ def _generate(ctx: click.Context, options: dict[str, Any]) -> None:
     resolved = [resolve(request, bundle.manifest) for request in requests]
     extras = _extras(options, len(requests))
     paths = outputs.choose(options["output"], names, overwrite=options["overwrite"])
+    _check_extras(extras, paths)
     if options["dry_run"]:
-        plans = [
-            _dry_json(request, path) | {"mode": job.mode, "scheduler": job.scheduler, "width": job.width,
-            "num_inference_steps": job.num_inference_steps, "cloud_steps": job.cloud_steps, "height": job.height,
-            "edge_steps": job.num_inference_steps - job.cloud_steps, "guidance_scale": job.guidance_scale}
-            for request, job, path in zip(requests, resolved, paths, strict=True)
-        ]  # fmt: skip
+        plans = [_dry_json(*each) for each in zip(requests, resolved, paths, strict=True)]
         edge = {"bundle": str(bundle.folder), "edge_model": bundle.manifest.name, "server": options["server"]}
         click.echo(json.dumps({**edge, "images": plans}, indent=2, ensure_ascii=False))
         return
@@ -239,7 +236,7 @@ def _requests(ctx: click.Context, options: dict[str, Any]) -> tuple[list[Request
                     raise InvalidRequest(
                         Reason.FIELD_INVALID, f"the saved state fixes --{flag}; leave it out", field=name
                     )
-            return [replace(base, resume=loaded)], [f"{outputs.slug(loaded.prompt)}-{loaded.seed}.png?"]
+            return [with_saved(replace(base, resume=loaded))], [f"{outputs.slug(loaded.prompt)}-{loaded.seed}.png?"]
         base = replace(base, initial_latents=loaded)
     requests, names = [], []
     for row, pair in enumerate(_pairs(options)):
@@ -324,17 +321,38 @@ def _extras(options: dict[str, Any], num_pictures: int) -> _Extras:
     )
 
 
+def _check_extras(extras: _Extras, paths: list[Path]) -> None:
+    """Makes sure that no preview or picture of a step is there from an earlier run."""
+    if extras.overwrite:
+        return
+    for path in paths:
+        stem = glob.escape(path.stem)
+        found = list(path.parent.glob(f"{stem}-preview-*.png")) if extras.preview_every else []
+        if extras.save_steps is not None:
+            found += extras.save_steps.glob(f"{stem}-*.png")
+        if found:
+            outputs.check(found[0], overwrite=False)
+
+
 def _mode(name: str) -> Mode:
     return next(mode for mode in MODES if mode == name)
 
 
-def _dry_json(request: Request, path: Path) -> dict[str, Any]:
+def _dry_json(request: Request, job: Resolved, path: Path) -> dict[str, Any]:
     return {
         "path": str(path),
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
         "seed": request.seed,
         "image_index": request.image_index,
+        "mode": job.mode,
+        "scheduler": job.scheduler,
+        "num_inference_steps": job.num_inference_steps,
+        "cloud_steps": job.cloud_steps,
+        "edge_steps": job.num_inference_steps - job.cloud_steps,
+        "guidance_scale": job.guidance_scale,
+        "width": job.width,
+        "height": job.height,
         "model": request.model,
         "codec": request.codec,
         "private": request.private,

@@ -234,6 +234,9 @@ class Models:
 
     def warm_up(self) -> None:
         """Loads what the edge's part needs and runs it once on a small input, so that the first step is not slow."""
+        with self._lock:
+            if "unet" in self._loaded:
+                return
         manifest = self.manifest
         side = max(1, manifest.size_multiple // manifest.vae_scale_factor)
         latents = np.zeros((manifest.latent_channels, side, side), dtype=np.float32)

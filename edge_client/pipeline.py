@@ -6,7 +6,7 @@ Knows plans, models and the cloud only as functions; nothing of gRPC, files, ter
 import threading
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -32,7 +32,7 @@ from edge_client.images import to_u8
 from edge_client.onnx_models import Models
 from edge_client.remote import Cloud, RemoteJob
 from edge_client.remote_types import CloudState, Job
-from edge_client.request import Request, Resolved, resolve
+from edge_client.request import Request, Resolved, resolve, with_saved
 from hybridsd import noise
 from hybridsd.errors import (
     CloudBusy,
@@ -67,7 +67,7 @@ def generate(request: Request, bundle: Bundle, models: Models, cloud: Cloud | No
         HybridSDError: By the table of errors. A lost, late or full cloud raises only with `request.fallback` False.
     """
     begin = time.perf_counter()
-    request = _with_saved(request)
+    request = with_saved(request)
     job = resolve(request, bundle.manifest)
     run = _Run.start(request, job)
     yield _planned(request, job, run)
@@ -216,7 +216,7 @@ def _one_stream(run: _Run, remote: RemoteJob, timeout_s: float | None, held_call
         elif isinstance(event, CloudStarted):
             run.plan, run.model = event.plan, event.model
             run.conditioning = run.conditioning if event.conditioning is None else event.conditioning
-            run.num_dropped_tokens = event.num_dropped_tokens
+            run.num_dropped_tokens = max(run.num_dropped_tokens, event.num_dropped_tokens)  # 0 for embeddings
             yield event
         elif isinstance(event, Queued):
             yield event
@@ -281,20 +281,6 @@ def encode_text(request: Request, job: Resolved, models: Models) -> tuple[Condit
     negative, more_dropped = models.encode_text(request.negative_prompt)
     both = Conditioning(prompt_embeds=prompt_embeds, negative_prompt_embeds=negative)
     return both, num_dropped + more_dropped
-
-
-def _with_saved(request: Request) -> Request:
-    """Returns the request with what a saved state fixes."""
-    saved = request.resume
-    if saved is None:
-        return request
-    return replace(
-        request,
-        prompt=saved.prompt,
-        negative_prompt=saved.negative_prompt,
-        seed=saved.seed,
-        image_index=saved.image_index,
-    )
 
 
 def _warm_up(models: Models) -> None:

@@ -116,7 +116,8 @@ class Cloud:
         found, text = translate(error), error.details() or ""
         if isinstance(found, CloudUnreachable) and ("failed to connect" in text or "errors resolving" in text):
             no_name = "errors resolving" in text
-            what = "is unknown" if no_name else "refuses connections" if "refused" in text else "cannot be reached"
+            other = f"cannot be reached ({text.rpartition('last error: ')[2][:200]})"
+            what = "is unknown" if no_name else "refuses connections" if "refused" in text else other
             hint = "" if self.encrypted else ", or give --tls-ca if it wants TLS"
             return Reason.UNAVAILABLE.error(
                 f"{self.target} {what}; check that `hybridsd-cloud serve` runs there{hint}, or use --mode edge"

@@ -4,7 +4,7 @@ Knows the manifest of a bundle; nothing of models, files or the network.
 """
 
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from edge_client.arrays import Latents
 from edge_client.events import Conditioning, Mode
@@ -85,6 +85,20 @@ class Resolved:
     height: int
     latent_shape: tuple[int, int, int]
     embed_shape: tuple[int, int]
+
+
+def with_saved(request: Request) -> Request:
+    """Returns the request with what its saved state fixes, if it has one."""
+    saved = request.resume
+    if saved is None:
+        return request
+    return replace(
+        request,
+        prompt=saved.prompt,
+        negative_prompt=saved.negative_prompt,
+        seed=saved.seed,
+        image_index=saved.image_index,
+    )
 
 
 def resolve(request: Request, manifest: Manifest) -> Resolved:

@@ -334,6 +334,9 @@ def test_previews_and_steps_become_pictures(shell: Shell) -> None:
         for kind in ("noisy", "x0")
     ]
     assert np.array_equal(pixels(shell.folder / "steps" / steps[-2]), pixels("fox.png"))
+    (shell.folder / "fox.png").unlink()
+    for extra in (["--preview-every", "2"], ["--save-steps", "steps"]):
+        assert "is there already" in shell("generate", "a red fox", *extra, "-o", "fox.png", code=2).stderr
 
 
 def test_dry_run_does_nothing(shell: Shell, fake: FakeCloud) -> None:

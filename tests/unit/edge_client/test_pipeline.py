@@ -341,6 +341,16 @@ def test_private_sends_no_text(bundle: Bundle, models: Models, cloud: Cloud, fak
     assert np.array_equal(result.conditioning.prompt_embeds, local.astype(np.float16).astype(np.float32))
 
 
+def test_dropped_tokens_are_counted_where_the_text_is_read(
+    bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud
+) -> None:
+    """Of a private prompt only the edge knows how much did not fit."""
+    result, _ = run(replace(REQUEST, prompt="fox " * 15, private=True), bundle, models, cloud)
+
+    assert result.num_dropped_tokens == 5
+    assert result.cloud_model == "fake-large"
+
+
 def test_missing_plan_names_those_there_are(bundle: Bundle, models: Models, running: Running, cloud: Cloud) -> None:
     """Without a cloud only the bundle's plans can run, and the error lists them."""
     running.server.stop(grace=None).wait()

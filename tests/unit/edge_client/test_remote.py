@@ -1,6 +1,8 @@
 """The connection: who may be spoken to in plain text, what errors become, what the cache forgets."""
 
+import shutil
 import socket
+import subprocess
 from pathlib import Path
 
 import grpc
@@ -14,6 +16,7 @@ from edge_client.pipeline import generate
 from edge_client.remote import Cloud, is_loopback, translate
 from edge_client.request import Request
 from hybridsd.errors import CloudTimeout, CloudUnreachable, InvalidRequest, Reason
+from tests.unit.edge_client.fake_cloud import FakeCloud, serve
 
 
 @pytest.mark.parametrize(
@@ -129,3 +132,27 @@ def test_no_server_is_explained(details: str, says: str, tmp_path: Path) -> None
 
     assert error.message.startswith(says)
     assert "--mode edge" in error.message
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command to make a certificate")
+def test_tls_with_an_own_authority(tmp_path: Path) -> None:
+    """A server with a certificate of the given authority is spoken to; with another, or in plain text, it is not."""
+    for name in ("mine", "other"):
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+             "-keyout", f"{name}.key", "-out", f"{name}.pem", "-days", "2", "-subj", "/CN=localhost",
+             "-addext", "subjectAltName=IP:127.0.0.1"],
+            cwd=tmp_path, check=True, capture_output=True,
+        )  # fmt: skip
+    pair = ((tmp_path / "mine.key").read_bytes(), (tmp_path / "mine.pem").read_bytes())
+    running = serve(FakeCloud(), grpc.ssl_server_credentials([pair]))
+    try:
+        with Cloud(running.target, tls_ca=tmp_path / "mine.pem", cache=Cache(tmp_path)) as cloud:
+            assert cloud.encrypted
+            assert cloud.capabilities().server_version == "0.1.0"
+        for tls_ca in (tmp_path / "other.pem", None):
+            wrong = Cloud(running.target, tls_ca=tls_ca, cache=Cache(tmp_path), connect_timeout_s=1)
+            with wrong as cloud, pytest.raises(CloudUnreachable):
+                cloud.capabilities()
+    finally:
+        running.server.stop(grace=None).wait()

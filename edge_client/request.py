@@ -165,6 +165,13 @@ def _resolve_saved(request: Request, saved: SavedState, manifest: Manifest) -> R
         raise InvalidRequest(
             Reason.STATE_INVALID, "the saved state does not fit its plan; save it again", field="load_latents"
         )
+    embeds, embed_shape = saved.conditioning, (manifest.context_length, manifest.embed_dim)
+    if embeds is not None and embeds.prompt_embeds.shape != embed_shape:
+        raise Reason.MODEL_UNKNOWN.error(
+            f"the saved state has embeddings {list(embeds.prompt_embeds.shape)}; bundle {manifest.name} takes "
+            f"{list(embed_shape)}: choose another --bundle",
+            field="load_latents",
+        )
     steps, cell = saved.plan.num_inference_steps, manifest.vae_scale_factor
     height, width = shape[1] * cell, shape[2] * cell
     _check_rest(request, manifest, width, height)
@@ -178,7 +185,7 @@ def _resolve_saved(request: Request, saved: SavedState, manifest: Manifest) -> R
         width=width,
         height=height,
         latent_shape=(shape[0], shape[1], shape[2]),
-        embed_shape=(manifest.context_length, manifest.embed_dim),
+        embed_shape=embed_shape,
     )
 
 

@@ -425,7 +425,10 @@ def test_bundle_commands(shell: Shell, fake: FakeCloud, bundle_folder: Path) -> 
 def test_interrupting_cancels_the_job(shell: Shell, fake: FakeCloud, running: Running, bundle_folder: Path) -> None:
     """Ctrl-C in the cloud's part stops the cloud's job too and exits with 130."""
     fake.hang_after_call = 1
-    command = [sys.executable, "-c", "from edge_client.cli import main; main()", "generate", "a fox", "--jsonl"]
+    listen = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # a job in the background may not
+    )
+    command = [sys.executable, "-c", f"{listen}from edge_client.cli import main; main()", "generate", "fox", "--jsonl"]
     command += ["--server", running.target, "--bundle", str(bundle_folder)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ

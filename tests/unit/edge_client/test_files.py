@@ -151,6 +151,15 @@ def test_state_of_another_space(result: Result, bundle: Bundle) -> None:
         resolve(Request(resume=saved), bundle.manifest)
 
 
+def test_state_of_another_text_encoder(result: Result, bundle: Bundle) -> None:
+    """A saved state whose embeddings the bundle's U-Net cannot take is refused before anything runs."""
+    assert result.conditioning is not None
+    narrow = dataclasses.replace(result.conditioning, prompt_embeds=result.conditioning.prompt_embeds[:, :4])
+    saved = dataclasses.replace(latents.saved_state(result, "tiny-test"), conditioning=narrow)
+    with pytest.raises(ModelMismatch, match=r"embeddings \[12, 4\].*takes \[12, 8\]"):
+        resolve(Request(resume=saved), bundle.manifest)
+
+
 @pytest.mark.parametrize(("steps", "cloud_steps"), [(6, 3), (10, 5), (1, 0), (2, 1)])
 def test_default_split_keeps_its_share(steps: int, cloud_steps: int, bundle: Bundle) -> None:
     """With other numbers of steps the cloud runs the same share of them."""

@@ -175,17 +175,21 @@ class Engine:
     # What follows runs with the lock held.
 
     def _find(self, request_id: str) -> Job | None:
+        self._forget()
+        live = self._jobs.get(request_id)
+        if live is not None and not live.is_stopping:
+            return live
+        kept = self._finished.get(request_id)
+        return None if kept is None else kept[1]
+
+    def _forget(self) -> None:
+        """Drops finished jobs that are too many or too old."""
         now_s = time.monotonic()
         while self._finished:
             oldest, (ended_s, _) = next(iter(self._finished.items()))
             if len(self._finished) <= self._keep_finished and now_s - ended_s < self._keep_finished_s:
                 break
             del self._finished[oldest]
-        live = self._jobs.get(request_id)
-        if live is not None and not live.is_stopping:
-            return live
-        kept = self._finished.get(request_id)
-        return None if kept is None else kept[1]
 
     def _free_places(self) -> int:
         return max(0, self._max_batch - len(self._active))
@@ -222,6 +226,7 @@ class Engine:
             if isinstance(outcome, Finished):
                 self._finished.pop(job.request.request_id, None)
                 self._finished[job.request.request_id] = (time.monotonic(), job)
+                self._forget()
         job.trajectory = None
         job.post(outcome)
 

@@ -113,6 +113,7 @@ async def _run(inner: Handler, request: Any, context: "grpc.aio.ServicerContext[
         raise
     except HybridSDError as error:
         code, reason = error.reason.value.grpc_code, error.reason.name
+        notes["field"] = error.field
         await context.abort_with_status(rich_status(error))
     except Exception:
         code, reason = "INTERNAL", "INTERNAL"

@@ -119,8 +119,8 @@ class RequestReader:
 
     def _latent_shape(self, request: pb.DenoiseRequest, info: ModelInfo) -> tuple[int, int, int]:
         sizes = []
-        for field, asked in (("height", request.height), ("width", request.width)):
-            size = asked if asked != 0 else info.default_size
+        for field in ("height", "width"):
+            size = getattr(request, field) if request.HasField(field) else info.default_size
             if size % info.size_multiple or not self._min_size <= size <= self._max_size:
                 raise Reason.SIZE_INVALID.error(
                     f"{field} is {size}; choose a multiple of {info.size_multiple}"
@@ -164,7 +164,7 @@ def _check_scalars(request: pb.DenoiseRequest) -> None:
 
 
 def _guidance_scale(request: pb.DenoiseRequest, info: ModelInfo) -> float:
-    scale = request.guidance_scale if request.guidance_scale != 0.0 else info.default_guidance_scale
+    scale = request.guidance_scale if request.HasField("guidance_scale") else info.default_guidance_scale
     if not 1.0 <= scale <= MAX_GUIDANCE:
         raise Reason.GUIDANCE_INVALID.error(
             f"guidance_scale is {scale}; choose 1 (off) to {MAX_GUIDANCE:g}", field="guidance_scale"
@@ -225,8 +225,9 @@ async def _plan(request: pb.DenoiseRequest, model: Model) -> Plan:
     if request.HasField("plan"):
         return codec.decode_plan(request.plan)
     name = request.scheduler.name or model.info.schedulers[0]
-    steps = request.scheduler.num_inference_steps
-    num_steps = steps if steps != 0 else model.info.default_num_inference_steps
+    spec = request.scheduler
+    given = spec.HasField("num_inference_steps")
+    num_steps = spec.num_inference_steps if given else model.info.default_num_inference_steps
     if not 1 <= num_steps <= MAX_STEPS:
         raise Reason.STEPS_INVALID.error(
             f"num_inference_steps is {num_steps}; choose 1 to {MAX_STEPS}", field="scheduler.num_inference_steps"

@@ -135,7 +135,8 @@ class CloudServer:
         while True:
             await asyncio.sleep(min(1.0, self._settings.stall_timeout_s / 4))
             stalled_s = self.engine.stalled_s()
-            is_well = stalled_s < self._settings.stall_timeout_s
+            slow_s = 4 * self.engine.load().call_s  # a machine that is slow is not stuck
+            is_well = stalled_s < max(self._settings.stall_timeout_s, slow_s)
             if is_well != was_well:
                 log.log(20 if is_well else 40, "health", is_well=is_well, stalled_s=stalled_s)
                 await self._set_health(_SERVING if is_well else _NOT_SERVING)

@@ -149,6 +149,22 @@ async def test_groups_take_turns(tiny_model: Model, make_engine: MakeEngine, gat
     assert gated.rows in ([2, 1, 2, 1, 2, 1], [2, 2, 1, 2, 1, 1])
 
 
+async def test_models_never_share_a_call(tiny_model: Model, make_engine: MakeEngine, gated: GatedDenoiser) -> None:
+    """Jobs of two models take turns, each on its own."""
+    other = GatedDenoiser(tiny_model.denoiser)
+    engine = make_engine({"tiny": gated, "other": other})
+    mailboxes = [Mailbox() for _ in range(4)]
+    for mailbox, model in zip(mailboxes, ("tiny", "other", "tiny", "other"), strict=True):
+        engine.submit(job_request(tiny_model, model=model, handoff_call=3), mailbox)
+    gated.open()
+    other.open()
+    results = [states(await read_to_end(mailbox)) for mailbox in mailboxes]
+
+    assert sum(gated.rows) == sum(other.rows) == 2 * 2 * 3
+    for found in results:
+        np.testing.assert_allclose(found[3].arrays[0], results[0][3].arrays[0], rtol=0, atol=1e-4)
+
+
 async def test_cancel_stops_at_the_next_boundary(
     tiny_model: Model, make_engine: MakeEngine, gated: GatedDenoiser
 ) -> None:

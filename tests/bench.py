@@ -1,7 +1,7 @@
 """`make bench`: what the product costs on this machine, as ratios inside one run.
 
-Not a test: nothing here passes or fails. Each line names the aim. The default is the demo family; `--full` takes full-size
-shapes with random weights: SD 1.4's 860M U-Net in the cloud, a 224M one at the edge, 512x512.
+Not a test: nothing here passes or fails. Each line names the aim. The default is the demo family; `--full` takes
+full-size shapes with random weights: SD 1.4's 860M U-Net in the cloud, a 224M one at the edge, 512x512.
 """
 
 import argparse

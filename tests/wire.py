@@ -14,7 +14,7 @@ from hybridsd.v1 import denoising_service_pb2 as pb
 from hybridsd.v1 import denoising_service_pb2_grpc
 from tests.tiny_pipeline import write_tiny_pipeline
 
-STEPS, HANDOFF = 25, 10
+STEPS, HANDOFF = 25, 2
 
 
 def measure(folder: Path) -> Iterator[dict[str, str | int]]:

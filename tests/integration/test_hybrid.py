@@ -76,7 +76,7 @@ def one_process(model: Model, models: Models, scheduler: str, call: int, asked: 
 def test_hybrid_equals_one_process_at_every_split(
     scheduler: str, k: int, server: CloudServer, connect: Connect, model: Model, bundle: Bundle, models: Models
 ) -> None:
-    """One state, two, four, noise, two calls a step: the final latents are those of one process, for every k from 1 (e2e: 0)."""
+    """One state, two, four, noise, two calls a step: the final latents are those of one process, for every k."""
     asked = request(scheduler, k)
     result, _ = run(asked, bundle, models, connect(server))
     expected = one_process(model, models, scheduler, model.plans.plan(scheduler, STEPS).first_call(k), asked)

@@ -8,7 +8,7 @@ KIB = 1024
 
 
 def test_bytes_for_a_512_picture(tmp_path: Path) -> None:
-    """fp16 190 KiB, int8 100 KiB, and 40 KiB when the embeddings are known: DPM-Solver++ 2M, guidance, hand-off only."""
+    """fp16 190 KiB, int8 100 KiB, 40 KiB when the embeddings are known: DPM-Solver++ 2M, guidance, hand-off only."""
     rows = {(row["codec"], row["prompt"]): row for row in measure(tmp_path)}
 
     assert int(rows["fp16", "new"]["all"]) <= 190 * KIB

@@ -61,16 +61,18 @@ class DenoiseRequest(_message.Message):
     """
     guidance_scale: _builtins.float
     """Weight of classifier-free guidance, in `[1, 30]`: e = e_uncond + guidance_scale * (e_cond - e_uncond).
-    1 turns guidance off and halves the work. 0 (not set) is the model's default.
+    1 turns guidance off and halves the work. Not set: the model's default.
     """
     seed: _builtins.int
     """Selects all noise of the picture (docs/numerics.md), in `[0, 2^53)`. Default 0."""
     image_index: _builtins.int
     """The number of this picture among several of one seed, in `[0, 65535]`. Default 0."""
     width: _builtins.int
-    """Picture width in pixels, a multiple of the model's `size_multiple` within its limits. 0 is the model's default."""
+    """Picture width in pixels, a multiple of the model's `size_multiple` from `Limits.min_size` (1 or more) to
+    `Limits.max_size`. Not set: the model's default.
+    """
     height: _builtins.int
-    """Picture height in pixels; the same rules as `width`. 0 is the model's default."""
+    """Picture height in pixels; the same rules, 1 or more, and default as `width`."""
     first_step: _builtins.int
     """The first step to run, in `[0, handoff_step)`. Above 0 `initial_state` is required. Default 0."""
     handoff_step: _builtins.int
@@ -137,11 +139,11 @@ class DenoiseRequest(_message.Message):
         latent_space: _builtins.str = ...,
         text: Global___TextConditioning | None = ...,
         embeddings: Global___EmbeddingConditioning | None = ...,
-        guidance_scale: _builtins.float = ...,
+        guidance_scale: _builtins.float | None = ...,
         seed: _builtins.int = ...,
         image_index: _builtins.int = ...,
-        width: _builtins.int = ...,
-        height: _builtins.int = ...,
+        width: _builtins.int | None = ...,
+        height: _builtins.int | None = ...,
         scheduler: Global___SchedulerSpec | None = ...,
         plan: _plan_pb2.Plan | None = ...,
         first_step: _builtins.int = ...,
@@ -155,14 +157,26 @@ class DenoiseRequest(_message.Message):
         reattach_grace: _duration_pb2.Duration | None = ...,
         resume_call: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["conditioning", b"conditioning", "embeddings", b"embeddings", "initial_latents", b"initial_latents", "plan", b"plan", "reattach_grace", b"reattach_grace", "scheduler", b"scheduler", "solver", b"solver", "text", b"text"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_width", b"_width", "conditioning", b"conditioning", "embeddings", b"embeddings", "guidance_scale", b"guidance_scale", "height", b"height", "initial_latents", b"initial_latents", "plan", b"plan", "reattach_grace", b"reattach_grace", "scheduler", b"scheduler", "solver", b"solver", "text", b"text", "width", b"width"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["conditioning", b"conditioning", "embeddings", b"embeddings", "encoding", b"encoding", "first_step", b"first_step", "guidance_scale", b"guidance_scale", "handoff_step", b"handoff_step", "height", b"height", "image_index", b"image_index", "initial_latents", b"initial_latents", "initial_state", b"initial_state", "known_digests", b"known_digests", "latent_space", b"latent_space", "model", b"model", "plan", b"plan", "preview_every", b"preview_every", "reattach_grace", b"reattach_grace", "request_id", b"request_id", "resume_call", b"resume_call", "scheduler", b"scheduler", "seed", b"seed", "solver", b"solver", "state_every", b"state_every", "text", b"text", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_width", b"_width", "conditioning", b"conditioning", "embeddings", b"embeddings", "encoding", b"encoding", "first_step", b"first_step", "guidance_scale", b"guidance_scale", "handoff_step", b"handoff_step", "height", b"height", "image_index", b"image_index", "initial_latents", b"initial_latents", "initial_state", b"initial_state", "known_digests", b"known_digests", "latent_space", b"latent_space", "model", b"model", "plan", b"plan", "preview_every", b"preview_every", "reattach_grace", b"reattach_grace", "request_id", b"request_id", "resume_call", b"resume_call", "scheduler", b"scheduler", "seed", b"seed", "solver", b"solver", "state_every", b"state_every", "text", b"text", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
+    _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
+    _WhichOneofReturnType__height: _TypeAlias = _typing.Literal["height"]  # noqa: Y015
+    _WhichOneofArgType__height: _TypeAlias = _typing.Literal["_height", b"_height"]  # noqa: Y015
+    _WhichOneofReturnType__width: _TypeAlias = _typing.Literal["width"]  # noqa: Y015
+    _WhichOneofArgType__width: _TypeAlias = _typing.Literal["_width", b"_width"]  # noqa: Y015
     _WhichOneofReturnType_conditioning: _TypeAlias = _typing.Literal["text", "embeddings"]  # noqa: Y015
     _WhichOneofArgType_conditioning: _TypeAlias = _typing.Literal["conditioning", b"conditioning"]  # noqa: Y015
     _WhichOneofReturnType_solver: _TypeAlias = _typing.Literal["scheduler", "plan"]  # noqa: Y015
     _WhichOneofArgType_solver: _TypeAlias = _typing.Literal["solver", b"solver"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__guidance_scale) -> _WhichOneofReturnType__guidance_scale | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__height) -> _WhichOneofReturnType__height | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__width) -> _WhichOneofReturnType__width | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_conditioning) -> _WhichOneofReturnType_conditioning | None: ...
     @_typing.overload
@@ -239,18 +253,20 @@ class SchedulerSpec(_message.Message):
     name: _builtins.str
     """A name from `Model.schedulers`, such as "dpmpp_2m". Empty is the model's default."""
     num_inference_steps: _builtins.int
-    """The number of steps, in `[1, 1000]`. 0 (not set) is the model's default."""
+    """The number of steps, in `[1, 1000]`. Not set: the model's default."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
-        num_inference_steps: _builtins.int = ...,
+        num_inference_steps: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_inference_steps", b"_num_inference_steps", "num_inference_steps", b"num_inference_steps"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "num_inference_steps", b"num_inference_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_inference_steps", b"_num_inference_steps", "name", b"name", "num_inference_steps", b"num_inference_steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__num_inference_steps: _TypeAlias = _typing.Literal["num_inference_steps"]  # noqa: Y015
+    _WhichOneofArgType__num_inference_steps: _TypeAlias = _typing.Literal["_num_inference_steps", b"_num_inference_steps"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_inference_steps) -> _WhichOneofReturnType__num_inference_steps | None: ...
 
 Global___SchedulerSpec: _TypeAlias = SchedulerSpec  # noqa: Y015
 

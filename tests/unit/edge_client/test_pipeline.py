@@ -243,6 +243,13 @@ def test_auto_never_insists_on_a_cloud(bundle: Bundle, models: Models, running: 
         run(replace(REQUEST, mode="hybrid", fallback=False), bundle, models, cloud)
 
 
+def test_auto_insists_on_a_cloud_that_began(bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud) -> None:
+    """Once a cloud has answered, mode auto keeps to the ban on falling back too."""
+    fake.die_after_call = 2
+    with pytest.raises(CloudUnreachable):
+        run(replace(REQUEST, mode="auto", fallback=False), bundle, models, cloud)
+
+
 @pytest.mark.parametrize(
     ("reason", "error"),
     [

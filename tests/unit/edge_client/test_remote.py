@@ -7,6 +7,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2, status_pb2
 
 from edge_client import cache as caches
 from edge_client.bundle import Bundle
@@ -49,7 +50,9 @@ def test_targets_are_checked(target: str, tmp_path: Path) -> None:
 
 
 class Failed(grpc.RpcError):
-    """A failed call without details, as a proxy makes it."""
+    """A failed call, without details as a proxy makes it, unless it is given a status."""
+
+    status: status_pb2.Status | None = None
 
     def __init__(self, code: grpc.StatusCode, details: str = "no details") -> None:
         self._code, self._details = code, details
@@ -60,8 +63,8 @@ class Failed(grpc.RpcError):
     def details(self) -> str:
         return self._details
 
-    def trailing_metadata(self) -> None:
-        return None
+    def trailing_metadata(self) -> tuple[tuple[str, bytes], ...]:
+        return (("grpc-status-details-bin", self.status.SerializeToString()),) if self.status is not None else ()
 
 
 @pytest.mark.parametrize(
@@ -82,6 +85,28 @@ def test_errors_without_details_go_by_code(code: grpc.StatusCode, reason: Reason
 
     assert error.reason is reason
     assert type(error) is reason.value.error
+
+
+def test_full_without_a_delay_has_one() -> None:
+    """A full queue is worth asking again even where it does not say when; a lost connection by itself is not."""
+    assert translate(Failed(grpc.StatusCode.RESOURCE_EXHAUSTED)).retry_delay_s == 0.5
+    assert translate(Failed(grpc.StatusCode.UNAVAILABLE)).retry_delay_s is None
+
+
+@pytest.mark.parametrize(
+    ("domain", "reason"), [("hybridsd", Reason.SIZE_INVALID), ("googleapis.com", Reason.FIELD_INVALID)]
+)
+def test_reasons_of_others_are_not_ours(domain: str, reason: Reason) -> None:
+    """An ErrorInfo counts only in our domain; the field at fault is told in any case."""
+    info = error_details_pb2.ErrorInfo(reason="SIZE_INVALID", domain=domain)
+    field = error_details_pb2.BadRequest(field_violations=[{"field": "width"}])
+    failed = Failed(grpc.StatusCode.INVALID_ARGUMENT)
+    failed.status = status_pb2.Status(code=3, message="no details")
+    for detail in (info, field):
+        failed.status.details.add().Pack(detail)
+    error = translate(failed)
+
+    assert (error.reason, error.field) == (reason, "width")
 
 
 def test_cache_forgets_the_oldest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,9 +91,10 @@ def scenes_and_images(rng: np.random.Generator, count: int, *, held_out: bool = 
 class ClassifierTask(nn.Module):
     """Trains the classifier; half of the pictures have been through the VAE."""
 
-    def __init__(self, classifier: Classifier, vae: AutoencoderKL, *, pool: int, seed: int) -> None:
+    def __init__(self, classifier: Classifier, vae: AutoencoderKL, *, pool: int, judged: int, seed: int) -> None:
         super().__init__()
         self.classifier = classifier
+        self.judged = judged
         self.vae = [vae]  # in a list, so that its weights are not taken for ours
         labels, images = [], []
         for start in range(0, pool, 64):
@@ -125,7 +126,7 @@ class ClassifierTask(nn.Module):
         names = ("layout", "first", "second", "background")
         return {name: F.cross_entropy(logits[i].float(), labels[:, i]) for i, name in enumerate(names)}
 
-    def accuracy(self, *, round_trip: bool, count: int = 1024) -> float:
+    def accuracy(self, *, round_trip: bool, count: int) -> float:
         """Measures how often all four answers are right on fresh pictures, half of them of held-out pairs."""
         right = 0
         for start in range(0, count, 64):
@@ -144,8 +145,8 @@ class ClassifierTask(nn.Module):
         width = str(cast(nn.Conv2d, self.classifier.features[0]).out_channels)
         save_file(weights, directory / WEIGHTS_NAME, metadata={"width": width})
         scores: dict[str, Any] = {
-            "renders": self.accuracy(round_trip=False),
-            "vae_round_trip": self.accuracy(round_trip=True),
+            "renders": self.accuracy(round_trip=False, count=self.judged),
+            "vae_round_trip": self.accuracy(round_trip=True, count=self.judged),
         }
         (directory / "accuracy.json").write_text(json.dumps(scores, indent=1) + "\n")
 

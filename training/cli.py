@@ -163,7 +163,7 @@ for _name in recipes.by_name():
     _add(_name)
 
 
-def _encode_part(out: Path, scenes: int, share: Share) -> None:
+def encode_share(out: Path, scenes: int, share: Share) -> None:
     """Encodes one worker's part of the scenes."""
     directory = out / "latents"
     part = encode_part(load_vae(out / "vae"), share, scenes=scenes, seed=SCENES_SEED)
@@ -179,7 +179,7 @@ def latents_command(out: Path, scenes: int, workers: int) -> None:
     started = time.monotonic()
     for old in (out / "latents").glob("part-*.npy"):
         old.unlink()
-    work = functools.partial(_encode_part, out, scenes)
+    work = functools.partial(encode_share, out, scenes)
     with shared(workers, max(1, (os.cpu_count() or 1) // workers), work) as share:
         work(share)
     click.echo(f"{scenes} scenes after {time.monotonic() - started:.0f} s", err=True)

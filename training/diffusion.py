@@ -111,7 +111,9 @@ class Conditions:
             "" if rng.random() < self.empty else caption(self.scenes[index], rng, free=self.free) for index in chosen
         ]
         latents = torch.from_numpy(self.latents[chosen].astype(np.float32))
-        return latents, embed(self.encoder, token_ids(self.tokenizer, texts)).clone()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            prompt_embeds = embed(self.encoder, token_ids(self.tokenizer, texts))
+        return latents, prompt_embeds.clone()
 
 
 def stratified_timesteps(rng: np.random.Generator, batch_size: int) -> Tensor:

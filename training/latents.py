@@ -48,7 +48,7 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     return images.float()
 
 
-def encode_part(vae: AutoencoderKL, share: Share, *, scenes: int, seed: int, batch: int = 64) -> NDArray[np.float16]:
+def encode_part(vae: AutoencoderKL, share: Share, *, scenes: int, seed: int, batch: int = 8) -> NDArray[np.float16]:
     """Encodes every scene of this worker's contiguous part of the set: float16 [n, 4, 16, 16]."""
     indices = range(scenes * share.rank // share.workers, scenes * (share.rank + 1) // share.workers)
     parts = []

@@ -92,6 +92,7 @@ class Run:
     step: int = 0
     stop: bool = False
     curve: list[dict[str, float]] = field(default_factory=list)
+    pending: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._parameters = [p for p in self.task.module.parameters() if p.requires_grad]
@@ -106,7 +107,6 @@ class Run:
 
     def steps(self) -> Iterator[StepRecord]:
         """Learns, yielding after every step, until the schedule is done or `stop` was set on any worker."""
-        pending: list[dict[str, float]] = []
         stopping = False
         while self.step < self.schedule.steps and not stopping:
             started = time.monotonic()
@@ -127,11 +127,11 @@ class Run:
             self._update_average()
             self.step += 1
             losses = {name: float(term.detach()) for name, term in terms.items()}
-            pending.append(losses)
+            self.pending.append(losses)
             if self.step % CURVE_EVERY == 0 or self.step == self.schedule.steps:
-                means = {name: float(np.mean([entry[name] for entry in pending])) for name in losses}
+                means = {name: float(np.mean([entry[name] for entry in self.pending])) for name in losses}
                 self.curve.append({"step": self.step, "lr": lr, "loss": sum(means.values()), **means})
-                pending.clear()
+                self.pending.clear()
             yield StepRecord(step=self.step, losses=losses, lr=lr, elapsed_s=time.monotonic() - started)
 
     def _update_average(self) -> None:
@@ -155,6 +155,7 @@ class Run:
             "optimizer": self._optimizer.state_dict(),
             "average": self._average,
             "curve": self.curve,
+            "pending": self.pending,
         }
         checkpoints.save(directory / CHECKPOINT_NAME, state)
         write_curve(directory / CURVE_NAME, self.curve)
@@ -167,6 +168,7 @@ class Run:
         state = checkpoints.load(path)
         self.step = state["step"]
         self.curve = state["curve"]
+        self.pending = state.get("pending", [])
         self.task.module.load_state_dict(state["module"])
         self._optimizer.load_state_dict(state["optimizer"])
         with torch.no_grad():

@@ -20,12 +20,19 @@ class ClassifierRecipe:
     schedule: Schedule
     width: int
     pool: int
+    judged: int
     folder: str = "classifier"
 
     def build(self, family: Path) -> ClassifierTask:
         """Builds an untrained classifier; needs the stage vae."""
         torch.manual_seed(self.schedule.seed)
-        return ClassifierTask(Classifier(self.width), load_vae(family / "vae"), pool=self.pool, seed=self.schedule.seed)
+        return ClassifierTask(
+            Classifier(self.width),
+            load_vae(family / "vae"),
+            pool=self.pool,
+            judged=self.judged,
+            seed=self.schedule.seed,
+        )
 
 
 def classifier(scale: Scale) -> ClassifierRecipe:
@@ -41,4 +48,5 @@ def classifier(scale: Scale) -> ClassifierRecipe:
         ),
         width=8 if toy else 32,
         pool=32 if toy else 4096,
+        judged=64 if toy else 2048,
     )

@@ -54,13 +54,13 @@ def unet(scale: Scale) -> UNetRecipe:
     toy = scale == "toy"
     return UNetRecipe(
         schedule=Schedule(
-            steps=30 if toy else 2800,
+            steps=30 if toy else 1800,
             batch_size=8 if toy else 48,
-            lr=3e-3 if toy else 6e-4,
-            warmup=5 if toy else 150,
+            lr=3e-3 if toy else 8e-4,
+            warmup=5 if toy else 80,
             ema_decay=0.997,
         ),
-        widths=(32, 32, 64) if toy else (96, 160, 256),
-        layers=1 if toy else 2,
+        widths=(32, 32, 64) if toy else (64, 160, 352),
+        layers=1,
         snr_gamma=5.0,
     )

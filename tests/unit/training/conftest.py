@@ -1,0 +1,24 @@
+"""One thread for all tests here, and one toy family for those that need trained networks."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.unit.training.toy import ToyFamily, make_family
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Toy networks are slower on two threads, and their last digits depend on the number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> ToyFamily:
+    """A trained toy family; tests must not write to it."""
+    del one_thread
+    return make_family(tmp_path_factory.mktemp("family"))

@@ -36,7 +36,7 @@ from edge_client.onnx_models import Models
 from edge_client.pipeline import generate
 from edge_client.remote import Cloud
 from edge_client.request import Request
-from hybridsd import noise
+from hybridsd import codec, noise
 from hybridsd.manifest import read_manifest
 from hybridsd.plan import denoise, initial_state
 from tests.wire import measure
@@ -202,16 +202,13 @@ def one_process_s(model: Model, models: Models, request: Request, conditioning: 
     def small(x: np.ndarray, t: float) -> np.ndarray:
         return models.predict_noise(x.astype(np.float32), t, conditioning, guidance_scale=g)
 
-    def no_noise(call: int) -> Any:
-        raise AssertionError(f"call {call} draws noise; DPM-Solver++ 2M does not")
-
     begin = time.perf_counter()
     with torch.inference_mode():
         state: list[Any] = initial_state(plan, torch.from_numpy(noise.initial_latents(1, 0, shape)).to(denoiser.device))
-        for done in denoise(plan, state, large, no_noise, stop=plan.first_call(cloud_steps)):
+        for done in denoise(plan, state, large, _no_noise, stop=plan.first_call(cloud_steps)):
             state = done.state
     arrays = [array.cpu().numpy() for array in state]
-    for advance in denoise(plan, arrays, small, no_noise, start=plan.first_call(cloud_steps)):
+    for advance in denoise(plan, arrays, small, _no_noise, start=plan.first_call(cloud_steps)):
         arrays = advance.state
     models.decode(arrays[0])
     return time.perf_counter() - begin
@@ -267,6 +264,65 @@ def bench_wire(folder: Path) -> None:
         say(f"  {row['codec']:6s} {row['prompt']:6s} {sizes}  {aims.get((row['codec'], row['prompt']), ''):>7s}")
 
 
+def bench_codec(model: Model, bundle_folder: Path, *, steps: int, k: int, num_pictures: int = 8) -> None:
+    """Prints what fp16 and int8, of embeddings and state, cost in latents and in the final picture, against fp32."""
+    manifest = read_manifest(bundle_folder)
+    models = Models(bundle_folder, manifest)
+    plan = model.plans.plan("dpmpp_2m", steps)
+    call, guidance = plan.first_call(k), manifest.defaults.guidance_scale
+    cells = (
+        manifest.defaults.height // manifest.vae_scale_factor,
+        manifest.defaults.width // manifest.vae_scale_factor,
+    )
+    names = ("fox", "donut", "rocket", "cat", "pizza", "car", "tree", "moon")
+    errors: dict[str, list[tuple[float, float, float]]] = {"fp16": [], "int8": []}
+    for seed in range(num_pictures):
+        text = f"a {names[seed % 8]} to the left of a {names[(seed + 3) % 8]} on a blue background"
+        pair = np.stack([model.denoiser.encode(words).embeds for words in ("", text)])
+        rows = torch.from_numpy(pair).to(model.denoiser.device, model.denoiser.dtype)
+
+        def large(x: np.ndarray, t: float, rows: torch.Tensor = rows) -> np.ndarray:
+            sample = torch.from_numpy(np.stack([x, x])).to(rows.device)
+            with torch.inference_mode():
+                output = model.denoiser.predict(sample, torch.full((2,), t, device=rows.device), rows).cpu().numpy()
+            return np.asarray(output[0] + np.float32(guidance) * (output[1] - output[0]))
+
+        start = initial_state(plan, noise.initial_latents(seed, 0, (manifest.latent_channels, *cells)))
+        *_, handoff = denoise(plan, start, large, _no_noise, stop=call)
+        finished = {}
+        for name, encoding in codec.ENCODINGS.items():
+            through = [codec.decode_tensor(codec.encode_tensor(array, encoding)) for array in (*handoff.state, *pair)]
+            conditioning = Conditioning(prompt_embeds=through[-1], negative_prompt_embeds=through[-2])
+
+            def small(x: np.ndarray, t: float, conditioning: Conditioning = conditioning) -> np.ndarray:
+                return models.predict_noise(x.astype(np.float32), t, conditioning, guidance_scale=guidance)
+
+            *_, done = denoise(plan, through[:-2], small, _no_noise, start=call)
+            state_error = max(np.abs(a - b).max() for a, b in zip(through, handoff.state, strict=False))
+            finished[name] = (done.state[0], models.decode(done.state[0]), float(state_error))
+        exact, picture, _ = finished["fp32"]
+        for name in errors:
+            latents, image, state_error = finished[name]
+            mse = float(np.mean((image - picture) ** 2))
+            psnr = 10 * np.log10(4.0 / mse) if mse > 0 else float("inf")  # values span 2
+            errors[name].append((state_error, float(np.sqrt(np.mean((latents - exact) ** 2))), psnr))
+    say(
+        f"codec of state and embeddings, against fp32 ({num_pictures} pictures, {k} + {steps - k} steps, "
+        f"DPM-Solver++ 2M):"
+    )
+    for name, rows_of_errors in errors.items():
+        state, final, psnrs = zip(*rows_of_errors, strict=True)
+        say(
+            f"  {name}: largest error of the state {max(state):.1e}; of the final latents rms "
+            f"{statistics.mean(final):.1e}; "
+            f"picture PSNR mean {statistics.mean(psnrs):.1f} dB, worst {min(psnrs):.1f} dB"
+        )
+
+
+def _no_noise(call: int) -> Any:
+    raise AssertionError(f"call {call} draws noise; DPM-Solver++ 2M does not")
+
+
 def bench_edge_memory(bundle_folder: Path) -> None:
     """Prints the peak memory of an edge process that draws one picture alone."""
     code = (
@@ -295,7 +351,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="full-size shapes with random weights: minutes, 10 GiB")
     parser.add_argument("--family", type=Path, default=DEMO, help="folder with large/ and edge/")
-    parser.add_argument("--only", choices=["engine", "hybrid", "wire", "memory"], action="append")
+    parser.add_argument("--only", choices=["engine", "hybrid", "wire", "codec", "memory"], action="append")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
@@ -314,7 +370,7 @@ def main() -> None:
         say(
             f"models: large U-Net {model.info.num_parameters:,}, small U-Net {edge.num_parameters['unet']:,} parameters"
         )
-        wanted = options.only or ["engine", "hybrid", "wire", "memory"]
+        wanted = options.only or ["engine", "hybrid", "wire", "codec", "memory"]
         if "engine" in wanted:
             bench_engine(model, repeats=options.repeats, num_calls=calls)
         if "hybrid" in wanted:
@@ -322,6 +378,8 @@ def main() -> None:
             bench_hybrid(model, family / "edge", cloud, steps=steps, k=k, repeats=options.repeats)
         if "wire" in wanted:
             bench_wire(Path(folder))
+        if "codec" in wanted and not options.full:  # random weights say nothing about errors
+            bench_codec(model, family / "edge", steps=steps, k=k)
         if "memory" in wanted:
             bench_edge_memory(family / "edge")
 

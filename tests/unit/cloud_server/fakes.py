@@ -82,7 +82,7 @@ def bad_embeds() -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.full((12, 8), 13.0, np.float32)
 
 
-def job_request(model: Model, **changes: Any) -> JobRequest:
+def job_request(model: Model, /, **changes: Any) -> JobRequest:
     """Returns a guided job of 6 steps, with changes."""
     plan = changes.pop("plan", None) or model.plans.plan("dpmpp_2m", 6)
     defaults = {

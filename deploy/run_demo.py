@@ -81,7 +81,7 @@ def main() -> int:
     if edge.returncode != 0:
         return edge.returncode
     (image,) = json.loads(edge.stdout)["images"]
-    cloud_steps = image["actual"]["cloud_steps"]
+    cloud_steps = image["handoff"]["actual"]
     edge_steps = image["num_inference_steps"] - cloud_steps
     sys.stdout.write(
         f'"{arguments.prompt}", seed {image["seed"]}\n'

@@ -4,6 +4,7 @@ The only module of the edge that touches gRPC; what the messages mean is the bus
 nothing of models or pictures.
 """
 
+import contextlib
 import ipaddress
 import queue
 import threading
@@ -226,6 +227,8 @@ class RemoteJob:
                     at_handoff = at_handoff or (isinstance(event, CloudState) and event.is_handoff)
                     yield event
                 if isinstance(event, Usage):
+                    with contextlib.suppress(queue.Empty):
+                        inbox.get(timeout=0.5)  # the status: else the server takes the end for a cancellation
                     return
         finally:
             stop.set()

@@ -223,7 +223,7 @@ def write_bundle(
         seed: Selects the weights.
         latent_space: What the manifest says.
         guidance_scale: The default.
-        cell: Pixels that a latent cell spans; 4 pairs with `tests.tiny_pipeline`.
+        cell: Pixels that a latent cell spans; with `latent_space="tiny"` the default pairs with `tests.tiny_pipeline`.
         more_plans: Beside `default_plans`, by "scheduler/steps".
     """
     folder.mkdir(parents=True, exist_ok=True)

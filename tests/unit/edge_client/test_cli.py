@@ -56,7 +56,7 @@ def test_generate_writes_a_picture(shell: Shell) -> None:
     assert "wrote a-red-fox-5.png" in result.stderr
     assert picture.shape == (32, 32, 3)
     assert provenance is not None
-    assert (provenance["mode"], provenance["actual_cloud_steps"], provenance["seed"]) == ("hybrid", 3, 5)
+    assert (provenance["mode"], provenance["handoff"]["actual"], provenance["seed"]) == ("hybrid", 3, 5)
     assert parameters is not None
     assert "Steps: 6, Sampler: DDIM, CFG scale: 3, Seed: 5, Size: 32x32, Model: fake-large" in parameters
 
@@ -65,11 +65,10 @@ def test_json_is_one_object(shell: Shell) -> None:
     """With --json standard output is one object and nothing else, with places, bytes and usage."""
     (image,) = shell.json("a red fox", "--seed", "5", "--split", "2,4")["images"]
 
-    assert (image["planned_cloud_steps"], image["actual_cloud_steps"], image["mode"]) == (2, 2, "hybrid")
+    assert (image["handoff"], image["mode"]) == ({"planned": 2, "actual": 2, "reason": None}, "hybrid")
     assert [step["place"] for step in image["steps"]] == ["cloud"] * 2 + ["edge"] * 4
     assert image["usage"]["num_calls"] == 2
     assert image["received_bytes"] > 0
-    assert image["fallback_reason"] is None
     assert Path(image["path"]).is_file()
 
 
@@ -118,8 +117,8 @@ def test_environment_gives_every_option(shell: Shell, monkeypatch: pytest.Monkey
     (image,) = shell.json("a red fox")["images"]
     (other,) = shell.json("a red fox", "--cloud-steps", "2")["images"]
 
-    assert (image["actual_cloud_steps"], image["seed"]) == (1, 77)
-    assert (other["actual_cloud_steps"], other["seed"]) == (2, 77)
+    assert (image["handoff"]["actual"], image["seed"]) == (1, 77)
+    assert (other["handoff"]["actual"], other["seed"]) == (2, 77)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +184,7 @@ def test_no_fallback_exit_codes(
     (image,) = shell.json("a red fox", "-o", "with.png")["images"]
     error = shell.json("a red fox", "-o", "without.png", "--no-fallback", code=code)["error"]
 
-    assert image["fallback_reason"] == reason
+    assert image["handoff"]["reason"] == reason
     assert (error["reason"], error["exit_code"]) == (reason, code)
     assert sorted(path.name for path in shell.folder.iterdir()) == ["with.png"]
 

@@ -54,7 +54,11 @@ def test_fallback_is_written_down(result: Result) -> None:
     fallen = dataclasses.replace(result, fallback_reason=Reason.UNAVAILABLE, planned_cloud_steps=3)
 
     assert "Planned cloud steps: 3, Fallback: UNAVAILABLE" in images.parameters(fallen)
-    assert images.provenance(fallen)["fallback_reason"] == "UNAVAILABLE"
+    assert images.provenance(fallen)["handoff"] == {
+        "planned": 3,
+        "actual": result.actual_cloud_steps,
+        "reason": "UNAVAILABLE",
+    }
 
 
 def test_unknown_schedulers_keep_their_name(result: Result) -> None:

@@ -12,6 +12,8 @@ from edge_client.events import Conditioning
 from edge_client.onnx_models import Models
 from hybridsd.manifest import read_manifest, verify_files
 
+pytestmark = pytest.mark.skipif(not (DEMO / "edge/model.json").exists(), reason="no demo models in deploy/demo")
+
 LARGEST_MB = 80
 
 

@@ -15,6 +15,8 @@ from PIL import Image
 
 from deploy.run_demo import BIN, DEMO, ENVIRONMENT, ROOT, running_cloud
 
+pytestmark = pytest.mark.skipif(not (DEMO / "edge/model.json").exists(), reason="no demo models in deploy/demo")
+
 PROMPT = "a fox to the left of a donut on a yellow background"
 
 

@@ -48,6 +48,16 @@ DEFAULT_STEPS = 25
 DEFAULT_SIZE = 128
 DEFAULT_CLOUD_STEPS = 8
 DEFAULT_SCHEDULER = "dpmpp_2m"
+# What every scheduler takes from the family's; the rest of its options belong to one class.
+SHARED_OPTIONS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "prediction_type",
+    "timestep_spacing",
+    "steps_offset",
+)
 FONT_LICENCE = (
     "Weights: Apache-2.0. Trained on pictures drawn from Noto Color Emoji (SIL Open Font License 1.1; the licence\n"
     "does not extend to pictures made with the font).\n"
@@ -266,14 +276,14 @@ def export_models(
     return report
 
 
-def compile_plans() -> dict[str, Any]:
+def compile_plans(step_counts: Sequence[int] = PLAN_STEPS) -> dict[str, Any]:
     """Compiles the plans that the edge may need without a cloud: "scheduler/steps" => plan as JSON."""
     import diffusers
 
     compiled: dict[str, Any] = {}
-    base = build_scheduler().config
+    base = {key: value for key, value in build_scheduler().config.items() if key in SHARED_OPTIONS}
     for spec in schedulers.SCHEDULERS:
-        for steps in PLAN_STEPS:
+        for steps in step_counts:
             scheduler = getattr(diffusers, spec.diffusers_class).from_config(base, **spec.overrides)
             try:
                 plan = compile_plan(scheduler, steps, torch.from_numpy, name=spec.name)
@@ -296,7 +306,9 @@ def latent_space_of(vae: AutoencoderKL) -> str:
     return f"{FAMILY_NAME}-{digest.hexdigest()[:12]}"
 
 
-def export_edge(family: Path, folder: Path, *, quality: Sequence[QualityPoint], cloud_steps: int) -> list[Parity]:
+def export_edge(
+    family: Path, folder: Path, *, quality: Sequence[QualityPoint], cloud_steps: int, plan_steps: Sequence[int]
+) -> list[Parity]:
     """Writes the edge's bundle: ONNX files, tokenizer, plans, parity report, licence and manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     unet, encoder, tiny = (
@@ -307,7 +319,9 @@ def export_edge(family: Path, folder: Path, *, quality: Sequence[QualityPoint], 
     vae = load_vae(family / "vae")
     parity = export_models(unet, encoder, tiny, folder)
     shutil.copyfile(family / "text" / "tokenizer" / "tokenizer.json", folder / "tokenizer.json")
-    (folder / "plans.json").write_text(json.dumps(compile_plans(), separators=(",", ":")) + "\n", encoding="utf-8")
+    (folder / "plans.json").write_text(
+        json.dumps(compile_plans(plan_steps), separators=(",", ":")) + "\n", encoding="utf-8"
+    )
     (folder / "parity.json").write_text(json.dumps([asdict(entry) for entry in parity], indent=2) + "\n")
     (folder / "LICENCE.txt").write_text(FONT_LICENCE, encoding="utf-8")
     files = {
@@ -401,7 +415,14 @@ def measured_quality(family: Path) -> list[QualityPoint]:
     ]
 
 
-def export_family(family: Path, target: Path, *, cloud_steps: int, say: Callable[[str], None]) -> list[Parity]:
+def export_family(
+    family: Path,
+    target: Path,
+    *,
+    cloud_steps: int,
+    say: Callable[[str], None],
+    plan_steps: Sequence[int] = PLAN_STEPS,
+) -> list[Parity]:
     """Writes large/, small_unet/, edge/ and, where there is one, classifier/ into `target`."""
     export_cloud(family, target / "large")
     say(f"{target / 'large'}: the cloud's pipeline")
@@ -411,6 +432,12 @@ def export_family(family: Path, target: Path, *, cloud_steps: int, say: Callable
         (target / "classifier").mkdir(parents=True, exist_ok=True)
         for name in ("classifier.safetensors", "accuracy.json"):
             shutil.copyfile(family / "classifier" / name, target / "classifier" / name)
-    parity = export_edge(family, target / "edge", quality=measured_quality(family), cloud_steps=cloud_steps)
+    parity = export_edge(
+        family,
+        target / "edge",
+        quality=measured_quality(family),
+        cloud_steps=cloud_steps,
+        plan_steps=plan_steps,
+    )
     say(f"{target / 'edge'}: the edge's bundle")
     return parity

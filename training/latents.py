@@ -20,6 +20,8 @@ from training.checkpoints import write_atomically
 from training.scenes import Scene, render, sample_scene, to_model_range
 from training.workers import Share
 
+CHUNK = 8  # pictures at once: their activations stay in the cache, which is nearly twice as fast as 64
+
 
 def scene_of(seed: int, index: int) -> Scene:
     """Gives scene `index` of the set."""
@@ -35,20 +37,22 @@ def image_of(seed: int, index: int) -> NDArray[np.uint8]:
 @torch.inference_mode()
 def encode(vae: AutoencoderKL, images: NDArray[np.uint8]) -> Tensor:
     """Encodes images: uint8 [B, H, W, 3] => float32 [B, 4, H/8, W/8], as the U-Net sees them."""
+    parts = torch.split(torch.from_numpy(to_model_range(images)), CHUNK)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        latents = cast(Tensor, vae.encode(torch.from_numpy(to_model_range(images))).latent_dist.mean)
+        latents = torch.cat([cast(Tensor, vae.encode(part).latent_dist.mean) for part in parts])
     return latents.float() * float(vae.config.scaling_factor)
 
 
 @torch.inference_mode()
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     """Decodes latents as the U-Net sees them: float32 [B, 4, h, w] => float32 [B, 3, 8h, 8w], about [-1, 1]."""
+    parts = torch.split(latents / float(vae.config.scaling_factor), CHUNK)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        images = cast(Tensor, vae.decode(latents / float(vae.config.scaling_factor)).sample)
+        images = torch.cat([cast(Tensor, vae.decode(part).sample) for part in parts])
     return images.float()
 
 
-def encode_part(vae: AutoencoderKL, share: Share, *, scenes: int, seed: int, batch: int = 8) -> NDArray[np.float16]:
+def encode_part(vae: AutoencoderKL, share: Share, *, scenes: int, seed: int, batch: int = 64) -> NDArray[np.float16]:
     """Encodes every scene of this worker's contiguous part of the set: float16 [n, 4, 16, 16]."""
     indices = range(scenes * share.rank // share.workers, scenes * (share.rank + 1) // share.workers)
     parts = []

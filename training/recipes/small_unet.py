@@ -19,6 +19,7 @@ class SmallUNetRecipe:
     schedule: Schedule
     widths: tuple[int, ...]
     snr_gamma: float
+    noise_offset: float
     teacher_weight: float
     folder: str = "small_unet"
 
@@ -30,6 +31,7 @@ class SmallUNetRecipe:
             small,
             load_conditions(family),
             snr_gamma=self.snr_gamma,
+            noise_offset=self.noise_offset,
             teacher=large,
             teacher_weight=self.teacher_weight,
         )
@@ -48,5 +50,6 @@ def small_unet(scale: Scale) -> SmallUNetRecipe:
         ),
         widths=(32, 32, 32) if toy else (64, 96, 160),
         snr_gamma=5.0,
+        noise_offset=0.2,
         teacher_weight=1.0,
     )

@@ -34,6 +34,7 @@ class UNetRecipe:
     widths: tuple[int, ...]
     layers: int
     snr_gamma: float
+    noise_offset: float
     folder: str = "unet"
 
     def build(self, family: Path) -> UNetTask:
@@ -46,7 +47,7 @@ class UNetRecipe:
             cross_attention_dim=int(conditions.encoder.config.hidden_size),
             mid=True,
         )
-        return UNetTask(unet, conditions, snr_gamma=self.snr_gamma)
+        return UNetTask(unet, conditions, snr_gamma=self.snr_gamma, noise_offset=self.noise_offset)
 
 
 def unet(scale: Scale) -> UNetRecipe:
@@ -63,4 +64,5 @@ def unet(scale: Scale) -> UNetRecipe:
         widths=(32, 32, 64) if toy else (64, 160, 352),
         layers=1,
         snr_gamma=5.0,
+        noise_offset=0.2,
     )

@@ -25,7 +25,7 @@ PARITY = 2e-5
 def exported(family: ToyFamily, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exported toy family."""
     target = tmp_path_factory.mktemp("exported")
-    export_family(family.folder, target, cloud_steps=8, say=lambda _: None)
+    export_family(family.folder, target, cloud_steps=8, say=lambda _: None, plan_steps=(4, 25))
     return target
 
 

@@ -6,7 +6,6 @@ full-size shapes with random weights: SD 1.4's 860M U-Net in the cloud, a 224M o
 
 import argparse
 import asyncio
-import json
 import os
 import platform
 import statistics
@@ -249,14 +248,15 @@ def bench_hybrid(
     say(
         f"hybrid over gRPC / the same steps in one process: {statistics.median(ratios):.3f} "
         f"(aim 1.02; {repeats} pairs {min(ratios):.3f} to {max(ratios):.3f}; {k} + {steps - k} steps, "
-        f"{statistics.median(wire):.2f} s against {statistics.median(local):.2f} s)"
+        f"{statistics.median(wire):.2f} s against {statistics.median(local):.2f} s; the text is encoded in neither)"
     )
     say(f"edge step, guidance, ONNX Runtime: {1e3 * statistics.median(edge_step_s):.0f} ms")
 
 
 def bench_wire(folder: Path) -> None:
     """Prints the bytes of each kind of message, read off real messages of a real server with SD 1.x shapes."""
-    say("bytes on the wire: 512x512, DPM-Solver++ 2M, 25 steps, guidance, empty negative known, hand-off only")
+    say("bytes on the wire: 512x512, DPM-Solver++ 2M, 25 steps, guidance, empty negative known, hand-off only;")
+    say("'every' is what the edge asks for, to be able to take over: a state after each of 8 cloud steps")
     say("  codec  prompt    request     plan   embeds    state    other      all      aim")
     aims = {("fp16", "new"): "190 KiB", ("int8", "new"): "100 KiB", ("int8", "known"): "40 KiB"}
     for row in measure(folder):
@@ -326,7 +326,7 @@ def _no_noise(call: int) -> Any:
 def bench_edge_memory(bundle_folder: Path) -> None:
     """Prints the peak memory of an edge process that draws one picture alone."""
     code = (
-        "import json, resource, sys, time\n"
+        "import re, sys\n"
         "from pathlib import Path\n"
         "from edge_client.bundle import Bundle\n"
         "from edge_client.onnx_models import Models\n"
@@ -337,12 +337,12 @@ def bench_edge_memory(bundle_folder: Path) -> None:
         "models = Models(folder, manifest, low_memory=sys.argv[2] == 'low')\n"
         f"request = Request(prompt={PROMPT!r}, mode='edge', seed=1, num_inference_steps=int(sys.argv[3]))\n"
         "for event in generate(request, Bundle(folder, manifest), models): pass\n"
-        "print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))\n"
+        "print(int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1024)\n"
     )
     steps = str(read_manifest(bundle_folder).defaults.num_inference_steps)
     for mode in ("normal", "low"):
         command = [sys.executable, "-c", code, str(bundle_folder), mode, steps]
-        peak = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        peak = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         say(f"edge process, one picture alone, {mode} memory mode: peak {peak:.0f} MiB")
 
 

@@ -62,7 +62,7 @@ def test_demo_command(tmp_path: Path) -> None:
 
 
 def test_same_seed_is_the_same_picture_in_every_mode_that_runs_the_same_models(server: str, tmp_path: Path) -> None:
-    """Alone, offline and with a dead cloud the edge draws one picture; hybrid repeats itself; other models draw others."""
+    """Offline and with a dead cloud the edge draws one picture; hybrid repeats itself; other models draw others."""
     cache = tmp_path / "cache"
     common = (PROMPT, "--steps", 8, "--seed", 3, "--codec", "fp32")
     dead = ("--mode", "hybrid", "--cloud-steps", 4, "--server", "127.0.0.1:9")

@@ -88,7 +88,7 @@ class _Extras:
 )  # fmt: skip
 @click.option("--private", is_flag=True, help="Encode the text here: the prompt never leaves this device.")
 @click.option("--deadline", type=float, help="Seconds that the cloud may take; then the edge takes over.")
-@click.option("--no-fallback", is_flag=True, help="Fail, rather than go on without the cloud.")
+@click.option("--no-fallback", is_flag=True, help="Fail, in mode auto too, rather than go on without the cloud.")
 @model_options
 @click.option("--preview-every", type=click.IntRange(0, 1000), default=0, help="Write a preview every N steps.")
 @click.option(

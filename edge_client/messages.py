@@ -6,6 +6,7 @@ plans are checked for size, shape, finite values and digest before anyone else s
 
 from typing import Any, NoReturn
 
+import numpy as np
 from google.protobuf.duration_pb2 import Duration
 
 from edge_client.cache import Cache
@@ -32,7 +33,9 @@ class Conversation:
 
     def __init__(self, job: Job, cache: Cache) -> None:
         self._job, self._cache = job, cache
-        self._plan: Plan | None = None
+        self._plan: Plan | None = job.sent_plan
+        self._started_once = False
+        self._conditioning: Conditioning | None = None
         self._tensors: dict[bytes, tensor_pb2.Tensor] = {}
         self._plans: dict[bytes, Plan] = {}
         for plan in (job.sent_plan, job.known_plan):
@@ -147,12 +150,13 @@ class Conversation:
                 f"the bundle of {job.latent_space!r}; choose another --model or --bundle",
                 field="latent_space",
             )
-        if abs(started.guidance_scale - job.guidance_scale) > 1e-9:
+        if not abs(started.guidance_scale - job.guidance_scale) <= 1e-9:  # NaN too
             _refuse(f"guidance_scale {started.guidance_scale}, not {job.guidance_scale}")
+        if self._plan is not None and started.plan_digest != self._plan.digest():
+            _refuse("another plan than the one that is followed already")
         plan = self._read_plan(started)
         if plan.num_inference_steps != job.num_inference_steps:
             _refuse(f"a plan of {plan.num_inference_steps} steps, not {job.num_inference_steps}")
-        self._plan = plan
         conditioning = self._own
         if conditioning is None and started.HasField("prompt"):
             wants_negative = job.guidance_scale != 1
@@ -162,6 +166,11 @@ class Conversation:
             conditioning = Conditioning(
                 prompt_embeds=self._embeds(started.prompt, job.prompt), negative_prompt_embeds=negative
             )
+        held = self._conditioning
+        if held is not None and conditioning is not None and not _same(held, conditioning):
+            _refuse("other embeddings than those that are followed already")
+        self._plan, self._started_once = plan, True
+        self._conditioning = held if conditioning is None else conditioning
         return CloudStarted(
             request_id=started.request_id,
             model=started.model,
@@ -200,7 +209,7 @@ class Conversation:
 
     def _state(self, state: pb.State) -> CloudState:
         plan = self._plan
-        if plan is None:
+        if plan is None or not self._started_once:
             _refuse("a state before it said which plan it follows")
         last = plan.first_call(self._job.handoff_step)
         if not self._job.first_call < state.call <= last:
@@ -230,6 +239,14 @@ def _encode_own(job: Job) -> tuple[list[tensor_pb2.Tensor], Conditioning | None]
     prompt_embeds, *negative = (codec.decode_tensor(message) for message in messages)
     own = Conditioning(prompt_embeds=prompt_embeds, negative_prompt_embeds=negative[0] if negative else None)
     return messages, own
+
+
+def _same(one: Conditioning, other: Conditioning) -> bool:
+    pairs = (
+        (one.prompt_embeds, other.prompt_embeds),
+        (one.negative_prompt_embeds, other.negative_prompt_embeds),
+    )
+    return all((a is None and b is None) or (a is not None and np.array_equal(a, b)) for a, b in pairs)
 
 
 def seconds(duration: Duration) -> float:

@@ -35,6 +35,7 @@ from edge_client.remote_types import CloudState, Job
 from edge_client.request import Request, Resolved, resolve, with_saved
 from hybridsd import noise
 from hybridsd.errors import (
+    Cancelled,
     CloudBusy,
     CloudTimeout,
     CloudUnreachable,
@@ -42,13 +43,14 @@ from hybridsd.errors import (
     InternalError,
     InvalidRequest,
     Reason,
+    Superseded,
 )
 from hybridsd.plan import Plan, denoise, initial_state
 
 RETRY_BUDGET_S = 5.0
 """How long a busy cloud is asked again before the edge goes on alone."""
-_LOST = (CloudUnreachable, CloudBusy, CloudTimeout, InternalError)
-"""What the edge takes over from. Anything else means: you asked wrongly, and is shown."""
+_LOST = (CloudUnreachable, CloudBusy, CloudTimeout, Cancelled, Superseded, InternalError)
+"""What the edge takes over from; our own cancelling never comes here. Anything else means: you asked wrongly."""
 
 
 def generate(request: Request, bundle: Bundle, models: Models, cloud: Cloud | None = None) -> Generator[Event]:
@@ -80,7 +82,7 @@ def generate(request: Request, bundle: Bundle, models: Models, cloud: Cloud | No
         try:
             yield from _replay_cloud(request, job, run, bundle, cloud)
         except _LOST as error:
-            if not _may_take_over(request, run, error):
+            if not request.fallback:
                 raise
             yield run.take_over(job, error)
 
@@ -106,7 +108,6 @@ class _Run:
     plan: Plan | None = None
     conditioning: Conditioning | None = None
     model: str = ""
-    answered: bool = False
     num_dropped_tokens: int = 0
     received_bytes: int = 0
     usage: Usage | None = None
@@ -201,7 +202,7 @@ def _replay_cloud(request: Request, job: Resolved, run: _Run, bundle: Bundle, cl
         interrupted = False
         raise
     finally:
-        run.answered, run.received_bytes = remote.answered, remote.received_bytes
+        run.received_bytes = remote.received_bytes
         if not ended:  # even if nothing was heard: the server may have begun
             remote.cancel(wait_s=1.0 if interrupted else 0.0)
 
@@ -223,11 +224,6 @@ def _one_stream(run: _Run, remote: RemoteJob, timeout_s: float | None, held_call
         else:
             run.usage = event
         last = now
-
-
-def _may_take_over(request: Request, run: _Run, error: HybridSDError) -> bool:
-    """Mode auto never insisted on a cloud that is not there at all; otherwise the caller may forbid to go on alone."""
-    return request.fallback or (request.mode == "auto" and not run.answered and isinstance(error, CloudUnreachable))
 
 
 def _complete(request: Request, job: Resolved, run: _Run, bundle: Bundle, models: Models) -> None:

@@ -85,6 +85,8 @@ class Cloud:
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 1000),
         ]
+        if is_loopback(host):
+            options.append(("grpc.enable_http_proxy", 0))  # http_proxy is for the way to other machines
         plain = tls_ca is None and (insecure or is_loopback(host))
         if plain:
             self._channel = grpc.insecure_channel(target, options=options)

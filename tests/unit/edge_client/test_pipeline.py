@@ -1,6 +1,7 @@
 """One picture in two places is the picture that one process would have made, whatever happens on the way."""
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -11,11 +12,13 @@ from edge_client.bundle import Bundle
 from edge_client.cache import Cache
 from edge_client.events import CloudStarted, Finished, Planned, Queued, Result, Retrying, StepDone, TookOver
 from edge_client.images import to_u8
+from edge_client.latents import saved_state
 from edge_client.onnx_models import Models
 from edge_client.pipeline import generate
 from edge_client.remote import Cloud
 from edge_client.request import Request
 from hybridsd import noise
+from hybridsd.codec import FLOAT32, encode_plan, encode_tensor, tensor_digest
 from hybridsd.errors import (
     AccessDenied,
     CloudBusy,
@@ -185,6 +188,18 @@ def test_dead_server_means_edge_only(mode: str, bundle: Bundle, models: Models, 
     assert not [e for e in events if isinstance(e, Retrying)]
 
 
+@pytest.mark.parametrize("reason", [Reason.CANCELLED, Reason.SUPERSEDED])
+def test_a_stream_that_others_end_is_taken_over(
+    reason: Reason, bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud
+) -> None:
+    """A stream that the server or a proxy cancels or aborts is lost like any other."""
+    fake.die_after_call, fake.die_with = 2, reason
+    result, _ = run(REQUEST, bundle, models, cloud)
+
+    assert (result.fallback_reason, result.actual_cloud_steps) == (reason, 2)
+    assert np.abs(result.latents - one_process("ddim", 6, 2)).max() < EXACT
+
+
 def test_death_before_any_state_starts_over(bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud) -> None:
     """With plan and conditioning but no state, the edge begins at the beginning, with the cloud's numbers."""
     fake.die_after_call = 0
@@ -233,14 +248,14 @@ def test_no_fallback_raises(
     assert result.actual_cloud_steps < 3
 
 
-def test_auto_never_insists_on_a_cloud(bundle: Bundle, models: Models, running: Running, cloud: Cloud) -> None:
-    """Mode auto goes on alone where no cloud answers even when falling back is forbidden; hybrid does not."""
+@pytest.mark.parametrize("mode", ["auto", "hybrid", "cloud"])
+def test_no_fallback_forbids_it_in_every_mode(
+    mode: str, bundle: Bundle, models: Models, running: Running, cloud: Cloud
+) -> None:
+    """An absent cloud is an error in every mode where going on alone is forbidden."""
     running.server.stop(grace=None).wait()
-    result, _ = run(replace(REQUEST, mode="auto", fallback=False), bundle, models, cloud)
-
-    assert result.mode == "edge"
     with pytest.raises(CloudUnreachable):
-        run(replace(REQUEST, mode="hybrid", fallback=False), bundle, models, cloud)
+        run(replace(REQUEST, mode=mode, cloud_steps=None, fallback=False), bundle, models, cloud)
 
 
 def test_auto_insists_on_a_cloud_that_began(bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud) -> None:
@@ -447,6 +462,59 @@ def test_garbage_is_refused(
     assert np.isfinite(result.latents).all()
     if calls_kept:
         assert np.abs(result.latents - one_process("ddim", 6, calls_kept)).max() < EXACT
+
+
+class _Changing:
+    """Changes what is sent after the first `started`."""
+
+    def __init__(self, change: Callable[[pb.Started], None]) -> None:
+        self.change, self.num_started = change, 0
+
+    def __call__(self, message: pb.DenoiseResponse) -> None:
+        if message.HasField("started"):
+            self.num_started += 1
+            if self.num_started > 1:
+                self.change(message.started)
+
+
+def _other_plan(started: pb.Started) -> None:
+    other = make_plan("lcm", 6)
+    started.plan.CopyFrom(encode_plan(other))
+    started.plan_digest = other.digest()
+
+
+def _other_embeds(started: pb.Started) -> None:
+    tensor = encode_tensor(text_embeds("a dog"), FLOAT32)
+    started.prompt.embeds.CopyFrom(tensor)
+    started.prompt.digest = tensor_digest(tensor)
+
+
+@pytest.mark.parametrize("change", [_other_plan, _other_embeds])
+def test_attaching_again_changes_nothing(
+    change: Callable[[pb.Started], None], bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud
+) -> None:
+    """A server that names another plan or other embeddings on the second stream is left, with those it gave first."""
+    fake.die_after_call, fake.die_times, fake.mangle = 2, 1, _Changing(change)
+    result, _ = run(replace(REQUEST, cloud_steps=5), bundle, models, cloud)
+
+    assert result.fallback_reason is Reason.INTERNAL
+    assert "already" in result.fallback_message
+    assert result.plan.digest() == make_plan("ddim", 6).digest()
+    assert np.abs(result.latents - one_process("ddim", 6, 2)).max() < EXACT
+
+
+def test_a_sent_plan_is_the_plan(bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud) -> None:
+    """A server that answers a saved state's plan with another one is left, and the picture follows the saved plan."""
+    whole, events = run(replace(REQUEST, cloud_steps=4), bundle, models, cloud)
+    at = next(e for e in events if isinstance(e, StepDone) and e.call == 2)
+    resume = saved_state(whole, bundle.manifest.latent_space, at)
+    changing = _Changing(_other_plan)
+    changing.num_started, fake.mangle = 1, changing
+    result, _ = run(Request(mode="hybrid", codec="fp32", resume=resume), bundle, models, cloud)
+
+    assert result.fallback_reason is Reason.INTERNAL
+    assert result.plan == whole.plan
+    assert np.abs(result.latents - one_process("ddim", 6, 2)).max() < EXACT
 
 
 def test_known_embeddings_are_not_sent_again(bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud) -> None:

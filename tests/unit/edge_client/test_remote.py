@@ -17,7 +17,7 @@ from edge_client.pipeline import generate
 from edge_client.remote import Cloud, is_loopback, translate
 from edge_client.request import Request
 from hybridsd.errors import CloudTimeout, CloudUnreachable, InvalidRequest, Reason
-from tests.unit.edge_client.fake_cloud import FakeCloud, serve
+from tests.unit.edge_client.fake_cloud import FakeCloud, Running, serve
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,16 @@ def test_plain_text_stays_here(target: str, insecure: bool, encrypted: bool, tmp
     """Another machine is spoken to with TLS unless plain text is allowed."""
     with Cloud(target, insecure=insecure, cache=Cache(tmp_path)) as cloud:
         assert cloud.encrypted is encrypted
+
+
+def test_no_proxy_on_the_way_to_this_machine(running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy of the environment, here one that is not there, is not asked for this machine."""
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "grpc_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with Cloud(running.target, cache=Cache(tmp_path), connect_timeout_s=2) as cloud:
+        assert cloud.capabilities().server_version == "0.1.0"
 
 
 @pytest.mark.parametrize("target", ["here", ":1", "here:", "here:http", ""])

@@ -3,6 +3,7 @@
 Knows nothing of models, the network or how a command line or a browser shows these.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,6 +90,8 @@ class StepDone:
     """The step that the call belongs to, from 0."""
     call: int
     """The next call to run."""
+    ends_step: bool
+    """Whether the step is complete: not after the first of two calls."""
     place: Place
     elapsed_s: float
     """Since the event before it, as seen here: in the cloud that includes the network."""
@@ -120,6 +123,11 @@ class StepRecord:
     elapsed_s: float
 
 
+def count_cloud_steps(steps: Iterable[StepRecord], first_step: int) -> int:
+    """Returns how many steps from `first_step` on the cloud has run, whole or in part; it may skip states."""
+    return max((record.step + 1 for record in steps if record.place == "cloud"), default=first_step) - first_step
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
     """A finished picture and how it came about."""
@@ -130,7 +138,9 @@ class Result:
     mode: Mode
     """What happened: "hybrid", "cloud" or "edge"."""
     first_step: int
-    """0, unless a saved state was continued; the counts below are from here on."""
+    """0, unless a saved state was continued; `steps` begins here."""
+    earlier_cloud_steps: int
+    """How many of the steps before `first_step` the cloud has run; the counts below include them."""
     planned_cloud_steps: int
     actual_cloud_steps: int
     fallback_reason: Reason | None

@@ -1,49 +1,29 @@
-"""`hybridsd generate`: options to requests, events to the terminal, pictures to files.
+"""`hybridsd generate`: its options, events to the terminal, pictures to files.
 
 Knows click and files; how a picture is made is `edge_client.pipeline`'s business.
 """
 
 import contextlib
-import glob
 import json
-import secrets
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
-from edge_client import images, latents, outputs, prompts
-from edge_client.arrays import Latents
+from edge_client import images, outputs
 from edge_client.bundle import Bundle
-from edge_client.events import MODES, Finished, Mode, Result, StepDone
+from edge_client.events import MODES, Finished, Result, StepDone
+from edge_client.extras import Extras, read_extras
+from edge_client.generate_requests import read_requests
 from edge_client.onnx_models import Models
 from edge_client.options import CONTEXT, model_options, open_bundle, open_cloud, server_options
 from edge_client.pipeline import generate as run_pipeline
 from edge_client.progress import Display, choose_display, result_json
 from edge_client.remote import Cloud
-from edge_client.request import Request, Resolved, SavedState, resolve, with_saved
+from edge_client.request import Request, Resolved, resolve
 from hybridsd import schedulers
 from hybridsd.codec import ENCODINGS
-from hybridsd.errors import HybridSDError, InvalidRequest, Reason
-from hybridsd.plan import Plan, unet_input
-
-_FIXED_BY_STATE = (
-    "prompt", "prompt_option", "negative_prompt", "prompts_file", "csv_file", "steps", "scheduler",
-    "guidance_scale", "seed", "num_images", "width", "height",
-)  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Extras:
-    """What to write beside the picture."""
-
-    preview_every: int
-    save_steps: Path | None
-    save_latents: Path | None
-    save_latents_at: int | None
-    overwrite: bool
+from hybridsd.errors import HybridSDError, Reason
 
 
 @click.command(context_settings=CONTEXT)
@@ -90,7 +70,7 @@ class _Extras:
 @click.option("--deadline", type=float, help="Seconds that the cloud may take; then the edge takes over.")
 @click.option("--no-fallback", is_flag=True, help="Fail, in mode auto too, rather than go on without the cloud.")
 @model_options
-@click.option("--preview-every", type=click.IntRange(0, 1000), default=0, help="Write a preview every N steps.")
+@click.option("--preview-every", type=click.IntRange(0, 1000), default=0, help="Write a preview every N whole steps.")
 @click.option(
     "--save-steps", type=click.Path(file_okay=False, path_type=Path),
     help="Folder for pictures of every step: the latents as they are, and the final ones as predicted there.",
@@ -114,32 +94,36 @@ def generate(ctx: click.Context, /, **options: Any) -> None:
 
     When the cloud is lost, late or full, this device goes on by itself from the last state it has, and says so.
     """
+    done: list[dict[str, Any]] = []
     try:
-        _generate(ctx, options)
+        _generate(ctx, options, done)
     except HybridSDError as error:
-        if options["as_json"] or options["jsonl"]:
-            click.echo(json.dumps({"error": _error_json(error)} | ({"event": "error"} if options["jsonl"] else {})))
+        if options["as_json"]:
+            click.echo(json.dumps({"images": done, "error": _error_json(error)}, ensure_ascii=False))
+        elif options["jsonl"]:
+            click.echo(json.dumps({"event": "error", "error": _error_json(error)}, ensure_ascii=False))
         raise
 
 
-def _generate(ctx: click.Context, options: dict[str, Any]) -> None:
+def _generate(ctx: click.Context, options: dict[str, Any], done: list[dict[str, Any]]) -> None:
+    """Draws what the options say; `done` grows with each picture that is written."""
     bundle = open_bundle(options["bundle_name"])
-    requests, names = _requests(ctx, options)
+    requests, names = read_requests(ctx, options)
     resolved = [resolve(request, bundle.manifest) for request in requests]
-    extras = _extras(options, len(requests))
     paths = outputs.choose(options["output"], names, overwrite=options["overwrite"])
-    _check_extras(extras, paths)
+    extras = read_extras(options, requests, resolved, paths)
     if options["dry_run"]:
         plans = [_dry_json(*each) for each in zip(requests, resolved, paths, strict=True)]
         edge = {"bundle": str(bundle.folder), "edge_model": bundle.manifest.name, "server": options["server"]}
         click.echo(json.dumps({**edge, "images": plans}, indent=2, ensure_ascii=False))
         return
+    also = [extras.save_latents, None if extras.save_steps is None else extras.save_steps / "step.png"]
+    outputs.probe([*paths, *(path for path in also if path is not None)])
     models = Models(
         bundle.folder, bundle.manifest, provider=options["provider"], threads=options["threads"],
         low_memory=options["low_memory"],
     )  # fmt: skip
     display = choose_display(quiet=options["quiet"] or options["as_json"], jsonl=options["jsonl"])
-    done: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         stack.callback(display.close)
         cloud: Cloud | None = None
@@ -151,12 +135,17 @@ def _generate(ctx: click.Context, options: dict[str, Any]) -> None:
                 )
             )  # fmt: skip
         for request, path in zip(requests, paths, strict=True):
-            result = _draw(request, bundle, models, cloud, display, extras, path)
+            result, steps = _draw(request, bundle, models, cloud, display, extras, path)
             outputs.write(path, images.encode_file(path, result.image_u8, result), overwrite=options["overwrite"])
             done.append({"path": str(path), **result_json(result)})
             if options["jsonl"]:
                 click.echo(json.dumps({"event": "finished", **done[-1]}, ensure_ascii=False))
             display.note(f"wrote {path}")
+            extras.write(path, result, steps, models)
+            never_there = result.fallback_reason is Reason.UNAVAILABLE and result.received_bytes == 0
+            if cloud is not None and never_there and cloud.away is None and len(done) < len(requests):
+                cloud.away = result.fallback_message
+                display.note("cloud: away; the other pictures are drawn here without asking again")
     if options["as_json"]:
         click.echo(json.dumps({"images": done}, ensure_ascii=False))
 
@@ -167,175 +156,21 @@ def _draw(
     models: Models,
     cloud: Cloud | None,
     display: Display,
-    extras: _Extras,
+    extras: Extras,
     path: Path,
-) -> Result:
-    """Runs one picture, shows its events and writes what was asked for on the way."""
-    caught: StepDone | None = None
-    shown: list[StepDone] = []
+) -> tuple[Result, list[StepDone]]:
+    """Runs one picture, shows its events and writes previews; returns also the calls that the extras need."""
+    steps: list[StepDone] = []
     with contextlib.closing(run_pipeline(request, bundle, models, cloud)) as events:
         for event in events:
             display.show(event)
             if isinstance(event, StepDone):
-                if extras.save_latents_at is not None and event.step < extras.save_latents_at:
-                    caught = event
-                if extras.preview_every and event.x0_preview is not None and event.call % extras.preview_every == 0:
-                    preview = images.encode_png(images.to_u8(models.decode(event.x0_preview)))
-                    outputs.write(path.with_name(f"{path.stem}-preview-{event.call:03}.png"), preview, overwrite=True)
-                if extras.save_steps is not None:
-                    shown.append(event)
+                extras.preview(event, path, models)
+                if extras.wants(event):
+                    steps.append(event)
             elif isinstance(event, Finished):
                 result = event.result
-    if extras.save_latents is not None:
-        at = None if extras.save_latents_at is None else caught
-        content = latents.dump(latents.saved_state(result, bundle.manifest.latent_space, at))
-        outputs.write(extras.save_latents, content, overwrite=extras.overwrite)
-    if extras.save_steps is not None:
-        for event in shown:
-            _write_step(extras.save_steps, path.stem, event, result.plan, models)
-    return result
-
-
-def _write_step(folder: Path, stem: str, event: StepDone, plan: Plan, models: Models) -> None:
-    """Writes the noisy picture after a call, in VP scale, and the final one as the call predicts it."""
-    noisy: Latents = event.state[0]
-    if event.call < len(plan.rows):
-        noisy = unet_input(plan.rows[event.call], list(event.state))
-    for kind, array in (("noisy", noisy), ("x0", event.x0_preview)):
-        if array is not None:
-            picture = images.encode_png(images.to_u8(models.decode(array.astype(np.float32))))
-            outputs.write(folder / f"{stem}-{event.call:03}-{event.place}-{kind}.png", picture, overwrite=True)
-
-
-def _requests(ctx: click.Context, options: dict[str, Any]) -> tuple[list[Request], list[str]]:
-    """Returns what to draw, and a name for each picture."""
-    cloud_steps, steps = _split(options)
-    seed = secrets.randbelow(2**32) if options["seed"] == -1 else options["seed"]
-    base = Request(
-        mode=_mode(options["mode"]),
-        model=options["model"],
-        scheduler=options["scheduler"],
-        num_inference_steps=steps,
-        cloud_steps=cloud_steps,
-        guidance_scale=options["guidance_scale"],
-        seed=seed,
-        width=options["width"],
-        height=options["height"],
-        codec=options["codec"],
-        deadline_s=options["deadline"],
-        fallback=not options["no_fallback"],
-        private=options["private"],
-        preview_every=1 if options["save_steps"] is not None else options["preview_every"],
-    )
-    if options["load_latents"] is not None:
-        loaded = latents.load(options["load_latents"])
-        if isinstance(loaded, SavedState):
-            for name in _FIXED_BY_STATE:
-                if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-                    flag = name.removesuffix("_option").removesuffix("_file").replace("_", "-")
-                    raise InvalidRequest(
-                        Reason.FIELD_INVALID, f"the saved state fixes --{flag}; leave it out", field=name
-                    )
-            return [with_saved(replace(base, resume=loaded))], [f"{outputs.slug(loaded.prompt)}-{loaded.seed}.png?"]
-        base = replace(base, initial_latents=loaded)
-    requests, names = [], []
-    for row, pair in enumerate(_pairs(options)):
-        for index in range(options["num_images"]):
-            number = f"-{index}" if options["num_images"] > 1 else ""
-            path = Path(pair.name)
-            named = str(path.with_stem(path.stem + number)) if pair.name else ""
-            names.append(named or f"{outputs.slug(pair.prompt)}-{seed + row}{number}.png?")
-            fresh = Request().request_id
-            requests.append(
-                replace(
-                    base, prompt=pair.prompt, negative_prompt=pair.negative_prompt, seed=seed + row,
-                    image_index=index, request_id=fresh,
-                )
-            )  # fmt: skip
-    return requests, names
-
-
-def _pairs(options: dict[str, Any]) -> list[prompts.PromptPair]:
-    """Returns the prompts, from the one place that was given."""
-    given = [name for name in ("prompt", "prompt_option", "prompts_file", "csv_file") if options[name] is not None]
-    if len(given) != 1:
-        raise InvalidRequest(
-            Reason.PROMPT_EMPTY if not given else Reason.FIELD_INVALID,
-            "say what to draw, in one way: PROMPT, --prompt, --prompts-file or --csv",
-            field="prompt",
-        )
-    try:
-        if given == ["prompts_file"]:
-            return prompts.parse_prompts(options["prompts_file"].read())
-        if given == ["csv_file"]:
-            if options["output"] is not None and not outputs.is_folder(options["output"]):
-                raise InvalidRequest(
-                    Reason.FIELD_INVALID, f"with --csv, --output is a folder; {options['output']} is not",
-                    field="output",
-                )  # fmt: skip
-            return prompts.parse_csv(options["csv_file"])
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(Reason.FIELD_INVALID, f"{given[0]} is not UTF-8 text: {error}", field=given[0]) from error
-    return [prompts.PromptPair(options[given[0]], options["negative_prompt"])]
-
-
-def _split(options: dict[str, Any]) -> tuple[int | None, int | None]:
-    """Returns cloud steps and steps, from whichever options say so."""
-    cloud_steps, steps, text = options["cloud_steps"], options["steps"], options["split"]
-    if text is None:
-        return cloud_steps, steps
-    try:
-        cloud, edge = (int(part) for part in text.split(","))
-    except ValueError:
-        cloud = edge = -1
-    if cloud < 0 or edge < 0 or cloud + edge == 0:
-        raise InvalidRequest(
-            Reason.SPLIT_INVALID, f"split is {text!r}; give cloud and edge steps, such as 8,17", field="split"
-        )
-    if (cloud_steps is not None and cloud_steps != cloud) or (steps is not None and steps != cloud + edge):
-        raise InvalidRequest(
-            Reason.SPLIT_INVALID,
-            f"split {text} means {cloud} cloud steps of {cloud + edge}; --cloud-steps or --steps says otherwise: "
-            "leave it out",
-            field="split",
-        )
-    return cloud, cloud + edge
-
-
-def _extras(options: dict[str, Any], num_pictures: int) -> _Extras:
-    save_latents = options["save_latents"]
-    if save_latents is not None:
-        if num_pictures > 1:
-            raise InvalidRequest(
-                Reason.FIELD_INVALID, f"--save-latents holds one picture, not {num_pictures}", field="save_latents"
-            )
-        outputs.check(save_latents, overwrite=options["overwrite"])
-    elif options["save_latents_at"] is not None:
-        raise InvalidRequest(Reason.FIELD_INVALID, "--save-latents-at needs --save-latents FILE", field="save_latents")
-    return _Extras(
-        preview_every=options["preview_every"],
-        save_steps=options["save_steps"],
-        save_latents=save_latents,
-        save_latents_at=options["save_latents_at"],
-        overwrite=options["overwrite"],
-    )
-
-
-def _check_extras(extras: _Extras, paths: list[Path]) -> None:
-    """Makes sure that no preview or picture of a step is there from an earlier run."""
-    if extras.overwrite:
-        return
-    for path in paths:
-        stem = glob.escape(path.stem)
-        found = list(path.parent.glob(f"{stem}-preview-*.png")) if extras.preview_every else []
-        if extras.save_steps is not None:
-            found += extras.save_steps.glob(f"{stem}-*.png")
-        if found:
-            outputs.check(found[0], overwrite=False)
-
-
-def _mode(name: str) -> Mode:
-    return next(mode for mode in MODES if mode == name)
+    return result, steps
 
 
 def _dry_json(request: Request, job: Resolved, path: Path) -> dict[str, Any]:

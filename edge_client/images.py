@@ -54,6 +54,8 @@ def provenance(result: Result) -> dict[str, Any]:
         "mode": result.mode,
         "cloud_model": result.cloud_model,
         "edge_model": result.edge_model,
+        "first_step": result.first_step,  # of `steps`; those before it were run for a saved state
+        "earlier_cloud_steps": result.earlier_cloud_steps,
         "handoff": {  # steps of the cloud, and why they differ
             "planned": result.planned_cloud_steps,
             "actual": result.actual_cloud_steps,

@@ -7,13 +7,12 @@ from, with or without a batch axis of 1).
 
 import io
 import json
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from edge_client.arrays import Latents
-from edge_client.events import Conditioning, Result, StepDone
+from edge_client.events import Conditioning, Result, StepDone, count_cloud_steps
 from edge_client.request import SavedState
 from hybridsd import plan as plans
 from hybridsd.errors import InvalidRequest, Reason
@@ -29,16 +28,21 @@ def saved_state(result: Result, latent_space: str, at: StepDone | None = None) -
         latent_space: Of the bundle.
         at: After which call; None for the end, where only the decoder is left to run.
     """
+    call = len(result.plan.rows) if at is None else at.call
+    run = [record for record in result.steps if record.call <= call]
+    left = result.planned_cloud_steps - result.earlier_cloud_steps
     return SavedState(
         plan=result.plan,
-        call=len(result.plan.rows) if at is None else at.call,
+        call=call,
         state=(result.latents,) if at is None else at.state,
         conditioning=result.conditioning,
         guidance_scale=result.guidance_scale,
         seed=result.seed,
         image_index=result.image_index,
         latent_space=latent_space,
-        cloud_steps=result.first_step + result.planned_cloud_steps,
+        cloud_steps=result.first_step + left,
+        earlier_cloud_steps=result.earlier_cloud_steps + count_cloud_steps(run, result.first_step),
+        cloud_model=result.cloud_model,
         prompt=result.prompt,
         negative_prompt=result.negative_prompt,
     )
@@ -54,6 +58,8 @@ def dump(saved: SavedState) -> bytes:
         "image_index": saved.image_index,
         "latent_space": saved.latent_space,
         "cloud_steps": saved.cloud_steps,
+        "earlier_cloud_steps": saved.earlier_cloud_steps,
+        "cloud_model": saved.cloud_model,
         "prompt": saved.prompt,
         "negative_prompt": saved.negative_prompt,
     }
@@ -80,10 +86,10 @@ def load(path: Path) -> SavedState | Latents:
         )
 
     try:
-        with np.load(path, allow_pickle=False) as raw:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as raw:
             arrays = {name: raw[name] for name in raw.files}
-    except (OSError, ValueError, zipfile.BadZipFile, AttributeError) as error:
-        raise refuse(error) from error
+    except Exception as error:  # what numpy and zipfile raise for rubbish shares no base class
+        raise refuse(error or type(error).__name__) from error
     for name in set(arrays) - {"head", "plan"}:
         if arrays[name].dtype.kind != "f" or not np.isfinite(arrays[name]).all():
             raise refuse(f"{name} must be finite floating-point numbers")
@@ -116,10 +122,12 @@ def load(path: Path) -> SavedState | Latents:
             image_index=int(head["image_index"]),
             latent_space=str(head["latent_space"]),
             cloud_steps=int(head["cloud_steps"]),
+            earlier_cloud_steps=int(head.get("earlier_cloud_steps", 0)),
+            cloud_model=str(head.get("cloud_model", "")),
             prompt=str(head["prompt"]),
             negative_prompt=str(head["negative_prompt"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, InvalidRequest):
             raise
         raise refuse(error) from error

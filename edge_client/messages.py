@@ -242,11 +242,9 @@ def _encode_own(job: Job) -> tuple[list[tensor_pb2.Tensor], Conditioning | None]
 
 
 def _same(one: Conditioning, other: Conditioning) -> bool:
-    pairs = (
-        (one.prompt_embeds, other.prompt_embeds),
-        (one.negative_prompt_embeds, other.negative_prompt_embeds),
-    )
-    return all((a is None and b is None) or (a is not None and np.array_equal(a, b)) for a, b in pairs)
+    a, b = one.negative_prompt_embeds, other.negative_prompt_embeds
+    negative = b is None if a is None else b is not None and np.array_equal(a, b)
+    return negative and np.array_equal(one.prompt_embeds, other.prompt_embeds)
 
 
 def seconds(duration: Duration) -> float:

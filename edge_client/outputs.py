@@ -3,9 +3,11 @@
 Knows paths; nothing of pictures.
 """
 
+import errno
 import os
 import re
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hybridsd.errors import InvalidRequest, Reason
@@ -15,7 +17,7 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 def is_folder(output: str) -> bool:
     """Returns whether an --output means a folder: it is one, ends like one, or has no ending of a picture."""
-    return output.endswith(("/", os.sep)) or Path(output).is_dir() or Path(output).suffix.lower() == ""
+    return output.endswith(("/", os.sep)) or os.path.isdir(output) or Path(output).suffix.lower() == ""
 
 
 def slug(prompt: str) -> str:
@@ -48,10 +50,12 @@ def choose(output: str | None, names: Sequence[str], *, overwrite: bool) -> list
         wanted = []
         for name in names:
             free = folder / name.rstrip("?")
-            if name.endswith("?") and not overwrite:
-                free = _free(free, set(wanted))
+            if name.endswith("?"):
+                free = _free(free, set(wanted), overwrite=overwrite)
             wanted.append(free)
     for path in wanted:
+        if path in paths:
+            raise InvalidRequest(Reason.FIELD_INVALID, f"two pictures would be {path}; rename one", field="output")
         check(path, overwrite=overwrite)
         if path.suffix.lower() not in PICTURE_SUFFIXES:
             raise InvalidRequest(
@@ -65,12 +69,39 @@ def check(path: Path, *, overwrite: bool) -> None:
     """Makes sure that a file may be written.
 
     Raises:
-        InvalidRequest: FIELD_INVALID when it is there already.
+        InvalidRequest: FIELD_INVALID when it is there already, or nothing can be there.
     """
-    if path.exists() and not overwrite:
+    try:
+        path.lstat()  # a link counts, wherever it leads
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise _cannot_write(path, error) from error
+    if path.is_dir():
+        raise InvalidRequest(Reason.FIELD_INVALID, f"{path} is a folder; give a file", field="output")
+    if not overwrite:
         raise InvalidRequest(
             Reason.FIELD_INVALID, f"{path} is there already; choose another name, or give --overwrite", field="output"
         )
+
+
+def probe(paths: Iterable[Path]) -> None:
+    """Makes sure, before any work is done for them, that files can be written; makes none, and no folder.
+
+    Raises:
+        InvalidRequest: FIELD_INVALID when a file is protected, or the nearest folder there is takes no files.
+    """
+    for path in paths:
+        try:
+            folder = path.parent
+            while not folder.exists():
+                folder = folder.parent
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+            if path.exists() and not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            raise _cannot_write(path, error) from error
 
 
 def write(path: Path, content: bytes, *, overwrite: bool) -> None:
@@ -86,14 +117,17 @@ def write(path: Path, content: bytes, *, overwrite: bool) -> None:
     except OSError as error:
         if isinstance(error, FileExistsError):
             check(path, overwrite=overwrite)
-        raise InvalidRequest(
-            Reason.FIELD_INVALID, f"cannot write {path}: {error.strerror}; choose another --output", field="output"
-        ) from error
+        raise _cannot_write(path, error) from error
 
 
-def _free(path: Path, taken: set[Path]) -> Path:
+def _cannot_write(path: Path, error: OSError | ValueError) -> InvalidRequest:
+    what = getattr(error, "strerror", None) or error
+    return InvalidRequest(Reason.FIELD_INVALID, f"cannot write {path}: {what}; choose another --output", field="output")
+
+
+def _free(path: Path, taken: set[Path], *, overwrite: bool) -> Path:
     candidate, number = path, 1
-    while candidate.exists() or candidate in taken:
+    while candidate in taken or (not overwrite and os.path.lexists(candidate)):
         number += 1
         candidate = path.with_stem(f"{path.stem}-{number}")
     return candidate

@@ -27,6 +27,7 @@ from edge_client.events import (
     StepRecord,
     TookOver,
     Usage,
+    count_cloud_steps,
 )
 from edge_client.images import to_u8
 from edge_client.onnx_models import Models
@@ -133,6 +134,7 @@ class _Run:
             state=saved.state,
             plan=saved.plan,
             conditioning=saved.conditioning,
+            model=saved.cloud_model,
         )
 
     def record(
@@ -141,14 +143,14 @@ class _Run:
         self.call, self.state = call, state
         step = plan.rows[call - 1].step
         self.steps.append(StepRecord(step=step, call=call, place=place, elapsed_s=elapsed_s))
-        return StepDone(step=step, call=call, place=place, elapsed_s=elapsed_s, state=state, x0_preview=x0)
+        return StepDone(
+            step=step, call=call, ends_step=plan.step_at(call) > step, place=place, elapsed_s=elapsed_s, state=state,
+            x0_preview=x0,
+        )  # fmt: skip
 
     def cloud_steps(self) -> int:
-        """Steps that the cloud has run, whole or in part, with those of a saved state."""
-        cloud_calls = [record.call for record in self.steps if record.place == "cloud"]
-        if not cloud_calls or self.plan is None:
-            return 0
-        return self.plan.step_at(max(cloud_calls) - 1) + 1 - self.first_step
+        """Steps that the cloud has run, whole or in part, without those of a saved state."""
+        return count_cloud_steps(self.steps, self.first_step)
 
     def take_over(self, job: Resolved, error: HybridSDError) -> TookOver:
         self.lost = error
@@ -301,6 +303,9 @@ def _planned(request: Request, job: Resolved, run: _Run) -> Planned:
 
 def _remote_job(request: Request, job: Resolved, run: _Run, bundle: Bundle) -> Job:
     saved = request.resume
+    plan = bundle.find_plan(job.scheduler, job.num_inference_steps) if saved is None else saved.plan
+    one_call_a_step = plan is not None and len(plan.rows) == plan.num_inference_steps
+    preview_every = request.preview_every if one_call_a_step else min(request.preview_every, 1)
     return Job(
         request_id=request.request_id,
         model=request.model,
@@ -317,14 +322,14 @@ def _remote_job(request: Request, job: Resolved, run: _Run, bundle: Bundle) -> J
         embed_shape=job.embed_shape,
         scheduler=job.scheduler,
         num_inference_steps=job.num_inference_steps,
-        known_plan=bundle.find_plan(job.scheduler, job.num_inference_steps),
+        known_plan=plan,
         sent_plan=None if saved is None else saved.plan,
         first_step=run.first_step,
         first_call=run.first_call,
         handoff_step=job.cloud_steps,
         initial_state=run.state if run.first_call > 0 else (),
         initial_latents=request.initial_latents,
-        preview_every=request.preview_every,
+        preview_every=preview_every,
         codec=request.codec,
     )
 
@@ -333,15 +338,22 @@ def _result(
     request: Request, job: Resolved, run: _Run, bundle: Bundle, image_u8: ImageU8, decode_s: float, elapsed_s: float
 ) -> Result:
     assert run.plan is not None
-    places = {record.place for record in run.steps}
+    saved = request.resume
+    earlier = 0 if saved is None else saved.earlier_cloud_steps
+    places: set[Place] = {record.place for record in run.steps}
+    if earlier:
+        places.add("cloud")
+    if run.first_step > earlier:
+        places.add("edge")
     mode: Mode = "hybrid" if len(places) == 2 else "cloud" if places == {"cloud"} else "edge"
     return Result(
         image_u8=image_u8,
         latents=run.state[0],
         mode=mode,
         first_step=run.first_step,
-        planned_cloud_steps=max(job.cloud_steps - run.first_step, 0),
-        actual_cloud_steps=run.cloud_steps(),
+        earlier_cloud_steps=earlier,
+        planned_cloud_steps=earlier + max(job.cloud_steps - run.first_step, 0),
+        actual_cloud_steps=earlier + run.cloud_steps(),
         fallback_reason=None if run.lost is None else run.lost.reason,
         fallback_message="" if run.lost is None else run.lost.message,
         steps=tuple(run.steps),

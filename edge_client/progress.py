@@ -203,7 +203,6 @@ def result_json(result: Result) -> dict[str, Any]:
     usage = result.usage
     return {
         **provenance(result),
-        "first_step": result.first_step,
         "fallback_message": result.fallback_message,
         "request_id": result.request_id,
         "num_dropped_tokens": result.num_dropped_tokens,
@@ -231,9 +230,10 @@ def _summary(result: Result) -> str:
     cloud_s = sum(record.elapsed_s for record in result.steps if record.place == "cloud")
     num_edge = len({record.step for record in result.steps if record.place == "edge"})
     parts = []
-    if result.actual_cloud_steps:
+    num_cloud = result.actual_cloud_steps - result.earlier_cloud_steps
+    if num_cloud:
         kib = result.received_bytes / 1024
-        parts.append(f"cloud {result.actual_cloud_steps} steps {cloud_s:.2f} s, {kib:.0f} KiB")
+        parts.append(f"cloud {num_cloud} steps {cloud_s:.2f} s, {kib:.0f} KiB")
     if num_edge:
         parts.append(f"edge {num_edge} steps {edge_s:.2f} s")
     parts.append(f"decode {result.decode_s:.2f} s")

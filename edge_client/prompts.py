@@ -4,7 +4,7 @@ Knows text; nothing of pictures or models. Both formats are those of the Hybrid-
 """
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
@@ -56,21 +56,20 @@ def parse_csv(lines: Iterable[str]) -> list[PromptPair]:
     Raises:
         InvalidRequest: If a row has too few columns, no caption, a name twice, or one that leaves the output folder.
     """
-    rows = csv.reader(lines)
-    next(rows, None)
     pairs: list[PromptPair] = []
     seen: set[str] = set()
-    for row in rows:
-        if not any(cell.strip() for cell in row):
+    for number, (line, row) in enumerate(_rows(lines)):
+        if number == 0 or not any(cell.strip() for cell in row):
             continue
-        where = f"CSV line {rows.line_num}"
+        where = f"CSV line {line}"
         if len(row) < 2 or not row[0].strip() or not row[1].strip():
             raise InvalidRequest(
                 Reason.FIELD_INVALID, f"{where} needs a file name and a caption, as in fox.png,a red fox", field="csv"
             )
-        name = row[0].strip()
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\\" in name or name in seen:
+        path = PurePosixPath(row[0].strip())
+        name = str(path)  # ./a.png is a.png
+        leaves = path.is_absolute() or not path.name or ".." in path.parts or "\\" in name or "\0" in name
+        if leaves or name in seen:
             raise InvalidRequest(
                 Reason.FIELD_INVALID,
                 f"{where}: file name {name[:80]!r} comes twice or leaves the output folder; give another",
@@ -82,3 +81,15 @@ def parse_csv(lines: Iterable[str]) -> list[PromptPair]:
     if not pairs:
         raise InvalidRequest(Reason.PROMPT_EMPTY, "the CSV file has no rows below its header", field="csv")
     return pairs
+
+
+def _rows(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    """Yields the rows of a CSV file and the lines that they end in."""
+    rows = csv.reader(lines)
+    try:
+        for row in rows:
+            yield rows.line_num, row
+    except csv.Error as error:
+        raise InvalidRequest(
+            Reason.FIELD_INVALID, f"CSV line {rows.line_num} cannot be read: {error}", field="csv"
+        ) from error

@@ -57,6 +57,9 @@ class Cloud:
         connect_timeout_s: How long a connection may take.
         idle_timeout_s: How long a stream may bring nothing.
 
+    Attributes:
+        away: Why no job is to be tried any more, for whoever has found that nobody answers; None at first.
+
     Raises:
         InvalidRequest: If the target is not host:port or the certificate cannot be read.
     """
@@ -80,6 +83,7 @@ class Cloud:
         self.target, self.cache = target, cache
         self._connect_timeout_s, self.idle_timeout_s = connect_timeout_s, idle_timeout_s
         self._token = token
+        self.away: str | None = None
         options = [
             ("grpc.min_reconnect_backoff_ms", int(connect_timeout_s * 1000)),  # also how long one attempt may take
             ("grpc.initial_reconnect_backoff_ms", 100),
@@ -202,6 +206,8 @@ class RemoteJob:
         Raises:
             HybridSDError: By the table of errors; what the server sent wrongly is INTERNAL.
         """
+        if self._cloud.away is not None:
+            raise CloudUnreachable(Reason.UNAVAILABLE, self._cloud.away)
         message = self._conversation.request(resume_call=resume_call)
         call = self._cloud.stub.Denoise(message, timeout=timeout_s, metadata=self._cloud.metadata(self._request_id))
         inbox: queue.Queue[Any] = queue.Queue(maxsize=4)  # small: the server drops stale states, not we
@@ -242,6 +248,8 @@ class RemoteJob:
         Args:
             wait_s: How long to wait for the answer; a process that is about to end must wait for it to be sent.
         """
+        if self._cloud.away is not None:
+            return
         request = pb.CancelDenoiseRequest(request_id=self._request_id)
         future = self._cloud.stub.CancelDenoise.future(
             request, timeout=5.0, metadata=self._cloud.metadata(self._request_id)

@@ -17,6 +17,7 @@ from hybridsd.plan import MAX_STEPS, Plan
 
 MAX_PROMPT_CHARS = 4000
 MAX_SIZE = 4096
+MAX_DEADLINE_S = 86400
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +34,11 @@ class SavedState:
     image_index: int
     latent_space: str
     cloud_steps: int
+    """Of all steps those planned for the cloud."""
+    earlier_cloud_steps: int = 0
+    """Of the steps up to here those that the cloud has run."""
+    cloud_model: str = ""
+    """Which model ran them; empty when none did."""
     prompt: str = ""
     negative_prompt: str = ""
 
@@ -63,7 +69,7 @@ class Request:
     private: bool = False
     """Encodes the text on this device and sends embeddings only."""
     preview_every: int = 0
-    """Asks the cloud for a preview after every this many calls; 0 never."""
+    """Asks the cloud for a preview after every this many steps; 0 never. It may send more."""
     initial_latents: Latents | None = None
     """Unit normal noise to start from instead of the seed's."""
     resume: SavedState | None = None
@@ -110,7 +116,8 @@ def resolve(request: Request, manifest: Manifest) -> Resolved:
     if request.resume is not None:
         return _resolve_saved(request, request.resume, manifest)
     defaults = manifest.defaults
-    _check_prompts(request)
+    if not request.prompt.strip():
+        raise InvalidRequest(Reason.PROMPT_EMPTY, "the prompt is empty; say what to draw", field="prompt")
     scheduler = schedulers.find(defaults.scheduler if request.scheduler is None else request.scheduler).name
     steps = defaults.num_inference_steps if request.num_inference_steps is None else request.num_inference_steps
     if not 1 <= steps <= MAX_STEPS:
@@ -165,6 +172,11 @@ def _resolve_saved(request: Request, saved: SavedState, manifest: Manifest) -> R
         raise InvalidRequest(
             Reason.STATE_INVALID, "the saved state does not fit its plan; save it again", field="load_latents"
         )
+    if not 1 <= saved.guidance_scale <= 30:
+        raise InvalidRequest(
+            Reason.STATE_INVALID, f"the saved guidance_scale is {saved.guidance_scale}; it must be 1 to 30",
+            field="load_latents",
+        )  # fmt: skip
     embeds, embed_shape = saved.conditioning, (manifest.context_length, manifest.embed_dim)
     if embeds is not None and embeds.prompt_embeds.shape != embed_shape:
         raise Reason.MODEL_UNKNOWN.error(
@@ -189,10 +201,15 @@ def _resolve_saved(request: Request, saved: SavedState, manifest: Manifest) -> R
     )
 
 
-def _check_prompts(request: Request) -> None:
-    if not request.prompt.strip():
-        raise InvalidRequest(Reason.PROMPT_EMPTY, "the prompt is empty; say what to draw", field="prompt")
-    for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
+def _check_texts(request: Request) -> None:
+    texts = (("prompt", request.prompt), ("negative_prompt", request.negative_prompt), ("model", request.model))
+    for name, text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:  # what Python makes of other bytes on a command line
+            raise InvalidRequest(
+                Reason.FIELD_INVALID, f"{name} is not UTF-8 text; check the terminal's encoding", field=name
+            ) from error
         if len(text) > MAX_PROMPT_CHARS:
             raise InvalidRequest(
                 Reason.PROMPT_TOO_LONG,
@@ -202,6 +219,7 @@ def _check_prompts(request: Request) -> None:
 
 
 def _check_rest(request: Request, manifest: Manifest, width: int, height: int) -> None:
+    _check_texts(request)
     multiple = manifest.size_multiple
     for name, size in (("width", width), ("height", height)):
         if size % multiple or not multiple <= size <= MAX_SIZE:
@@ -224,9 +242,11 @@ def _check_rest(request: Request, manifest: Manifest, width: int, height: int) -
         raise InvalidRequest(
             Reason.FIELD_INVALID, f"preview_every is {request.preview_every}; choose 0 to 1000", field="preview_every"
         )
-    if request.deadline_s is not None and request.deadline_s <= 0:
+    if request.deadline_s is not None and not 0 < request.deadline_s <= MAX_DEADLINE_S:
         raise InvalidRequest(
-            Reason.FIELD_INVALID, f"deadline is {request.deadline_s} s; choose more than 0", field="deadline_s"
+            Reason.FIELD_INVALID,
+            f"deadline is {request.deadline_s} s; choose more than 0 and at most {MAX_DEADLINE_S}",
+            field="deadline_s",
         )
 
 

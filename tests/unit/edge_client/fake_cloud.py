@@ -66,6 +66,8 @@ class FakeCloud(denoising_service_pb2_grpc.DenoisingServiceServicer, bundle_serv
     busy_times: int = 0
     busy_delay_s: float = 0.01
     refuse_with: Reason | None = None
+    refuse_from_request: int | None = None
+    """Does not serve the model any more after this many requests."""
     step_delay_s: float = 0.0
     token: str | None = None
     send_conditioning: bool = True
@@ -86,6 +88,8 @@ class FakeCloud(denoising_service_pb2_grpc.DenoisingServiceServicer, bundle_serv
         self._check_token(context)
         if self.refuse_with is not None:
             refuse(context, self.refuse_with, f"refused: {self.refuse_with.value.meaning}")
+        if self.refuse_from_request is not None and len(self.requests) > self.refuse_from_request:
+            refuse(context, Reason.MODEL_UNKNOWN, "the model is gone")
         if self.busy_times > 0:
             self.busy_times -= 1
             refuse(context, Reason.QUEUE_FULL, "8 jobs wait; come again", self.busy_delay_s)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-from edge_client import cli, images
+from edge_client import cli, extras, images, latents
+from edge_client.remote import Cloud
 from hybridsd.errors import Reason
 from tests.unit.edge_client.fake_cloud import FakeCloud, Running
 
@@ -142,6 +144,16 @@ def test_environment_gives_every_option(shell: Shell, monkeypatch: pytest.Monkey
         (["a fox", "--seed", "-2"], "seed is -2; choose 0 to"),
         (["a fox", "--scheduler", "magic"], "'magic' is unknown; choose one of ddim"),
         (["a fox", "--deadline", "-1"], "choose more than 0"),
+        (["a fox", "--deadline", "nan"], "choose more than 0"),
+        (["a fox", "--deadline", "inf"], "at most 86400"),
+        (["a fox \udcff"], "prompt is not UTF-8"),
+        (["a fox", "--model", "\udcff"], "model is not UTF-8"),
+        (["a fox", "--save-latents", "x.npz", "--save-latents-at", "6"], "choose 1 to 5, or leave it out"),
+        (["a fox", "--save-latents", "x.png", "-o", "x.png"], "are both x.png"),
+        (["a fox", "-o", "/proc/fox.png"], "cannot write /proc/fox.png"),
+        (["a fox", "--save-latents", "/proc/x/fox.npz"], "cannot write /proc/x/fox.npz"),
+        (["a fox", "--save-steps", "/proc/x"], "cannot write /proc/x/step.png"),
+        (["a fox", "-o", "x" * 300 + ".png"], "File name too long"),
         (["a fox", "--provider", "quantum"], "'quantum' is not in this build"),
         (["a fox", "--server", "nowhere"], "give host:port"),
         (["a fox", "-o", "fox.bmp"], "does not end in .png"),
@@ -267,7 +279,11 @@ def test_csv(shell: Shell, fake: FakeCloud) -> None:
     shell("generate", "--csv", "metadata.csv", "-o", "out/", code=2)
 
 
-@pytest.mark.parametrize("row", ["../fox.png,a fox", "/tmp/fox.png,a fox", "fox.png", ",a fox", "a.png,x\na.png,y"])
+@pytest.mark.parametrize(
+    "row",
+    ["../fox.png,a fox", "/tmp/fox.png,a fox", "fox.png", ",a fox", "a.png,x\na.png,y",
+     "a.png,x\n./a.png,y", ".,x", "a/..,x", "a\\b.png,x", f'a.png,"{"x" * 140000}"'],
+)  # fmt: skip
 def test_bad_csv(shell: Shell, row: str) -> None:
     """Rows that leave the folder, name a file twice or lack something are refused before anything is drawn."""
     (shell.folder / "metadata.csv").write_text(f"name,caption\n{row}\n")
@@ -275,6 +291,93 @@ def test_bad_csv(shell: Shell, row: str) -> None:
 
     assert "CSV line" in result.stderr
     assert [path.name for path in shell.folder.iterdir()] == ["metadata.csv"]
+
+
+@pytest.mark.parametrize("extra", [["--save-steps", "steps"], ["--preview-every", "2"]])
+def test_extras_of_a_batch_do_not_collide(shell: Shell, fake: FakeCloud, extra: list[str]) -> None:
+    """Rows whose previews or pictures of steps would have the same names are refused before anything is drawn."""
+    second = "b/fox.png" if extra[0] == "--save-steps" else "a/fox.jpg"
+    (shell.folder / "metadata.csv").write_text(f"name,caption\na/fox.png,a fox\n{second},a dog\n")
+
+    assert "two are called" in shell("generate", "--csv", "metadata.csv", *extra, code=2).stderr
+    assert fake.requests == []
+
+
+def test_a_batch_that_fails_says_what_is_done(shell: Shell, fake: FakeCloud) -> None:
+    """With --json a batch that ends in the middle lists the pictures that are written, beside the error."""
+    (shell.folder / "metadata.csv").write_text("name,caption\na.png,a fox\nb.png,a dog\nc.png,a cat\n")
+    fake.refuse_from_request = 1
+    told = shell.json("--csv", "metadata.csv", code=3)
+
+    assert [image["path"] for image in told["images"]] == ["a.png"]
+    assert (told["error"]["reason"], told["error"]["exit_code"]) == ("MODEL_UNKNOWN", 3)
+    assert pixels("a.png").shape == (32, 32, 3)
+
+
+def test_an_absent_cloud_is_waited_for_once(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch asks a host that never answers for its first picture only, says so once, and draws the rest alone."""
+    opened = []
+    open_job = Cloud.open
+    monkeypatch.setattr(Cloud, "open", lambda cloud, job: opened.append(cloud.away) or open_job(cloud, job))
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        target = f"127.0.0.1:{silent.getsockname()[1]}"
+        defaults = {**(Cloud.__init__.__kwdefaults__ or {}), "connect_timeout_s": 0.3}
+        monkeypatch.setattr(Cloud.__init__, "__kwdefaults__", defaults)
+        result = shell("generate", "a red fox", "--num-images", "3", "--server", target, "-o", "fox.png")
+
+    assert opened[0] is None
+    assert opened[1] is not None
+    assert opened[1] == opened[2]
+    assert result.stderr.count("drawn here without asking again") == 1
+    assert result.stderr.count("edge takes over") == 3
+    assert len(list(shell.folder.glob("fox-*.png"))) == 3
+
+
+@pytest.mark.parametrize("flag", ["--save-latents", "--save-steps"])
+def test_the_picture_is_written_first(shell: Shell, monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
+    """When something beside the picture cannot be written, the picture is there already, and --json tells of it."""
+
+    def fail(*_: object) -> None:
+        raise Reason.FIELD_INVALID.error("the disk is full")
+
+    monkeypatch.setattr(latents, "dump", fail)
+    monkeypatch.setattr(extras, "_write_step", fail)
+    told = shell.json("a red fox", "-o", "fox.png", flag, "extra", code=2)
+
+    assert told["error"]["message"] == "the disk is full"
+    assert [image["path"] for image in told["images"]] == ["fox.png"]
+    assert pixels("fox.png").shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("at", ["2", "4", None])
+def test_a_continued_picture_knows_its_beginning(shell: Shell, at: str | None) -> None:
+    """A picture that goes on from steps of the cloud says so, wherever its own steps run."""
+    save = ["--save-latents", "s.npz", *(["--save-latents-at", at] if at else [])]
+    shell("generate", "a red fox", "-o", "whole.png", "--split", "3,3", *save)
+    (image,) = shell.json("--load-latents", "s.npz", "-o", "rest.png", "--mode", "edge")["images"]
+    _, chunk, parameters = images.read_png(shell.folder / "rest.png")
+    cloud_steps = min(int(at or 6), 3)
+
+    assert chunk is not None
+    assert parameters is not None
+    assert (chunk["first_step"], chunk["earlier_cloud_steps"]) == (int(at or 6), cloud_steps)
+    assert (chunk["mode"], chunk["cloud_model"]) == ("hybrid", "fake-large")
+    assert chunk["handoff"] == {"planned": cloud_steps, "actual": cloud_steps, "reason": None}
+    assert f"Hybrid mode: hybrid, Cloud steps: {cloud_steps}" in parameters
+    assert image["steps"] == [{**image["steps"][i], "step": s} for i, s in enumerate(range(int(at or 6), 6))]
+    refused = shell("generate", "--load-latents", "s.npz", "--save-latents", "t.npz", "--save-latents-at", "2", code=2)
+    assert "leave it out" in refused.stderr
+
+
+def test_previews_count_steps(shell: Shell) -> None:
+    """Of a solver with two calls a step, --preview-every 2 shows every second step, the cloud's and the edge's."""
+    arguments = ["--scheduler", "heun", "--split", "2,2", "--preview-every", "2", "-o", "fox.png"]
+    shell("generate", "a red fox", *arguments)
+
+    assert sorted(path.name for path in shell.folder.glob("*-preview-*")) == [
+        "fox-preview-002.png",
+        "fox-preview-004.png",
+    ]
 
 
 @pytest.mark.parametrize("step", ["1", "2", "3", "5"])
@@ -307,6 +410,10 @@ def test_initial_latents_replace_the_seed(shell: Shell) -> None:
     noise = np.random.default_rng(0).normal(size=(4, 4, 4)).astype(np.float32)
     np.savez("noise.npz", latents=noise)
     np.savez("wrong.npz", latents=noise[:, :2])
+    np.save("bare.npy", noise)
+    whole = Path("noise.npz").read_bytes()
+    for name, content in (("empty", b""), ("zipped", whole[:90] + b"?" * 40 + whole[130:]), ("cut", whole[:-30])):
+        Path(f"{name}.npz").write_bytes(content)
     Path("rubbish.npz").write_bytes(b"rubbish")
     for mode, name in (("hybrid", "a.png"), ("edge", "b.png")):
         first, second = (
@@ -316,7 +423,8 @@ def test_initial_latents_replace_the_seed(shell: Shell) -> None:
         assert np.array_equal(pixels(first["images"][0]["path"]), pixels(second["images"][0]["path"]))
 
     assert "must be [4, 4, 4]" in shell("generate", "a fox", "--load-latents", "wrong.npz", code=2).stderr
-    assert "cannot be loaded" in shell("generate", "a fox", "--load-latents", "rubbish.npz", code=2).stderr
+    for name in ("rubbish.npz", "empty.npz", "zipped.npz", "cut.npz", "bare.npy"):
+        assert "cannot be loaded" in shell("generate", "a fox", "--load-latents", name, code=2).stderr
 
 
 def test_previews_and_steps_become_pictures(shell: Shell) -> None:

@@ -97,6 +97,8 @@ def serve(log_format: logs.LogFormat, token_file: Path | None, **options: Any) -
 
     try:
         bundles = [load_bundle(folder) for folder in settings.bundles]
+        if len({bundle.name for bundle in bundles}) < len(bundles):
+            raise ModelError(f"two bundles have one name: {', '.join(sorted(bundle.name for bundle in bundles))}")
         models = _load(settings, _placement(settings))
 
         def on_listening(port: int) -> None:

@@ -76,7 +76,7 @@ class Engine:
         self._call_s = 0.0
 
         self._turn = 0  # from here on the worker's own
-        self._batch_cap = max_batch
+        self._batch_caps: dict[Group, int] = {}  # smaller than max_batch where that did not fit into memory
         self._texts = {name: TextCache(denoiser) for name, denoiser in denoisers.items()}
         self._stacked: dict[Group, tuple[list[Trajectory], torch.Tensor]] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -121,12 +121,7 @@ class Engine:
                     )
                 job.attach(mailbox, deadline_s)
                 return job
-            if self._is_draining or self._is_dead:
-                raise Reason.UNAVAILABLE.error("the server is stopping; try another one, or later")
-            if len(self._waiting) - self._free_places() >= self._max_queue:
-                raise Reason.QUEUE_FULL.error(
-                    f"{len(self._waiting)} jobs wait already; come again", retry_delay_s=self._retry_delay_s()
-                )
+            self._check_room()
             if not self._active and not self._waiting:
                 self._progress_s = time.monotonic()
             job = Job(request, arrived_s)
@@ -136,6 +131,16 @@ class Engine:
             self._post_positions()
             self._changed.notify()
             return job
+
+    def check_room(self, request_id: str) -> None:
+        """Refuses a call for which `submit` would have no room now, before anything costly is done for it.
+
+        Raises:
+            HybridSDError: QUEUE_FULL with a retry delay, or UNAVAILABLE while stopping.
+        """
+        with self._changed:
+            if self._find(request_id) is None:
+                self._check_room()
 
     def detach(self, job: Job, mailbox: Mailbox) -> None:
         """Says that a stream of a job has ended, for whatever reason."""
@@ -173,6 +178,14 @@ class Engine:
             return time.monotonic() - self._progress_s if busy else 0.0
 
     # What follows runs with the lock held.
+
+    def _check_room(self) -> None:
+        if self._is_draining or self._is_dead:
+            raise Reason.UNAVAILABLE.error("the server is stopping; try another one, or later")
+        if len(self._waiting) - self._free_places() >= self._max_queue:
+            raise Reason.QUEUE_FULL.error(
+                f"{len(self._waiting)} jobs wait already; come again", retry_delay_s=self._retry_delay_s()
+            )
 
     def _find(self, request_id: str) -> Job | None:
         self._forget()
@@ -306,7 +319,10 @@ class Engine:
             return []
         ready.sort(key=lambda job: job.last_turn)  # stable: the batch keeps its order, and so its stacked embeddings
         group = _group(ready[0])
-        return [job for job in ready if _group(job) == group][: self._batch_cap]
+        return [job for job in ready if _group(job) == group][: self._cap(group)]
+
+    def _cap(self, group: Group | None) -> int:
+        return self._max_batch if group is None else self._batch_caps.get(group, self._max_batch)
 
     def _step(self, batch: Sequence[Job]) -> None:
         """Runs one call for a batch; when it fails, one call for each job, to find the guilty one."""
@@ -328,8 +344,8 @@ class Engine:
             if len(batch) == 1:
                 self._fail(batch[0], error)
             elif _is_out_of_memory(error):
-                self._batch_cap = max(1, len(batch) // 2)
-                log.warning("out_of_memory", jobs=len(batch), batch_cap=self._batch_cap)
+                cap = self._batch_caps[trajectories[0].group] = max(1, len(batch) // 2)
+                log.warning("out_of_memory", jobs=len(batch), batch_cap=cap, group=trajectories[0].group)
                 if denoiser.device.type == "cuda":
                     torch.cuda.empty_cache()
             else:
@@ -370,7 +386,9 @@ class Engine:
         tensors = result.state if result.x0_preview is None else [*result.state, result.x0_preview]
         arrays = tuple(tensor.cpu().numpy() for tensor in tensors)
         if not all(np.isfinite(array).all() for array in arrays):
-            raise ValueError(f"the model's output is not finite before call {result.call}")
+            raise Reason.OUTPUT_NOT_FINITE.error(
+                f"the model's output is not finite before call {result.call}; change the input, or serve another dtype"
+            )
         preview = None if result.x0_preview is None else arrays[-1]
         is_handoff = result.call == job.request.handoff_call
         job.post(Snapshot(result.call, arrays[: len(result.state)], preview, is_handoff))

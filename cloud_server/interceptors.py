@@ -36,7 +36,7 @@ def rich_status(error: HybridSDError) -> grpc.Status:
     details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason.name, domain=DOMAIN)]
     code = grpc.StatusCode[error.reason.value.grpc_code]
     if error.field is not None:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message[:1000])
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if error.retry_delay_s is not None:
         details.append(error_details_pb2.RetryInfo(retry_delay=duration(error.retry_delay_s)))
@@ -45,7 +45,7 @@ def rich_status(error: HybridSDError) -> grpc.Status:
         packed.append(any_pb2.Any())
         packed[-1].Pack(detail)
     status: grpc.Status = rpc_status.to_status(
-        status_pb2.Status(code=code.value[0], message=error.message, details=packed)
+        status_pb2.Status(code=code.value[0], message=error.message[:1000], details=packed)
     )
     return status
 
@@ -116,6 +116,9 @@ async def _run(inner: Handler, request: Any, context: "grpc.aio.ServicerContext[
         notes["field"] = error.field
         await context.abort_with_status(rich_status(error))
     except Exception:
+        if context.done():  # the caller went away in the middle of a write
+            code = reason = "CANCELLED"
+            raise
         code, reason = "INTERNAL", "INTERNAL"
         log.exception("call_failed", method=method)
         await context.abort_with_status(

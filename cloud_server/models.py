@@ -93,6 +93,13 @@ def load_model(source: str, placement: Placement, *, latent_space: str | None = 
         ModelError: If the folder is not what we can serve.
     """
     name, where = split_name(source)
+    try:
+        return _load(name, where, placement, latent_space)
+    except KeyError as error:
+        raise ModelError(f"model {name}: its configuration lacks {error}; save it with diffusers again") from error
+
+
+def _load(name: str, where: str, placement: Placement, latent_space: str | None) -> Model:
     folder = Path(where) if Path(where).is_dir() else _fetch(where)
     unet_config, text_config = _read(folder, "unet/config.json"), _read(folder, "text_encoder/config.json")
     scheduler_config, vae_config = _read(folder, "scheduler/scheduler_config.json"), _read(folder, "vae/config.json")

@@ -5,7 +5,6 @@ of jobs.
 """
 
 import contextlib
-import json
 import logging
 import threading
 import warnings
@@ -101,14 +100,6 @@ def default_scheduler(base_config: Mapping[str, Any]) -> str:
         if all(base_config.get(key, value) == value for key, value in spec.overrides.items()):
             return spec.name
     return same_class[0].name if same_class else "dpmpp_2m"
-
-
-def read_config(text: str) -> dict[str, Any]:
-    """Reads a `scheduler_config.json`."""
-    config = json.loads(text)
-    if not isinstance(config, dict):
-        raise ValueError("a scheduler configuration must be a JSON object")
-    return config
 
 
 @contextlib.contextmanager

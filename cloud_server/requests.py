@@ -8,6 +8,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from google.protobuf.duration_pb2 import Duration
@@ -26,6 +27,7 @@ MAX_EVERY = 1000
 MAX_IMAGE_INDEX = 65535
 MAX_KNOWN_DIGESTS = 64
 MAX_GRACE_S = 60
+MAX_STATE_BYTES = 4_000_000
 MAX_GUIDANCE = 30.0
 _DIGEST_BYTES = 32
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -38,6 +40,7 @@ class AnswerStyle:
     model: ModelInfo
     encoding: tensor_pb2.Encoding.ValueType
     known_digests: frozenset[bytes]
+    plan_digest: bytes
     is_plan_sent: bool
     """The caller sent the plan, and needs it not."""
     prompt_digest: bytes | None
@@ -53,6 +56,7 @@ class RequestReader:
     def __init__(self, models: Mapping[str, Model], *, max_size: int, min_size: int) -> None:
         """Takes models by id, the default first, and the limits of width and height in pixels."""
         self._models, self._max_size, self._min_size = models, max_size, min_size
+        self._plans = ThreadPoolExecutor(1, thread_name_prefix="plans")  # its own: compiling must not hold up others
 
     async def read(self, request: pb.DenoiseRequest) -> tuple[JobRequest, AnswerStyle]:
         """Returns the job, and how to answer.
@@ -66,8 +70,9 @@ class RequestReader:
         _check_scalars(request)
         guidance_scale = _guidance_scale(request, info)
         prompt, negative_prompt = _conditioning(request, info, is_guided=guidance_scale > 1.0)
-        plan = await _plan(request, model)
+        plan, plan_digest = await asyncio.get_running_loop().run_in_executor(self._plans, _plan, request, model)
         first_call, handoff_call = _split(request, plan)
+        _check_message_size(request, plan, shape)
         initial_state, initial_latents = _start(request, plan, first_call, shape)
         job = JobRequest(
             request_id=request.request_id or new_request_id(),
@@ -94,6 +99,7 @@ class RequestReader:
             model=info,
             encoding=request.encoding or codec.FLOAT16,
             known_digests=frozenset(request.known_digests),
+            plan_digest=plan_digest,
             is_plan_sent=request.HasField("plan"),
             prompt_digest=codec.tensor_digest(embeddings.prompt_embeds) if embeddings else None,
             negative_prompt_digest=codec.tensor_digest(embeddings.negative_prompt_embeds)
@@ -221,9 +227,11 @@ def _guidance_missing(field: str) -> HybridSDError:
     )
 
 
-async def _plan(request: pb.DenoiseRequest, model: Model) -> Plan:
+def _plan(request: pb.DenoiseRequest, model: Model) -> tuple[Plan, bytes]:
+    """Returns the plan and its digest. Takes seconds for the largest plans and for a scheduler's first use."""
     if request.HasField("plan"):
-        return codec.decode_plan(request.plan)
+        plan = codec.decode_plan(request.plan)
+        return plan, plan.digest()
     name = request.scheduler.name or model.info.schedulers[0]
     spec = request.scheduler
     given = spec.HasField("num_inference_steps")
@@ -232,8 +240,25 @@ async def _plan(request: pb.DenoiseRequest, model: Model) -> Plan:
         raise Reason.STEPS_INVALID.error(
             f"num_inference_steps is {num_steps}; choose 1 to {MAX_STEPS}", field="scheduler.num_inference_steps"
         )
-    held = model.plans.held(name, num_steps)
-    return held if held is not None else await asyncio.to_thread(model.plans.plan, name, num_steps)
+    try:
+        plan = model.plans.plan(name, num_steps)
+    except HybridSDError as error:
+        field = {Reason.SCHEDULER_UNKNOWN: "scheduler.name", Reason.STEPS_INVALID: "scheduler.num_inference_steps"}
+        raise error.reason.error(error.message, field=field.get(error.reason, "scheduler")) from error
+    return plan, plan.digest()
+
+
+def _check_message_size(request: pb.DenoiseRequest, plan: Plan, shape: tuple[int, int, int]) -> None:
+    """Refuses what would need a state message above gRPC's default limit of 4 MiB, which the caller could not read."""
+    arrays = max(plan.num_arrays(call) for call in range(len(plan.rows) + 1)) + (request.preview_every > 0)
+    value_bytes = {codec.FLOAT32: 4, codec.INT8: 1}.get(request.encoding, 2)
+    size_bytes = arrays * math.prod(shape) * value_bytes
+    if size_bytes > MAX_STATE_BYTES:
+        raise Reason.SIZE_INVALID.error(
+            f"a state of {arrays} arrays at this size takes {size_bytes} bytes; at most {MAX_STATE_BYTES} fit into a"
+            " message: choose a smaller size or encoding",
+            field="width",
+        )
 
 
 def _split(request: pb.DenoiseRequest, plan: Plan) -> tuple[int, int]:

@@ -63,15 +63,14 @@ def heartbeat() -> pb.DenoiseResponse:
 
 
 def _started(event: Started, request: JobRequest, style: AnswerStyle) -> pb.Started:
-    digest = request.plan.digest()
-    is_plan_held = style.is_plan_sent or digest in style.known_digests
+    is_plan_held = style.is_plan_sent or style.plan_digest in style.known_digests
     negative = event.negative_prompt
     dropped = event.prompt.num_dropped_tokens + (0 if negative is None else negative.num_dropped_tokens)
     return pb.Started(
         request_id=request.request_id,
         model=style.model.id,
         latent_space=style.model.latent_space,
-        plan_digest=digest,
+        plan_digest=style.plan_digest,
         plan=None if is_plan_held else codec.encode_plan(request.plan),
         prompt=_conditioning(event.prompt, style, style.prompt_digest),
         negative_prompt=None if negative is None else _conditioning(negative, style, style.negative_prompt_digest),

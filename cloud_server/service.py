@@ -46,6 +46,7 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
         arrived_s = time.monotonic()
         remaining_s = context.time_remaining()
         deadline_s = None if remaining_s is None else arrived_s + remaining_s
+        self._engine.check_room(request.request_id)  # before a plan is compiled for a job that cannot come in
         job_request, style = await self._reader.read(request)
         note(
             job=job_request.request_id,
@@ -81,19 +82,21 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
         context: "grpc.aio.ServicerContext[Any, Any]",
     ) -> None:
         """Sends what comes into the mailbox until the job has ended."""
-        sent_bytes = 0
+        sent_bytes, sent_s = 0, time.monotonic()
         while True:
-            event = await mailbox.next(self._heartbeat_s)
+            event = await mailbox.next(max(0.0, sent_s + self._heartbeat_s - time.monotonic()))
             if isinstance(event, Failed):
                 raise event.error
             if isinstance(event, Snapshot) and not responses.is_wanted(event, style):
-                continue
+                if time.monotonic() - sent_s < self._heartbeat_s:
+                    continue
+                event = None  # states that nobody wants are silence, too
             if event is None:
                 message = responses.heartbeat()
             else:
                 message = responses.response(event, request, style, sent_bytes=sent_bytes)
             await context.write(message)
-            sent_bytes += message.ByteSize()
+            sent_bytes, sent_s = sent_bytes + message.ByteSize(), time.monotonic()
             note(sent_bytes=sent_bytes)
             if isinstance(event, Finished):
                 return

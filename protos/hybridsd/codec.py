@@ -24,6 +24,8 @@ ENCODINGS: dict[str, tensor_pb2.Encoding.ValueType] = {"fp32": FLOAT32, "fp16": 
 """Encodings by the names that people use."""
 
 MAX_VALUES = 2**22
+MAX_MAGNITUDE = 65504.0
+"""What float16 holds. Latents and embeddings are near 1; whatever is larger would overflow on the way."""
 _MAX_AXIS = 65536
 _DTYPES: dict[int, np.dtype[Any]] = {FLOAT32: np.dtype("<f4"), FLOAT16: np.dtype("<f2"), INT8: np.dtype("i1")}
 
@@ -32,7 +34,8 @@ def encode_tensor(array: NDArray[np.float32], encoding: tensor_pb2.Encoding.Valu
     """Returns a float array as a message.
 
     Args:
-        array: 1 to 4 axes, finite. With INT8, each index of the first axis has its own scale: largest magnitude / 127.
+        array: 1 to 4 axes, finite, of magnitude up to 65504 to be accepted. With INT8 each index of the first axis has
+            a scale of its own: largest magnitude / 127.
         encoding: FLOAT32 (exact), FLOAT16 (saturates at 65504) or INT8.
 
     Raises:
@@ -75,8 +78,10 @@ def decode_tensor(
     if dtype is None:
         raise refuse(f"encoding {message.encoding} is unknown; use {', '.join(ENCODINGS)}")
     actual = tuple(message.shape)
-    if not 1 <= len(actual) <= 4 or not all(1 <= axis <= _MAX_AXIS for axis in actual):
-        raise refuse(f"shape {list(actual)} is wrong; give 1 to 4 axes of 1 to {_MAX_AXIS}")
+    if not 1 <= len(actual) <= 4:
+        raise refuse(f"it has {len(actual)} axes; give 1 to 4")
+    if not all(1 <= axis <= _MAX_AXIS for axis in actual):
+        raise refuse(f"shape {list(actual)} is wrong; give axes of 1 to {_MAX_AXIS}")
     if shape is not None and actual != tuple(shape):
         raise refuse(f"shape is {list(actual)}; it must be {list(shape)}")
     size = math.prod(actual)
@@ -89,12 +94,14 @@ def decode_tensor(
         raise refuse(f"{len(message.scale)} scales; there must be {expected_scales}")
     values: NDArray[np.float32] = np.frombuffer(message.data, dtype=dtype).reshape(actual).astype(np.float32)
     if expected_scales:
+        if values.min() < -127:
+            raise refuse("a byte is -128; int8 values are in [-127, 127]")
         scale = np.asarray(message.scale, dtype=np.float32)
         if not (scale >= 0).all():
             raise refuse("a scale is negative or not a number")
         values *= scale.reshape(-1, *(1,) * (len(actual) - 1))
-    if not np.isfinite(values).all():
-        raise refuse("some values are NaN or infinite")
+    if not (np.abs(values) <= MAX_MAGNITUDE).all():  # false for NaN
+        raise refuse(f"some values are NaN, or larger than {MAX_MAGNITUDE:g}")
     return values
 
 

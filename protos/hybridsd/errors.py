@@ -122,6 +122,7 @@ class Reason(Enum):
     DEADLINE_EXCEEDED = Row(CloudTimeout, "DEADLINE_EXCEEDED", 504, 4, "the deadline passed")
     CANCELLED = Row(Cancelled, "CANCELLED", 499, 130, "the caller stopped the job")
     SUPERSEDED = Row(Superseded, "ABORTED", 409, 3, "another call attached to the same job")
+    OUTPUT_NOT_FINITE = Row(InternalError, "INTERNAL", 502, 70, "the model's output has NaN or infinite values")
     INTERNAL = Row(InternalError, "INTERNAL", 502, 70, "a bug; the log has the request id")
 
     def error(self, message: str, *, field: str | None = None, retry_delay_s: float | None = None) -> HybridSDError:
@@ -136,4 +137,6 @@ def reason_for_grpc_code(code: str) -> Reason:
         "FAILED_PRECONDITION": Reason.MODEL_UNKNOWN,
         "RESOURCE_EXHAUSTED": Reason.QUEUE_FULL,
     }
-    return general.get(code) or next((r for r in Reason if r.value.grpc_code == code), Reason.INTERNAL)
+    return general.get(code) or next(
+        (r for r in Reason if r.value.grpc_code == code and r is not Reason.OUTPUT_NOT_FINITE), Reason.INTERNAL
+    )

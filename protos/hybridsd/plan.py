@@ -13,12 +13,11 @@ A *step* is what a user counts; a *call* is a row of the plan. They differ for H
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
-
-import numpy as np
 
 from hybridsd.errors import InvalidRequest, Reason
 
@@ -28,6 +27,7 @@ A = TypeVar("A", bound=Any)
 MAX_STEPS = 1000
 MAX_CALLS = 4 * MAX_STEPS
 MAX_ARRAYS = 8
+MAX_NAME = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -227,7 +227,7 @@ def from_json(text: str) -> Plan:
             init_noise_sigma=float(raw["init_noise_sigma"]),
             rows=rows,
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise InvalidRequest(Reason.PLAN_INVALID, f"not a plan: {error!r}", field="plan") from error
 
 
@@ -235,11 +235,13 @@ def _check(plan: Plan) -> None:
     def refuse(what: str) -> InvalidRequest:
         return InvalidRequest(Reason.PLAN_INVALID, f"plan {plan.scheduler[:64]!r}: {what}", field="plan")
 
+    if len(plan.scheduler) > MAX_NAME:
+        raise refuse(f"its name has {len(plan.scheduler)} characters; at most {MAX_NAME} are allowed")
     if not 1 <= plan.num_inference_steps <= MAX_STEPS:
         raise refuse(f"num_inference_steps is {plan.num_inference_steps}; choose 1 to {MAX_STEPS}")
     if not plan.num_inference_steps <= len(plan.rows) <= MAX_CALLS:
         raise refuse(f"{len(plan.rows)} rows for {plan.num_inference_steps} steps; give 1 to 4 rows a step")
-    if not (np.isfinite(plan.init_noise_sigma) and plan.init_noise_sigma > 0):
+    if not (math.isfinite(plan.init_noise_sigma) and plan.init_noise_sigma > 0):
         raise refuse(f"init_noise_sigma is {plan.init_noise_sigma}; it must be above 0")
     n, step = 1, -1
     for index, row in enumerate(plan.rows):
@@ -252,7 +254,7 @@ def _check(plan: Plan) -> None:
             *row.unet_input, *row.output, *row.noise, *row.x0_state, row.x0_output, row.timestep,
             *(value for weights in row.transition for value in weights),
         ]  # fmt: skip
-        if not np.isfinite(numbers).all():
+        if not all(map(math.isfinite, numbers)):
             raise refuse(f"row {index}: every number must be finite")
         if not 0 <= row.timestep <= 1000:
             raise refuse(f"row {index}: timestep is {row.timestep}; it must be in [0, 1000]")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from hybridsd import codec
 from hybridsd.errors import InvalidRequest, Reason
 from hybridsd.plan import Plan, denoise, from_json, initial_state, to_json
 from hybridsd.plan_compiler import compile_plan
@@ -111,13 +112,15 @@ def test_plan_equals_scheduler(name: str, steps: int) -> None:
 
 @pytest.mark.parametrize("name", ["ddim", "dpmpp_2m", "pndm", "unipc", "heun", "euler_ancestral"])
 def test_every_split_point_is_exact(name: str) -> None:
-    """Stopping after any call and going on from the state it left changes nothing, to the last bit."""
+    """Stopping after any call, sending plan and state over the wire and going on changes nothing, to the last bit."""
     plan = compiled(name, 8)
+    received = codec.decode_plan(codec.encode_plan(plan))
     latents, noises = draws(len(plan.rows))
     *_, whole = denoise(plan, initial_state(plan, latents), large, lambda c: noises[c])
     for split in range(1, len(plan.rows)):
         *_, handoff = denoise(plan, initial_state(plan, latents), large, lambda c: noises[c], stop=split)
-        *_, resumed = denoise(plan, handoff.state, large, lambda c: noises[c], start=split)
+        state = [codec.decode_tensor(codec.encode_tensor(array, codec.FLOAT32)) for array in handoff.state]
+        *_, resumed = denoise(received, state, large, lambda c: noises[c], start=split)
 
         np.testing.assert_array_equal(whole.state[0], resumed.state[0])
 

@@ -17,7 +17,7 @@ from edge_client.onnx_models import Models
 from edge_client.pipeline import generate
 from edge_client.remote import Cloud
 from edge_client.request import Request
-from hybridsd import noise
+from hybridsd import codec, noise
 from hybridsd.errors import ModelMismatch, Reason
 from hybridsd.plan import denoise, initial_state
 from tests.integration.conftest import Connect, SteppingDenoiser, running_server
@@ -105,9 +105,9 @@ def test_codec_error_is_small_and_ordered(
     exact, _ = run(request("dpmpp_2m", 3), bundle, models, cloud)
     scale = float(np.abs(exact.latents).max())
     errors = {}
-    for codec in ("fp16", "int8"):
-        result, _ = run(request("dpmpp_2m", 3, codec=codec), bundle, models, cloud)
-        errors[codec] = float(np.abs(result.latents - exact.latents).max()) / scale
+    for name in ("fp16", "int8"):
+        result, _ = run(request("dpmpp_2m", 3, codec=name), bundle, models, cloud)
+        errors[name] = float(np.abs(result.latents - exact.latents).max()) / scale
 
     assert 0 < errors["fp16"] < 2e-3
     assert errors["fp16"] < errors["int8"] < 0.1
@@ -120,12 +120,13 @@ def test_takeover_after_any_step_is_the_deliberate_split(
 ) -> None:
     """A cloud that stops after step j leaves the picture that was split at j on purpose."""
     asked = request(scheduler, STEPS, fallback=True)
-    spent = threading.Event()
-    valve = SteppingDenoiser(model.denoiser, j, spent.set)
-    with running_server(model, valve) as dying:
-        cloud = connect(dying)
-        threading.Thread(target=lambda: (spent.wait(30), stop_hard(dying)), daemon=True).start()
-        result, events = run(asked, bundle, models, cloud)
+    events: list[Any] = []
+    with running_server(model, SteppingDenoiser(model.denoiser, j)) as dying:
+        for event in generate(asked, bundle, models, connect(dying)):
+            events.append(event)
+            if isinstance(event, StepDone) and event.place == "cloud" and event.call == j:
+                stop_hard(dying)
+    result = events[-1].result
     expected = one_process(model, models, scheduler, j, asked)
 
     assert [e for e in events if isinstance(e, TookOver)][0].actual == j  # noqa: RUF015 - the list shows in a failure
@@ -191,15 +192,17 @@ def test_closing_the_generator_stops_the_job(model: Model, connect: Connect, bun
         assert event.step < 800
 
 
-def test_second_picture_sends_no_embeddings_again(
-    server: CloudServer, connect: Connect, bundle: Bundle, models: Models
+def test_second_picture_sends_neither_plan_nor_embeddings_again(
+    server: CloudServer, connect: Connect, model: Model, bundle: Bundle, models: Models
 ) -> None:
     """Plan and embeddings cross the wire once in a client's life."""
     cloud = connect(server)
     first, _ = run(request("ddim", 3), bundle, models, cloud)
     second, _ = run(request("ddim", 3, seed=12), bundle, models, cloud)
+    embeds_bytes = 2 * 12 * 8 * 4
+    plan_bytes = codec.encode_plan(model.plans.plan("ddim", STEPS)).ByteSize()
 
-    assert second.received_bytes < first.received_bytes - 2 * 12 * 8 * 4
+    assert second.received_bytes <= first.received_bytes - embeds_bytes - plan_bytes
 
 
 def test_another_latent_space_is_refused_not_taken_over(

@@ -128,7 +128,7 @@ class DenoiseRequest(_message.Message):
     @_builtins.property
     def reattach_grace(self) -> _duration_pb2.Duration:
         """How long the job goes on when its stream is lost, waiting for a call with the same `request_id`, in `[0, 60]`
-        seconds. 0 (default) stops the job with its stream.
+        seconds. 0 (default) stops the job with its stream. When attaching, the value of the first call goes on to count.
         """
 
     def __init__(
@@ -328,7 +328,7 @@ class Queued(_message.Message):
 
     POSITION_FIELD_NUMBER: _builtins.int
     position: _builtins.int
-    """Jobs that begin before this one, 0 or more."""
+    """At most so many jobs begin before this one, 0 or more."""
     def __init__(
         self,
         *,

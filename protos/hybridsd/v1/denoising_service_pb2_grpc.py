@@ -78,7 +78,8 @@ class DenoisingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CancelDenoise(self, request, context):
-        """Stops a job at its next step boundary. Succeeds for a job that has ended, or that nobody knows.
+        """Stops a job at its next step boundary; one in its last call may still finish. Succeeds for a job that has ended,
+        or that nobody knows.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -48,7 +48,9 @@ class DenoisingServiceStub:
     starting another; the streams that were attached to it before end with ABORTED.
     """
     CancelDenoise: _grpc.UnaryUnaryMultiCallable[_denoising_service_pb2.CancelDenoiseRequest, _denoising_service_pb2.CancelDenoiseResponse]
-    """Stops a job at its next step boundary. Succeeds for a job that has ended, or that nobody knows."""
+    """Stops a job at its next step boundary; one in its last call may still finish. Succeeds for a job that has ended,
+    or that nobody knows.
+    """
     GetCapabilities: _grpc.UnaryUnaryMultiCallable[_denoising_service_pb2.GetCapabilitiesRequest, _denoising_service_pb2.GetCapabilitiesResponse]
     """Says what this server can do and how busy it is."""
 
@@ -72,7 +74,9 @@ class DenoisingServiceAsyncStub(DenoisingServiceStub):
     starting another; the streams that were attached to it before end with ABORTED.
     """
     CancelDenoise: _aio.UnaryUnaryMultiCallable[_denoising_service_pb2.CancelDenoiseRequest, _denoising_service_pb2.CancelDenoiseResponse]  # type: ignore[assignment]
-    """Stops a job at its next step boundary. Succeeds for a job that has ended, or that nobody knows."""
+    """Stops a job at its next step boundary; one in its last call may still finish. Succeeds for a job that has ended,
+    or that nobody knows.
+    """
     GetCapabilities: _aio.UnaryUnaryMultiCallable[_denoising_service_pb2.GetCapabilitiesRequest, _denoising_service_pb2.GetCapabilitiesResponse]  # type: ignore[assignment]
     """Says what this server can do and how busy it is."""
 
@@ -105,7 +109,9 @@ class DenoisingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _denoising_service_pb2.CancelDenoiseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_denoising_service_pb2.CancelDenoiseResponse, _abc.Awaitable[_denoising_service_pb2.CancelDenoiseResponse]]:
-        """Stops a job at its next step boundary. Succeeds for a job that has ended, or that nobody knows."""
+        """Stops a job at its next step boundary; one in its last call may still finish. Succeeds for a job that has ended,
+        or that nobody knows.
+        """
 
     @_abc_1.abstractmethod
     def GetCapabilities(

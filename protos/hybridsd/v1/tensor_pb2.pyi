@@ -61,7 +61,8 @@ class Tensor(_message.Message):
     """How `data` is laid out. An unknown or unspecified encoding is INVALID_ARGUMENT."""
     data: _builtins.bytes
     """The values. Its length is exactly the product of `shape` times the bytes of a value; anything else
-    is INVALID_ARGUMENT. NaN and infinity are INVALID_ARGUMENT.
+    is INVALID_ARGUMENT. NaN, infinity and magnitudes above 65504
+    are INVALID_ARGUMENT.
     """
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:

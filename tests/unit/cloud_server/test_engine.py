@@ -270,6 +270,8 @@ async def test_out_of_memory_halves_the_batch(tiny_model: Model, make_engine: Ma
 
     assert all(isinstance(events[-1], Finished) for events in results)
     assert denoiser.rows[-1] <= 4
+    assert engine._batch_caps  # of this group; jobs of another shape keep their full batch
+    assert {group[1] for group in engine._batch_caps} == {job_request(tiny_model).latent_shape}
 
 
 async def test_a_lost_job_stops(tiny_model: Model, make_engine: MakeEngine, gated: GatedDenoiser) -> None:

@@ -205,6 +205,47 @@ async def test_heartbeats_fill_the_silence(start_server: StartServer, gated: Gat
     assert "heartbeat" in seen[seen.index("started") :]
 
 
+async def test_states_that_nobody_wants_are_silence(start_server: StartServer, gated: GatedDenoiser) -> None:
+    """A caller who re-attaches to a job that is gone hears heartbeats while its states are made again."""
+    client = await start_server(denoiser=gated, heartbeat_s=0.05)
+    seen = []
+    stream = client.denoising.Denoise(message(state_every=1, handoff_step=6, resume_call=6))
+    async for sent in stream:
+        seen.append(str(sent.WhichOneof("event")))
+        if seen[-1] == "heartbeat":
+            gated.allow(1)  # states come faster than heartbeats would, were a state the end of a silence
+
+    assert seen.count("heartbeat") >= 6
+    assert seen[-2:] == ["state", "finished"]
+
+
+async def test_a_full_queue_refuses_before_it_compiles(
+    start_server: StartServer, gated: GatedDenoiser, tiny_model: Model
+) -> None:
+    """A job that cannot come in costs no plan."""
+    client = await start_server(denoiser=gated, max_batch=1, max_queue=1)
+    running = asyncio.create_task(client.denoise(message()))
+    await asyncio.to_thread(gated.entered.acquire)
+    waiting = client.denoising.Denoise(message(seed=1))
+    await waiting.read()
+    new = pb.SchedulerSpec(name="heun", num_inference_steps=17)
+    with pytest.raises(grpc.RpcError):
+        await client.denoise(message(seed=2, scheduler=new, handoff_step=3))
+
+    assert tiny_model.plans.held("heun", 17) is None
+    gated.open()
+    await running
+
+
+async def test_a_state_too_large_for_a_message_is_refused(start_server: StartServer) -> None:
+    """Many arrays in fp32 at a large size are SIZE_INVALID, not a message that nobody can read."""
+    client = await start_server(max_size=4096)
+    with pytest.raises(grpc.RpcError) as refused:
+        await client.denoise(message(width=4096, height=4096, encoding=1))
+
+    assert failure(refused.value)[1] == "SIZE_INVALID"
+
+
 async def test_the_queue_is_told_and_refuses(start_server: StartServer, gated: GatedDenoiser) -> None:
     """A waiting job hears its position; one too many gets RESOURCE_EXHAUSTED with a delay, at once."""
     client = await start_server(denoiser=gated, max_batch=1, max_queue=1)
@@ -336,7 +377,7 @@ _BOTH = pb.EmbeddingConditioning
         ({"height": -16}, "SIZE_INVALID", "height"),
         ({"height": 0}, "SIZE_INVALID", "height"),
         ({"height": 2**31 - 1}, "SIZE_INVALID", "height"),
-        ({"scheduler": pb.SchedulerSpec(name="magic")}, "SCHEDULER_UNKNOWN", "scheduler"),
+        ({"scheduler": pb.SchedulerSpec(name="magic")}, "SCHEDULER_UNKNOWN", "scheduler.name"),
         ({"scheduler": pb.SchedulerSpec(num_inference_steps=-1)}, "STEPS_INVALID", None),
         ({"scheduler": pb.SchedulerSpec(num_inference_steps=0)}, "STEPS_INVALID", None),
         ({"scheduler": pb.SchedulerSpec(num_inference_steps=1001)}, "STEPS_INVALID", None),

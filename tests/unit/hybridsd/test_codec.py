@@ -66,6 +66,8 @@ BROKEN = {
     "long data": lambda m: setattr(m, "data", m.data + b"\0"),
     "no data": lambda m: m.ClearField("data"),
     "scale without int8": lambda m: m.scale.append(1.0),
+    "six thousand axes": lambda m: m.shape.extend([1] * 6000),
+    "beyond float16": lambda m: setattr(m, "data", np.full(6, 1e5, "<f4").tobytes()),
     "nan": lambda m: setattr(m, "data", np.full(6, np.nan, "<f4").tobytes()),
     "infinity": lambda m: setattr(m, "data", np.full(6, np.inf, "<f4").tobytes()),
 }
@@ -80,6 +82,7 @@ def test_malformed_tensor_is_refused(how: str) -> None:
     with pytest.raises(InvalidRequest, match=r"state\[0\]") as caught:
         codec.decode_tensor(message, field="state[0]")
     assert caught.value.reason is Reason.TENSOR_INVALID
+    assert len(caught.value.message) < 300
 
 
 @pytest.mark.parametrize("scale", [[], [1.0], [1.0, -1.0], [1.0, float("nan")], [1.0, float("inf")]])
@@ -90,6 +93,15 @@ def test_malformed_scales_are_refused(scale: list[float]) -> None:
     message.scale.extend(scale)
 
     with pytest.raises(InvalidRequest):
+        codec.decode_tensor(message)
+
+
+def test_a_byte_of_minus_128_is_refused() -> None:
+    """int8 values are symmetric; -128 is no value."""
+    message = codec.encode_tensor(np.ones((2, 3), dtype=np.float32), codec.INT8)
+    message.data = b"\x80" + message.data[1:]
+
+    with pytest.raises(InvalidRequest, match="-128"):
         codec.decode_tensor(message)
 
 
@@ -136,6 +148,7 @@ def test_plan_round_trip() -> None:
 
 
 BROKEN_PLANS = {
+    "long name": lambda m: setattr(m, "scheduler", "x" * 65),
     "no rows": lambda m: m.ClearField("rows"),
     "0 steps": lambda m: setattr(m, "num_inference_steps", 0),
     "1001 steps": lambda m: setattr(m, "num_inference_steps", 1001),

@@ -15,7 +15,7 @@ import platformdirs
 
 from edge_client.remote_types import RemoteFile
 from hybridsd import plan as plans
-from hybridsd.errors import InternalError, InvalidRequest, ModelMismatch, NotFound, Reason
+from hybridsd.errors import CloudUnreachable, InternalError, InvalidRequest, ModelMismatch, NotFound, Reason
 from hybridsd.manifest import MANIFEST_NAME, Manifest, read_manifest, verify_files
 from hybridsd.plan import Plan
 
@@ -182,20 +182,29 @@ def fetch(source: Downloads, name: str, files: tuple[RemoteFile, ...], into: Pat
         into: The folder that the bundle will be, not there yet; beside it grows `NAME.partial`.
 
     Raises:
+        CloudUnreachable: If a file ends too early; what has come is kept.
         InternalError: If a path leaves the folder, or a file does not match its hash.
+        InvalidRequest: If the folder cannot be written, or what was fetched is no bundle.
         NotFound: If the cloud lists no files.
     """
     if not files:
         raise NotFound(Reason.NOT_FOUND, f"bundle {name!r} has no files", field="bundle")
     partial = into.with_name(into.name + ".partial")
-    for file in files:
-        pure = PurePosixPath(file.path)
-        if pure.is_absolute() or ".." in pure.parts or not pure.parts or "\\" in file.path or ":" in file.path:
-            raise InternalError(Reason.INTERNAL, f"the cloud lists a file that leaves the bundle: {file.path!r}")
-        yield from _fetch_file(source, name, file, partial / file.path)
-    read_manifest(partial)
-    into.parent.mkdir(parents=True, exist_ok=True)
-    partial.rename(into)
+    try:
+        for file in files:
+            pure = PurePosixPath(file.path)
+            odd = "\\" in file.path or ":" in file.path or not file.path.isprintable()
+            if pure.is_absolute() or ".." in pure.parts or not pure.parts or odd:
+                raise InternalError(Reason.INTERNAL, f"the cloud lists a file that leaves the bundle: {file.path!r}")
+            yield from _fetch_file(source, name, file, partial / file.path)
+        read_manifest(partial)
+        into.parent.mkdir(parents=True, exist_ok=True)
+        partial.rename(into)
+    except OSError as error:
+        raise InvalidRequest(
+            Reason.FIELD_INVALID, f"cannot write {partial}: {error.strerror or error}; choose another --into",
+            field="into",
+        ) from error  # fmt: skip
 
 
 def _fetch_file(source: Downloads, name: str, file: RemoteFile, path: Path) -> Iterator[FetchProgress]:
@@ -212,6 +221,11 @@ def _fetch_file(source: Downloads, name: str, file: RemoteFile, path: Path) -> I
                     break
                 stream.write(chunk)
                 yield FetchProgress(path=file.path, done_bytes=done, size_bytes=file.size_bytes)
+    if done < file.size_bytes:
+        raise CloudUnreachable(
+            Reason.UNAVAILABLE,
+            f"{file.path} ended after {done} of {file.size_bytes} bytes; fetch again to go on from there",
+        )
     with path.open("rb") as stream:
         actual = hashlib.file_digest(stream, "sha256").hexdigest()
     if actual != file.sha256:

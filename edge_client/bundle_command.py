@@ -1,6 +1,7 @@
 """`hybridsd bundle`: looks at bundles, checks them and gets them. Knows click; the work is `edge_client.bundle`'s."""
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def bundle() -> None:
 
 @bundle.command(context_settings=CONTEXT)
 @bundle_option
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+@click.option("--json", "as_json", envvar="HYBRIDSD_EDGE_JSON", is_flag=True, help="Print the manifest as JSON.")
 def inspect(bundle_name: str | None, as_json: bool) -> None:
     """Shows what a bundle holds."""
     opened = bundles.open_bundle(bundles.locate(bundle_name))
@@ -81,7 +82,7 @@ def fetch(
             listed = ", ".join(offered) or "none"
             raise NotFound(Reason.NOT_FOUND, f"{server} has no bundle {name!r}; it has: {listed}", field="name")
         target = bundles.bundles_folder() / name if into is None else into
-        if target.exists():
+        if os.path.lexists(target):
             raise InvalidRequest(
                 Reason.FIELD_INVALID, f"{target} is there already; remove it, or give --into", field="into"
             )

@@ -38,7 +38,7 @@ class Check:
 @server_options
 @model_options
 @click.option("--offline", is_flag=True, help="Leave the cloud out.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--json", "as_json", envvar="HYBRIDSD_EDGE_JSON", is_flag=True, help="Print one JSON object.")
 def doctor(
     server: str,
     token_file: Path | None,
@@ -94,6 +94,7 @@ def check_device(bundle: Bundle, **options: Any) -> Iterator[Check]:
         return
     yield Check("bundle", True, f"{manifest.name} in {bundle.folder}, {len(manifest.files)} files as they should be")
     models = Models(bundle.folder, manifest, **options)
+    models.warm_up()  # only now is it known which provider runs them
     yield Check("provider", True, f"{models.provider}: {models.provider_reason}")
     names = bundle.plan_names()
     default = f"{manifest.defaults.scheduler}/{manifest.defaults.num_inference_steps}"

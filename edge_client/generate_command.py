@@ -28,7 +28,9 @@ from hybridsd.errors import HybridSDError, Reason
 
 @click.command(context_settings=CONTEXT)
 @click.argument("prompt", required=False)
-@click.option("--prompt", "-p", "prompt_option", help="What to draw; the same as PROMPT.")
+@click.option(
+    "--prompt", "-p", "prompt_option", envvar="HYBRIDSD_EDGE_PROMPT", help="What to draw; the same as PROMPT."
+)
 @click.option("--negative-prompt", "-n", default="", help="What to draw away from. Needs guidance.")
 @click.option(
     "--prompts-file", type=click.File(encoding="utf-8"),
@@ -36,7 +38,7 @@ from hybridsd.errors import HybridSDError, Reason
     "Row i is drawn with seed + i.",
 )  # fmt: skip
 @click.option(
-    "--csv", "csv_file", type=click.File(encoding="utf-8-sig"),
+    "--csv", "csv_file", envvar="HYBRIDSD_EDGE_CSV", type=click.File(encoding="utf-8-sig"),
     help="Rows of file name, caption and, optionally, negative prompt below a header; pictures go to OUTPUT/name. "
     "Row i is drawn with seed + i.",
 )  # fmt: skip
@@ -84,7 +86,7 @@ from hybridsd.errors import HybridSDError, Reason
     "--load-latents", type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Start from unit normal latents, or continue a saved state.",
 )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
+@click.option("--json", "as_json", envvar="HYBRIDSD_EDGE_JSON", is_flag=True, help="Print one JSON object at the end.")
 @click.option("--jsonl", is_flag=True, help="Print each event as a line of JSON.")
 @click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing.")
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")

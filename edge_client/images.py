@@ -87,7 +87,7 @@ def parameters(result: Result) -> str:
     lines = [result.prompt]
     if result.negative_prompt:
         lines.append(f"Negative prompt: {result.negative_prompt}")
-    return "\n".join([*lines, ", ".join(f"{key}: {value}" for key, value in fields.items())])
+    return "\n".join([*lines, ", ".join(f"{key}: {_quoted(value)}" for key, value in fields.items())])
 
 
 def encode_png(image_u8: ImageU8, result: Result | None = None) -> bytes:
@@ -124,6 +124,12 @@ def read_png(path: Path) -> tuple[ImageU8, dict[str, Any] | None, str | None]:
     except (OSError, ValueError) as error:
         raise InvalidRequest(Reason.FIELD_INVALID, f"{path} is not a picture: {error}", field="image") from error
     return pixels, chunk, text.get("parameters")
+
+
+def _quoted(value: object) -> str:
+    """Returns a value as AUTOMATIC1111 writes it: in quotes where it would read as more than one field."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",:\n") else text
 
 
 def _sampler(scheduler: str) -> str:

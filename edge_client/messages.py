@@ -4,6 +4,7 @@ With `edge_client.remote` the only place that sees messages; knows no gRPC. Noth
 plans are checked for size, shape, finite values and digest before anyone else sees them.
 """
 
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -11,7 +12,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from edge_client.cache import Cache
 from edge_client.events import CloudStarted, Conditioning, Queued, Usage
-from edge_client.remote_types import CloudEvent, CloudState, Job
+from edge_client.remote_types import CloudEvent, CloudState, Job, printable
 from hybridsd import codec
 from hybridsd.errors import InternalError, InvalidRequest, Reason
 from hybridsd.plan import Plan
@@ -172,8 +173,8 @@ class Conversation:
         self._plan, self._started_once = plan, True
         self._conditioning = held if conditioning is None else conditioning
         return CloudStarted(
-            request_id=started.request_id,
-            model=started.model,
+            request_id=printable(started.request_id),
+            model=printable(started.model),
             plan=plan,
             conditioning=conditioning,
             guidance_scale=started.guidance_scale,
@@ -188,7 +189,7 @@ class Conversation:
                 _refuse("a plan that does not match its digest")
             if self._job.sent_plan is None:
                 self._cache.store(digest, started.plan.SerializeToString(), self._plan_key())
-            self._plans[digest] = plan
+            self._plans[digest] = replace(plan, scheduler=printable(plan.scheduler))
         if digest not in self._plans:
             _refuse("no plan, and the digest of one that was never named")
         return self._plans[digest]

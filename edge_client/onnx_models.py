@@ -42,8 +42,8 @@ def choose_provider(requested: str | None = None) -> tuple[str, str]:
             field="provider",
         )
     if _PREFERRED[0] in available:
-        return _PREFERRED[0], "this build of ONNX Runtime has CUDA"
-    return _PREFERRED[1], "no CUDA in this build of ONNX Runtime"
+        return _PREFERRED[0], "chosen since this build of ONNX Runtime has CUDA"
+    return _PREFERRED[1], "chosen since there is no CUDA in this build of ONNX Runtime"
 
 
 class _Model:
@@ -190,13 +190,18 @@ class Models:
             options.intra_op_num_threads = self._threads
         path = self.folder / file.path
         try:
-            return ort.InferenceSession(str(path), options, providers=[self.provider])
+            session = ort.InferenceSession(str(path), options, providers=[self.provider])
         except Exception as error:  # ONNX Runtime's errors share no base class
             raise InvalidRequest(
                 Reason.MANIFEST_INVALID,
                 f"ONNX Runtime {ort.__version__} cannot load {path}: {error}; run `hybridsd bundle verify`",
                 field="bundle",
             ) from error
+        actual = session.get_providers()[0]
+        if actual != self.provider:  # it falls back by itself, with a line on standard error at most
+            self.provider_reason = f"{self.provider} was {self.provider_reason}, but does not start on this device"
+            self.provider = actual
+        return session
 
     def encode_text(self, text: str) -> tuple[Embeds, int]:
         """Returns the embeddings of a text, `[T, D]`, and how many of its tokens did not fit."""

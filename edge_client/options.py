@@ -69,7 +69,7 @@ def open_bundle(name: str | None) -> bundles.Bundle:
 
 def open_cloud(server: str, *, token_file: Path | None, tls_ca: Path | None, insecure: bool) -> Cloud:
     """Returns a connection to the cloud; nothing is sent yet."""
-    token = os.environ.get("HYBRIDSD_EDGE_TOKEN") or None
+    token = os.environ.get("HYBRIDSD_EDGE_TOKEN", "").strip() or None
     if token_file is not None:
         try:
             token = token_file.read_text(encoding="utf-8").strip()

@@ -8,6 +8,7 @@ import contextlib
 import ipaddress
 import queue
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -19,7 +20,7 @@ from grpc_status import rpc_status
 from edge_client.cache import Cache
 from edge_client.events import Usage
 from edge_client.messages import Conversation, seconds
-from edge_client.remote_types import Capabilities, CloudEvent, CloudModel, CloudState, Job, RemoteFile
+from edge_client.remote_types import Capabilities, CloudEvent, CloudModel, CloudState, Job, RemoteFile, printable
 from hybridsd.errors import (
     DOMAIN,
     AccessDenied,
@@ -42,6 +43,8 @@ from hybridsd.v1 import (
 CONNECT_TIMEOUT_S = 5.0
 IDLE_TIMEOUT_S = 20.0
 """A stream that brings nothing for this long, not even a heartbeat, is lost."""
+USAGE_TIMEOUT_S = 2.0
+"""How long the usage may come after the hand-off, heartbeats or not."""
 DEFAULT_RETRY_DELAY_S = 0.5
 
 
@@ -61,7 +64,7 @@ class Cloud:
         away: Why no job is to be tried any more, for whoever has found that nobody answers; None at first.
 
     Raises:
-        InvalidRequest: If the target is not host:port or the certificate cannot be read.
+        InvalidRequest: If the target is not host:port, the token cannot be sent or the certificate not be read.
     """
 
     def __init__(
@@ -79,6 +82,12 @@ class Cloud:
         if not (colon and host and port.isdigit()):
             raise InvalidRequest(
                 Reason.FIELD_INVALID, f"server is {target!r}; give host:port, as in 127.0.0.1:50051", field="server"
+            )
+        if token is not None and not (token.isascii() and token.isprintable()):
+            raise InvalidRequest(
+                Reason.FIELD_INVALID,
+                "the token has line breaks or characters beyond ASCII; give one line, as the server's operator did",
+                field="token",
             )
         self.target, self.cache = target, cache
         self._connect_timeout_s, self.idle_timeout_s = connect_timeout_s, idle_timeout_s
@@ -120,7 +129,7 @@ class Cloud:
 
     def translate(self, error: Any) -> HybridSDError:
         """Returns the exception of the table for a failed call; says what to do when there is no server at all."""
-        found, text = translate(error), error.details() or ""
+        found, text = translate(error), printable(error.details() or "")
         if isinstance(found, CloudUnreachable) and ("failed to connect" in text or "errors resolving" in text):
             no_name = "errors resolving" in text
             other = f"cannot be reached ({text.rpartition('last error: ')[2][:200]})"
@@ -149,24 +158,24 @@ class Cloud:
             raise self.translate(error) from error
         models = tuple(
             CloudModel(
-                id=model.id,
-                latent_space=model.latent_space,
-                prediction_type=model.prediction_type,
+                id=printable(model.id),
+                latent_space=printable(model.latent_space),
+                prediction_type=printable(model.prediction_type),
                 num_parameters=model.num_parameters,
                 default_size=model.default_size,
-                schedulers=tuple(model.schedulers),
+                schedulers=tuple(map(printable, model.schedulers)),
             )
             for model in reply.models
         )
         bundles = {
-            bundle.name: tuple(
+            printable(bundle.name): tuple(
                 RemoteFile(path=file.path, size_bytes=file.size_bytes, sha256=file.sha256.hex())
                 for file in bundle.files
             )
             for bundle in reply.bundles
         }
         return Capabilities(
-            server_version=reply.server_version,
+            server_version=printable(reply.server_version),
             models=models,
             bundles=bundles,
             num_running=reply.load.num_running,
@@ -174,13 +183,15 @@ class Cloud:
         )
 
     def download(self, bundle: str, path: str, offset_bytes: int) -> Iterator[bytes]:
-        """Yields the content of a file of a bundle from an offset on."""
+        """Yields the content of a file of a bundle from an offset on.
+
+        Raises:
+            HybridSDError: By the table of errors; CloudTimeout when nothing comes for `idle_timeout_s`.
+        """
         request = bundle_service_pb2.DownloadFileRequest(bundle=bundle, path=path, offset_bytes=offset_bytes)
-        try:
-            for message in self._bundles.DownloadFile(request, metadata=self.metadata()):
+        with _Inbox(self, self._bundles.DownloadFile(request, metadata=self.metadata())) as inbox:
+            while (message := inbox.get(self.idle_timeout_s)) is not None:
                 yield message.chunk
-        except grpc.RpcError as error:
-            raise self.translate(error) from error
 
 
 class RemoteJob:
@@ -210,37 +221,26 @@ class RemoteJob:
             raise CloudUnreachable(Reason.UNAVAILABLE, self._cloud.away)
         message = self._conversation.request(resume_call=resume_call)
         call = self._cloud.stub.Denoise(message, timeout=timeout_s, metadata=self._cloud.metadata(self._request_id))
-        inbox: queue.Queue[Any] = queue.Queue(maxsize=4)  # small: the server drops stale states, not we
-        stop = threading.Event()
-        reader = threading.Thread(target=_read_into, args=(call, inbox, stop), name="hybridsd-stream", daemon=True)
-        reader.start()
-        at_handoff = False
-        try:
+        usage_until: float | None = None
+        with _Inbox(self._cloud, call) as inbox:
             while True:
-                try:
-                    item = inbox.get(timeout=2.0 if at_handoff else self._cloud.idle_timeout_s)
-                except queue.Empty:
-                    idle_s = self._cloud.idle_timeout_s
-                    raise CloudTimeout(
-                        Reason.DEADLINE_EXCEEDED, f"{self._cloud.target} has sent nothing for {idle_s:.3g} s"
-                    ) from None
-                if isinstance(item, grpc.RpcError):
-                    raise self._cloud.translate(item) from item
+                wait_s = self._cloud.idle_timeout_s
+                if usage_until is not None:
+                    wait_s = min(wait_s, usage_until - time.monotonic())
+                item = inbox.get(wait_s)
                 if item is None:
                     raise CloudUnreachable(Reason.UNAVAILABLE, f"{self._cloud.target} ended the stream too early")
                 self.received_bytes += item.ByteSize()
                 self.answered = True
                 event = self._conversation.read(item)
                 if event is not None:
-                    at_handoff = at_handoff or (isinstance(event, CloudState) and event.is_handoff)
                     yield event
+                if isinstance(event, CloudState) and event.is_handoff:
+                    usage_until = time.monotonic() + USAGE_TIMEOUT_S
                 if isinstance(event, Usage):
-                    with contextlib.suppress(queue.Empty):
-                        inbox.get(timeout=0.5)  # the status: else the server takes the end for a cancellation
+                    with contextlib.suppress(HybridSDError):
+                        inbox.get(0.5)  # the status: else the server takes the end for a cancellation
                     return
-        finally:
-            stop.set()
-            call.cancel()
 
     def cancel(self, *, wait_s: float = 0.0) -> None:
         """Asks the server to stop the job; what comes of it does not matter.
@@ -277,7 +277,7 @@ def translate(error: Any) -> HybridSDError:
     `retry_delay_s` is set where the server itself said that coming again makes sense.
     """
     code: grpc.StatusCode = error.code()
-    text = error.details() or code.name
+    text = printable(error.details() or code.name)
     reason, field, delay_s = reason_for_grpc_code(code.name), None, None
     try:
         status = rpc_status.from_call(error)
@@ -289,7 +289,7 @@ def translate(error: Any) -> HybridSDError:
         if detail.Unpack(info) and info.domain == DOMAIN and info.reason in Reason.__members__:
             reason, told = Reason[info.reason], True
         elif detail.Unpack(bad) and bad.field_violations:
-            field = bad.field_violations[0].field
+            field = printable(bad.field_violations[0].field)
         elif detail.Unpack(retry):
             delay_s = seconds(retry.retry_delay)
     if delay_s is None and (reason is Reason.QUEUE_FULL or (told and reason is Reason.UNAVAILABLE)):
@@ -299,25 +299,57 @@ def translate(error: Any) -> HybridSDError:
     return reason.error(text, field=field, retry_delay_s=delay_s)
 
 
-def _read_into(call: Any, inbox: "queue.Queue[Any]", stop: threading.Event) -> None:
-    """Moves messages, then the error or None, from a stream to a queue until told to stop."""
+class _Inbox:
+    """The messages of a stream, read by a thread of its own, so that waiting for one has a limit."""
 
-    def put(item: object) -> None:
-        while not stop.is_set():
+    def __init__(self, cloud: Cloud, call: Any) -> None:
+        self._cloud, self._call = cloud, call
+        self._items: queue.Queue[Any] = queue.Queue(maxsize=4)  # small: the server drops stale states, not we
+        self._stop = threading.Event()
+        threading.Thread(target=self._read, name="hybridsd-stream", daemon=True).start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._call.cancel()
+
+    def get(self, timeout_s: float) -> Any:
+        """Returns the next message; None at the end of the stream.
+
+        Raises:
+            HybridSDError: CloudTimeout when none has come in time, else what the stream ended with.
+        """
+        try:
+            if timeout_s <= 0:
+                raise queue.Empty
+            item = self._items.get(timeout=timeout_s)
+        except queue.Empty:
+            raise CloudTimeout(
+                Reason.DEADLINE_EXCEEDED, f"{self._cloud.target} has sent nothing for {max(timeout_s, 0.0):.3g} s"
+            ) from None
+        if isinstance(item, grpc.RpcError):
+            raise self._cloud.translate(item) from item
+        return item
+
+    def _read(self) -> None:
+        try:
+            for message in self._call:
+                self._put(message)
+                if self._stop.is_set():
+                    return
+            self._put(None)
+        except grpc.RpcError as error:
+            self._put(error)
+
+    def _put(self, item: object) -> None:
+        while not self._stop.is_set():
             try:
-                inbox.put(item, timeout=0.1)
+                self._items.put(item, timeout=0.1)
             except queue.Full:
                 continue
             return
-
-    try:
-        for message in call:
-            put(message)
-            if stop.is_set():
-                return
-        put(None)
-    except grpc.RpcError as error:
-        put(error)
 
 
 def _read_ca(path: Path | None) -> bytes | None:

@@ -9,6 +9,13 @@ from edge_client.arrays import Latents
 from edge_client.events import CloudStarted, Conditioning, Queued, Usage
 from hybridsd.plan import Plan
 
+MAX_TEXT_CHARS = 500
+
+
+def printable(text: str) -> str:
+    """Returns a text of the server as it may be shown: no line breaks, no control of the terminal, not too long."""
+    return "".join(character if character.isprintable() else "?" for character in text[:MAX_TEXT_CHARS])
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Job:

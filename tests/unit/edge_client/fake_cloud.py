@@ -65,6 +65,11 @@ class FakeCloud(denoising_service_pb2_grpc.DenoisingServiceServicer, bundle_serv
     hang_after_call: int | None = None
     busy_times: int = 0
     busy_delay_s: float = 0.01
+    endless_heartbeats: bool = False
+    """Sends heartbeats for ever instead of `finished`."""
+    download_bytes: int | None = None
+    """Ends each download after this many bytes, without an error."""
+    download_hangs: bool = False
     refuse_with: Reason | None = None
     refuse_from_request: int | None = None
     """Does not serve the model any more after this many requests."""
@@ -179,6 +184,9 @@ class FakeCloud(denoising_service_pb2_grpc.DenoisingServiceServicer, bundle_serv
             yield pb.DenoiseResponse(state=message)
             self._maybe_die(done.call, context)
         yield pb.DenoiseResponse(heartbeat=pb.Heartbeat())
+        while self.endless_heartbeats and context.is_active():
+            time.sleep(0.02)
+            yield pb.DenoiseResponse(heartbeat=pb.Heartbeat())
         usage = pb.Usage(num_calls=stop - first, sent_bytes=sum(message.ByteSize() for message in self.sent))
         usage.compute_duration.FromMilliseconds(1500)
         yield pb.DenoiseResponse(finished=pb.Finished(usage=usage))
@@ -206,9 +214,11 @@ class FakeCloud(denoising_service_pb2_grpc.DenoisingServiceServicer, bundle_serv
         self, request: bundle_service_pb2.DownloadFileRequest, context: grpc.ServicerContext
     ) -> Iterator[bundle_service_pb2.DownloadFileResponse]:
         assert self.bundle is not None
-        content = (self.bundle / request.path).read_bytes()[request.offset_bytes :]
+        content = (self.bundle / request.path).read_bytes()[request.offset_bytes :][: self.download_bytes]
         for at in range(0, len(content), 1000):
             yield bundle_service_pb2.DownloadFileResponse(chunk=content[at : at + 1000])
+            while self.download_hangs and context.is_active() and not self.released.is_set():
+                time.sleep(0.01)
 
 
 @dataclass

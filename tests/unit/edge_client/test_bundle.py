@@ -81,12 +81,21 @@ def test_fetch_checks_hashes(bundle_folder: Path, tmp_path: Path) -> None:
     assert bundles.open_bundle(tmp_path / "fetched").verify() == []
 
 
-@pytest.mark.parametrize("path", ["../evil", "/etc/evil", "a/../../evil", "a\\evil", "C:evil", ""])
+@pytest.mark.parametrize("path", ["../evil", "/etc/evil", "a/../../evil", "a\\evil", "C:evil", "", "a\x1b[2J"])
 def test_fetch_stays_in_its_folder(path: str, tmp_path: Path, bundle_folder: Path) -> None:
     """A server cannot write outside the bundle."""
     file = RemoteFile(path=path, size_bytes=1, sha256="0" * 64)
     with pytest.raises(InternalError, match="leaves the bundle"):
         list(bundles.fetch(Source(bundle_folder), "tiny-edge", (file,), tmp_path / "fetched"))
+
+
+def test_fetch_into_what_is_no_folder(tmp_path: Path, bundle_folder: Path) -> None:
+    """A place that cannot be written is named."""
+    (tmp_path / "file").touch()
+    source = Source(bundle_folder)
+    for into in (tmp_path / "file" / "fetched", tmp_path / ("x" * 300)):
+        with pytest.raises(InvalidRequest, match=r"cannot write .* choose another --into"):
+            list(bundles.fetch(source, "tiny-edge", source.files(), into))
 
 
 def test_fetch_of_nothing(tmp_path: Path, bundle_folder: Path) -> None:

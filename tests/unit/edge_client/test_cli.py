@@ -6,13 +6,16 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
 from edge_client import cli, extras, images, latents
+from edge_client.options import CONTEXT
 from edge_client.remote import Cloud
 from hybridsd.errors import Reason
 from tests.unit.edge_client.fake_cloud import FakeCloud, Running
@@ -121,6 +124,39 @@ def test_environment_gives_every_option(shell: Shell, monkeypatch: pytest.Monkey
 
     assert (image["handoff"]["actual"], image["seed"]) == (1, 77)
     assert (other["handoff"]["actual"], other["seed"]) == (2, 77)
+
+
+def _options(command: click.Command, path: str = "hybridsd") -> Iterator[tuple[str, click.Command, click.Option]]:
+    for option in command.params:
+        if isinstance(option, click.Option) and not {"--help", "--version"} & {*option.opts}:
+            yield path, command, option
+    for name, below in getattr(command, "commands", {}).items():
+        yield from _options(below, f"{path} {name}")
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [pytest.param(c, o, id=f"{path} {o.opts[0]}") for path, c, o in _options(cli.main)],
+)
+def test_each_option_has_its_variable(
+    command: click.Command, option: click.Option, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The variable of an option is HYBRIDSD_EDGE_ and its first long name."""
+    name = next(name for name in option.opts if name.startswith("--"))
+    monkeypatch.setenv(f"HYBRIDSD_EDGE_{name.removeprefix('--').replace('-', '_').upper()}", "given")
+    context = click.Context(command, **CONTEXT)
+
+    assert command.context_settings == CONTEXT
+    assert option.resolve_envvar_value(context) == "given"
+
+
+def test_a_prompt_of_the_line_wins(shell: Shell, fake: FakeCloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt can come from the environment, and one on the command line wins over it."""
+    monkeypatch.setenv("HYBRIDSD_EDGE_PROMPT", "a dog")
+    shell("generate")
+    shell("generate", "a red fox")
+
+    assert [request.text.prompt for request in fake.requests] == ["a dog", "a red fox"]
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,11 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 
 from edge_client.bundle import Bundle
+from edge_client.doctor import check_device
 from edge_client.events import Conditioning
 from edge_client.onnx_models import Models, choose_provider
 from edge_client.tokenizer import Tokenizer
@@ -97,6 +99,23 @@ def test_provider_is_chosen_with_a_reason() -> None:
     assert choose_provider("CPU")[0] == "CPUExecutionProvider"
     with pytest.raises(InvalidRequest, match="CPUExecutionProvider"):
         choose_provider("tpu")
+
+
+def test_a_provider_that_does_not_start_is_named(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When ONNX Runtime falls back to another provider by itself, the reason tells of both, and the doctor too."""
+    session = ort.InferenceSession
+
+    def fall_back(path: str, options: ort.SessionOptions, providers: list[str]) -> ort.InferenceSession:
+        return session(path, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(ort, "InferenceSession", fall_back)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    (check,) = (check for check in check_device(bundle, threads=1) if check.name == "provider")
+
+    assert check.detail == (
+        "CPUExecutionProvider: CUDAExecutionProvider was chosen since this build of ONNX Runtime has CUDA, "
+        "but does not start on this device"
+    )
 
 
 def test_tokenizer_pads_cuts_and_counts(bundle: Bundle, tmp_path: Path) -> None:

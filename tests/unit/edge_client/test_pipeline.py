@@ -1,17 +1,18 @@
 """One picture in two places is the picture that one process would have made, whatever happens on the way."""
 
 import contextlib
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from edge_client import pipeline
+from edge_client import pipeline, remote
 from edge_client.bundle import Bundle
 from edge_client.cache import Cache
 from edge_client.events import CloudStarted, Finished, Planned, Queued, Result, Retrying, StepDone, TookOver
-from edge_client.images import to_u8
+from edge_client.images import parameters, to_u8
 from edge_client.latents import saved_state
 from edge_client.onnx_models import Models
 from edge_client.pipeline import generate
@@ -303,6 +304,34 @@ def test_a_silent_stream_is_lost(bundle: Bundle, models: Models, cloud: Cloud, f
 
     assert "has sent nothing" in result.fallback_message
     assert result.actual_cloud_steps == 1
+
+
+def test_heartbeats_do_not_hold_up_the_end(
+    bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once the hand-off is here, a server that only sends heartbeats is not waited for."""
+    monkeypatch.setattr(remote, "USAGE_TIMEOUT_S", 0.2)
+    fake.endless_heartbeats = True
+    begin = time.monotonic()
+    result, _ = run(replace(REQUEST, deadline_s=10), bundle, models, cloud)
+
+    assert time.monotonic() - begin < 5
+    assert (result.fallback_reason, result.actual_cloud_steps, result.usage) == (None, 3, None)
+
+
+def _forge(message: pb.DenoiseResponse) -> None:
+    if message.HasField("started"):
+        message.started.model = "big, Seed: 1\nSteps: 99\x1b[2J" + "x" * 1000
+
+
+def test_a_server_cannot_forge(bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud) -> None:
+    """What the server calls its model is one harmless field, on the terminal and in the picture."""
+    fake.mangle = _forge
+    result, _ = run(REQUEST, bundle, models, cloud)
+
+    assert result.cloud_model.startswith("big, Seed: 1?Steps: 99?[2Jxxx")
+    assert len(result.cloud_model) == 500
+    assert f'Size: 32x32, Model: "{result.cloud_model}", Image index: 0' in parameters(result)
 
 
 def test_busy_is_asked_again(bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud) -> None:

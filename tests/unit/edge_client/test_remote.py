@@ -9,6 +9,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
+from edge_client import bundle as bundles
 from edge_client import cache as caches
 from edge_client.bundle import Bundle
 from edge_client.cache import Cache
@@ -95,6 +96,43 @@ def test_errors_without_details_go_by_code(code: grpc.StatusCode, reason: Reason
 
     assert error.reason is reason
     assert type(error) is reason.value.error
+
+
+def test_server_text_is_harmless() -> None:
+    """Whatever a server says is one line without control characters, and not too long."""
+    error = translate(Failed(grpc.StatusCode.INTERNAL, "gone\x1b[2J\r\nError: \u202efine" + "x" * 1000))
+
+    assert error.message.startswith("gone?[2J??Error: ?fine")
+    assert len(error.message) == 500
+
+
+@pytest.mark.parametrize("token", ["one\ntwo", "schlüssel", "\udcff", "tab\there"])
+def test_tokens_that_cannot_be_sent(token: str, tmp_path: Path) -> None:
+    """A token that cannot be a header is refused with a reason, which does not repeat it."""
+    with pytest.raises(InvalidRequest, match="give one line") as raised:
+        Cloud("127.0.0.1:1", token=token, cache=Cache(tmp_path))
+
+    assert token not in raised.value.message
+
+
+def test_stalled_downloads_are_given_up(running: Running, cloud: Cloud, bundle_folder: Path, tmp_path: Path) -> None:
+    """A download that stalls, or ends too early without an error, is lost and not thrown away."""
+    running.fake.bundle = bundle_folder
+    files = cloud.capabilities().bundles["tiny-edge"]
+    part = tmp_path / "fetched.partial" / "model.json"
+    running.fake.download_hangs = True
+    with pytest.raises(CloudTimeout, match="has sent nothing"):
+        list(bundles.fetch(cloud, "tiny-edge", files, tmp_path / "fetched"))
+    assert part.stat().st_size == 1000
+
+    running.fake.download_hangs, running.fake.download_bytes = False, 100
+    with pytest.raises(CloudUnreachable, match=r"model.json ended after 1100 of \d+ bytes"):
+        list(bundles.fetch(cloud, "tiny-edge", files, tmp_path / "fetched"))
+    assert part.stat().st_size == 1100
+
+    running.fake.download_bytes = None
+    list(bundles.fetch(cloud, "tiny-edge", files, tmp_path / "fetched"))
+    assert bundles.open_bundle(tmp_path / "fetched").verify() == []
 
 
 def test_full_without_a_delay_has_one() -> None:

@@ -242,7 +242,7 @@ async def test_a_cancelled_job_frees_its_place_in_the_queue(
 
 @pytest.mark.parametrize("error", [RuntimeError("boom"), None], ids=["exception", "NaN"])
 async def test_one_jobs_failure_is_its_own(tiny_model: Model, make_engine: MakeEngine, error: Exception | None) -> None:
-    """A job that makes the call raise, or its output NaN, fails with INTERNAL; the others end as they would alone."""
+    """A job that makes the call raise, or its output NaN, fails and says which; the others end as they would alone."""
     engine = make_engine({"tiny": FailingDenoiser(tiny_model.denoiser, error=error)})
     good = [job_request(tiny_model, seed=seed) for seed in range(3)]
     bad = job_request(tiny_model, prompt=bad_embeds(), negative_prompt=bad_embeds())
@@ -253,7 +253,7 @@ async def test_one_jobs_failure_is_its_own(tiny_model: Model, make_engine: MakeE
 
     failed = results.pop(2)[-1]
     assert isinstance(failed, Failed)
-    assert failed.error.reason is Reason.INTERNAL
+    assert failed.error.reason is (Reason.OUTPUT_NOT_FINITE if error is None else Reason.INTERNAL)
     assert "boom" not in failed.error.message
     for request, events in zip(good, results, strict=True):
         assert_close(states(events)[6], reference(tiny_model, request)[6])

@@ -4,6 +4,7 @@ Knows files, pictures and the decoder; nothing of how a run goes.
 """
 
 import glob
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,9 @@ def read_extras(
     if extras.save_steps is not None:
         _check_stems("--save-steps", [path.stem for path in paths])
     if extras.preview_every:
-        _check_stems("--preview-every", [str(path.with_suffix("")) for path in paths])
+        stems = [str(path.with_suffix("")) for path in paths]
+        shown = {re.sub(r"-preview-\d+$", "", stem) for stem in stems if re.search(r"-preview-\d+$", stem)}
+        _check_stems("--preview-every", [*stems, *(stem for stem in shown if stem in stems)])
     if not extras.overwrite:
         _check_free(extras, paths)
     return extras

@@ -186,6 +186,7 @@ def test_a_prompt_of_the_line_wins(shell: Shell, fake: FakeCloud, monkeypatch: p
         (["a fox", "--model", "\udcff"], "model is not UTF-8"),
         (["a fox", "--save-latents", "x.npz", "--save-latents-at", "6"], "choose 1 to 5, or leave it out"),
         (["a fox", "--save-latents", "x.png", "-o", "x.png"], "are both x.png"),
+        (["a fox", "-o", "\udcff.png"], "is not UTF-8"),
         (["a fox", "-o", "/proc/fox.png"], "cannot write /proc/fox.png"),
         (["a fox", "--save-latents", "/proc/x/fox.npz"], "cannot write /proc/x/fox.npz"),
         (["a fox", "--save-steps", "/proc/x"], "cannot write /proc/x/step.png"),
@@ -329,13 +330,15 @@ def test_bad_csv(shell: Shell, row: str) -> None:
     assert [path.name for path in shell.folder.iterdir()] == ["metadata.csv"]
 
 
-@pytest.mark.parametrize("extra", [["--save-steps", "steps"], ["--preview-every", "2"]])
-def test_extras_of_a_batch_do_not_collide(shell: Shell, fake: FakeCloud, extra: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("extra", "second"),
+    [("--save-steps", "b/fox.png"), ("--preview-every", "a/fox.jpg"), ("--preview-every", "a/fox-preview-002.png")],
+)
+def test_extras_of_a_batch_do_not_collide(shell: Shell, fake: FakeCloud, extra: str, second: str) -> None:
     """Rows whose previews or pictures of steps would have the same names are refused before anything is drawn."""
-    second = "b/fox.png" if extra[0] == "--save-steps" else "a/fox.jpg"
     (shell.folder / "metadata.csv").write_text(f"name,caption\na/fox.png,a fox\n{second},a dog\n")
 
-    assert "two are called" in shell("generate", "--csv", "metadata.csv", *extra, code=2).stderr
+    assert "two are called" in shell("generate", "--csv", "metadata.csv", extra, "2", code=2).stderr
     assert fake.requests == []
 
 
@@ -405,15 +408,16 @@ def test_a_continued_picture_knows_its_beginning(shell: Shell, at: str | None) -
     assert "leave it out" in refused.stderr
 
 
-def test_previews_count_steps(shell: Shell) -> None:
-    """Of a solver with two calls a step, --preview-every 2 shows every second step, the cloud's and the edge's."""
-    arguments = ["--scheduler", "heun", "--split", "2,2", "--preview-every", "2", "-o", "fox.png"]
+@pytest.mark.parametrize(
+    ("split", "every", "shown"), [("2,2", "2", [2, 4]), ("4,0", "4", [4]), ("4,0", "3", [3]), ("0,4", "3", [3])]
+)
+def test_previews_count_steps(shell: Shell, split: str, every: str, shown: list[int]) -> None:
+    """Of a solver with two calls a step, and one in the last, every N-th step is shown, the cloud's and the edge's."""
+    arguments = ["--scheduler", "heun", "--split", split, "--preview-every", every, "-o", "fox.png"]
     shell("generate", "a red fox", *arguments)
 
-    assert sorted(path.name for path in shell.folder.glob("*-preview-*")) == [
-        "fox-preview-002.png",
-        "fox-preview-004.png",
-    ]
+    names = sorted(path.name for path in shell.folder.glob("*-preview-*"))
+    assert names == [f"fox-preview-{step:03}.png" for step in shown]
 
 
 @pytest.mark.parametrize("step", ["1", "2", "3", "5"])

@@ -208,6 +208,7 @@ def export_command(out: Path, target: Path) -> None:
 @click.option("--splits", default="25,18,12,8,5,3,0", show_default=True, help="Steps of the large model.")
 @click.option("--guidance", type=click.FloatRange(min=1), default=4.0, show_default=True)
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes to split over.")
+@click.option("--decoder", type=click.Choice(["tiny", "kl"]), default="tiny", show_default=True)
 @click.option(
     "--grid", "picture", type=click.Path(dir_okay=False, path_type=Path), help="Also draw a grid of pictures."
 )
@@ -219,6 +220,7 @@ def evaluate_command(
     splits: str,
     guidance: float,
     workers: int,
+    decoder: str,
     picture: Path | None,
 ) -> None:
     """Measure how often pictures of held-out pairs show what their caption says, for every split."""
@@ -235,6 +237,7 @@ def evaluate_command(
         steps=steps,
         splits=numbers,
         guidance=guidance,
+        decoder=cast(evaluate.Decoder, decoder),
         keep=10,
     )
     started = time.monotonic()
@@ -247,5 +250,5 @@ def evaluate_command(
         evaluate.grid(judged, picture, columns=10)
         click.echo("\n".join(judged.captions[:10]))
     click.echo(evaluate.markdown(results))
-    click.echo(f"{captions} captions, seed {seed}, {steps} steps, guidance {guidance}", nl=False)
+    click.echo(f"{captions} captions, seed {seed}, {steps} steps, guidance {guidance}, decoder {decoder}", nl=False)
     click.echo(f", {time.monotonic() - started:.0f} s")

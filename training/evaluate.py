@@ -8,13 +8,13 @@ plan. Knows nothing about how anything was trained.
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from training.tiny_vae import load_tiny_vae
 from training.vae import load_vae
 from training.workers import Share
 
+Decoder = Literal["tiny", "kl"]
 Flags = NDArray[np.bool_]
 LATENT_SHAPE = (4, 16, 16)
 PARTS = ("layout", "first", "second", "background")
@@ -103,8 +104,8 @@ def trajectories(
         By configuration, the clean latents, float32 [B, 4, h, w].
     """
     calls = len(plan.rows)
-    by_large = functools.partial(_predict, family.large, embeds, guidance)
-    by_small = functools.partial(_predict, family.small, embeds, guidance)
+    by_large = partial(_predict, family.large, embeds, guidance)
+    by_small = partial(_predict, family.small, embeds, guidance)
     states = {0: initial_state(plan, noise)}
     furthest = max(plan.first_call(split) for split in splits)
     for point in denoise(plan, states[0], by_large, _no_noise, stop=furthest):
@@ -142,13 +143,14 @@ def judge_captions(
     steps: int,
     splits: Sequence[int],
     guidance: float,
+    decoder: Decoder = "tiny",
     keep: int = 0,
     batch: int = 24,
 ) -> Judged:
     """Generates and judges the held-out captions `indices` of `seed`.
 
-    Caption and noise of index `i` come from `default_rng((seed, i))`. The last entry, "large, KL decoder", is
-    the large model decoded with the cloud's VAE; all others are decoded with the tiny VAE, as on the edge.
+    Caption and noise of index `i` come from `default_rng((seed, i))`. Pictures are decoded with the
+    tiny VAE, as on the edge, and those of the large model once more with the KL VAE; or all with the KL VAE.
     """
     plan = compile_plan(build_scheduler(), steps, torch.from_numpy, name="dpmpp_2m")
     captions: list[str] = []
@@ -165,9 +167,10 @@ def judge_captions(
         embeds = torch.cat([family.embed([""] * len(texts)), family.embed(texts)])
         noise = torch.from_numpy(np.stack(noises))
         finished = trajectories(family, plan, noise, embeds, splits, guidance)
-        pictures = {name: decode_tiny(family.tiny, latents) for name, latents in finished.items()}
-        if "large" in finished:
-            pictures["large, KL decoder"] = decode(family.vae, finished["large"])
+        by_tiny, by_kl = partial(decode_tiny, family.tiny), partial(decode, family.vae)
+        pictures = {name: (by_tiny if decoder == "tiny" else by_kl)(latents) for name, latents in finished.items()}
+        if "large" in finished and decoder == "tiny":
+            pictures["large, KL decoder"] = by_kl(finished["large"])
         truth = torch.tensor(labels)
         for name, picture in pictures.items():
             right.setdefault(name, []).append((family.judge.read(picture) == truth).numpy())
@@ -207,6 +210,7 @@ def judge_part(
     steps: int,
     splits: Sequence[int],
     guidance: float,
+    decoder: Decoder = "tiny",
     keep: int,
 ) -> None:
     """Judges one worker's captions and leaves the result in the family's folder "evaluation"."""
@@ -218,6 +222,7 @@ def judge_part(
         steps=steps,
         splits=splits,
         guidance=guidance,
+        decoder=decoder,
         keep=keep if share.rank == 0 else 0,
     )
     arrays: dict[str, NDArray[Any]] = {f"right/{name}": value for name, value in judged.right.items()}

@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 OPSET = 23
 SMALLEST_HALF = 16  # initializers with fewer elements stay as they are: constants of the graph
-PLAN_STEPS = (4, 8, 10, 15, 20, 25, 30, 50)
+PLAN_STEPS = (4, 8, 15, 20, 25, 50)
 FAMILY_NAME = "scenes"
 DEFAULT_GUIDANCE = 4.0
 DEFAULT_STEPS = 25
@@ -423,15 +423,11 @@ def export_family(
     say: Callable[[str], None],
     plan_steps: Sequence[int] = PLAN_STEPS,
 ) -> list[Parity]:
-    """Writes large/, small_unet/, edge/ and, where there is one, classifier/ into `target`."""
+    """Writes large/, small_unet/ and edge/ into `target`."""
     export_cloud(family, target / "large")
     say(f"{target / 'large'}: the cloud's pipeline")
     load_unet(family / "small_unet").half().save_pretrained(target / "small_unet")
     say(f"{target / 'small_unet'}: the small U-Net, for torch")
-    if (family / "classifier" / "classifier.safetensors").exists():
-        (target / "classifier").mkdir(parents=True, exist_ok=True)
-        for name in ("classifier.safetensors", "accuracy.json"):
-            shutil.copyfile(family / "classifier" / name, target / "classifier" / name)
     parity = export_edge(
         family,
         target / "edge",

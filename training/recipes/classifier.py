@@ -40,7 +40,7 @@ def classifier(scale: Scale) -> ClassifierRecipe:
     toy = scale == "toy"
     return ClassifierRecipe(
         schedule=Schedule(
-            steps=30 if toy else 1500,
+            steps=30 if toy else 800,
             batch_size=16 if toy else 64,
             lr=3e-3 if toy else 1.5e-3,
             warmup=5 if toy else 100,

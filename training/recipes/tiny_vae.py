@@ -40,7 +40,7 @@ def tiny_vae(scale: Scale) -> TinyVAERecipe:
     toy = scale == "toy"
     return TinyVAERecipe(
         schedule=Schedule(
-            steps=30 if toy else 4000,
+            steps=30 if toy else 2000,
             batch_size=4 if toy else 8,
             lr=3e-3 if toy else 1e-3,
             warmup=5 if toy else 100,

@@ -51,11 +51,11 @@ class UNetRecipe:
 
 
 def unet(scale: Scale) -> UNetRecipe:
-    """21M parameters, min-SNR weighting, averaged weights; the text is frozen."""
+    """22M parameters, min-SNR weighting, averaged weights; the text is frozen."""
     toy = scale == "toy"
     return UNetRecipe(
         schedule=Schedule(
-            steps=30 if toy else 1800,
+            steps=30 if toy else 1850,
             batch_size=8 if toy else 48,
             lr=3e-3 if toy else 8e-4,
             warmup=5 if toy else 80,

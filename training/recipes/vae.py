@@ -38,11 +38,11 @@ class VAERecipe:
 
 
 def vae(scale: Scale) -> VAERecipe:
-    """2.6M parameters, crops of 64x64, batch 8: small batches, because at first steps count and not pictures."""
+    """2.6M parameters, 26.0 dB on whole scenes; small batches of 64x64 crops: at first, steps count not pictures."""
     toy = scale == "toy"
     return VAERecipe(
         schedule=Schedule(
-            steps=30 if toy else 10000,
+            steps=30 if toy else 9200,
             batch_size=4 if toy else 8,
             lr=3e-3 if toy else 1e-3,
             warmup=5 if toy else 100,

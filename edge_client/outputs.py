@@ -75,7 +75,7 @@ def check(path: Path, *, overwrite: bool) -> None:
         str(path).encode("utf-8")
     except UnicodeEncodeError as error:  # it could not be told in JSON where the picture is
         raise InvalidRequest(
-            Reason.FIELD_INVALID, f"the name {ascii(str(path))} is not UTF-8 text; choose another", field="output"
+            Reason.FIELD_INVALID, f"the name {str(path)!a} is not UTF-8 text; choose another", field="output"
         ) from error
     try:
         path.lstat()  # a link counts, wherever it leads

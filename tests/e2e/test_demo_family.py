@@ -11,8 +11,6 @@ from edge_client.events import Conditioning
 from edge_client.onnx_models import Models
 from hybridsd.manifest import read_manifest, verify_files
 
-pytestmark = pytest.mark.skipif(not (DEMO / "edge/model.json").exists(), reason="no demo models in deploy/demo")
-
 LARGEST_MB = 80
 
 
@@ -39,14 +37,14 @@ def test_large_model_is_a_diffusers_pipeline() -> None:
     """diffusers itself loads the directory that the cloud serves."""
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(DEMO / "large", safety_checker=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(DEMO / "large", safety_checker=None, torch_dtype=torch.float32)
     image = pipeline("a fox on a blue background", num_inference_steps=2, output_type="np").images[0]
 
     assert image.shape == (128, 128, 3)
 
 
-def test_small_model_is_about_a_quarter() -> None:
-    """The pruned U-Net has 20 to 30 percent of the large one's parameters."""
+def test_small_model_is_a_fifth_to_a_quarter() -> None:
+    """The pruned U-Net has 18 to 27 percent of the large one's parameters."""
     from diffusers import UNet2DConditionModel
 
     counts = []
@@ -54,7 +52,7 @@ def test_small_model_is_about_a_quarter() -> None:
         unet = UNet2DConditionModel.from_pretrained(folder)
         counts.append(sum(p.numel() for p in unet.parameters()))
 
-    assert 0.2 <= counts[0] / counts[1] <= 0.3
+    assert 0.18 <= counts[0] / counts[1] <= 0.27
     assert read_manifest(DEMO / "edge").num_parameters["unet"] == counts[0]
 
 

@@ -15,8 +15,6 @@ from PIL import Image
 
 from deploy.run_demo import BIN, DEMO, ENVIRONMENT, ROOT, running_cloud
 
-pytestmark = pytest.mark.skipif(not (DEMO / "edge/model.json").exists(), reason="no demo models in deploy/demo")
-
 PROMPT = "a fox to the left of a donut on a yellow background"
 
 
@@ -43,7 +41,8 @@ def generate(*words: object, cache: Path) -> dict[str, Any]:
 
 
 def pixels(path: str | Path) -> np.ndarray:
-    return np.asarray(Image.open(path).convert("RGB"), dtype=np.int16)
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"), dtype=np.int16)
 
 
 def test_demo_command(tmp_path: Path) -> None:
@@ -57,8 +56,9 @@ def test_demo_command(tmp_path: Path) -> None:
     assert f"picture: {output}" in result.stdout
     assert "cloud: 3 steps" in result.stdout
     assert "edge:  5 steps" in result.stdout
-    assert Image.open(output).size == (128, 128)
-    assert PROMPT in Image.open(output).info["parameters"]
+    with Image.open(output) as picture:
+        assert picture.size == (128, 128)
+        assert PROMPT in picture.info["parameters"]
 
 
 def test_same_seed_is_the_same_picture_in_every_mode_that_runs_the_same_models(server: str, tmp_path: Path) -> None:

@@ -383,6 +383,10 @@ def export_cloud(family: Path, folder: Path) -> None:
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder)
+    # transformers would load the text encoder in half precision and diffusers the rest in full: say full for both.
+    config_path = folder / "text_encoder" / "config.json"
+    config = json.loads(config_path.read_text(encoding="utf-8")) | {"dtype": "float32"}
+    config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     # With padding and truncation written into it, the `tokenizers` library alone gives the same ids.
     shutil.copyfile(family / "text" / "tokenizer" / "tokenizer.json", folder / "tokenizer" / "tokenizer.json")
     extras = {

@@ -31,7 +31,10 @@ def elements(file: descriptor_pb2.FileDescriptorProto) -> Iterator[tuple[str, st
         yield "message", message.name, (4, i), message
         for j, field in enumerate(message.field):
             yield "field", f"{message.name}.{field.name}", (4, i, 2, j), field
+        synthetic = {field.oneof_index for field in message.field if field.proto3_optional}  # protoc's own
         for j, oneof in enumerate(message.oneof_decl):
+            if j in synthetic:
+                continue
             yield "oneof", f"{message.name}.{oneof.name}", (4, i, 8, j), oneof
     for i, enum in enumerate(file.enum_type):
         yield "enum", enum.name, (5, i), enum

@@ -6,12 +6,14 @@ full-size shapes with random weights: SD 1.4's 860M U-Net in the cloud, a 224M o
 
 import argparse
 import asyncio
+import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import structlog
 import torch
 
 from cloud_server.devices import place
@@ -48,6 +51,10 @@ MIX = (
     ("dpmpp_2m", True), ("ddim", True), ("euler", True), ("pndm", True),
     ("unipc", True), ("euler_ancestral", True), ("dpmpp_2m_karras", False), ("lms", False),
 )  # fmt: skip
+
+
+SETTLE_S = 1.0
+"""Before each timing: threads of what ran before spin for a while, and two cores have none to spare."""
 
 
 def say(text: str = "") -> None:
@@ -122,9 +129,9 @@ async def _drain(mailbox: Mailbox, on_state: Callable[[], None] | None = None) -
             return
 
 
-async def engine_s(model: Model, jobs: Sequence[JobRequest]) -> float:
+async def engine_s(model: Model, jobs: Sequence[JobRequest], threads: int) -> float:
     """Times the engine on the same jobs, from its start to the last hand-off."""
-    engine = Engine({model.info.id: model.denoiser}, max_batch=8)
+    engine = Engine({model.info.id: model.denoiser}, max_batch=8, num_threads=threads)
     boxes = [Mailbox() for _ in jobs]
     for job, box in zip(jobs, boxes, strict=True):
         engine.submit(job, box)
@@ -136,13 +143,12 @@ async def engine_s(model: Model, jobs: Sequence[JobRequest]) -> float:
     return elapsed
 
 
-async def first_step_of_eighth(model: Model, tries: int, num_calls: int) -> tuple[list[float], float]:
-    """Times the first state of an eighth job that arrives while seven run; returns the times, and the step's time."""
+async def first_step_of_eighth(model: Model, tries: int, num_calls: int, threads: int) -> list[float]:
+    """Times the first state of an eighth job that arrives while seven run."""
     times = []
     rng = np.random.default_rng(1)
-    call_s = 0.0
     for attempt in range(tries):
-        engine = Engine({model.info.id: model.denoiser}, max_batch=8)
+        engine = Engine({model.info.id: model.denoiser}, max_batch=8, num_threads=threads)
         *seven, eighth = mixed_jobs(model, num_calls, first_id=100 * attempt)
         running = asyncio.Event()
         boxes = [Mailbox() for _ in seven]
@@ -156,29 +162,63 @@ async def first_step_of_eighth(model: Model, tries: int, num_calls: int) -> tupl
         engine.submit(eighth, box)
         reader = asyncio.create_task(_drain(box, lambda begin=begin: times.append(time.perf_counter() - begin)))
         await asyncio.gather(reader, *readers)
-        call_s = engine.load().call_s
         engine.stop()
-    step_s = bare_loop_s(model, mixed_jobs(model, num_calls), 4) / 4
-    return times, max(step_s, call_s)
+    return times
 
 
-def bench_engine(model: Model, *, repeats: int, num_calls: int) -> None:
+def in_child(what: str, large: Path, dtype: str, repeats: int, num_calls: int) -> list[float]:
+    """Runs `child` in a process of its own: two pools of OpenMP threads in one process spoil each other's times."""
+    words = ["--child", what, "--family", str(large.parent), "--dtype", dtype, "--repeats", str(repeats)]
+    command = [sys.executable, "-m", "tests.bench", *words, "--calls", str(num_calls)]
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return list(json.loads(output.splitlines()[-1]))
+
+
+def child(what: str, large: Path, dtype: str, repeats: int, num_calls: int) -> list[float]:
+    """Returns times in seconds: of "bare" loops, of "engine" runs, or of "first" states of an eighth job."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the server does: the models are loaded without a pool of threads
+    model = load_model(f"bench={large}", place(dtype=dtype))
+    times: list[float] = []
+
+    def bare() -> None:
+        torch.set_num_threads(threads)
+        jobs = mixed_jobs(model, num_calls)
+        bare_loop_s(model, jobs, 2)
+        times.extend(bare_loop_s(model, jobs, num_calls) for _ in range(repeats))
+
+    if what == "bare":
+        worker = threading.Thread(target=bare)
+        worker.start()
+        worker.join()
+    elif what == "engine":
+        for repeat in range(repeats + 1):  # the first warms up
+            jobs = [replace(job, request_id=f"r{repeat}-{i}") for i, job in enumerate(mixed_jobs(model, num_calls))]
+            times.append(asyncio.run(engine_s(model, jobs, threads)))
+        del times[0]
+    else:
+        times = asyncio.run(first_step_of_eighth(model, repeats, num_calls, threads))
+    return times
+
+
+def bench_engine(large: Path, dtype: str, *, repeats: int, num_calls: int) -> None:
     """Prints throughput and admission latency of the engine."""
-    jobs = mixed_jobs(model, num_calls)
-    bare_loop_s(model, jobs, 2)
-    ratios = []
-    for repeat in range(repeats):
-        bare = bare_loop_s(model, jobs, num_calls)
-        engine = asyncio.run(engine_s(model, [replace(j, request_id=f"r{repeat}-{i}") for i, j in enumerate(jobs)]))
+    ratios, steps = [], []
+    for _ in range(3):  # bare and engine take turns, since the machine's speed drifts
+        bare = statistics.median(in_child("bare", large, dtype, repeats, num_calls))
+        engine = statistics.median(in_child("engine", large, dtype, repeats, num_calls))
         ratios.append(bare / engine)
+        steps.append(bare / num_calls)
+    step_s = statistics.median(steps)
     say(
         f"engine throughput / bare batched U-Net loop, 8 mixed jobs: {statistics.median(ratios):.3f} "
-        f"(aim 0.97; {repeats} runs {min(ratios):.3f} to {max(ratios):.3f}; bare step {1e3 * bare / num_calls:.0f} ms)"
+        f"(aim 0.97; 3 pairs of medians of {repeats}: {min(ratios):.3f} to {max(ratios):.3f}; "
+        f"bare step {1e3 * step_s:.0f} ms)"
     )
-    times, step_s = asyncio.run(first_step_of_eighth(model, repeats, num_calls))
+    times = in_child("first", large, dtype, repeats, num_calls)
     say(
         f"first step of the 8th job, in steps: mean {statistics.mean(times) / step_s:.2f}, "
-        f"worst {max(times) / step_s:.2f} (aim 2; {len(times)} arrivals at random moments; step {1e3 * step_s:.0f} ms)"
+        f"worst {max(times) / step_s:.2f} (aim 2; {len(times)} arrivals at random moments)"
     )
 
 
@@ -227,6 +267,7 @@ def bench_hybrid(
         cloud = Cloud(address, cache=Cache(Path(name) / "cache"))
         wire, local, edge_step_s, conditioning = [], [], [], None
         for repeat in range(repeats + 1):
+            time.sleep(SETTLE_S)
             begin = time.perf_counter()
             for event in generate(replace(request, request_id=f"bench{repeat}"), bundle, models, cloud):
                 if isinstance(event, CloudStarted):
@@ -239,6 +280,7 @@ def bench_hybrid(
             conditioning = conditioning or result.conditioning
             assert conditioning is not None
             assert result.actual_cloud_steps == k
+            time.sleep(SETTLE_S)
             alone = one_process_s(model, models, request, conditioning)
             if repeat:  # the first warms both up
                 wire.append(elapsed)
@@ -354,7 +396,14 @@ def main() -> None:
     parser.add_argument("--only", choices=["engine", "hybrid", "wire", "codec", "memory"], action="append")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--child", choices=["bare", "engine", "first"], help=argparse.SUPPRESS)
+    parser.add_argument("--calls", type=int, default=12, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.child:
+        structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(30))
+        say(json.dumps(child(options.child, options.family / "large", options.dtype, options.repeats, options.calls)))
+        return
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(30))
     family, steps, k, calls = options.family, 25, 8, 12
     with tempfile.TemporaryDirectory() as folder:
         if options.full:
@@ -372,7 +421,7 @@ def main() -> None:
         )
         wanted = options.only or ["engine", "hybrid", "wire", "codec", "memory"]
         if "engine" in wanted:
-            bench_engine(model, repeats=options.repeats, num_calls=calls)
+            bench_engine(family / "large", options.dtype, repeats=options.repeats, num_calls=calls)
         if "hybrid" in wanted:
             cloud = ["--model", f"bench={family / 'large'}", "--dtype", options.dtype]
             bench_hybrid(model, family / "edge", cloud, steps=steps, k=k, repeats=options.repeats)

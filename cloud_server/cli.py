@@ -184,7 +184,7 @@ def _placement(settings: Settings) -> "Placement":
 def _leave_threads_to_the_engine(settings: Settings) -> Settings:
     """Keeps this thread, which loads the models, from making a pool of OpenMP threads.
 
-    With a second pool beside the engine's there are more threads than cores, and libgomp then puts waiting ones to sleep:
+    With a second pool beside the engine's there are more threads than cores, and libgomp puts waiting ones to sleep:
     U-Net calls took 1.4 to 2.5 times as long (2 cores, 22M parameters; tests/bench.py).
     """
     import torch
@@ -196,8 +196,6 @@ def _leave_threads_to_the_engine(settings: Settings) -> Settings:
 
 def _load(settings: Settings, placement: "Placement") -> "dict[str, Model]":
     """Loads the models, by id."""
-    import torch
-
     from cloud_server.models import ModelError, load_model
 
     logs.quiet_libraries()

@@ -185,7 +185,7 @@ def _leave_threads_to_the_engine(settings: Settings) -> Settings:
     """Keeps this thread, which loads the models, from making a pool of OpenMP threads.
 
     With a second pool beside the engine's there are more threads than cores, and libgomp puts waiting ones to sleep:
-    U-Net calls took 1.4 to 2.5 times as long (2 cores, 22M parameters; tests/bench.py).
+    `make bench` then gave 1.35 for hybrid over gRPC against one process, 0.98 without it (2 cores).
     """
     import torch
 

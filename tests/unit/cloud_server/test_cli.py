@@ -8,9 +8,12 @@ from pathlib import Path
 
 import grpc
 import pytest
+import torch
 from click.testing import CliRunner
 
+import cloud_server.server
 from cloud_server.cli import main
+from cloud_server.settings import Settings
 from hybridsd.v1 import denoising_service_pb2 as pb
 from hybridsd.v1 import denoising_service_pb2_grpc
 
@@ -79,3 +82,23 @@ async def test_a_process_serves_and_stops(tiny_folder: Path, tmp_path: Path) -> 
     assert process.returncode == 0
     assert b'"stopped"' in errors
     assert b"a fox" not in errors
+
+
+def test_threads_are_left_to_the_engine(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that loads the models makes no OpenMP pool; the engine is told how many threads it may have."""
+    seen: list[tuple[int | None, int]] = []
+
+    async def run(settings: Settings, *_: object, **__: object) -> None:
+        seen.append((settings.threads, torch.get_num_threads()))
+
+    monkeypatch.setattr(cloud_server.server, "run", run)
+    before = torch.get_num_threads()
+    try:
+        for flags in ([], ["--threads", "3"]):
+            torch.set_num_threads(2)
+            result = CliRunner().invoke(main, ["serve", "--model", str(tiny_folder), "--port", "0", *flags])
+            assert result.exit_code == 0, result.output
+    finally:
+        torch.set_num_threads(before)
+
+    assert seen == [(2, 1), (3, 1)]

@@ -4,7 +4,6 @@ Knows nothing of jobs or messages. The VAE is only described, never loaded: the 
 """
 
 import hashlib
-import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from cloud_server.denoiser import Denoiser, DiffusersDenoiser
 from cloud_server.devices import Placement
 from cloud_server.plans import PlanCompiler, default_scheduler
+from cloud_server.pruned_unet import load_unet
 from hybridsd import schedulers as known_schedulers
 from hybridsd.errors import HybridSDError
 from hybridsd.plan import MAX_STEPS
@@ -236,14 +236,10 @@ def _latent_space(name: str, folder: Path, where: str, vae: dict[str, Any]) -> s
 
 
 def _load_networks(name: str, folder: Path, placement: Placement) -> tuple[Any, Any, Any]:
-    from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    lean = importlib.util.find_spec("accelerate") is not None  # without it diffusers fills memory twice, and says so
     try:
-        unet = UNet2DConditionModel.from_pretrained(
-            folder / "unet", use_safetensors=True, torch_dtype=placement.dtype, low_cpu_mem_usage=lean
-        )
+        unet = load_unet(folder / "unet", placement.dtype)
         text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", use_safetensors=True, dtype=torch.float32)
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     except Exception as error:

@@ -1,35 +1,44 @@
-"""Writes docs/cli.md from the programs themselves; with --check says whether it is as they are now.
+"""Writes docs/cli.md and docs/training-cli.md from the programs themselves; with --check says whether they are so now.
 
     python docs/generate_cli.py [--check]
 
-Run it after every change of an option. Commands of packages that are not installed are left out of neither: both the
-edge and the cloud must be importable.
+Run it after every change of an option. The edge, the cloud and the training package must all be importable.
 """
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import click
 
-PAGE = Path(__file__).with_name("cli.md")
-PROGRAMS = (("hybridsd", "edge_client.cli"), ("hybridsd-cloud", "cloud_server.cli"))
 WIDTH = 100
-HEAD = """# The command line
+MADE = "Made by `python docs/generate_cli.py` from the programs' own help; do not edit it by hand."
+PRODUCT_HEAD = f"""# The command line
 
-Made by `python docs/generate_cli.py` from the programs' own help; do not edit it by hand.
+{MADE}
 
 A flag wins over the environment, the environment over the default. Results go to standard output, everything said to
 people to standard error. Exit codes of `hybridsd`: 0 done, 2 wrong usage, 3 the cloud refused, 4 the cloud is away and
 `--no-fallback` was given, 70 a bug, 130 interrupted.
 """
+TRAINING_HEAD = f"""# The command line of training
+
+{MADE}
+
+What it is for, in order: [training.md](training.md). Exit codes: 0 done, 1 it cannot be done, 2 wrong usage, 130
+stopped (the same command goes on).
+"""
+PAGES = {
+    "cli.md": (PRODUCT_HEAD, (("hybridsd", "edge_client.cli"), ("hybridsd-cloud", "cloud_server.cli"))),
+    "training-cli.md": (TRAINING_HEAD, (("python -m training", "training.cli"),)),
+}
 
 
 def sections(command: click.Command, path: str, parent: click.Context | None = None) -> Iterator[str]:
     """Yields the help of a command and of all below it as sections of Markdown."""
     context = command.make_context(
-        path.rsplit(" ", 1)[-1],
+        path.rsplit(" ", 1)[-1] if parent is not None else path,
         [],
         parent=parent,
         resilient_parsing=True,
@@ -44,22 +53,23 @@ def sections(command: click.Command, path: str, parent: click.Context | None = N
                 yield from sections(below, f"{path} {name}", context)
 
 
-def page() -> str:
-    """Returns the whole page."""
-    parts = [HEAD]
-    for program, module in PROGRAMS:
+def page(head: str, programs: Iterable[tuple[str, str]]) -> str:
+    """Returns a whole page."""
+    parts = [head]
+    for program, module in programs:
         parts += sections(importlib.import_module(module).main, program)
     return "".join(parts)
 
 
 def main() -> None:
-    """Writes the page, or exits with 1 when --check finds it out of date."""
-    text = page()
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(text, encoding="utf-8")
-    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-        click.echo(f"{PAGE} is out of date; run python docs/generate_cli.py", err=True)
-        sys.exit(1)
+    """Writes the pages, or exits with 1 when --check finds one out of date."""
+    for name, (head, programs) in PAGES.items():
+        path, text = Path(__file__).with_name(name), page(head, programs)
+        if "--check" not in sys.argv[1:]:
+            path.write_text(text, encoding="utf-8")
+        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+            click.echo(f"{path} is out of date; run python docs/generate_cli.py", err=True)
+            sys.exit(1)
 
 
 if __name__ == "__main__":

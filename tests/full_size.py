@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from hybridsd.manifest import Defaults, Manifest, describe_file, write_manifest
-from hybridsd.plan import to_json
-from hybridsd.plan_compiler import compile_plan
+from hybridsd.manifest import Defaults
 from tests.tiny_pipeline import write_tiny_pipeline
-from training.export import export_models
+from training.bundles import export_bundle
 
 SD14: dict[str, Any] = {
     "sample_size": 64,
@@ -73,35 +71,22 @@ def write_full_size(folder: Path) -> Path:
         ).eval()
     AutoencoderKL(block_out_channels=(32,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
                   up_block_types=("UpDecoderBlock2D",) * 4).save_config(large / "vae")  # fmt: skip
-    edge.mkdir(parents=True)
-    export_models(small, text, tiny, edge)
-    (edge / "tokenizer.json").write_bytes((large / "tokenizer/tokenizer.json").read_bytes())
-    scheduler = DPMSolverMultistepScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
-    )
-    counts = (4, 6, 25)
-    plans = {
-        f"dpmpp_2m/{n}": json.loads(to_json(compile_plan(scheduler, n, torch.from_numpy, name="dpmpp_2m")))
-        for n in counts
-    }
-    (edge / "plans.json").write_text(json.dumps(plans))
-    roles = {role: f"{role}.onnx" for role in ("unet", "text_encoder", "vae_decoder", "vae_encoder")}
-    roles |= {"tokenizer": "tokenizer.json", "plans": "plans.json"}
-    manifest = Manifest(
+    export_bundle(
+        edge,
+        unet=small,
+        text_encoder=text,
+        tokenizer_file=large / "tokenizer/tokenizer.json",
+        decoder=tiny,
+        encoder=tiny,
+        scheduler_config={
+            "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
+        },
         name="full-size",
         latent_space="full-size",
-        latent_channels=4,
-        vae_scale_factor=8,
-        scaling_factor=0.18215,
-        size_multiple=64,
-        prediction_type="epsilon",
-        context_length=77,
-        embed_dim=768,
-        num_parameters={"unet": sum(p.numel() for p in small.parameters())},
         defaults=Defaults(
             scheduler="dpmpp_2m", num_inference_steps=6, guidance_scale=7.0, width=512, height=512, cloud_steps=2
         ),
-        files={role: describe_file(edge, path) for role, path in roles.items()},
-    )
-    write_manifest(manifest, edge)
+        scaling_factor=0.18215,
+        plan_steps=(4, 25),
+    )  # fmt: skip
     return folder

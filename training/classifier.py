@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from training.latents import decode, encode
 from training.scenes import COLOURS, LAYOUTS, OBJECTS, Scene, render, sample_scene, to_model_range
+from training.task import Batch, Task, freeze
 
 WEIGHTS_NAME = "classifier.safetensors"
 CLASSES = (len(LAYOUTS), len(OBJECTS), 1 + len(OBJECTS), len(COLOURS))
@@ -88,53 +89,62 @@ def scenes_and_images(rng: np.random.Generator, count: int, *, held_out: bool = 
     return torch.tensor([labels_of(scene) for scene in scenes]), torch.from_numpy(to_model_range(images))
 
 
-class ClassifierTask(nn.Module):
-    """Trains the classifier; half of the pictures have been through the VAE."""
+def round_trip(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Encodes and decodes pictures with the VAE: float32 [B, 3, H, W] in [-1, 1] => the same."""
+    return decode(vae, encode(vae, images)).clamp(-1, 1)
 
-    def __init__(self, classifier: Classifier, vae: AutoencoderKL, *, pool: int, judged: int, seed: int) -> None:
-        super().__init__()
-        self.classifier = classifier
-        self.judged = judged
-        self.vae = [vae]  # in a list, so that its weights are not taken for ours
+
+class JudgedPictures:
+    """Draws what the judge learns from: half fresh renders, half from a pool that went through the VAE; all augmented.
+
+    Args:
+        vae: The VAE.
+        pool: How many pictures go through it.
+        seed: Of the pool.
+    """
+
+    def __init__(self, vae: AutoencoderKL, *, pool: int, seed: int) -> None:
         labels, images = [], []
         for start in range(0, pool, 64):
             label, image = scenes_and_images(np.random.default_rng((seed, 2**31 + 2, start)), min(64, pool - start))
             labels.append(label)
-            images.append(self.round_trip(image).half())
-        self.pool = torch.cat(labels), torch.cat(images)
+            images.append(round_trip(vae, image).half().cpu())
+        self.labels, self.images = torch.cat(labels), torch.cat(images)
 
-    def round_trip(self, images: Tensor) -> Tensor:
-        """Encodes and decodes pictures with the VAE: same shape and range."""
-        from training.scenes import from_model_range
-
-        return decode(self.vae[0], encode(self.vae[0], from_model_range(images.numpy()))).clamp(-1, 1)
-
-    @property
-    def module(self) -> nn.Module:
-        """The classifier."""
-        return self.classifier
-
-    def losses(self, rng: np.random.Generator, batch_size: int) -> dict[str, Tensor]:
-        """Gives the four cross entropies of one batch."""
+    def __call__(self, rng: np.random.Generator, batch_size: int) -> Batch:
+        """Draws a batch with labels int64 [B, 4]; see `task.Drawn`."""
         fresh = batch_size // 2
         labels, images = scenes_and_images(rng, fresh)
-        chosen = torch.from_numpy(rng.integers(len(self.pool[0]), size=batch_size - fresh))
-        labels = torch.cat([labels, self.pool[0][chosen]])
-        images = augment(torch.cat([images, self.pool[1][chosen].float()]), rng)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = self.classifier(images)
+        chosen = torch.from_numpy(rng.integers(len(self.labels), size=batch_size - fresh))
+        images = augment(torch.cat([images, self.images[chosen].float()]), rng)
+        return Batch(images=images, labels=torch.cat([labels, self.labels[chosen]]))
+
+
+class ClassifierTask(Task):
+    """Trains the classifier."""
+
+    def __init__(self, classifier: Classifier, vae: AutoencoderKL, *, judged: int) -> None:
+        self.learnt = self.classifier = classifier
+        self.vae, self.frozen = vae, (vae,)
+        self.judged = judged
+
+    def losses(self, batch: Batch, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
+        """Gives the four cross entropies of one batch."""
+        del rng, step
+        logits, labels = self.classifier(batch.images), cast(Tensor, batch.labels)
         names = ("layout", "first", "second", "background")
         return {name: F.cross_entropy(logits[i].float(), labels[:, i]) for i, name in enumerate(names)}
 
-    def accuracy(self, *, round_trip: bool, count: int) -> float:
+    def accuracy(self, *, through_vae: bool, count: int) -> float:
         """Measures how often all four answers are right on fresh pictures, half of them of held-out pairs."""
         right = 0
         for start in range(0, count, 64):
             rng = np.random.default_rng((8, 2**31 + 3, start))
             labels, images = scenes_and_images(rng, min(64, count - start), held_out=start % 128 == 0)
-            if round_trip:
-                images = self.round_trip(images)
-            right += int((self.classifier.read(images) == labels).all(dim=1).sum())
+            if through_vae:
+                images = round_trip(self.vae, images)
+            read = self.classifier.read(images.to(self.device)).cpu()
+            right += int((read == labels).all(dim=1).sum())
         return right / count
 
     def save(self, directory: Path) -> None:
@@ -145,8 +155,8 @@ class ClassifierTask(nn.Module):
         width = str(cast(nn.Conv2d, self.classifier.features[0]).out_channels)
         save_file(weights, directory / WEIGHTS_NAME, metadata={"width": width})
         scores: dict[str, Any] = {
-            "renders": self.accuracy(round_trip=False, count=self.judged),
-            "vae_round_trip": self.accuracy(round_trip=True, count=self.judged),
+            "renders": self.accuracy(through_vae=False, count=self.judged),
+            "vae_round_trip": self.accuracy(through_vae=True, count=self.judged),
         }
         (directory / "accuracy.json").write_text(json.dumps(scores, indent=1) + "\n")
 
@@ -156,5 +166,4 @@ def load_classifier(directory: Path) -> Classifier:
     weights = load_file(directory / WEIGHTS_NAME)
     classifier = Classifier(width=weights["features.0.weight"].shape[0])
     classifier.load_state_dict({name: value.float() for name, value in weights.items()})
-    classifier.requires_grad_(False)
-    return classifier.eval()
+    return freeze(classifier)

@@ -1,39 +1,112 @@
 """The command line of training: `python -m training RECIPE --out DIR`. Knows commands; what they do stands elsewhere.
 
-Every recipe reads and writes folders of one family directory, so that `--out` is the same for all of them.
+Recipes and stages of the demo family read and write folders of one directory, so that `--out` is the same for all of
+them; `demo` runs them in order. Several processes: `--processes`, or start this module by `torchrun` or `accelerate
+launch`.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import pprint
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import click
 
 from training import recipes
-from training.latents import encode_part, save_part
-from training.loop import Run, StepRecord, train
-from training.recipes.unet import SCENES_SEED
-from training.vae import load_vae
-from training.workers import Share, shared
+from training.checkpoints import CheckpointError
+from training.demo_command import demo_command
+from training.loop import Run, StepRecord, Tracker, make_accelerator, train
+from training.overrides import override
+from training.plots import plot_losses
+from training.prune_commands import prune_command, score_command
+from training.stage_commands import (
+    OUT,
+    cost_command,
+    evaluate_coco_command,
+    evaluate_command,
+    export_command,
+    latents_command,
+    say,
+)
 
 PLAIN_LINE_SECONDS = 15.0
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-@click.group()
-def main() -> None:
-    """Train, judge and export the demo family. Run the recipes in the order in which they are listed."""
+class Friendly(click.Group):
+    """Shows the errors that a user can mend as one line, and keeps tracebacks for bugs."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs a command."""
+        try:
+            return super().invoke(ctx)
+        except (ValueError, FileNotFoundError, CheckpointError) as error:
+            if os.environ.get("HYBRIDSD_TRACEBACK"):
+                raise
+            raise click.ClickException(f"{error} (HYBRIDSD_TRACEBACK=1 shows where)") from error
+
+
+@click.group(cls=Friendly)
+@click.option("--processes", type=click.IntRange(min=1), help="Start so many processes on this machine.")
+def main(processes: int | None) -> None:
+    """Train, prune, distil, judge and export: the demo family, or Stable Diffusion models of your own."""
+    if processes is not None and "WORLD_SIZE" not in os.environ:
+        _start(processes)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+
+
+def _start(processes: int) -> None:
+    """Becomes torchrun, with so many copies of this command."""
+    rest = [word for word in sys.argv[1:] if not word.startswith("--processes=")]
+    if "--processes" in rest:
+        at = rest.index("--processes")
+        del rest[at : at + 2]
+    runner = ["-m", "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    command = [sys.executable, *runner, f"--nproc-per-node={processes}", "-m", "training", *rest]
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.execv(sys.executable, command)
+
+
+def _scale(command: Command) -> Command:
+    option = click.option(
+        "--scale",
+        type=click.Choice(recipes.SCALES),
+        default="demo",
+        show_default=True,
+        help="demo: the published family, hours on two cores, minutes on an accelerator. quick: a fifth. toy: seconds.",
+    )
+    return option(command)
+
+
+def _training_options(command: Command) -> Command:
+    options = (
+        click.option("--steps", type=click.IntRange(min=1), help="Learn for so many steps instead of the recipe's."),
+        click.option("--seed", type=click.IntRange(min=0), help="Another seed than the recipe's."),
+        click.option(
+            "--set", "settings", multiple=True, metavar="NAME=VALUE", help="Change a field, such as schedule.lr=1e-5."
+        ),
+        click.option(
+            "--track", "trackers", type=click.Choice(["tensorboard", "wandb", "none"]), multiple=True,
+            default=("tensorboard",), show_default=True, help="Where curves and pictures go.",
+        ),
+        click.option("--dry-run", is_flag=True, help="Show the resolved recipe and stop."),
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _resolved(recipe: Any, steps: int | None, seed: int | None, settings: Sequence[str]) -> Any:
+    short = [f"schedule.{name}={value}" for name, value in (("steps", steps), ("seed", seed)) if value is not None]
+    return override(recipe, [*short, *settings])
 
 
 def _stop_on_signals(run: Run) -> None:
@@ -47,22 +120,18 @@ def _stop_on_signals(run: Run) -> None:
     signal.signal(signal.SIGINT, handler)
 
 
-def _follow(recipe: recipes.Recipe, out: Path, share: Share) -> None:
-    """Does another worker's part of a run: the same steps, without files and without words."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first worker tells the others to stop
-    run = Run(recipe.build(out), recipe.schedule, share)
-    run.resume(out / recipe.folder)
-    for _ in run.steps():
-        pass
-
-
 def _shown(records: Iterator[StepRecord], *, done: int, steps: int, name: str) -> None:
     """Exhausts `records`, showing progress: a bar on a terminal, a line every few seconds elsewhere."""
+    if os.environ.get("RANK", "0") != "0":
+        for _ in records:
+            pass
+        return
     if sys.stderr.isatty():
         from rich.console import Console
-        from rich.progress import Progress
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        with Progress(console=Console(stderr=True)) as progress:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as progress:
             bar = progress.add_task(name, total=steps, completed=done)
             for record in records:
                 progress.update(bar, completed=record.step, description=f"{name} loss {record.loss:.4f}")
@@ -85,170 +154,72 @@ def _shown(records: Iterator[StepRecord], *, done: int, steps: int, name: str) -
             shown_at, shown_step = time.monotonic(), record.step
 
 
-def _plot(curve: list[dict[str, float]], path: Path, title: str) -> None:
-    """Draws the loss curve as PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
-    for term in curve[0].keys() - {"step", "lr"}:
-        axes.plot([row["step"] for row in curve], [row[term] for row in curve], label=term)
-    axes.set(xlabel="step", ylabel="loss", yscale="log", title=title)
-    axes.legend()
-    figure.savefig(path, dpi=100)
-
-
-def _add(name: str) -> None:
-    """Adds the command of one recipe."""
-    make = recipes.by_name()[name]
-
-    @main.command(name, help=f"{(make.__doc__ or '').strip()}")
-    @click.option(
-        "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The family directory."
-    )
-    @click.option("--scale", type=click.Choice(["demo", "toy"]), default="demo", show_default=True)
-    @click.option("--steps", type=click.IntRange(min=1), help="Learn for so many steps instead of the recipe's.")
-    @click.option("--seed", type=click.IntRange(min=0), help="Another seed than the recipe's.")
-    @click.option(
-        "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes to split over."
-    )
-    @click.option("--threads", type=click.IntRange(min=1), help="Threads of each; the cores, divided, unless told.")
-    @click.option("--dry-run", is_flag=True, help="Show the resolved recipe and stop.")
-    def command(
-        out: Path,
-        scale: str,
-        steps: int | None,
-        seed: int | None,
-        workers: int,
-        threads: int | None,
-        dry_run: bool,
-    ) -> None:
-        recipe = cast(Any, make(cast(recipes.Scale, scale)))
-        schedule = recipe.schedule
-        if steps is not None:
-            schedule = replace(schedule, steps=steps, warmup=min(schedule.warmup, steps))
-        if seed is not None:
-            schedule = replace(schedule, seed=seed)
-        recipe = replace(recipe, schedule=schedule)
-        click.echo(pprint.pformat(recipe, width=100), err=True)
-        if not dry_run:
-            _train(
-                name,
-                recipe,
-                out,
-                workers=workers,
-                threads=threads or max(1, (os.cpu_count() or 1) // workers),
-            )
-
-
-def _train(name: str, recipe: recipes.Recipe, out: Path, *, workers: int, threads: int) -> None:
-    """Runs one recipe, from its checkpoint if it has one."""
+def run_recipe(name: str, recipe: recipes.Recipe, out: Path, trackers: Sequence[Tracker]) -> None:
+    """Runs one recipe, from its checkpoint if it has one. Exits with 130 if it was stopped."""
     directory = out / recipe.folder
     started = time.monotonic()
-    with shared(workers, threads, functools.partial(_follow, recipe, out)) as share:
-        run = Run(recipe.build(out), recipe.schedule, share)
-        if run.resume(directory):
-            click.echo(f"resuming {name} at step {run.step}", err=True)
-        _stop_on_signals(run)
-        _shown(train(run, directory), done=run.step, steps=recipe.schedule.steps, name=name)
+    accelerator = make_accelerator(recipe.schedule.precision, project=directory, trackers=trackers)
+    say(f"{name}: {accelerator.device}, {accelerator.num_processes} process(es), {recipe.schedule.precision}")
+    run = Run(*recipe.build(out), recipe.schedule, accelerator)
+    if run.resume(directory):
+        say(f"{name}: going on at step {run.step}")
+    if trackers and run.step < recipe.schedule.steps:
+        accelerator.init_trackers("curves", init_kwargs={"wandb": {"name": name, "dir": str(directory)}})
+    _stop_on_signals(run)
+    _shown(train(run, directory), done=run.step, steps=recipe.schedule.steps, name=name)
+    if trackers:
+        accelerator.end_training()
     if run.step < recipe.schedule.steps:
-        click.echo(f"stopped at step {run.step}; the same command goes on from there", err=True)
+        say(f"{name}: stopped at step {run.step}; the same command goes on from there")
         sys.exit(130)
-    if run.curve:
-        _plot(run.curve, directory / "loss.png", name)
-    click.echo(f"{name}: {directory} after {(time.monotonic() - started) / 60:.1f} min", err=True)
+    if run.curve and accelerator.is_main_process:
+        plot_losses(run.curve, directory / "loss.png", name)
+    say(f"{name}: {directory} after {(time.monotonic() - started) / 60:.1f} min")
 
 
-for _name in recipes.by_name():
-    _add(_name)
+def _trackers(names: Sequence[str]) -> list[Tracker]:
+    return [cast(Tracker, name) for name in dict.fromkeys(names) if name != "none"]
 
 
-def encode_share(out: Path, scenes: int, share: Share) -> None:
-    """Encodes one worker's part of the scenes."""
-    directory = out / "latents"
-    part = encode_part(load_vae(out / "vae"), share, scenes=scenes, seed=SCENES_SEED)
-    save_part(directory / f"part-{share.rank:02d}.npy", part)
+def _run_or_show(
+    name: str, recipe: Any, out: Path, *, settings: Sequence[str], steps: int | None, seed: int | None,
+    trackers: Sequence[str], dry_run: bool,
+) -> None:  # fmt: skip
+    recipe = _resolved(recipe, steps, seed, settings)
+    say(pprint.pformat(recipe, width=100))
+    if not dry_run:
+        run_recipe(name, recipe, out, _trackers(trackers))
 
 
-@main.command("latents")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The family directory.")
-@click.option("--scenes", type=click.IntRange(min=1), default=60_000, show_default=True)
-@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes to split over.")
-def latents_command(out: Path, scenes: int, workers: int) -> None:
-    """Encode the scenes that the U-Nets learn from, once."""
-    started = time.monotonic()
-    for old in (out / "latents").glob("part-*.npy"):
-        old.unlink()
-    work = functools.partial(encode_share, out, scenes)
-    with shared(workers, max(1, (os.cpu_count() or 1) // workers), work) as share:
-        work(share)
-    click.echo(f"{scenes} scenes after {time.monotonic() - started:.0f} s", err=True)
+def _add_scenes_recipe(name: str, make: Callable[[recipes.Scale], Any]) -> None:
+    @main.command(name, help=(make.__doc__ or "").strip())
+    @OUT
+    @_scale
+    @_training_options
+    def command(out: Path, scale: recipes.Scale, **options: Any) -> None:
+        _run_or_show(name, make(scale), out, **options)
 
 
-@main.command("export")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The family directory.")
-@click.option("--to", "target", type=click.Path(file_okay=False, path_type=Path), required=True, help="Where to write.")
-def export_command(out: Path, target: Path) -> None:
-    """Write the cloud's pipeline and the edge's bundle, with what `evaluate` measured."""
-    from training.export import DEFAULT_CLOUD_STEPS, export_family
-
-    parity = export_family(out, target, cloud_steps=DEFAULT_CLOUD_STEPS, say=lambda text: click.echo(text, err=True))
-    for entry in parity:
-        click.echo(
-            f"{entry.role:13s} largest error {entry.max_abs_error:.2e}, mean {entry.mean_abs_error:.2e}, "
-            f"output std {entry.output_std:.2f}, shapes {' '.join(entry.shapes)}"
-        )
+def _add_sd_recipe(name: str, make: Callable[[], Any]) -> None:
+    @main.command(name, help=(make.__doc__ or "").strip())
+    @OUT
+    @_training_options
+    def command(out: Path, **options: Any) -> None:
+        _run_or_show(name, make(), out, **options)
 
 
-@main.command("evaluate")
-@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="The family directory.")
-@click.option("--captions", type=click.IntRange(min=1), default=240, show_default=True, help="Held-out captions.")
-@click.option("--seed", type=click.IntRange(min=0), default=1000, show_default=True)
-@click.option("--steps", type=click.IntRange(min=1), default=25, show_default=True)
-@click.option("--splits", default="25,18,12,8,5,3,0", show_default=True, help="Steps of the large model.")
-@click.option("--guidance", type=click.FloatRange(min=1), default=4.0, show_default=True)
-@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes to split over.")
-@click.option("--decoder", type=click.Choice(["tiny", "kl"]), default="tiny", show_default=True)
-@click.option(
-    "--grid", "picture", type=click.Path(dir_okay=False, path_type=Path), help="Also draw a grid of pictures."
-)
-def evaluate_command(
-    out: Path,
-    captions: int,
-    seed: int,
-    steps: int,
-    splits: str,
-    guidance: float,
-    workers: int,
-    decoder: str,
-    picture: Path | None,
-) -> None:
-    """Measure how often pictures of held-out pairs show what their caption says, for every split."""
-    from training import evaluate
-
-    numbers = [int(part) for part in splits.split(",")]
-    if not all(0 <= number <= steps for number in numbers):
-        raise click.BadParameter(f"{splits} is not within 0 to {steps}", param_hint="--splits")
-    work = functools.partial(
-        evaluate.judge_part,
-        out,
-        captions=captions,
-        seed=seed,
-        steps=steps,
-        splits=numbers,
-        guidance=guidance,
-        decoder=cast(evaluate.Decoder, decoder),
-        keep=10,
-    )
-    started = time.monotonic()
-    with shared(workers, max(1, (os.cpu_count() or 1) // workers), work) as share:
-        work(share)
-    judged = evaluate.join_parts(out, workers)
-    results = evaluate.summary(judged, seed=seed, steps=steps, guidance=guidance)
-    evaluate.save_results(results, out / "evaluation" / evaluate.RESULTS_NAME)
-    if picture is not None:
-        evaluate.grid(judged, picture, columns=10)
-        click.echo("\n".join(judged.captions[:10]))
-    click.echo(evaluate.markdown(results))
-    click.echo(f"{captions} captions, seed {seed}, {steps} steps, guidance {guidance}, decoder {decoder}", nl=False)
-    click.echo(f", {time.monotonic() - started:.0f} s")
+for _name, _make in recipes.scenes_recipes().items():
+    _add_scenes_recipe(_name, _make)
+for _name, _make_sd in recipes.sd_recipes().items():
+    _add_sd_recipe(_name, _make_sd)
+for _command in (
+    demo_command,
+    latents_command,
+    score_command,
+    prune_command,
+    evaluate_command,
+    evaluate_coco_command,
+    export_command,
+    cost_command,
+):
+    main.add_command(_command)

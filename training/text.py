@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from training.scenes import COLOURS, LAYOUTS, OBJECTS, Scene, caption, sample_scene
+from training.task import Batch, Task, freeze
 
 CONTEXT = 32
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -126,37 +127,32 @@ def scene_labels(scene: Scene | None, text_has_background: bool) -> list[int]:
     return [1 + LAYOUTS.index(scene.layout), first, second, background, *quadrants]
 
 
-class TextTask(nn.Module):
+def draw_captions(rng: np.random.Generator, batch_size: int, *, empty: float = 0.05) -> Batch:
+    """Draws captions, some empty, and their labels, int64 [B, 8] as `scene_labels`; see `task.Drawn`."""
+    texts, labels = [], []
+    for _ in range(batch_size):
+        if rng.random() < empty:
+            texts.append("")
+            labels.append(scene_labels(None, False))
+            continue
+        scene = sample_scene(rng)
+        text = free_caption(scene, rng)
+        texts.append(text)
+        labels.append(scene_labels(scene, scene.background in text.split(" ", 1)[-1]))
+    return Batch(captions=tuple(texts), labels=torch.tensor(labels))
+
+
+class TextTask(Task):
     """Teaches a text encoder to say what a caption means, through heads that are thrown away."""
 
     CLASSES = (1 + len(LAYOUTS), 1 + len(OBJECTS), 1 + len(OBJECTS), 1 + len(COLOURS))
 
-    def __init__(self, tokenizer: CLIPTokenizer, encoder: CLIPTextModel, *, empty: float = 0.05) -> None:
-        super().__init__()
+    def __init__(self, tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> None:
         self.tokenizer = tokenizer
         self.encoder = encoder
-        self.empty = empty
         hidden = cast(int, encoder.config.hidden_size)
         self.heads = nn.ModuleList([nn.Linear(hidden, classes) for classes in (*self.CLASSES, 1 + len(OBJECTS))])
-
-    @property
-    def module(self) -> nn.Module:
-        """The encoder with its heads."""
-        return self
-
-    def batch(self, rng: np.random.Generator, batch_size: int) -> tuple[list[str], Tensor]:
-        """Draws captions, some empty, and their labels, int64 [B, 8]."""
-        texts, labels = [], []
-        for _ in range(batch_size):
-            if rng.random() < self.empty:
-                texts.append("")
-                labels.append(scene_labels(None, False))
-                continue
-            scene = sample_scene(rng)
-            text = free_caption(scene, rng)
-            texts.append(text)
-            labels.append(scene_labels(scene, scene.background in text.split(" ", 1)[-1]))
-        return texts, torch.tensor(labels)
+        self.learnt = nn.ModuleDict({"encoder": self.encoder, "heads": self.heads})
 
     def logits(self, ids: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         """Reads the heads: global logits [B, T, classes] each, quadrant logits [B, T, classes], mask bool [B, T].
@@ -169,18 +165,17 @@ class TextTask(nn.Module):
         *scene, quadrant = [head(hidden) for head in self.heads]
         return scene, quadrant, mask
 
-    def losses(self, rng: np.random.Generator, batch_size: int) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
         """Gives the cross entropies "scene" and "quadrant", over the tokens that follow the last word."""
-        texts, labels = self.batch(rng, batch_size)
-        ids = token_ids(self.tokenizer, texts)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            scene, quadrant, mask = self.logits(ids)
+        del rng, step
+        ids, labels = token_ids(self.tokenizer, list(batch.captions)).to(self.device), cast(Tensor, batch.labels)
+        scene, quadrant, mask = self.logits(ids)
         context = ids.shape[1]
         rows, columns = mask.nonzero(as_tuple=True)
         losses = [
             F.cross_entropy(logits[rows, columns].float(), labels[rows, index]) for index, logits in enumerate(scene)
         ]
-        wanted = labels[:, 4:][:, torch.arange(context) % QUADRANTS]  # [B, T]
+        wanted = labels[:, 4:][:, torch.arange(context, device=self.device) % QUADRANTS]  # [B, T]
         return {
             "scene": torch.stack(losses).sum(),
             "quadrant": F.cross_entropy(quadrant[rows, columns].float(), wanted[rows, columns]),
@@ -194,16 +189,16 @@ class TextTask(nn.Module):
         """
         scenes = [sample_scene(rng, held_out=held_out) for _ in range(captions)]
         texts = [caption(scene, rng) for scene in scenes]
-        labels = torch.tensor([scene_labels(scene, True) for scene in scenes])
-        logits, _, mask = self.logits(token_ids(self.tokenizer, texts))
+        labels = torch.tensor([scene_labels(scene, True) for scene in scenes], device=self.device)
+        logits, _, mask = self.logits(token_ids(self.tokenizer, texts).to(self.device))
         end = mask.int().argmax(dim=1)
-        rows = torch.arange(captions)
+        rows = torch.arange(captions, device=self.device)
         right = torch.stack([part[rows, end].argmax(-1) == labels[:, i] for i, part in enumerate(logits)])
         return float(right.all(dim=0).float().mean())
 
     def save(self, directory: Path) -> None:
         """Saves tokenizer/ and text_encoder/, and what the heads could read as accuracy.json."""
-        self.eval()
+        self.learnt.eval()
         save_tokenizer(self.tokenizer, directory / "tokenizer")
         self.encoder.save_pretrained(directory / "text_encoder")
         scores: dict[str, Any] = {
@@ -215,12 +210,10 @@ class TextTask(nn.Module):
 
 def load_text_encoder(directory: Path) -> CLIPTextModel:
     """Loads a text encoder, frozen, in evaluation mode."""
-    encoder = cast(CLIPTextModel, CLIPTextModel.from_pretrained(directory))
-    encoder.requires_grad_(False)
-    return encoder.eval()
+    return freeze(cast(CLIPTextModel, CLIPTextModel.from_pretrained(directory)))
 
 
 @torch.inference_mode()
 def embed(encoder: CLIPTextModel, ids: Tensor) -> Tensor:
-    """Gives the embeddings of token ids: int64 [B, T] => float32 [B, T, D]."""
-    return cast(Tensor, encoder(input_ids=ids).last_hidden_state.float())
+    """Gives the embeddings of token ids, on the encoder's device: int64 [B, T] => float32 [B, T, D]."""
+    return cast(Tensor, encoder(input_ids=ids.to(encoder.device)).last_hidden_state.float())

@@ -13,10 +13,11 @@ from typing import cast
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from training.scenes import SIZE, background_colour, draw, place, render, sample_scene, to_model_range
+from training.task import Batch, Task, freeze, normal
 
 LATENT_CHANNELS = 4
 VAE_SCALE_FACTOR = 8
@@ -45,8 +46,8 @@ def scene_batch(rng: np.random.Generator, batch_size: int) -> Tensor:
     return torch.from_numpy(to_model_range(np.stack([render(sample_scene(rng), rng) for _ in range(batch_size)])))
 
 
-def crop_batch(rng: np.random.Generator, batch_size: int, crop: int) -> Tensor:
-    """Draws one square of `crop` pixels around an object of each of `batch_size` scenes: float32 [B, 3, crop, crop].
+def draw_crops(crop: int, rng: np.random.Generator, batch_size: int) -> Batch:
+    """Draws one square of `crop` pixels around an object of each of `batch_size` scenes; see `task.Drawn`.
 
     Around an object, because a uniform crop shows mostly background, of which there is little to learn.
     """
@@ -62,7 +63,7 @@ def crop_batch(rng: np.random.Generator, batch_size: int, crop: int) -> Tensor:
             SIZE - crop,
         ).astype(int)
         crops[index] = draw(placed, background_colour(scene, rng))[top : top + crop, left : left + crop]
-    return torch.from_numpy(to_model_range(crops))
+    return Batch(images=torch.from_numpy(to_model_range(crops)))
 
 
 def gradient_loss(images: Tensor, targets: Tensor) -> Tensor:
@@ -81,38 +82,31 @@ def latent_scaling_factor(vae: AutoencoderKL, *, images: int = 256, seed: int = 
     """Measures 1 / std of the raw latents of training scenes."""
     rng = np.random.default_rng((seed, 2**31))
     with torch.inference_mode():
-        latents = [cast(Tensor, vae.encode(scene_batch(rng, 32)).latent_dist.mean) for _ in range(max(1, images // 32))]
+        latents = [
+            cast(Tensor, vae.encode(scene_batch(rng, 32).to(vae.device)).latent_dist.mean)
+            for _ in range(max(1, images // 32))
+        ]
     return float(1 / torch.cat(latents).std())
 
 
-class VAETask(nn.Module):
+class VAETask(Task):
     """Trains an AutoencoderKL: L1, squared error, L1 of the gradients, and a small KL term against runaway latents."""
 
-    def __init__(
-        self, vae: AutoencoderKL, *, crop: int, mse_weight: float, gradient_weight: float, kl_weight: float
-    ) -> None:
-        super().__init__()
-        self.vae = vae
-        self.crop = crop
+    def __init__(self, vae: AutoencoderKL, *, mse_weight: float, gradient_weight: float, kl_weight: float) -> None:
+        self.learnt = self.vae = vae
         self.mse_weight = mse_weight
         self.gradient_weight = gradient_weight
         self.kl_weight = kl_weight
 
-    @property
-    def module(self) -> nn.Module:
-        """The VAE."""
-        return cast(nn.Module, self.vae)
-
-    def losses(self, rng: np.random.Generator, batch_size: int) -> dict[str, Tensor]:
-        """Gives the terms "l1", "mse", "gradient" and "kl" of one batch of crops."""
-        targets = crop_batch(rng, batch_size, self.crop)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            moments = self.vae.quant_conv(self.vae.encoder(targets)).float()
-            mean, log_variance = moments.chunk(2, dim=1)
-            log_variance = log_variance.clamp(-20, 10)
-            noise = torch.from_numpy(rng.standard_normal(tuple(mean.shape), dtype=np.float32))
-            latents = mean + noise * (log_variance / 2).exp()
-            images = self.vae.decoder(self.vae.post_quant_conv(latents)).float()
+    def losses(self, batch: Batch, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
+        """Gives the terms "l1", "mse", "gradient" and "kl" of `batch.images`."""
+        del step
+        targets = cast(Tensor, batch.images)
+        moments = self.vae.quant_conv(self.vae.encoder(targets)).float()
+        mean, log_variance = moments.chunk(2, dim=1)
+        log_variance = log_variance.clamp(-20, 10)
+        latents = mean + normal(rng, mean.shape, mean.device) * (log_variance / 2).exp()
+        images = self.vae.decoder(self.vae.post_quant_conv(latents)).float()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         return {
             "l1": F.l1_loss(images, targets),
@@ -131,6 +125,4 @@ class VAETask(nn.Module):
 
 def load_vae(directory: Path) -> AutoencoderKL:
     """Loads a VAE that `VAETask.save` wrote, frozen, in evaluation mode."""
-    vae = cast(AutoencoderKL, AutoencoderKL.from_pretrained(directory))
-    vae.requires_grad_(False)
-    return vae.eval()
+    return freeze(cast(AutoencoderKL, AutoencoderKL.from_pretrained(directory)))

@@ -18,7 +18,16 @@ MANIFEST_NAME = "model.json"
 FORMAT = 1
 
 REQUIRED_ROLES = ("unet", "vae_decoder", "text_encoder", "tokenizer", "plans")
-OPTIONAL_ROLES = ("vae_encoder", "licence", "parity_report")
+OPTIONAL_ROLES = (
+    "vae_encoder",
+    "licence",
+    "parity_report",
+    "quantization_report",
+    "unet_data",
+    "text_encoder_data",
+    "vae_decoder_data",
+    "vae_encoder_data",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,13 +71,19 @@ class Manifest:
 
     The ONNX files, by role; all float32 unless said otherwise, every batch and size dynamic:
         unet: sample [B, C, h, w] in VP scale, timestep [B] (fractional allowed), encoder_hidden_states [B, T, D]
-            -> noise_pred [B, C, h, w]
+            -> noise_pred [B, C, h, w], in the manner of prediction_type. A U-Net that embeds the guidance (LCM) has
+            guidance_scale [B] too. One with guidance fused into the graph has prompt_embeds and
+            negative_prompt_embeds, [B, T, D] each, and guidance_scale [B] in place of encoder_hidden_states. The
+            names of the inputs tell which it is.
         text_encoder: input_ids int64 [B, T] -> last_hidden_state [B, T, D]
         vae_decoder: latents [B, C, h, w] as the U-Net sees them (the scaling factor is inside)
             -> image [B, 3, H, W] in [-1, 1]
         vae_encoder: image [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w] as the U-Net sees them
         tokenizer: tokenizer.json of the `tokenizers` library, which adds begin and end and pads to T
         plans: JSON object "scheduler/steps" -> plan (hybridsd.plan.to_json), for use without a cloud
+        unet_data and the like: the weights of an ONNX file that is too large for one file (2 GiB). The ONNX file
+            refers to it by name, so it lies in the same folder, and whoever loads the one needs no other path
+        parity_report, quantization_report: JSON, how far the files are from the networks they were made of
     """
 
     name: str

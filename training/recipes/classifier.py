@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
-from training.classifier import Classifier, ClassifierTask
+from training.classifier import Classifier, ClassifierTask, JudgedPictures
 from training.loop import Schedule
-from training.recipes import Scale
+from training.recipes import Scale, scaled
+from training.task import Drawn
 from training.vae import load_vae
 
 
@@ -23,29 +24,26 @@ class ClassifierRecipe:
     judged: int
     folder: str = "classifier"
 
-    def build(self, family: Path) -> ClassifierTask:
+    def build(self, out: Path) -> tuple[ClassifierTask, Drawn]:
         """Builds an untrained classifier; needs the stage vae."""
         torch.manual_seed(self.schedule.seed)
-        return ClassifierTask(
-            Classifier(self.width),
-            load_vae(family / "vae"),
-            pool=self.pool,
-            judged=self.judged,
-            seed=self.schedule.seed,
-        )
+        vae = load_vae(out / "vae")
+        pictures = JudgedPictures(vae, pool=self.pool, seed=self.schedule.seed)
+        return ClassifierTask(Classifier(self.width), vae, judged=self.judged), Drawn(pictures, self.schedule.seed)
 
 
 def classifier(scale: Scale) -> ClassifierRecipe:
-    """Half of the pictures fresh renders, half from a pool that went through the VAE; all augmented."""
+    """The judge: half of its pictures are fresh renders, half from a pool that went through the VAE; all augmented."""
     toy = scale == "toy"
+    schedule = Schedule(
+        steps=30 if toy else 800,
+        batch_size=16 if toy else 64,
+        lr=3e-3 if toy else 1.5e-3,
+        warmup=5 if toy else 100,
+        ema_decay=0.99,
+    )
     return ClassifierRecipe(
-        schedule=Schedule(
-            steps=30 if toy else 800,
-            batch_size=16 if toy else 64,
-            lr=3e-3 if toy else 1.5e-3,
-            warmup=5 if toy else 100,
-            ema_decay=0.99,
-        ),
+        schedule=scaled(schedule, scale),
         width=8 if toy else 32,
         pool=32 if toy else 4096,
         judged=64 if toy else 2048,

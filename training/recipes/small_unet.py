@@ -1,55 +1,70 @@
-"""The small U-Net of the demo family: pruned from the large one, then taught by it."""
+"""The small U-Net of the demo family: pruned by the stages score and prune, then taught by the large one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.diffusion import UNetTask, load_unet
+from training.conditioning import LatentsAndText
+from training.depth import feature_map
+from training.diffusion import SCHEDULER_CONFIG
+from training.distill import DistillTask
 from training.loop import Schedule
-from training.pruning import prune_unet
-from training.recipes import Scale
-from training.recipes.unet import load_conditions
+from training.noise_schedule import NoiseSchedule
+from training.pruned_unet import load_unet, save_unet
+from training.recipes import Scale, scaled
+from training.recipes.unet import scenes_data, scenes_preview, scenes_text
+from training.task import Drawn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SmallUNetRecipe:
-    """A pruned U-Net, learning from the data (task) and from the predictions of the large one (output)."""
+    """A pruned U-Net, learning from the data (task), and from the large one's predictions (output) and features."""
 
     schedule: Schedule
-    widths: tuple[int, ...]
     snr_gamma: float
     noise_offset: float
-    teacher_weight: float
+    empty: float
+    lambda_output: float
+    lambda_feature: float
     folder: str = "small_unet"
 
-    def build(self, family: Path) -> UNetTask:
-        """Prunes the large U-Net of `family`; needs the stages vae, text, latents and unet."""
-        large = load_unet(family / "unet")
-        small = prune_unet(large, self.widths).train()
-        return UNetTask(
-            small,
-            load_conditions(family),
+    def build(self, out: Path) -> tuple[DistillTask, Drawn]:
+        """Takes up the pruned U-Net; needs the stages vae, text, latents, unet and prune."""
+        student, teacher = load_unet(out / "pruned_unet"), load_unet(out / "unet")
+        text = scenes_text(out)
+        task = DistillTask(
+            student.train(),
+            LatentsAndText(text, empty=self.empty),
+            NoiseSchedule.from_config(SCHEDULER_CONFIG),
+            save=save_unet,
+            preview=scenes_preview(student, text, out),
+            teacher=teacher,
+            feature_map=feature_map(student, teacher),
+            lambda_output=self.lambda_output,
+            lambda_feature=self.lambda_feature,
             snr_gamma=self.snr_gamma,
             noise_offset=self.noise_offset,
-            teacher=large,
-            teacher_weight=self.teacher_weight,
         )
+        return task, scenes_data(out, self.schedule.seed)
 
 
 def small_unet(scale: Scale) -> SmallUNetRecipe:
-    """4.3M parameters, a fifth of the large one: no middle block, about half of the width."""
+    """The small U-Net: what score and prune left, distilled from the large one by answers and features."""
     toy = scale == "toy"
+    schedule = Schedule(
+        steps=30 if toy else 900,
+        batch_size=8 if toy else 32,
+        lr=1e-3 if toy else 6e-4,
+        warmup=5 if toy else 100,
+        ema_decay=0.997,
+        preview_every=0 if toy else 200,
+    )
     return SmallUNetRecipe(
-        schedule=Schedule(
-            steps=30 if toy else 450,
-            batch_size=8 if toy else 48,
-            lr=1e-3 if toy else 6e-4,
-            warmup=5 if toy else 100,
-            ema_decay=0.997,
-        ),
-        widths=(32, 32, 32) if toy else (64, 96, 160),
+        schedule=scaled(schedule, scale),
         snr_gamma=5.0,
         noise_offset=0.2,
-        teacher_weight=1.0,
+        empty=0.1,
+        lambda_output=1.0,
+        lambda_feature=0.1,
     )

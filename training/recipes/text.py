@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from training.loop import Schedule
-from training.recipes import Scale
-from training.text import TextTask, build_text_encoder, make_tokenizer
+from training.recipes import Scale, scaled
+from training.task import Drawn
+from training.text import TextTask, build_text_encoder, draw_captions, make_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,27 +23,23 @@ class TextRecipe:
     heads: int
     folder: str = "text"
 
-    def build(self, family: Path) -> TextTask:
+    def build(self, out: Path) -> tuple[TextTask, Drawn]:
         """Makes the tokenizer and an untrained encoder; needs no earlier stage."""
-        del family
+        del out
         torch.manual_seed(self.schedule.seed)
         tokenizer = make_tokenizer(seed=self.schedule.seed)
         encoder = build_text_encoder(len(tokenizer), hidden=self.hidden, layers=self.layers, heads=self.heads)
-        return TextTask(tokenizer, encoder)
+        return TextTask(tokenizer, encoder), Drawn(draw_captions, self.schedule.seed)
 
 
 def text(scale: Scale) -> TextRecipe:
-    """Three layers of 256, 32 tokens, learnt on captions alone, then frozen."""
+    """The text encoder: three layers of 256, 32 tokens, learnt on captions alone, then frozen."""
     toy = scale == "toy"
-    return TextRecipe(
-        schedule=Schedule(
-            steps=30 if toy else 1500,
-            batch_size=16 if toy else 96,
-            lr=3e-3 if toy else 8e-4,
-            warmup=5 if toy else 100,
-            ema_decay=0.99,
-        ),
-        hidden=32 if toy else 256,
-        layers=1 if toy else 3,
-        heads=4,
+    schedule = Schedule(
+        steps=30 if toy else 1500,
+        batch_size=16 if toy else 96,
+        lr=3e-3 if toy else 8e-4,
+        warmup=5 if toy else 100,
+        ema_decay=0.99,
     )
+    return TextRecipe(schedule=scaled(schedule, scale), hidden=32 if toy else 256, layers=1 if toy else 3, heads=4)

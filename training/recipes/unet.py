@@ -1,29 +1,49 @@
-"""The large U-Net of the demo family. Knows its shape and schedule; the method is `training.diffusion`."""
+"""The large U-Net of the demo family. Knows its shape and schedule; the method is in `training.distill`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from diffusers import UNet2DConditionModel
 
-from training.diffusion import Conditions, UNetTask, build_unet
-from training.latents import load_latents
+from training.conditioning import ClipText, LatentsAndText
+from training.diffusion import SCHEDULER_CONFIG, build_unet
+from training.distill import DistillTask
+from training.latents import CachedScenes, load_latents
 from training.loop import Schedule
-from training.recipes import Scale
+from training.noise_schedule import NoiseSchedule
+from training.previews import Preview
+from training.pruned_unet import save_unet
+from training.recipes import Scale, scaled
+from training.scenes import SIZE, caption, sample_scene
+from training.task import Drawn
 from training.text import load_text_encoder, load_tokenizer
+from training.vae import load_vae
 
 SCENES_SEED = 11
+PREVIEW_CAPTIONS = 6
+DEFAULT_GUIDANCE = 4.0
 
 
-def load_conditions(family: Path) -> Conditions:
-    """Loads the cached latents, the tokenizer and the frozen text encoder of `family`."""
-    return Conditions(
-        load_latents(family / "latents"),
-        SCENES_SEED,
-        load_tokenizer(family / "text" / "tokenizer"),
-        load_text_encoder(family / "text" / "text_encoder"),
-    )
+def scenes_data(out: Path, seed: int) -> Drawn:
+    """Gives the cached latents of `out` with captions; needs the stage latents."""
+    return Drawn(CachedScenes(load_latents(out / "latents"), SCENES_SEED), seed)
+
+
+def scenes_text(out: Path) -> ClipText:
+    """Loads the family's tokenizer and text encoder; needs the stage text."""
+    return ClipText(load_tokenizer(out / "text" / "tokenizer"), load_text_encoder(out / "text" / "text_encoder"))
+
+
+def scenes_preview(unet: UNet2DConditionModel, text: ClipText, out: Path) -> Preview:
+    """Draws scenes of pairs that are never trained on."""
+    rng = np.random.default_rng(5)
+    captions = [caption(sample_scene(rng, held_out=True), rng) for _ in range(PREVIEW_CAPTIONS)]
+    vae = load_vae(out / "vae")
+    return Preview(unet, text, vae, SCHEDULER_CONFIG, captions, size=(SIZE, SIZE), guidance=DEFAULT_GUIDANCE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,34 +55,44 @@ class UNetRecipe:
     layers: int
     snr_gamma: float
     noise_offset: float
+    empty: float
     folder: str = "unet"
 
-    def build(self, family: Path) -> UNetTask:
+    def build(self, out: Path) -> tuple[DistillTask, Drawn]:
         """Builds an untrained U-Net; needs the stages vae, text and latents."""
         torch.manual_seed(self.schedule.seed)
-        conditions = load_conditions(family)
+        data, text = scenes_data(out, self.schedule.seed), scenes_text(out)
         unet = build_unet(
-            self.widths,
-            layers=self.layers,
-            cross_attention_dim=int(conditions.encoder.config.hidden_size),
-            mid=True,
+            self.widths, layers=self.layers, cross_attention_dim=int(text.text_encoder.config.hidden_size), mid=True
         )
-        return UNetTask(unet, conditions, snr_gamma=self.snr_gamma, noise_offset=self.noise_offset)
+        task = DistillTask(
+            unet,
+            LatentsAndText(text, empty=self.empty),
+            NoiseSchedule.from_config(SCHEDULER_CONFIG),
+            save=save_unet,
+            preview=scenes_preview(unet, text, out),
+            snr_gamma=self.snr_gamma,
+            noise_offset=self.noise_offset,
+        )
+        return task, data
 
 
 def unet(scale: Scale) -> UNetRecipe:
-    """22M parameters, min-SNR weighting, averaged weights; the text is frozen."""
+    """The large U-Net: 22M parameters, min-SNR weighting, averaged weights; the text is frozen."""
     toy = scale == "toy"
+    schedule = Schedule(
+        steps=30 if toy else 1850,
+        batch_size=8 if toy else 48,
+        lr=3e-3 if toy else 8e-4,
+        warmup=5 if toy else 80,
+        ema_decay=0.997,
+        preview_every=0 if toy else 250,
+    )
     return UNetRecipe(
-        schedule=Schedule(
-            steps=30 if toy else 1850,
-            batch_size=8 if toy else 48,
-            lr=3e-3 if toy else 8e-4,
-            warmup=5 if toy else 80,
-            ema_decay=0.997,
-        ),
+        schedule=scaled(schedule, scale),
         widths=(32, 32, 64) if toy else (64, 160, 352),
         layers=1,
         snr_gamma=5.0,
         noise_offset=0.2,
+        empty=0.1,
     )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from training.loop import Schedule
-from training.recipes import Scale
-from training.vae import VAETask, build_vae
+from training.recipes import Scale, scaled
+from training.task import Drawn
+from training.vae import VAETask, build_vae, draw_crops
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,31 +26,32 @@ class VAERecipe:
     kl_weight: float
     folder: str = "vae"
 
-    def build(self, family: Path) -> VAETask:
+    def build(self, out: Path) -> tuple[VAETask, Drawn]:
         """Builds an untrained VAE; needs no earlier stage."""
-        del family
+        del out
         torch.manual_seed(self.schedule.seed)
-        return VAETask(
+        task = VAETask(
             build_vae(self.widths),
-            crop=self.crop,
             mse_weight=self.mse_weight,
             gradient_weight=self.gradient_weight,
             kl_weight=self.kl_weight,
         )
+        return task, Drawn(partial(draw_crops, self.crop), self.schedule.seed)
 
 
 def vae(scale: Scale) -> VAERecipe:
-    """2.6M parameters, 26.0 dB on whole scenes; small batches of 64x64 crops: at first, steps count not pictures."""
+    """The KL VAE, 2.6M parameters, on 64x64 crops of scenes; small batches: at first, steps count and not pictures."""
     toy = scale == "toy"
+    schedule = Schedule(
+        steps=30 if toy else 9200,
+        batch_size=4 if toy else 8,
+        lr=3e-3 if toy else 1e-3,
+        warmup=5 if toy else 100,
+        ema_decay=0.99,
+        weight_decay=0.0,
+    )
     return VAERecipe(
-        schedule=Schedule(
-            steps=30 if toy else 9200,
-            batch_size=4 if toy else 8,
-            lr=3e-3 if toy else 1e-3,
-            warmup=5 if toy else 100,
-            ema_decay=0.99,
-            weight_decay=0.0,
-        ),
+        schedule=scaled(schedule, scale),
         widths=(8, 8, 16, 16) if toy else (16, 32, 64, 128),
         crop=32 if toy else 64,
         mse_weight=2.0,

@@ -1,11 +1,13 @@
 """One thread for all tests here, and one toy family for those that need trained networks."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-from tests.unit.training.toy import ToyFamily, make_family
+if TYPE_CHECKING:
+    from tests.unit.training.toy import ToyFamily
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -18,7 +20,9 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def family(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> ToyFamily:
+def family(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> "ToyFamily":
     """A trained toy family; tests must not write to it."""
+    from tests.unit.training.toy import make_family  # imports all of training, which most tests do not need
+
     del one_thread
     return make_family(tmp_path_factory.mktemp("family"))

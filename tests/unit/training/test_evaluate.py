@@ -1,71 +1,240 @@
-"""The evaluation: hand-overs carry the solver's memory, and the statistics are right."""
+"""The evaluation of the demo family: parts join to the whole, splits are told apart, and the table says what it saw."""
+
+import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from torch import Tensor
 
-from hybridsd.plan_compiler import compile_plan
-from tests.unit.training.toy import ToyFamily
-from training import evaluate
-from training.diffusion import build_scheduler, predict_guided
+from training import evaluate, judging, quality
+from training.classifier import Classifier
+from training.metrics import frechet_distance
+from training.scenes import render, sample_scene, to_model_range
 
-STEPS = 4
+WIDTH = 6
+SETTING = judging.Setting(scheduler="dpmpp_2m", steps=2, splits=(2, 1, 0), guidance=2.0)
+LCM_SETTING = judging.Setting(scheduler="lcm", steps=2, splits=(2, 1, 0), guidance=2.0, large="lcm", small="lcm_small")
+
+
+def make_unet(**options: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        mid_block_type=None,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=2,
+        norm_num_groups=2,
+        **options,
+    )
+
+
+def embed(texts: list[str]) -> Tensor:
+    rows = [np.random.default_rng(list(text.encode()) or 0).standard_normal((3, WIDTH)) for text in texts]
+    return torch.from_numpy(np.stack(rows).astype(np.float32))
+
+
+def make_family(**options: Any) -> judging.Family:
+    """Random networks, the same at every call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        networks = [
+            make_unet(**options),
+            make_unet(**options),
+            AutoencoderKL(
+                block_out_channels=(8,) * 4,
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                latent_channels=4,
+                norm_num_groups=2,
+                scaling_factor=1.5,
+                mid_block_add_attention=False,
+            ),
+            AutoencoderTiny(
+                encoder_block_out_channels=(4,) * 4,
+                decoder_block_out_channels=(4,) * 4,
+                num_encoder_blocks=(1,) * 4,
+                num_decoder_blocks=(1,) * 4,
+            ),
+            Classifier(width=8),
+        ]
+    large, small, vae, tiny, judge = (network.requires_grad_(False).eval() for network in networks)
+    assert isinstance(judge, Classifier)
+    return judging.Family(large=large, small=small, vae=vae, tiny=tiny, judge=judge, embed=embed)
 
 
 @pytest.fixture(scope="module")
-def loaded(family: ToyFamily) -> evaluate.Family:
-    """The toy family's networks."""
-    return evaluate.load_family(family.folder)
+def loaded() -> judging.Family:
+    return make_family()
 
 
-def test_a_hand_over_equals_one_scheduler_with_two_models(loaded: evaluate.Family) -> None:
-    """Swapping the U-Net under a running diffusers scheduler gives the same latents."""
-    rng = np.random.default_rng(0)
-    noise = torch.from_numpy(rng.standard_normal((2, 4, 16, 16), dtype=np.float32))
-    embeds = torch.cat([loaded.embed(["", ""]), loaded.embed(["a fox", "a cat above a pig"])])
-    plan = compile_plan(build_scheduler(), STEPS, torch.from_numpy, name="dpmpp_2m")
-    finished = evaluate.trajectories(loaded, plan, noise, embeds, [STEPS, 2, 0], 3.0)
-
-    scheduler = build_scheduler()
-    scheduler.set_timesteps(STEPS)
-    latents = noise
-    for index, timestep in enumerate(scheduler.timesteps):
-        unet = loaded.large if index < 2 else loaded.small
-        guided = predict_guided(unet, latents, float(timestep), embeds, 3.0)
-        latents = scheduler.step(guided, timestep, latents).prev_sample
-
-    assert set(finished) == {"large", "hybrid 2,2", "small"}
-    # bfloat16 networks amplify the last digits of float32 latents
-    assert (finished["hybrid 2,2"] - latents).abs().max() < 0.05 * latents.abs().max()
-    assert (finished["small"] - latents).abs().max() > (finished["hybrid 2,2"] - latents).abs().max()
+@pytest.fixture
+def folder(tmp_path: Path, loaded: judging.Family, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A family directory, whose networks are the random ones."""
+    monkeypatch.setenv("HYBRIDSD_EVAL_WEIGHTS", str(tmp_path / "weights"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(evaluate, "load_family", lambda *args, **options: loaded)
+    for name in ("unet", "small_unet"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    return tmp_path
 
 
-def test_parts_of_workers_join_to_the_whole(family: ToyFamily) -> None:
-    """Two workers' parts are, in order, what one worker gives."""
-    from training.workers import Share
+def judge(folder: Path, workers: int, **options: Any) -> None:
+    for rank in range(workers):
+        settings: dict[str, Any] = {"setting": SETTING, "captions": 4, "seed": 3, "keep": 2, "renders": 2, **options}
+        evaluate.judge_part(folder, rank=rank, workers=workers, dtype=torch.float32, **settings)
 
-    options = {"captions": 4, "seed": 3, "steps": 2, "splits": [2, 0], "guidance": 2.0, "keep": 2}
-    evaluate.judge_part(family.folder, Share(), **options)  # type: ignore[arg-type]
-    whole = evaluate.join_parts(family.folder, 1)
-    for rank in range(2):
-        evaluate.judge_part(family.folder, Share(rank=rank, workers=2), **options)  # type: ignore[arg-type]
-    joined = evaluate.join_parts(family.folder, 2)
+
+def test_parts_of_workers_join_to_the_whole(folder: Path) -> None:
+    """Three workers' parts are, in order, what one worker gives."""
+    judge(folder, 1)
+    whole = evaluate.join_parts(folder, SETTING, 1)
+    judge(folder, 3)
+    joined = evaluate.join_parts(folder, SETTING, 3)
 
     assert joined.captions == whole.captions
-    assert list(joined.right) == list(whole.right) == ["large", "small", "large, KL decoder"]
-    assert joined.images["large"].shape == (2, 128, 128, 3)
+    assert list(joined.right) == list(whole.right) == ["large", "hybrid 1,1", "small", "large, KL decoder"]
+    assert joined.images["large"].shape[1:] == (128, 128, 3)
+    assert joined.renders is not None
+    assert whole.renders is not None
+    np.testing.assert_allclose(joined.renders, whole.renders, rtol=1e-4, atol=1e-5)
+    for name in whole.right:
+        np.testing.assert_array_equal(joined.right[name], whole.right[name])
+        np.testing.assert_allclose(joined.features[name], whole.features[name], rtol=1e-3, atol=1e-4)
+    for metric in ("psnr", "ssim", "judge_distance"):
+        np.testing.assert_allclose(
+            joined.similar["small"][metric], whole.similar["small"][metric], rtol=1e-3, atol=1e-4
+        )
 
 
-def test_intervals() -> None:
-    """Wilson's interval at known values; the bootstrap of a difference of equals is nothing."""
-    low, high = evaluate.wilson(81, 100)
-    right = np.array([True, False] * 20)
+def test_what_the_large_model_did_first_makes_pictures_more_like_its_own(loaded: judging.Family) -> None:
+    """A hybrid is between the models; every configuration but the large one is compared with it."""
+    setting = judging.Setting(scheduler="dpmpp_2m", steps=4, splits=(4, 3, 0), guidance=2.0)
+    judged = judging.judge_captions(loaded, range(3), setting=setting, seed=1, keep=1)
+    hybrid, small = judged.similar["hybrid 3,1"], judged.similar["small"]
 
-    assert (low, high) == pytest.approx((0.7222, 0.8749), abs=1e-4)
-    assert evaluate.paired_difference(right, right) == (0, 0, 0)
-    mean, low, high = evaluate.paired_difference(np.ones(40, bool), right)
-    assert mean == 0.5
-    assert 0.3 < low < 0.5 < high < 0.7
+    assert set(judged.similar) == {"hybrid 3,1", "small", "large, KL decoder"}
+    assert hybrid["psnr"].mean() > small["psnr"].mean()
+    assert hybrid["judge_distance"].mean() < small["judge_distance"].mean()
+    assert judged.images["small"].shape == (1, 128, 128, 3)
+    assert judged.missing == {"lpips": "not looked for"}
+    assert judged.features["small"].shape == (3, 256)
+
+
+def test_latent_consistency_models_are_judged_with_the_same_machinery() -> None:
+    """Noise belongs to the caption: a batch of one and of three give the same pictures."""
+    family = make_family(time_cond_proj_dim=8)
+    together, alone = (
+        judging.judge_captions(family, range(3), setting=LCM_SETTING, seed=1, keep=3, batch=batch) for batch in (3, 1)
+    )
+
+    assert list(together.right) == ["large", "hybrid 1,1", "small", "large, KL decoder"]
+    for name, images in together.images.items():
+        assert np.abs(images.astype(int) - alone.images[name].astype(int)).max() <= 1
+
+
+def test_the_kl_vae_can_decode_all(loaded: judging.Family) -> None:
+    """Then nothing is decoded twice, and a family without the large model alone has nothing to be compared with."""
+    setting = judging.Setting(scheduler="dpmpp_2m", steps=2, splits=(1, 0), guidance=1.0)
+    judged = judging.judge_captions(loaded, range(1), setting=setting, seed=1, decoder="kl")
+
+    assert list(judged.right) == ["hybrid 1,1", "small"]
+    assert judged.similar == {}
+
+
+def test_the_judges_distances_grow_with_what_changed(loaded: judging.Family) -> None:
+    """None between equals, more with every degree of blur, of a picture and of a set of pictures."""
+    scenes = [sample_scene(np.random.default_rng(index), held_out=True) for index in range(24)]
+    drawn = np.stack([render(scene, np.random.default_rng(index)) for index, scene in enumerate(scenes)])
+    sharp = torch.from_numpy(to_model_range(drawn))
+    of_pictures, of_sets = [], []
+    for factor in (1, 2, 4, 8, 16):
+        small = torch.nn.functional.avg_pool2d(sharp, factor)
+        blurred = torch.nn.functional.interpolate(small, size=(128, 128), mode="nearest")
+        of_pictures.append(float(judging.judge_distance(loaded.judge, blurred, sharp).mean()))
+        features = [judging.judge_features(loaded.judge, images) for images in (blurred, sharp)]
+        of_sets.append(frechet_distance(*features))
+
+    assert of_pictures[0] == 0
+    assert of_sets[0] == pytest.approx(0, abs=1e-4)
+    assert of_pictures == sorted(of_pictures)
+    assert of_sets == sorted(of_sets)
+    assert of_sets[-1] > 10 * of_sets[0] + 0.01
+
+
+def test_renders_are_of_the_captions_scenes(loaded: judging.Family) -> None:
+    """Render k of caption i is of the caption's scene, placed anew; which worker draws it does not matter."""
+    together, alone = (judging.render_features(loaded.judge, chosen, 1, 3) for chosen in (range(4), range(2, 4)))
+    scene, _ = judging.held_out_scene(1, 2)
+    drawn = np.stack([render(scene, np.random.default_rng((1, 2, k + 1))) for k in range(3)])
+    expected = judging.judge_features(loaded.judge, torch.from_numpy(to_model_range(drawn)))
+
+    np.testing.assert_allclose(alone, together[2:], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(alone[0], expected, rtol=1e-3, atol=1e-4)
+    assert len({float(render_features[0]) for render_features in alone[0]}) == 3
+
+
+def test_one_run_gives_results_curve_and_reasons(folder: Path) -> None:
+    """evaluation.json, the table and a plot; what is not there, LPIPS and the LCMs, is named."""
+    judge(folder, 2)
+    results, judged = evaluate.collect(folder, settings=(SETTING, LCM_SETTING), seed=3, workers=2)
+    saved = json.loads((folder / "evaluation" / "evaluation.json").read_text())
+    measured = quality.read_csv(folder / "evaluation" / "quality.csv")
+    table = evaluate.markdown(results)
+    rows = {row["configuration"]: row for row in results["rows"]}
+    scores = {score["metric"]: score for score in rows["small"]["scores"]}
+
+    assert saved["captions"] == 4
+    assert "no lcm and no lcm_small" in saved["absent"]["lcm"]
+    assert {one.cloud_steps for one in measured} == {2, 1, 0}
+    assert (folder / "evaluation" / "quality-dpmpp_2m-2.png").is_file()
+    assert list(scores) == ["semantic_accuracy", "judge_fid", "psnr", "ssim", "judge_distance", "lpips"]
+    assert scores["lpips"]["value"] is None
+    assert "vgg16" in scores["lpips"]["note"]
+    assert judged.renders is not None
+    assert judged.renders.shape == (4, 3, 256)
+    real = judged.renders[:, 1:].reshape(8, 256)
+    assert scores["judge_fid"]["value"] == frechet_distance(judged.features["small"], real)
+    assert results["judge_fid_of_renders"] == frechet_distance(judged.renders[:, 0], real)
+    assert [score["metric"] for score in rows["large"]["scores"]] == ["semantic_accuracy", "judge_fid"]
+    assert rows["large, KL decoder"]["large_steps"] is None
+    assert "lpips: not measured: fetch vgg16" in table
+
+
+def test_both_solvers_have_a_curve_where_both_are_there(folder: Path) -> None:
+    """The LCM's results stand beside the first ones, and their curve is told apart by its scheduler."""
+    for name in ("lcm", "lcm_small"):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text("{}")
+    judge(folder, 1, captions=1)
+    judge(folder, 1, captions=1, setting=LCM_SETTING)
+    results, _ = evaluate.collect(folder, settings=(SETTING, LCM_SETTING), seed=3)
+    curves = quality.measured_of(results)
+
+    assert [part["scheduler"] for part in results["others"]] == ["lcm"]
+    assert {one.scheduler for one in curves} == {"dpmpp_2m", "lcm"}
+    assert "judge_fid_of_renders" not in results  # of one picture there is no covariance
+
+
+def test_a_family_without_the_models_is_refused(tmp_path: Path) -> None:
+    """The message names the folder and what to do."""
+    with pytest.raises(ValueError, match="no unet and no small_unet in"):
+        judging.load_family(tmp_path)
+
+
+def test_splits_beyond_the_steps_are_refused() -> None:
+    """A setting is checked when it is made."""
+    with pytest.raises(ValueError, match="0 to 4"):
+        judging.Setting(scheduler="lcm", steps=4, splits=(8, 0), guidance=2.0)
 
 
 def test_the_table_says_what_was_judged() -> None:
@@ -73,9 +242,9 @@ def test_the_table_says_what_was_judged() -> None:
     good = np.ones((4, 4), bool)
     half = good.copy()
     half[:2, 1] = False
-    judged = evaluate.Judged(captions=("a",) * 4, right={"large": good, "small": half}, images={})
-    results = evaluate.summary(judged, seed=1, steps=25, guidance=4.0)
-    large, small = results["rows"]  # type: ignore[misc]
+    judged = judging.Judged(captions=("a",) * 4, right={"large": good, "small": half}, images={})
+    results = evaluate.summary(judged, setting=judging.DPM, seed=1)
+    large, small = results["rows"]
 
     assert large["all_correct"] == 1
     assert small["all_correct"] == 0.5
@@ -84,3 +253,16 @@ def test_the_table_says_what_was_judged() -> None:
     assert large["minus_small"][0] == 0.5
     assert (large["large_steps"], small["large_steps"]) == (25, 0)
     assert "| large | **100.0%** |" in evaluate.markdown(results)
+
+
+def test_the_grid_has_a_row_for_each_configuration(tmp_path: Path) -> None:
+    """The first captions side by side, configurations below each other."""
+    from PIL import Image
+
+    images = {"large": np.zeros((3, 128, 128, 3), np.uint8), "small": np.full((3, 128, 128, 3), 255, np.uint8)}
+    judged = judging.Judged(captions=("a",) * 3, right={}, images=images)
+    evaluate.grid(judged, tmp_path / "new" / "grid.png", columns=2)
+
+    with Image.open(tmp_path / "new" / "grid.png") as drawn:
+        assert drawn.size == (256, 256)
+        assert drawn.getpixel((0, 200)) == (255, 255, 255)

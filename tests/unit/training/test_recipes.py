@@ -1,4 +1,4 @@
-"""The recipes at toy scale: they learn, they leave what the next one needs, and they say what they would do."""
+"""Every recipe from a cold start: it learns, resumes to the same losses, follows its golden curve, and is loaded."""
 
 import json
 from pathlib import Path
@@ -6,117 +6,129 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from diffusers import AutoencoderTiny, UNet2DConditionModel
 
-from tests.unit.training.toy import TOY_SCENES, ToyFamily
+from tests.unit.training import chain
 from training import recipes
-from training.classifier import CLASSES, load_classifier, scenes_and_images
-from training.cli import main
-from training.diffusion import alphas_cumprod, build_scheduler, stratified_timesteps
-from training.latents import decode, encode, image_of, load_latents, scene_of
-from training.recipes.unet import SCENES_SEED, load_conditions
-from training.tiny_vae import load_tiny_vae
-from training.vae import load_vae
+from training.components import load_decoder
+from training.lora import load_lora
+from training.overrides import override
+from training.pruned_unet import load_unet
+from training.shapes import hybrid_224m
+
+# float32 of another CPU, over 20 steps from a cold start; text and scores go through Adam's first, largest steps
+TOLERANCE = 0.05
+NAMES = (*chain.scenes_order(), *chain.sd_order())
+# A consistency loss compares two copies of one network: it begins near 0 and is no measure of how good they are.
+CONSISTENCY = ("lcm", "lcm-small", "sd-lcm", "sd-lcm-lora")
+TURNS = ("sd-tiny-vae",)  # its terms change with the turns
 
 
-@pytest.mark.parametrize("name", list(recipes.by_name()))
-def test_recipe_learns(family: ToyFamily, name: str) -> None:
-    """In 30 steps the loss falls."""
-    losses = family.losses[name]
-
-    assert len(losses) == 30
-    assert np.mean(losses[-6:]) < 0.97 * np.mean(losses[:6])
-
-
-def test_cached_latents_are_those_of_the_scenes(family: ToyFamily) -> None:
-    """Latent i is scene i, encoded and scaled to unit variance."""
-    latents = load_latents(family.folder / "latents")
-    vae = load_vae(family.folder / "vae")
-    expected = encode(vae, np.stack([image_of(SCENES_SEED, index) for index in (3, 40)]))
-
-    assert latents.shape == (TOY_SCENES, 4, 16, 16)
-    assert np.allclose(latents[[3, 40]], expected.numpy(), atol=0.02)  # bfloat16 rounds by the batch
-    assert 0.7 < latents.astype(np.float32).std() < 1.4
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> tuple[Path, dict[str, chain.Losses]]:
+    """All recipes, run once."""
+    del one_thread
+    out, found = tmp_path_factory.mktemp("chain"), {}
+    chain.run_all(out, found.__setitem__)
+    return out, found
 
 
-def test_decoding_undoes_the_scale(family: ToyFamily) -> None:
-    """The KL VAE gets raw latents: what encode multiplied, decode divides."""
-    vae = load_vae(family.folder / "vae")
-    raw = torch.randn(1, 4, 4, 4)
-    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
-        expected = vae.decode(raw).sample.float()
-
-    assert vae.config.scaling_factor != 1
-    assert torch.allclose(decode(vae, raw * vae.config.scaling_factor), expected, atol=1e-2)
+def totals(losses: chain.Losses) -> np.ndarray:  # type: ignore[type-arg]
+    """The sum of the terms of each step."""
+    return np.array([sum(step.values()) for step in losses])
 
 
-def test_tiny_vae_speaks_the_same_latents(family: ToyFamily) -> None:
-    """Both of its halves have the shapes of the KL VAE's, and its own scaling factor is 1."""
-    tiny = load_tiny_vae(family.folder / "tiny_vae")
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in (*CONSISTENCY, *TURNS)])
+def test_the_loss_falls(runs: tuple[Path, dict[str, chain.Losses]], name: str) -> None:
+    """In 20 steps."""
+    found = totals(runs[1][name])
+
+    assert len(found) == chain.STEPS
+    assert np.mean(found[-5:]) < 0.97 * np.mean(found[:5])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_losses_follow_the_golden_curve(runs: tuple[Path, dict[str, chain.Losses]], name: str) -> None:
+    """Term by term; a change of what is computed must rewrite the file (python -m tests.unit.training.chain)."""
+    golden = json.loads((chain.GOLDEN / f"{name}.json").read_text())
+    found = runs[1][name]
+
+    assert [set(step) for step in found] == [set(step) for step in golden]
+    for actual, expected in zip(found, golden, strict=True):
+        assert actual == pytest.approx(expected, rel=TOLERANCE, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stopped_run_resumes_to_the_same_losses(runs: tuple[Path, dict[str, chain.Losses]], name: str) -> None:
+    """Taken up in the middle by new objects, every later step has the very same losses."""
+    out, found = runs
+
+    assert chain.again(chain.make(name, out), out) == found[name]
+
+
+@pytest.mark.parametrize(
+    "name", ["unet", "small_unet", "lcm", "lcm_small", "sd-distill-unet_distilled", "sd-lcm-unet_lcm"]
+)
+def test_unets_are_loaded_and_answer(runs: tuple[Path, dict[str, chain.Losses]], name: str) -> None:
+    """As wide as they were learnt, and finite."""
+    unet = load_unet(runs[0] / name)
+    width = unet.config.cross_attention_dim
+    told = unet.config.time_cond_proj_dim
     with torch.inference_mode():
-        latents = tiny.encode(torch.zeros(1, 3, 64, 64)).latents
-        images = tiny.decode(latents).sample
+        answer = unet(
+            torch.zeros(1, 4, 16, 16), 7.0, torch.zeros(1, 5, width),
+            timestep_cond=None if told is None else torch.zeros(1, told),
+        ).sample  # fmt: skip
 
-    assert latents.shape == (1, 4, 8, 8)
-    assert images.shape == (1, 3, 64, 64)
-    assert tiny.config.scaling_factor == 1
-
-
-def test_training_captions_belong_to_their_latents(family: ToyFamily) -> None:
-    """Scene i is what latent i shows; the same generator draws the same batch; the text is frozen."""
-    conditions = load_conditions(family.folder)
-    latents, embeds = conditions.batch(np.random.default_rng(0), 8)
-    again, _ = conditions.batch(np.random.default_rng(0), 8)
-
-    assert conditions.scenes[5] == scene_of(SCENES_SEED, 5)
-    assert torch.equal(latents, again)
-    assert embeds.shape[:2] == (8, 32)
-    assert not embeds.requires_grad
+    assert answer.shape == (1, 4, 16, 16)
+    assert torch.isfinite(answer).all()
+    assert (told is not None) == ("lcm" in name)
 
 
-def test_timesteps_cover_all_slices() -> None:
-    """Every batch has one timestep in each of its equal slices of 0 to 999."""
-    timesteps = stratified_timesteps(np.random.default_rng(0), 10)
+def test_the_small_unet_is_pruned_and_stays_so(runs: tuple[Path, dict[str, chain.Losses]]) -> None:
+    """Distillation keeps the widths, and the config tells them."""
+    out, _ = runs
+    before, after = load_unet(out / "pruned_unet"), load_unet(out / "small_unet")
+    shapes = [{name: value.shape for name, value in unet.state_dict().items()} for unet in (before, after)]
 
-    assert (timesteps // 100).tolist() == list(range(10))
-
-
-def test_noise_schedule_is_the_schedulers() -> None:
-    """Training and sampling mean the same thing by a timestep."""
-    assert torch.allclose(alphas_cumprod(), build_scheduler().alphas_cumprod, atol=1e-6)
+    assert shapes[0] == shapes[1]
+    assert "block_mid_channels" in json.loads((out / "small_unet" / "config.json").read_text())
 
 
-def test_the_judge_answers_within_its_classes(family: ToyFamily) -> None:
-    """One answer a question for every picture; labels are within the classes too."""
-    labels, images = scenes_and_images(np.random.default_rng(0), 6)
-    answers = load_classifier(family.folder / "classifier").read(images)
+@pytest.mark.parametrize("name", ["vae", "tiny_vae", "sd-tiny-vae-tiny_vae", "sd-small-vae-small_vae"])
+def test_vaes_are_loaded_and_decode(runs: tuple[Path, dict[str, chain.Losses]], name: str) -> None:
+    """From their folder alone, whichever they are."""
+    vae = load_decoder(str(runs[0] / name))
+    with torch.inference_mode():
+        image = vae.decode(torch.zeros(1, 4, 8, 8)).sample
 
-    assert answers.shape == labels.shape == (6, 4)
-    for index, classes in enumerate(CLASSES):
-        assert labels[:, index].max() < classes
-        assert answers[:, index].max() < classes
-
-
-def test_dry_run_shows_the_recipe_and_writes_nothing(tmp_path: Path) -> None:
-    """--dry-run prints the resolved recipe, overrides included."""
-    result = CliRunner().invoke(main, ["unet", "--out", str(tmp_path), "--steps", "7", "--seed", "3", "--dry-run"])
-
-    assert result.exit_code == 0
-    assert "steps=7" in result.output
-    assert "seed=3" in result.output
-    assert "(64, 160, 352)" in result.output
-    assert list(tmp_path.iterdir()) == []
+    assert image.shape == (1, 3, 64, 64)
+    assert isinstance(vae, AutoencoderTiny) == ("tiny" in name)
 
 
-def test_a_missing_stage_is_named(tmp_path: Path) -> None:
-    """Without latents the U-Net's recipe says which command makes them."""
-    with pytest.raises(FileNotFoundError, match="training latents"):
-        recipes.by_name()["unet"]("toy").build(tmp_path)
+def test_the_lora_is_loaded_into_its_base(runs: tuple[Path, dict[str, chain.Losses]]) -> None:
+    """And changes what it says."""
+    out, _ = runs
+    base = UNet2DConditionModel.from_pretrained(out / "pipeline" / "unet").eval()
+    inputs = (torch.ones(1, 4, 8, 8), 7.0, torch.ones(1, 5, base.config.cross_attention_dim))
+    with torch.inference_mode():
+        before = base(*inputs).sample
+        after = load_lora(base, out / "sd-lcm-lora-lcm_lora")(*inputs).sample
+
+    assert not torch.equal(before, after)
 
 
-def test_text_encoder_reports_what_its_heads_read(family: ToyFamily) -> None:
-    """accuracy.json has one share for trained pairs and one for held-out pairs."""
-    scores = json.loads((family.folder / "text" / "accuracy.json").read_text())
+@pytest.mark.parametrize("name", list(recipes.sd_recipes()))
+def test_what_is_not_there_is_named(runs: tuple[Path, dict[str, chain.Losses]], name: str) -> None:
+    """A teacher that cannot be read, and data that were not given: the message says what to give."""
+    out, _ = runs
+    published = recipes.sd_recipes()[name]()
+    with pytest.raises(ValueError, match=r"(?s)/nowhere.*give"):
+        override(published, ["teacher=/nowhere"]).build(out)
+    with pytest.raises(ValueError, match=r"data.spec is not set; give --set data.spec=imagefolder:DIRECTORY"):
+        override(chain.make(name, out), ["data.spec=None"]).build(out)
 
-    assert set(scores) == {"trained_pairs", "held_out_pairs"}
-    assert all(0 <= share <= 1 for share in scores.values())
+
+def test_the_224m_shape_is_one_documented_path() -> None:
+    """SD 1.4, its layers dropped, its inner widths cut: the published count."""
+    assert sum(parameter.numel() for parameter in hybrid_224m().parameters()) == 224_490_116

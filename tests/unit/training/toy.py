@@ -1,36 +1,38 @@
-"""Makes a whole family at toy scale, by the very recipes that make the published one."""
+"""Makes a whole family at toy scale, by the very command that makes the published one."""
 
+import csv
 from dataclasses import dataclass
 from pathlib import Path
 
-from training import cli, recipes
-from training.loop import Run, train
-from training.workers import Share
+from click.testing import CliRunner, Result
+
+from training import recipes
+from training.cli import main
 
 TOY_SCENES = 48
 
 
 @dataclass(frozen=True)
 class ToyFamily:
-    """The family's folder, and the loss of every step by recipe."""
+    """The family's folder, and what the command said."""
 
     folder: Path
-    losses: dict[str, list[float]]
+    output: str
+
+    def curve(self, recipe: str) -> list[dict[str, float]]:
+        """Gives the rows of a recipe's loss.csv."""
+        folder = recipes.scenes_recipes()[recipe]("toy").folder
+        with (self.folder / folder / "loss.csv").open() as file:
+            return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
-def run_recipe(name: str, folder: Path) -> list[float]:
-    """Runs a recipe at toy scale; returns the loss of every step."""
-    recipe = recipes.by_name()[name]("toy")
-    run = Run(recipe.build(folder), recipe.schedule)
-    run.resume(folder / recipe.folder)
-    return [record.loss for record in train(run, folder / recipe.folder)]
+def run(*arguments: str) -> Result:
+    """Runs `python -m training` in this process."""
+    return CliRunner().invoke(main, list(arguments), catch_exceptions=False)
 
 
 def make_family(folder: Path) -> ToyFamily:
-    """Runs every recipe in order."""
-    losses = {}
-    for name in recipes.by_name():
-        losses[name] = run_recipe(name, folder)
-        if name == "vae":
-            cli.encode_share(folder, TOY_SCENES, Share())
-    return ToyFamily(folder, losses)
+    """Runs the whole chain."""
+    result = run("demo", "--out", str(folder), "--scale", "toy")
+    assert result.exit_code == 0, result.output
+    return ToyFamily(folder, result.output)

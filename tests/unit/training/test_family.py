@@ -1,0 +1,200 @@
+"""The whole chain at toy scale, by the one command: what every stage leaves, and who can load it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cloud_server.devices import place
+from cloud_server.models import load_model
+from edge_client.events import Conditioning
+from edge_client.onnx_models import Models
+from hybridsd.manifest import read_manifest, verify_files
+from tests.unit.training.toy import TOY_SCENES, ToyFamily, run
+from training import recipes
+from training.classifier import CLASSES, load_classifier, scenes_and_images
+from training.demo_command import STAGES
+from training.latents import CachedScenes, decode, encode, image_of, load_latents, scene_of
+from training.pruned_unet import load_unet
+from training.recipes.unet import SCENES_SEED
+from training.scenes import to_model_range
+from training.tiny_vae import load_tiny_vae
+from training.vae import load_vae
+
+
+def test_every_stage_is_done_and_not_done_again(family: ToyFamily) -> None:
+    """The second time, the command finds everything there and changes nothing."""
+    before = {path: path.stat().st_mtime_ns for path in family.folder.rglob("*") if path.is_file()}
+    result = run("demo", "--out", str(family.folder), "--scale", "toy")
+    after = {path: path.stat().st_mtime_ns for path in family.folder.rglob("*") if path.is_file()}
+
+    assert [line for line in result.output.splitlines() if line.endswith("done before")] == [
+        f"{stage}: done before" for stage in STAGES
+    ]
+    assert after == before
+
+
+def test_other_settings_are_refused(family: ToyFamily) -> None:
+    """What was made at one scale is not taken for another's."""
+    result = run("demo", "--out", str(family.folder), "--scale", "quick")
+
+    assert result.exit_code == 1
+    assert "was made with other settings than scale quick's; choose another --out" in result.output
+
+
+def test_dry_run_shows_the_stages(family: ToyFamily, tmp_path: Path) -> None:
+    """All are done here, and open elsewhere; nothing is written."""
+    done = run("demo", "--out", str(family.folder), "--scale", "toy", "--dry-run").output.splitlines()
+    opened = run("demo", "--out", str(tmp_path), "--dry-run").output.splitlines()
+
+    assert [line.split()[:2] for line in done] == [["done", stage] for stage in STAGES]
+    assert [line.split()[:2] for line in opened] == [["open", stage] for stage in STAGES]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_cloud_loads_what_was_made(family: ToyFamily) -> None:
+    """The exported pipeline, and the same with the pruned U-Net in its place."""
+    large = family.folder / "models" / "large"
+    model = load_model(str(large), place("cpu", "fp32"))
+    embeds = torch.from_numpy(model.denoiser.encode("a fox").embeds)[None]
+    noise_pred = model.denoiser.predict(torch.zeros(1, 4, 16, 16), torch.tensor([500.0]), embeds)
+
+    assert noise_pred.shape == (1, 4, 16, 16)
+    assert model.info.latent_space == read_manifest(family.folder / "models" / "edge").latent_space
+
+
+def test_the_edge_predicts_what_the_small_unet_does(family: ToyFamily) -> None:
+    """The bundle is whole, and its U-Net is the distilled one, rounded to half precision."""
+    folder = family.folder / "models" / "edge"
+    manifest = read_manifest(folder)
+    rng = np.random.default_rng(0)
+    latents = rng.normal(size=(4, 16, 16)).astype(np.float32)
+    embeds = rng.normal(size=(manifest.context_length, manifest.embed_dim)).astype(np.float32)
+    models = Models(folder, manifest, threads=1)
+    actual = models.predict_noise(
+        latents, 500.0, Conditioning(prompt_embeds=embeds, negative_prompt_embeds=None), guidance_scale=1.0
+    )
+    unet = load_unet(family.folder / "small_unet")
+    with torch.inference_mode():
+        expected = unet(torch.from_numpy(latents)[None], 500.0, torch.from_numpy(embeds)[None]).sample[0].numpy()
+
+    assert verify_files(manifest, folder) == []
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=0.02 * np.abs(expected).max())
+
+
+def test_the_curve_is_in_the_manifest(family: ToyFamily) -> None:
+    """Accuracy and likeness by split, as evaluate measured them."""
+    manifest = read_manifest(family.folder / "models" / "edge")
+    results = json.loads((family.folder / "evaluation" / "evaluation.json").read_text())
+    measured = {row["large_steps"]: row["all_correct"] for row in results["rows"] if row["large_steps"] is not None}
+    published = {point.cloud_steps: point.value for point in manifest.quality if point.metric == "semantic_accuracy"}
+
+    assert published == pytest.approx(measured)
+    assert set(published) == {0, 2, 4}
+    assert {"semantic_accuracy", "psnr", "judge_distance"} <= {point.metric for point in manifest.quality}
+    assert results["others"][0]["scheduler"] == "lcm"
+    assert (family.folder / "evaluation" / "quality.csv").is_file()
+
+
+def test_pruning_leaves_a_report(family: ToyFamily) -> None:
+    """Every layer before and after; a third of the parameters is left, and the middle block is gone."""
+    lines = (family.folder / "pruned_unet" / "report.csv").read_text().splitlines()
+    large, small = load_unet(family.folder / "unet"), load_unet(family.folder / "pruned_unet")
+    counts = [sum(parameter.numel() for parameter in unet.parameters()) for unet in (large, small)]
+
+    assert any(line.startswith("mid_block.resnets.0,") for line in lines)
+    assert small.mid_block is None
+    assert counts[1] <= 0.6 * counts[0]
+
+
+def test_the_published_thresholds_can_be_used(family: ToyFamily, tmp_path: Path) -> None:
+    """By a,b in place of a budget, and a budget that cannot be met is refused with the smallest that can."""
+    done = run("prune", "--out", str(family.folder), "--to", str(tmp_path / "small"), "--thresholds", "4,6")
+    refused = run("prune", "--out", str(family.folder), "--to", str(tmp_path / "none"), "--parameters", "0.001")
+
+    assert done.exit_code == 0, done.output
+    assert load_unet(tmp_path / "small").num_parameters() < load_unet(family.folder / "unet").num_parameters()
+    assert refused.exit_code == 1
+    assert "still costs" in refused.output
+    assert not (tmp_path / "none").exists()
+
+
+def test_scoring_goes_on_where_it_was(family: ToyFamily) -> None:
+    """With all scores there, the command scores nothing and leaves them as they are."""
+    path = family.folder / "scores" / "part-00.json"
+    before = path.read_text()
+    output = run("score", "--out", str(family.folder), "--num-captions", "2", "--steps", "2").output
+
+    assert "known" in output
+    assert " at 0.25: " not in output
+    assert json.loads(path.read_text()) == json.loads(before)
+
+
+def test_cached_latents_are_those_of_the_scenes(family: ToyFamily) -> None:
+    """Latent i is scene i, encoded and scaled to unit variance, and comes with its captions."""
+    latents = load_latents(family.folder / "latents")
+    vae = load_vae(family.folder / "vae")
+    images = torch.from_numpy(to_model_range(np.stack([image_of(SCENES_SEED, index) for index in (3, 40)])))
+    batch = CachedScenes(latents, SCENES_SEED)(np.random.default_rng(0), 8)
+    again = CachedScenes(latents, SCENES_SEED)(np.random.default_rng(0), 8)
+
+    assert latents.shape == (TOY_SCENES, 4, 16, 16)
+    assert np.allclose(latents[[3, 40]], encode(vae, images).numpy(), atol=0.02)  # bfloat16 rounds by the batch
+    assert 0.7 < latents.astype(np.float32).std() < 1.4
+    assert CachedScenes(latents, SCENES_SEED).scenes[5] == scene_of(SCENES_SEED, 5)
+    assert batch.captions == again.captions
+    assert torch.equal(batch.latents, again.latents)  # type: ignore[arg-type] # both have latents
+
+
+def test_decoding_undoes_the_scale(family: ToyFamily) -> None:
+    """The KL VAE gets raw latents: what encode multiplied, decode divides."""
+    vae = load_vae(family.folder / "vae")
+    raw = torch.randn(1, 4, 4, 4)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = vae.decode(raw).sample.float()
+
+    assert vae.config.scaling_factor != 1
+    assert torch.allclose(decode(vae, raw * vae.config.scaling_factor), expected, atol=1e-2)
+
+
+def test_tiny_vae_speaks_the_same_latents(family: ToyFamily) -> None:
+    """Both of its halves have the shapes of the KL VAE's, and its own scaling factor is 1."""
+    tiny = load_tiny_vae(family.folder / "tiny_vae")
+    with torch.inference_mode():
+        latents = tiny.encode(torch.zeros(1, 3, 64, 64)).latents
+        images = tiny.decode(latents).sample
+
+    assert latents.shape == (1, 4, 8, 8)
+    assert images.shape == (1, 3, 64, 64)
+    assert tiny.config.scaling_factor == 1
+
+
+def test_the_judge_answers_within_its_classes(family: ToyFamily) -> None:
+    """One answer a question for every picture; labels are within the classes too."""
+    labels, images = scenes_and_images(np.random.default_rng(0), 6)
+    answers = load_classifier(family.folder / "classifier").read(images)
+
+    assert answers.shape == labels.shape == (6, 4)
+    for index, classes in enumerate(CLASSES):
+        assert labels[:, index].max() < classes
+        assert answers[:, index].max() < classes
+
+
+def test_text_encoder_reports_what_its_heads_read(family: ToyFamily) -> None:
+    """accuracy.json has one share for trained pairs and one for held-out pairs."""
+    scores = json.loads((family.folder / "text" / "accuracy.json").read_text())
+
+    assert set(scores) == {"trained_pairs", "held_out_pairs"}
+    assert all(0 <= share <= 1 for share in scores.values())
+
+
+@pytest.mark.parametrize("name", list(recipes.scenes_recipes()))
+def test_recipes_leave_curve_and_checkpoint(family: ToyFamily, name: str) -> None:
+    """All steps are in the curve, and it is drawn."""
+    folder = family.folder / recipes.scenes_recipes()[name]("toy").folder
+
+    assert family.curve(name)[-1]["step"] == 30
+    assert (folder / "loss.png").stat().st_size > 1000
+    assert list((folder / "curves").rglob("events.out.tfevents.*"))

@@ -1,0 +1,111 @@
+"""Loads what a Stable Diffusion model consists of, in diffusers layout, from a folder or a hub id.
+
+Knows SD 1.x, 2.x and SDXL. Knows nothing of what is done with the parts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from training.conditioning import ClipText, ClipTextXL, Text
+from training.pruned_unet import load_unet
+from training.small_vae import load_small_vae
+from training.task import freeze
+from training.tiny_vae import load_tiny_vae
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Components:
+    """The parts of one model; all frozen but the U-Net."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text: Text
+    scheduler_config: Mapping[str, Any]
+
+
+@contextmanager
+def _readable(source: str) -> Iterator[None]:
+    """Says of what cannot be read what it should be."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{source!r} is not a Stable Diffusion model in diffusers layout ({error}); give a folder with unet/,"
+            " vae/, text_encoder/, tokenizer/ and scheduler/, or a hub id that can be reached"
+        ) from error
+
+
+def load_scheduler_config(source: str) -> Mapping[str, Any]:
+    """Reads the scheduler's configuration of a pipeline folder or hub id."""
+    with _readable(source):
+        config, _ = DDPMScheduler.load_config(source, subfolder="scheduler", return_unused_kwargs=True)
+    return dict(config)
+
+
+def load_vae(source: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
+    """Loads the VAE of a pipeline folder or hub id, frozen; a folder of a VAE alone will do."""
+    alone = (Path(source) / "config.json").is_file()
+    with _readable(source):
+        return freeze(AutoencoderKL.from_pretrained(source, subfolder=None if alone else "vae", torch_dtype=dtype))
+
+
+def load_decoder(directory: str) -> Any:
+    """Loads the VAE of a folder, frozen, whichever it is: AutoencoderKL, decoder-pruned, AutoencoderTiny or TAESD's.
+
+    Raises:
+        ValueError: If it is none of them.
+    """
+    config = Path(directory) / "config.json"
+    if not config.is_file():
+        return load_tiny_vae(Path(directory))
+    kind = json.loads(config.read_text(encoding="utf-8"))
+    match kind.get("_class_name"):
+        case "AutoencoderTiny" | "AutoencoderTinyWS":
+            return load_tiny_vae(Path(directory))
+        case "AutoencoderKL" if not kind.get("decoder_block_out_channels"):
+            return load_vae(directory)
+        case "AutoencoderKL" | "SmallVAE":
+            return load_small_vae(Path(directory))
+        case other:
+            raise ValueError(f"{directory} holds a {other}; give the folder of an AutoencoderKL or AutoencoderTiny")
+
+
+def load_text(source: str, dtype: torch.dtype = torch.float32) -> Text:
+    """Loads the text side of a pipeline folder or hub id: one CLIP encoder, or SDXL's two."""
+    with _readable(source):
+        index = DiffusionPipeline.load_config(source)
+        tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
+        encoder = CLIPTextModel.from_pretrained(source, subfolder="text_encoder", dtype=dtype)
+        if "text_encoder_2" not in index:
+            return ClipText(tokenizer, encoder)
+        second_tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer_2")
+        second = CLIPTextModelWithProjection.from_pretrained(source, subfolder="text_encoder_2", dtype=dtype)
+    return ClipTextXL((tokenizer, second_tokenizer), (encoder, second))
+
+
+def load_components(source: str, *, dtype: torch.dtype = torch.float32) -> Components:
+    """Loads a pipeline folder or hub id.
+
+    Args:
+        source: A folder in diffusers layout, or a hub id such as owner/name.
+        dtype: Of all networks; float32 for what is learnt.
+
+    Raises:
+        ValueError: If it cannot be read, saying what is missing.
+    """
+    return Components(
+        unet=load_unet(source, dtype=dtype),
+        vae=load_vae(source, dtype),
+        text=load_text(source, dtype),
+        scheduler_config=load_scheduler_config(source),
+    )

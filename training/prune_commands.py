@@ -1,0 +1,172 @@
+"""The commands that make a U-Net smaller: score, and prune by what was scored. Each wires options to its module."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+
+import click
+import numpy as np
+
+from training.conditioning import Text
+from training.loop import make_accelerator
+from training.stage_commands import FILE, FOLDER, OUT, say
+
+SCORES_FOLDER = "scores"
+
+
+def _scores(out: Path) -> dict[tuple[str, float], float]:
+    from training.significance import load_scores
+
+    found: dict[tuple[str, float], float] = {}
+    for path in sorted((out / SCORES_FOLDER).glob("part-*.json")):
+        found |= load_scores(path)
+    return found
+
+
+@click.command("score")
+@OUT
+@click.option("--model", help="Folder or hub id of a pipeline; the demo's large model in OUT unless told.")
+@click.option("--unet", "unet_source", help="Another U-Net than the model's.")
+@click.option("--captions", "metadata", type=FILE, help="metadata.csv, with --model: name, caption.")
+@click.option("--num-captions", type=click.IntRange(min=2), default=16, show_default=True, help="The reference has 50.")
+@click.option("--steps", type=click.IntRange(min=1), default=8, show_default=True, help="The reference has 25.")
+@click.option("--scheduler", default="dpmpp_2m", show_default=True)
+@click.option("--guidance", type=click.FloatRange(min=1), default=4.0, show_default=True, help="The reference has 7.5.")
+@click.option("--size", type=click.IntRange(min=8), default=128, show_default=True, help="Pixels of a side.")
+@click.option("--compat", is_flag=True, help="As the published code scores: other noise for each variant, and more.")
+def score_command(
+    out: Path, model: str | None, unet_source: str | None, metadata: Path | None, num_captions: int, steps: int,
+    scheduler: str, guidance: float, size: int, compat: bool,
+) -> None:  # fmt: skip
+    """Score how much the final latents change when each layer is cut; OUT/scores. The same command goes on.
+
+    Every resnet, self- and cross-attention is cut to 25, 50 and 75 percent, one at a time.
+    """
+    import torch
+
+    from training import coco
+    from training.components import load_components
+    from training.diffusion import SCHEDULER_CONFIG
+    from training.previews import CaptionSampler
+    from training.pruned_unet import load_unet
+    from training.recipes.unet import scenes_text
+    from training.sampling import autocast
+    from training.scenes import caption, sample_scene
+    from training.significance import save_scores, significance, variants
+    from training.task import freeze
+
+    accelerator, started = make_accelerator(), time.monotonic()
+    text: Text
+    if model is None:
+        rng = np.random.default_rng(4)
+        captions = [caption(sample_scene(rng), rng) for _ in range(num_captions)]
+        unet, text, config = load_unet(unet_source or out / "unet"), scenes_text(out), dict(SCHEDULER_CONFIG)
+    else:
+        if metadata is None:
+            raise click.UsageError("--model needs --captions, a metadata.csv with a caption a line")
+        captions = [one.text for one in coco.read_captions(metadata, num_captions)]
+        parts = load_components(model)
+        unet = parts.unet if unet_source is None else load_unet(unet_source)
+        text, config = parts.text, dict(parts.scheduler_config)
+    device = accelerator.device
+    freeze(unet).to(device)
+    for network in text.networks:
+        network.to(device)
+    sample = CaptionSampler(
+        text, config, captions, size=(size, size), scheduler=scheduler, steps=steps, guidance=guidance,
+        context=autocast(device, torch.bfloat16),
+    )  # fmt: skip
+    rank, workers = accelerator.process_index, accelerator.num_processes
+    path = out / SCORES_FOLDER / f"part-{rank:02d}.json"
+    done = _scores(out)
+    accelerator.wait_for_everyone()  # nobody writes before all have read
+    total = sum(len(variant.keys) for variant in variants(unet, compat=compat))
+    say(f"score: {total} scores of {len(captions)} captions, {len(done)} known")
+    mine = {key: score for key, score in done.items() if rank == 0}
+    for key, score in significance(unet, sample, compat=compat, done=done, rank=rank, workers=workers):
+        mine[key] = score
+        save_scores(path, mine)
+        say(f"score: {key[0]} at {key[1]}: {score:.3f}, {time.monotonic() - started:.0f} s")
+    if rank == 0:
+        save_scores(path, mine)
+    accelerator.wait_for_everyone()
+
+
+@click.command("prune")
+@OUT
+@click.option("--unet", "unet_source", help="Folder or hub id of the scored U-Net; OUT/unet unless told.")
+@click.option("--to", "target", type=FOLDER, help="Where to write; OUT/pruned_unet unless told.")
+@click.option("--keep-mid", is_flag=True, help="Keep the middle block, which goes otherwise if there is one.")
+@click.option("--layers-per-block", type=click.IntRange(min=1), default=1, show_default=True, help="Layers that stay.")
+@click.option("--levels", type=click.IntRange(min=1), help="Levels that stay, from the outermost; all unless told.")
+@click.option("--thresholds", help="a,b: 25% of the a least significant layers, 50% of those up to b, 75% of the rest.")
+@click.option("--parameters", type=click.FloatRange(min=0, min_open=True), help="Budget: so many million parameters.")
+@click.option("--gmacs", type=click.FloatRange(min=0, min_open=True), help="Budget: so many GMAC a call of one sample.")
+@click.option("--ratio", type=click.FloatRange(0, 1, min_open=True), help="Budget: this part of the parameters.")
+@click.option("--compat", is_flag=True, help="By the published rule, quirks included; with --thresholds.")
+@click.option("--size", type=click.IntRange(min=8), default=128, show_default=True, help="Pixels of a side, for MACs.")
+@click.option("--tokens", type=click.IntRange(min=1), default=32, show_default=True, help="For MACs.")
+def prune_command(
+    out: Path, unet_source: str | None, target: Path | None, keep_mid: bool, layers_per_block: int, levels: int | None,
+    thresholds: str | None, parameters: float | None, gmacs: float | None, ratio: float | None, compat: bool, size: int,
+    tokens: int,
+) -> None:  # fmt: skip
+    """Drop layers, then cut inner channels and heads, by thresholds or to a budget; says what became of every layer.
+
+    The middle block goes and one layer a block stays unless told otherwise. By default the budget is 35% of the
+    parameters.
+    """
+    from training.cost import compare, costs, unet_inputs
+    from training.cost_report import as_csv, comparison_markdown
+    from training.depth import drop, source_of, sources
+    from training.pruned_unet import layers, load_unet, save_unet
+    from training.pruning import (
+        PHANTOM,
+        cut,
+        inner_macs,
+        inner_parameters,
+        ratios_for_budget,
+        ratios_from_thresholds,
+        savings_of,
+    )
+
+    if not make_accelerator().is_main_process:
+        return
+    large = load_unet(unet_source or out / "unet")
+    shallow = drop(
+        large, layers_per_block=layers_per_block, mid=keep_mid and large.mid_block is not None, levels=levels
+    )
+    prefixes = sources(shallow, large)
+    names = {source_of(layer.name, prefixes): layer.name for layer in layers(shallow)}
+    scored = _scores(out)
+    if not scored:
+        raise click.ClickException(f"no scores in {out / SCORES_FOLDER}; run `python -m training score` first")
+    scores = {(names[name], part): score for (name, part), score in scored.items() if name in names}
+    scores |= {key: score for key, score in scored.items() if key[0] == PHANTOM and compat}
+    cells = size // 8
+    if thresholds is not None:
+        from training.stage_commands import numbers
+
+        a, b = numbers(thresholds, "--thresholds", 0, len(names) + 1)
+        ratios = ratios_from_thresholds(scores, layers(shallow), a, b, compat=compat)
+    else:
+        total = sum(parameter.numel() for parameter in large.parameters())
+        if gmacs is not None:
+            counted = costs(shallow, unet_inputs(shallow.config, batch=1, height=cells, width=cells, tokens=tokens))
+            inner = inner_macs(shallow, lambda path: counted[path].all_macs)
+            whole, goal = counted[""].all_macs, gmacs * 1e9
+        else:
+            inner = inner_parameters(shallow)
+            whole = sum(parameter.numel() for parameter in shallow.parameters())
+            goal = parameters * 1e6 if parameters is not None else (0.35 if ratio is None else ratio) * total
+        ratios = ratios_for_budget(scores, savings_of(shallow, inner, compat=compat), whole=whole, target=goal)
+    small = cut(shallow, ratios, compat=compat)
+    where = target or out / "pruned_unet"
+    save_unet(small, where)
+    inputs = unet_inputs(large.config, batch=1, height=cells, width=cells, tokens=tokens)
+    rows = compare(large.eval(), small.eval(), inputs, source=partial(source_of, prefixes=sources(small, large)))
+    (where / "report.csv").write_text(as_csv(rows), encoding="utf-8")
+    click.echo(comparison_markdown(rows))
+    say(f"prune: {where}")

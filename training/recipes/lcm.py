@@ -1,0 +1,70 @@
+"""The latent consistency models of the demo family: one recipe, for the large U-Net and for the small one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from training.conditioning import LatentsAndText
+from training.diffusion import SCHEDULER_CONFIG
+from training.lcm import ConsistencySolver, LCMTask, with_guidance_embedding
+from training.loop import Schedule
+from training.noise_schedule import NoiseSchedule
+from training.pruned_unet import load_unet, save_unet
+from training.recipes import Scale, scaled
+from training.recipes.unet import scenes_data, scenes_preview, scenes_text
+from training.task import Drawn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LCMRecipe:
+    """A student that draws in 4 to 8 steps, distilled from the guided large U-Net."""
+
+    schedule: Schedule
+    student: str
+    """The folder it begins as; the teacher is always "unet", so that all students can take turns."""
+    w_min: float
+    w_max: float
+    target_decay: float
+    folder: str
+
+    def build(self, out: Path) -> tuple[LCMTask, Drawn]:
+        """Takes up a trained U-Net; needs the stages vae, text, latents, unet, and the student's."""
+        teacher = load_unet(out / "unet")
+        student = with_guidance_embedding(load_unet(out / self.student)).train()
+        text = scenes_text(out)
+        task = LCMTask(
+            student,
+            teacher,
+            LatentsAndText(text),
+            ConsistencySolver(NoiseSchedule.from_config(SCHEDULER_CONFIG)),
+            save=save_unet,
+            preview=scenes_preview(student, text, out),
+            w_min=self.w_min,
+            w_max=self.w_max,
+            ema_decay=self.target_decay,
+        )
+        return task, scenes_data(out, self.schedule.seed)
+
+
+def lcm(scale: Scale) -> LCMRecipe:
+    """The large LCM: the large U-Net, taught to draw in 4 to 8 steps with the guidance as an input."""
+    toy = scale == "toy"
+    schedule = Schedule(
+        steps=30 if toy else 300,
+        batch_size=8 if toy else 24,
+        lr=1e-3 if toy else 1e-4,
+        warmup=5 if toy else 50,
+        decay="constant",
+        weight_decay=0.0,
+        preview_every=0 if toy else 100,
+    )
+    return LCMRecipe(
+        schedule=scaled(schedule, scale), student="unet", w_min=1.0, w_max=6.0, target_decay=0.95, folder="lcm"
+    )
+
+
+def lcm_small(scale: Scale) -> LCMRecipe:
+    """The small LCM: the same for the small U-Net, with the same teacher, so that the two can take turns."""
+    large = lcm(scale)
+    return replace(large, student="small_unet", folder="lcm_small")

@@ -1,0 +1,388 @@
+"""Recipes for Stable Diffusion models and data of your own: teachers are folders or hub ids, data are specs.
+
+The numbers are those of the published method (Hybrid SD, and BK-SDM, TAESD and LCM before it) unless a line says
+otherwise. Nothing here was run to its end at full size on the machine this was written on. What is None and
+needed must be set: `--set data.spec=imagefolder:/data/laion --set student=pruned_unet`.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import AutoencoderTiny, UNet2DConditionModel
+
+from training.components import Components, load_components, load_vae
+from training.conditioning import LatentsAndText
+from training.data import open_data
+from training.depth import feature_map
+from training.discriminator import find_discriminator
+from training.distill import DistillTask
+from training.lcm import ConsistencySolver, LCMTask, with_guidance_embedding
+from training.loop import Schedule
+from training.lora import LCMLoRATask, add_lora
+from training.noise_schedule import NoiseSchedule
+from training.perceptual import find_perceptual
+from training.previews import Preview
+from training.pruned_unet import load_unet, save_unet
+from training.reconstruction import DecoderLoss, Lessons, Turns
+from training.small_vae import SD_SMALL_WIDTHS, SmallVAETask, prune_decoder
+from training.task import Data
+from training.tiny_vae import TinyVAETask, load_tiny_vae
+
+log = logging.getLogger(__name__)
+
+SD14 = "CompVis/stable-diffusion-v1-4"
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+PREVIEW_PROMPTS = ("a golden vase with different flowers", "a photo of an astronaut riding a horse on mars")
+
+
+def _needed(value: str | None, name: str, example: str) -> str:
+    if value is None:
+        raise ValueError(f"{name} is not set; give --set {name}={example}")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImageData:
+    """Which pictures to learn from; see `training.data`."""
+
+    spec: str | None = None
+    """imagefolder:DIRECTORY, datasets:NAME_OR_DIRECTORY, webdataset:SHARDS or csv:FILE; must be set."""
+    resolution: int = 512
+    loader_workers: int = 8
+    """Threads that decode."""
+    crop: Literal["center", "random"] = "center"
+    flip: bool = True
+    """Mirror at random; not where captions say left or right."""
+    captions: bool = True
+    image_column: str | None = None
+    caption_column: str | None = None
+
+    def open(self, seed: int) -> Data:
+        """Opens them."""
+        return open_data(
+            _needed(self.spec, "data.spec", "imagefolder:DIRECTORY"),
+            resolution=self.resolution,
+            seed=seed,
+            loader_workers=self.loader_workers,
+            crop=self.crop,
+            flip=self.flip,
+            captions=self.captions,
+            image_column=self.image_column,
+            caption_column=self.caption_column,
+        )
+
+
+def _preview(unet: UNet2DConditionModel, parts: Components, resolution: int, guidance: float) -> Preview:
+    return Preview(
+        unet,
+        parts.text,
+        parts.vae,
+        parts.scheduler_config,
+        PREVIEW_PROMPTS,
+        size=(resolution, resolution),
+        guidance=guidance,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillRecipe:
+    """A pruned U-Net learns from image-caption pairs and from its teacher's answers and features."""
+
+    schedule: Schedule
+    teacher: str
+    student: str | None
+    data: ImageData
+    lambda_task: float
+    lambda_output: float
+    lambda_feature: float
+    snr_gamma: float | None
+    gradient_checkpointing: bool
+    folder: str = "unet_distilled"
+
+    def build(self, out: Path) -> tuple[DistillTask, Data]:
+        """Loads teacher and student; `student` is a folder, below --out or anywhere."""
+        torch.manual_seed(self.schedule.seed)
+        parts = load_components(self.teacher)
+        name = _needed(self.student, "student", "pruned_unet")
+        student = load_unet(str(out / name) if (out / name).is_dir() else name).train()
+        task = DistillTask(
+            student,
+            LatentsAndText(parts.text, parts.vae),
+            NoiseSchedule.from_config(parts.scheduler_config),
+            save=save_unet,
+            preview=_preview(student, parts, self.data.resolution, 7.5),
+            teacher=parts.unet,
+            feature_map=feature_map(student, parts.unet),
+            lambda_task=self.lambda_task,
+            lambda_output=self.lambda_output,
+            lambda_feature=self.lambda_feature,
+            snr_gamma=self.snr_gamma,
+            gradient_checkpointing=self.gradient_checkpointing,
+        )
+        return task, self.data.open(self.schedule.seed)
+
+
+def distill() -> DistillRecipe:
+    """Distil a pruned SD 1.x U-Net from the large one: task, output and feature terms (the published 50k steps).
+
+    The published result: a 224.49M student of SD 1.4, COCO-30K FID 16.71 at 25 steps, 15.39 and 13.75 as hybrid with
+    5 and 10 steps of the large model.
+    """
+    return DistillRecipe(
+        schedule=Schedule(
+            steps=50_000, batch_size=16, accumulate=4, lr=5e-5, warmup=0, decay="constant", betas=(0.9, 0.999),
+            ema_decay=0.9999,  # the reference's option crashed and was never used
+            precision="fp16", preview_every=500, seed=1234,
+        ),
+        teacher=SD14,
+        student=None,
+        data=ImageData(),
+        lambda_task=1.0,
+        lambda_output=1.0,
+        lambda_feature=1.0,
+        snr_gamma=None,
+        gradient_checkpointing=True,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LCMRecipe:
+    """A U-Net learns to draw in 4 to 8 steps, guidance as an input; of itself, or of a pruned student."""
+
+    schedule: Schedule
+    teacher: str
+    student: str | None
+    """None begins as the teacher; a folder begins as the pruned U-Net in it, with the same teacher."""
+    data: ImageData
+    w_min: float
+    w_max: float
+    target_decay: float
+    loss: Literal["huber", "l2"]
+    huber_c: float
+    num_ddim_timesteps: int
+    gradient_checkpointing: bool
+    folder: str = "unet_lcm"
+
+    def build(self, out: Path) -> tuple[LCMTask, Data]:
+        """Loads teacher and student."""
+        torch.manual_seed(self.schedule.seed)
+        parts = load_components(self.teacher)
+        beginning = parts.unet
+        if self.student is not None:
+            beginning = load_unet(str(out / self.student) if (out / self.student).is_dir() else self.student)
+        student = with_guidance_embedding(beginning).requires_grad_(True).train()
+        task = LCMTask(
+            student,
+            parts.unet,
+            LatentsAndText(parts.text, parts.vae),
+            ConsistencySolver(
+                NoiseSchedule.from_config(parts.scheduler_config), num_ddim_timesteps=self.num_ddim_timesteps
+            ),
+            save=save_unet,
+            preview=_preview(student, parts, self.data.resolution, 7.0),
+            w_min=self.w_min,
+            w_max=self.w_max,
+            ema_decay=self.target_decay,
+            loss=self.loss,
+            huber_c=self.huber_c,
+            gradient_checkpointing=self.gradient_checkpointing,
+        )
+        return task, self.data.open(self.schedule.seed)
+
+
+def lcm() -> LCMRecipe:
+    """Distil a latent consistency model, large or pruned (--set student=...): the published 20k steps."""
+    return LCMRecipe(
+        schedule=Schedule(
+            steps=20_000, batch_size=24, accumulate=2, lr=1e-6, warmup=0, decay="constant", betas=(0.9, 0.999),
+            weight_decay=0.0, precision="fp16", preview_every=200,
+        ),
+        teacher=SD14,
+        student=None,
+        data=ImageData(crop="random"),
+        w_min=5.0,
+        w_max=15.0,
+        target_decay=0.95,
+        loss="huber",
+        huber_c=0.001,
+        num_ddim_timesteps=50,
+        gradient_checkpointing=True,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LCMLoRARecipe:
+    """An adapter that makes a U-Net draw in 4 to 8 steps at one guidance."""
+
+    schedule: Schedule
+    teacher: str
+    data: ImageData
+    rank: int
+    w: float
+    gradient_checkpointing: bool
+    folder: str = "lcm_lora"
+
+    def build(self, out: Path) -> tuple[LCMLoRATask, Data]:
+        """Loads the teacher and adds the adapter to it."""
+        del out
+        torch.manual_seed(self.schedule.seed)
+        parts = load_components(self.teacher)
+        task = LCMLoRATask(
+            add_lora(parts.unet, rank=self.rank),
+            LatentsAndText(parts.text, parts.vae),
+            ConsistencySolver(NoiseSchedule.from_config(parts.scheduler_config)),
+            w=self.w,
+            gradient_checkpointing=self.gradient_checkpointing,
+        )
+        return task, self.data.open(self.schedule.seed)
+
+
+def lcm_lora() -> LCMLoRARecipe:
+    """Distil an LCM-LoRA: rank 64, guidance 7.5, about 67M parameters for SD 1.x, the numbers of diffusers' script."""
+    return LCMLoRARecipe(
+        schedule=Schedule(
+            steps=5_000, batch_size=24, lr=1e-4, warmup=0, decay="constant", betas=(0.9, 0.999), weight_decay=0.0,
+            precision="fp16",
+        ),
+        teacher=SD15,
+        data=ImageData(crop="random"),
+        rank=64,
+        w=6.5,
+        gradient_checkpointing=True,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VAETerms:
+    """What a decoder learns from, and by which terms; see `Lessons`, `DecoderLoss` and `Turns`."""
+
+    lpips: str | None = None
+    """The file of VGG-16, or its folder; None looks in torch's cache, and takes the Laplacian pyramid without."""
+    backbone: str | None = None
+    """The folder of a self-supervised ViT for the judge; None takes a patch discriminator."""
+    turns: Turns = field(default_factory=lambda: Turns(start=0, warmup=5000, discriminator=5))
+    latent_fade: float = 0.25
+    colour: float = 0.1
+    degradation: float = 0.0
+    pixel_filter: float = 1 / 3
+    imitate: bool = False
+    pixel_weight: float = 0.5
+    """Of L1, squared error (twice) and gradients. Ours, so that it also works without LPIPS; the reference has none."""
+    perceptual_weight: float = 1.0
+    adversarial_weight: float = 0.5
+
+    def lessons(self, teacher: str) -> Lessons:
+        """Loads the teacher."""
+        return Lessons(
+            load_vae(teacher),
+            sample=True,
+            latent_fade=self.latent_fade,
+            colour=self.colour,
+            degradation=self.degradation,
+            imitate=self.imitate,
+            pixel_filter=self.pixel_filter,
+        )
+
+    def loss(self) -> DecoderLoss:
+        """Finds the perceptual distance and the judge, and says in the log which they are and why."""
+        perceptual, why = find_perceptual(None if self.lpips is None else Path(self.lpips))
+        log.info("perceptual term: %s", why)
+        judge = None
+        if self.adversarial_weight:
+            judge, why = find_discriminator(None if self.backbone is None else Path(self.backbone))
+            log.info("judge: %s", why)
+        return DecoderLoss(
+            perceptual=perceptual,
+            discriminator=judge,
+            l1_weight=self.pixel_weight,
+            mse_weight=2 * self.pixel_weight,
+            gradient_weight=self.pixel_weight,
+            perceptual_weight=self.perceptual_weight,
+            adversarial_weight=self.adversarial_weight,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TinyVAERecipe:
+    """A tiny VAE in the latent space of a Stable Diffusion VAE, by a perceptual term and a judge."""
+
+    schedule: Schedule
+    teacher: str
+    student: str | None
+    """A folder of TAESD, or of a tiny VAE, to begin as; None begins untrained."""
+    data: ImageData
+    terms: VAETerms
+    folder: str = "tiny_vae"
+
+    def build(self, out: Path) -> tuple[TinyVAETask, Data]:
+        """Loads the teacher and makes the student."""
+        del out
+        torch.manual_seed(self.schedule.seed)
+        tiny = AutoencoderTiny() if self.student is None else load_tiny_vae(Path(self.student))
+        task = TinyVAETask(
+            tiny.requires_grad_(True), self.terms.lessons(self.teacher), self.terms.loss(), turns=self.terms.turns
+        )
+        return task, self.data.open(self.schedule.seed)
+
+
+def tiny_vae() -> TinyVAERecipe:
+    """Distil a tiny VAE (TAESD's shape, 2.4M parameters) from the SD VAE: perceptual, adversarial and latent terms.
+
+    The published schedule: 100k steps of 96 pictures at 512x512, in turns of one decoder, one encoder and five judge
+    steps.
+    """
+    return TinyVAERecipe(
+        schedule=Schedule(
+            steps=100_000, batch_size=48, accumulate=2, lr=1e-5, warmup=0, decay="cosine", betas=(0.9, 0.999),
+            ema_decay=0.99, precision="no", preview_every=1000, seed=42,
+        ),
+        teacher=SD15,
+        student=None,
+        data=ImageData(captions=False),
+        terms=VAETerms(),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SmallVAERecipe:
+    """A KL VAE whose decoder is narrowed and distilled; its latents are its teacher's."""
+
+    schedule: Schedule
+    teacher: str
+    widths: tuple[int, ...]
+    data: ImageData
+    terms: VAETerms
+    folder: str = "small_vae"
+
+    def build(self, out: Path) -> tuple[SmallVAETask, Data]:
+        """Loads the teacher and narrows its decoder."""
+        del out
+        torch.manual_seed(self.schedule.seed)
+        lessons = self.terms.lessons(self.teacher)
+        task = SmallVAETask(
+            prune_decoder(lessons.teacher, self.widths), lessons, self.terms.loss(), turns=self.terms.turns
+        )
+        return task, self.data.open(self.schedule.seed)
+
+
+def small_vae() -> SmallVAERecipe:
+    """Distil a decoder-pruned SD VAE: 62,013,095 of 83,653,863 parameters, decoder (96, 192, 384, 384).
+
+    The published widths are not known; these give the published count. Nor is it published how it was trained: the
+    schedule is ours.
+    """
+    return SmallVAERecipe(
+        schedule=Schedule(
+            steps=50_000, batch_size=12, accumulate=2, lr=1e-5, warmup=0, decay="cosine", betas=(0.9, 0.999),
+            ema_decay=0.99, precision="bf16", preview_every=1000, seed=42,
+        ),
+        teacher=SD15,
+        widths=SD_SMALL_WIDTHS,
+        data=ImageData(captions=False),
+        terms=VAETerms(latent_fade=0.0),
+    )  # fmt: skip

@@ -21,6 +21,7 @@ from typing import Any, TypeVar, cast
 import click
 
 from training import recipes
+from training.bundle_command import export_bundle_command
 from training.checkpoints import CheckpointError
 from training.demo_command import demo_command
 from training.loop import Run, StepRecord, Tracker, make_accelerator, train
@@ -32,6 +33,7 @@ from training.stage_commands import (
     cost_command,
     evaluate_coco_command,
     evaluate_command,
+    evaluate_vae_command,
     export_command,
     latents_command,
     say,
@@ -219,7 +221,9 @@ for _command in (
     prune_command,
     evaluate_command,
     evaluate_coco_command,
+    evaluate_vae_command,
     export_command,
+    export_bundle_command,
     cost_command,
 ):
     main.add_command(_command)

@@ -11,7 +11,7 @@ import numpy as np
 
 from training.conditioning import Text
 from training.loop import make_accelerator
-from training.stage_commands import FILE, FOLDER, OUT, say
+from training.stage_commands import FILE, FOLDER, OUT, numbers, say
 
 SCORES_FOLDER = "scores"
 
@@ -101,6 +101,7 @@ def score_command(
 @click.option("--keep-mid", is_flag=True, help="Keep the middle block, which goes otherwise if there is one.")
 @click.option("--layers-per-block", type=click.IntRange(min=1), default=1, show_default=True, help="Layers that stay.")
 @click.option("--levels", type=click.IntRange(min=1), help="Levels that stay, from the outermost; all unless told.")
+@click.option("--transformer-layers", help="Transformer blocks that stay, by level, such as 1,2,5 (SDXL).")
 @click.option("--thresholds", help="a,b: 25% of the a least significant layers, 50% of those up to b, 75% of the rest.")
 @click.option("--parameters", type=click.FloatRange(min=0, min_open=True), help="Budget: so many million parameters.")
 @click.option("--gmacs", type=click.FloatRange(min=0, min_open=True), help="Budget: so many GMAC a call of one sample.")
@@ -110,8 +111,8 @@ def score_command(
 @click.option("--tokens", type=click.IntRange(min=1), default=32, show_default=True, help="For MACs.")
 def prune_command(
     out: Path, unet_source: str | None, target: Path | None, keep_mid: bool, layers_per_block: int, levels: int | None,
-    thresholds: str | None, parameters: float | None, gmacs: float | None, ratio: float | None, compat: bool, size: int,
-    tokens: int,
+    transformer_layers: str | None, thresholds: str | None, parameters: float | None, gmacs: float | None,
+    ratio: float | None, compat: bool, size: int, tokens: int,
 ) -> None:  # fmt: skip
     """Drop layers, then cut inner channels and heads, by thresholds or to a budget; says what became of every layer.
 
@@ -136,7 +137,11 @@ def prune_command(
         return
     large = load_unet(unet_source or out / "unet")
     shallow = drop(
-        large, layers_per_block=layers_per_block, mid=keep_mid and large.mid_block is not None, levels=levels
+        large,
+        layers_per_block=layers_per_block,
+        mid=keep_mid and large.mid_block is not None,
+        levels=levels,
+        transformer_layers=numbers(transformer_layers, "--transformer-layers", 1, 100) if transformer_layers else None,
     )
     prefixes = sources(shallow, large)
     names = {source_of(layer.name, prefixes): layer.name for layer in layers(shallow)}
@@ -147,8 +152,6 @@ def prune_command(
     scores |= {key: score for key, score in scored.items() if key[0] == PHANTOM and compat}
     cells = size // 8
     if thresholds is not None:
-        from training.stage_commands import numbers
-
         a, b = numbers(thresholds, "--thresholds", 0, len(names) + 1)
         ratios = ratios_from_thresholds(scores, layers(shallow), a, b, compat=compat)
     else:

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.scenes import SIZE, background_colour, draw, place, render, sample_scene, to_model_range
+from training.scenes import SIZE, background_colour, caption, draw, place, render, sample_scene, to_model_range
 from training.task import Batch, Task, freeze, normal
 
 LATENT_CHANNELS = 4
@@ -44,6 +44,13 @@ def build_vae(widths: tuple[int, ...]) -> AutoencoderKL:
 def scene_batch(rng: np.random.Generator, batch_size: int) -> Tensor:
     """Draws whole training scenes: float32 [B, 3, 128, 128] in [-1, 1]."""
     return torch.from_numpy(to_model_range(np.stack([render(sample_scene(rng), rng) for _ in range(batch_size)])))
+
+
+def draw_scenes(rng: np.random.Generator, batch_size: int) -> Batch:
+    """Draws whole training scenes with captions; see `task.Drawn`."""
+    scenes = [sample_scene(rng) for _ in range(batch_size)]
+    images = to_model_range(np.stack([render(scene, rng) for scene in scenes]))
+    return Batch(images=torch.from_numpy(images), captions=tuple(caption(scene, rng, free=0.3) for scene in scenes))
 
 
 def draw_crops(crop: int, rng: np.random.Generator, batch_size: int) -> Batch:

@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 
 from training.components import Components, load_components, load_vae
-from training.conditioning import LatentsAndText
+from training.conditioning import VAE_SCALE_FACTOR, LatentsAndText
 from training.data import open_data
 from training.depth import feature_map
 from training.discriminator import find_discriminator
@@ -29,9 +29,12 @@ from training.perceptual import find_perceptual
 from training.previews import Preview
 from training.pruned_unet import load_unet, save_unet
 from training.reconstruction import DecoderLoss, Lessons, Turns
+from training.scenes import SIZE
+from training.shards import MetadataFilter
 from training.small_vae import SD_SMALL_WIDTHS, SmallVAETask, prune_decoder
-from training.task import Data
+from training.task import Data, Drawn
 from training.tiny_vae import TinyVAETask, load_tiny_vae
+from training.vae import draw_scenes
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +54,8 @@ class ImageData:
     """Which pictures to learn from; see `training.data`."""
 
     spec: str | None = None
-    """imagefolder:DIRECTORY, datasets:NAME_OR_DIRECTORY, webdataset:SHARDS or csv:FILE; must be set."""
+    """imagefolder:DIRECTORY, datasets:NAME_OR_DIRECTORY, webdataset:SHARDS or csv:FILE; "scenes" are the demo's, of 128
+    pixels, to try a recipe with. Must be set."""
     resolution: int = 512
     loader_workers: int = 8
     """Threads that decode."""
@@ -61,11 +65,22 @@ class ImageData:
     captions: bool = True
     image_column: str | None = None
     caption_column: str | None = None
+    keep: MetadataFilter = field(default_factory=MetadataFilter)
+    """Of webdataset: what the records' json must say."""
 
-    def open(self, seed: int) -> Data:
-        """Opens them."""
+    def open(self, seed: int, multiple: int) -> Data:
+        """Opens them; `multiple` must divide the resolution."""
+        spec = _needed(self.spec, "data.spec", "imagefolder:DIRECTORY")
+        resolution = SIZE if spec == "scenes" else self.resolution
+        if resolution < multiple or resolution % multiple:
+            raise ValueError(
+                f"data.resolution is {resolution}; these networks need a multiple of {multiple}, such as "
+                f"{max(1, round(resolution / multiple)) * multiple}"
+            )
+        if spec == "scenes":
+            return Drawn(draw_scenes, seed)
         return open_data(
-            _needed(self.spec, "data.spec", "imagefolder:DIRECTORY"),
+            spec,
             resolution=self.resolution,
             seed=seed,
             loader_workers=self.loader_workers,
@@ -74,7 +89,12 @@ class ImageData:
             captions=self.captions,
             image_column=self.image_column,
             caption_column=self.caption_column,
+            keep=None if self.keep == MetadataFilter() else self.keep,
         )
+
+
+def _unet_multiple(unet: UNet2DConditionModel) -> int:
+    return VAE_SCALE_FACTOR << (len(unet.config.block_out_channels) - 1)
 
 
 def _preview(unet: UNet2DConditionModel, parts: Components, resolution: int, guidance: float) -> Preview:
@@ -124,7 +144,7 @@ class DistillRecipe:
             snr_gamma=self.snr_gamma,
             gradient_checkpointing=self.gradient_checkpointing,
         )
-        return task, self.data.open(self.schedule.seed)
+        return task, self.data.open(self.schedule.seed, _unet_multiple(parts.unet))
 
 
 def distill() -> DistillRecipe:
@@ -192,7 +212,7 @@ class LCMRecipe:
             huber_c=self.huber_c,
             gradient_checkpointing=self.gradient_checkpointing,
         )
-        return task, self.data.open(self.schedule.seed)
+        return task, self.data.open(self.schedule.seed, _unet_multiple(parts.unet))
 
 
 def lcm() -> LCMRecipe:
@@ -239,7 +259,7 @@ class LCMLoRARecipe:
             w=self.w,
             gradient_checkpointing=self.gradient_checkpointing,
         )
-        return task, self.data.open(self.schedule.seed)
+        return task, self.data.open(self.schedule.seed, _unet_multiple(parts.unet))
 
 
 def lcm_lora() -> LCMLoRARecipe:
@@ -327,7 +347,7 @@ class TinyVAERecipe:
         task = TinyVAETask(
             tiny.requires_grad_(True), self.terms.lessons(self.teacher), self.terms.loss(), turns=self.terms.turns
         )
-        return task, self.data.open(self.schedule.seed)
+        return task, self.data.open(self.schedule.seed, VAE_SCALE_FACTOR)
 
 
 def tiny_vae() -> TinyVAERecipe:
@@ -367,7 +387,7 @@ class SmallVAERecipe:
         task = SmallVAETask(
             prune_decoder(lessons.teacher, self.widths), lessons, self.terms.loss(), turns=self.terms.turns
         )
-        return task, self.data.open(self.schedule.seed)
+        return task, self.data.open(self.schedule.seed, VAE_SCALE_FACTOR)
 
 
 def small_vae() -> SmallVAERecipe:

@@ -8,7 +8,11 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 
+from edge_client.events import Conditioning
+from edge_client.onnx_models import Models
+from hybridsd.manifest import read_manifest, verify_files
 from tests.unit.training import chain
+from tests.unit.training.toy import run
 from training import recipes
 from training.components import load_decoder
 from training.lora import load_lora
@@ -127,8 +131,78 @@ def test_what_is_not_there_is_named(runs: tuple[Path, dict[str, chain.Losses]], 
         override(published, ["teacher=/nowhere"]).build(out)
     with pytest.raises(ValueError, match=r"data.spec is not set; give --set data.spec=imagefolder:DIRECTORY"):
         override(chain.make(name, out), ["data.spec=None"]).build(out)
+    with pytest.raises(ValueError, match=r"data.resolution is 100; these networks need a multiple of (8|16), such as"):
+        override(chain.make(name, out), ["data.resolution=100"]).build(out)
+
+
+def test_recipes_can_be_tried_on_scenes(runs: tuple[Path, dict[str, chain.Losses]]) -> None:
+    """Without any data of one's own."""
+    out, _ = runs
+    recipe = override(chain.make("sd-distill", out), ["data.spec=scenes", "schedule.steps=2", "folder=on-scenes"])
+
+    assert len(chain.losses(recipe, out)) == 2
 
 
 def test_the_224m_shape_is_one_documented_path() -> None:
     """SD 1.4, its layers dropped, its inner widths cut: the published count."""
     assert sum(parameter.numel() for parameter in hybrid_224m().parameters()) == 224_490_116
+
+
+def test_a_bundle_of_ones_own_models(runs: tuple[Path, dict[str, chain.Losses]], tmp_path: Path) -> None:
+    """From a pipeline, a distilled U-Net and a tiny VAE, by one command; the edge predicts what the U-Net does."""
+    out, _ = runs
+    small = out / "sd-distill-unet_distilled"
+    result = run(
+        "export-bundle", "--model", str(out / "pipeline"), "--unet", str(small), "--to", str(tmp_path / "bundle"),
+        "--vae", str(out / "sd-tiny-vae-tiny_vae"), "--size", "64", "--latent-space", "tiny",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    manifest = read_manifest(tmp_path / "bundle")
+    latents = np.random.default_rng(0).normal(size=(4, 8, 8)).astype(np.float32)
+    embeds = np.ones((manifest.context_length, manifest.embed_dim), dtype=np.float32)
+    models = Models(tmp_path / "bundle", manifest, threads=1)
+    actual = models.predict_noise(
+        latents, 500.0, Conditioning(prompt_embeds=embeds, negative_prompt_embeds=None), guidance_scale=1.0
+    )
+    with torch.inference_mode():
+        expected = load_unet(small)(torch.from_numpy(latents)[None], 500.0, torch.from_numpy(embeds)[None]).sample[0]
+
+    assert verify_files(manifest, tmp_path / "bundle") == []
+    assert manifest.latent_space == "tiny"
+    np.testing.assert_allclose(actual, expected.numpy(), rtol=0, atol=0.02 * float(expected.abs().max()))
+    assert models.decode(latents).shape == (3, 64, 64)
+
+
+def test_a_vae_is_measured(runs: tuple[Path, dict[str, chain.Losses]]) -> None:
+    """PSNR and SSIM are numbers; what lacks its network says which file to fetch."""
+    out, _ = runs
+    pictures = f"csv:{out / 'pictures' / 'metadata.csv'}"
+    output = run(
+        "evaluate-vae", "--vae", str(out / "vae"), "--data", pictures, "--size", "64", "--limit", "4", "--batch", "2"
+    ).stdout
+    found = dict(line.split(" ", 1) for line in output.splitlines())
+
+    assert 0 < float(found["psnr"]) < 40
+    assert 0 < float(found["ssim"]) < 1
+    assert found["fid"].startswith("not measured: ") or float(found["fid"]) >= 0
+
+
+def test_the_coco_protocol_as_a_command(runs: tuple[Path, dict[str, chain.Losses]], tmp_path: Path) -> None:
+    """Pictures for each split, likeness to the large model's, a CSV and a plot; the second time nothing is made."""
+    out, _ = runs
+    (tmp_path / "metadata.csv").write_text("name,caption\na.jpg,a fox\nb.jpg,a cat above a pig\n")
+    command = (
+        "evaluate-coco", "--out", str(tmp_path / "coco"), "--model", str(out / "pipeline"),
+        "--unets", f"{out / 'pipeline'},{out / 'sd-distill-unet_distilled'}", "--steps", "2",
+        "--captions", str(tmp_path / "metadata.csv"), "--splits", "2,1,0", "--size", "64", "--judged-size", "32",
+    )  # fmt: skip
+    first = run(*command)
+    assert first.exit_code == 0, first.output
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "coco").rglob("*.jpg")}
+    second = run(*command)
+
+    assert len(made) == 3 * 2 * 2
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "coco").rglob("*.jpg")} == made
+    assert "1,1 psnr " in first.stdout
+    assert second.stdout == first.stdout
+    assert (tmp_path / "coco" / "quality.csv").is_file()

@@ -8,6 +8,7 @@ Images are float32 [B, 3, 128, 128] in [-1, 1].
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -104,20 +105,27 @@ class JudgedPictures:
     """
 
     def __init__(self, vae: AutoencoderKL, *, pool: int, seed: int) -> None:
+        self.vae, self.size, self.seed = vae, pool, seed
+
+    @cached_property
+    def pool(self) -> tuple[Tensor, Tensor]:
+        """Labels int64 [N, 4] and pictures float16 [N, 3, 128, 128]; made at the first batch, where the VAE then is."""
         labels, images = [], []
-        for start in range(0, pool, 64):
-            label, image = scenes_and_images(np.random.default_rng((seed, 2**31 + 2, start)), min(64, pool - start))
+        for start in range(0, self.size, 64):
+            rng = np.random.default_rng((self.seed, 2**31 + 2, start))
+            label, image = scenes_and_images(rng, min(64, self.size - start))
             labels.append(label)
-            images.append(round_trip(vae, image).half().cpu())
-        self.labels, self.images = torch.cat(labels), torch.cat(images)
+            images.append(round_trip(self.vae, image).half().cpu())
+        return torch.cat(labels), torch.cat(images)
 
     def __call__(self, rng: np.random.Generator, batch_size: int) -> Batch:
         """Draws a batch with labels int64 [B, 4]; see `task.Drawn`."""
         fresh = batch_size // 2
         labels, images = scenes_and_images(rng, fresh)
-        chosen = torch.from_numpy(rng.integers(len(self.labels), size=batch_size - fresh))
-        images = augment(torch.cat([images, self.images[chosen].float()]), rng)
-        return Batch(images=images, labels=torch.cat([labels, self.labels[chosen]]))
+        pool_labels, pool_images = self.pool
+        chosen = torch.from_numpy(rng.integers(len(pool_labels), size=batch_size - fresh))
+        images = augment(torch.cat([images, pool_images[chosen].float()]), rng)
+        return Batch(images=images, labels=torch.cat([labels, pool_labels[chosen]]))
 
 
 class ClassifierTask(Task):

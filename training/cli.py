@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar, cast
@@ -22,7 +23,6 @@ import click
 
 from training import recipes
 from training.bundle_command import export_bundle_command
-from training.checkpoints import CheckpointError
 from training.demo_command import demo_command
 from training.loop import Run, StepRecord, Tracker, make_accelerator, train
 from training.overrides import override
@@ -50,7 +50,7 @@ class Friendly(click.Group):
         """Runs a command."""
         try:
             return super().invoke(ctx)
-        except (ValueError, FileNotFoundError, CheckpointError) as error:
+        except (ValueError, OSError) as error:
             if os.environ.get("HYBRIDSD_TRACEBACK"):
                 raise
             raise click.ClickException(f"{error} (HYBRIDSD_TRACEBACK=1 shows where)") from error
@@ -111,15 +111,22 @@ def _resolved(recipe: Any, steps: int | None, seed: int | None, settings: Sequen
     return override(recipe, [*short, *settings])
 
 
-def _stop_on_signals(run: Run) -> None:
-    """Makes Ctrl-C and SIGTERM end the run after the step in hand, with a checkpoint."""
+@contextmanager
+def _stopping_on_signals(run: Run) -> Iterator[None]:
+    """Lets Ctrl-C and SIGTERM end the run after the step in hand, with a checkpoint; a second one ends it at once."""
 
     def handler(signum: int, frame: FrameType | None) -> None:
         del signum, frame
+        if run.stop:
+            raise KeyboardInterrupt
         run.stop = True
 
-    signal.signal(signal.SIGTERM, handler)
-    signal.signal(signal.SIGINT, handler)
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def _shown(records: Iterator[StepRecord], *, done: int, steps: int, name: str) -> None:
@@ -167,11 +174,11 @@ def run_recipe(name: str, recipe: recipes.Recipe, out: Path, trackers: Sequence[
         say(f"{name}: going on at step {run.step}")
     if trackers and run.step < recipe.schedule.steps:
         accelerator.init_trackers("curves", init_kwargs={"wandb": {"name": name, "dir": str(directory)}})
-    _stop_on_signals(run)
-    _shown(train(run, directory), done=run.step, steps=recipe.schedule.steps, name=name)
+    with _stopping_on_signals(run):
+        _shown(train(run, directory), done=run.step, steps=recipe.schedule.steps, name=name)
     if trackers:
         accelerator.end_training()
-    if run.step < recipe.schedule.steps:
+    if run.stop or run.step < recipe.schedule.steps:
         say(f"{name}: stopped at step {run.step}; the same command goes on from there")
         sys.exit(130)
     if run.curve and accelerator.is_main_process:

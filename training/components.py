@@ -98,14 +98,14 @@ def load_components(source: str, *, dtype: torch.dtype = torch.float32) -> Compo
 
     Args:
         source: A folder in diffusers layout, or a hub id such as owner/name.
-        dtype: Of all networks; float32 for what is learnt.
+        dtype: Of U-Net and text; the VAE is float32, as SDXL's overflows in float16.
 
     Raises:
         ValueError: If it cannot be read, saying what is missing.
     """
     return Components(
         unet=load_unet(source, dtype=dtype),
-        vae=load_vae(source, dtype),
+        vae=load_vae(source),
         text=load_text(source, dtype),
         scheduler_config=load_scheduler_config(source),
     )

@@ -57,8 +57,8 @@ class Text(Protocol):
         ...
 
 
-def _token_ids(tokenizer: CLIPTokenizer, captions: Sequence[str], device: torch.device) -> Tensor:
-    """Gives int64 [B, T]: padded, and cut, to the tokenizer's length."""
+def token_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
+    """Gives int64 [B, T]: begin, the caption, then end tokens up to the tokenizer's length. Longer captions are cut."""
     encoded = tokenizer(
         list(captions),
         padding="max_length",
@@ -66,7 +66,7 @@ def _token_ids(tokenizer: CLIPTokenizer, captions: Sequence[str], device: torch.
         max_length=tokenizer.model_max_length,
         return_tensors="pt",
     )
-    return cast(Tensor, encoded.input_ids.to(device))
+    return cast(Tensor, encoded.input_ids)
 
 
 class ClipText:
@@ -79,7 +79,7 @@ class ClipText:
 
     def embed(self, captions: Sequence[str]) -> tuple[Tensor, ...]:
         """Gives the hidden states: float32 [B, T, D]."""
-        ids = _token_ids(self.tokenizer, captions, self.text_encoder.device)
+        ids = token_ids(self.tokenizer, captions).to(self.text_encoder.device)
         return (self.text_encoder(input_ids=ids).last_hidden_state.float(),)
 
     def unet_kwargs(self, embeds: Sequence[Tensor], size: tuple[int, int]) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class ClipTextXL:
     def embed(self, captions: Sequence[str]) -> tuple[Tensor, ...]:
         """Gives the hidden states, float32 [B, T, D1 + D2], and the summary, float32 [B, D2]."""
         outputs = [
-            encoder(input_ids=_token_ids(tokenizer, captions, encoder.device), output_hidden_states=True)
+            encoder(input_ids=token_ids(tokenizer, captions).to(encoder.device), output_hidden_states=True)
             for tokenizer, encoder in zip(self.tokenizers, self.networks, strict=True)
         ]
         hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1).float()
@@ -171,9 +171,10 @@ class LatentsAndText:
             return batch.latents
         if batch.images is None or self.vae is None:
             raise ValueError("a batch without latents needs images and a VAE; give both, or encode the data beforehand")
-        posteriors = [
-            self.vae.encode(part.to(self.vae.dtype)).latent_dist for part in torch.split(batch.images, self.chunk)
-        ]
+        with torch.autocast(batch.images.device.type, enabled=False):  # in float16, SDXL's VAE overflows
+            posteriors = [
+                self.vae.encode(part.to(self.vae.dtype)).latent_dist for part in torch.split(batch.images, self.chunk)
+            ]
         mean = torch.cat([posterior.mean for posterior in posteriors]).float()
         std = torch.cat([posterior.std for posterior in posteriors]).float()
         noise = normal(rng, mean.shape, mean.device)

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from training import recipes
-from training.checkpoints import write_atomically
+from training.checkpoints import write_text
 from training.loop import make_accelerator
 from training.stage_commands import FOLDER, OUT, say
 
@@ -21,18 +21,19 @@ STAGES = (
 )  # fmt: skip
 # What the stages that are no recipes take, where that is not their own default.
 SETTINGS: Mapping[recipes.Scale, Mapping[str, Mapping[str, Any]]] = {
-    "demo": {},
+    "demo": {"export": {"lcm": True}},
     "quick": {
         "latents": {"scenes": 10_000},
         "score": {"num_captions": 16, "steps": 8},
-        "evaluate": {"captions": 48, "renders": 512},
+        "evaluate": {"captions": 48},
+        "export": {"lcm": True},
     },
     "toy": {
         "latents": {"scenes": 48},
         "score": {"num_captions": 2, "steps": 2},
         "prune": {"ratio": 0.6},  # channels go by 32, of which the toy has hardly more
         "evaluate": {
-            "captions": 4, "renders": 8, "steps": 4, "splits": "4,2,0", "lcm_steps": 4, "lcm_splits": "4,2,0",
+            "captions": 4, "steps": 4, "splits": "4,2,0", "lcm_steps": 4, "lcm_splits": "4,2,0",
         },
     },
 }  # fmt: skip
@@ -42,19 +43,21 @@ def _marker(out: Path, stage: str) -> Path:
     return out / "stages" / f"{stage}.json"
 
 
-def _settings(stage: str, scale: recipes.Scale) -> dict[str, Any]:
+def _settings(stage: str, scale: recipes.Scale, target: Path) -> dict[str, Any]:
     """Gives what a stage is made with, to compare it with what it was made with."""
     made = recipes.scenes_recipes().get(stage)
     if made is not None:
         return {"recipe": repr(made(scale))}
-    return dict(SETTINGS[scale].get(stage, {}))
+    return {**SETTINGS[scale].get(stage, {}), **({"target": str(target)} if stage == "export" else {})}
 
 
-def _is_done(out: Path, stage: str, scale: recipes.Scale) -> bool:
+def _is_done(out: Path, stage: str, scale: recipes.Scale, target: Path) -> bool:
     path = _marker(out, stage)
     if not path.is_file():
         return False
-    if json.loads(path.read_text(encoding="utf-8")) != _settings(stage, scale):
+    if json.loads(path.read_text(encoding="utf-8")) != _settings(stage, scale, target):
+        if stage == "export":  # to another place
+            return False
         raise click.ClickException(
             f"stage {stage} of {out} was made with other settings than scale {scale}'s; choose another --out, or"
             f" remove {path} to go on with what there is, and the stage's folder too to make it again"
@@ -79,11 +82,11 @@ def demo_command(ctx: click.Context, out: Path, scale: recipes.Scale, target: Pa
     group = ctx.parent.command if ctx.parent is not None else None
     if not isinstance(group, click.Group):
         raise RuntimeError("demo is a command of the group")
-    started = time.monotonic()
+    started, models = time.monotonic(), target or out / "models"
     for stage in STAGES:
-        done = _is_done(out, stage, scale)
+        done = _is_done(out, stage, scale, models)
         if dry_run:
-            settings = " ".join(f"{name}={value}" for name, value in _settings(stage, scale).items())
+            settings = " ".join(f"{name}={value}" for name, value in _settings(stage, scale, models).items())
             click.echo(f"{'done' if done else 'open'} {stage:11s} {settings}")
             continue
         if done:
@@ -94,16 +97,11 @@ def demo_command(ctx: click.Context, out: Path, scale: recipes.Scale, target: Pa
         if stage in recipes.scenes_recipes():
             given["scale"] = scale
         if stage == "export":
-            given["target"] = target or out / "models"
+            given["target"] = models
         ctx.invoke(command, **given)
         accelerator = make_accelerator()
         if accelerator.is_main_process:
-            text = json.dumps(_settings(stage, scale), indent=1) + "\n"
-            write_atomically(_marker(out, stage), lambda partial, text=text: _write(partial, text))  # type: ignore[misc]
+            write_text(_marker(out, stage), json.dumps(_settings(stage, scale, models), indent=1) + "\n")
         accelerator.wait_for_everyone()
     if not dry_run:
-        say(f"demo: {target or out / 'models'} after {(time.monotonic() - started) / 60:.1f} min in this run")
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+        say(f"demo: {models} after {(time.monotonic() - started) / 60:.1f} min in this run")

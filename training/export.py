@@ -111,8 +111,9 @@ def export_family(
     plan_steps: Sequence[int] = PLAN_STEPS,
     precision: Precision = "half-storage",
     captions: Sequence[str] = (),
+    lcm: bool = False,
 ) -> list[Parity]:
-    """Writes the demo family: large/, small_unet/ and edge/ into `target`.
+    """Writes the demo family: large/, small_unet/ and edge/ into `target`, or its LCMs: large_lcm/ and edge_lcm/.
 
     Args:
         family: The folder of the training run: unet/, small_unet/, vae/, tiny_vae/ and text/.
@@ -124,23 +125,25 @@ def export_family(
         plan_steps: Numbers of steps to compile plans for.
         precision: Of the edge's U-Net.
         captions: To calibrate "int8" with.
+        lcm: Takes lcm/ and lcm_small/ of the family in place of unet/ and small_unet/; 4 of 8 steps in the cloud.
     """
+    suffix = "_lcm" if lcm else ""
     vae = cast(AutoencoderKL, AutoencoderKL.from_pretrained(family / "vae"))
     tiny = cast(AutoencoderTiny, AutoencoderTiny.from_pretrained(family / "tiny_vae"))
     text_encoder = cast(CLIPTextModel, CLIPTextModel.from_pretrained(family / "text" / "text_encoder"))
     tokenizer = family / "text" / "tokenizer"
     latent_space = latent_space_of(vae, FAMILY_NAME)
     defaults = Defaults(
-        scheduler="dpmpp_2m",
-        num_inference_steps=25,
+        scheduler="lcm" if lcm else "dpmpp_2m",
+        num_inference_steps=8 if lcm else 25,
         guidance_scale=4.0,
         width=FAMILY_SIZE,
         height=FAMILY_SIZE,
-        cloud_steps=cloud_steps,
+        cloud_steps=4 if lcm else cloud_steps,
     )
     export_cloud(
-        target / "large",
-        unet=load_unet(family / "unet"),
+        target / f"large{suffix}",
+        unet=load_unet(family / ("lcm" if lcm else "unet")),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         vae=vae,
@@ -148,19 +151,20 @@ def export_family(
         latent_space=latent_space,
         defaults=defaults,
     )
-    say(f"{target / 'large'}: the cloud's pipeline")
-    small = load_unet(family / "small_unet")
-    save_unet(small, target / "small_unet", torch.float16)
-    say(f"{target / 'small_unet'}: the small U-Net, for torch")
+    say(f"{target / f'large{suffix}'}: the cloud's pipeline")
+    small = load_unet(family / ("lcm_small" if lcm else "small_unet"))
+    if not lcm:
+        save_unet(small, target / "small_unet", torch.float16)
+        say(f"{target / 'small_unet'}: the small U-Net, for torch")
     parity = export_bundle(
-        target / "edge",
+        target / f"edge{suffix}",
         unet=small,
         text_encoder=text_encoder,
         tokenizer_file=tokenizer / "tokenizer.json",
         decoder=tiny,
         encoder=tiny,
         scheduler_config=scheduler_config,
-        name=f"{FAMILY_NAME}-small",
+        name=f"{FAMILY_NAME}-small{suffix.replace('_', '-')}",
         latent_space=latent_space,
         defaults=defaults,
         scaling_factor=float(vae.config.scaling_factor),
@@ -175,5 +179,5 @@ def export_family(
         precision=precision,
         captions=captions,
     )
-    say(f"{target / 'edge'}: the edge's bundle")
+    say(f"{target / f'edge{suffix}'}: the edge's bundle")
     return parity

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from training.classifier import Classifier, labels_of, load_classifier
+from training.conditioning import token_ids
 from training.diffusion import build_scheduler
 from training.metrics import Flags, Floats, Found, similarity
 from training.pruned_unet import load_unet
@@ -45,7 +46,7 @@ from training.sampling import (
 )
 from training.scenes import Scene, caption, from_model_range, render, sample_scene, to_model_range
 from training.task import freeze
-from training.text import embed, load_text_encoder, load_tokenizer, token_ids
+from training.text import embed, load_text_encoder, load_tokenizer
 
 Decoder = Literal["tiny", "kl"]
 LATENT_SHAPE = (4, 16, 16)

@@ -12,15 +12,17 @@ step, in one message. That, and not DistributedDataParallel, because tasks call 
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import logging
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -39,7 +41,10 @@ CURVE_NAME = "loss.csv"
 FINISHED_NAME = "finished.json"
 CURVE_EVERY = 20
 Precision = Literal["no", "bf16", "fp16"]
+Decay = Literal["constant", "linear", "cosine"]
 Tracker = Literal["tensorboard", "wandb"]
+FIXED = ("batch_size", "accumulate", "seed", "ema_decay")
+"""Of the schedule: what a run that is taken up again must not change, since it would not be the same run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +59,7 @@ class Schedule:
     lr: float
     warmup: int = 100
     """Steps over which the rate rises linearly."""
-    decay: Literal["constant", "linear", "cosine"] = "linear"
+    decay: Decay = "linear"
     """How the rate falls to 0 after that."""
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
@@ -66,6 +71,21 @@ class Schedule:
     preview_every: int = 0
     """Steps between two validation pictures; 0 draws none."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        ranges: dict[str, tuple[float, float]] = {
+            "steps": (1, 10**9), "batch_size": (1, 10**6), "accumulate": (1, 10**6), "lr": (0, 10),
+            "warmup": (0, 10**9), "weight_decay": (0, 10), "max_grad_norm": (0, 10**9), "ema_decay": (0, 1),
+            "preview_every": (0, 10**9),
+            "seed": (0, 2**63),
+        }  # fmt: skip
+        for name, (least, most) in ranges.items():
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not least <= value <= most:
+                raise ValueError(f"{name} is {value!r}; it must be in [{least:g}, {most:g}]")
+        for name, choices in (("decay", get_args(Decay)), ("precision", get_args(Precision))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
 
     def lr_at(self, step: int) -> float:
         """Gives the learning rate of `step`, counted from 0."""
@@ -99,7 +119,14 @@ def make_accelerator(
         precision: Of forward and backward passes.
         project: The folder of the curves; needed with trackers.
         trackers: What shows them; "wandb" needs the package of that name.
+
+    Raises:
+        ValueError: If this machine cannot do that.
     """
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("precision is fp16, which needs a GPU; give --set schedule.precision=bf16, or no")
+    if "wandb" in trackers and importlib.util.find_spec("wandb") is None:
+        raise ValueError("the tracker wandb is not installed; pip install wandb, or choose tensorboard")
     AcceleratorState._reset_state()  # one process runs several stages, each with its own precision
     return Accelerator(
         mixed_precision=precision,
@@ -184,11 +211,11 @@ class Run:
 
     def _learn(self, group: Group, optimizer: Any, lr: float) -> bool:
         """Averages the gradients over the processes and steps; says whether any process wants to stop."""
-        self.accelerator.unscale_gradients(optimizer)
         gradients = [p.grad for p in group.parameters if p.grad is not None]
-        stopping = self._average(gradients)
+        stopping = self._average(gradients)  # before unscaling, so that all processes see an overflow of one
+        self.accelerator.unscale_gradients(optimizer)
         norm = nn.utils.clip_grad_norm_(group.parameters, self.schedule.max_grad_norm)
-        if self.schedule.precision == "fp16" or torch.isfinite(norm):  # with fp16 the scaler judges
+        if self.accelerator.scaler is not None or torch.isfinite(norm):  # the scaler judges by itself
             for entry in optimizer.param_groups:
                 entry["lr"] = lr * group.lr_scale
             optimizer.step()
@@ -267,7 +294,7 @@ class Run:
         }
         state = {
             "schedule": asdict(self.schedule), "curve": self.curve, "pending": self.pending, **settings,
-            "scaler": None if scaler is None else scaler.state_dict(),
+            "workers": self.workers, "scaler": None if scaler is None else scaler.state_dict(),
         }  # fmt: skip
         checkpoints.save(directory, self.step, tensors, state)
         write_curve(directory / CURVE_NAME, self.curve)
@@ -281,12 +308,19 @@ class Run:
         """Takes the newest checkpoint of `directory` up again, if there is one. Says whether there was.
 
         Raises:
-            ValueError: If the checkpoint is of other networks.
+            ValueError: If the checkpoint is of other networks, or of a run with other batches.
         """
         path = checkpoints.latest(directory)
         if path is None:
             return False
         state = checkpoints.read_state(path)
+        now = {**{name: getattr(self.schedule, name) for name in FIXED}, "processes": self.workers}
+        before = {**{name: state["schedule"][name] for name in FIXED}, "processes": state["workers"]}
+        changed = [f"{name} {before[name]} (now {now[name]})" for name in now if now[name] != before[name]]
+        if changed:
+            raise ValueError(
+                f"{path} was made with {', '.join(changed)}; give the same to go on, or choose another --out"
+            )
         try:
             self.task.learnt.load_state_dict(checkpoints.read_tensors(path, "learnt"))
             if self.task.companions is not None:
@@ -340,7 +374,9 @@ def train(run: Run, directory: Path, *, checkpoint_seconds: float = 120.0) -> It
         checkpoints.CheckpointError: If a checkpoint cannot be written.
     """
     finished = directory / FINISHED_NAME
-    if run.step >= run.schedule.steps and finished.is_file():
+    done = finished.is_file() and json.loads(finished.read_text(encoding="utf-8"))["steps"] == run.step
+    run.accelerator.wait_for_everyone()  # all have looked before one writes
+    if run.step >= run.schedule.steps and done:
         return
     saved_at, saved_step = time.monotonic(), run.step
     every = run.schedule.preview_every
@@ -356,10 +392,27 @@ def train(run: Run, directory: Path, *, checkpoint_seconds: float = 120.0) -> It
     finally:
         if run.step != saved_step:
             run.save(directory)
+    run.accelerator.wait_for_everyone()  # a process that ends early ends the others, and the first may be saving
     if run.step < run.schedule.steps:
         return
     run.use_average()
     if run.accelerator.is_main_process:
-        run.task.save(directory)
-        finished.write_text(json.dumps({"steps": run.step}) + "\n", encoding="utf-8")
+        _save_result(run.task, directory)
+        checkpoints.write_text(finished, json.dumps({"steps": run.step}) + "\n")
     run.accelerator.wait_for_everyone()
+
+
+def _save_result(task: Task, directory: Path) -> None:
+    """Lets the task write beside what is there, and moves its files there when they are whole."""
+    partial = directory / ".result.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        task.save(partial)
+        for path in sorted(partial.rglob("*")):
+            target = directory / path.relative_to(partial)
+            if path.is_dir():
+                target.mkdir(parents=True, exist_ok=True)
+            else:
+                os.replace(path, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

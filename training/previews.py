@@ -120,5 +120,7 @@ class Preview:
     def __call__(self) -> NDArray[np.uint8]:
         """Draws the row."""
         self.vae.to(self.unet.device)
-        images = from_model_range(decode_latents(self.vae, self.sample(self.unet)).cpu().numpy())
+        latents = self.sample(self.unet)
+        with torch.autocast(self.unet.device.type, enabled=False):  # in float16, SDXL's VAE overflows
+            images = from_model_range(decode_latents(self.vae, latents).cpu().numpy())
         return np.concatenate(list(images), axis=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import click
 import numpy as np
 
+from training.checkpoints import write_text
 from training.conditioning import Text
 from training.loop import make_accelerator
 from training.stage_commands import FILE, FOLDER, OUT, numbers, say
@@ -47,7 +49,7 @@ def score_command(
     import torch
 
     from training import coco
-    from training.components import load_components
+    from training.components import load_scheduler_config, load_text
     from training.diffusion import SCHEDULER_CONFIG
     from training.previews import CaptionSampler
     from training.pruned_unet import load_unet
@@ -58,6 +60,17 @@ def score_command(
     from training.task import freeze
 
     accelerator, started = make_accelerator(), time.monotonic()
+    settings = {
+        "model": model, "unet": unet_source, "captions": None if metadata is None else str(metadata),
+        "num_captions": num_captions, "steps": steps, "scheduler": scheduler, "guidance": guidance, "size": size,
+        "compat": compat,
+    }  # fmt: skip
+    known = out / SCORES_FOLDER / "settings.json"
+    if known.is_file() and (before := json.loads(known.read_text(encoding="utf-8"))) != settings:
+        changed = [f"{name} {before.get(name)!r}" for name in settings if settings[name] != before.get(name)]
+        raise click.ClickException(
+            f"the scores in {known.parent} were made with {', '.join(changed)}; give the same, or remove that folder"
+        )
     text: Text
     if model is None:
         rng = np.random.default_rng(4)
@@ -67,9 +80,7 @@ def score_command(
         if metadata is None:
             raise click.UsageError("--model needs --captions, a metadata.csv with a caption a line")
         captions = [one.text for one in coco.read_captions(metadata, num_captions)]
-        parts = load_components(model)
-        unet = parts.unet if unet_source is None else load_unet(unet_source)
-        text, config = parts.text, dict(parts.scheduler_config)
+        unet, text, config = load_unet(unet_source or model), load_text(model), dict(load_scheduler_config(model))
     device = accelerator.device
     freeze(unet).to(device)
     for network in text.networks:
@@ -81,16 +92,18 @@ def score_command(
     rank, workers = accelerator.process_index, accelerator.num_processes
     path = out / SCORES_FOLDER / f"part-{rank:02d}.json"
     done = _scores(out)
+    mine = dict(done) if rank == 0 else {}
     accelerator.wait_for_everyone()  # nobody writes before all have read
+    if rank == 0:
+        save_scores(path, mine)  # first, so that none is lost when others begin their files anew
+        write_text(known, json.dumps(settings) + "\n")
+    accelerator.wait_for_everyone()
     total = sum(len(variant.keys) for variant in variants(unet, compat=compat))
     say(f"score: {total} scores of {len(captions)} captions, {len(done)} known")
-    mine = {key: score for key, score in done.items() if rank == 0}
     for key, score in significance(unet, sample, compat=compat, done=done, rank=rank, workers=workers):
         mine[key] = score
         save_scores(path, mine)
         say(f"score: {key[0]} at {key[1]}: {score:.3f}, {time.monotonic() - started:.0f} s")
-    if rank == 0:
-        save_scores(path, mine)
     accelerator.wait_for_everyone()
 
 
@@ -133,6 +146,12 @@ def prune_command(
         savings_of,
     )
 
+    goals = {"--thresholds": thresholds, "--parameters": parameters, "--gmacs": gmacs, "--ratio": ratio}
+    given = [name for name, value in goals.items() if value is not None]
+    if len(given) > 1:
+        raise click.UsageError(f"{' and '.join(given)} do not go together; give one of them")
+    if compat and thresholds is None:
+        raise click.UsageError("--compat is the published rule, which has thresholds; give --thresholds a,b")
     if not make_accelerator().is_main_process:
         return
     large = load_unet(unet_source or out / "unet")
@@ -152,7 +171,10 @@ def prune_command(
     scores |= {key: score for key, score in scored.items() if key[0] == PHANTOM and compat}
     cells = size // 8
     if thresholds is not None:
-        a, b = numbers(thresholds, "--thresholds", 0, len(names) + 1)
+        pair = numbers(thresholds, "--thresholds", 0, len(names) + 1)
+        if len(pair) != 2:
+            raise click.BadParameter(f"{thresholds!r} is not a,b such as 19,21", param_hint="--thresholds")
+        a, b = pair
         ratios = ratios_from_thresholds(scores, layers(shallow), a, b, compat=compat)
     else:
         total = sum(parameter.numel() for parameter in large.parameters())

@@ -124,8 +124,9 @@ class Lessons:
     @torch.no_grad()
     def draw(self, images: Tensor, rng: np.random.Generator) -> Lesson:
         """Makes the lesson of a batch of pictures."""
-        pictures = _some(images, self.colour, shift_colours, rng)
-        inputs = _some(pictures, self.degradation, degrade, rng)
+        with torch.autocast(images.device.type, enabled=False):  # colours and blurs in full precision
+            pictures = _some(images, self.colour, shift_colours, rng)
+            inputs = _some(pictures, self.degradation, degrade, rng)
         latents = self.encode(inputs, rng if self.sample else None)
         given = latents
         if self.latent_fade:

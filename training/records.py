@@ -84,6 +84,9 @@ class Table:
     caption_column: str | None
     seed: int
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
     def draws(self, *, batch_size: int, start: int, rank: int, workers: int, skip: Skip) -> Iterator[Draw]:
         """See `Source`. A spare is half an epoch away from the record that it stands in for, so rarely in its batch."""
         del skip  # rows are looked at when they are decoded

@@ -22,7 +22,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from hybridsd.unet_widths import Layer
-from training.checkpoints import write_atomically
+from training.checkpoints import write_text
 from training.pruned_unet import layers, resize
 from training.pruning import PHANTOM, RATIOS, Key, kept_channels, kept_size, sliced
 
@@ -159,12 +159,7 @@ def save_scores(path: Path, scores: Mapping[Key, float]) -> None:
     by_layer: dict[str, dict[str, float]] = {}
     for (name, ratio), score in scores.items():
         by_layer.setdefault(name, {})[str(ratio)] = score
-    text = json.dumps(by_layer, indent=2) + "\n"
-
-    def write(partial: Path) -> None:
-        partial.write_text(text, encoding="utf-8")
-
-    write_atomically(path, write)
+    write_text(path, json.dumps(by_layer, indent=2) + "\n")
 
 
 def load_scores(path: Path) -> dict[Key, float]:

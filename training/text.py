@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from training.conditioning import token_ids
 from training.scenes import COLOURS, LAYOUTS, OBJECTS, Scene, caption, sample_scene
 from training.task import Batch, Task, freeze
 
@@ -79,18 +80,6 @@ def save_tokenizer(tokenizer: CLIPTokenizer, directory: Path) -> None:
 def load_tokenizer(directory: Path) -> CLIPTokenizer:
     """Loads what `save_tokenizer` wrote."""
     return cast(CLIPTokenizer, CLIPTokenizer.from_pretrained(directory))
-
-
-def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
-    """Gives int64 [B, T]: begin, the text, then end tokens up to the context length. Longer texts are cut."""
-    encoded = tokenizer(
-        texts,
-        padding="max_length",
-        truncation=True,
-        max_length=tokenizer.model_max_length,
-        return_tensors="pt",
-    )
-    return cast(Tensor, encoded.input_ids)
 
 
 def build_text_encoder(vocab_size: int, *, hidden: int, layers: int, heads: int) -> CLIPTextModel:

@@ -14,18 +14,19 @@ from typing import Literal
 
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
+from torch import Tensor
 
 from training.components import Components, load_components, load_vae
 from training.conditioning import VAE_SCALE_FACTOR, LatentsAndText
 from training.data import open_data
 from training.depth import feature_map
-from training.discriminator import find_discriminator
+from training.discriminator import ViTDiscriminator, find_discriminator
 from training.distill import DistillTask
 from training.lcm import ConsistencySolver, LCMTask, with_guidance_embedding
 from training.loop import Schedule
 from training.lora import LCMLoRATask, add_lora
 from training.noise_schedule import NoiseSchedule
-from training.perceptual import find_perceptual
+from training.perceptual import LPIPS, find_perceptual
 from training.previews import Preview
 from training.pruned_unet import load_unet, save_unet
 from training.reconstruction import DecoderLoss, Lessons, Turns
@@ -40,7 +41,13 @@ log = logging.getLogger(__name__)
 
 SD14 = "CompVis/stable-diffusion-v1-4"
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+PREVIEW_IMAGES = 4
 PREVIEW_PROMPTS = ("a golden vase with different flowers", "a photo of an astronaut riding a horse on mars")
+
+
+def _frozen_dtype(schedule: Schedule) -> torch.dtype:
+    """What is only run needs no more digits than the passes have."""
+    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[schedule.precision]
 
 
 def _needed(value: str | None, name: str, example: str) -> str:
@@ -68,10 +75,15 @@ class ImageData:
     keep: MetadataFilter = field(default_factory=MetadataFilter)
     """Of webdataset: what the records' json must say."""
 
+    @property
+    def side(self) -> int:
+        """Pixels of a picture's side."""
+        return SIZE if self.spec == "scenes" else self.resolution
+
     def open(self, seed: int, multiple: int) -> Data:
         """Opens them; `multiple` must divide the resolution."""
         spec = _needed(self.spec, "data.spec", "imagefolder:DIRECTORY")
-        resolution = SIZE if spec == "scenes" else self.resolution
+        resolution = self.side
         if resolution < multiple or resolution % multiple:
             raise ValueError(
                 f"data.resolution is {resolution}; these networks need a multiple of {multiple}, such as "
@@ -91,6 +103,10 @@ class ImageData:
             caption_column=self.caption_column,
             keep=None if self.keep == MetadataFilter() else self.keep,
         )
+
+
+def _first_images(data: Data) -> Tensor | None:
+    return next(data.batches(batch_size=PREVIEW_IMAGES, start=0, rank=0, workers=1)).images
 
 
 def _unet_multiple(unet: UNet2DConditionModel) -> int:
@@ -121,13 +137,15 @@ class DistillRecipe:
     lambda_output: float
     lambda_feature: float
     snr_gamma: float | None
+    noise_offset: float
+    input_perturbation: float
     gradient_checkpointing: bool
     folder: str = "unet_distilled"
 
     def build(self, out: Path) -> tuple[DistillTask, Data]:
         """Loads teacher and student; `student` is a folder, below --out or anywhere."""
         torch.manual_seed(self.schedule.seed)
-        parts = load_components(self.teacher)
+        parts = load_components(self.teacher, dtype=_frozen_dtype(self.schedule))
         name = _needed(self.student, "student", "pruned_unet")
         student = load_unet(str(out / name) if (out / name).is_dir() else name).train()
         task = DistillTask(
@@ -135,13 +153,15 @@ class DistillRecipe:
             LatentsAndText(parts.text, parts.vae),
             NoiseSchedule.from_config(parts.scheduler_config),
             save=save_unet,
-            preview=_preview(student, parts, self.data.resolution, 7.5),
+            preview=_preview(student, parts, self.data.side, 7.5),
             teacher=parts.unet,
             feature_map=feature_map(student, parts.unet),
             lambda_task=self.lambda_task,
             lambda_output=self.lambda_output,
             lambda_feature=self.lambda_feature,
             snr_gamma=self.snr_gamma,
+            noise_offset=self.noise_offset,
+            input_perturbation=self.input_perturbation,
             gradient_checkpointing=self.gradient_checkpointing,
         )
         return task, self.data.open(self.schedule.seed, _unet_multiple(parts.unet))
@@ -166,6 +186,8 @@ def distill() -> DistillRecipe:
         lambda_output=1.0,
         lambda_feature=1.0,
         snr_gamma=None,
+        noise_offset=0.0,
+        input_perturbation=0.0,
         gradient_checkpointing=True,
     )  # fmt: skip
 
@@ -191,10 +213,9 @@ class LCMRecipe:
     def build(self, out: Path) -> tuple[LCMTask, Data]:
         """Loads teacher and student."""
         torch.manual_seed(self.schedule.seed)
-        parts = load_components(self.teacher)
-        beginning = parts.unet
-        if self.student is not None:
-            beginning = load_unet(str(out / self.student) if (out / self.student).is_dir() else self.student)
+        parts = load_components(self.teacher, dtype=_frozen_dtype(self.schedule))
+        name = self.student or self.teacher
+        beginning = load_unet(str(out / name) if (out / name).is_dir() else name)
         student = with_guidance_embedding(beginning).requires_grad_(True).train()
         task = LCMTask(
             student,
@@ -204,7 +225,7 @@ class LCMRecipe:
                 NoiseSchedule.from_config(parts.scheduler_config), num_ddim_timesteps=self.num_ddim_timesteps
             ),
             save=save_unet,
-            preview=_preview(student, parts, self.data.resolution, 7.0),
+            preview=_preview(student, parts, self.data.side, 7.0),
             w_min=self.w_min,
             w_max=self.w_max,
             ema_decay=self.target_decay,
@@ -311,10 +332,14 @@ class VAETerms:
     def loss(self) -> DecoderLoss:
         """Finds the perceptual distance and the judge, and says in the log which they are and why."""
         perceptual, why = find_perceptual(None if self.lpips is None else Path(self.lpips))
+        if self.lpips is not None and not isinstance(perceptual, LPIPS):
+            raise ValueError(f"terms.lpips is {self.lpips!r}, but: {why}; or set it to None for the substitute")
         log.info("perceptual term: %s", why)
         judge = None
         if self.adversarial_weight:
             judge, why = find_discriminator(None if self.backbone is None else Path(self.backbone))
+            if self.backbone is not None and not isinstance(judge, ViTDiscriminator):
+                raise ValueError(f"terms.backbone is {self.backbone!r}, but: {why}; or set it to None")
             log.info("judge: %s", why)
         return DecoderLoss(
             perceptual=perceptual,
@@ -344,10 +369,15 @@ class TinyVAERecipe:
         del out
         torch.manual_seed(self.schedule.seed)
         tiny = AutoencoderTiny() if self.student is None else load_tiny_vae(Path(self.student))
+        lessons, data = self.terms.lessons(self.teacher), self.data.open(self.schedule.seed, VAE_SCALE_FACTOR)
         task = TinyVAETask(
-            tiny.requires_grad_(True), self.terms.lessons(self.teacher), self.terms.loss(), turns=self.terms.turns
+            tiny.requires_grad_(True),
+            lessons,
+            self.terms.loss(),
+            turns=self.terms.turns,
+            preview_images=_first_images(data),
         )
-        return task, self.data.open(self.schedule.seed, VAE_SCALE_FACTOR)
+        return task, data
 
 
 def tiny_vae() -> TinyVAERecipe:
@@ -383,11 +413,15 @@ class SmallVAERecipe:
         """Loads the teacher and narrows its decoder."""
         del out
         torch.manual_seed(self.schedule.seed)
-        lessons = self.terms.lessons(self.teacher)
+        lessons, data = self.terms.lessons(self.teacher), self.data.open(self.schedule.seed, VAE_SCALE_FACTOR)
         task = SmallVAETask(
-            prune_decoder(lessons.teacher, self.widths), lessons, self.terms.loss(), turns=self.terms.turns
+            prune_decoder(lessons.teacher, self.widths),
+            lessons,
+            self.terms.loss(),
+            turns=self.terms.turns,
+            preview_images=_first_images(data),
         )
-        return task, self.data.open(self.schedule.seed, VAE_SCALE_FACTOR)
+        return task, data
 
 
 def small_vae() -> SmallVAERecipe:

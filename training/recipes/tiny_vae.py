@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from training.loop import Schedule
-from training.perceptual import find_perceptual
+from training.perceptual import LaplacianLoss
 from training.recipes import Scale, scaled
 from training.reconstruction import DecoderLoss, Lessons
 from training.task import Drawn
@@ -40,7 +40,7 @@ class TinyVAERecipe:
             build_tiny_vae(self.width, blocks=self.blocks),
             Lessons(load_vae(out / "vae"), latent_noise=self.latent_noise),
             DecoderLoss(
-                perceptual=find_perceptual()[0],
+                perceptual=LaplacianLoss(),
                 gradient_weight=self.gradient_weight,
                 perceptual_weight=self.perceptual_weight,
             ),

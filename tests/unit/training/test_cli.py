@@ -1,8 +1,10 @@
 """The command line: what it shows, what it refuses, and how."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,12 @@ def test_dry_run_shows_the_recipe_and_writes_nothing(tmp_path: Path) -> None:
         (["evaluate", "--out", "{out}"], "no unet and no small_unet in {out}"),
         (["evaluate", "--out", "{out}", "--splits", "26"], "26 is not within 0 to 25"),
         (["cost", "--large", "nothing"], "'nothing' is no folder, no hub id, and none of sd14"),
+        (
+            ["prune", "--out", "{out}", "--ratio", "0.5", "--parameters", "3"],
+            "--parameters and --ratio do not go together",
+        ),
+        (["prune", "--out", "{out}", "--compat"], "--compat is the published rule, which has thresholds"),
+        (["vae", "--out", "{out}", "--set", "schedule.decay=foo"], "decay is 'foo'; choose one of constant"),
         (["cost", "--splits", "a"], "'a' is not a list such as 25,10,0"),
     ],
 )
@@ -55,6 +63,26 @@ def test_costs_are_the_published_ones() -> None:
     assert models["hybrid-224m"]["macs"] == pytest.approx(302.572e9, rel=1e-5)
     assert splits[10]["cloud_share"] + splits[10]["edge_share"] == pytest.approx(1)
     assert splits[10]["cloud_macs"] < splits[25]["cloud_macs"]
+
+
+@pytest.mark.timeout(120)
+def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path: Path) -> None:
+    """SIGTERM lets the step in hand finish; the exit code says so, and the same command goes on."""
+    command = [sys.executable, "-m", "training", "vae", "--out", str(tmp_path), "--scale", "toy", "--steps", "100000"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said = ""
+        while "process(es)" not in said:
+            said += process.stderr.readline()
+        time.sleep(3)  # into the steps, if the machine is quick; before the first, if not
+        process.send_signal(signal.SIGTERM)
+        _, rest = process.communicate(timeout=100)
+    (checkpoint,) = (tmp_path / "vae").glob("checkpoint-*")
+
+    assert process.returncode == 130, said + rest
+    assert "the same command goes on from there" in rest
+    assert not (tmp_path / "vae" / "finished.json").exists()
+    assert (checkpoint / "learnt.safetensors").is_file()
 
 
 @pytest.mark.timeout(120)

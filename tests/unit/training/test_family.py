@@ -127,7 +127,11 @@ def test_scoring_goes_on_where_it_was(family: ToyFamily) -> None:
     before = path.read_text()
     output = run("score", "--out", str(family.folder), "--num-captions", "2", "--steps", "2").output
 
+    changed = run("score", "--out", str(family.folder), "--num-captions", "3", "--steps", "2")
+
     assert "known" in output
+    assert changed.exit_code == 1
+    assert "were made with num_captions 2; give the same, or remove that folder" in changed.output
     assert " at 0.25: " not in output
     assert json.loads(path.read_text()) == json.loads(before)
 

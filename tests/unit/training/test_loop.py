@@ -5,6 +5,7 @@ import errno
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
 from training import checkpoints
 from training.loop import CURVE_NAME, Run, Schedule, make_accelerator, train
+from training.stage_commands import say
 from training.task import Batch, Drawn, Group, Task, normal
 
 
@@ -255,6 +258,8 @@ def test_previews_show_the_averaged_weights_and_leave_the_run_as_it_was(tmp_path
         "00000025.png", "00000050.png", "00000060.png"
     ]  # fmt: skip
     assert shown.saved == plain.saved
+    last = np.asarray(Image.open(tmp_path / "shown/previews/00000060.png"))
+    assert last[0, 0, 0] == int(50 * abs(shown.saved[0]))  # the averaged weight, which is what was saved
 
 
 def test_curves_and_pictures_go_to_tensorboard(tmp_path: Path) -> None:
@@ -310,6 +315,77 @@ def test_a_checkpoint_of_other_networks_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="is of other networks than this recipe makes"):
         Run(Line(), POINTS, SCHEDULE).resume(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"batch_size": 4}, r"made with batch_size 8 \(now 4\)"), ({"seed": 3}, "made with seed 0"), ({"lr": 0.5}, "")],
+)
+def test_what_would_be_another_run_is_refused(tmp_path: Path, change: dict[str, float], message: str) -> None:
+    """Other batches or noise are not the same run; another rate is."""
+    first = Run(Line(), POINTS, SCHEDULE)
+    for record in train(first, tmp_path):
+        first.stop = record.step == 5
+    second = Run(Line(), POINTS, replace(SCHEDULE, **change))  # type: ignore[arg-type]
+    if not message:
+        assert second.resume(tmp_path)
+        return
+    with pytest.raises(ValueError, match=message):
+        second.resume(tmp_path)
+
+
+def test_a_longer_run_writes_its_result_anew(tmp_path: Path) -> None:
+    """Steps may be raised; if writing the result fails then, the old one is not taken for it."""
+
+    class Unlucky(Line):
+        def save(self, directory: Path) -> None:
+            raise OSError("killed here")
+
+    list(train(Run(Line(), POINTS, SCHEDULE), tmp_path))
+    longer = replace(SCHEDULE, steps=80)
+    unlucky = Run(Unlucky(), POINTS, longer)
+    unlucky.resume(tmp_path)
+    with pytest.raises(OSError, match="killed"):
+        list(train(unlucky, tmp_path))
+    task = Line()
+    again = Run(task, POINTS, longer)
+    again.resume(tmp_path)
+
+    assert again.step == 80
+    assert list(train(again, tmp_path)) == []
+    assert len(task.saved) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"decay": "foo"}, "decay is 'foo'; choose one of constant, linear, cosine"),
+        ({"accumulate": 0}, "accumulate is 0; it must be in"),
+        ({"lr": None}, "lr is None; it must be in"),
+        ({"ema_decay": 1.5}, "ema_decay is 1.5; it must be in"),
+    ],
+)
+def test_schedules_that_cannot_be_are_refused(change: dict[str, object], message: str) -> None:
+    """The message names the field, the value and what it may be."""
+    with pytest.raises(ValueError, match=message):
+        replace(SCHEDULE, **change)  # type: ignore[arg-type]
+
+
+def test_half_precision_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float16 without its scaler would be no float16 at all."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"fp16, which needs a GPU; give --set schedule\.precision=bf16"):
+        make_accelerator("fp16")
+
+
+def test_saying_something_leaves_the_precision_alone() -> None:
+    """What people are told between two steps does not touch the run."""
+    accelerator = make_accelerator("bf16")
+    say("hello")
+
+    assert accelerator.mixed_precision == "bf16"
+    with accelerator.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
 
 
 def test_a_checkpoint_holds_no_pickles(tmp_path: Path) -> None:

@@ -15,10 +15,12 @@ from tests.unit.training import chain
 from tests.unit.training.toy import run
 from training import recipes
 from training.components import load_decoder
+from training.depth import drop
 from training.lora import load_lora
 from training.overrides import override
-from training.pruned_unet import load_unet
-from training.shapes import hybrid_224m
+from training.pruned_unet import layers, load_unet
+from training.pruning import RATIOS, cut, inner_parameters, ratios_for_budget, savings_of
+from training.shapes import sd14
 
 # float32 of another CPU, over 20 steps from a cold start; text and scores go through Adam's first, largest steps
 TOLERANCE = 0.05
@@ -143,9 +145,44 @@ def test_recipes_can_be_tried_on_scenes(runs: tuple[Path, dict[str, chain.Losses
     assert len(chain.losses(recipe, out)) == 2
 
 
-def test_the_224m_shape_is_one_documented_path() -> None:
-    """SD 1.4, its layers dropped, its inner widths cut: the published count."""
-    assert sum(parameter.numel() for parameter in hybrid_224m().parameters()) == 224_490_116
+def test_sd14_becomes_224m_by_the_documented_path() -> None:
+    """Layers dropped, then inner widths cut to the published count as a budget: at most that, and nearly that."""
+    tiny = drop(sd14(), levels=3)
+    rng = np.random.default_rng(0)
+    scores = {(layer.name, ratio): (1 - ratio) * rng.uniform(1, 9) for layer in layers(tiny) for ratio in RATIOS}
+    whole = sum(parameter.numel() for parameter in tiny.parameters())
+    ratios = ratios_for_budget(scores, savings_of(tiny, inner_parameters(tiny)), whole=whole, target=224.5e6)
+    count = sum(parameter.numel() for parameter in cut(tiny, ratios).parameters())
+
+    assert whole == 323_384_964
+    assert 205e6 < count <= 224.5e6
+
+
+@pytest.mark.parametrize("name", ["sd-tiny-vae", "sd-small-vae"])
+def test_vaes_learn_with_everything_on(runs: tuple[Path, dict[str, chain.Losses]], name: str) -> None:
+    """In bfloat16, with a judge, shifted colours, degradations and the pixel filter; and they show pictures."""
+    out, _ = runs
+    recipe = override(
+        chain.make(name, out),
+        [
+            "schedule.precision=bf16", "schedule.steps=9", "schedule.preview_every=9", f"folder=all-on-{name}",
+            "terms.colour=1.0", "terms.degradation=1.0", "terms.pixel_filter=1.0", "terms.adversarial_weight=0.5",
+            "terms.turns.start=2", "terms.turns.warmup=2", "terms.turns.discriminator=1",
+        ],
+    )  # fmt: skip
+    found = chain.losses(recipe, out)
+
+    assert {"discriminator", "adversarial"} <= {term for step in found for term in step}
+    assert np.isfinite(totals(found)).all()
+    assert (out / f"all-on-{name}" / "previews" / "00000009.png").is_file()
+
+
+def test_networks_that_were_named_must_be_there(runs: tuple[Path, dict[str, chain.Losses]]) -> None:
+    """A path with a mistake in it is no reason to train with something else."""
+    out, _ = runs
+    for setting in ("terms.lpips=/nowhere", "terms.backbone=/nowhere"):
+        with pytest.raises(ValueError, match=r"is '/nowhere', but: .*; or set it to None"):
+            override(chain.make("sd-tiny-vae", out), [setting]).build(out)
 
 
 def test_a_bundle_of_ones_own_models(runs: tuple[Path, dict[str, chain.Losses]], tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from training.conditioning import token_ids
 from training.scenes import Scene, caption, sample_scene
-from training.text import CONTEXT, load_tokenizer, make_tokenizer, save_tokenizer, scene_labels, token_ids
+from training.text import CONTEXT, load_tokenizer, make_tokenizer, save_tokenizer, scene_labels
 
 TEXTS = (
     "",

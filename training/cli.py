@@ -15,11 +15,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar, cast
 
 import click
+import torch.distributed as dist
 
 from training import recipes
 from training.bundle_command import export_bundle_command
@@ -49,11 +51,21 @@ class Friendly(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Runs a command."""
         try:
-            return super().invoke(ctx)
+            done = super().invoke(ctx)
+            _leave_together()
+            return done
         except (ValueError, OSError) as error:
             if os.environ.get("HYBRIDSD_TRACEBACK"):
                 raise
             raise click.ClickException(f"{error} (HYBRIDSD_TRACEBACK=1 shows where)") from error
+
+
+def _leave_together() -> None:
+    """Lets no process go while the first one is at work: its going would end the others' connections."""
+    if dist.is_initialized():
+        if dist.get_backend() == "gloo":
+            dist.monitored_barrier(timeout=timedelta(days=1))  # unlike barrier, nobody is needed after having left it
+        dist.destroy_process_group()
 
 
 @click.group(cls=Friendly)

@@ -107,6 +107,10 @@ def load_statistics(path: Path) -> Statistics:
     return statistics
 
 
+ALONE: dict[str, Any] = {"sync_on_compute": False}
+"""One process measures; torchmetrics would wait for the others, which have their own parts on disk."""
+
+
 class _Given(nn.Module):
     """Stands where torchmetrics expects a network, so that features which are there already can be handed in."""
 
@@ -122,7 +126,7 @@ class Frechet:
     """The Frechet distance between two sets of features, given in parts: torchmetrics' metric, in float64."""
 
     def __init__(self, num_features: int) -> None:
-        self.metric = FrechetInceptionDistance(feature=_Given(num_features))
+        self.metric = FrechetInceptionDistance(feature=_Given(num_features), **ALONE)
 
     def add(self, features: Tensor | Floats, *, real: bool) -> None:
         """Adds features [B, d] to one of the sets."""
@@ -195,7 +199,7 @@ def inception_score(logits: Sequence[Tensor], *, parts: int = 10) -> tuple[float
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", UserWarning)  # that it keeps all logits; they are ours
         torch.manual_seed(2020)
-        metric = InceptionScore(feature=_Given(0), splits=min(parts, total // 2))
+        metric = InceptionScore(feature=_Given(0), splits=min(parts, total // 2), **ALONE)
         for batch in logits:
             metric.update(batch.double().cpu())
         mean, deviation = metric.compute()
@@ -283,7 +287,7 @@ def measure_pictures(
     """
     eyes = cast(Inception | None, inception[0])
     reader = cast(Clip | None, clip[0])
-    alignment = None if reader is None else CLIPScore(lambda: (reader, reader.process))
+    alignment = None if reader is None else CLIPScore(lambda: (reader, reader.process), **ALONE)
     meter: Frechet | None = None
     logits: list[Tensor] = []
     total = 0

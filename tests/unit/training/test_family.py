@@ -1,6 +1,9 @@
 """The whole chain at toy scale, by the one command: what every stage leaves, and who can load it."""
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +99,24 @@ def test_the_curve_is_in_the_manifest(family: ToyFamily) -> None:
     assert {"semantic_accuracy", "psnr", "judge_distance"} <= {point.metric for point in manifest.quality}
     assert results["others"][0]["scheduler"] == "lcm"
     assert (family.folder / "evaluation" / "quality.csv").is_file()
+
+
+@pytest.mark.timeout(180)
+def test_two_processes_judge_what_one_does(family: ToyFamily, tmp_path: Path) -> None:
+    """Each judges its captions, the first joins them, and the others wait for it; the results are those of one."""
+    copy = tmp_path / "family"
+    shutil.copytree(family.folder, copy, ignore=shutil.ignore_patterns("checkpoint-*", "models", "latents"))
+    before = json.loads((copy / "evaluation" / "evaluation.json").read_text())
+    shutil.rmtree(copy / "evaluation")
+    settings = ["--captions", "4", "--steps", "4", "--splits", "4,2,0", "--lcm-steps", "4", "--lcm-splits", "4,2,0"]
+    command = [sys.executable, "-m", "training", "--processes", "2", "evaluate", "--out", str(copy), *settings]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=170, check=False)
+
+    assert done.returncode == 0, done.stderr
+    after = json.loads((copy / "evaluation" / "evaluation.json").read_text())
+    assert after["captions"] == before["captions"] == 4
+    assert [row["configuration"] for row in after["rows"]] == [row["configuration"] for row in before["rows"]]
+    assert len(list((copy / "evaluation").glob("part-dpmpp_2m-*.npz"))) == 2
 
 
 def test_pruning_leaves_a_report(family: ToyFamily) -> None:

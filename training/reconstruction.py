@@ -160,6 +160,21 @@ class Lessons:
         raw = (latents / float(self.teacher.config.scaling_factor)).to(self.teacher.dtype)
         return torch.cat([cast(Tensor, self.teacher.decode(part).sample) for part in torch.split(raw, CHUNK)]).float()
 
+    @torch.no_grad()
+    def comparison(self, images: Tensor, decode: Callable[[Tensor], Tensor]) -> NDArray[np.uint8]:
+        """Draws a row for each picture: itself, the teacher's reconstruction, the student's of the same latents.
+
+        Args:
+            images: float32 [B, 3, H, W] in [-1, 1].
+            decode: The student's decoder.
+
+        Returns:
+            uint8 [B H, 3 W, 3].
+        """
+        latents = self.encode(images)
+        grid = torch.cat([images.float(), self.decode(latents), decode(latents).float()], dim=3).cpu().numpy()
+        return np.concatenate(list(from_model_range(grid)), axis=0)
+
 
 def _some(
     images: Tensor,
@@ -303,9 +318,3 @@ class Turns:
 def learnt_parts(student: nn.Module, discriminator: nn.Module | None) -> nn.Module:
     """Puts what is learnt into one module."""
     return student if discriminator is None else nn.ModuleDict({"student": student, "discriminator": discriminator})
-
-
-def side_by_side(columns: Sequence[Tensor]) -> NDArray[np.uint8]:
-    """Draws a grid with one row a picture: float32 [B, 3, H, W] in [-1, 1] each => uint8 [B H, W n, 3]."""
-    grid = torch.cat([column.float() for column in columns], dim=3).cpu().numpy()
-    return np.concatenate(list(from_model_range(grid)), axis=0)

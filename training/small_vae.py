@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from training.reconstruction import DecoderLoss, Lessons, Turns, learnt_parts, side_by_side
+from training.reconstruction import DecoderLoss, Lessons, Turns, learnt_parts
 from training.small_autoencoder import SmallVAE
 from training.task import Batch, Group, Task, freeze, trainable
 
@@ -224,12 +224,10 @@ class SmallVAETask(Task):
         return cast(Tensor, self.vae.decode(latents / float(self.vae.config.scaling_factor)).sample).float()
 
     def preview(self) -> NDArray[np.uint8] | None:
-        """Draws a row for each picture: itself, the teacher's reconstruction, the student's of the same latents."""
+        """See `Task`, and `Lessons.comparison`."""
         if self.preview_images is None:
             return None
-        images = self.preview_images.to(self.device)
-        latents = self.lessons.encode(images)
-        return side_by_side([images, self.lessons.decode(latents), self._decode(latents)])
+        return self.lessons.comparison(self.preview_images.to(self.device), self._decode)
 
     def save(self, directory: Path) -> None:
         """Saves a folder that diffusers' AutoModel loads with `trust_remote_code=True`."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.perceptual import read_weights
-from training.reconstruction import DecoderLoss, Lessons, Turns, learnt_parts, side_by_side
+from training.reconstruction import DecoderLoss, Lessons, Turns, learnt_parts
 from training.task import Batch, Group, Task, freeze, trainable
 from training.vae import LATENT_CHANNELS
 
@@ -110,12 +110,10 @@ class TinyVAETask(Task):
         return cast(Tensor, self.tiny.decode(latents).sample).float()
 
     def preview(self) -> NDArray[np.uint8] | None:
-        """Draws a row for each picture: itself, the teacher's reconstruction, the student's of the same latents."""
+        """See `Task`, and `Lessons.comparison`."""
         if self.preview_images is None:
             return None
-        images = self.preview_images.to(self.device)
-        latents = self.lessons.encode(images)
-        return side_by_side([images, self.lessons.decode(latents), self._decode(latents)])
+        return self.lessons.comparison(self.preview_images.to(self.device), self._decode)
 
     def save(self, directory: Path) -> None:
         """Saves the diffusers directory."""

@@ -19,6 +19,7 @@ from cloud_server.settings import Settings
 
 if TYPE_CHECKING:
     from cloud_server.devices import Placement
+    from cloud_server.loras import LoraSource
     from cloud_server.models import Model
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -37,7 +38,15 @@ def _option(flag: str, *names: str, **attributes: Any) -> Callable[[F], F]:
 
 _MODEL_OPTIONS = (
     _option("--model", "models", multiple=True, required=True, metavar="[ID=]PATH_OR_HUB_ID",
-            help="A Stable Diffusion model in diffusers layout. Repeatable; the first is the default."),
+            help="A Stable Diffusion model: a folder or hub id in diffusers layout, the folder of a U-Net, or a "
+            "checkpoint in one .safetensors file; ?variant=fp16 behind it chooses weights. Repeatable; the first is "
+            "the default."),
+    _option("--variant", help="Which weights of all models, such as fp16; else the plain ones, or the only ones."),
+    _option("--config", "configs", multiple=True, metavar="[ID=]PATH_OR_HUB_ID",
+            help="Diffusers layout with what a model lacks: configurations and tokenizers of a checkpoint in one file, "
+            "all but the U-Net for a U-Net. Repeatable."),
+    _option("--lora", "loras", multiple=True, metavar="[MODEL:]NAME=PATH_OR_HUB_ID",
+            help="A LoRA adapter that requests may ask for by name. Repeatable."),
     _option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where models run."),
     _option("--dtype", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", help="Of the U-Net."),
     _option("--latent-space", help="Name of the models' latent space, where their folders do not say."),
@@ -126,7 +135,7 @@ def check(log_format: logs.LogFormat, **options: Any) -> None:
     from cloud_server.checking import check_model
     from cloud_server.models import ModelError
 
-    for key in ("models", "device", "dtype", "latent_space", "threads"):
+    for key in ("models", "variant", "configs", "loras", "device", "dtype", "latent_space", "threads"):
         click.echo(f"{key + ':':<14}{_shown(settings)[key]}")
     try:
         placement = _placement(settings)
@@ -197,12 +206,21 @@ def _leave_threads_to_the_engine(settings: Settings) -> Settings:
 def _load(settings: Settings, placement: "Placement") -> "dict[str, Model]":
     """Loads the models, by id."""
     from cloud_server.models import ModelError, load_model
+    from cloud_server.sources import parse_source
 
+    loras = _loras(settings)
+    served = {parse_source(source).id for source in settings.models}
+    named = {text.partition("=")[0] for text in settings.configs if "=" in text} | {lora.model for lora in loras}
+    if unknown := sorted(named - served - {""}):
+        raise ModelError(f"--config or --lora is for {unknown[0]!r}; the models are {', '.join(sorted(served))}")
     logs.quiet_libraries()
     models = {}
     for source in settings.models:
         started_s = time.monotonic()
-        model = load_model(source, placement, latent_space=settings.latent_space)
+        model = load_model(
+            source, placement, latent_space=settings.latent_space, variant=settings.variant, configs=settings.configs,
+            loras=loras,
+        )  # fmt: skip
         if model.info.id in models:
             raise ModelError(f"two models have the id {model.info.id}; name them with --model ID=PATH")
         models[model.info.id] = model
@@ -216,6 +234,14 @@ def _load(settings: Settings, placement: "Placement") -> "dict[str, Model]":
             elapsed_s=round(time.monotonic() - started_s, 3),
         )
     return models
+
+
+def _loras(settings: Settings) -> "list[LoraSource]":
+    if not settings.loras:
+        return []
+    from cloud_server.loras import parse_source  # peft takes seconds to import
+
+    return [parse_source(text) for text in settings.loras]
 
 
 if __name__ == "__main__":

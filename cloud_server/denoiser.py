@@ -1,39 +1,111 @@
-"""A loaded model as the two functions that the engine needs: text to embeddings, latents to model output.
+"""A loaded model as the functions that the engine needs: text to embeddings, conditions, latents to model output.
 
-Knows nothing of jobs, solvers or the network.
+Knows what a U-Net takes beside latents: a time, text, and by kind a pooled text, sizes and the guidance. Knows nothing
+of jobs, solvers, files or the network.
 """
 
+from __future__ import annotations
+
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 
-from cloud_server.jobs import Embeds, Encoded
+from cloud_server.jobs import Encoded
+from hybridsd.prompting import TextOptions
 
 MAX_TEXTS = 128
 """Encoded texts that are kept for each model."""
 
+Loras = tuple[tuple[str, float], ...]
+"""Adapters as (name, weight), sorted by name."""
+Guidance = Literal["cfg", "embedded"]
+"""How a model takes guidance: by a second, unconditional row, or as an input of the U-Net."""
+
+_PLAIN = TextOptions()
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Conditions:
+    """What the U-Net is to take beside latents and times: rows of one or more jobs, on the denoiser's device."""
+
+    embeds: torch.Tensor
+    """`[B, T, D]`, in the denoiser's dtype; T is a multiple of the model's context_length."""
+    pooled: torch.Tensor | None = None
+    """`[B, P]`, in the denoiser's dtype; None where the model takes none."""
+    time_ids: torch.Tensor | None = None
+    """`[B, 6]`, float32: height, width, 0, 0, height, width in pixels; None where the model takes none."""
+    guidance: torch.Tensor | None = None
+    """`[B]`, float32: the guidance_scale, where the model's guidance is "embedded"; else None."""
+
+    @staticmethod
+    def join(parts: Sequence[Conditions]) -> Conditions:
+        """Joins the rows of jobs of one model, whose embeddings have equally many tokens.
+
+        Raises:
+            RuntimeError: If they have not.
+        """
+        if len(parts) == 1:
+            return parts[0]
+
+        def cat(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
+            present = [tensor for tensor in tensors if tensor is not None]
+            return torch.cat(present) if present else None
+
+        return Conditions(
+            torch.cat([part.embeds for part in parts]),
+            cat([part.pooled for part in parts]),
+            cat([part.time_ids for part in parts]),
+            cat([part.guidance for part in parts]),
+        )
+
 
 class Denoiser(Protocol):
-    """What the engine steps with."""
+    """What the engine steps with. For one thread."""
 
     device: torch.device
     dtype: torch.dtype
+    guidance: Guidance
 
-    def encode(self, text: str) -> Encoded:
-        """Returns the embeddings of a text, float32 on the CPU, and how many of its tokens did not fit."""
+    def encode(self, text: str, options: TextOptions, loras: Loras = (), num_chunks: int | None = None) -> Encoded:
+        """Returns the embeddings of a text, float32 on the CPU, and how many of its tokens did not fit.
+
+        Args:
+            text: The text; the empty one is the unconditional one.
+            options: How to read it.
+            loras: Adapters that act on the text encoders.
+            num_chunks: Chunks of context_length tokens to bring it to, 1 or more; None: as many as it needs.
+        """
         ...
 
-    def predict(self, sample: torch.Tensor, timesteps: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+    def conditions(self, rows: Sequence[Encoded], *, size: tuple[int, int], guidance_scale: float) -> Conditions:
+        """Returns the conditions of one job.
+
+        Args:
+            rows: Negative prompt and prompt, or the prompt alone; equally many tokens.
+            size: Width and height of the picture in pixels.
+            guidance_scale: In [1, 30]; an input of the U-Net where `guidance` is "embedded", else not used.
+
+        Raises:
+            ValueError: If a row lacks the pooled embedding that the model takes.
+        """
+        ...
+
+    def predict(
+        self, sample: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions, loras: Loras = ()
+    ) -> torch.Tensor:
         """Returns the raw output of the U-Net.
 
         Args:
             sample: Latents in VP scale, `[B, C, h, w]`, float32 on `device`.
             timesteps: `[B]`, float32 on `device`, in [0, 1000].
-            embeds: `[B, T, D]`, `dtype` on `device`.
+            conditions: Of B rows.
+            loras: Adapters that act on the U-Net, on all rows.
 
         Returns:
             `[B, C, h, w]`, float32 on `device`, not shared with anybody.
@@ -41,36 +113,110 @@ class Denoiser(Protocol):
         ...
 
 
+class Texts(Protocol):
+    """The text encoders of a model, as `cloud_server.text_encoders` has them."""
+
+    def encode(self, text: str, options: TextOptions, num_chunks: int | None = None) -> Encoded:
+        """See `Denoiser.encode`."""
+        ...
+
+
+class Adapters(Protocol):
+    """The adapters of a model, as `cloud_server.loras` has them."""
+
+    def select(self, loras: Loras) -> None:
+        """Lets these adapters act from now on, and no others; cheap where they do already."""
+        ...
+
+
 class DiffusersDenoiser:
-    """A CLIP text encoder and a diffusers U-Net on one device."""
+    """CLIP text encoders and a diffusers U-Net on one device."""
 
     def __init__(
         self,
         *,
         unet: Callable[..., Any],
-        text_encoder: Callable[..., Any],
-        tokenizer: Callable[..., Any],
-        context_length: int,
+        texts: Texts,
         device: torch.device,
         dtype: torch.dtype,
+        takes_pooled: bool = False,
+        guidance_dim: int = 0,
+        adapters: Adapters | None = None,
     ) -> None:
-        self._unet, self._text_encoder, self._tokenizer = unet, text_encoder, tokenizer
-        self._context_length = context_length
+        """Takes loaded networks.
+
+        Args:
+            unet: Called as diffusers' `UNet2DConditionModel` is; holds weights of `dtype` on `device`.
+            texts: The text encoders.
+            device: Where to compute.
+            dtype: Of the U-Net.
+            takes_pooled: Whether the U-Net takes a pooled text and sizes (SDXL).
+            guidance_dim: Features of the guidance that the U-Net takes (`time_cond_proj_dim`); 0: it takes none.
+            adapters: LoRA adapters within these networks; None: there are none.
+        """
+        self._unet, self._texts, self._adapters = unet, texts, adapters
+        self._takes_pooled, self._guidance_dim = takes_pooled, guidance_dim
         self.device, self.dtype = device, dtype
+        self.guidance: Guidance = "embedded" if guidance_dim else "cfg"
 
-    def encode(self, text: str) -> Encoded:
+    def encode(self, text: str, options: TextOptions, loras: Loras = (), num_chunks: int | None = None) -> Encoded:
         """See `Denoiser`."""
-        ids: Sequence[int] = self._tokenizer(text, padding=False, truncation=False, verbose=False)["input_ids"]
-        fitting = self._tokenizer(text, padding="max_length", truncation=True, max_length=self._context_length)
-        with torch.inference_mode():
-            tokens = torch.tensor([fitting["input_ids"]], device=self.device)  # [1, T]
-            hidden = self._text_encoder(tokens).last_hidden_state[0]  # [T, D]
-        return Encoded(hidden.float().cpu().numpy(), max(0, len(ids) - self._context_length))
+        self._select(loras)
+        return self._texts.encode(text, options, num_chunks)
 
-    def predict(self, sample: torch.Tensor, timesteps: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+    def conditions(self, rows: Sequence[Encoded], *, size: tuple[int, int], guidance_scale: float) -> Conditions:
         """See `Denoiser`."""
-        output: torch.Tensor = self._unet(sample.to(self.dtype), timesteps, embeds, return_dict=False)[0]
+        width, height = size
+        pooled, time_ids, guidance = None, None, None
+        if self._takes_pooled:
+            pooled = self._stack([_pooled_of(row) for row in rows])
+            time_ids = torch.tensor([[height, width, 0, 0, height, width]] * len(rows), dtype=torch.float32)
+            time_ids = time_ids.to(self.device)
+        if self._guidance_dim:
+            guidance = torch.full((len(rows),), guidance_scale, dtype=torch.float32, device=self.device)
+        return Conditions(self._stack([row.embeds for row in rows]), pooled, time_ids, guidance)
+
+    def predict(
+        self, sample: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions, loras: Loras = ()
+    ) -> torch.Tensor:
+        """See `Denoiser`."""
+        self._select(loras)
+        inputs: dict[str, Any] = {}
+        if self._takes_pooled:
+            inputs["added_cond_kwargs"] = {"text_embeds": conditions.pooled, "time_ids": conditions.time_ids}
+        if conditions.guidance is not None:
+            inputs["timestep_cond"] = embed_guidance(conditions.guidance, self._guidance_dim).to(self.dtype)
+        output: torch.Tensor = self._unet(
+            sample.to(self.dtype), timesteps, conditions.embeds, return_dict=False, **inputs
+        )[0]
         return output.float()
+
+    def _stack(self, rows: Sequence[np.ndarray[Any, np.dtype[np.float32]]]) -> torch.Tensor:
+        return torch.stack([torch.from_numpy(row) for row in rows]).to(self.device, self.dtype)
+
+    def _select(self, loras: Loras) -> None:
+        if self._adapters is not None:
+            self._adapters.select(loras)
+
+
+def embed_guidance(guidance_scale: torch.Tensor, dim: int) -> torch.Tensor:
+    """Embeds w = guidance_scale - 1 as a latent consistency model takes it.
+
+    Args:
+        guidance_scale: `[B]`, float32.
+        dim: Features of the embedding, 4 or more.
+
+    Returns:
+        `[B, dim]`, float32: sines, then cosines, of 1000 w at frequencies falling from 1 to 1/10000.
+
+    Source: Luo et al. (2023), section 4.2, as diffusers' `get_guidance_scale_embedding` computes it.
+    """
+    half = dim // 2
+    steps = torch.arange(half, dtype=torch.float32, device=guidance_scale.device)
+    frequencies = torch.exp(steps * -(math.log(10000.0) / (half - 1)))
+    angles = 1000.0 * (guidance_scale - 1.0)[:, None] * frequencies  # [B, half]
+    embedding = torch.cat([angles.sin(), angles.cos()], dim=1)
+    return torch.nn.functional.pad(embedding, (0, dim - 2 * half))
 
 
 class TextCache:
@@ -78,29 +224,36 @@ class TextCache:
 
     def __init__(self, denoiser: Denoiser, *, max_texts: int = MAX_TEXTS) -> None:
         self._denoiser, self._max_texts = denoiser, max_texts
-        self._held: OrderedDict[str, Encoded] = OrderedDict()
+        self._held: OrderedDict[tuple[str, TextOptions, Loras, int | None], Encoded] = OrderedDict()
         self.spent_s = 0.0
         """Time in the text encoder so far."""
 
-    def encode(self, text: str | Embeds) -> Encoded:
-        """Returns the embeddings of a text; of embeddings, themselves.
+    def encode(
+        self, text: str, options: TextOptions = _PLAIN, loras: Loras = (), num_chunks: int | None = None
+    ) -> Encoded:
+        """Returns the embeddings of a text; see `Denoiser.encode`.
 
         Raises:
             RuntimeError: If the encoder fails; the message does not quote the text, for it goes to the log.
         """
-        if not isinstance(text, str):
-            return Encoded(text)
-        if text not in self._held:
+        key = (text, options, loras, num_chunks)
+        if key not in self._held:
             started_s = time.monotonic()
             try:
-                encoded = self._denoiser.encode(text)
+                encoded = self._denoiser.encode(text, options, loras, num_chunks)
             except Exception as error:
                 raise RuntimeError(f"the text encoder failed: {type(error).__name__}") from None
-            if not np.isfinite(encoded.embeds).all():
+            if not all(np.isfinite(part).all() for part in (encoded.embeds, encoded.pooled) if part is not None):
                 raise RuntimeError("the text encoder's output is not finite")
-            self._held[text] = encoded
+            self._held[key] = encoded
             if len(self._held) > self._max_texts:
                 self._held.popitem(last=False)
             self.spent_s += time.monotonic() - started_s
-        self._held.move_to_end(text)
-        return self._held[text]
+        self._held.move_to_end(key)
+        return self._held[key]
+
+
+def _pooled_of(row: Encoded) -> np.ndarray[Any, np.dtype[np.float32]]:
+    if row.pooled is None:
+        raise ValueError("a row has no pooled embedding, which this model takes; encode its text with this model")
+    return row.pooled

@@ -15,8 +15,8 @@ import structlog
 import torch
 
 from cloud_server import stepping
-from cloud_server.denoiser import Denoiser, TextCache
-from cloud_server.jobs import Failed, Finished, JobRequest, Queued, Snapshot, Started
+from cloud_server.denoiser import Conditions, Denoiser, TextCache
+from cloud_server.jobs import Encoded, Failed, Finished, JobRequest, Queued, Snapshot, Stage, Started
 from cloud_server.mailbox import Mailbox
 from cloud_server.stepping import Group, Progress, Trajectory
 from cloud_server.tracking import Job
@@ -78,7 +78,7 @@ class Engine:
         self._turn = 0  # from here on the worker's own
         self._batch_caps: dict[Group, int] = {}  # smaller than max_batch where that did not fit into memory
         self._texts = {name: TextCache(denoiser) for name, denoiser in denoisers.items()}
-        self._stacked: dict[Group, tuple[list[Trajectory], torch.Tensor]] = {}
+        self._joined: dict[Group, tuple[list[Trajectory], Conditions]] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -300,17 +300,45 @@ class Engine:
         try:
             request = job.request
             started_s = time.monotonic()
-            denoiser, texts = self._denoisers[request.model], self._texts[request.model]
-            spent_s = texts.spent_s
-            prompt = texts.encode(request.prompt)
-            negative = None if request.negative_prompt is None else texts.encode(request.negative_prompt)
-            job.text_s = texts.spent_s - spent_s
-            job.trajectory = stepping.begin(denoiser, request, prompt.embeds, negative.embeds if negative else None)
+            stage = request.stages[0]
+            prompt, negative = self._encode(job, stage)
+            job.trajectory = stepping.begin(self._denoisers[stage.model], request, prompt, negative)
             job.last_turn = self._turn
             job.post(Started(prompt, negative))
             log.debug("job_began", request_id=request.request_id, elapsed_ms=1e3 * (time.monotonic() - started_s))
         except Exception as error:
             self._fail(job, error)
+
+    def _encode(self, job: Job, stage: Stage) -> tuple[Encoded, Encoded | None]:
+        """Returns prompt and, where the stage's model takes it, negative prompt, in one number of chunks."""
+        request, texts = job.request, self._texts[stage.model]
+        given = [request.prompt]
+        is_guided = stepping.is_guided(self._denoisers[stage.model], stage.guidance_scale)
+        if is_guided and request.negative_prompt is not None:
+            given.append(request.negative_prompt)
+        spent_s = texts.spent_s
+
+        def encode(num_chunks: int | None) -> list[Encoded]:
+            return [
+                texts.encode(text, request.text_options, request.loras, num_chunks) if isinstance(text, str) else text
+                for text in given
+            ]
+
+        encoded = encode(None)
+        lengths = {len(one.embeds) for one in encoded}
+        if len(lengths) > 1:
+            shortest = len(texts.encode("").embeds)  # one chunk
+            encoded = encode(max(lengths) // shortest)
+        job.text_s += texts.spent_s - spent_s
+        return encoded[0], encoded[1] if len(encoded) > 1 else None
+
+    def _enter_stage(self, job: Job, trajectory: Trajectory) -> None:
+        """Changes the model of a job where its next call is another model's."""
+        for stage in job.request.more_stages:
+            if stage.first_call == trajectory.call:
+                prompt, negative = self._encode(job, stage)
+                denoiser = self._denoisers[stage.model]
+                job.trajectory = stepping.enter(denoiser, job.request, stage, trajectory.state, prompt, negative)
 
     def _choose(self) -> list[Job]:
         """Returns up to a batch of the group that has waited longest for its turn."""
@@ -329,16 +357,16 @@ class Engine:
         self._turn += 1
         started_s = time.monotonic()
         trajectories = [job.trajectory for job in batch if job.trajectory is not None]
-        denoiser = self._denoisers[batch[0].request.model]
+        denoiser = self._denoisers[trajectories[0].group[0]]
         for job in batch:
             job.last_turn = self._turn
             job.first_call_s = started_s if job.first_call_s is None else job.first_call_s
         try:
-            results = stepping.step(denoiser, trajectories, self._embeds(trajectories))
+            results = stepping.step(denoiser, trajectories, self._conditions(trajectories))
             if denoiser.device.type == "cuda":
                 torch.cuda.synchronize(denoiser.device)  # or durations and step boundaries mean nothing
         except Exception as error:
-            self._stacked.clear()
+            self._joined.clear()
             if isinstance(error, torch.AcceleratorError):
                 raise  # the device is lost to this process; health says so, and whoever watches it starts another
             if len(batch) == 1:
@@ -361,24 +389,38 @@ class Engine:
         for job, trajectory, result in zip(batch, trajectories, results, strict=True):
             job.compute_s += elapsed_s
             job.num_calls += 1
-            trajectory.call, trajectory.state = result.call, result.state
             try:
-                self._publish(job, result)
+                self._follow(job, trajectory, result, denoiser.device)
             except Exception as error:
                 self._fail(job, error)
 
-    def _embeds(self, trajectories: list[Trajectory]) -> torch.Tensor:
-        """Returns the stacked conditioning of a batch: the last one of its group, when the batch has not changed."""
+    def _follow(self, job: Job, trajectory: Trajectory, result: Progress, device: torch.device) -> None:
+        """Takes a job to where its call led, and over the calls after it that it skips."""
+        stepping.move(trajectory, result, ran=True)
+        self._publish(job, result)
+        skipping = job.request.skipping
+        for _ in range(0 if skipping is None else skipping.skipped_calls):
+            skipped = stepping.skip(device, trajectory)
+            if skipped is None:
+                break
+            stepping.move(trajectory, skipped, ran=False)
+            job.num_skipped_calls += 1
+            self._publish(job, skipped)
+        if job.outcome is None:
+            self._enter_stage(job, trajectory)
+
+    def _conditions(self, trajectories: list[Trajectory]) -> Conditions:
+        """Returns the joined conditions of a batch: the last one of its group, when the batch has not changed."""
         group = trajectories[0].group
-        held = self._stacked.get(group)
+        held = self._joined.get(group)
         if held is not None and held[0] == trajectories:
             return held[1]
         with self._changed:
             groups = {_group(job) for job in self._active}
-        self._stacked = {key: value for key, value in self._stacked.items() if key in groups}
-        stacked = stepping.stack_embeds(trajectories)
-        self._stacked[group] = (trajectories, stacked)
-        return stacked
+        self._joined = {key: value for key, value in self._joined.items() if key in groups}
+        joined = stepping.join_conditions(trajectories)
+        self._joined[group] = (trajectories, joined)
+        return joined
 
     def _publish(self, job: Job, result: Progress) -> None:
         if not job.request.is_state_due(result.call):
@@ -405,7 +447,8 @@ class Engine:
 
 
 def _key(job: Job) -> object:
-    return (job.request.model, job.request.latent_shape)
+    model = job.request.model if job.trajectory is None else job.trajectory.group[0]
+    return (model, job.request.latent_shape, job.request.loras)
 
 
 def _group(job: Job) -> Group | None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from hybridsd.errors import HybridSDError
 from hybridsd.plan import Plan
+from hybridsd.prompting import DEFAULT_TEXT, TextOptions
 
 Latents = NDArray[np.float32]
 """`[channels, height / vae_scale_factor, width / vae_scale_factor]`, VP scale at the input of the U-Net."""
@@ -23,6 +24,34 @@ def new_request_id() -> str:
     return uuid.uuid4().hex
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """A text as the model sees it."""
+
+    embeds: Embeds
+    num_dropped_tokens: int = 0
+    pooled: Embeds | None = None
+    """The embedding of the whole text, `[pooled_dim]`; None where the model has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Calls of one model."""
+
+    first_call: int
+    model: str
+    guidance_scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Skipping:
+    """Calls that are left out (EC-Diff, arXiv 2507.11980)."""
+
+    warm_up_calls: int
+    skipped_calls: int
+    extrapolation: float
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class JobRequest:
     """One picture to begin: everything resolved and checked, nothing left to look up."""
@@ -31,12 +60,24 @@ class JobRequest:
     content: bytes = b""
     """Digest of what the caller asked for: two requests of one id must agree in it."""
     model: str
-    prompt: str | Embeds = field(repr=False)
+    prompt: str | Encoded = field(repr=False)
     """Text to encode, or embeddings that the caller made."""
-    negative_prompt: str | Embeds | None = field(default=None, repr=False)
-    """As `prompt`; None without guidance."""
+    negative_prompt: str | Encoded | None = field(default=None, repr=False)
+    """As `prompt`; None where no model of the job takes it."""
+    text_options: TextOptions = DEFAULT_TEXT
     guidance_scale: float = 1.0
-    """In [1, 30]; runs only with a negative prompt."""
+    """In [1, 30]; runs only with a negative prompt, or as an input of the model."""
+    more_stages: tuple[Stage, ...] = ()
+    """Models that go on after `model`, their calls rising in (first_call, handoff_call)."""
+    loras: tuple[tuple[str, float], ...] = ()
+    """Adapters, sorted by name, with their weights."""
+    skipping: Skipping | None = None
+    known_latents: Latents | None = field(default=None, repr=False)
+    """Clean latents to end in where `mask` is 0."""
+    mask: Latents | None = field(default=None, repr=False)
+    """`[1, h, w]` in [0, 1]; 1 draws freely."""
+    size: tuple[int, int] = (0, 0)
+    """Width and height in pixels."""
     seed: int = 0
     image_index: int = 0
     latent_shape: tuple[int, int, int]
@@ -56,14 +97,9 @@ class JobRequest:
     """How long the job goes on without a reader."""
 
     @property
-    def is_guided(self) -> bool:
-        """Whether the job takes two rows of a batch."""
-        return self.negative_prompt is not None
-
-    @property
-    def num_calls(self) -> int:
-        """Calls of the U-Net that the job will take."""
-        return self.handoff_call - self.first_call
+    def stages(self) -> tuple[Stage, ...]:
+        """All its models, in order."""
+        return (Stage(self.first_call, self.model, self.guidance_scale), *self.more_stages)
 
     def is_state_due(self, call: int) -> bool:
         """Whether the state before `call` is to be published."""
@@ -86,14 +122,6 @@ class Queued:
 
     position: int
     """Jobs that begin before it."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Encoded:
-    """A text as the model sees it."""
-
-    embeds: Embeds
-    num_dropped_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,6 +151,7 @@ class Usage:
     text_s: float
     compute_s: float
     num_calls: int
+    num_skipped_calls: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,27 +1,43 @@
-"""Loads Stable Diffusion models in diffusers layout, from a folder or a hub id, and says what they are.
+"""Loads Stable Diffusion models of every kind, and says what they are.
 
-Knows nothing of jobs or messages. The VAE is only described, never loaded: the edge decodes.
+Puts together what `sources` finds, `kinds` tells and the loaders load. Knows nothing of jobs or messages. The VAE is
+only described, never loaded: the edge decodes.
 """
 
+from __future__ import annotations
+
 import hashlib
-import json
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from cloud_server.denoiser import Denoiser, DiffusersDenoiser
+from cloud_server import kinds, single_file
+from cloud_server.denoiser import Denoiser, DiffusersDenoiser, Guidance
 from cloud_server.devices import Placement
+from cloud_server.kinds import Kind
 from cloud_server.plans import PlanCompiler, default_scheduler
-from cloud_server.pruned_unet import load_unet
+from cloud_server.pruned_unet import build_unet, load_unet
+from cloud_server.sources import (
+    EXTRAS_NAME,
+    VAE_WEIGHTS,
+    Files,
+    ModelError,
+    fetch_vae_weights,
+    locate,
+    parse_source,
+    read_json,
+)
+from cloud_server.text_encoders import load_text_encoders
 from hybridsd import schedulers as known_schedulers
+from hybridsd import sizes
 from hybridsd.errors import HybridSDError
 from hybridsd.plan import MAX_STEPS
 
-EXTRAS_NAME = "hybridsd.json"
-"""Optional file of a model folder: latent_space, default_size, default_guidance_scale, default_num_inference_steps,
-default_scheduler."""
+if TYPE_CHECKING:
+    from cloud_server.loras import LoraInfo, LoraSet, LoraSource
+
+__all__ = ["Model", "ModelError", "ModelInfo", "load_model"]
+
 _EXTRAS: dict[str, type | tuple[type, ...]] = {
     "latent_space": str,
     "default_size": int,
@@ -29,18 +45,10 @@ _EXTRAS: dict[str, type | tuple[type, ...]] = {
     "default_num_inference_steps": int,
     "default_scheduler": str,
 }
+"""What `hybridsd.json` of a model folder may say, and its types."""
 _KNOWN_SPACES = {(0.18215, 4): "sd1", (0.13025, 4): "sdxl"}
-_VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
-_HUB_FILES = [
-    "model_index.json", EXTRAS_NAME, "scheduler/scheduler_config.json", "vae/config.json", "tokenizer/*",
-    "text_encoder/config.json", "text_encoder/model.safetensors", "text_encoder/model-*.safetensors",
-    "text_encoder/model.safetensors.index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
-    "unet/diffusion_pytorch_model-*.safetensors", "unet/diffusion_pytorch_model.safetensors.index.json",
-]  # fmt: skip
-
-
-class ModelError(ValueError):
-    """A model cannot be served; the message says why and what to do."""
+_CONSISTENCY_SCHEDULER = "lcm"
+"""The only one for a model whose guidance is embedded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +69,14 @@ class ModelInfo:
     """The default first."""
     default_num_inference_steps: int
     default_guidance_scale: float
+    guidance: Guidance = "cfg"
+    """ "embedded": one row, no negative prompt, only the scheduler "lcm"."""
+    pooled_dim: int = 0
+    """Features of the pooled text; 0: it takes none."""
+    loras: tuple[LoraInfo, ...] = ()
+    """Adapters that can be asked for."""
+    sizes: tuple[sizes.Size, ...] = ()
+    """Widths and heights that it was trained for, in pixels, where there are several."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,122 +89,154 @@ class Model:
     num_text_parameters: int = 0
 
 
-def split_name(source: str) -> tuple[str, str]:
-    """Splits `[id=]path` into id and path; without one the id is the folder's name, or the hub id."""
-    name, equals, path = source.partition("=")
-    if equals and name and path:
-        return name, path
-    return (Path(source).resolve().name if Path(source).exists() else source), source
-
-
-def load_model(source: str, placement: Placement, *, latent_space: str | None = None) -> Model:
+def load_model(
+    source: str,
+    placement: Placement,
+    *,
+    latent_space: str | None = None,
+    variant: str | None = None,
+    configs: Sequence[str] = (),
+    loras: Sequence[LoraSource] = (),
+) -> Model:
     """Loads a model.
 
     Args:
-        source: `[id=]path` of a folder in diffusers layout, or `[id=]hub_id`.
-        placement: Device, and dtype of the U-Net; the text encoder runs in float32.
+        source: `[id=]where[?variant=NAME]`, where being a folder in diffusers layout, the folder of a U-Net, a
+            checkpoint in one .safetensors file, or any of these at the hub: owner/name, owner/name/file.
+        placement: Device, and dtype of the U-Net; the text encoders run in float32.
         latent_space: The id of its latent space; None asks the folder.
+        variant: Which weights, such as "fp16", unless `source` says; None: those without a variant, or the only ones.
+        configs: `[id=]folder_or_hub_id` of diffusers layout, with what models lack: configurations and tokenizers of a
+            checkpoint in one file, all but the U-Net for a U-Net. One without an id is for every model.
+        loras: Adapters for it, and for others.
 
     Raises:
-        ModelError: If the folder is not what we can serve.
+        ModelError: If it is not what we can serve.
     """
-    name, where = split_name(source)
+    name = parse_source(source).id
     try:
-        return _load(name, where, placement, latent_space)
+        return _load(
+            locate(parse_source(source, variant=variant), _config_for(name, configs)),
+            placement,
+            latent_space,
+            [lora for lora in loras if lora.model in ("", name)],
+        )
     except KeyError as error:
         raise ModelError(f"model {name}: its configuration lacks {error}; save it with diffusers again") from error
 
 
-def _load(name: str, where: str, placement: Placement, latent_space: str | None) -> Model:
-    folder = Path(where) if Path(where).is_dir() else _fetch(where)
-    unet_config, text_config = _read(folder, "unet/config.json"), _read(folder, "text_encoder/config.json")
-    scheduler_config, vae_config = _read(folder, "scheduler/scheduler_config.json"), _read(folder, "vae/config.json")
-    extras = _read_extras(folder)
-    _refuse_unsupported(name, unet_config, text_config)
+def _load(files: Files, placement: Placement, latent_space: str | None, loras: Sequence[LoraSource]) -> Model:
+    name, unet_config = files.source.id, read_json(files.unet / "config.json")
+    parts = ["text_encoder", "text_encoder_2"][: 2 if kinds.is_sdxl(unet_config) else 1]
+    texts = [files.read(f"{part}/config.json") for part in parts]
+    scheduler_config = files.read("scheduler/scheduler_config.json")
+    index = files.read("model_index.json") if files.find("model_index.json") else {}
+    kind = kinds.tell(name, unet_config, texts, scheduler_config, index)
     compiler = PlanCompiler(scheduler_config)
-    num_steps = extras.get("default_num_inference_steps", 25)
-    usable = compiler.usable(num_steps)
-    first = _default_scheduler(name, extras, scheduler_config, usable)
-    unet, text_encoder, tokenizer = _load_networks(name, folder, placement)
-    vae_scale_factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
-    info = ModelInfo(
-        id=name,
-        latent_space=latent_space or extras.get("latent_space") or _latent_space(name, folder, where, vae_config),
-        latent_channels=unet_config["in_channels"],
-        vae_scale_factor=vae_scale_factor,
-        size_multiple=vae_scale_factor * 2 ** (len(unet_config["block_out_channels"]) - 1),
-        default_size=extras.get("default_size", unet_config["sample_size"] * vae_scale_factor),
-        context_length=text_config["max_position_embeddings"],
-        embed_dim=text_config["hidden_size"],
-        prediction_type=scheduler_config.get("prediction_type", "epsilon"),
-        num_parameters=sum(parameter.numel() for parameter in unet.parameters()),
-        schedulers=tuple(sorted(usable, key=lambda other: other != first)),
-        default_num_inference_steps=num_steps,
-        default_guidance_scale=float(extras.get("default_guidance_scale", 7.5)),
-    )
-    _check_defaults(info)
+    info = _describe(files, kind, unet_config, scheduler_config, compiler, latent_space)
+    tensors = None if files.checkpoint is None else single_file.read_checkpoint(files.checkpoint)
+    unet = _load_unet(files, unet_config, tensors, placement)
+    encoders = load_text_encoders(
+        name, files, parts, tensors,
+        device=placement.device, has_zeros_for_empty=bool(index.get("force_zeros_for_empty_prompt")) and kind.is_sdxl,
+    )  # fmt: skip
+    info = replace(info, num_parameters=sum(parameter.numel() for parameter in unet.parameters()))
+    num_text_parameters = encoders.num_parameters  # before adapters
+    adapters = _install(unet, encoders.networks, loras) if loras else None
     denoiser = DiffusersDenoiser(
         unet=unet,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        context_length=info.context_length,
+        texts=encoders,
         device=placement.device,
         dtype=placement.dtype,
+        takes_pooled=kind.is_sdxl,
+        guidance_dim=kind.guidance_dim,
+        adapters=adapters,
     )
-    return Model(info, denoiser, compiler, sum(parameter.numel() for parameter in text_encoder.parameters()))
+    return Model(replace(info, loras=adapters.infos if adapters else ()), denoiser, compiler, num_text_parameters)
 
 
-def _fetch(hub_id: str, extra: tuple[str, ...] = ()) -> Path:
-    """Returns the folder of a hub model in the local cache, downloading what is missing unless the hub is offline."""
-    if hub_id.startswith((".", "/", "~")) or hub_id.count("/") != 1:
-        raise ModelError(f"model {hub_id!r} is neither a folder nor a hub id such as owner/name; give one of them")
-    from huggingface_hub import snapshot_download
+def _install(unet: Any, text_encoders: Sequence[Any], loras: Sequence[LoraSource]) -> LoraSet:
+    from cloud_server.loras import install  # peft takes seconds to import
 
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=[*_HUB_FILES, *extra]))
-    except Exception as error:
-        raise ModelError(f"model {hub_id!r} cannot be fetched: {error}; download it and give its folder") from error
+    return install(unet, text_encoders, loras)
 
 
-def _read(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / name
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read ({error}); give a folder in diffusers layout") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} is not a JSON object; give a folder in diffusers layout")
-    return content
+def _describe(
+    files: Files,
+    kind: Kind,
+    unet: dict[str, Any],
+    scheduler: dict[str, Any],
+    compiler: PlanCompiler,
+    latent_space: str | None,
+) -> ModelInfo:
+    """Says all of a model that its configurations say."""
+    name, vae, extras = files.source.id, files.read("vae/config.json"), _read_extras(files)
+    num_steps = extras.get("default_num_inference_steps", 8 if kind.guidance_dim else 25)
+    usable = compiler.usable(num_steps)
+    if kind.guidance_dim:
+        usable = [found for found in usable if found == _CONSISTENCY_SCHEDULER]
+    first = _default_scheduler(name, extras, scheduler, usable)
+    vae_scale_factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    size_multiple = vae_scale_factor * 2 ** (len(unet["block_out_channels"]) - 1)
+    default_size = extras.get("default_size", _trained_size(unet) * vae_scale_factor)
+    info = ModelInfo(
+        id=name,
+        latent_space=latent_space or extras.get("latent_space") or _latent_space(files, vae),
+        latent_channels=unet["in_channels"],
+        vae_scale_factor=vae_scale_factor,
+        size_multiple=size_multiple,
+        default_size=default_size,
+        context_length=kind.context_length,
+        embed_dim=kind.embed_dim,
+        prediction_type=scheduler.get("prediction_type", "epsilon"),
+        num_parameters=0,  # known when it is loaded
+        schedulers=tuple(sorted(usable, key=lambda other: other != first)),
+        default_num_inference_steps=num_steps,
+        default_guidance_scale=float(extras.get("default_guidance_scale", _default_guidance_scale(kind))),
+        guidance="embedded" if kind.guidance_dim else "cfg",
+        pooled_dim=kind.pooled_dim,
+    )
+    _check_defaults(info)
+    return replace(info, sizes=sizes.buckets(default_size, size_multiple)) if kind.is_sdxl else info
 
 
-def _read_extras(folder: Path) -> dict[str, Any]:
-    if not (folder / EXTRAS_NAME).is_file():
-        return {}
-    extras = _read(folder, EXTRAS_NAME)
-    for key, value in extras.items():
-        if key in _EXTRAS and not isinstance(value, _EXTRAS[key]):
-            raise ModelError(f"{folder / EXTRAS_NAME}: {key} is {value!r}; it has the wrong type")
-    return {key: value for key, value in extras.items() if key in _EXTRAS and value}
+def _config_for(name: str, configs: Sequence[str]) -> str | None:
+    """Returns the `where` of the configuration for a model, or of the one for every model."""
+    for_all = None
+    for config in configs:
+        model, equals, where = config.partition("=")
+        if equals and model == name:
+            return where
+        if not equals:
+            for_all = config
+    return for_all
 
 
-def _refuse_unsupported(name: str, unet: dict[str, Any], text: dict[str, Any]) -> None:
-    """Refuses what needs more than latents, a time and text embeddings, so that no request can fail later."""
-    for option in ("time_cond_proj_dim", "addition_embed_type", "class_embed_type", "encoder_hid_dim_type"):
-        if unet.get(option) is not None:
-            raise ModelError(f"model {name}: its U-Net has {option} = {unet[option]!r}, which is not supported yet")
-    if unet.get("_class_name") != "UNet2DConditionModel":
-        raise ModelError(f"model {name}: its U-Net is a {unet.get('_class_name')}; UNet2DConditionModel is supported")
-    if unet["in_channels"] != unet["out_channels"]:
-        raise ModelError(
-            f"model {name}: an inpainting or depth model ({unet['in_channels']} channels) is not supported"
-        )
-    if "CLIPTextModel" not in (text.get("architectures") or ["CLIPTextModel"]):
-        raise ModelError(f"model {name}: its text encoder is {text['architectures']}; CLIPTextModel is supported")
-    if unet.get("cross_attention_dim") != text.get("hidden_size"):
-        raise ModelError(
-            f"model {name}: its U-Net takes embeddings of {unet.get('cross_attention_dim')} features,"
-            f" its text encoder makes {text.get('hidden_size')}"
-        )
+def _read_extras(files: Files) -> dict[str, Any]:
+    """Returns what the model's own folder says, and of one that it takes parts from, the latent space of its VAE."""
+    said: dict[str, Any] = {}
+    for root in files.roots:
+        path = root / EXTRAS_NAME
+        extras = read_json(path) if path.is_file() else {}
+        for key, value in extras.items():
+            if key in _EXTRAS and not isinstance(value, _EXTRAS[key]):
+                raise ModelError(f"{path}: {key} is {value!r}; it has the wrong type")
+            if key in _EXTRAS and value and (root == files.roots[0] or key == "latent_space"):
+                said.setdefault(key, value)
+    return said
+
+
+def _trained_size(unet: dict[str, Any]) -> int:
+    """Returns the side of the square latents that a U-Net was trained for, 0 where its configuration does not say."""
+    size = unet.get("sample_size")
+    return size if isinstance(size, int) else 0
+
+
+def _default_guidance_scale(kind: Kind) -> float:
+    """Returns what diffusers' pipeline of this kind takes, to the nearest half."""
+    if kind.guidance_dim:
+        return 8.0
+    return 5.0 if kind.is_sdxl else 7.5
 
 
 def _check_defaults(info: ModelInfo) -> None:
@@ -196,6 +244,7 @@ def _check_defaults(info: ModelInfo) -> None:
     if info.default_size <= 0 or info.default_size % info.size_multiple:
         raise ModelError(
             f"model {info.id}: default_size is {info.default_size}; it must be a multiple of {info.size_multiple}"
+            f" (say it in {EXTRAS_NAME})"
         )
     if not 1.0 <= info.default_guidance_scale <= 30.0:
         raise ModelError(
@@ -221,29 +270,28 @@ def _default_scheduler(name: str, extras: dict[str, Any], config: dict[str, Any]
     return found
 
 
-def _latent_space(name: str, folder: Path, where: str, vae: dict[str, Any]) -> str:
+def _latent_space(files: Files, vae: dict[str, Any]) -> str:
     """Names the latent space: a known one, or one named by the weights of the VAE."""
     known = _KNOWN_SPACES.get((vae.get("scaling_factor", 0.18215), vae.get("latent_channels", 4)))
     if known is not None:
         return known
-    weights = folder / "vae" / _VAE_WEIGHTS
-    if not weights.is_file() and not Path(where).is_dir():
-        weights = _fetch(where, (f"vae/{_VAE_WEIGHTS}",)) / "vae" / _VAE_WEIGHTS
-    if not weights.is_file():
-        raise ModelError(f"model {name}: no {weights} to tell its latent space by; give --latent-space")
+    weights = fetch_vae_weights(files)
+    if weights is None:
+        raise ModelError(f"model {files.source.id}: no {VAE_WEIGHTS} to tell its latent space by; give --latent-space")
     with weights.open("rb") as stream:
         return "vae-" + hashlib.file_digest(stream, "sha256").hexdigest()[:12]
 
 
-def _load_networks(name: str, folder: Path, placement: Placement) -> tuple[Any, Any, Any]:
-    from transformers import CLIPTextModel, CLIPTokenizer
-
+def _load_unet(files: Files, config: dict[str, Any], tensors: single_file.Tensors | None, placement: Placement) -> Any:
     try:
-        unet = load_unet(folder / "unet", placement.dtype)
-        text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", use_safetensors=True, dtype=torch.float32)
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        if tensors is None:
+            unet = load_unet(files.unet, placement.dtype, files.source.variant)
+        else:
+            converted = single_file.unet_tensors(tensors, config)
+            unet = build_unet(
+                config, {name: tensor.to(placement.dtype, copy=True) for name, tensor in converted.items()}
+            )
     except Exception as error:
-        raise ModelError(f"model {name}: {folder} cannot be loaded: {error}") from error
-    for network in (unet, text_encoder):
-        network.to(placement.device).eval().requires_grad_(False)
-    return unet, text_encoder, tokenizer
+        where = files.checkpoint or files.unet
+        raise ModelError(f"model {files.source.id}: {where} cannot be loaded: {error}") from error
+    return unet.to(placement.device).eval().requires_grad_(False)

@@ -31,46 +31,49 @@ class PlanCompiler:
     def __init__(self, base_config: Mapping[str, Any], *, max_plans: int = MAX_PLANS) -> None:
         """Takes the content of the model's `scheduler_config.json`."""
         self._base_config, self._max_plans = dict(base_config), max_plans
-        self._plans: OrderedDict[tuple[str, int], Plan] = OrderedDict()
+        self._plans: OrderedDict[tuple[str, int, int], Plan] = OrderedDict()
         self._lock, self._compiling = threading.Lock(), threading.Lock()
 
-    def plan(self, scheduler: str, num_inference_steps: int) -> Plan:
-        """Returns the plan of a scheduler, by any of its names.
+    def plan(self, scheduler: str, num_inference_steps: int, begin_step: int = 0) -> Plan:
+        """Returns the plan of a scheduler, by any of its names; see `compile_plan`.
 
         Raises:
             InvalidRequest: SCHEDULER_UNKNOWN, SCHEDULER_NOT_AFFINE or STEPS_INVALID.
         """
         spec = schedulers.find(scheduler)
-        plan = self.held(scheduler, num_inference_steps)
+        plan = self.held(scheduler, num_inference_steps, begin_step)
         if plan is None:
             with self._compiling:  # one at a time: whoever waits here mostly waits for the same plan
-                plan = self.held(scheduler, num_inference_steps) or self._compile(spec, num_inference_steps)
+                plan = self.held(scheduler, num_inference_steps, begin_step)
+                plan = plan or self._compile(spec, num_inference_steps, begin_step)
             with self._lock:
-                self._plans[spec.name, num_inference_steps] = plan
+                self._plans[spec.name, num_inference_steps, begin_step] = plan
                 if len(self._plans) > self._max_plans:
                     self._plans.popitem(last=False)
         return plan
 
-    def held(self, scheduler: str, num_inference_steps: int) -> Plan | None:
+    def held(self, scheduler: str, num_inference_steps: int, begin_step: int = 0) -> Plan | None:
         """Returns the plan if it was compiled before; never waits.
 
         Raises:
             InvalidRequest: SCHEDULER_UNKNOWN.
         """
-        key = (schedulers.find(scheduler).name, num_inference_steps)
+        key = (schedulers.find(scheduler).name, num_inference_steps, begin_step)
         with self._lock:
             if key not in self._plans:
                 return None
             self._plans.move_to_end(key)
             return self._plans[key]
 
-    def _compile(self, spec: schedulers.SchedulerSpec, num_inference_steps: int) -> Plan:
+    def _compile(self, spec: schedulers.SchedulerSpec, num_inference_steps: int, begin_step: int) -> Plan:
         import diffusers  # the class is imported when it is first asked for, which is slow
 
         try:
             with _quiet():
                 scheduler = getattr(diffusers, spec.diffusers_class).from_config(self._base_config, **spec.overrides)
-                return compile_plan(scheduler, num_inference_steps, torch.from_numpy, name=spec.name)
+                return compile_plan(
+                    scheduler, num_inference_steps, torch.from_numpy, name=spec.name, begin_step=begin_step
+                )
         except HybridSDError:
             raise
         except Exception as error:  # diffusers has many ways to dislike a number of steps

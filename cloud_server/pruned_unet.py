@@ -3,33 +3,50 @@
 Knows files and modules. Knows nothing of models, devices or how a U-Net was pruned.
 """
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
+from cloud_server.sources import UNET_STEM, read_json, weights_of
 from hybridsd import unet_widths
 
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
-
-def load_unet(folder: Path, dtype: torch.dtype) -> Any:
+def load_unet(folder: Path, dtype: torch.dtype, variant: str | None = None) -> Any:
     """Loads the `UNet2DConditionModel` of a folder on the CPU, in memory once.
+
+    Args:
+        folder: With config.json and weights.
+        dtype: What the weights become.
+        variant: Which weights, such as "fp16"; None: those without a variant, or the only ones there are.
 
     Raises:
         ValueError: If config.json and the tensors do not fit together, or there are no safetensors.
     """
-    from diffusers import UNet2DConditionModel
-
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     tensors = {}
-    for path in _weight_files(folder):
+    for path in weights_of(folder, UNET_STEM, variant).files:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 -- no mapping
                 # a copy: the file's own pages change when somebody writes to it
                 tensors[name] = file.get_tensor(name).to(dtype, copy=True)
+    return build_unet(config, tensors)
+
+
+def build_unet(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:
+    """Makes a `UNet2DConditionModel` of these tensors, which it goes on to use.
+
+    Args:
+        config: The content of config.json, stock or pruned.
+        tensors: By diffusers' names; on the meta device they make a U-Net without memory.
+
+    Raises:
+        ValueError: If they do not fit together.
+    """
+    from diffusers import UNet2DConditionModel
+
     layers = unet_widths.layers({name: tuple(value.shape) for name, value in tensors.items()}, config)
     unet_widths.check_config(layers, config)
     with torch.device("meta"):
@@ -46,14 +63,6 @@ def load_unet(folder: Path, dtype: torch.dtype) -> Any:
             " take config.json and weights from one folder"
         )
     return unet.eval()
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / f"{_WEIGHTS}.index.json"
-    if (folder / _WEIGHTS).is_file() or not index.is_file():
-        return [folder / _WEIGHTS]
-    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return [folder / name for name in sorted(set(shards))]
 
 
 def _resize(module: Any, layer: unet_widths.Layer) -> None:

@@ -10,7 +10,7 @@ from google.protobuf.duration_pb2 import Duration
 from cloud_server.engine import Load
 from cloud_server.jobs import Encoded, Finished, JobRequest, Latents, Queued, Snapshot, Started
 from cloud_server.models import ModelInfo
-from cloud_server.requests import MAX_PROMPT_CHARS, AnswerStyle
+from cloud_server.requests import MAX_PROMPT_CHARS, AnswerStyle, conditioning_digest
 from hybridsd import codec
 from hybridsd.plan import MAX_STEPS
 from hybridsd.v1 import denoising_service_pb2 as pb
@@ -53,6 +53,7 @@ def response(
                 compute_duration=duration(event.usage.compute_s),
                 num_calls=event.usage.num_calls,
                 sent_bytes=sent_bytes,
+                num_skipped_calls=event.usage.num_skipped_calls,
             )
             return pb.DenoiseResponse(finished=pb.Finished(usage=usage))
 
@@ -76,6 +77,7 @@ def _started(event: Started, request: JobRequest, style: AnswerStyle) -> pb.Star
         negative_prompt=None if negative is None else _conditioning(negative, style, style.negative_prompt_digest),
         guidance_scale=request.guidance_scale,
         num_dropped_tokens=dropped,
+        prediction_type=style.model.prediction_type,
     )
 
 
@@ -83,8 +85,11 @@ def _conditioning(encoded: Encoded, style: AnswerStyle, sent_digest: bytes | Non
     if sent_digest is not None:
         return pb.Conditioning(digest=sent_digest)
     tensor = codec.encode_tensor(encoded.embeds, style.encoding)
-    digest = codec.tensor_digest(tensor)
-    return pb.Conditioning(digest=digest, embeds=None if digest in style.known_digests else tensor)
+    pooled = None if encoded.pooled is None else codec.encode_tensor(encoded.pooled, style.encoding)
+    digest = conditioning_digest(tensor, pooled)
+    if digest in style.known_digests:
+        return pb.Conditioning(digest=digest)
+    return pb.Conditioning(digest=digest, embeds=tensor, pooled=pooled)
 
 
 def _state(event: Snapshot, style: AnswerStyle) -> pb.State:
@@ -139,4 +144,8 @@ def _model(info: ModelInfo) -> pb.Model:
         schedulers=info.schedulers,
         default_num_inference_steps=info.default_num_inference_steps,
         default_guidance_scale=info.default_guidance_scale,
+        guidance=pb.GUIDANCE_KIND_EMBEDDED if info.guidance == "embedded" else pb.GUIDANCE_KIND_CLASSIFIER_FREE,
+        pooled_dim=info.pooled_dim,
+        loras=[pb.Lora(name=lora.name, num_parameters=lora.num_parameters) for lora in info.loras],
+        sizes=[pb.Size(width=width, height=height) for width, height in info.sizes],
     )

@@ -16,6 +16,7 @@ from cloud_server.logs import note
 from cloud_server.mailbox import Mailbox
 from cloud_server.models import Model
 from cloud_server.requests import AnswerStyle, RequestReader, check_request_id
+from hybridsd import codec
 from hybridsd.v1 import denoising_service_pb2 as pb
 from hybridsd.v1 import denoising_service_pb2_grpc
 
@@ -100,6 +101,13 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
             note(sent_bytes=sent_bytes)
             if isinstance(event, Finished):
                 return
+
+    async def CompilePlan(
+        self, request: pb.CompilePlanRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> pb.CompilePlanResponse:
+        """Compiles a plan."""
+        plan, digest = await self._reader.plan(request)
+        return pb.CompilePlanResponse(plan=codec.encode_plan(plan), plan_digest=digest)
 
     async def CancelDenoise(
         self, request: pb.CancelDenoiseRequest, context: "grpc.aio.ServicerContext[Any, Any]"

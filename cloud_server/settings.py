@@ -14,6 +14,11 @@ class Settings:
 
     models: tuple[str, ...]
     """`[id=]path` or `[id=]hub_id`, the default first."""
+    variant: str | None = None
+    configs: tuple[str, ...] = ()
+    """`[id=]folder_or_hub_id`, with what a model lacks."""
+    loras: tuple[str, ...] = ()
+    """`[model:]name=path`."""
     device: str = "auto"
     dtype: str = "auto"
     latent_space: str | None = None

@@ -8,27 +8,36 @@ from dataclasses import dataclass, field
 
 import torch
 
-from cloud_server.denoiser import Denoiser
-from cloud_server.jobs import Embeds, JobRequest, Latents
-from hybridsd import noise
+from cloud_server.denoiser import Conditions, Denoiser, Loras
+from cloud_server.jobs import Encoded, JobRequest, Latents, Stage
+from hybridsd import levels, noise
 from hybridsd.plan import advance, initial_state, unet_input, x0_preview
 
-Group = tuple[str, tuple[int, int, int], tuple[int, ...]]
-"""Jobs that fit into one call: model, latent shape, shape of the conditioning."""
+Group = tuple[str, tuple[int, int, int], tuple[int, ...], Loras]
+"""Jobs that fit into one call: model, latent shape, shape of the embeddings, adapters."""
 
 
 @dataclass(eq=False, slots=True)
 class Trajectory:
-    """The moving part of a job."""
+    """The moving part of a job, while one model runs it."""
 
     request: JobRequest
     group: Group
-    embeds: torch.Tensor
-    """`[R, T, D]`, R = 2 with guidance (unconditional first), else 1; dtype and device of the model."""
+    conditions: Conditions
+    """R rows, 2 with classifier-free guidance (unconditional first), else 1."""
+    num_rows: int
+    guidance_scale: float
     call: int
     """The next call to run."""
     state: list[torch.Tensor] = field(default_factory=list)
     """`[C, h, w]` each, float32; never written to, only replaced."""
+    outputs: tuple[torch.Tensor, ...] = ()
+    """The last two guided outputs of this model, the older first; kept where calls are skipped."""
+    num_calls: int = 0
+    """Calls that this model has run."""
+    known: torch.Tensor | None = None
+    """Latents to end in where `mask` is 0."""
+    mask: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -40,12 +49,17 @@ class Progress:
     state: list[torch.Tensor]
     x0_preview: torch.Tensor | None
     """The final latents as this call predicts them; None where nobody wants to see them."""
+    output: torch.Tensor
+    """The guided output."""
 
 
-def begin(denoiser: Denoiser, request: JobRequest, prompt: Embeds, negative_prompt: Embeds | None) -> Trajectory:
-    """Returns a job at its first call: conditioning stacked, initial state drawn or taken from the request."""
-    rows = [prompt] if negative_prompt is None else [negative_prompt, prompt]
-    embeds = torch.stack([torch.from_numpy(row) for row in rows]).to(denoiser.device, denoiser.dtype)
+def is_guided(denoiser: Denoiser, guidance_scale: float) -> bool:
+    """Whether a job takes two rows of a batch."""
+    return denoiser.guidance == "cfg" and guidance_scale > 1.0
+
+
+def begin(denoiser: Denoiser, request: JobRequest, prompt: Encoded, negative_prompt: Encoded | None) -> Trajectory:
+    """Returns a job at its first call, its initial state drawn or taken from the request."""
 
     def on_device(latents: Latents) -> torch.Tensor:
         return torch.from_numpy(latents).to(denoiser.device)
@@ -57,22 +71,41 @@ def begin(denoiser: Denoiser, request: JobRequest, prompt: Embeds, negative_prom
         if latents is None:
             latents = noise.initial_latents(request.seed, request.image_index, request.latent_shape)
         state = initial_state(request.plan, on_device(latents))
-    group: Group = (request.model, request.latent_shape, tuple(embeds.shape[1:]))
-    return Trajectory(request, group, embeds, request.first_call, state)
+    return enter(denoiser, request, request.stages[0], state, prompt, negative_prompt)
 
 
-def stack_embeds(batch: Sequence[Trajectory]) -> torch.Tensor:
-    """Returns the conditioning of a batch, `[sum of R, T, D]`; the same for as long as the batch is."""
-    return torch.cat([trajectory.embeds for trajectory in batch])
+def enter(
+    denoiser: Denoiser,
+    request: JobRequest,
+    stage: Stage,
+    state: list[torch.Tensor],
+    prompt: Encoded,
+    negative_prompt: Encoded | None,
+) -> Trajectory:
+    """Returns a job at the first call of a stage, with the conditions of its model."""
+    guided = is_guided(denoiser, stage.guidance_scale) and negative_prompt is not None
+    rows = [negative_prompt, prompt] if guided and negative_prompt is not None else [prompt]
+    conditions = denoiser.conditions(rows, size=request.size, guidance_scale=stage.guidance_scale)
+    group: Group = (stage.model, request.latent_shape, tuple(conditions.embeds.shape[1:]), request.loras)
+    trajectory = Trajectory(request, group, conditions, len(rows), stage.guidance_scale, stage.first_call, state)
+    if request.known_latents is not None and request.mask is not None:
+        trajectory.known = torch.from_numpy(request.known_latents).to(denoiser.device)
+        trajectory.mask = torch.from_numpy(request.mask).to(denoiser.device)
+    return trajectory
 
 
-def step(denoiser: Denoiser, batch: Sequence[Trajectory], embeds: torch.Tensor) -> list[Progress]:
+def join_conditions(batch: Sequence[Trajectory]) -> Conditions:
+    """Returns the conditions of a batch, of sum of R rows; the same for as long as the batch is."""
+    return Conditions.join([trajectory.conditions for trajectory in batch])
+
+
+def step(denoiser: Denoiser, batch: Sequence[Trajectory], conditions: Conditions) -> list[Progress]:
     """Runs the next call of every job of a batch, in one call of the U-Net.
 
     Args:
         denoiser: The model of all of them.
         batch: Jobs of one group. They are not changed: a step that fails can be tried again.
-        embeds: What `stack_embeds` returned for this batch.
+        conditions: What `join_conditions` returned for this batch.
 
     Returns:
         Where each job is now. The arrays are not finite where the model's output was not.
@@ -80,22 +113,64 @@ def step(denoiser: Denoiser, batch: Sequence[Trajectory], embeds: torch.Tensor) 
     samples, timesteps, counts = [], [], []
     for trajectory in batch:
         row = trajectory.request.plan.rows[trajectory.call]
-        count = trajectory.embeds.shape[0]
-        samples.extend([unet_input(row, trajectory.state)] * count)
-        timesteps.extend([row.timestep] * count)
-        counts.append(count)
+        samples.extend([unet_input(row, trajectory.state)] * trajectory.num_rows)
+        timesteps.extend([row.timestep] * trajectory.num_rows)
+        counts.append(trajectory.num_rows)
     times = torch.tensor(timesteps, dtype=torch.float32).to(denoiser.device)
-    outputs = torch.split(denoiser.predict(torch.stack(samples), times, embeds), counts)
-    return [_advance(denoiser, trajectory, output) for trajectory, output in zip(batch, outputs, strict=True)]
+    loras = batch[0].group[3]
+    outputs = torch.split(denoiser.predict(torch.stack(samples), times, conditions, loras), counts)
+    return [
+        _advance(denoiser.device, trajectory, _guide(trajectory, output))
+        for trajectory, output in zip(batch, outputs, strict=True)
+    ]
 
 
-def _advance(denoiser: Denoiser, trajectory: Trajectory, output: torch.Tensor) -> Progress:
+def skip(device: torch.device, trajectory: Trajectory) -> Progress | None:
+    """Runs the next call without the U-Net where the job says so: its output is extrapolated from the last two.
+
+    Returns:
+        None where the call has to be run: too few have been, or the model changes, or the job is done.
+    """
+    request, skipping = trajectory.request, trajectory.request.skipping
+    is_change = any(stage.first_call == trajectory.call for stage in request.more_stages)
+    if skipping is None or is_change or trajectory.call >= request.handoff_call or len(trajectory.outputs) < 2:
+        return None
+    if trajectory.num_calls < skipping.warm_up_calls:
+        return None
+    previous, last = trajectory.outputs
+    return _advance(device, trajectory, last + skipping.extrapolation * (last - previous))
+
+
+def move(trajectory: Trajectory, result: Progress, *, ran: bool) -> None:
+    """Takes a job to where a call led.
+
+    Args:
+        trajectory: The job.
+        result: Of its next call.
+        ran: Whether the U-Net ran, and the output was not extrapolated.
+    """
+    trajectory.call, trajectory.state = result.call, result.state
+    if ran:
+        trajectory.num_calls += 1
+        if trajectory.request.skipping is not None:
+            trajectory.outputs = (*trajectory.outputs[-1:], result.output)
+
+
+def _guide(trajectory: Trajectory, output: torch.Tensor) -> torch.Tensor:
+    if trajectory.num_rows == 1:
+        return output[0]
+    return output[0] + trajectory.guidance_scale * (output[1] - output[0])
+
+
+def _advance(device: torch.device, trajectory: Trajectory, guided: torch.Tensor) -> Progress:
     request, call = trajectory.request, trajectory.call
     row = request.plan.rows[call]
-    guided = output[0] if len(output) == 1 else output[0] + request.guidance_scale * (output[1] - output[0])
+    output = guided
+    if trajectory.known is not None and trajectory.mask is not None:
+        output = levels.steer(row, trajectory.state, guided, trajectory.known, trajectory.mask)
     drawn = None
     if row.draws_noise:
         values = noise.call_noise(request.seed, request.image_index, call, request.latent_shape)
-        drawn = torch.from_numpy(values).to(denoiser.device)
-    preview = x0_preview(row, trajectory.state, guided) if request.is_preview_due(call + 1) else None
-    return Progress(call + 1, advance(row, trajectory.state, guided, drawn), preview)
+        drawn = torch.from_numpy(values).to(device)
+    preview = x0_preview(row, trajectory.state, output) if request.is_preview_due(call + 1) else None
+    return Progress(call + 1, advance(row, trajectory.state, output, drawn), preview, guided)

@@ -26,6 +26,7 @@ class Job:
         self.text_s = 0.0
         self.compute_s = 0.0
         self.num_calls = 0
+        self.num_skipped_calls = 0
         # Shared; under the lock.
         self._lock = threading.Lock()
         self._mailbox: Mailbox | None = None
@@ -44,7 +45,8 @@ class Job:
     @property
     def calls_left(self) -> int:
         """Calls of the U-Net that are still to come."""
-        return self.request.num_calls - self.num_calls
+        request = self.request
+        return request.handoff_call - request.first_call - self.num_calls - self.num_skipped_calls
 
     def attach(self, mailbox: Mailbox, deadline_s: float | None) -> None:
         """Makes `mailbox` the one reader, from the newest state on; a reader before it ends with SUPERSEDED."""
@@ -101,4 +103,4 @@ class Job:
     def usage(self) -> Usage:
         """Returns what the job has taken so far."""
         began_s = time.monotonic() if self.first_call_s is None else self.first_call_s
-        return Usage(began_s - self.arrived_s, self.text_s, self.compute_s, self.num_calls)
+        return Usage(began_s - self.arrived_s, self.text_s, self.compute_s, self.num_calls, self.num_skipped_calls)

@@ -42,7 +42,7 @@ class Bundle:
 
     def plan_names(self) -> list[str]:
         """Returns the names of its plans, "scheduler/steps" each, sorted."""
-        return sorted(self._plans(), key=_by_steps)
+        return sorted((name for name in self._plans() if "@" not in name), key=_by_steps)
 
     def describe_plans(self) -> str:
         """Returns its plans for people: schedulers with the numbers of steps that they have plans for."""
@@ -55,24 +55,27 @@ class Bundle:
             groups.setdefault(", ".join(steps_list), []).append(scheduler)
         return "; ".join(f"{', '.join(schedulers)} in {steps} steps" for steps, schedulers in groups.items())
 
-    def find_plan(self, scheduler: str, num_inference_steps: int) -> Plan | None:
-        """Returns a plan of the bundle, or None."""
-        raw = self._plans().get(f"{scheduler}/{num_inference_steps}")
-        if raw is None:
-            return None
-        return plans.from_json(raw if isinstance(raw, str) else json.dumps(raw))
+    def find_plan(self, scheduler: str, num_inference_steps: int, begin_step: int = 0) -> Plan | None:
+        """Returns a plan of the bundle, or None; above 0 for the steps from `begin_step` on, begun afresh."""
+        name = f"{scheduler}/{num_inference_steps}" + (f"@{begin_step}" if begin_step else "")
+        raw = self._plans().get(name)
+        if raw is not None:
+            return plans.from_json(raw if isinstance(raw, str) else json.dumps(raw))
+        whole = self.find_plan(scheduler, num_inference_steps) if begin_step else None
+        return None if whole is None else whole.begin(begin_step)
 
-    def plan(self, scheduler: str, num_inference_steps: int) -> Plan:
-        """Returns a plan of the bundle.
+    def plan(self, scheduler: str, num_inference_steps: int, begin_step: int = 0) -> Plan:
+        """Returns a plan of the bundle; see `find_plan`.
 
         Raises:
             ModelMismatch: PLAN_MISSING, listing the plans there are.
         """
-        found = self.find_plan(scheduler, num_inference_steps)
+        found = self.find_plan(scheduler, num_inference_steps, begin_step)
         if found is None:
+            what = f"{scheduler}/{num_inference_steps}" + (f" from step {begin_step} on" if begin_step else "")
             raise ModelMismatch(
                 Reason.PLAN_MISSING,
-                f"bundle {self.manifest.name} has no plan {scheduler}/{num_inference_steps}, and only a cloud can "
+                f"bundle {self.manifest.name} has no plan {what}, and only a cloud can "
                 f"make one; without a cloud choose {self.describe_plans()}",
                 field="scheduler",
             )

@@ -4,6 +4,7 @@ Knows click and what the other modules check; it adds no rule of its own.
 """
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,9 +15,9 @@ import numpy as np
 
 from edge_client import bundle as bundles
 from edge_client.bundle import Bundle
-from edge_client.events import Conditioning
 from edge_client.onnx_models import Models
 from edge_client.options import CONTEXT, model_options, open_cloud, server_options
+from edge_client.providers import openvino_installed
 from edge_client.remote import Cloud
 from hybridsd import noise
 from hybridsd.errors import HybridSDError
@@ -95,29 +96,34 @@ def check_device(bundle: Bundle, **options: Any) -> Iterator[Check]:
     yield Check("bundle", True, f"{manifest.name} in {bundle.folder}, {len(manifest.files)} files as they should be")
     models = Models(bundle.folder, manifest, **options)
     models.warm_up()  # only now is it known which provider runs them
-    yield Check("provider", True, f"{models.provider}: {models.provider_reason}")
+    yield Check("provider", True, models.choice.describe())
+    report = models.self_test()
+    if report is not None:
+        yield Check("self-test", report.ok, report.describe(), 0 if report.ok else 70)
+    yield from _hints(models)
     names = bundle.plan_names()
     default = f"{manifest.defaults.scheduler}/{manifest.defaults.num_inference_steps}"
     if default in names:
         yield Check("plans", True, bundle.describe_plans())
     else:
         yield Check("plans", False, f"the default {default} is missing; export the bundle again", 3)
-    embeds, _ = models.encode_text("a test")
-    empty, _ = models.encode_text("")
+    conditioning, _ = models.encode_pair("a test", "" if models.takes_negative else None)
     cell = manifest.vae_scale_factor
     shape = (manifest.latent_channels, manifest.defaults.height // cell, manifest.defaults.width // cell)
     latents = noise.initial_latents(0, 0, shape)
     plan = bundle.find_plan(manifest.defaults.scheduler, manifest.defaults.num_inference_steps)
     timestep = 500.0 if plan is None else plan.rows[0].timestep
     fed = latents if plan is None else unet_input(plan.rows[0], [np.float32(plan.init_noise_sigma) * latents])
-    conditioning = Conditioning(prompt_embeds=embeds, negative_prompt_embeds=empty)
+    begin = time.perf_counter()
     predicted = models.predict_noise(fed, timestep, conditioning, guidance_scale=2.0)
+    step_s = time.perf_counter() - begin
     image = models.decode(latents)
+    decode_s = time.perf_counter() - begin - step_s
     expected = (3, manifest.defaults.height, manifest.defaults.width)
     wrong = [
         what
         for what, array, right in (
-            ("text encoder", embeds, (manifest.context_length, manifest.embed_dim)),
+            ("text encoder", conditioning.prompt_embeds, (manifest.context_length, manifest.embed_dim)),
             ("U-Net", predicted, shape),
             ("decoder", image, expected),
         )
@@ -127,7 +133,42 @@ def check_device(bundle: Bundle, **options: Any) -> Iterator[Check]:
         what = ", ".join(wrong)
         yield Check("models", False, f"{what}: wrong shape or values; choose another --provider or export again", 70)
     else:
-        yield Check("models", True, f"text, one step and a decode at {expected[2]}x{expected[1]}: all finite")
+        times = f"one step ({1e3 * step_s:.0f} ms) and a decode ({1e3 * decode_s:.0f} ms)"
+        yield Check("models", True, f"text, {times} at {expected[2]}x{expected[1]}: all finite")
+
+
+def _hints(models: Models) -> Iterator[Check]:
+    """Says what would make this device faster, and whether the models fit into its memory."""
+    needed = sum(
+        file.size_bytes for role, file in models.manifest.files.items() if file.path.endswith((".onnx", ".data"))
+    )
+    free = _free_bytes()
+    if free is not None:
+        enough = free > 2 * needed
+        advice = "" if enough else "; use --low-memory, or a bundle of another precision"
+        found = f"{free / 2**20:.0f} MiB are free, the models are {needed / 2**20:.0f} MiB{advice}"
+        yield Check("memory", enough or models.low_memory, found, 70)
+    flags = _cpu_flags()
+    if models.choice.is_reference and flags & {"amx_bf16", "avx512_bf16"}:
+        how = "--provider openvino computes in bf16, which this CPU has in hardware"
+        what = how if openvino_installed() else f"{how}; pip install 'hybridsd[edge,openvino]'"
+        yield Check("speed", True, f"{what} (slightly different pictures)")
+
+
+def _free_bytes() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return set()
+    return set(next((line.partition(":")[2] for line in text.splitlines() if line.startswith("flags")), "").split())
 
 
 def check_cloud(cloud: Cloud, bundle: Bundle | None) -> Iterator[Check]:

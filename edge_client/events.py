@@ -13,16 +13,21 @@ from hybridsd.plan import Plan
 
 Place = Literal["cloud", "edge"]
 Mode = Literal["hybrid", "cloud", "edge", "auto"]
+SafetyAction = Literal["off", "report", "blank"]
+"""Of the edge's safety checker: not asked, its word reported, or a flagged picture made black as well."""
 MODES: tuple[Mode, ...] = ("auto", "hybrid", "cloud", "edge")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conditioning:
-    """What the U-Net is told to draw, `[context_length, embed_dim]` each."""
+    """What the U-Net is told to draw, `[n * context_length, embed_dim]` each, n chunks of text."""
 
     prompt_embeds: Embeds
     negative_prompt_embeds: Embeds | None
     """Unconditional embeddings; None without guidance."""
+    pooled_prompt_embeds: Embeds | None = None
+    """The embedding of the whole text, `[pooled_dim]`; None where the model takes none."""
+    negative_pooled_prompt_embeds: Embeds | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +39,7 @@ class Usage:
     compute_s: float
     num_calls: int
     sent_bytes: int
+    num_skipped_calls: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +86,8 @@ class CloudStarted:
     """None when the cloud did not send any: the edge encodes the text itself."""
     guidance_scale: float
     num_dropped_tokens: int
+    prediction_type: str = ""
+    """Of the plan's e; empty from a server that does not say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +122,16 @@ class TookOver:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HandedOver:
+    """The cloud's part was ended before its planned end, on purpose: the queue or the link turned bad."""
+
+    planned: int
+    """The step that the cloud was to end at."""
+    actual: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StepRecord:
     """Where a step ran and how long it took."""
 
@@ -126,6 +144,17 @@ class StepRecord:
 def count_cloud_steps(steps: Iterable[StepRecord], first_step: int) -> int:
     """Returns how many steps from `first_step` on the cloud has run, whole or in part; it may skip states."""
     return max((record.step + 1 for record in steps if record.place == "cloud"), default=first_step) - first_step
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SafetyReport:
+    """What the safety checker was told to do, and said."""
+
+    action: SafetyAction = "off"
+    flagged: bool | None = None
+    """None when the picture was not checked."""
+    score: float | None = None
+    """Largest cosine similarity above its threshold; above 0 is flagged."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,6 +175,8 @@ class Result:
     fallback_reason: Reason | None
     """Why actual differs from planned; None when it does not."""
     fallback_message: str
+    handed_over: str
+    """Why the cloud's part was shortened on purpose; empty when it was not."""
     steps: tuple[StepRecord, ...]
     prompt: str
     negative_prompt: str
@@ -171,6 +202,14 @@ class Result:
     """None when the cloud did not get as far as to say."""
     decode_s: float
     elapsed_s: float
+    safety: SafetyReport = SafetyReport()
+    loras: tuple[tuple[str, float], ...] = ()
+    """Adapters that the cloud applied, with their weights."""
+    stages: tuple[str, ...] = ()
+    """What ran where by plan, as `--segments` writes it."""
+    strength: float | None = None
+    """How much of the given image was redrawn; None when none was given."""
+    has_mask: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,4 +219,4 @@ class Finished:
     result: Result
 
 
-Event = Planned | Queued | Retrying | CloudStarted | StepDone | TookOver | Finished
+Event = Planned | Queued | Retrying | CloudStarted | StepDone | TookOver | HandedOver | Finished

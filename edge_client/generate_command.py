@@ -15,8 +15,9 @@ from edge_client.bundle import Bundle
 from edge_client.events import MODES, Finished, Result, StepDone
 from edge_client.extras import Extras, read_extras
 from edge_client.generate_requests import read_requests
+from edge_client.mode_options import mode_options
 from edge_client.onnx_models import Models
-from edge_client.options import CONTEXT, model_options, open_bundle, open_cloud, server_options
+from edge_client.options import CONTEXT, model_options, open_bundle, open_cloud, open_edge_models, server_options
 from edge_client.pipeline import generate as run_pipeline
 from edge_client.progress import Display, choose_display, result_json
 from edge_client.remote import Cloud
@@ -68,6 +69,7 @@ from hybridsd.errors import HybridSDError, Reason
     "--codec", type=click.Choice(list(ENCODINGS)), default="fp16", show_default=True,
     help="How the cloud's tensors travel: fp32 is exact, int8 small.",
 )  # fmt: skip
+@mode_options
 @click.option("--private", is_flag=True, help="Encode the text here: the prompt never leaves this device.")
 @click.option("--deadline", type=float, help="Seconds that the cloud may take; then the edge takes over.")
 @click.option("--no-fallback", is_flag=True, help="Fail, in mode auto too, rather than go on without the cloud.")
@@ -110,7 +112,7 @@ def generate(ctx: click.Context, /, **options: Any) -> None:
 def _generate(ctx: click.Context, options: dict[str, Any], done: list[dict[str, Any]]) -> None:
     """Draws what the options say; `done` grows with each picture that is written."""
     bundle = open_bundle(options["bundle_name"])
-    requests, names = read_requests(ctx, options)
+    requests, names = read_requests(ctx, options, bundle.manifest)
     resolved = [resolve(request, bundle.manifest) for request in requests]
     paths = outputs.choose(options["output"], names, overwrite=options["overwrite"])
     extras = read_extras(options, requests, resolved, paths)
@@ -121,15 +123,14 @@ def _generate(ctx: click.Context, options: dict[str, Any], done: list[dict[str, 
         return
     also = [extras.save_latents, None if extras.save_steps is None else extras.save_steps / "step.png"]
     outputs.probe([*paths, *(path for path in also if path is not None)])
-    models = Models(
-        bundle.folder, bundle.manifest, provider=options["provider"], threads=options["threads"],
-        low_memory=options["low_memory"],
-    )  # fmt: skip
+    runs_with = {"provider": options["provider"], "threads": options["threads"], "low_memory": options["low_memory"]}
+    models = Models(bundle.folder, bundle.manifest, **runs_with)
+    others = open_edge_models(options["edge_models"], bundle.manifest, **runs_with)
     display = choose_display(quiet=options["quiet"] or options["as_json"], jsonl=options["jsonl"])
     with contextlib.ExitStack() as stack:
         stack.callback(display.close)
         cloud: Cloud | None = None
-        if any(job.cloud_steps for job in resolved):
+        if any(stage.place == "cloud" for job in resolved for stage in job.stages):
             cloud = stack.enter_context(
                 open_cloud(
                     options["server"], token_file=options["token_file"], tls_ca=options["tls_ca"],
@@ -137,7 +138,7 @@ def _generate(ctx: click.Context, options: dict[str, Any], done: list[dict[str, 
                 )
             )  # fmt: skip
         for request, path in zip(requests, paths, strict=True):
-            result, steps = _draw(request, bundle, models, cloud, display, extras, path)
+            result, steps = _draw(request, bundle, models, others, cloud, display, extras, path)
             outputs.write(path, images.encode_file(path, result.image_u8, result), overwrite=options["overwrite"])
             done.append({"path": str(path), **result_json(result)})
             if options["jsonl"]:
@@ -156,6 +157,7 @@ def _draw(
     request: Request,
     bundle: Bundle,
     models: Models,
+    others: dict[str, Models],
     cloud: Cloud | None,
     display: Display,
     extras: Extras,
@@ -163,7 +165,7 @@ def _draw(
 ) -> tuple[Result, list[StepDone]]:
     """Runs one picture, shows its events and writes previews; returns also the calls that the extras need."""
     steps: list[StepDone] = []
-    with contextlib.closing(run_pipeline(request, bundle, models, cloud)) as events:
+    with contextlib.closing(run_pipeline(request, bundle, models, cloud, others=others)) as events:
         for event in events:
             display.show(event)
             if isinstance(event, StepDone):
@@ -190,6 +192,7 @@ def _dry_json(request: Request, job: Resolved, path: Path) -> dict[str, Any]:
         "guidance_scale": job.guidance_scale,
         "width": job.width,
         "height": job.height,
+        "stages": [stage.describe() for stage in job.stages],
         "model": request.model,
         "codec": request.codec,
         "private": request.private,

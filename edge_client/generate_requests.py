@@ -12,8 +12,10 @@ import click
 
 from edge_client import latents, outputs, prompts
 from edge_client.events import MODES, Mode
+from edge_client.mode_options import read_modes
 from edge_client.request import Request, SavedState, with_saved
 from hybridsd.errors import InvalidRequest, Reason
+from hybridsd.manifest import Manifest
 
 _FIXED_BY_STATE = (
     "prompt", "prompt_option", "negative_prompt", "prompts_file", "csv_file", "steps", "scheduler",
@@ -21,7 +23,7 @@ _FIXED_BY_STATE = (
 )  # fmt: skip
 
 
-def read_requests(ctx: click.Context, options: dict[str, Any]) -> tuple[list[Request], list[str]]:
+def read_requests(ctx: click.Context, options: dict[str, Any], manifest: Manifest) -> tuple[list[Request], list[str]]:
     """Returns what to draw, and a name for each picture.
 
     Raises:
@@ -37,8 +39,7 @@ def read_requests(ctx: click.Context, options: dict[str, Any]) -> tuple[list[Req
         cloud_steps=cloud_steps,
         guidance_scale=options["guidance_scale"],
         seed=seed,
-        width=options["width"],
-        height=options["height"],
+        **read_modes(options, manifest),
         codec=options["codec"],
         deadline_s=options["deadline"],
         fallback=not options["no_fallback"],
@@ -48,6 +49,11 @@ def read_requests(ctx: click.Context, options: dict[str, Any]) -> tuple[list[Req
     if options["load_latents"] is not None:
         loaded = latents.load(options["load_latents"])
         if isinstance(loaded, SavedState):
+            if base.segments or base.image_input is not None:
+                raise InvalidRequest(
+                    Reason.FIELD_INVALID, "the saved state fixes what is drawn; leave out --segments and --image",
+                    field="load_latents",
+                )  # fmt: skip
             for name in _FIXED_BY_STATE:
                 if _on_the_line(ctx, name):
                     flag = name.removesuffix("_option").removesuffix("_file").replace("_", "-")

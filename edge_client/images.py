@@ -61,6 +61,15 @@ def provenance(result: Result) -> dict[str, Any]:
             "actual": result.actual_cloud_steps,
             "reason": None if result.fallback_reason is None else result.fallback_reason.name,
         },
+        "adapted": result.handed_over or None,  # why the cloud's part was shortened on purpose
+        "stages": list(result.stages),
+        "loras": dict(result.loras),
+        "image": None if result.strength is None else {"strength": result.strength, "mask": result.has_mask},
+        "safety_checker": {
+            "action": result.safety.action,
+            "flagged": result.safety.flagged,
+            "score": result.safety.score,
+        },
         "codec": result.codec,
         "plan_digest": result.plan.digest().hex(),
         "steps": [{"step": record.step, "call": record.call, "place": record.place} for record in result.steps],

@@ -4,6 +4,7 @@ With `edge_client.remote` the only place that sees messages; knows no gRPC. Noth
 plans are checked for size, shape, finite values and digest before anyone else sees them.
 """
 
+import hashlib
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -16,12 +17,14 @@ from edge_client.remote_types import CloudEvent, CloudState, Job, printable
 from hybridsd import codec
 from hybridsd.errors import InternalError, InvalidRequest, Reason
 from hybridsd.plan import Plan
+from hybridsd.prompting import MAX_CHUNKS
 from hybridsd.v1 import denoising_service_pb2 as pb
-from hybridsd.v1 import plan_pb2, tensor_pb2
+from hybridsd.v1 import plan_pb2
 
 REATTACH_GRACE_S = 5
 """How long the server keeps a job whose stream broke, so that we can attach again."""
 MAX_KNOWN_DIGESTS = 64
+_EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
 class Conversation:
@@ -37,7 +40,7 @@ class Conversation:
         self._plan: Plan | None = job.sent_plan
         self._started_once = False
         self._conditioning: Conditioning | None = None
-        self._tensors: dict[bytes, tensor_pb2.Tensor] = {}
+        self._texts: dict[bytes, pb.Conditioning] = {}
         self._plans: dict[bytes, Plan] = {}
         for plan in (job.sent_plan, job.known_plan):
             if plan is not None:
@@ -54,7 +57,9 @@ class Conversation:
         return message
 
     def _keys(self, text: str) -> tuple[str, ...]:
-        return ("embeds", self._job.model, self._job.codec, text)
+        options, loras = self._job.text_options, ",".join(f"{name}:{weight}" for name, weight in self._job.loras)
+        kind = f"{options.long_prompt}:{options.weighting}:{loras}"
+        return ("conditioning", self._job.model, self._job.codec, kind, text)
 
     def _plan_key(self) -> tuple[str, ...]:
         return ("plan", self._job.model, self._job.scheduler, str(self._job.num_inference_steps))
@@ -67,9 +72,9 @@ class Conversation:
                 found = cache.find(*self._keys(text))
                 if found is None:
                     continue
-                message = _parse(tensor_pb2.Tensor(), found[1])
-                if message is not None and codec.tensor_digest(message) == found[0]:
-                    self._tensors[found[0]] = message
+                message = _parse(found[1])
+                if message is not None and _digest(message) == found[0]:
+                    self._texts[found[0]] = message
                 else:
                     cache.drop(found[0])
         found = cache.find(*self._plan_key())
@@ -95,18 +100,30 @@ class Conversation:
             first_step=job.first_step,
             handoff_step=job.handoff_step,
             initial_state=[codec.encode_tensor(array, codec.FLOAT32) for array in job.initial_state],
-            state_every=1,
+            state_every=job.state_every,
             preview_every=job.preview_every,
             encoding=encoding,
-            known_digests=[*self._tensors, *self._plans][:MAX_KNOWN_DIGESTS],
+            known_digests=[*self._texts, *self._plans][:MAX_KNOWN_DIGESTS],
             reattach_grace=Duration(seconds=REATTACH_GRACE_S),
         )
-        if self._own_messages:
-            message.embeddings.prompt_embeds.CopyFrom(self._own_messages[0])
-            if len(self._own_messages) > 1:
-                message.embeddings.negative_prompt_embeds.CopyFrom(self._own_messages[1])
+        if self._own_messages is not None:
+            message.embeddings.CopyFrom(self._own_messages)
         else:
             message.text.prompt, message.text.negative_prompt = job.prompt, job.negative_prompt
+            message.text.prompt_weighting = job.text_options.weighting
+            if job.text_options.long_prompt == "chunk":
+                message.text.long_prompt = pb.LONG_PROMPT_CHUNK
+        for change in job.model_changes:
+            message.model_changes.add(step=change.step, model=change.model, guidance_scale=change.guidance_scale)
+        for name, weight in job.loras:
+            message.loras.add(name=name, weight=weight)
+        if job.known_latents is not None and job.mask is not None:
+            message.inpainting.latents.CopyFrom(codec.encode_tensor(job.known_latents, codec.FLOAT32))
+            message.inpainting.mask.CopyFrom(codec.encode_tensor(job.mask, codec.FLOAT32))
+        if job.call_skipping is not None:
+            message.call_skipping.warm_up_calls = job.call_skipping.warm_up_calls
+            message.call_skipping.skipped_calls = job.call_skipping.skipped_calls
+            message.call_skipping.extrapolation = job.call_skipping.extrapolation
         if job.sent_plan is not None:
             message.plan.CopyFrom(codec.encode_plan(job.sent_plan))
         else:
@@ -140,6 +157,7 @@ class Conversation:
                 compute_s=seconds(usage.compute_duration),
                 num_calls=usage.num_calls,
                 sent_bytes=usage.sent_bytes,
+                num_skipped_calls=usage.num_skipped_calls,
             )
         return None
 
@@ -156,17 +174,21 @@ class Conversation:
         if self._plan is not None and started.plan_digest != self._plan.digest():
             _refuse("another plan than the one that is followed already")
         plan = self._read_plan(started)
-        if plan.num_inference_steps != job.num_inference_steps:
-            _refuse(f"a plan of {plan.num_inference_steps} steps, not {job.num_inference_steps}")
+        steps = job.num_inference_steps if job.sent_plan is None else job.sent_plan.num_inference_steps
+        if plan.num_inference_steps != steps:
+            _refuse(f"a plan of {plan.num_inference_steps} steps, not {steps}")
         conditioning = self._own
         if conditioning is None and started.HasField("prompt"):
-            wants_negative = job.guidance_scale != 1
-            if wants_negative and not started.HasField("negative_prompt"):
-                _refuse("no unconditional embeddings, which guidance needs")
-            negative = self._embeds(started.negative_prompt, job.negative_prompt) if wants_negative else None
+            prompt, pooled = self._embeds(started.prompt, job.prompt)
+            negative = negative_pooled = None
+            if started.HasField("negative_prompt"):  # none from a model that has guidance as an input
+                negative, negative_pooled = self._embeds(started.negative_prompt, job.negative_prompt)
+                if negative.shape != prompt.shape:
+                    _refuse(f"embeddings {list(negative.shape)} beside {list(prompt.shape)}")
             conditioning = Conditioning(
-                prompt_embeds=self._embeds(started.prompt, job.prompt), negative_prompt_embeds=negative
-            )
+                prompt_embeds=prompt, negative_prompt_embeds=negative,
+                pooled_prompt_embeds=pooled, negative_pooled_prompt_embeds=negative_pooled,
+            )  # fmt: skip
         held = self._conditioning
         if held is not None and conditioning is not None and not _same(held, conditioning):
             _refuse("other embeddings than those that are followed already")
@@ -179,6 +201,7 @@ class Conversation:
             conditioning=conditioning,
             guidance_scale=started.guidance_scale,
             num_dropped_tokens=started.num_dropped_tokens,
+            prediction_type=printable(started.prediction_type),
         )
 
     def _read_plan(self, started: pb.Started) -> Plan:
@@ -194,19 +217,32 @@ class Conversation:
             _refuse("no plan, and the digest of one that was never named")
         return self._plans[digest]
 
-    def _embeds(self, message: pb.Conditioning, text: str) -> Any:
+    def _embeds(self, message: pb.Conditioning, text: str) -> tuple[Any, Any]:
+        """Returns the embeddings of a text and of the whole of it, which most models have not."""
         digest = message.digest
         if message.HasField("embeds"):
-            if codec.tensor_digest(message.embeds) != digest:
+            if _digest(message) != digest:
                 _refuse("embeddings that do not match their digest")
-            embeds = codec.decode_tensor(message.embeds, shape=self._job.embed_shape, field="embeddings")
-            self._tensors[digest] = message.embeds
-            self._cache.store(digest, message.embeds.SerializeToString(), self._keys(text))
-            return embeds
-        if digest not in self._tensors:
+            decoded = self._decode(message)
+            self._texts[digest] = message
+            self._cache.store(digest, message.SerializeToString(), self._keys(text))
+            return decoded
+        if digest not in self._texts:
             _refuse("no embeddings, and the digest of some that were never named")
         self._cache.point(digest, self._keys(text))
-        return codec.decode_tensor(self._tensors[digest], shape=self._job.embed_shape, field="embeddings")
+        return self._decode(self._texts[digest])
+
+    def _decode(self, message: pb.Conditioning) -> tuple[Any, Any]:
+        tokens, features = self._job.embed_shape
+        embeds = codec.decode_tensor(message.embeds, field="embeddings")
+        chunks = len(embeds) // tokens
+        if embeds.shape != (chunks * tokens, features) or not 1 <= chunks <= MAX_CHUNKS:
+            _refuse(f"embeddings {list(embeds.shape)}; they must be [n * {tokens}, {features}], n 1 to {MAX_CHUNKS}")
+        if message.HasField("pooled") != bool(self._job.pooled_dim):
+            _refuse("embeddings of a model of another kind: " + ("no " if self._job.pooled_dim else "") + "pooled ones")
+        if not self._job.pooled_dim:
+            return embeds, None
+        return embeds, codec.decode_tensor(message.pooled, shape=(self._job.pooled_dim,), field="pooled")
 
     def _state(self, state: pb.State) -> CloudState:
         plan = self._plan
@@ -229,23 +265,33 @@ class Conversation:
         )
 
 
-def _encode_own(job: Job) -> tuple[list[tensor_pb2.Tensor], Conditioning | None]:
+def _encode_own(job: Job) -> tuple[pb.EmbeddingConditioning | None, Conditioning | None]:
     """Encodes the caller's embeddings, and returns them also as the cloud will see them."""
     given = job.conditioning
     if given is None:
-        return [], None
-    encoding = codec.ENCODINGS[job.codec]
-    pair = (given.prompt_embeds, given.negative_prompt_embeds)
-    messages = [codec.encode_tensor(embeds, encoding) for embeds in pair if embeds is not None]
-    prompt_embeds, *negative = (codec.decode_tensor(message) for message in messages)
-    own = Conditioning(prompt_embeds=prompt_embeds, negative_prompt_embeds=negative[0] if negative else None)
-    return messages, own
+        return None, None
+    encoding, message, seen = codec.ENCODINGS[job.codec], pb.EmbeddingConditioning(), {}
+    for name in _EMBEDDINGS:
+        array = getattr(given, name)
+        if name.startswith("negative") and not job.takes_negative:
+            seen[name] = array  # it stays here
+        elif array is not None:
+            getattr(message, name).CopyFrom(codec.encode_tensor(array, encoding))
+            seen[name] = codec.decode_tensor(getattr(message, name))
+    return message, Conditioning(**{name: seen.get(name) for name in _EMBEDDINGS})  # type: ignore[arg-type]
 
 
 def _same(one: Conditioning, other: Conditioning) -> bool:
-    a, b = one.negative_prompt_embeds, other.negative_prompt_embeds
-    negative = b is None if a is None else b is not None and np.array_equal(a, b)
-    return negative and np.array_equal(one.prompt_embeds, other.prompt_embeds)
+    pairs = ((getattr(one, name), getattr(other, name)) for name in _EMBEDDINGS)
+    return all(b is None if a is None else b is not None and np.array_equal(a, b) for a, b in pairs)
+
+
+def _digest(message: pb.Conditioning) -> bytes:
+    """Returns the digest of embeddings (docs/protocol.md): with pooled ones that of both digests."""
+    digest = codec.tensor_digest(message.embeds)
+    if not message.HasField("pooled"):
+        return digest
+    return hashlib.sha256(digest + codec.tensor_digest(message.pooled)).digest()
 
 
 def seconds(duration: Duration) -> float:
@@ -257,10 +303,12 @@ def _refuse(what: str) -> NoReturn:
     raise InternalError(Reason.INTERNAL, f"the cloud sent something that cannot be used: {what}")
 
 
-def _parse(message: tensor_pb2.Tensor, content: bytes) -> tensor_pb2.Tensor | None:
+def _parse(content: bytes) -> pb.Conditioning | None:
     try:
-        message.ParseFromString(content)
-        codec.decode_tensor(message)
+        message = pb.Conditioning.FromString(content)
+        codec.decode_tensor(message.embeds)
+        if message.HasField("pooled"):
+            codec.decode_tensor(message.pooled)
     except Exception:  # protobuf's DecodeError, or our own: the entry is broken either way
         return None
     return message

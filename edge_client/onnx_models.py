@@ -1,156 +1,52 @@
-"""The models of a bundle as functions from arrays to arrays: a thin seam over ONNX Runtime.
+"""The models of a bundle as functions from arrays to arrays, each loaded when it is first used.
 
-Knows nothing of plans, steps, pictures on disk or the network. Names and shapes: `hybridsd.manifest.Manifest`.
+Knows which file plays which role and which provider may run it. Knows nothing of plans, steps, pictures on disk or the
+network. Names and shapes: `hybridsd.manifest.Manifest`.
 """
 
+import math
 import threading
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
-from edge_client.arrays import Embeds, Latents
+from edge_client import cache, providers, runtimes, safety, self_test
+from edge_client.arrays import ImageU8, Latents
 from edge_client.events import Conditioning
-from edge_client.tokenizer import Tokenizer
-from hybridsd.errors import InternalError, InvalidRequest, ModelMismatch, Reason
+from edge_client.networks import Network
+from edge_client.safety import SafetyVerdict
+from edge_client.self_test import Report
+from edge_client.text_encoding import TextEncoders
+from edge_client.unets import Guidance, UNet
+from hybridsd import noise
+from hybridsd.errors import HybridSDError, InvalidRequest, ModelMismatch, Reason
 from hybridsd.manifest import Manifest
+from hybridsd.prompting import DEFAULT_TEXT, EncodedText, TextOptions
 
-_PREFERRED = ("CUDAExecutionProvider", "CPUExecutionProvider")
-
-
-def choose_provider(requested: str | None = None) -> tuple[str, str]:
-    """Returns the ONNX Runtime execution provider to use, and why.
-
-    Args:
-        requested: A short or full name, such as "cpu" or "CUDAExecutionProvider"; None chooses.
-
-    Raises:
-        InvalidRequest: FIELD_INVALID when it is not part of this build of ONNX Runtime, listing those that are.
-    """
-    available = ort.get_available_providers()
-    if requested is not None:
-        wanted = requested.casefold().removesuffix("executionprovider")
-        for name in available:
-            if name.casefold().removesuffix("executionprovider") == wanted:
-                return name, "asked for"
-        raise InvalidRequest(
-            Reason.FIELD_INVALID,
-            f"provider {requested[:64]!r} is not in this build of ONNX Runtime; choose {', '.join(available)}",
-            field="provider",
-        )
-    if _PREFERRED[0] in available:
-        return _PREFERRED[0], "chosen since this build of ONNX Runtime has CUDA"
-    return _PREFERRED[1], "chosen since there is no CUDA in this build of ONNX Runtime"
-
-
-class _Model:
-    """One ONNX file with one output, whose inputs are checked by name when it is opened."""
-
-    inputs: Sequence[str] = ()
-
-    def __init__(self, session: ort.InferenceSession, what: str) -> None:
-        names = {value.name for value in session.get_inputs()}
-        if names != set(self.inputs):
-            raise InvalidRequest(
-                Reason.MANIFEST_INVALID,
-                f"{what} has inputs {sorted(names)}; it must have {sorted(self.inputs)}: export the bundle again",
-                field="bundle",
-            )
-        self._session = session
-
-    def _run(self, *arrays: NDArray[Any]) -> NDArray[np.float32]:
-        """Runs the file on arrays in the order of `inputs`, with a batch axis."""
-        try:
-            (result,) = self._session.run(None, dict(zip(self.inputs, arrays, strict=True)))
-        except Exception as error:  # ONNX Runtime's errors share no base class
-            raise InternalError(
-                Reason.INTERNAL, f"ONNX Runtime failed: {error}; run `hybridsd doctor`, or choose another --provider"
-            ) from error
-        return np.asarray(result, dtype=np.float32)
-
-
-class TextEncoder(_Model):
-    """Token ids to embeddings."""
-
-    inputs = ("input_ids",)
-
-    def __call__(self, input_ids: NDArray[np.int64]) -> Embeds:
-        """Returns embeddings, `[T, D]`, of token ids, `[T]`."""
-        embeds: Embeds = self._run(input_ids[None])[0]
-        return embeds
-
-
-class UNet(_Model):
-    """The pruned U-Net."""
-
-    inputs = ("sample", "timestep", "encoder_hidden_states")
-
-    def __call__(
-        self, latents: Latents, timestep: float, conditioning: Conditioning, *, guidance_scale: float
-    ) -> Latents:
-        """Predicts the noise in `latents` (or what the model predicts), with classifier-free guidance.
-
-        Args:
-            latents: U-Net input in VP scale, `[C, h, w]`, float32.
-            timestep: Training time, 0 to 1000.
-            conditioning: Embeddings, `[T, D]` each; the unconditional ones are the first row of the batch.
-            guidance_scale: 1 or more. 1 turns guidance off and runs a single row.
-
-        Returns:
-            The model's output, same shape as `latents`.
-        """
-        negative = conditioning.negative_prompt_embeds
-        if guidance_scale == 1:
-            embeds = conditioning.prompt_embeds[None]
-        elif negative is None:
-            raise InvalidRequest(
-                Reason.GUIDANCE_INVALID, "guidance needs unconditional embeddings; there are none", field="conditioning"
-            )
-        else:
-            embeds = np.stack([negative, conditioning.prompt_embeds])  # [2, T, D]
-        batch = len(embeds)
-        sample = np.repeat(np.asarray(latents, dtype=np.float32)[None], batch, axis=0)  # [B, C, h, w]
-        output = self._run(sample, np.full(batch, timestep, dtype=np.float32), embeds)
-        guided: Latents = output[0]
-        if batch == 2:
-            guided = output[0] + np.float32(guidance_scale) * (output[1] - output[0])
-        return guided
-
-
-class VAEDecoder(_Model):
-    """Latents to a picture."""
-
-    inputs = ("latents",)
-
-    def __call__(self, latents: Latents) -> NDArray[np.float32]:
-        """Returns a picture, `[3, H, W]`, in [-1, 1], of latents as the U-Net sees them, `[C, h, w]`."""
-        image: NDArray[np.float32] = self._run(np.asarray(latents, dtype=np.float32)[None])[0]
-        return image
-
-
-class VAEEncoder(_Model):
-    """A picture to latents."""
-
-    inputs = ("image",)
-
-    def __call__(self, image: NDArray[np.float32]) -> Latents:
-        """Returns latents as the U-Net sees them, `[C, h, w]`, of a picture, `[3, H, W]`, in [-1, 1]."""
-        latents: Latents = self._run(np.asarray(image, dtype=np.float32)[None])[0]
-        return latents
+_REDUCED_ROLES = ("unet", "vae_decoder", "vae_encoder")
+"""What may run in reduced precision. Text and safety run once a picture, and their thresholds and digests are exact."""
+_SMALL_SIDE = 8
+"""Latent cells of the small input that warms up and tests a provider, at least."""
 
 
 class Models:
-    """The models of one bundle, each loaded when it is first used. Safe to use from several threads.
+    """The models of one bundle. Safe to use from several threads.
 
     Args:
         folder: The bundle's folder.
         manifest: Its manifest.
-        provider: ONNX Runtime execution provider; None chooses.
-        threads: Threads of one model run; None lets ONNX Runtime choose.
+        provider: What runs them, as in `providers`; None chooses.
+        threads: Threads of one model run; None lets the library choose.
         low_memory: Keeps one model resident at a time, at the price of loading it again.
+        reports: Folder that remembers self-tests; None is in the cache of this user.
+
+    Attributes:
+        choice: What runs the models. It falls back to the CPU when a provider does not start or fails its self-test,
+            and its reason then says so.
+
+    Raises:
+        InvalidRequest: FIELD_INVALID when there is no such provider.
     """
 
     def __init__(
@@ -161,92 +57,243 @@ class Models:
         provider: str | None = None,
         threads: int | None = None,
         low_memory: bool = False,
+        reports: Path | None = None,
     ) -> None:
         self.folder, self.manifest, self.low_memory = folder, manifest, low_memory
-        self.provider, self.provider_reason = choose_provider(provider)
+        self.choice = providers.choose_provider(provider)
+        self._reports = cache.default_folder() / "self-tests" if reports is None else reports
         self._threads = threads
         self._lock = threading.RLock()
-        self._loaded: dict[str, Any] = {}
-        self._tokenizer: Tokenizer | None = None
+        self._loaded: dict[str, Network] = {}
+        self._texts = TextEncoders(folder, manifest, self._open)
+        self._tested = self.choice.is_reference
+        self._guidance: Guidance | None = "embedded" if manifest.guidance == "embedded" else None
 
-    def _open(self, role: str, kind: type[_Model]) -> Any:
+    @property
+    def provider(self) -> str:
+        """The short name of what runs the models."""
+        return self.choice.name
+
+    @property
+    def provider_reason(self) -> str:
+        """Why, in words."""
+        return self.choice.reason
+
+    @property
+    def guidance(self) -> Guidance:
+        """How the U-Net is guided; see `unets`. The first look may load it."""
+        if self._guidance is None:
+            self._unet()
+        assert self._guidance is not None
+        return self._guidance
+
+    @property
+    def takes_negative(self) -> bool:
+        """Whether a negative prompt has an effect."""
+        return self.manifest.guidance != "embedded"
+
+    def encode_text(self, text: str, options: TextOptions = DEFAULT_TEXT, num_chunks: int | None = None) -> EncodedText:
+        """Returns the embeddings of a text; see `TextEncoders.encode`."""
         with self._lock:
-            model = self._loaded.get(role)
-            if model is None:
-                if self.low_memory:
-                    self._loaded.clear()
-                model = self._loaded[role] = kind(self._session(role), f"{role} of bundle {self.manifest.name}")
-            return model
+            return self._texts.encode((text,), options, num_chunks)[0]
 
-    def _session(self, role: str) -> ort.InferenceSession:
-        file = self.manifest.files.get(role)
-        if file is None:
-            raise ModelMismatch(
-                Reason.MODEL_UNKNOWN, f"bundle {self.manifest.name} has no {role}; choose another bundle"
-            )
-        options = ort.SessionOptions()
-        options.log_severity_level = 3  # warnings are of its optimizer, about itself
-        if self._threads is not None:
-            options.intra_op_num_threads = self._threads
-        path = self.folder / file.path
-        try:
-            session = ort.InferenceSession(str(path), options, providers=[self.provider])
-        except Exception as error:  # ONNX Runtime's errors share no base class
-            raise InvalidRequest(
-                Reason.MANIFEST_INVALID,
-                f"ONNX Runtime {ort.__version__} cannot load {path}: {error}; run `hybridsd bundle verify`",
-                field="bundle",
-            ) from error
-        actual = session.get_providers()[0]
-        if actual != self.provider:  # it falls back by itself, with a line on standard error at most
-            self.provider_reason = f"{self.provider} was {self.provider_reason}, but does not start on this device"
-            self.provider = actual
-        return session
+    def encode_pair(
+        self, prompt: str, negative_prompt: str | None, options: TextOptions = DEFAULT_TEXT
+    ) -> tuple[Conditioning, int]:
+        """Returns what the U-Net is told to draw, both texts in one number of chunks, and how many tokens did not fit.
 
-    def encode_text(self, text: str) -> tuple[Embeds, int]:
-        """Returns the embeddings of a text, `[T, D]`, and how many of its tokens did not fit."""
-        manifest = self.manifest
+        Args:
+            prompt: What to draw.
+            negative_prompt: What not; None without guidance.
+            options: What becomes of long texts and of weights.
+
+        Raises:
+            InvalidRequest: FIELD_INVALID for weights out of range.
+            ModelMismatch: MODEL_UNKNOWN when the text encoders do not keep the manifest.
+        """
+        texts = (prompt,) if negative_prompt is None else (prompt, negative_prompt)
         with self._lock:
-            if self._tokenizer is None:
-                path = self.folder / manifest.files["tokenizer"].path
-                self._tokenizer = Tokenizer(path, manifest.context_length)
-            ids, num_dropped = self._tokenizer.encode(text)
-        embeds: Embeds = self._open("text_encoder", TextEncoder)(ids)
-        if embeds.shape != (manifest.context_length, manifest.embed_dim):
-            raise ModelMismatch(
-                Reason.MODEL_UNKNOWN,
-                f"the text encoder gives {list(embeds.shape)}, but {manifest.name} says "
-                f"[{manifest.context_length}, {manifest.embed_dim}]; export the bundle again",
-            )
-        return embeds, num_dropped
+            encoded = self._texts.encode(texts, options)
+        negative = None if negative_prompt is None else encoded[1]
+        conditioning = Conditioning(
+            prompt_embeds=encoded[0].embeds,
+            negative_prompt_embeds=None if negative is None else negative.embeds,
+            pooled_prompt_embeds=encoded[0].pooled,
+            negative_pooled_prompt_embeds=None if negative is None else negative.pooled,
+        )
+        return conditioning, sum(part.num_dropped for part in encoded)
 
     def predict_noise(
         self, latents: Latents, timestep: float, conditioning: Conditioning, *, guidance_scale: float
     ) -> Latents:
         """Runs the U-Net once; see `UNet`."""
-        unet: UNet = self._open("unet", UNet)
-        return unet(latents, timestep, conditioning, guidance_scale=guidance_scale)
+        return self._unet()(latents, timestep, conditioning, guidance_scale=guidance_scale)
 
     def decode(self, latents: Latents) -> NDArray[np.float32]:
-        """Returns the picture of latents; see `VAEDecoder`."""
-        decoder: VAEDecoder = self._open("vae_decoder", VAEDecoder)
-        return decoder(latents)
+        """Returns a picture, `[3, H, W]`, in [-1, 1], of latents as the U-Net sees them, `[C, h, w]`."""
+        image: NDArray[np.float32] = self._open("vae_decoder").single(latents=latents[None])[0]
+        return image
 
     def encode_image(self, image: NDArray[np.float32]) -> Latents:
-        """Returns the latents of a picture; see `VAEEncoder`. Not every bundle has one."""
-        encoder: VAEEncoder = self._open("vae_encoder", VAEEncoder)
-        return encoder(image)
+        """Returns latents as the U-Net sees them, `[C, h, w]`, of a picture, `[3, H, W]`, in [-1, 1].
+
+        Raises:
+            ModelMismatch: MODEL_UNKNOWN when the bundle has no encoder.
+        """
+        latents: Latents = self._open("vae_encoder").single(image=image[None])[0]
+        return latents
+
+    @property
+    def has_safety_checker(self) -> bool:
+        """Whether the bundle has a safety checker."""
+        return "safety_checker" in self.manifest.files
+
+    def check_safety(self, image_u8: ImageU8) -> SafetyVerdict:
+        """Returns what the safety checker says of a picture, `[H, W, 3]`.
+
+        Raises:
+            ModelMismatch: MODEL_UNKNOWN when the bundle has none.
+        """
+        scores = self._open("safety_checker").single(clip_input=safety.clip_input(image_u8)[None])[0]  # [n]
+        return safety.verdict(scores)
 
     def warm_up(self) -> None:
         """Loads what the edge's part needs and runs it once on a small input, so that the first step is not slow."""
         with self._lock:
             if "unet" in self._loaded:
                 return
-        manifest = self.manifest
-        side = max(1, manifest.size_multiple // manifest.vae_scale_factor)
-        latents = np.zeros((manifest.latent_channels, side, side), dtype=np.float32)
-        embeds = np.zeros((manifest.context_length, manifest.embed_dim), dtype=np.float32)
         if not self.low_memory:
-            self.decode(latents)
-        conditioning = Conditioning(prompt_embeds=embeds, negative_prompt_embeds=None)
-        self.predict_noise(latents, 0.0, conditioning, guidance_scale=1.0)
+            self.decode(self._small_latents())
+        self.predict_noise(self._small_latents(), 0.0, self._small_conditioning(), guidance_scale=1.0)
+
+    def self_test(self, *, fresh: bool = False) -> Report | None:
+        """Returns how far the provider's results are from the CPU's; None for the CPU, which is what they are held to.
+
+        Args:
+            fresh: Look again even if a finding is remembered.
+
+        Raises:
+            InvalidRequest: FIELD_INVALID when it fails and was asked for by name; otherwise the CPU takes over.
+        """
+        with self._lock:
+            if self.choice.is_reference:
+                return None
+            key = self_test.key(self.choice, self._content())
+            report = None if fresh else self_test.recall(self._reports, key)
+            if report is None:
+                report = self._measure()
+                if report is None:  # it did not even start
+                    return None
+                self_test.remember(self._reports, key, report)
+            if not report.ok and self.choice.by_name:
+                raise InvalidRequest(
+                    Reason.FIELD_INVALID,
+                    f"provider {self.choice.name} {report.describe()}; choose --provider cpu, or leave it out",
+                    field="provider",
+                )
+            self._tested = True
+            if not report.ok:
+                self._fall_back(f"but {report.describe()}")
+            return report
+
+    def _open(self, role: str) -> Network:
+        with self._lock:
+            if not self._tested and role in self_test.ROLES:
+                self.self_test()
+            network = self._loaded.get(role)
+            if network is None:
+                network = self._load(role, self.choice)
+                self._loaded[role] = network
+            return network
+
+    def _unet(self) -> UNet:
+        unet = UNet(self._open("unet"), self.manifest)
+        self._guidance = unet.guidance
+        return unet
+
+    def _load(self, role: str, choice: providers.Choice) -> Network:
+        """Loads a file by a choice, or by the CPU when it does not start."""
+        file = self.manifest.files.get(role)
+        if file is None:
+            raise ModelMismatch(
+                Reason.MODEL_UNKNOWN, f"bundle {self.manifest.name} has no {role}; choose another bundle"
+            )
+        if self.low_memory:
+            self._loaded.clear()
+        path = self.folder / file.path
+        if role not in _REDUCED_ROLES:
+            choice = providers.exact(choice)
+        try:
+            session = runtimes.open_session(path, choice, self._threads)
+        except runtimes.ProviderFailed as error:
+            if not choice.is_reference:
+                network = self._load(role, providers.reference("tried"))  # if that fails too, the file is at fault
+                self._fall_back(f"but does not start on this device: {_first_line(error)}")
+                return network
+            raise InvalidRequest(
+                Reason.MANIFEST_INVALID,
+                f"{choice.name} cannot load {path}: {_first_line(error)}; run `hybridsd bundle verify`",
+                field="bundle",
+            ) from error
+        return Network(session, role, f"{role} of bundle {self.manifest.name}")
+
+    def _fall_back(self, why: str) -> None:
+        self.choice = providers.reference(f"{self.choice.name} was {self.choice.reason}, {why}")
+        self._tested = True
+        self._loaded.clear()
+
+    def _measure(self) -> Report | None:
+        """Compares the provider with the CPU; None when it did not start, and the CPU has taken over."""
+        chosen, by_cpu = self.choice, providers.reference("to compare with")
+        reduced = "quantization_report" in self.manifest.files
+        latents = noise.initial_latents(0, 0, self._small_latents().shape)
+        conditioning = self._small_conditioning()
+
+        def run(role: str, reference: bool) -> NDArray[np.float32]:
+            nonlocal reduced
+            network = self._load(role, by_cpu if reference else chosen)
+            reduced = reduced or any(spec.dtype == np.float16 for spec in network.session.inputs.values())
+            if role == "unet":
+                return UNet(network, self.manifest)(latents, 500.0, conditioning, guidance_scale=2.0)
+            image: NDArray[np.float32] = network.single(latents=latents[None])[0]
+            return image
+
+        failure, error = "", math.inf
+        try:
+            error = self_test.compare(run)
+        except HybridSDError as refused:
+            if refused.reason is not Reason.INTERNAL:  # the files are at fault, not the provider
+                raise
+            failure = refused.message
+        if self.choice != chosen:
+            return None
+        tolerance = self_test.tolerance_for(chosen, reduced=reduced)
+        return Report(provider=chosen.name, error=error, tolerance=tolerance, failure=failure)
+
+    def _content(self) -> list[str]:
+        """Returns hashes of the files that a self-test is about."""
+        files = self.manifest.files
+        return [files[name].sha256 for role in self_test.ROLES for name in (role, f"{role}_data") if name in files]
+
+    def _small_latents(self) -> Latents:
+        """Returns latents of the smallest size that is no special case, zeros."""
+        unit = max(1, self.manifest.size_multiple // self.manifest.vae_scale_factor)
+        side = math.ceil(_SMALL_SIDE / unit) * unit
+        return np.zeros((self.manifest.latent_channels, side, side), dtype=np.float32)
+
+    def _small_conditioning(self) -> Conditioning:
+        """Returns two fixed rows of noise in place of texts."""
+        manifest = self.manifest
+        rng = np.random.default_rng(7)
+        prompt, negative = rng.normal(size=(2, manifest.context_length, manifest.embed_dim)).astype(np.float32)
+        pooled, no_pooled = rng.normal(size=(2, manifest.pooled_dim)).astype(np.float32)
+        return Conditioning(
+            prompt_embeds=prompt,
+            negative_prompt_embeds=negative,
+            pooled_prompt_embeds=pooled if manifest.pooled_dim else None,
+            negative_pooled_prompt_embeds=no_pooled if manifest.pooled_dim else None,
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]

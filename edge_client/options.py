@@ -1,7 +1,7 @@
 """Options that several commands share, and what they make. Knows click, the bundle and the cloud's address."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,8 +9,10 @@ import click
 
 from edge_client import bundle as bundles
 from edge_client import cache
+from edge_client.onnx_models import Models
 from edge_client.remote import Cloud
 from hybridsd.errors import InvalidRequest, Reason
+from hybridsd.manifest import Manifest
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -44,7 +46,10 @@ def model_options(command: F) -> F:
     for option in (
         click.option("--low-memory", is_flag=True, help="Keep one model in memory at a time: slower, smaller."),
         click.option("--threads", type=click.IntRange(1, 1024), help="Threads for one model. Default: all cores."),
-        click.option("--provider", help="ONNX Runtime execution provider, such as cpu or cuda. Default: the best."),
+        click.option(
+            "--provider",
+            help="What runs the models: cpu, cuda, openvino:gpu and so on. Default: the best.",
+        ),
         bundle_option,
     ):
         command = option(command)
@@ -65,6 +70,36 @@ def open_bundle(name: str | None) -> bundles.Bundle:
     bundle = bundles.open_bundle(bundles.locate(name))
     bundle.verify_once(cache.default_folder())
     return bundle
+
+
+def open_edge_models(given: Sequence[str], manifest: Manifest, **options: Any) -> dict[str, Models]:
+    """Returns more edge models by name, from `NAME=DIR` texts.
+
+    Args:
+        given: The texts; DIR is a folder or the name of a fetched bundle.
+        manifest: Of the bundle that they go with.
+        **options: Of `Models`.
+
+    Raises:
+        InvalidRequest: FIELD_INVALID for a text that is none; MANIFEST_INVALID for a folder that is no bundle.
+        ModelMismatch: LATENT_SPACE_MISMATCH.
+    """
+    models = {}
+    for text in given:
+        name, equals, where = text.partition("=")
+        if not (name and equals and where):
+            raise InvalidRequest(
+                Reason.FIELD_INVALID, f"edge-model is {text[:80]!r}; give NAME=DIR", field="edge_models"
+            )
+        bundle = open_bundle(where)
+        if bundle.manifest.latent_space != manifest.latent_space:
+            raise Reason.LATENT_SPACE_MISMATCH.error(
+                f"edge model {name} has latent space {bundle.manifest.latent_space!r}, {manifest.name} has "
+                f"{manifest.latent_space!r}; choose models of one",
+                field="edge_models",
+            )
+        models[name] = Models(bundle.folder, bundle.manifest, **options)
+    return models
 
 
 def open_cloud(server: str, *, token_file: Path | None, tls_ca: Path | None, insecure: bool) -> Cloud:

@@ -1,67 +1,50 @@
-"""One picture: the cloud begins it, the edge finishes it. `generate` is the whole story.
+"""One picture: whoever is first begins it, the other goes on, this device decodes it. `generate` is the whole story.
 
 Knows plans, models and the cloud only as functions; nothing of gRPC, files, terminals or web pages.
 """
 
 import threading
 import time
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import numpy as np
 
-from edge_client.arrays import ImageU8, Latents
+from edge_client.arrays import Latents
 from edge_client.bundle import Bundle
-from edge_client.events import (
-    CloudStarted,
-    Conditioning,
-    Event,
-    Finished,
-    Mode,
-    Place,
-    Planned,
-    Queued,
-    Result,
-    Retrying,
-    StepDone,
-    StepRecord,
-    TookOver,
-    Usage,
-    count_cloud_steps,
-)
+from edge_client.cloud_leg import LOST, Advisor, make_job, replay_cloud
+from edge_client.events import Conditioning, Event, Finished, SafetyReport
+from edge_client.image_inputs import composite
 from edge_client.images import to_u8
 from edge_client.onnx_models import Models
-from edge_client.remote import Cloud, RemoteJob
-from edge_client.remote_types import CloudState, Job
+from edge_client.remote import Cloud
 from edge_client.request import Request, Resolved, resolve, with_saved
-from hybridsd import noise
-from hybridsd.errors import (
-    Cancelled,
-    CloudBusy,
-    CloudTimeout,
-    CloudUnreachable,
-    HybridSDError,
-    InternalError,
-    InvalidRequest,
-    Reason,
-    Superseded,
-)
-from hybridsd.plan import Plan, denoise, initial_state
-
-RETRY_BUDGET_S = 5.0
-"""How long a busy cloud is asked again before the edge goes on alone."""
-_LOST = (CloudUnreachable, CloudBusy, CloudTimeout, Cancelled, Superseded, InternalError)
-"""What the edge takes over from; our own cancelling never comes here. Anything else means: you asked wrongly."""
+from edge_client.run import Run, planned, result
+from edge_client.segments import Grid, Stage
+from hybridsd import levels, noise
+from hybridsd.errors import HybridSDError, InvalidRequest, Reason
+from hybridsd.plan import Plan, PlanRow, denoise, initial_state
 
 
-def generate(request: Request, bundle: Bundle, models: Models, cloud: Cloud | None = None) -> Generator[Event]:
+def generate(
+    request: Request,
+    bundle: Bundle,
+    models: Models,
+    cloud: Cloud | None = None,
+    *,
+    others: Mapping[str, Models] = MappingProxyType({}),
+    advisor: Advisor | None = None,
+) -> Generator[Event]:
     """Draws one picture and says what happens on the way. Close the generator to cancel.
 
     Args:
-        request: What to draw; its `mode` says who takes part.
+        request: What to draw; its stages say who takes part.
         bundle: The edge's files: plans for when the cloud sends none.
         models: The edge's models.
-        cloud: Where the first steps run. Needed unless no step is the cloud's.
+        cloud: Where the cloud's steps run. Needed unless no step is the cloud's.
+        others: More edge models, by the name that a segment gives; they share the latent space of `models`.
+        advisor: May shorten the cloud's part while it runs.
 
     Yields:
         `Planned`, then what happens, `Finished` last.
@@ -72,213 +55,269 @@ def generate(request: Request, bundle: Bundle, models: Models, cloud: Cloud | No
     begin = time.perf_counter()
     request = with_saved(request)
     job = resolve(request, bundle.manifest)
-    run = _Run.start(request, job)
-    yield _planned(request, job, run)
+    run = Run.start(request, job)
+    yield planned(request, job, run)
 
-    if run.first_step < job.cloud_steps:
-        if request.private and run.conditioning is None:
-            run.conditioning, run.num_dropped_tokens = encode_text(request, job, models)
-        # no daemon: a process that ends inside ONNX Runtime aborts
-        threading.Thread(target=_warm_up, args=(models,), name="hybridsd-warm-up").start()
-        try:
-            yield from _replay_cloud(request, job, run, bundle, cloud)
-        except _LOST as error:
-            if not request.fallback:
-                raise
-            yield run.take_over(job, error)
-
-    _complete(request, job, run, bundle, models)
-    yield from _own_steps(request, job, run, models)
+    painter = _Painter(request=request, job=job, run=run, bundle=bundle, models=models, others=others, cloud=cloud)
+    painter.check()
+    if request.image_input is not None:
+        painter.begin_with_image()
+    yield from painter.run_stages(advisor)
 
     decode_begin = time.perf_counter()
     image_u8 = to_u8(models.decode(run.final_latents()))
-    end = time.perf_counter()
-    yield Finished(result=_result(request, job, run, bundle, image_u8, end - decode_begin, end - begin))
+    given = request.image_input
+    if given is not None and given.mask is not None:
+        image_u8 = composite(image_u8, to_u8(given.image), given.mask)
+    decode_s = time.perf_counter() - decode_begin
+    safety = SafetyReport(action=request.safety)
+    if request.safety != "off":
+        verdict = models.check_safety(image_u8)
+        safety = replace(safety, flagged=verdict.flagged, score=verdict.score)
+        if verdict.flagged and request.safety == "blank":
+            image_u8 = np.zeros_like(image_u8)
+    yield Finished(result=result(request, job, run, bundle, image_u8, safety, decode_s, time.perf_counter() - begin))
 
 
 @dataclass(kw_only=True, slots=True)
-class _Run:
-    """How far the picture is: the one thing here that changes."""
+class _Painter:
+    """One picture with everything that it is made with."""
 
-    call: int = 0
-    """The next call to run."""
-    first_call: int = 0
-    first_step: int = 0
-    state: tuple[Latents, ...] = ()
-    """The state before `call`; empty: not drawn yet."""
-    plan: Plan | None = None
-    conditioning: Conditioning | None = None
-    model: str = ""
-    num_dropped_tokens: int = 0
-    received_bytes: int = 0
-    usage: Usage | None = None
-    lost: HybridSDError | None = None
-    steps: list[StepRecord] = field(default_factory=list)
+    request: Request
+    job: Resolved
+    run: Run
+    bundle: Bundle
+    models: Models
+    others: Mapping[str, Models]
+    cloud: Cloud | None
+    kinds: dict[str, str] = field(default_factory=dict)
+    """How each model of the cloud takes guidance, where that was asked; "" is its first."""
 
-    @classmethod
-    def start(cls, request: Request, job: Resolved) -> "_Run":
-        saved = request.resume
-        if saved is None:
-            return cls()
-        step = saved.plan.step_at(saved.call)
-        if saved.call != saved.plan.first_call(step) and step < job.cloud_steps:
+    def check(self) -> None:
+        """Refuses stages that their models cannot run, before anything is begun."""
+        self.run.prediction_type = self.bundle.manifest.prediction_type
+        if self.request.safety != "off" and not self.models.has_safety_checker:
+            raise InvalidRequest(
+                Reason.FIELD_INVALID,
+                f"bundle {self.bundle.manifest.name} has no safety checker; choose --safety-checker off, or export the "
+                "bundle with one",
+                field="safety_checker",
+            )
+        if self.request.segments and any(stage.place == "cloud" for stage in self.job.stages):
+            self._ask_cloud()
+        if self.request.resume is None:
+            for stage in self.job.stages:
+                self._check_kind(stage)
+        if self.request.negative_prompt and self.job.stages and not any(map(self._takes_negative, self.job.stages)):
+            raise InvalidRequest(
+                Reason.GUIDANCE_INVALID,
+                "no model of this picture takes a negative prompt: consistency models have guidance as an input, and "
+                "without guidance there is nothing to draw away from; leave the negative prompt out",
+                field="negative_prompt",
+            )
+
+    def _check_kind(self, stage: Stage) -> None:
+        if self._kind(stage) == "embedded" and stage.grid.scheduler != "lcm":
             raise InvalidRequest(
                 Reason.SPLIT_INVALID,
-                f"the saved state is in the middle of step {step}, which only the edge can go on from; use --mode edge",
-                field="load_latents",
+                f"{stage.model or stage.place + ' model'} is a consistency model, whose output scheduler "
+                f"{stage.grid.scheduler} cannot use; choose --scheduler lcm, or give its segment a grid of its own, "
+                "as in (scheduler=lcm,steps=8)",
+                field="segments",
             )
-        return cls(
-            call=saved.call,
-            first_call=saved.call,
-            first_step=step,
-            state=saved.state,
-            plan=saved.plan,
-            conditioning=saved.conditioning,
-            model=saved.cloud_model,
-        )
 
-    def record(
-        self, plan: Plan, call: int, place: Place, elapsed_s: float, state: tuple[Latents, ...], x0: Latents | None
-    ) -> StepDone:
-        self.call, self.state = call, state
-        step = plan.rows[call - 1].step
-        self.steps.append(StepRecord(step=step, call=call, place=place, elapsed_s=elapsed_s))
-        return StepDone(
-            step=step, call=call, ends_step=plan.step_at(call) > step, place=place, elapsed_s=elapsed_s, state=state,
-            x0_preview=x0,
-        )  # fmt: skip
-
-    def cloud_steps(self) -> int:
-        """Steps that the cloud has run, whole or in part, without those of a saved state."""
-        return count_cloud_steps(self.steps, self.first_step)
-
-    def take_over(self, job: Resolved, error: HybridSDError) -> TookOver:
-        self.lost = error
-        planned, actual = job.cloud_steps - self.first_step, self.cloud_steps()
-        return TookOver(planned=planned, actual=actual, reason=error.reason, message=error.message)
-
-    def final_latents(self) -> Latents:
-        latents = self.state[0]
-        if not np.isfinite(latents).all():
-            raise InternalError(
-                Reason.INTERNAL, "the latents have values that are not finite; run `hybridsd doctor` on the bundle"
-            )
-        return latents
-
-
-def _replay_cloud(request: Request, job: Resolved, run: _Run, bundle: Bundle, cloud: Cloud | None) -> Iterator[Event]:
-    """Lets the cloud run its steps, and keeps each state that arrives: any of them is a point to go on from."""
-    if cloud is None:
-        raise CloudUnreachable(Reason.UNAVAILABLE, "no cloud is configured; give --server host:port, or --mode edge")
-    remote = cloud.open(_remote_job(request, job, run, bundle))
-    give_up_at = time.monotonic() + RETRY_BUDGET_S
-    deadline = None if request.deadline_s is None else time.monotonic() + request.deadline_s
-    attempt, reattached, ended, interrupted = 0, False, False, True
-    try:
-        while not ended:
-            try:
-                left_s = None if deadline is None else deadline - time.monotonic()
-                if left_s is not None and left_s <= 0:
-                    raise CloudTimeout(Reason.DEADLINE_EXCEEDED, f"the cloud was not done after {request.deadline_s} s")
-                held = run.call if run.call > run.first_call else 0
-                yield from _one_stream(run, remote, left_s, held)
-                ended = True
-            except _LOST as error:
-                has_state = run.call > run.first_call
-                if run.plan is not None and run.call == run.plan.first_call(job.cloud_steps):
-                    ended = True  # the hand-off arrived; only the usage is missing
-                elif error.retry_delay_s is not None and not has_state:
-                    delay_s = max(error.retry_delay_s, 0.2 * 2**attempt)
-                    attempt += 1
-                    if time.monotonic() + delay_s > min(give_up_at, give_up_at if deadline is None else deadline):
-                        raise
-                    yield Retrying(delay_s=delay_s, reason=error.reason, message=error.message)
-                    time.sleep(delay_s)
-                elif isinstance(error, CloudUnreachable) and remote.answered and not reattached:
-                    reattached = True
-                    yield Retrying(delay_s=0.0, reason=error.reason, message=error.message)
-                else:
-                    raise
-        interrupted = False
-    except HybridSDError:
-        interrupted = False
-        raise
-    finally:
-        run.received_bytes = remote.received_bytes
-        if not ended:  # even if nothing was heard: the server may have begun
-            remote.cancel(wait_s=1.0 if interrupted else 0.0)
-
-
-def _one_stream(run: _Run, remote: RemoteJob, timeout_s: float | None, held_call: int) -> Iterator[Event]:
-    last = time.perf_counter()
-    for event in remote.events(timeout_s=timeout_s, resume_call=held_call):
-        now = time.perf_counter()
-        if isinstance(event, CloudState):
-            if event.call > run.call and run.plan is not None:
-                yield run.record(run.plan, event.call, "cloud", now - last, event.arrays, event.x0_preview)
-        elif isinstance(event, CloudStarted):
-            run.plan, run.model = event.plan, event.model
-            run.conditioning = run.conditioning if event.conditioning is None else event.conditioning
-            run.num_dropped_tokens = max(run.num_dropped_tokens, event.num_dropped_tokens)  # 0 for embeddings
-            yield event
-        elif isinstance(event, Queued):
-            yield event
-        else:
-            run.usage = event
-        last = now
-
-
-def _complete(request: Request, job: Resolved, run: _Run, bundle: Bundle, models: Models) -> None:
-    """Gets what the edge's steps need and the cloud did not bring: plan, conditioning, initial state."""
-    if run.plan is None:
+    def _ask_cloud(self) -> None:
+        """Learns of what kind the cloud's models are."""
+        if self.cloud is None or self.cloud.away is not None:
+            return
         try:
-            run.plan = bundle.plan(job.scheduler, job.num_inference_steps)
-        except HybridSDError as error:
+            models = self.cloud.capabilities().models
+        except LOST:
+            return  # it is lost again when its part begins, and that is where the edge takes over
+        self.kinds = {model.id: model.guidance for model in models}
+        self.kinds[""] = models[0].guidance if models else "cfg"
+
+    def _edge(self, stage: Stage) -> Models:
+        if not self.others or stage.model in ("", self.models.manifest.name):
+            return self.models  # with one bundle the name in a segment is free
+        if stage.model not in self.others:
+            raise Reason.MODEL_UNKNOWN.error(
+                f"there is no edge model {stage.model[:64]!r}; choose one of "
+                f"{', '.join((self.models.manifest.name, *self.others))}",
+                field="segments",
+            )
+        return self.others[stage.model]
+
+    def _kind(self, stage: Stage) -> str:
+        return self.kinds.get(stage.model, "cfg") if stage.place == "cloud" else self._edge(stage).guidance
+
+    def _takes_negative(self, stage: Stage) -> bool:
+        if stage.place == "cloud":
+            return self._kind(stage) != "embedded" and stage.guidance_scale > 1
+        return self._edge(stage).takes_negative and stage.guidance_scale > 1
+
+    def begin_with_image(self) -> None:
+        """Encodes the image here, and brings its latents to the noise level of the first step."""
+        given, run = self.request.image_input, self.run
+        assert given is not None
+        run.known = self.models.encode_image(given.image)
+        run.plan = self._plan(self.job.stages[0].grid)
+        drawn = self._drawn()
+        state = levels.begin_from(run.plan, run.known, drawn, run.prediction_type)
+        run.state = tuple(array.astype(np.float32) for array in state)
+
+    def run_stages(self, advisor: Advisor | None) -> Iterator[Event]:
+        """Runs every stage; what a lost cloud was to run is the edge's."""
+        pending, run = list(self.job.stages), self.run
+        while pending:
+            stage = pending.pop(0)
+            if stage.begins_grid and not self._enter(stage.grid):
+                return
+            if stage.place == "edge":
+                yield from self._own_steps(stage)
+                continue
+            leg = [stage]
+            while pending and pending[0].place == "cloud" and not pending[0].begins_grid:
+                leg.append(pending.pop(0))
+            takes_negative = any(map(self._takes_negative, leg))
+            if self.request.private and (
+                run.conditioning is None or (takes_negative and run.conditioning.negative_prompt_embeds is None)
+            ):
+                self._encode_text(negative=takes_negative)
+            if any(each.place == "edge" for each in pending):  # no daemon: ending inside ONNX Runtime aborts
+                threading.Thread(target=_warm_up, args=(self.models,), name="hybridsd-warm-up").start()
+            end = self._end(leg)
             if run.lost is None:
+                job = make_job(
+                    self.request, self.job, run, self.bundle, leg, end=end, takes_negative=takes_negative
+                )  # fmt: skip
+                run.first_call, run.num_legs = run.call, run.num_legs + 1
+                try:
+                    yield from replay_cloud(self.request, run, self.cloud, job, advisor if len(pending) == 1 else None)
+                except LOST as error:
+                    if not self.request.fallback:
+                        raise
+                    yield run.take_over(self.job, error)
+            if run.lost is not None or run.handed_over:
+                self._go_on_here(leg[-1], end, pending)
+
+    def _end(self, leg: Sequence[Stage]) -> int:
+        """Returns the step at which a part of the cloud ends."""
+        total = leg[0].grid.num_steps if self.run.plan is None else self.run.plan.num_inference_steps
+        if leg[-1].steps is None:
+            return total
+        return min(total, self.run.step + sum(stage.steps or 0 for stage in leg))
+
+    def _go_on_here(self, stage: Stage, end: int, pending: list[Stage]) -> None:
+        """Puts what the cloud was to run up to step `end` before what is the edge's anyway."""
+        if pending and pending[0].begins_grid and pending[0].place == "edge":
+            return  # comes in at the level that was reached
+        follower = next((each for each in pending if each.place == "edge"), replace(stage, place="edge", model=""))
+        rest = replace(follower, grid=stage.grid, begins_grid=False, steps=end - self.run.step)
+        if self._kind(rest) == "embedded" and stage.grid.scheduler != "lcm":
+            defaults = self.bundle.manifest.defaults  # it cannot go on with this plan, so it comes in on its own
+            own = Grid(scheduler=defaults.scheduler, num_inference_steps=defaults.num_inference_steps)
+            pending[:] = [replace(rest, steps=None, grid=own, begins_grid=True)]
+        elif rest.steps:
+            pending.insert(0, rest)
+
+    def _plan(self, grid: Grid) -> Plan:
+        """Returns the plan of a grid: the bundle's, or one that the cloud compiles."""
+        wanted = (grid.scheduler, grid.num_inference_steps, grid.begin_step)
+        found = self.bundle.find_plan(*wanted)
+        if found is not None:
+            return found
+        lost = self.run.lost
+        if self.cloud is not None and self.cloud.away is None and lost is None:
+            try:
+                return self.cloud.compile_plan("", *wanted)
+            except LOST as error:
+                lost = error
+        try:
+            return self.bundle.plan(*wanted)
+        except HybridSDError as error:
+            if lost is None:
                 raise
             raise type(error)(
-                error.reason, f"{error.message} (the cloud is no help: {run.lost.message})", field=error.field
-            ) from run.lost
-    if run.call == len(run.plan.rows):
-        return
-    if run.conditioning is None:
-        run.conditioning, run.num_dropped_tokens = encode_text(request, job, models)
-    if not run.state:
-        latents = request.initial_latents
-        if latents is None:
-            latents = noise.initial_latents(request.seed, request.image_index, job.latent_shape)
-        run.state = tuple(initial_state(run.plan, latents))
+                error.reason, f"{error.message} (the cloud is no help: {lost.message})", field=error.field
+            ) from lost
 
+    def _enter(self, grid: Grid) -> bool:
+        """Brings the latents onto another step grid, at a noise level that it has; False if they are clean."""
+        run, kind = self.run, self.bundle.manifest.prediction_type
+        run.grid_index += 1
+        if run.plan is None or not run.state:  # nothing has run: from pure noise
+            run.plan, run.call, run.prediction_type = self._plan(grid), 0, kind
+            return True
+        level = levels.noise_level(run.plan, run.call, run.prediction_type)
+        latents = levels.vp_latents(run.plan, run.call, run.state)
+        step = levels.entry_step(self._plan(grid), level, kind)
+        if step == grid.num_inference_steps:
+            return False
+        plan = self._plan(replace(grid, begin_step=step))
+        raised = levels.raise_level(latents, level, levels.noise_level(plan, 0, kind), self._drawn())
+        run.state = ((raised / plan.rows[0].unet_input[0]).astype(np.float32),)
+        run.plan, run.call, run.first_call, run.prediction_type = plan, 0, 0, kind
+        return True
 
-def _own_steps(request: Request, job: Resolved, run: _Run, models: Models) -> Iterator[Event]:
-    """Runs what is left of the plan with the edge's U-Net."""
-    plan, conditioning = run.plan, run.conditioning
-    assert plan is not None
+    def _drawn(self) -> Latents:
+        """Returns the noise that a grid begins with, unit normal."""
+        return noise.initial_latents(self.request.seed, self.run.picture(self.request), self.job.latent_shape)
 
-    def predict(latents: Latents, timestep: float) -> Latents:
+    def _encode_text(self, *, negative: bool) -> None:
+        self.run.conditioning, self.run.num_dropped_tokens = encode_text(self.request, self.models, negative=negative)
+
+    def _own_steps(self, stage: Stage) -> Iterator[Event]:
+        """Runs the steps of a stage with an edge model."""
+        run, request, edge = self.run, self.request, self._edge(stage)
+        if run.plan is None:
+            run.plan = self._plan(stage.grid)
+        plan = run.plan
+        stop = len(plan.rows) if stage.steps is None else plan.first_call(run.step + stage.steps)
+        if run.call >= stop:
+            return
+        guided = stage.guidance_scale > 1 and edge.takes_negative
+        if run.conditioning is None or (guided and run.conditioning.negative_prompt_embeds is None):
+            self._encode_text(negative=guided)
+        if not run.state:
+            latents = self._drawn() if request.initial_latents is None else request.initial_latents
+            run.state = tuple(initial_state(plan, latents))
+        conditioning, picture, made = run.conditioning, run.picture(request), edge.manifest.prediction_type
         assert conditioning is not None
-        return models.predict_noise(
-            latents.astype(np.float32), timestep, conditioning, guidance_scale=job.guidance_scale
-        )
 
-    def draw_noise(call: int) -> Latents:
-        return noise.call_noise(request.seed, request.image_index, call, job.latent_shape)
+        def predict(latents: Latents, timestep: float) -> Latents:
+            sample = latents.astype(np.float32)
+            output = edge.predict_noise(sample, timestep, conditioning, guidance_scale=stage.guidance_scale)
+            if made == run.prediction_type:
+                return output
+            level = levels.noise_level(plan, run.call, run.prediction_type)
+            return levels.convert_output(output, sample, level, made, run.prediction_type)
 
-    last = time.perf_counter()
-    for done in denoise(plan, run.state, predict, draw_noise, start=run.call):
-        now = time.perf_counter()
-        yield run.record(plan, done.call, "edge", now - last, tuple(done.state), done.x0_preview)
+        def draw_noise(call: int) -> Latents:
+            return noise.call_noise(request.seed, picture, call, self.job.latent_shape)
+
+        known, mask = run.known, None if request.image_input is None else request.image_input.mask_cells
+
+        def steer(row: PlanRow, state: Sequence[Latents], output: Latents) -> Latents:
+            return output if known is None or mask is None else levels.steer(row, state, output, known, mask)
+
         last = time.perf_counter()
+        for done in denoise(plan, run.state, predict, draw_noise, start=run.call, stop=stop, steer=steer):
+            now = time.perf_counter()
+            state = tuple(array.astype(np.float32, copy=False) for array in done.state)
+            yield run.record(plan, done.call, "edge", now - last, state, done.x0_preview)
+            last = time.perf_counter()
 
 
-def encode_text(request: Request, job: Resolved, models: Models) -> tuple[Conditioning, int]:
-    """Returns the conditioning by the edge's own text encoder, and how many tokens did not fit."""
-    prompt_embeds, num_dropped = models.encode_text(request.prompt)
-    if job.guidance_scale == 1:
-        return Conditioning(prompt_embeds=prompt_embeds, negative_prompt_embeds=None), num_dropped
-    negative, more_dropped = models.encode_text(request.negative_prompt)
-    both = Conditioning(prompt_embeds=prompt_embeds, negative_prompt_embeds=negative)
-    return both, num_dropped + more_dropped
+def encode_text(request: Request, models: Models, *, negative: bool) -> tuple[Conditioning, int]:
+    """Returns the conditioning by the edge's own text encoder, and how many tokens did not fit.
+
+    Args:
+        request: The texts, and what becomes of long ones.
+        models: The edge's.
+        negative: Whether unconditional embeddings are wanted.
+    """
+    return models.encode_pair(request.prompt, request.negative_prompt if negative else None, request.text_options)
 
 
 def _warm_up(models: Models) -> None:
@@ -286,95 +325,3 @@ def _warm_up(models: Models) -> None:
         models.warm_up()
     except HybridSDError:  # it comes again, with a better place to say so, when the model is needed
         return
-
-
-def _planned(request: Request, job: Resolved, run: _Run) -> Planned:
-    return Planned(
-        mode=job.mode,
-        num_inference_steps=job.num_inference_steps,
-        cloud_steps=job.cloud_steps,
-        first_step=run.first_step,
-        scheduler=job.scheduler,
-        seed=request.seed,
-        image_index=request.image_index,
-        request_id=request.request_id,
-    )
-
-
-def _remote_job(request: Request, job: Resolved, run: _Run, bundle: Bundle) -> Job:
-    saved = request.resume
-    plan = bundle.find_plan(job.scheduler, job.num_inference_steps) if saved is None else saved.plan
-    one_call_a_step = plan is not None and len(plan.rows) == plan.num_inference_steps
-    preview_every = request.preview_every if one_call_a_step else min(request.preview_every, 1)
-    return Job(
-        request_id=request.request_id,
-        model=request.model,
-        latent_space=bundle.manifest.latent_space,
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt,
-        conditioning=run.conditioning,
-        guidance_scale=job.guidance_scale,
-        seed=request.seed,
-        image_index=request.image_index,
-        width=job.width,
-        height=job.height,
-        latent_shape=job.latent_shape,
-        embed_shape=job.embed_shape,
-        scheduler=job.scheduler,
-        num_inference_steps=job.num_inference_steps,
-        known_plan=plan,
-        sent_plan=None if saved is None else saved.plan,
-        first_step=run.first_step,
-        first_call=run.first_call,
-        handoff_step=job.cloud_steps,
-        initial_state=run.state if run.first_call > 0 else (),
-        initial_latents=request.initial_latents,
-        preview_every=preview_every,
-        codec=request.codec,
-    )
-
-
-def _result(
-    request: Request, job: Resolved, run: _Run, bundle: Bundle, image_u8: ImageU8, decode_s: float, elapsed_s: float
-) -> Result:
-    assert run.plan is not None
-    saved = request.resume
-    earlier = 0 if saved is None else saved.earlier_cloud_steps
-    places: set[Place] = {record.place for record in run.steps}
-    if earlier:
-        places.add("cloud")
-    if run.first_step > earlier:
-        places.add("edge")
-    mode: Mode = "hybrid" if len(places) == 2 else "cloud" if places == {"cloud"} else "edge"
-    return Result(
-        image_u8=image_u8,
-        latents=run.state[0],
-        mode=mode,
-        first_step=run.first_step,
-        earlier_cloud_steps=earlier,
-        planned_cloud_steps=earlier + max(job.cloud_steps - run.first_step, 0),
-        actual_cloud_steps=earlier + run.cloud_steps(),
-        fallback_reason=None if run.lost is None else run.lost.reason,
-        fallback_message="" if run.lost is None else run.lost.message,
-        steps=tuple(run.steps),
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt,
-        scheduler=job.scheduler,
-        num_inference_steps=job.num_inference_steps,
-        guidance_scale=job.guidance_scale,
-        seed=request.seed,
-        image_index=request.image_index,
-        width=job.width,
-        height=job.height,
-        codec=request.codec,
-        cloud_model=run.model,
-        edge_model=bundle.manifest.name,
-        request_id=request.request_id,
-        plan=run.plan,
-        conditioning=run.conditioning,
-        num_dropped_tokens=run.num_dropped_tokens,
-        received_bytes=run.received_bytes,
-        usage=run.usage,
-        decode_s=decode_s,
-        elapsed_s=elapsed_s,
-    )

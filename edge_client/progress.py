@@ -11,7 +11,18 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from edge_client.events import CloudStarted, Event, Finished, Planned, Queued, Result, Retrying, StepDone, TookOver
+from edge_client.events import (
+    CloudStarted,
+    Event,
+    Finished,
+    HandedOver,
+    Planned,
+    Queued,
+    Result,
+    Retrying,
+    StepDone,
+    TookOver,
+)
 from edge_client.images import provenance
 
 
@@ -158,6 +169,8 @@ def describe(event: Event) -> str | None:
             return f"cloud: {model} began" + (f"; {dropped} tokens of the text did not fit" if dropped else "")
         case TookOver(planned=planned, actual=actual, reason=reason, message=message):
             return f"edge takes over after {actual} of {planned} cloud steps ({reason.name}: {message})"
+        case HandedOver(planned=planned, actual=actual, reason=text):
+            return f"edge goes on at step {actual} instead of {planned}: {text}"
         case Finished(result=result):
             return _summary(result)
     return None
@@ -194,6 +207,10 @@ def event_json(event: Event) -> dict[str, Any]:
                 "event": "took_over", "planned": event.planned, "actual": event.actual,
                 "reason": event.reason.name, "message": event.message,
             }  # fmt: skip
+        case HandedOver():
+            return {
+                "event": "handed_over", "planned": event.planned, "actual": event.actual, "reason": event.reason
+            }  # fmt: skip
         case Finished():
             return {"event": "finished", **result_json(event.result)}
 
@@ -215,6 +232,7 @@ def result_json(result: Result) -> dict[str, Any]:
             "compute_s": usage.compute_s,
             "num_calls": usage.num_calls,
             "sent_bytes": usage.sent_bytes,
+            "num_skipped_calls": usage.num_skipped_calls,
         },
         "steps": [
             {"step": record.step, "call": record.call, "place": record.place, "elapsed_s": round(record.elapsed_s, 6)}
@@ -236,5 +254,7 @@ def _summary(result: Result) -> str:
         parts.append(f"cloud {num_cloud} steps {cloud_s:.2f} s, {kib:.0f} KiB")
     if num_edge:
         parts.append(f"edge {num_edge} steps {edge_s:.2f} s")
+    if result.safety.action != "off":
+        parts.append("safety checker: " + ("flagged" if result.safety.flagged else "not flagged"))
     parts.append(f"decode {result.decode_s:.2f} s")
     return f"{result.mode}: {'; '.join(parts)}; all {result.elapsed_s:.2f} s; seed {result.seed}"

@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,7 +21,17 @@ from grpc_status import rpc_status
 from edge_client.cache import Cache
 from edge_client.events import Usage
 from edge_client.messages import Conversation, seconds
-from edge_client.remote_types import Capabilities, CloudEvent, CloudModel, CloudState, Job, RemoteFile, printable
+from edge_client.remote_types import (
+    Capabilities,
+    CloudEvent,
+    CloudModel,
+    CloudState,
+    Job,
+    RemoteFile,
+    Waiting,
+    printable,
+)
+from hybridsd import codec
 from hybridsd.errors import (
     DOMAIN,
     AccessDenied,
@@ -31,6 +42,7 @@ from hybridsd.errors import (
     Reason,
     reason_for_grpc_code,
 )
+from hybridsd.plan import Plan
 from hybridsd.v1 import (
     bundle_service_pb2,
     bundle_service_pb2_grpc,
@@ -43,6 +55,8 @@ from hybridsd.v1 import (
 CONNECT_TIMEOUT_S = 5.0
 IDLE_TIMEOUT_S = 20.0
 """A stream that brings nothing for this long, not even a heartbeat, is lost."""
+PLAN_TIMEOUT_S = 30.0
+"""The largest plans take seconds to compile."""
 USAGE_TIMEOUT_S = 2.0
 """How long the usage may come after the hand-off, heartbeats or not."""
 DEFAULT_RETRY_DELAY_S = 0.5
@@ -164,6 +178,8 @@ class Cloud:
                 num_parameters=model.num_parameters,
                 default_size=model.default_size,
                 schedulers=tuple(map(printable, model.schedulers)),
+                guidance="embedded" if model.guidance == pb.GUIDANCE_KIND_EMBEDDED else "cfg",
+                loras=tuple(printable(lora.name) for lora in model.loras),
             )
             for model in reply.models
         )
@@ -180,7 +196,34 @@ class Cloud:
             bundles=bundles,
             num_running=reply.load.num_running,
             num_queued=reply.load.num_queued,
+            call_s=seconds(reply.load.call_duration),
+            max_batch=max(1, reply.limits.max_batch),
         )
+
+    def compile_plan(self, model: str, scheduler: str, num_inference_steps: int, begin_step: int = 0) -> Plan:
+        """Returns the plan of a scheduler, as the server compiles it.
+
+        Args:
+            model: Of the server; empty is its first.
+            scheduler: A name of `hybridsd.schedulers`.
+            num_inference_steps: Steps, counted from pure noise.
+            begin_step: Of them those to leave out.
+
+        Raises:
+            HybridSDError: By the table of errors.
+        """
+        request = pb.CompilePlanRequest(model=model)
+        request.scheduler.name, request.scheduler.num_inference_steps = scheduler, num_inference_steps
+        request.scheduler.begin_step = begin_step
+        try:
+            reply = self.stub.CompilePlan(request, timeout=PLAN_TIMEOUT_S, metadata=self.metadata())
+        except grpc.RpcError as error:
+            raise self.translate(error) from error
+        try:
+            plan = codec.decode_plan(reply.plan)
+        except InvalidRequest as error:
+            raise Reason.INTERNAL.error(f"the cloud sent a plan that cannot be used: {error.message}") from error
+        return replace(plan, scheduler=printable(plan.scheduler))
 
     def download(self, bundle: str, path: str, offset_bytes: int) -> Iterator[bytes]:
         """Yields the content of a file of a bundle from an offset on.
@@ -207,12 +250,15 @@ class RemoteJob:
         self._conversation = Conversation(job, cloud.cache)
         self.received_bytes, self.answered = 0, False
 
-    def events(self, *, timeout_s: float | None, resume_call: int = 0) -> Iterator[CloudEvent]:
+    def events(
+        self, *, timeout_s: float | None, resume_call: int = 0, tick_s: float | None = None
+    ) -> Iterator[CloudEvent]:
         """Streams the job; called again with the same job, attaches to it.
 
         Args:
             timeout_s: Until when the job must be done, from now; None for no limit.
             resume_call: The call of the state that the caller holds; 0 for none.
+            tick_s: Yields `Waiting` when nothing has come for so long; None never does.
 
         Raises:
             HybridSDError: By the table of errors; what the server sent wrongly is INTERNAL.
@@ -227,6 +273,9 @@ class RemoteJob:
                 wait_s = self._cloud.idle_timeout_s
                 if usage_until is not None:
                     wait_s = min(wait_s, usage_until - time.monotonic())
+                while tick_s is not None and wait_s > tick_s and not inbox.wait(tick_s):
+                    wait_s -= tick_s
+                    yield Waiting()
                 item = inbox.get(wait_s)
                 if item is None:
                     raise CloudUnreachable(Reason.UNAVAILABLE, f"{self._cloud.target} ended the stream too early")
@@ -332,6 +381,13 @@ class _Inbox:
         if isinstance(item, grpc.RpcError):
             raise self._cloud.translate(item) from item
         return item
+
+    def wait(self, timeout_s: float) -> bool:
+        """Returns whether something is there within a time."""
+        until = time.monotonic() + timeout_s
+        while self._items.empty() and time.monotonic() < until:
+            time.sleep(min(0.01, timeout_s))
+        return not self._items.empty()
 
     def _read(self) -> None:
         try:

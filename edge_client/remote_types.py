@@ -5,9 +5,14 @@ Knows nothing of gRPC or protobuf: `edge_client.remote` and `edge_client.message
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edge_client.arrays import Latents
 from edge_client.events import CloudStarted, Conditioning, Queued, Usage
+from edge_client.request import CallSkipping
 from hybridsd.plan import Plan
+from hybridsd.prompting import DEFAULT_TEXT, TextOptions
 
 MAX_TEXT_CHARS = 500
 
@@ -15,6 +20,20 @@ MAX_TEXT_CHARS = 500
 def printable(text: str) -> str:
     """Returns a text of the server as it may be shown: no line breaks, no control of the terminal, not too long."""
     return "".join(character if character.isprintable() else "?" for character in text[:MAX_TEXT_CHARS])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelChange:
+    """From a step on, another model of the cloud runs."""
+
+    step: int
+    model: str
+    guidance_scale: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Waiting:
+    """Nothing has come for a tick."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +67,18 @@ class Job:
     initial_latents: Latents | None
     preview_every: int
     codec: str
+    text_options: TextOptions = DEFAULT_TEXT
+    takes_negative: bool = True
+    """Whether unconditional embeddings take part."""
+    pooled_dim: int = 0
+    state_every: int = 1
+    model_changes: tuple[ModelChange, ...] = ()
+    loras: tuple[tuple[str, float], ...] = ()
+    known_latents: Latents | None = None
+    """Latents to keep where `mask` is 0."""
+    mask: NDArray[np.float32] | None = None
+    """`[1, h, w]` in [0, 1]."""
+    call_skipping: CallSkipping | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +91,7 @@ class CloudState:
     is_handoff: bool
 
 
-CloudEvent = Queued | CloudStarted | CloudState | Usage
+CloudEvent = Queued | CloudStarted | CloudState | Usage | Waiting
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +104,9 @@ class CloudModel:
     num_parameters: int
     default_size: int
     schedulers: tuple[str, ...]
+    guidance: str = "cfg"
+    """"cfg", or "embedded" for one that takes guidance as an input."""
+    loras: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,3 +127,6 @@ class Capabilities:
     bundles: dict[str, tuple[RemoteFile, ...]]
     num_running: int
     num_queued: int
+    call_s: float = 0.0
+    """Recent duration of a call of the U-Net there; 0 when none has run."""
+    max_batch: int = 1

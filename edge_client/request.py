@@ -6,18 +6,50 @@ Knows the manifest of a bundle; nothing of models, files or the network.
 import uuid
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edge_client.arrays import Latents
-from edge_client.events import Conditioning, Mode
+from edge_client.events import Conditioning, Mode, SafetyAction
+from edge_client.segments import Grid, Segment, Stage, resolve_segments
 from hybridsd import schedulers
 from hybridsd.codec import ENCODINGS
 from hybridsd.errors import InvalidRequest, Reason
 from hybridsd.manifest import Manifest
 from hybridsd.noise import MAX_SEED
 from hybridsd.plan import MAX_STEPS, Plan
+from hybridsd.prompting import DEFAULT_TEXT, TextOptions
 
 MAX_PROMPT_CHARS = 4000
 MAX_SIZE = 4096
 MAX_DEADLINE_S = 86400
+MAX_LORAS = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CallSkipping:
+    """Calls that the cloud leaves out (EC-Diff, arXiv 2507.11980); see `hybridsd.v1.CallSkipping`."""
+
+    warm_up_calls: int = 4
+    """In [2, 1000]."""
+    skipped_calls: int = 1
+    """In [1, 8]."""
+    extrapolation: float = 0.3
+    """In [0, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ImageInput:
+    """A picture to begin with, or of which to keep a part. It never leaves the device as pixels."""
+
+    image: NDArray[np.float32]
+    """`[3, H, W]` in [-1, 1]."""
+    strength: float
+    """How much of it is redrawn, in (0, 1]: that part of the steps is run."""
+    mask: NDArray[np.float32] | None = None
+    """`[1, H, W]` in [0, 1]: 1 is drawn, 0 kept. None redraws all."""
+    mask_cells: NDArray[np.float32] | None = None
+    """The same for latents, `[1, h, w]`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +106,17 @@ class Request:
     """Unit normal noise to start from instead of the seed's."""
     resume: SavedState | None = None
     """A saved trajectory to continue; then what it fixes is taken from it."""
+    segments: tuple[Segment, ...] = ()
+    """Which model runs which steps where; empty: the cloud's default model, then the edge's."""
+    image_input: ImageInput | None = None
+    text_options: TextOptions = DEFAULT_TEXT
+    loras: tuple[tuple[str, float], ...] = ()
+    """Adapters of the cloud, with their weights."""
+    call_skipping: CallSkipping | None = None
+    safety: SafetyAction = "off"
+    state_every: int = 1
+    """Asks the cloud for a state after every this many steps; 0 only for that of the hand-off. Fewer save bytes on a
+    slow link, and lose more steps with it."""
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
@@ -91,6 +134,10 @@ class Resolved:
     height: int
     latent_shape: tuple[int, int, int]
     embed_shape: tuple[int, int]
+    """Tokens of one chunk of text, and features."""
+    stages: tuple[Stage, ...]
+    """All that is to be run, in order."""
+    pooled_dim: int = 0
 
 
 def with_saved(request: Request) -> Request:
@@ -127,7 +174,8 @@ def resolve(request: Request, manifest: Manifest) -> Resolved:
         raise InvalidRequest(
             Reason.GUIDANCE_INVALID, f"guidance_scale is {guidance}; choose 1 to 30", field="guidance_scale"
         )
-    if guidance == 1 and request.negative_prompt:
+    everywhere = {segment.guidance_scale or guidance for segment in request.segments} or {guidance}
+    if everywhere == {1} and request.negative_prompt:
         raise InvalidRequest(
             Reason.GUIDANCE_INVALID,
             "a negative prompt has no effect at guidance_scale 1; leave it out or raise guidance_scale",
@@ -136,7 +184,12 @@ def resolve(request: Request, manifest: Manifest) -> Resolved:
     width = defaults.width if request.width is None else request.width
     height = defaults.height if request.height is None else request.height
     _check_rest(request, manifest, width, height)
-    cloud_steps = _cloud_steps(request, steps, defaults.cloud_steps / defaults.num_inference_steps)
+    grid = Grid(scheduler=scheduler, num_inference_steps=steps, begin_step=_begin_step(request, steps))
+    if request.segments:
+        stages = _explicit_stages(request, grid, float(guidance))
+    else:
+        count = _cloud_steps(request, grid.num_steps, defaults.cloud_steps / defaults.num_inference_steps)
+        stages = _two_stages(request, grid, count, float(guidance))
     cell = manifest.vae_scale_factor
     shape = (manifest.latent_channels, height // cell, width // cell)
     if request.initial_latents is not None and request.initial_latents.shape != shape:
@@ -147,15 +200,17 @@ def resolve(request: Request, manifest: Manifest) -> Resolved:
             field="initial_latents",
         )
     return Resolved(
-        mode=_mode(cloud_steps, steps),
+        mode=_mode(stages),
         scheduler=scheduler,
-        num_inference_steps=steps,
-        cloud_steps=cloud_steps,
+        num_inference_steps=grid.num_steps,
+        cloud_steps=sum(stage.steps or 0 for stage in stages if stage.place == "cloud"),
         guidance_scale=float(guidance),
         width=width,
         height=height,
         latent_shape=shape,
         embed_shape=(manifest.context_length, manifest.embed_dim),
+        stages=stages,
+        pooled_dim=manifest.pooled_dim,
     )
 
 
@@ -188,8 +243,10 @@ def _resolve_saved(request: Request, saved: SavedState, manifest: Manifest) -> R
     height, width = shape[1] * cell, shape[2] * cell
     _check_rest(request, manifest, width, height)
     cloud_steps = _cloud_steps(request, steps, saved.cloud_steps / steps)
+    grid = Grid(scheduler=saved.plan.scheduler, num_inference_steps=steps)
+    stages = _two_stages(request, grid, cloud_steps, saved.guidance_scale, first_step=saved.plan.step_at(saved.call))
     return Resolved(
-        mode=_mode(cloud_steps, steps),
+        mode="edge" if cloud_steps == 0 else "cloud" if cloud_steps == steps else "hybrid",
         scheduler=saved.plan.scheduler,
         num_inference_steps=steps,
         cloud_steps=cloud_steps,
@@ -198,6 +255,8 @@ def _resolve_saved(request: Request, saved: SavedState, manifest: Manifest) -> R
         height=height,
         latent_shape=(shape[0], shape[1], shape[2]),
         embed_shape=embed_shape,
+        stages=stages,
+        pooled_dim=manifest.pooled_dim,
     )
 
 
@@ -242,12 +301,57 @@ def _check_rest(request: Request, manifest: Manifest, width: int, height: int) -
         raise InvalidRequest(
             Reason.FIELD_INVALID, f"preview_every is {request.preview_every}; choose 0 to 1000", field="preview_every"
         )
+    if not 0 <= request.state_every <= 1000:
+        raise InvalidRequest(
+            Reason.FIELD_INVALID, f"state_every is {request.state_every}; choose 0 to 1000", field="state_every"
+        )
+    _check_loras(request.loras)
+    _check_skipping(request.call_skipping)
+    _check_image(request.image_input, width, height)
     if request.deadline_s is not None and not 0 < request.deadline_s <= MAX_DEADLINE_S:
         raise InvalidRequest(
             Reason.FIELD_INVALID,
             f"deadline is {request.deadline_s} s; choose more than 0 and at most {MAX_DEADLINE_S}",
             field="deadline_s",
         )
+
+
+def _check_loras(loras: tuple[tuple[str, float], ...]) -> None:
+    if len(loras) > MAX_LORAS or len({name for name, _ in loras}) < len(loras):
+        raise InvalidRequest(
+            Reason.FIELD_INVALID, f"there are {len(loras)} loras; give at most {MAX_LORAS}, each once", field="loras"
+        )
+    for name, weight in loras:
+        if not -4 <= weight <= 4:
+            raise InvalidRequest(
+                Reason.FIELD_INVALID, f"lora {name[:64]!r} has weight {weight}; choose -4 to 4", field="loras"
+            )
+
+
+def _check_skipping(skipping: CallSkipping | None) -> None:
+    if skipping is None:
+        return
+    for name, value, low, high in (
+        ("warm_up_calls", skipping.warm_up_calls, 2, 1000),
+        ("skipped_calls", skipping.skipped_calls, 1, 8),
+        ("extrapolation", skipping.extrapolation, 0, 1),
+    ):
+        if not low <= value <= high:
+            raise InvalidRequest(
+                Reason.FIELD_INVALID, f"{name} is {value}; choose {low} to {high}", field="call_skipping"
+            )
+
+
+def _check_image(given: ImageInput | None, width: int, height: int) -> None:
+    if given is None:
+        return
+    for name, array in (("image", given.image), ("mask", given.mask)):
+        if array is not None and array.shape[1:] != (height, width):
+            raise InvalidRequest(
+                Reason.SIZE_INVALID,
+                f"{name} has {array.shape[2]}x{array.shape[1]} pixels, the picture {width}x{height}; fit it before",
+                field=name,
+            )
 
 
 def _cloud_steps(request: Request, steps: int, default_share: float) -> int:
@@ -273,5 +377,52 @@ def _cloud_steps(request: Request, steps: int, default_share: float) -> int:
     return min(max(round(default_share * steps), 0), steps)
 
 
-def _mode(cloud_steps: int, steps: int) -> Mode:
-    return "edge" if cloud_steps == 0 else "cloud" if cloud_steps == steps else "hybrid"
+def _mode(stages: tuple[Stage, ...]) -> Mode:
+    places = {stage.place for stage in stages}
+    return "hybrid" if len(places) == 2 else "cloud" if places == {"cloud"} else "edge"
+
+
+def _two_stages(
+    request: Request, grid: Grid, cloud_steps: int, guidance_scale: float, *, first_step: int = 0
+) -> tuple[Stage, ...]:
+    """Returns the stages of a plain split: the cloud up to `cloud_steps`, then the edge; none before `first_step`."""
+    cloud, edge = max(cloud_steps - first_step, 0), grid.num_steps - max(cloud_steps, first_step)
+    common = {"grid": grid, "guidance_scale": guidance_scale, "begins_grid": False}
+    stages = (
+        Stage(place="cloud", model=request.model, steps=cloud, **common),  # type: ignore[arg-type]
+        Stage(place="edge", model="", steps=edge, **common),  # type: ignore[arg-type]
+    )
+    return tuple(stage for stage in stages if stage.steps)
+
+
+def _explicit_stages(request: Request, grid: Grid, guidance_scale: float) -> tuple[Stage, ...]:
+    if request.mode != "auto" or request.cloud_steps is not None or request.resume is not None:
+        raise InvalidRequest(
+            Reason.SPLIT_INVALID,
+            "segments say what runs where; leave out --mode, --split, --cloud-steps and --load-latents of a state",
+            field="segments",
+        )
+    return resolve_segments(request.segments, grid, guidance_scale)
+
+
+def _begin_step(request: Request, steps: int) -> int:
+    """Returns how many steps an image to start from leaves out."""
+    given = request.image_input
+    if given is None:
+        return 0
+    if request.initial_latents is not None:
+        raise InvalidRequest(
+            Reason.FIELD_INVALID, "an image and initial latents exclude each other; give one", field="image"
+        )
+    if not 0 < given.strength <= 1:
+        raise InvalidRequest(
+            Reason.FIELD_INVALID, f"strength is {given.strength}; choose more than 0 and at most 1", field="strength"
+        )
+    run = int(steps * given.strength)
+    if run == 0:
+        raise InvalidRequest(
+            Reason.FIELD_INVALID,
+            f"strength {given.strength} of {steps} steps runs none; choose at least {1 / steps:.3g}, or more steps",
+            field="strength",
+        )
+    return steps - run

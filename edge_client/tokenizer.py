@@ -1,46 +1,45 @@
-"""Text to token ids. Knows the `tokenizers` library and a length; nothing of models."""
+"""Text to token ids. Knows the `tokenizers` library; nothing of models, lengths or weights (`hybridsd.prompting`)."""
 
 from pathlib import Path
 
-import numpy as np
 import tokenizers
-from numpy.typing import NDArray
 
 from hybridsd.errors import InvalidRequest, Reason
 
 
 class Tokenizer:
-    """A `tokenizer.json`, cut and padded to one length.
+    """A `tokenizer.json`.
 
     Args:
         path: File of the `tokenizers` library; its post-processor adds begin and end.
-        context_length: Tokens of the result, begin and end included.
+
+    Attributes:
+        bos: Id of the token that begins every text.
+        eos: Id of the token that ends it.
+        pad: Id of the token that fills it up.
 
     Raises:
-        InvalidRequest: MANIFEST_INVALID if the file is not a tokenizer.
+        InvalidRequest: MANIFEST_INVALID if the file is not a tokenizer, or adds no begin and end.
     """
 
-    def __init__(self, path: Path, context_length: int) -> None:
+    def __init__(self, path: Path) -> None:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
-            raise InvalidRequest(
-                Reason.MANIFEST_INVALID, f"{path} is not a tokenizer: {error}; fetch the bundle again", field="bundle"
-            ) from error
-        self._context_length = context_length
-        self._padding = {**(self._tokenizer.padding or {}), "length": context_length}
+            raise _invalid(f"{path} is not a tokenizer: {error}; fetch the bundle again") from error
+        padding = self._tokenizer.padding or {}
         self._tokenizer.no_truncation()
-
-    def encode(self, text: str) -> tuple[NDArray[np.int64], int]:
-        """Returns token ids, int64 [context_length], and how many tokens of the text did not fit."""
         self._tokenizer.no_padding()
-        encoding = self._tokenizer.encode(text)
-        num_dropped = max(0, len(encoding.ids) - self._context_length)
-        if num_dropped:
-            self._tokenizer.enable_truncation(self._context_length)
-            encoding = self._tokenizer.encode(text)
-            self._tokenizer.no_truncation()
-        encoding.pad(
-            self._context_length, pad_id=self._padding.get("pad_id", 0), pad_token=self._padding.get("pad_token", "")
-        )
-        return np.asarray(encoding.ids, dtype=np.int64), num_dropped
+        ids = self._tokenizer.encode("").ids
+        if len(ids) != 2:
+            raise _invalid(f"{path} adds {len(ids)} tokens to a text, not begin and end; export the bundle again")
+        self.bos, self.eos = ids
+        self.pad = int(padding.get("pad_id", self.eos))
+
+    def tokenize(self, text: str) -> list[int]:
+        """Returns the token ids of a text, without begin and end; as many as there are."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _invalid(message: str) -> InvalidRequest:
+    return InvalidRequest(Reason.MANIFEST_INVALID, message, field="bundle")

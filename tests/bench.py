@@ -24,6 +24,7 @@ import numpy as np
 import structlog
 import torch
 
+from cloud_server.denoiser import Conditions
 from cloud_server.devices import place
 from cloud_server.engine import Engine
 from cloud_server.jobs import Failed, Finished, JobRequest, Snapshot
@@ -41,6 +42,7 @@ from edge_client.request import Request
 from hybridsd import codec, noise
 from hybridsd.manifest import read_manifest
 from hybridsd.plan import denoise, initial_state
+from hybridsd.prompting import TextOptions
 from tests.wire import measure
 
 ROOT = Path(__file__).parents[1]
@@ -103,7 +105,7 @@ def mixed_jobs(model: Model, num_calls: int, first_id: int = 0) -> list[JobReque
 
 def bare_loop_s(model: Model, jobs: Sequence[JobRequest], num_calls: int) -> float:
     """Times the batched U-Net alone, with the rows of the jobs: what no engine can beat."""
-    rows = sum(2 if job.is_guided else 1 for job in jobs)
+    rows = sum(1 if job.negative_prompt is None else 2 for job in jobs)
     sample = torch.randn(rows, *jobs[0].latent_shape)
     embeds = torch.randn(rows, model.info.context_length, model.info.embed_dim).to(model.denoiser.dtype)
     times = torch.linspace(900, 1, rows)
@@ -112,7 +114,7 @@ def bare_loop_s(model: Model, jobs: Sequence[JobRequest], num_calls: int) -> flo
     with torch.inference_mode():
         begin = time.perf_counter()
         for _ in range(num_calls):
-            output = model.denoiser.predict(sample, times, embeds)
+            output = model.denoiser.predict(sample, times, Conditions(embeds))
         output.cpu()
         return time.perf_counter() - begin
 
@@ -235,7 +237,7 @@ def one_process_s(model: Model, models: Models, request: Request, conditioning: 
     embeds = torch.from_numpy(pair).to(denoiser.device, denoiser.dtype)
 
     def large(x: torch.Tensor, t: float) -> torch.Tensor:
-        output = denoiser.predict(torch.stack([x, x]), torch.full((2,), t, device=x.device), embeds)
+        output = denoiser.predict(torch.stack([x, x]), torch.full((2,), t, device=x.device), Conditions(embeds))
         return output[0] + g * (output[1] - output[0])
 
     def small(x: np.ndarray, t: float) -> np.ndarray:
@@ -320,13 +322,14 @@ def bench_codec(model: Model, bundle_folder: Path, *, steps: int, k: int, num_pi
     errors: dict[str, list[tuple[float, float, float]]] = {"fp16": [], "int8": []}
     for seed in range(num_pictures):
         text = f"a {names[seed % 8]} to the left of a {names[(seed + 3) % 8]} on a blue background"
-        pair = np.stack([model.denoiser.encode(words).embeds for words in ("", text)])
+        pair = np.stack([model.denoiser.encode(words, TextOptions()).embeds for words in ("", text)])
         rows = torch.from_numpy(pair).to(model.denoiser.device, model.denoiser.dtype)
 
         def large(x: np.ndarray, t: float, rows: torch.Tensor = rows) -> np.ndarray:
             sample = torch.from_numpy(np.stack([x, x])).to(rows.device)
             with torch.inference_mode():
-                output = model.denoiser.predict(sample, torch.full((2,), t, device=rows.device), rows).cpu().numpy()
+                times = torch.full((2,), t, device=rows.device)
+                output = model.denoiser.predict(sample, times, Conditions(rows)).cpu().numpy()
             return np.asarray(output[0] + np.float32(guidance) * (output[1] - output[0]))
 
         start = initial_state(plan, noise.initial_latents(seed, 0, (manifest.latent_channels, *cells)))

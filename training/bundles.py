@@ -1,12 +1,12 @@
-"""Writes the edge's bundle: ONNX files, tokenizer, plans, reports, licence and the manifest that holds their hashes.
+"""Writes the edge's bundle: ONNX files, tokenizers, plans, reports, licence and the manifest that holds their hashes.
 
-Knows networks, files and the manifest. Knows nothing about how the networks were trained.
+Knows networks, files and the manifest. Knows nothing about how the networks were trained. What SDXL has beside is
+`training.sdxl_bundle`, the plans are `training.plan_table`.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,51 +14,41 @@ from typing import Any, Literal, cast
 
 import tokenizers
 from diffusers import UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from torch import nn
-from transformers import CLIPTextModel
+from transformers import CLIPTextModel, CLIPTokenizer
 
-from hybridsd import plan as plans
 from hybridsd import schedulers
 from hybridsd.manifest import MANIFEST_NAME, Defaults, Manifest, QualityPoint, describe_file, write_manifest
+from hybridsd.plan import Plan
 from training.folders import written_whole
-from training.graphs import VAE_SCALE_FACTOR, decoder_graph, encoder_graph, text_encoder_graph, unet_graph
+from training.graphs import VAE_SCALE_FACTOR, Graph, decoder_graph, encoder_graph, unet_graph
 from training.onnx_export import DATA_LIMIT, Parity, data_path, export_graph
+from training.plan_table import EMBEDDED_SCHEDULERS, PLAN_STEPS, compile_plans, write_plans
 from training.quantize import export_quantized
+from training.safety import safety_graph
 from training.sampling import make_plan
-from training.trajectories import caption_drawings, caption_encoder
+from training.sdxl_bundle import SecondText, TextXL, bundle_sizes, check_text, pooled_dim, text_graphs
+from training.trajectories import Drawing, caption_drawings, caption_encoder
 
-log = logging.getLogger(__name__)
-
-PLAN_STEPS = (4, 8, 15, 20, 25, 50)
 HELD_OUT = 4  # one in so many captions measures
 CLIP_PADDING = "<|endoftext|>"
 
 Precision = Literal["fp32", "half-storage", "fp16", "int8"]
-"""Of the U-Net: see `onnx_export.Precision` and `quantize`. The other files are "fp32" or "half-storage"."""
+"""Of the U-Net: see `onnx_export.Precision` and `quantize`. The other files are "fp32" or "half-storage"; a VAE is
+"fp16" beside a U-Net of "fp16" if its configuration says that it need not be upcast (`force_upcast`)."""
 
 
-def compile_plans(
-    scheduler_config: Mapping[str, Any], step_counts: Sequence[int] = PLAN_STEPS
-) -> dict[str, dict[str, Any]]:
-    """Compiles the plans that the edge needs without a cloud: "scheduler/steps" -> plan as JSON.
+def save_tokenizer(tokenizer: CLIPTokenizer, path: Path, context_length: int) -> Path:
+    """Writes tokenizer.json with the tokenizer's own padding, which that file alone would not tell; gives its path.
 
-    Every scheduler of `hybridsd.schedulers` is tried; what it cannot do with this model is left out, and said in the
-    log.
-
-    Args:
-        scheduler_config: The configuration of the model's own scheduler.
-        step_counts: Numbers of steps.
+    SD 2.x and the second tokenizer of SDXL pad with "!", the others with the end token.
     """
-    compiled: dict[str, dict[str, Any]] = {}
-    for spec in schedulers.SCHEDULERS:
-        for steps in step_counts:
-            try:
-                plan = make_plan(scheduler_config, spec.name, steps)
-            except Exception as error:  # diffusers has many ways to dislike a number of steps
-                log.info("no plan %s/%d: %s", spec.name, steps, error)
-                continue
-            compiled[f"{spec.name}/{steps}"] = json.loads(plans.to_json(plan))
-    return compiled
+    tokenizer.save_pretrained(path.parent)
+    saved = tokenizers.Tokenizer.from_file(str(path.parent / "tokenizer.json"))
+    saved.enable_padding(length=context_length, pad_id=int(tokenizer.pad_token_id), pad_token=str(tokenizer.pad_token))
+    saved.save(str(path))
+    return path
 
 
 def write_tokenizer(source: Path, target: Path, context_length: int) -> None:
@@ -96,15 +86,14 @@ def _count(*modules: nn.Module | None) -> int:
     return sum(parameter.numel() for module in modules if module is not None for parameter in module.parameters())
 
 
-def _check_fit(unet: UNet2DConditionModel, text_encoder: CLIPTextModel, decoder: nn.Module, defaults: Defaults) -> None:
-    width, embed_dim = unet.config.cross_attention_dim, text_encoder.config.hidden_size
-    if unet.config.addition_embed_type is not None:
-        raise ValueError(
-            f"the U-Net needs {unet.config.addition_embed_type!r} beside its embeddings, which an edge bundle has not; "
-            "export a U-Net of SD 1.x or 2.x, or write the graph alone with export_graph"
-        )
-    if width != embed_dim:
-        raise ValueError(f"the U-Net reads embeddings of {width} features, but the text encoder gives {embed_dim}")
+def _check_fit(
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
+    second: SecondText | None,
+    decoder: nn.Module,
+    defaults: Defaults,
+) -> None:
+    check_text(unet, text_encoder, second)
     channels = (unet.config.in_channels, unet.config.out_channels, cast(Any, decoder).config.latent_channels)
     if len(set(channels)) > 1:
         raise ValueError(
@@ -115,6 +104,15 @@ def _check_fit(unet: UNet2DConditionModel, text_encoder: CLIPTextModel, decoder:
     for side in (defaults.width, defaults.height):
         if side % _size_multiple(unet):
             raise ValueError(f"the default size has a side of {side}; it must be a multiple of {_size_multiple(unet)}")
+    if _embeds_guidance(unet) and schedulers.find(defaults.scheduler).name not in EMBEDDED_SCHEDULERS:
+        raise ValueError(
+            f"the default scheduler is {defaults.scheduler}, but this U-Net embeds the guidance (a latent consistency"
+            f" model), which is sampled with {', '.join(EMBEDDED_SCHEDULERS)} only; choose that"
+        )
+
+
+def _embeds_guidance(unet: UNet2DConditionModel) -> bool:
+    return unet.config.time_cond_proj_dim is not None
 
 
 def _size_multiple(unet: UNet2DConditionModel) -> int:
@@ -133,6 +131,8 @@ def export_bundle(
     name: str,
     latent_space: str,
     defaults: Defaults,
+    second_text: SecondText | None = None,
+    safety_checker: StableDiffusionSafetyChecker | None = None,
     scaling_factor: float | None = None,
     plan_steps: Sequence[int] = PLAN_STEPS,
     quality: Sequence[QualityPoint] = (),
@@ -143,12 +143,12 @@ def export_bundle(
     data_limit: int = DATA_LIMIT,
     tolerance: float | None = None,
 ) -> list[Parity]:
-    """Writes an edge bundle: ONNX files, tokenizer, plans, reports, licence and manifest. It is whole or not there.
+    """Writes an edge bundle: ONNX files, tokenizers, plans, reports, licence and manifest. It is whole or not there.
 
     Args:
         folder: The bundle. An older bundle is replaced.
-        unet: Of SD 1.x or 2.x: stock, pruned or distilled to a consistency model.
-        text_encoder: Its text encoder.
+        unet: Of SD 1.x, 2.x or SDXL: stock, pruned or distilled to a consistency model.
+        text_encoder: Its text encoder; of SDXL the first one.
         tokenizer_file: tokenizer.json of the text encoder.
         decoder: AutoencoderTiny, AutoencoderKL, or what has their `decode` and `config.scaling_factor`.
         encoder: The same for img2img; None leaves it out.
@@ -156,6 +156,8 @@ def export_bundle(
         name: Of the bundle: 1 to 64 characters of A-Z a-z 0-9 . _ -
         latent_space: See `Manifest`; the cloud model's must be equal.
         defaults: What to do when the user does not say. Their plan is always in the bundle.
+        second_text: The second text encoder, of SDXL.
+        safety_checker: Flags pictures at the edge; None leaves it out.
         scaling_factor: Of the VAE that spans the latent space, for information; the decoder's when None.
         plan_steps: Numbers of steps to compile plans for.
         quality: What was measured.
@@ -173,43 +175,42 @@ def export_bundle(
         ValueError: If the parts do not fit together, captions are missing, or the default plan cannot be made.
         ParityError: If a file is too far from its network.
     """
-    _check_fit(unet, text_encoder, decoder, defaults)
+    _check_fit(unet, text_encoder, second_text, decoder, defaults)
     if precision == "int8" and len(captions) < 2:
         raise ValueError(f"int8 is calibrated on real captions; give 2 or more, not {len(captions)}")
     about = about or Description()
-    channels = int(unet.config.in_channels)
     context_length = int(text_encoder.config.max_position_embeddings)
     default_plan = make_plan(scheduler_config, defaults.scheduler, defaults.num_inference_steps)
+    networks = [*text_graphs(text_encoder, second_text), decoder_graph(decoder)]
+    networks += [] if encoder is None else [encoder_graph(encoder)]
+    networks += [] if safety_checker is None else [safety_graph(safety_checker)]
+    graph = unet_graph(unet, context_length=context_length, fused_guidance=fused_guidance)
     with written_whole(folder, MANIFEST_NAME) as partial:
         files = {"tokenizer": "tokenizer.json", "plans": "plans.json", "parity_report": "parity.json"}
         write_tokenizer(tokenizer_file, partial / files["tokenizer"], context_length)
-        compiled = compile_plans(scheduler_config, sorted({*plan_steps, defaults.num_inference_steps}))
-        write_json(partial / files["plans"], compiled, indent=None)
+        if second_text is not None:
+            files["tokenizer_2"] = "tokenizer_2.json"
+            write_tokenizer(second_text.tokenizer_file, partial / files["tokenizer_2"], context_length)
+        table = compile_plans(
+            scheduler_config,
+            sorted({*plan_steps, defaults.num_inference_steps}),
+            names=EMBEDDED_SCHEDULERS if _embeds_guidance(unet) else None,
+            default=(defaults.scheduler, defaults.num_inference_steps),
+        )
+        write_plans(partial / files["plans"], table)
 
         options: dict[str, Any] = {"data_limit": data_limit, "tolerance": tolerance}
-        parity = []
-        others = [text_encoder_graph(text_encoder), decoder_graph(decoder)]
-        for other in others if encoder is None else [*others, encoder_graph(encoder)]:
-            kind: Literal["fp32", "half-storage"] = "fp32" if precision == "fp32" else "half-storage"
-            parity.append(export_graph(other, partial / f"{other.role}.onnx", precision=kind, **options))
-
-        graph = unet_graph(unet, context_length=context_length, fused_guidance=fused_guidance)
-        path = partial / "unet.onnx"
+        parity = [
+            export_graph(other, partial / f"{other.role}.onnx", precision=_other_precision(other, precision), **options)
+            for other in networks
+        ]
         if precision == "int8":
-            drawings = caption_drawings(
-                captions,
-                caption_encoder(text_encoder, partial / files["tokenizer"]),
-                graph.axes,
-                shape=(channels, defaults.height // VAE_SCALE_FACTOR, defaults.width // VAE_SCALE_FACTOR),
-                guidance_scale=defaults.guidance_scale,
-            )
-            measured = drawings[::HELD_OUT]
-            seen = [drawing for index, drawing in enumerate(drawings) if index % HELD_OUT]
-            report, quantization = export_quantized(graph, path, default_plan, seen, measured, **options)
+            drawings = _drawings(partial, graph, captions, text_encoder, second_text, defaults)
+            report, quantization = _export_int8(partial / "unet.onnx", graph, default_plan, drawings, options)
             files["quantization_report"] = "quantization.json"
-            write_json(partial / files["quantization_report"], asdict(quantization))
+            write_json(partial / files["quantization_report"], quantization)
         else:
-            report = export_graph(graph, path, precision=precision, **options)
+            report = export_graph(graph, partial / "unet.onnx", precision=precision, **options)
         parity.append(report)
         for role in [entry.role for entry in parity]:
             path = partial / f"{role}.onnx"
@@ -228,10 +229,15 @@ def export_bundle(
         }
         if encoder is not None:
             counts["vae_encoder"] = _count(cast(nn.Module, encoder.encoder), getattr(encoder, "quant_conv", None))
+        if second_text is not None:
+            counts["text_encoder_2"] = _count(second_text.encoder)
+        if safety_checker is not None:
+            counts["safety_checker"] = _count(safety_checker)
+        embed_dim = text_encoder.config.hidden_size + (second_text.encoder.config.hidden_size if second_text else 0)
         manifest = Manifest(
             name=name,
             latent_space=latent_space,
-            latent_channels=channels,
+            latent_channels=int(unet.config.in_channels),
             vae_scale_factor=VAE_SCALE_FACTOR,
             scaling_factor=float(
                 cast(Any, decoder).config.scaling_factor if scaling_factor is None else scaling_factor
@@ -239,7 +245,11 @@ def export_bundle(
             size_multiple=_size_multiple(unet),
             prediction_type=str(scheduler_config.get("prediction_type", "epsilon")),
             context_length=context_length,
-            embed_dim=int(text_encoder.config.hidden_size),
+            embed_dim=int(embed_dim),
+            pooled_dim=pooled_dim(unet),
+            force_zeros_for_empty_prompt=second_text is not None and second_text.force_zeros_for_empty_prompt,
+            guidance="embedded" if _embeds_guidance(unet) else "cfg",
+            sizes=bundle_sizes(defaults.width, _size_multiple(unet)) if second_text is not None else (),
             num_parameters=counts,
             defaults=defaults,
             files={role: describe_file(partial, file) for role, file in files.items()},
@@ -250,6 +260,45 @@ def export_bundle(
         )
         write_manifest(manifest, partial)
     return parity
+
+
+def _other_precision(graph: Graph, precision: Precision) -> Literal["fp32", "half-storage", "fp16"]:
+    """Chooses how a network beside the U-Net is stored and computed: in float32, for SDXL's VAE overflows in float16.
+
+    A VAE that says it need not be upcast goes with a U-Net in float16.
+    """
+    vae = getattr(graph.module, "vae", None)
+    if precision == "fp16" and vae is not None and cast(Any, vae).config.get("force_upcast") is False:
+        return "fp16"
+    return "fp32" if precision == "fp32" else "half-storage"
+
+
+def _drawings(
+    folder: Path,
+    graph: Graph,
+    captions: Sequence[str],
+    text_encoder: CLIPTextModel,
+    second: SecondText | None,
+    defaults: Defaults,
+) -> list[Drawing]:
+    """Makes drawings to calibrate with; the tokenizers are in the folder already."""
+    channels = int(graph.feeds[0]["sample"].shape[1])
+    shape = (channels, defaults.height // VAE_SCALE_FACTOR, defaults.width // VAE_SCALE_FACTOR)
+    first = folder / "tokenizer.json"
+    if second is None:
+        encode = caption_encoder(text_encoder, first)
+        return caption_drawings(captions, encode, graph.axes, shape=shape, guidance_scale=defaults.guidance_scale)
+    text = TextXL(text_encoder, first, second, folder / "tokenizer_2.json")
+    return text.drawings(captions, graph.axes, shape=shape, guidance_scale=defaults.guidance_scale)
+
+
+def _export_int8(
+    path: Path, graph: Graph, plan: Plan, drawings: Sequence[Drawing], options: Mapping[str, Any]
+) -> tuple[Parity, dict[str, Any]]:
+    measured = drawings[::HELD_OUT]
+    seen = [drawing for index, drawing in enumerate(drawings) if index % HELD_OUT]
+    report, quantization = export_quantized(graph, path, plan, seen, measured, **options)
+    return report, asdict(quantization)
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 2) -> None:

@@ -24,7 +24,7 @@ import click
 import torch.distributed as dist
 
 from training import recipes
-from training.bundle_command import export_bundle_command
+from training.bundle_command import export_bundle_command, rewrite_plans_command
 from training.demo_command import demo_command
 from training.loop import Run, StepRecord, Tracker, make_accelerator, train
 from training.overrides import override
@@ -243,6 +243,7 @@ for _command in (
     evaluate_vae_command,
     export_command,
     export_bundle_command,
+    rewrite_plans_command,
     cost_command,
 ):
     main.add_command(_command)

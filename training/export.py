@@ -21,9 +21,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from hybridsd import schedulers
 from hybridsd.manifest import Defaults, QualityPoint
-from training.bundles import PLAN_STEPS, Description, Precision, export_bundle, write_json, write_tokenizer
+from training.bundles import Description, Precision, export_bundle, write_json, write_tokenizer
 from training.folders import written_whole
 from training.onnx_export import Parity
+from training.plan_table import PLAN_STEPS
 from training.pruned_unet import load_unet, save_unet
 
 INDEX_NAME = "model_index.json"  # of a diffusers pipeline

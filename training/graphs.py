@@ -131,7 +131,8 @@ class _Decoder(nn.Module):
         self.scaling_factor = _scaling_factor(vae)
 
     def forward(self, latents: Tensor) -> Tensor:
-        return cast(Tensor, cast(Any, self.vae).decode(latents / self.scaling_factor, return_dict=False)[0])
+        raw = (latents / self.scaling_factor).to(_dtype(self.vae))
+        return cast(Tensor, cast(Any, self.vae).decode(raw, return_dict=False)[0].float())
 
 
 class _Encoder(nn.Module):
@@ -141,13 +142,17 @@ class _Encoder(nn.Module):
         self.scaling_factor = _scaling_factor(vae)
 
     def forward(self, image: Tensor) -> Tensor:
-        (encoded,) = cast(Any, self.vae).encode(image, return_dict=False)
+        (encoded,) = cast(Any, self.vae).encode(image.to(_dtype(self.vae)), return_dict=False)
         raw = encoded if isinstance(encoded, Tensor) else encoded.mean  # a KL encoder gives a distribution
-        return cast(Tensor, raw * self.scaling_factor)
+        return cast(Tensor, raw.float() * self.scaling_factor)
 
 
 def _scaling_factor(vae: nn.Module) -> float:
     return float(cast(Any, vae).config.scaling_factor)
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
 
 
 def _random(rng: np.random.Generator, *shape: int) -> Tensor:
@@ -216,19 +221,22 @@ def unet_graph(
     )
 
 
-def text_encoder_graph(encoder: CLIPTextModel, *, hidden_layer: int | None = None, pooled: bool = False) -> Graph:
+def text_encoder_graph(
+    encoder: CLIPTextModel, *, hidden_layer: int | None = None, pooled: bool = False, role: str = "text_encoder"
+) -> Graph:
     """Describes a CLIP text encoder: input_ids int64 [B, T] -> last_hidden_state [B, T, D].
 
     Args:
         encoder: The encoder; with a projection, if `pooled`.
         hidden_layer: Which hidden state to give, without the final norm, in place of the last; -2 for SDXL.
         pooled: Give text_embeds [B, P] too.
+        role: Of the graph.
     """
     rng = np.random.default_rng(6)
     config = encoder.config
     length, words = int(config.max_position_embeddings), int(config.vocab_size)
     return Graph(
-        role="text_encoder",
+        role=role,
         module=_TextEncoder(encoder, hidden_layer, pooled),
         axes={"input_ids": {0: "batch"}},
         outputs=("last_hidden_state", "text_embeds") if pooled else ("last_hidden_state",),

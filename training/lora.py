@@ -8,7 +8,8 @@ of it would only add delay (Song and Dhariwal, 2023, section 3.2, for consistenc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -16,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
 from numpy.typing import NDArray
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -153,3 +155,55 @@ class LCMLoRATask(Task):
     def save(self, directory: Path) -> None:
         """Writes the adapter; see `save_lora`."""
         save_lora(self.unet, directory)
+
+
+def fuse_files(
+    unet: UNet2DConditionModel, text_encoders: Sequence[nn.Module], loras: Sequence[tuple[Path | str, float]]
+) -> int:
+    """Adds adapters to the weights of networks, for good: W + weight * alpha / rank * B A.
+
+    Args:
+        unet: Is changed.
+        text_encoders: Are changed where a file has layers of theirs; two for SDXL.
+        loras: Files or folders, in the formats of diffusers, peft or kohya, with their weights.
+
+    Returns:
+        How many layers were changed.
+
+    Raises:
+        ValueError: If a file cannot be read, or does not fit the networks.
+    """
+    kind = StableDiffusionXLLoraLoaderMixin if len(text_encoders) > 1 else StableDiffusionLoraLoaderMixin
+    names = [f"lora_{index}" for index in range(len(loras))]
+    warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant
+    for name, (path, _) in zip(names, loras, strict=True):
+        where = Path(path)
+        folder, options = (str(where.parent), {"weight_name": where.name}) if where.is_file() else (str(path), {})
+        try:
+            state, alphas = kind.lora_state_dict(folder, unet_config=unet.config, use_safetensors=True, **options)
+            if any(key.startswith("unet.") for key in state):
+                kind.load_lora_into_unet(state, network_alphas=alphas, unet=unet, adapter_name=name)
+            for index, encoder in enumerate(text_encoders):
+                prefix = "text_encoder" if index == 0 else f"text_encoder_{index + 1}"
+                if any(key.startswith(f"{prefix}.") for key in state):
+                    kind.load_lora_into_text_encoder(
+                        state, network_alphas=alphas, text_encoder=encoder, prefix=prefix, adapter_name=name
+                    )
+        except Exception as error:  # torch and peft have many ways to say that shapes differ
+            raise ValueError(f"LoRA {path} does not fit these networks: {str(error)[:400]}") from error
+    weights = dict(zip(names, (weight for _, weight in loras), strict=True))
+    changed = 0
+    for network in (unet, *text_encoders):
+        for path, layer in list(network.named_modules()):
+            if not isinstance(layer, BaseTunerLayer):
+                continue
+            for name in [name for name in layer.scaling if name in weights]:
+                layer.scaling[name] *= weights[name]
+            layer.merge(adapter_names=list(layer.scaling))
+            parent, _, attribute = path.rpartition(".")
+            setattr(network.get_submodule(parent), attribute, layer.get_base_layer())
+            changed += 1
+        network.requires_grad_(False)
+    if loras and not changed:
+        raise ValueError(f"nothing in {', '.join(str(path) for path, _ in loras)} is for these networks")
+    return changed

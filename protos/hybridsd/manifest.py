@@ -27,7 +27,14 @@ OPTIONAL_ROLES = (
     "text_encoder_data",
     "vae_decoder_data",
     "vae_encoder_data",
+    "text_encoder_2",
+    "text_encoder_2_data",
+    "tokenizer_2",
+    "safety_checker",
+    "safety_checker_data",
 )
+
+GUIDANCE_KINDS = ("cfg", "embedded")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,13 +81,19 @@ class Manifest:
             -> noise_pred [B, C, h, w], in the manner of prediction_type. A U-Net that embeds the guidance (LCM) has
             guidance_scale [B] too. One with guidance fused into the graph has prompt_embeds and
             negative_prompt_embeds, [B, T, D] each, and guidance_scale [B] in place of encoder_hidden_states. The
-            names of the inputs tell which it is.
+            names of the inputs tell which it is. One of SDXL has text_embeds [B, P] and time_ids [B, 6] too (fused:
+            negative_text_embeds as well).
         text_encoder: input_ids int64 [B, T] -> last_hidden_state [B, T, D]
+        text_encoder_2: SDXL's second one: input_ids int64 [B, T] -> last_hidden_state [B, T, D2], text_embeds [B, P];
+            embed_dim is D + D2, joined along the features, and the hidden states are the last but one
+        safety_checker: clip_input [B, 3, 224, 224], normalised as CLIP wants it -> scores [B, n], above 0 is flagged
         vae_decoder: latents [B, C, h, w] as the U-Net sees them (the scaling factor is inside)
             -> image [B, 3, H, W] in [-1, 1]
         vae_encoder: image [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w] as the U-Net sees them
         tokenizer: tokenizer.json of the `tokenizers` library, which adds begin and end and pads to T
-        plans: JSON object "scheduler/steps" -> plan (hybridsd.plan.to_json), for use without a cloud
+        tokenizer_2: the same for text_encoder_2
+        plans: JSON object "scheduler/steps" -> plan (hybridsd.plan.to_json), for use without a cloud;
+            "scheduler/steps@begin" is the plan of the steps from begin on, for an image to start from
         unet_data and the like: the weights of an ONNX file that is too large for one file (2 GiB). The ONNX file
             refers to it by name, so it lies in the same folder, and whoever loads the one needs no other path
         parity_report, quantization_report: JSON, how far the files are from the networks they were made of
@@ -111,6 +124,14 @@ class Manifest:
     licence: str = ""
     base_model: str = ""
     """The cloud model that this bundle was distilled from."""
+    guidance: str = "cfg"
+    """How the U-Net takes guidance: "cfg" (two rows) or "embedded" (an input: LCM)."""
+    pooled_dim: int = 0
+    """Features P of the embedding of the whole text; 0 where the U-Net takes none, 1280 for SDXL."""
+    force_zeros_for_empty_prompt: bool = False
+    """Whether the embeddings of the empty text are zeros (SDXL)."""
+    sizes: tuple[tuple[int, int], ...] = ()
+    """Widths and heights that the models were trained for beside the default, such as SDXL's aspect buckets."""
     format: int = field(default=FORMAT)
 
     def __post_init__(self) -> None:
@@ -121,6 +142,8 @@ class Manifest:
             raise refuse(f"format is {self.format}; this version reads {FORMAT}")
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", self.name):
             raise refuse(f"name is {self.name[:80]!r}; use 1 to 64 characters of A-Z a-z 0-9 . _ -")
+        if self.guidance not in GUIDANCE_KINDS:
+            raise refuse(f"guidance is {str(self.guidance)[:80]!r}; it must be one of {', '.join(GUIDANCE_KINDS)}")
         missing = [role for role in REQUIRED_ROLES if role not in self.files]
         if missing:
             raise refuse(f"no file for {', '.join(missing)}; export the bundle again")
@@ -165,6 +188,7 @@ def read_manifest(folder: Path) -> Manifest:
         raw["defaults"] = Defaults(**raw["defaults"])
         raw["files"] = {role: BundleFile(**file) for role, file in raw["files"].items()}
         raw["quality"] = tuple(QualityPoint(**point) for point in raw.get("quality", ()))
+        raw["sizes"] = tuple((int(width), int(height)) for width, height in raw.get("sizes", ()))
         return Manifest(**raw)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InvalidRequest):

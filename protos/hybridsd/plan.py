@@ -16,7 +16,7 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar, cast
 
 from hybridsd.errors import InvalidRequest, Reason
@@ -84,6 +84,22 @@ class Plan:
         """The step that `call` belongs to; num_inference_steps at the end of the plan."""
         return self.rows[call].step if call < len(self.rows) else self.num_inference_steps
 
+    def begin(self, step: int) -> "Plan | None":
+        """The plan of the steps from `step` on, begun afresh; None where the solver has a memory: compile it.
+
+        Its `init_noise_sigma` stays that of this plan: it is begun with a state, not with noise alone.
+        """
+        first = self.first_call(step)
+        if not 0 <= step < self.num_inference_steps or self.num_arrays(first) != 1:
+            return None
+        rows = tuple(replace(row, step=row.step - step) for row in self.rows[first:])
+        return Plan(
+            scheduler=self.scheduler,
+            num_inference_steps=self.num_inference_steps - step,
+            init_noise_sigma=self.init_noise_sigma,
+            rows=rows,
+        )
+
     def digest(self) -> bytes:
         """SHA-256 over the numbers of the plan (docs/protocol.md, "Digests"); -0 counts as 0, the name not at all."""
         sha = hashlib.sha256(b"hybridsd.plan.v1")
@@ -108,7 +124,7 @@ class Advance(Generic[A]):
     """The final latents as this call predicts them."""
 
 
-def _combine(weights: Sequence[float], arrays: Sequence[Any]) -> Any:
+def combine(weights: Sequence[float], arrays: Sequence[Any]) -> Any:
     """Weighted sum of arrays, leaving out zero weights; a zero array when all are 0."""
     total = None
     for weight, array in zip(weights, arrays, strict=True):
@@ -125,19 +141,19 @@ def initial_state(plan: Plan, latents: A) -> list[A]:
 
 def unet_input(row: PlanRow, state: Sequence[A]) -> A:
     """Returns what to feed to the U-Net: latents in VP scale (variance near 1), shape and dtype as the state's."""
-    return cast(A, _combine(row.unet_input, state))
+    return cast(A, combine(row.unet_input, state))
 
 
 def advance(row: PlanRow, state: Sequence[A], output: A, noise: A | None) -> list[A]:
     """Returns the state after a call, from the guided model `output` and unit normal `noise` (None where not drawn)."""
     arrays = [*state, output] if noise is None else [*state, output, noise]
     tail = ((b,) if noise is None else (b, c) for b, c in zip(row.output, row.noise, strict=True))
-    return [_combine((*weights, *rest), arrays) for weights, rest in zip(row.transition, tail, strict=True)]
+    return [combine((*weights, *rest), arrays) for weights, rest in zip(row.transition, tail, strict=True)]
 
 
 def x0_preview(row: PlanRow, state: Sequence[A], output: A) -> A:
     """Returns the final latents as this call predicts them."""
-    return cast(A, _combine((*row.x0_state, row.x0_output), [*state, output]))
+    return cast(A, combine((*row.x0_state, row.x0_output), [*state, output]))
 
 
 def denoise(
@@ -148,6 +164,7 @@ def denoise(
     *,
     start: int = 0,
     stop: int | None = None,
+    steer: Callable[[PlanRow, Sequence[A], A], A] | None = None,
 ) -> Iterator[Advance[A]]:
     """Runs the calls `[start, stop)` of a plan, one after each `next()`.
 
@@ -158,6 +175,7 @@ def denoise(
         draw_noise: `call -> unit normal noise` of the same shape; asked only where the plan draws any.
         start: The first call to run, in [0, len(plan.rows)].
         stop: The first call not to run; None for all.
+        steer: `(row, state, output) -> output`, changes a model output before the solver sees it (`hybridsd.levels`).
 
     Yields:
         After every call the state before the next one: a valid point to go on from anywhere.
@@ -172,6 +190,8 @@ def denoise(
     for call in range(start, len(plan.rows) if stop is None else stop):
         row = plan.rows[call]
         output = predict(unet_input(row, arrays), row.timestep)
+        if steer is not None:
+            output = steer(row, arrays, output)
         preview = x0_preview(row, arrays, output)
         arrays = advance(row, arrays, output, draw_noise(call) if row.draws_noise else None)
         yield Advance(call + 1, arrays, preview)

@@ -36,7 +36,12 @@ CHECK_TOLERANCE = 1e-4
 
 
 def compile_plan(
-    scheduler: Any, num_inference_steps: int, make_tensor: Callable[[Floats], Any], *, name: str | None = None
+    scheduler: Any,
+    num_inference_steps: int,
+    make_tensor: Callable[[Floats], Any],
+    *,
+    name: str | None = None,
+    begin_step: int = 0,
 ) -> Plan:
     """Returns the plan of a scheduler for a number of steps.
 
@@ -46,6 +51,9 @@ def compile_plan(
         num_inference_steps: The number of steps, in [1, 1000].
         make_tensor: Makes the scheduler's kind of tensor (float64, on the CPU) from a numpy array.
         name: What to call the plan; the scheduler's class name when None.
+        begin_step: Steps to leave out, in [0, num_inference_steps): the plan has only the remaining ones, begun afresh
+            at their noise level, and its init_noise_sigma is the standard deviation of the noise there. For an image to
+            start from (Meng et al. 2021, SDEdit), or another model's latents.
 
     Raises:
         InvalidRequest: STEPS_INVALID, or SCHEDULER_NOT_AFFINE with the option at fault where it is known.
@@ -57,16 +65,30 @@ def compile_plan(
             f"num_inference_steps is {num_inference_steps}; choose 1 to {MAX_STEPS}",
             field="num_inference_steps",
         )
+    if not 0 <= begin_step < num_inference_steps:
+        raise InvalidRequest(
+            Reason.STEPS_INVALID,
+            f"begin_step is {begin_step}; choose 0 to {num_inference_steps - 1}",
+            field="begin_step",
+        )
     options = inspect.signature(type(scheduler).__init__).parameters  # a config may carry other classes' options along
     for option in ("thresholding", "clip_sample"):
         if option in options and scheduler.config.get(option):
             raise _not_affine(name, f"{option} clips values; set {option} to false")
 
     probe = _Probe(scheduler, num_inference_steps, make_tensor, name)
+    steps = _steps_of_calls(scheduler, len(probe.timesteps), num_inference_steps, name)
+    if begin_step > 0:
+        if hasattr(scheduler, "prk_timesteps"):  # it counts its calls, and takes its second for a repetition
+            raise InvalidRequest(
+                Reason.STEPS_INVALID, f"scheduler {name} cannot begin at step {begin_step}; choose another scheduler",
+                field="begin_step",
+            )  # fmt: skip
+        probe.begin(steps.index(begin_step))
+        steps = [step - begin_step for step in steps[steps.index(begin_step) :]]
     num_calls = len(probe.timesteps)
     in_scales, recurrence = probe.recurrence()
     realization = [_realize(recurrence, i) for i in range(num_calls + 1)]
-    steps = _steps_of_calls(scheduler, num_calls, num_inference_steps, name)
     rows = []
     for i, timestep in enumerate(probe.timesteps):
         transition, output, noise = _advance_matrices(recurrence, realization, i)
@@ -84,10 +106,13 @@ def compile_plan(
                 x0_output=x0_output,
             )
         )
+    sigma = float(getattr(scheduler, "init_noise_sigma", 1.0))
+    if begin_step > 0:
+        sigma = _vp_level(scheduler, probe.timesteps[0])[1] / in_scales[0]
     plan = Plan(
         scheduler=name,
-        num_inference_steps=num_inference_steps,
-        init_noise_sigma=float(getattr(scheduler, "init_noise_sigma", 1.0)),
+        num_inference_steps=num_inference_steps - begin_step,
+        init_noise_sigma=sigma,
         rows=tuple(rows),
     )
     difference = probe.difference(plan)
@@ -105,8 +130,15 @@ class _Probe:
 
     def __init__(self, scheduler: Any, num_steps: int, make_tensor: Callable[[Floats], Any], name: str) -> None:
         self._scheduler, self._num_steps, self._tensor, self._name = scheduler, num_steps, make_tensor, name
+        self._first = 0
         self._reset()
         self.timesteps = [float(t) for t in scheduler.timesteps]
+
+    def begin(self, first: int) -> None:
+        """Leaves out the calls before `first`, as if the scheduler had never made them."""
+        self._first = first
+        self._reset()
+        self.timesteps = self.timesteps[first:]
 
     def _reset(self) -> None:
         try:
@@ -117,10 +149,12 @@ class _Probe:
                 f"scheduler {self._name} refuses {self._num_steps} steps: {error}",
                 field="num_inference_steps",
             ) from error
+        if self._first and hasattr(self._scheduler, "set_begin_index"):
+            self._scheduler.set_begin_index(self._first)
 
     def _call(self, index: int, sample: Floats, output: Floats, noise: Floats) -> tuple[Floats, Floats]:
         """Runs call `index`; returns what the U-Net is fed, and the next sample."""
-        scheduler, timestep = self._scheduler, self._scheduler.timesteps[index]
+        scheduler, timestep = self._scheduler, self._scheduler.timesteps[self._first + index]
         x, e, z = (
             self._tensor(values[None].copy()) for values in (sample, output, noise)
         )  # copies: schedulers keep them
@@ -227,9 +261,16 @@ def _x0_weights(scheduler: Any, timestep: float, in_scale: float) -> tuple[float
         return 0.0, 1.0
     if not hasattr(scheduler, "alphas_cumprod"):
         return 1.0, -timestep / 1000.0
-    table = np.asarray(scheduler.alphas_cumprod, dtype=np.float64)
-    alpha = float(np.sqrt(np.exp(np.interp(timestep, np.arange(len(table)), np.log(table)))))
-    sigma = float(np.sqrt(1.0 - alpha * alpha))
+    alpha, sigma = _vp_level(scheduler, timestep)
     if prediction == "v_prediction":
         return alpha * in_scale, -sigma
     return in_scale / alpha, -sigma / alpha
+
+
+def _vp_level(scheduler: Any, timestep: float) -> tuple[float, float]:
+    """Returns alpha and sigma of the U-Net's input, alpha * x0 + sigma * noise; flow matching is 1 - t and t."""
+    if not hasattr(scheduler, "alphas_cumprod"):
+        return 1.0 - timestep / 1000.0, timestep / 1000.0
+    table = np.asarray(scheduler.alphas_cumprod, dtype=np.float64)
+    alpha = float(np.sqrt(np.exp(np.interp(timestep, np.arange(len(table)), np.log(table)))))
+    return alpha, float(np.sqrt(1.0 - alpha * alpha))

@@ -10,6 +10,7 @@ from deploy.run_demo import DEMO
 from edge_client.events import Conditioning
 from edge_client.onnx_models import Models
 from hybridsd.manifest import read_manifest, verify_files
+from hybridsd.prompting import TextOptions
 from training.pruned_unet import load_unet
 
 LARGEST_MB = 96
@@ -80,7 +81,9 @@ def test_edge_and_cloud_encode_text_alike() -> None:
     model = load_model(f"demo={DEMO / 'large'}", place("cpu", "fp32"))
     models = Models(DEMO / "edge", read_manifest(DEMO / "edge"), threads=1)
     for text in ("", "a fox to the left of a donut on a yellow background", "Ein Fuchs, ganz allein! 🦊"):
-        np.testing.assert_allclose(model.denoiser.encode(text).embeds, models.encode_text(text)[0], rtol=0, atol=2e-3)
+        np.testing.assert_allclose(
+            model.denoiser.encode(text, TextOptions()).embeds, models.encode_text(text).embeds, rtol=0, atol=2e-3
+        )
 
 
 def test_parity_report_is_within_its_bounds() -> None:

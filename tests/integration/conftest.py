@@ -53,14 +53,12 @@ class SteppingDenoiser:
     """The large model with a valve: runs so many calls, then waits for the test's end."""
 
     def __init__(self, inner: Denoiser, calls: int) -> None:
-        self.inner, self.device, self.dtype = inner, inner.device, inner.dtype
+        self.inner, self.device, self.dtype, self.guidance = inner, inner.device, inner.dtype, inner.guidance
+        self.encode, self.conditions = inner.encode, inner.conditions
         self._left = calls
         self.released = threading.Event()
 
-    def encode(self, text: str) -> Any:
-        return self.inner.encode(text)
-
-    def predict(self, *arrays: torch.Tensor) -> torch.Tensor:
+    def predict(self, *arrays: Any) -> torch.Tensor:
         if self._left == 0:
             self.released.wait(30)
         self._left -= 1

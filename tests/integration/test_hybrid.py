@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from cloud_server.denoiser import Conditions
 from cloud_server.models import Model
 from cloud_server.server import CloudServer
 from edge_client.bundle import Bundle
@@ -20,6 +21,7 @@ from edge_client.request import Request
 from hybridsd import codec, noise
 from hybridsd.errors import ModelMismatch, Reason
 from hybridsd.plan import denoise, initial_state
+from hybridsd.prompting import TextOptions
 from tests.integration.conftest import Connect, SteppingDenoiser, running_server
 
 PROMPT = "a fox under a donut"
@@ -49,7 +51,9 @@ def one_process(model: Model, models: Models, scheduler: str, call: int, asked: 
     """Runs the same plan with the same two U-Nets here, switching before `call`; returns the final latents."""
     plan = model.plans.plan(scheduler, STEPS)
     guidance = asked.guidance_scale or GUIDANCE
-    prompt, negative = (model.denoiser.encode(text).embeds for text in (asked.prompt, asked.negative_prompt))
+    prompt, negative = (
+        model.denoiser.encode(text, TextOptions()).embeds for text in (asked.prompt, asked.negative_prompt)
+    )
     guided = guidance != 1
     rows = torch.from_numpy(np.stack([negative, prompt] if guided else [prompt]))
     conditioning = Conditioning(prompt_embeds=prompt, negative_prompt_embeds=negative if guided else None)
@@ -62,7 +66,7 @@ def one_process(model: Model, models: Models, scheduler: str, call: int, asked: 
             return models.predict_noise(x, t, conditioning, guidance_scale=guidance)
         sample = torch.from_numpy(np.stack([x] * len(rows)))
         with torch.inference_mode():
-            output = model.denoiser.predict(sample, torch.full((len(rows),), t), rows).numpy()
+            output = model.denoiser.predict(sample, torch.full((len(rows),), t), Conditions(rows)).numpy()
         return output[0] if not guided else output[0] + np.float32(guidance) * (output[1] - output[0])
 
     state = initial_state(plan, noise.initial_latents(asked.seed, asked.image_index, SHAPE))
@@ -222,7 +226,7 @@ def test_private_sends_no_prompt(
     """With `private` the cloud never encodes, because it never gets, the text."""
     seen: list[str] = []
     inner = server.engine._denoisers["tiny"]
-    monkeypatch.setattr(inner, "encode", lambda text: seen.append(text))
+    monkeypatch.setattr(inner, "encode", lambda text, *_: seen.append(text))
     result, _ = run(request("ddim", 3, private=True), bundle, models, connect(server))
 
     assert seen == []

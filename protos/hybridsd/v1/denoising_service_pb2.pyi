@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from hybridsd.v1 import plan_pb2 as _plan_pb2
 from hybridsd.v1 import tensor_pb2 as _tensor_pb2
 import builtins as _builtins
@@ -20,6 +21,62 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _LongPrompt:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _LongPromptEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_LongPrompt.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    LONG_PROMPT_UNSPECIFIED: _LongPrompt.ValueType  # 0
+    """Not set: LONG_PROMPT_TRUNCATE."""
+    LONG_PROMPT_TRUNCATE: _LongPrompt.ValueType  # 1
+    """They are dropped, and `Started.num_dropped_tokens` says how many."""
+    LONG_PROMPT_CHUNK: _LongPrompt.ValueType  # 2
+    """The text is encoded in chunks of `context_length`, at most 4, and their embeddings are joined along the tokens;
+    what does not fit even then is dropped, and counted.
+    """
+
+class LongPrompt(_LongPrompt, metaclass=_LongPromptEnumTypeWrapper):
+    """What happens to tokens beyond a model's `context_length`."""
+
+LONG_PROMPT_UNSPECIFIED: LongPrompt.ValueType  # 0
+"""Not set: LONG_PROMPT_TRUNCATE."""
+LONG_PROMPT_TRUNCATE: LongPrompt.ValueType  # 1
+"""They are dropped, and `Started.num_dropped_tokens` says how many."""
+LONG_PROMPT_CHUNK: LongPrompt.ValueType  # 2
+"""The text is encoded in chunks of `context_length`, at most 4, and their embeddings are joined along the tokens;
+what does not fit even then is dropped, and counted.
+"""
+Global___LongPrompt: _TypeAlias = LongPrompt  # noqa: Y015
+
+class _GuidanceKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _GuidanceKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GuidanceKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    GUIDANCE_KIND_UNSPECIFIED: _GuidanceKind.ValueType  # 0
+    """Not set: GUIDANCE_KIND_CLASSIFIER_FREE."""
+    GUIDANCE_KIND_CLASSIFIER_FREE: _GuidanceKind.ValueType  # 1
+    """By two rows, of which one is unconditional."""
+    GUIDANCE_KIND_EMBEDDED: _GuidanceKind.ValueType  # 2
+    """As an input, w = guidance_scale - 1 (latent consistency models): no second row, no negative prompt, and only the
+    scheduler "lcm".
+    """
+
+class GuidanceKind(_GuidanceKind, metaclass=_GuidanceKindEnumTypeWrapper):
+    """How a model takes guidance."""
+
+GUIDANCE_KIND_UNSPECIFIED: GuidanceKind.ValueType  # 0
+"""Not set: GUIDANCE_KIND_CLASSIFIER_FREE."""
+GUIDANCE_KIND_CLASSIFIER_FREE: GuidanceKind.ValueType  # 1
+"""By two rows, of which one is unconditional."""
+GUIDANCE_KIND_EMBEDDED: GuidanceKind.ValueType  # 2
+"""As an input, w = guidance_scale - 1 (latent consistency models): no second row, no negative prompt, and only the
+scheduler "lcm".
+"""
+Global___GuidanceKind: _TypeAlias = GuidanceKind  # noqa: Y015
 
 @_typing.final
 class DenoiseRequest(_message.Message):
@@ -49,6 +106,10 @@ class DenoiseRequest(_message.Message):
     KNOWN_DIGESTS_FIELD_NUMBER: _builtins.int
     REATTACH_GRACE_FIELD_NUMBER: _builtins.int
     RESUME_CALL_FIELD_NUMBER: _builtins.int
+    MODEL_CHANGES_FIELD_NUMBER: _builtins.int
+    LORAS_FIELD_NUMBER: _builtins.int
+    INPAINTING_FIELD_NUMBER: _builtins.int
+    CALL_SKIPPING_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the job, so that a retry attaches instead of computing twice. 1 to 64 characters of `A-Z a-z 0-9 _ -`;
     empty lets the server choose. The same id with different content is INVALID_ARGUMENT (REQUEST_ID_REUSED).
@@ -61,7 +122,8 @@ class DenoiseRequest(_message.Message):
     """
     guidance_scale: _builtins.float
     """Weight of classifier-free guidance, in `[1, 30]`: e = e_uncond + guidance_scale * (e_cond - e_uncond).
-    1 turns guidance off and halves the work. Not set: the model's default.
+    1 turns guidance off and halves the work. A model whose `guidance` is GUIDANCE_KIND_EMBEDDED takes it as an input
+    (w = guidance_scale - 1) and never doubles the work. Not set: the model's default.
     """
     seed: _builtins.int
     """Selects all noise of the picture (docs/numerics.md), in `[0, 2^53)`. Default 0."""
@@ -131,6 +193,26 @@ class DenoiseRequest(_message.Message):
         seconds. 0 (default) stops the job with its stream. When attaching, the value of the first call goes on to count.
         """
 
+    @_builtins.property
+    def model_changes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelChange]:
+        """Other models that go on in the same run, at most 8, their steps strictly rising in `(first_step, handoff_step)`.
+        Empty: `model` runs to the hand-off. All models must share latent space, shape and prediction type.
+        """
+
+    @_builtins.property
+    def loras(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoraWeight]:
+        """Adapters to apply to every model of the job, at most 8, each named once, from `Model.loras`. An unknown one is
+        FAILED_PRECONDITION (LORA_UNKNOWN). Other jobs are not touched.
+        """
+
+    @_builtins.property
+    def inpainting(self) -> Global___Inpainting:
+        """Draws only a part of the picture and keeps the rest."""
+
+    @_builtins.property
+    def call_skipping(self) -> Global___CallSkipping:
+        """Leaves calls of the U-Net out, for speed at a price in quality. Not set: none."""
+
     def __init__(
         self,
         *,
@@ -156,10 +238,14 @@ class DenoiseRequest(_message.Message):
         known_digests: _abc.Iterable[_builtins.bytes] | None = ...,
         reattach_grace: _duration_pb2.Duration | None = ...,
         resume_call: _builtins.int = ...,
+        model_changes: _abc.Iterable[Global___ModelChange] | None = ...,
+        loras: _abc.Iterable[Global___LoraWeight] | None = ...,
+        inpainting: Global___Inpainting | None = ...,
+        call_skipping: Global___CallSkipping | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_width", b"_width", "conditioning", b"conditioning", "embeddings", b"embeddings", "guidance_scale", b"guidance_scale", "height", b"height", "initial_latents", b"initial_latents", "plan", b"plan", "reattach_grace", b"reattach_grace", "scheduler", b"scheduler", "solver", b"solver", "text", b"text", "width", b"width"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_width", b"_width", "call_skipping", b"call_skipping", "conditioning", b"conditioning", "embeddings", b"embeddings", "guidance_scale", b"guidance_scale", "height", b"height", "initial_latents", b"initial_latents", "inpainting", b"inpainting", "plan", b"plan", "reattach_grace", b"reattach_grace", "scheduler", b"scheduler", "solver", b"solver", "text", b"text", "width", b"width"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_width", b"_width", "conditioning", b"conditioning", "embeddings", b"embeddings", "encoding", b"encoding", "first_step", b"first_step", "guidance_scale", b"guidance_scale", "handoff_step", b"handoff_step", "height", b"height", "image_index", b"image_index", "initial_latents", b"initial_latents", "initial_state", b"initial_state", "known_digests", b"known_digests", "latent_space", b"latent_space", "model", b"model", "plan", b"plan", "preview_every", b"preview_every", "reattach_grace", b"reattach_grace", "request_id", b"request_id", "resume_call", b"resume_call", "scheduler", b"scheduler", "seed", b"seed", "solver", b"solver", "state_every", b"state_every", "text", b"text", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_width", b"_width", "call_skipping", b"call_skipping", "conditioning", b"conditioning", "embeddings", b"embeddings", "encoding", b"encoding", "first_step", b"first_step", "guidance_scale", b"guidance_scale", "handoff_step", b"handoff_step", "height", b"height", "image_index", b"image_index", "initial_latents", b"initial_latents", "initial_state", b"initial_state", "inpainting", b"inpainting", "known_digests", b"known_digests", "latent_space", b"latent_space", "loras", b"loras", "model", b"model", "model_changes", b"model_changes", "plan", b"plan", "preview_every", b"preview_every", "reattach_grace", b"reattach_grace", "request_id", b"request_id", "resume_call", b"resume_call", "scheduler", b"scheduler", "seed", b"seed", "solver", b"solver", "state_every", b"state_every", "text", b"text", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -185,6 +271,134 @@ class DenoiseRequest(_message.Message):
 Global___DenoiseRequest: _TypeAlias = DenoiseRequest  # noqa: Y015
 
 @_typing.final
+class ModelChange(_message.Message):
+    """From a step on, another model runs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    GUIDANCE_SCALE_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    """The first step that it runs."""
+    model: _builtins.str
+    """The id of a served model; empty keeps the model, for a change of guidance alone."""
+    guidance_scale: _builtins.float
+    """Its guidance_scale, in `[1, 30]`. Not set: that of the request."""
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        model: _builtins.str = ...,
+        guidance_scale: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "guidance_scale", b"guidance_scale"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "guidance_scale", b"guidance_scale", "model", b"model", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
+    _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__guidance_scale) -> _WhichOneofReturnType__guidance_scale | None: ...
+
+Global___ModelChange: _TypeAlias = ModelChange  # noqa: Y015
+
+@_typing.final
+class LoraWeight(_message.Message):
+    """A LoRA adapter and how strongly it acts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """A name from `Model.loras`."""
+    weight: _builtins.float
+    """Times the adapter's own scale, in `[-4, 4]`. Not set is 1."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        weight: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "weight", b"weight"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "name", b"name", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__weight: _TypeAlias = _typing.Literal["weight"]  # noqa: Y015
+    _WhichOneofArgType__weight: _TypeAlias = _typing.Literal["_weight", b"_weight"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight) -> _WhichOneofReturnType__weight | None: ...
+
+Global___LoraWeight: _TypeAlias = LoraWeight  # noqa: Y015
+
+@_typing.final
+class Inpainting(_message.Message):
+    """A picture of which a part is kept. Wherever `mask` is 0 the run is steered so that it ends in `latents`: the model
+    output e of each call is replaced there by the one whose `x0_preview` is `latents` (docs/numerics.md).
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LATENTS_FIELD_NUMBER: _builtins.int
+    MASK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def latents(self) -> _tensor_pb2.Tensor:
+        """Latents of the picture to keep, as the U-Net sees them, `[channels, height / vae_scale_factor,
+        width / vae_scale_factor]`.
+        """
+
+    @_builtins.property
+    def mask(self) -> _tensor_pb2.Tensor:
+        """Where to draw: 1 draws, 0 keeps, between blends; `[1, height / vae_scale_factor, width / vae_scale_factor]`."""
+
+    def __init__(
+        self,
+        *,
+        latents: _tensor_pb2.Tensor | None = ...,
+        mask: _tensor_pb2.Tensor | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["latents", b"latents", "mask", b"mask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["latents", b"latents", "mask", b"mask"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Inpainting: _TypeAlias = Inpainting  # noqa: Y015
+
+@_typing.final
+class CallSkipping(_message.Message):
+    """Leaves out calls and extrapolates their output from the last two that ran, last + extrapolation * (last - previous);
+    after EC-Diff (arXiv 2507.11980). The last call before a change of model, or the hand-off, may be skipped as well.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WARM_UP_CALLS_FIELD_NUMBER: _builtins.int
+    SKIPPED_CALLS_FIELD_NUMBER: _builtins.int
+    EXTRAPOLATION_FIELD_NUMBER: _builtins.int
+    warm_up_calls: _builtins.int
+    """Calls that run before the first is skipped, in `[2, 1000]`."""
+    skipped_calls: _builtins.int
+    """Calls that are skipped after each one that runs, in `[1, 8]`."""
+    extrapolation: _builtins.float
+    """In `[0, 1]`. Not set is 0.3; 0 repeats the last output."""
+    def __init__(
+        self,
+        *,
+        warm_up_calls: _builtins.int = ...,
+        skipped_calls: _builtins.int = ...,
+        extrapolation: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_extrapolation", b"_extrapolation", "extrapolation", b"extrapolation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_extrapolation", b"_extrapolation", "extrapolation", b"extrapolation", "skipped_calls", b"skipped_calls", "warm_up_calls", b"warm_up_calls"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__extrapolation: _TypeAlias = _typing.Literal["extrapolation"]  # noqa: Y015
+    _WhichOneofArgType__extrapolation: _TypeAlias = _typing.Literal["_extrapolation", b"_extrapolation"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__extrapolation) -> _WhichOneofReturnType__extrapolation | None: ...
+
+Global___CallSkipping: _TypeAlias = CallSkipping  # noqa: Y015
+
+@_typing.final
 class TextConditioning(_message.Message):
     """Text to condition on."""
 
@@ -192,21 +406,27 @@ class TextConditioning(_message.Message):
 
     PROMPT_FIELD_NUMBER: _builtins.int
     NEGATIVE_PROMPT_FIELD_NUMBER: _builtins.int
+    LONG_PROMPT_FIELD_NUMBER: _builtins.int
+    PROMPT_WEIGHTING_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
-    """What to draw, 1 to 4000 characters, not only white space. Tokens beyond the model's `context_length` are dropped,
-    which `Started.num_dropped_tokens` says.
-    """
+    """What to draw, 1 to 4000 characters, not only white space."""
     negative_prompt: _builtins.str
-    """What to draw away from, 0 to 4000 characters. Without guidance it must be empty."""
+    """What to draw away from, 0 to 4000 characters. Without guidance, or where the model takes none, it must be empty."""
+    long_prompt: Global___LongPrompt.ValueType
+    """What happens to tokens beyond the model's `context_length`. Not set is LONG_PROMPT_TRUNCATE."""
+    prompt_weighting: _builtins.bool
+    """Reads "(word:1.3)", "(word)" and "[word]" as weights of words (docs/numerics.md). False takes them literally."""
     def __init__(
         self,
         *,
         prompt: _builtins.str = ...,
         negative_prompt: _builtins.str = ...,
+        long_prompt: Global___LongPrompt.ValueType = ...,
+        prompt_weighting: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["negative_prompt", b"negative_prompt", "prompt", b"prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["long_prompt", b"long_prompt", "negative_prompt", b"negative_prompt", "prompt", b"prompt", "prompt_weighting", b"prompt_weighting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -220,23 +440,35 @@ class EmbeddingConditioning(_message.Message):
 
     PROMPT_EMBEDS_FIELD_NUMBER: _builtins.int
     NEGATIVE_PROMPT_EMBEDS_FIELD_NUMBER: _builtins.int
+    POOLED_PROMPT_EMBEDS_FIELD_NUMBER: _builtins.int
+    NEGATIVE_POOLED_PROMPT_EMBEDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def prompt_embeds(self) -> _tensor_pb2.Tensor:
-        """Text embeddings, `[context_length, embed_dim]` of the model."""
+        """Text embeddings, `[n * context_length, embed_dim]` of the model, n in `[1, 4]`."""
 
     @_builtins.property
     def negative_prompt_embeds(self) -> _tensor_pb2.Tensor:
-        """Unconditional embeddings, same shape. Required with guidance, absent without."""
+        """Unconditional embeddings, same shape. Required with guidance, absent without and where the model takes none."""
+
+    @_builtins.property
+    def pooled_prompt_embeds(self) -> _tensor_pb2.Tensor:
+        """The embedding of the whole text, `[pooled_dim]`. Required where the model's `pooled_dim` is not 0 (SDXL), else absent."""
+
+    @_builtins.property
+    def negative_pooled_prompt_embeds(self) -> _tensor_pb2.Tensor:
+        """The same of the unconditional text; present when both others are."""
 
     def __init__(
         self,
         *,
         prompt_embeds: _tensor_pb2.Tensor | None = ...,
         negative_prompt_embeds: _tensor_pb2.Tensor | None = ...,
+        pooled_prompt_embeds: _tensor_pb2.Tensor | None = ...,
+        negative_pooled_prompt_embeds: _tensor_pb2.Tensor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["negative_prompt_embeds", b"negative_prompt_embeds", "prompt_embeds", b"prompt_embeds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["negative_pooled_prompt_embeds", b"negative_pooled_prompt_embeds", "negative_prompt_embeds", b"negative_prompt_embeds", "pooled_prompt_embeds", b"pooled_prompt_embeds", "prompt_embeds", b"prompt_embeds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["negative_prompt_embeds", b"negative_prompt_embeds", "prompt_embeds", b"prompt_embeds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["negative_pooled_prompt_embeds", b"negative_pooled_prompt_embeds", "negative_prompt_embeds", b"negative_prompt_embeds", "pooled_prompt_embeds", b"pooled_prompt_embeds", "prompt_embeds", b"prompt_embeds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -250,25 +482,87 @@ class SchedulerSpec(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     NUM_INFERENCE_STEPS_FIELD_NUMBER: _builtins.int
+    BEGIN_STEP_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """A name from `Model.schedulers`, such as "dpmpp_2m". Empty is the model's default."""
     num_inference_steps: _builtins.int
     """The number of steps, in `[1, 1000]`. Not set: the model's default."""
+    begin_step: _builtins.int
+    """Steps to leave out at the beginning, in `[0, num_inference_steps)`: the plan is that of the remaining ones, begun
+    afresh at their noise level, as for an image to start from. Above 0 `Denoise` needs an `initial_state`. Default 0.
+    """
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         num_inference_steps: _builtins.int | None = ...,
+        begin_step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_num_inference_steps", b"_num_inference_steps", "num_inference_steps", b"num_inference_steps"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_inference_steps", b"_num_inference_steps", "name", b"name", "num_inference_steps", b"num_inference_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_inference_steps", b"_num_inference_steps", "begin_step", b"begin_step", "name", b"name", "num_inference_steps", b"num_inference_steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__num_inference_steps: _TypeAlias = _typing.Literal["num_inference_steps"]  # noqa: Y015
     _WhichOneofArgType__num_inference_steps: _TypeAlias = _typing.Literal["_num_inference_steps", b"_num_inference_steps"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__num_inference_steps) -> _WhichOneofReturnType__num_inference_steps | None: ...
 
 Global___SchedulerSpec: _TypeAlias = SchedulerSpec  # noqa: Y015
+
+@_typing.final
+class CompilePlanRequest(_message.Message):
+    """The input of `CompilePlan`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    SCHEDULER_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The id of a served model; empty is the server's first."""
+    @_builtins.property
+    def scheduler(self) -> Global___SchedulerSpec:
+        """What to compile."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        scheduler: Global___SchedulerSpec | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["scheduler", b"scheduler"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "scheduler", b"scheduler"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CompilePlanRequest: _TypeAlias = CompilePlanRequest  # noqa: Y015
+
+@_typing.final
+class CompilePlanResponse(_message.Message):
+    """The result of `CompilePlan`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLAN_FIELD_NUMBER: _builtins.int
+    PLAN_DIGEST_FIELD_NUMBER: _builtins.int
+    plan_digest: _builtins.bytes
+    """Its SHA-256 digest, 32 bytes."""
+    @_builtins.property
+    def plan(self) -> _plan_pb2.Plan:
+        """The plan."""
+
+    def __init__(
+        self,
+        *,
+        plan: _plan_pb2.Plan | None = ...,
+        plan_digest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "plan_digest", b"plan_digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CompilePlanResponse: _TypeAlias = CompilePlanResponse  # noqa: Y015
 
 @_typing.final
 class DenoiseResponse(_message.Message):
@@ -357,6 +651,7 @@ class Started(_message.Message):
     NEGATIVE_PROMPT_FIELD_NUMBER: _builtins.int
     GUIDANCE_SCALE_FIELD_NUMBER: _builtins.int
     NUM_DROPPED_TOKENS_FIELD_NUMBER: _builtins.int
+    PREDICTION_TYPE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The id of the job: the request's, or one that the server chose."""
     model: _builtins.str
@@ -369,6 +664,8 @@ class Started(_message.Message):
     """The guidance_scale that runs, in `[1, 30]`."""
     num_dropped_tokens: _builtins.int
     """Tokens of prompt and negative prompt, together, that did not fit into the model's context, 0 or more."""
+    prediction_type: _builtins.str
+    """What the model predicts, and with it the e of the plan: "epsilon", "v_prediction" or "sample"."""
     @_builtins.property
     def plan(self) -> _plan_pb2.Plan:
         """The plan; absent when the caller sent it or named its digest in `known_digests`."""
@@ -393,10 +690,11 @@ class Started(_message.Message):
         negative_prompt: Global___Conditioning | None = ...,
         guidance_scale: _builtins.float = ...,
         num_dropped_tokens: _builtins.int = ...,
+        prediction_type: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["negative_prompt", b"negative_prompt", "plan", b"plan", "prompt", b"prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["guidance_scale", b"guidance_scale", "latent_space", b"latent_space", "model", b"model", "negative_prompt", b"negative_prompt", "num_dropped_tokens", b"num_dropped_tokens", "plan", b"plan", "plan_digest", b"plan_digest", "prompt", b"prompt", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["guidance_scale", b"guidance_scale", "latent_space", b"latent_space", "model", b"model", "negative_prompt", b"negative_prompt", "num_dropped_tokens", b"num_dropped_tokens", "plan", b"plan", "plan_digest", b"plan_digest", "prediction_type", b"prediction_type", "prompt", b"prompt", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -410,21 +708,27 @@ class Conditioning(_message.Message):
 
     DIGEST_FIELD_NUMBER: _builtins.int
     EMBEDS_FIELD_NUMBER: _builtins.int
+    POOLED_FIELD_NUMBER: _builtins.int
     digest: _builtins.bytes
-    """SHA-256 digest of the encoded tensor, 32 bytes."""
+    """SHA-256 digest of the encoded tensors, 32 bytes."""
     @_builtins.property
     def embeds(self) -> _tensor_pb2.Tensor:
-        """The embeddings, `[context_length, embed_dim]`; absent when the caller sent them or named the digest."""
+        """The embeddings, `[n * context_length, embed_dim]`; absent when the caller sent them or named the digest."""
+
+    @_builtins.property
+    def pooled(self) -> _tensor_pb2.Tensor:
+        """The embedding of the whole text, `[pooled_dim]`; absent likewise, and where the model has none."""
 
     def __init__(
         self,
         *,
         digest: _builtins.bytes = ...,
         embeds: _tensor_pb2.Tensor | None = ...,
+        pooled: _tensor_pb2.Tensor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["embeds", b"embeds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["embeds", b"embeds", "pooled", b"pooled"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "embeds", b"embeds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "embeds", b"embeds", "pooled", b"pooled"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -503,10 +807,13 @@ class Usage(_message.Message):
     COMPUTE_DURATION_FIELD_NUMBER: _builtins.int
     NUM_CALLS_FIELD_NUMBER: _builtins.int
     SENT_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_SKIPPED_CALLS_FIELD_NUMBER: _builtins.int
     num_calls: _builtins.int
     """Calls of the U-Net that were run for the job."""
     sent_bytes: _builtins.int
     """Bytes of all messages of this stream before this one."""
+    num_skipped_calls: _builtins.int
+    """Calls that were skipped for the job (`DenoiseRequest.call_skipping`); `num_calls` does not count them."""
     @_builtins.property
     def queue_duration(self) -> _duration_pb2.Duration:
         """From the arrival of the request to the first call of the U-Net, text encoding included."""
@@ -527,10 +834,11 @@ class Usage(_message.Message):
         compute_duration: _duration_pb2.Duration | None = ...,
         num_calls: _builtins.int = ...,
         sent_bytes: _builtins.int = ...,
+        num_skipped_calls: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["compute_duration", b"compute_duration", "queue_duration", b"queue_duration", "text_duration", b"text_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_duration", b"compute_duration", "num_calls", b"num_calls", "queue_duration", b"queue_duration", "sent_bytes", b"sent_bytes", "text_duration", b"text_duration"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_duration", b"compute_duration", "num_calls", b"num_calls", "num_skipped_calls", b"num_skipped_calls", "queue_duration", b"queue_duration", "sent_bytes", b"sent_bytes", "text_duration", b"text_duration"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -679,6 +987,10 @@ class Model(_message.Message):
     SCHEDULERS_FIELD_NUMBER: _builtins.int
     DEFAULT_NUM_INFERENCE_STEPS_FIELD_NUMBER: _builtins.int
     DEFAULT_GUIDANCE_SCALE_FIELD_NUMBER: _builtins.int
+    GUIDANCE_FIELD_NUMBER: _builtins.int
+    POOLED_DIM_FIELD_NUMBER: _builtins.int
+    LORAS_FIELD_NUMBER: _builtins.int
+    SIZES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The name to ask for it by."""
     latent_space: _builtins.str
@@ -703,9 +1015,21 @@ class Model(_message.Message):
     """Default number of steps."""
     default_guidance_scale: _builtins.float
     """Default guidance_scale."""
+    guidance: Global___GuidanceKind.ValueType
+    """How the model takes guidance."""
+    pooled_dim: _builtins.int
+    """Features of the embedding of the whole text; 0 where the model takes none, 1280 for SDXL."""
     @_builtins.property
     def schedulers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the schedulers that can be asked for, the default first."""
+
+    @_builtins.property
+    def loras(self) -> _containers.RepeatedCompositeFieldContainer[Global___Lora]:
+        """Adapters that can be asked for."""
+
+    @_builtins.property
+    def sizes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Size]:
+        """Sizes that the model was trained for beside its default, such as the aspect buckets of SDXL; others work less well."""
 
     def __init__(
         self,
@@ -723,14 +1047,70 @@ class Model(_message.Message):
         schedulers: _abc.Iterable[_builtins.str] | None = ...,
         default_num_inference_steps: _builtins.int = ...,
         default_guidance_scale: _builtins.float = ...,
+        guidance: Global___GuidanceKind.ValueType = ...,
+        pooled_dim: _builtins.int = ...,
+        loras: _abc.Iterable[Global___Lora] | None = ...,
+        sizes: _abc.Iterable[Global___Size] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "default_guidance_scale", b"default_guidance_scale", "default_num_inference_steps", b"default_num_inference_steps", "default_size", b"default_size", "embed_dim", b"embed_dim", "id", b"id", "latent_channels", b"latent_channels", "latent_space", b"latent_space", "num_parameters", b"num_parameters", "prediction_type", b"prediction_type", "schedulers", b"schedulers", "size_multiple", b"size_multiple", "vae_scale_factor", b"vae_scale_factor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "default_guidance_scale", b"default_guidance_scale", "default_num_inference_steps", b"default_num_inference_steps", "default_size", b"default_size", "embed_dim", b"embed_dim", "guidance", b"guidance", "id", b"id", "latent_channels", b"latent_channels", "latent_space", b"latent_space", "loras", b"loras", "num_parameters", b"num_parameters", "pooled_dim", b"pooled_dim", "prediction_type", b"prediction_type", "schedulers", b"schedulers", "size_multiple", b"size_multiple", "sizes", b"sizes", "vae_scale_factor", b"vae_scale_factor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Model: _TypeAlias = Model  # noqa: Y015
+
+@_typing.final
+class Lora(_message.Message):
+    """A LoRA adapter that a server offers for a model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    NUM_PARAMETERS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The name to ask for it by, 1 to 64 characters of `A-Z a-z 0-9 . _ -`."""
+    num_parameters: _builtins.int
+    """Parameters of the adapter."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        num_parameters: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "num_parameters", b"num_parameters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Lora: _TypeAlias = Lora  # noqa: Y015
+
+@_typing.final
+class Size(_message.Message):
+    """A size in pixels."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WIDTH_FIELD_NUMBER: _builtins.int
+    HEIGHT_FIELD_NUMBER: _builtins.int
+    width: _builtins.int
+    """Pixels."""
+    height: _builtins.int
+    """Pixels."""
+    def __init__(
+        self,
+        *,
+        width: _builtins.int = ...,
+        height: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["height", b"height", "width", b"width"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Size: _TypeAlias = Size  # noqa: Y015
 
 @_typing.final
 class Limits(_message.Message):

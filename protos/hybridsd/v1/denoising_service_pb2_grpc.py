@@ -49,6 +49,11 @@ class DenoisingServiceStub:
                 request_serializer=hybridsd_dot_v1_dot_denoising__service__pb2.CancelDenoiseRequest.SerializeToString,
                 response_deserializer=hybridsd_dot_v1_dot_denoising__service__pb2.CancelDenoiseResponse.FromString,
                 _registered_method=True)
+        self.CompilePlan = channel.unary_unary(
+                '/hybridsd.v1.DenoisingService/CompilePlan',
+                request_serializer=hybridsd_dot_v1_dot_denoising__service__pb2.CompilePlanRequest.SerializeToString,
+                response_deserializer=hybridsd_dot_v1_dot_denoising__service__pb2.CompilePlanResponse.FromString,
+                _registered_method=True)
         self.GetCapabilities = channel.unary_unary(
                 '/hybridsd.v1.DenoisingService/GetCapabilities',
                 request_serializer=hybridsd_dot_v1_dot_denoising__service__pb2.GetCapabilitiesRequest.SerializeToString,
@@ -85,6 +90,14 @@ class DenoisingServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CompilePlan(self, request, context):
+        """Compiles the plan that `Denoise` would use for a model and a scheduler, without running anything: a caller that must
+        prepare an initial state (an image to start from, another step grid) needs it beforehand.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetCapabilities(self, request, context):
         """Says what this server can do and how busy it is.
         """
@@ -104,6 +117,11 @@ def add_DenoisingServiceServicer_to_server(servicer, server):
                     servicer.CancelDenoise,
                     request_deserializer=hybridsd_dot_v1_dot_denoising__service__pb2.CancelDenoiseRequest.FromString,
                     response_serializer=hybridsd_dot_v1_dot_denoising__service__pb2.CancelDenoiseResponse.SerializeToString,
+            ),
+            'CompilePlan': grpc.unary_unary_rpc_method_handler(
+                    servicer.CompilePlan,
+                    request_deserializer=hybridsd_dot_v1_dot_denoising__service__pb2.CompilePlanRequest.FromString,
+                    response_serializer=hybridsd_dot_v1_dot_denoising__service__pb2.CompilePlanResponse.SerializeToString,
             ),
             'GetCapabilities': grpc.unary_unary_rpc_method_handler(
                     servicer.GetCapabilities,
@@ -170,6 +188,33 @@ class DenoisingService:
             '/hybridsd.v1.DenoisingService/CancelDenoise',
             hybridsd_dot_v1_dot_denoising__service__pb2.CancelDenoiseRequest.SerializeToString,
             hybridsd_dot_v1_dot_denoising__service__pb2.CancelDenoiseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CompilePlan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hybridsd.v1.DenoisingService/CompilePlan',
+            hybridsd_dot_v1_dot_denoising__service__pb2.CompilePlanRequest.SerializeToString,
+            hybridsd_dot_v1_dot_denoising__service__pb2.CompilePlanResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -51,6 +51,10 @@ class DenoisingServiceStub:
     """Stops a job at its next step boundary; one in its last call may still finish. Succeeds for a job that has ended,
     or that nobody knows.
     """
+    CompilePlan: _grpc.UnaryUnaryMultiCallable[_denoising_service_pb2.CompilePlanRequest, _denoising_service_pb2.CompilePlanResponse]
+    """Compiles the plan that `Denoise` would use for a model and a scheduler, without running anything: a caller that must
+    prepare an initial state (an image to start from, another step grid) needs it beforehand.
+    """
     GetCapabilities: _grpc.UnaryUnaryMultiCallable[_denoising_service_pb2.GetCapabilitiesRequest, _denoising_service_pb2.GetCapabilitiesResponse]
     """Says what this server can do and how busy it is."""
 
@@ -76,6 +80,10 @@ class DenoisingServiceAsyncStub(DenoisingServiceStub):
     CancelDenoise: _aio.UnaryUnaryMultiCallable[_denoising_service_pb2.CancelDenoiseRequest, _denoising_service_pb2.CancelDenoiseResponse]  # type: ignore[assignment]
     """Stops a job at its next step boundary; one in its last call may still finish. Succeeds for a job that has ended,
     or that nobody knows.
+    """
+    CompilePlan: _aio.UnaryUnaryMultiCallable[_denoising_service_pb2.CompilePlanRequest, _denoising_service_pb2.CompilePlanResponse]  # type: ignore[assignment]
+    """Compiles the plan that `Denoise` would use for a model and a scheduler, without running anything: a caller that must
+    prepare an initial state (an image to start from, another step grid) needs it beforehand.
     """
     GetCapabilities: _aio.UnaryUnaryMultiCallable[_denoising_service_pb2.GetCapabilitiesRequest, _denoising_service_pb2.GetCapabilitiesResponse]  # type: ignore[assignment]
     """Says what this server can do and how busy it is."""
@@ -111,6 +119,16 @@ class DenoisingServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_denoising_service_pb2.CancelDenoiseResponse, _abc.Awaitable[_denoising_service_pb2.CancelDenoiseResponse]]:
         """Stops a job at its next step boundary; one in its last call may still finish. Succeeds for a job that has ended,
         or that nobody knows.
+        """
+
+    @_abc_1.abstractmethod
+    def CompilePlan(
+        self,
+        request: _denoising_service_pb2.CompilePlanRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_denoising_service_pb2.CompilePlanResponse, _abc.Awaitable[_denoising_service_pb2.CompilePlanResponse]]:
+        """Compiles the plan that `Denoise` would use for a model and a scheduler, without running anything: a caller that must
+        prepare an initial state (an image to start from, another step grid) needs it beforehand.
         """
 
     @_abc_1.abstractmethod

@@ -11,7 +11,7 @@ import torch
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from cloud_server.denoiser import Denoiser
+from cloud_server.denoiser import Conditions, Denoiser, Loras
 from cloud_server.engine import Engine
 from cloud_server.jobs import Encoded, Event, Failed, Finished, JobRequest, Snapshot, new_request_id
 from cloud_server.mailbox import Mailbox
@@ -19,6 +19,7 @@ from cloud_server.models import Model
 from cloud_server.server import CloudServer
 from hybridsd import noise
 from hybridsd.plan import Advance, Plan, denoise, initial_state
+from hybridsd.prompting import TextOptions
 from hybridsd.v1 import bundle_service_pb2_grpc, denoising_service_pb2_grpc
 from hybridsd.v1 import denoising_service_pb2 as pb
 
@@ -30,7 +31,7 @@ class GatedDenoiser:
     """A denoiser whose `predict` takes a permit for each call, and remembers how many rows each had."""
 
     def __init__(self, inner: Denoiser) -> None:
-        self.inner, self.device, self.dtype = inner, inner.device, inner.dtype
+        self.inner, self.device, self.dtype, self.guidance = inner, inner.device, inner.dtype, inner.guidance
         self.rows: list[int] = []
         self._permits = threading.Semaphore(0)
         self._is_open = False
@@ -44,42 +45,52 @@ class GatedDenoiser:
         self._is_open = True
         self._permits.release(10_000)
 
-    def encode(self, text: str) -> Encoded:
-        return self.inner.encode(text)
+    def encode(self, text: str, options: TextOptions, loras: Loras = (), num_chunks: int | None = None) -> Encoded:
+        return self.inner.encode(text, options, loras, num_chunks)
 
-    def predict(self, sample: torch.Tensor, timesteps: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+    def conditions(self, rows: Sequence[Encoded], *, size: tuple[int, int], guidance_scale: float) -> Conditions:
+        return self.inner.conditions(rows, size=size, guidance_scale=guidance_scale)
+
+    def predict(
+        self, sample: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions, loras: Loras = ()
+    ) -> torch.Tensor:
         self.rows.append(len(sample))
         self.entered.release()
         self._permits.acquire()
-        return self.inner.predict(sample, timesteps, embeds)
+        return self.inner.predict(sample, timesteps, conditions, loras)
 
 
 class FailingDenoiser:
     """A denoiser that fails, by an exception or by NaN, where `is_bad` says so of its embeddings."""
 
     def __init__(self, inner: Denoiser, *, error: Exception | None, max_rows: int | None = None) -> None:
-        self.inner, self.device, self.dtype = inner, inner.device, inner.dtype
+        self.inner, self.device, self.dtype, self.guidance = inner, inner.device, inner.dtype, inner.guidance
         self._error, self._max_rows = error, max_rows
         self.rows: list[int] = []
 
-    def encode(self, text: str) -> Encoded:
-        return self.inner.encode(text)
+    def encode(self, text: str, options: TextOptions, loras: Loras = (), num_chunks: int | None = None) -> Encoded:
+        return self.inner.encode(text, options, loras, num_chunks)
 
-    def predict(self, sample: torch.Tensor, timesteps: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+    def conditions(self, rows: Sequence[Encoded], *, size: tuple[int, int], guidance_scale: float) -> Conditions:
+        return self.inner.conditions(rows, size=size, guidance_scale=guidance_scale)
+
+    def predict(
+        self, sample: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions, loras: Loras = ()
+    ) -> torch.Tensor:
         self.rows.append(len(sample))
-        bad = (embeds == 13.0).flatten(1).all(1)
+        bad = (conditions.embeds == 13.0).flatten(1).all(1)
         if self._max_rows is not None and len(sample) > self._max_rows:
             raise torch.OutOfMemoryError("out of memory")
         if bad.any() and self._error is not None:
             raise self._error
-        output = self.inner.predict(sample, timesteps, embeds)
+        output = self.inner.predict(sample, timesteps, conditions, loras)
         output[bad] = float("nan")
         return output
 
 
-def bad_embeds() -> np.ndarray[Any, np.dtype[np.float32]]:
+def bad_embeds() -> Encoded:
     """Returns the embeddings that a `FailingDenoiser` fails for."""
-    return np.full((12, 8), 13.0, np.float32)
+    return Encoded(np.full((12, 8), 13.0, np.float32))
 
 
 def job_request(model: Model, /, **changes: Any) -> JobRequest:
@@ -136,12 +147,14 @@ def reference(model: Model, request: JobRequest) -> dict[int, Advance[torch.Tens
     """Runs a job alone with `hybridsd.plan.denoise`; returns where it is after each call."""
     assert isinstance(request.prompt, str)
     texts = [request.prompt] if request.negative_prompt is None else [request.negative_prompt, request.prompt]
-    embeds = torch.stack([torch.from_numpy(model.denoiser.encode(text).embeds) for text in texts])
+    encoded = [model.denoiser.encode(text, TextOptions()) for text in texts]  # type: ignore[arg-type]
+    conditions = model.denoiser.conditions(encoded, size=(64, 64), guidance_scale=request.guidance_scale)
+    num_rows = len(encoded)
     plan: Plan = request.plan
 
     def predict(latents: torch.Tensor, timestep: float) -> torch.Tensor:
-        rows = latents[None].repeat(len(embeds), 1, 1, 1)
-        output = model.denoiser.predict(rows, torch.full((len(embeds),), timestep), embeds)
+        rows = latents[None].repeat(num_rows, 1, 1, 1)
+        output = model.denoiser.predict(rows, torch.full((num_rows,), timestep), conditions)
         return output[0] if len(output) == 1 else output[0] + request.guidance_scale * (output[1] - output[0])
 
     def draw(call: int) -> torch.Tensor:

@@ -382,7 +382,9 @@ async def test_a_dead_worker_ends_every_job(tiny_model: Model, make_engine: Make
 
     class Deadly:
         device, dtype = torch.device("cpu"), torch.float32
+        guidance = "cfg"
         encode = staticmethod(tiny_model.denoiser.encode)
+        conditions = staticmethod(tiny_model.denoiser.conditions)
 
         def predict(self, *_: torch.Tensor) -> torch.Tensor:
             raise error

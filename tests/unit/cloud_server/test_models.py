@@ -2,18 +2,35 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from cloud_server.checking import check_model
 from cloud_server.devices import place
-from cloud_server.models import Model, ModelError, load_model, split_name
+from cloud_server.models import Model, ModelError, load_model
 from cloud_server.plans import PlanCompiler, default_scheduler
 from hybridsd.errors import HybridSDError, Reason
+from hybridsd.prompting import TextOptions
+from tests.tiny_pipeline import EMBED_DIM, EMBED_DIM_2, POOLED_DIM, Kind, write_tiny_pipeline
 
 CPU = place("cpu", "fp32")
+MakeFolder = Callable[[Kind], Path]
+
+
+@pytest.fixture(scope="module")
+def make_folder(tmp_path_factory: pytest.TempPathFactory) -> MakeFolder:
+    """Writes a tiny pipeline of a kind, once."""
+    root = tmp_path_factory.mktemp("kinds")
+
+    def make(kind: Kind) -> Path:
+        return root / kind if (root / kind).is_dir() else write_tiny_pipeline(root / kind, kind=kind)
+
+    return make
 
 
 @pytest.fixture
@@ -37,16 +54,10 @@ def test_a_folder_says_what_it_is(tiny_model: Model) -> None:
 
 def test_text_that_does_not_fit_is_counted(tiny_model: Model) -> None:
     """Tokens beyond the context are dropped and counted; shorter text has none."""
-    short, long = tiny_model.denoiser.encode("a fox"), tiny_model.denoiser.encode("a " * 30)
+    short, long = (tiny_model.denoiser.encode(text, TextOptions()) for text in ("afox", "a " * 30))
     assert (short.num_dropped_tokens, long.num_dropped_tokens) == (0, 30 + 2 - 12)
     assert short.embeds.shape == long.embeds.shape == (12, 8)
     assert short.embeds.dtype == np.float32
-
-
-def test_names() -> None:
-    """`id=path` names a model; otherwise the folder or hub id does."""
-    assert split_name("mine=/models/x") == ("mine", "/models/x")
-    assert split_name("owner/model") == ("owner/model", "owner/model")
 
 
 @pytest.mark.parametrize(
@@ -67,8 +78,10 @@ def test_latent_spaces(folder: Path, scaling_factor: float, latent_channels: int
 @pytest.mark.parametrize(
     ("name", "changes", "says"),
     [
-        ("unet/config.json", {"time_cond_proj_dim": 256}, "time_cond_proj_dim"),
-        ("unet/config.json", {"addition_embed_type": "text_time"}, "addition_embed_type"),
+        ("unet/config.json", {"addition_embed_type": "image"}, "addition_embed_type = 'image'"),
+        ("unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type"),
+        ("unet/config.json", {"time_cond_proj_dim": 256}, "tensors are missing.*cond_proj"),
+        ("scheduler/scheduler_config.json", {"_class_name": "EDMEulerScheduler"}, "EDMEulerScheduler"),
         ("unet/config.json", {"in_channels": 9}, "inpainting"),
         ("unet/config.json", {"cross_attention_dim": 99}, "99"),
         ("unet/config.json", {"_class_name": "UNet3D"}, "UNet3D"),
@@ -94,45 +107,6 @@ def test_missing_files_are_named(folder: Path) -> None:
         load_model(str(folder), CPU)
     with pytest.raises(ModelError, match="neither a folder nor a hub id"):
         load_model(str(folder / "nowhere"), CPU)
-
-
-def test_a_hub_id_fetches_what_is_needed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only the parts that are served are asked for; the VAE's weights only where they name the latent space."""
-    asked: list[list[str]] = []
-
-    def snapshot_download(_hub_id: str, *, allow_patterns: list[str]) -> str:
-        asked.append(allow_patterns)
-        return str(folder)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert load_model("owner/name", CPU).info.id == "owner/name"
-    assert not any(pattern.endswith(".bin") or "vae/diffusion" in pattern for pattern in asked[0])
-
-    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
-    weights.rename(folder / "elsewhere")
-    (folder / "hybridsd.json").unlink()
-    with pytest.raises(ModelError, match="--latent-space"):
-        load_model("owner/name", CPU)
-    assert "vae/diffusion_pytorch_model.safetensors" in asked[-1]
-
-
-def test_a_hub_that_does_not_answer_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the hub says goes to the user, with what to do."""
-
-    def snapshot_download(*_: object, **__: object) -> str:
-        raise OSError("offline")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    with pytest.raises(ModelError, match=r"offline.*give its folder"):
-        load_model("owner/name", CPU)
-
-
-def test_pickles_are_not_loaded(folder: Path) -> None:
-    """Weights come from safetensors only."""
-    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    weights.rename(weights.with_suffix(".bin"))
-    with pytest.raises(ModelError, match="cannot be loaded"):
-        load_model(str(folder), CPU)
 
 
 @pytest.mark.parametrize(
@@ -189,3 +163,63 @@ def test_cuda_without_cuda_is_refused() -> None:
     with pytest.raises(ValueError, match="no CUDA device"):
         place("cuda")
     assert place().device_reason == "no CUDA device"
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("sd2", {"prediction_type": "v_prediction", "guidance": "cfg", "pooled_dim": 0, "sizes": ()}),
+        ("sdxl", {"embed_dim": EMBED_DIM + EMBED_DIM_2, "pooled_dim": POOLED_DIM, "default_guidance_scale": 5.0}),
+        ("lcm", {"guidance": "embedded", "schedulers": ("lcm",), "default_guidance_scale": 8.0, "pooled_dim": 0}),
+        ("sdxl-lcm", {"guidance": "embedded", "schedulers": ("lcm",), "pooled_dim": POOLED_DIM}),
+    ],
+)
+def test_every_kind_says_what_it_takes(make_folder: MakeFolder, kind: Kind, says: dict[str, object]) -> None:
+    """What is predicted, how guidance is taken, which features text has, and SDXL its sizes."""
+    info = load_model(str(make_folder(kind)), CPU).info
+
+    assert {key: getattr(info, key) for key in says} == says
+    assert ((64, 64) in info.sizes) == (info.pooled_dim > 0)
+    assert all(side % info.size_multiple == 0 for size in info.sizes for side in size)
+
+
+def test_a_consistency_model_takes_no_other_scheduler(make_folder: MakeFolder, tmp_path: Path) -> None:
+    """Whatever its folder says: 8 steps of "lcm" are the default, and a solver of the ODE is refused."""
+    copy = Path(shutil.copytree(make_folder("lcm"), tmp_path / "copy"))
+    edit(copy, "scheduler/scheduler_config.json", _class_name="PNDMScheduler")
+    edit(copy, "hybridsd.json", default_num_inference_steps=0)
+    info = load_model(str(copy), CPU).info
+    assert (info.schedulers, info.default_num_inference_steps) == (("lcm",), 8)
+
+    edit(copy, "hybridsd.json", default_scheduler="ddim")
+    with pytest.raises(ModelError, match="scheduler ddim is not one of lcm"):
+        load_model(str(copy), CPU)
+
+
+def test_a_refiner_is_refused(make_folder: MakeFolder, tmp_path: Path) -> None:
+    """Whether its U-Net says so, or its lack of a first text encoder."""
+    copy = Path(shutil.copytree(make_folder("sdxl"), tmp_path / "copy"))
+    edit(copy, "unet/config.json", projection_class_embeddings_input_dim=POOLED_DIM + 5 * 4)
+    with pytest.raises(ModelError, match="refiner"):
+        load_model(str(copy), CPU)
+    shutil.rmtree(copy / "text_encoder")
+    with pytest.raises(ModelError, match="refiner"):
+        load_model(str(copy), CPU)
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl-lcm"])
+def test_a_check_runs_every_kind(make_folder: MakeFolder, kind: Kind) -> None:
+    """And says what there is to know of it."""
+    lines = list(check_model(load_model(str(make_folder(kind)), CPU)))
+    assert lines[-1] == "ok"
+    assert any("one guided step" in line for line in lines)
+
+
+def test_text_encoders_that_lack_tensors_are_refused(folder: Path) -> None:
+    """They would be random otherwise."""
+    path = folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(path)
+    del tensors[next(name for name in tensors if "final_layer_norm.weight" in name)]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 tensors of its text_encoder are missing.*final_layer_norm\.weight"):
+        load_model(str(folder), CPU)

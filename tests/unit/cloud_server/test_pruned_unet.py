@@ -10,6 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from cloud_server.denoiser import Conditions
 from cloud_server.devices import place
 from cloud_server.models import ModelError, load_model
 from cloud_server.pruned_unet import load_unet
@@ -46,7 +47,7 @@ def predict(folder: Path) -> torch.Tensor:
     latents = torch.randn(2, 4, 8, 16, generator=noise)
     embeds = torch.randn(2, CONTEXT_LENGTH, EMBED_DIM, generator=noise)
     with torch.inference_mode():
-        return denoiser.predict(latents, torch.tensor([3.0, 700.0]), embeds)
+        return denoiser.predict(latents, torch.tensor([3.0, 700.0]), Conditions(embeds))
 
 
 def test_a_folder_with_a_pruned_unet_is_served(folder: Path) -> None:

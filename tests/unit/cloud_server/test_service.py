@@ -12,6 +12,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from cloud_server.models import Model
 from hybridsd import codec, noise
+from hybridsd.prompting import TextOptions
 from hybridsd.v1 import denoising_service_pb2 as pb
 from hybridsd.v1 import plan_pb2, tensor_pb2
 from tests.unit.cloud_server.fakes import (
@@ -60,7 +61,9 @@ async def test_a_stream_tells_the_whole_story(start_server: StartServer, tiny_mo
     assert started.num_dropped_tokens > 0
     for conditioning, text in ((started.prompt, PROMPT), (started.negative_prompt, "")):
         assert conditioning.digest == codec.tensor_digest(conditioning.embeds)
-        np.testing.assert_array_equal(codec.decode_tensor(conditioning.embeds), tiny_model.denoiser.encode(text).embeds)
+        np.testing.assert_array_equal(
+            codec.decode_tensor(conditioning.embeds), tiny_model.denoiser.encode(text, TextOptions()).embeds
+        )
 
     expected = reference(tiny_model, job_request(tiny_model, plan=plan, seed=5))
     for call, sent in enumerate((sent.state for sent in messages[1:5]), start=1):
@@ -103,7 +106,7 @@ async def test_known_digests_are_only_named(start_server: StartServer) -> None:
 async def test_the_callers_plan_and_embeddings_are_not_sent_back(start_server: StartServer, tiny_model: Model) -> None:
     """A job of the caller's own plan and embeddings ends as one of the same names and text."""
     client = await start_server()
-    texts = [tensor(tiny_model.denoiser.encode(text).embeds) for text in (PROMPT, "")]
+    texts = [tensor(tiny_model.denoiser.encode(text, TextOptions()).embeds) for text in (PROMPT, "")]
     own = message(
         text=None,
         embeddings=pb.EmbeddingConditioning(prompt_embeds=texts[0], negative_prompt_embeds=texts[1]),

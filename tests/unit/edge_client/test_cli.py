@@ -191,7 +191,7 @@ def test_a_prompt_of_the_line_wins(shell: Shell, fake: FakeCloud, monkeypatch: p
         (["a fox", "--save-latents", "/proc/x/fox.npz"], "cannot write /proc/x/fox.npz"),
         (["a fox", "--save-steps", "/proc/x"], "cannot write /proc/x/step.png"),
         (["a fox", "-o", "x" * 300 + ".png"], "File name too long"),
-        (["a fox", "--provider", "quantum"], "'quantum' is not in this build"),
+        (["a fox", "--provider", "quantum"], "'quantum': this build of ONNX Runtime does not have it"),
         (["a fox", "--server", "nowhere"], "give host:port"),
         (["a fox", "-o", "fox.bmp"], "does not end in .png"),
         (["a fox", "--save-latents-at", "2"], "needs --save-latents"),
@@ -527,7 +527,8 @@ def test_doctor_is_content(shell: Shell) -> None:
 
     assert checks["ok"]
     names = ["bundle", "provider", "plans", "models", "cloud", "pairing"]
-    assert [check["name"] for check in checks["checks"]] == names
+    found = [check["name"] for check in checks["checks"] if check["name"] not in ("memory", "speed")]  # of this machine
+    assert found == names
     assert all(line.startswith("ok ") for line in lines)
 
 

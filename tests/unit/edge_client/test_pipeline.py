@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from edge_client import pipeline, remote
+from edge_client import cloud_leg, remote
 from edge_client.bundle import Bundle
 from edge_client.cache import Cache
 from edge_client.events import CloudStarted, Finished, Planned, Queued, Result, Retrying, StepDone, TookOver
@@ -149,7 +149,7 @@ def test_edge_mode_needs_no_cloud(bundle: Bundle, models: Models) -> None:
     assert np.array_equal(result.image_u8, again.image_u8)
     assert not np.array_equal(result.image_u8, other.image_u8)
     assert result.conditioning is not None
-    assert np.array_equal(result.conditioning.prompt_embeds, models.encode_text("a red fox")[0])
+    assert np.array_equal(result.conditioning.prompt_embeds, models.encode_text("a red fox").embeds)
 
 
 def test_cloud_mode_leaves_only_the_decoder(bundle: Bundle, models: Models, cloud: Cloud) -> None:
@@ -216,7 +216,7 @@ def test_missing_conditioning_is_made_here(bundle: Bundle, models: Models, cloud
     result, _ = run(REQUEST, bundle, models, cloud)
 
     assert result.conditioning is not None
-    assert np.array_equal(result.conditioning.prompt_embeds, models.encode_text("a red fox")[0])
+    assert np.array_equal(result.conditioning.prompt_embeds, models.encode_text("a red fox").embeds)
 
 
 @pytest.mark.parametrize(
@@ -387,7 +387,7 @@ def test_private_sends_no_text(bundle: Bundle, models: Models, cloud: Cloud, fak
 
     assert request.WhichOneof("conditioning") == "embeddings"
     assert b"fox" not in request.SerializeToString()
-    local = models.encode_text("a red fox")[0]
+    local = models.encode_text("a red fox").embeds
     assert result.conditioning is not None
     assert np.array_equal(result.conditioning.prompt_embeds, local.astype(np.float16).astype(np.float32))
 
@@ -461,11 +461,6 @@ def _changed_embeds(message: pb.DenoiseResponse) -> None:
         message.started.prompt.embeds.data = data[:-1] + bytes([data[-1] ^ 1])
 
 
-def _no_negative(message: pb.DenoiseResponse) -> None:
-    if message.HasField("started"):
-        message.started.ClearField("negative_prompt")
-
-
 def _state_first(message: pb.DenoiseResponse) -> None:
     if message.HasField("started"):
         message.state.call = 1
@@ -475,7 +470,7 @@ def _state_first(message: pb.DenoiseResponse) -> None:
     ("mangle", "calls_kept"),
     [
         (_nan, 1), (_short, 1), (_wrong_shape, 1), (_too_many_arrays, 1), (_call_beyond, 1),
-        (_plan_of_others, 0), (_bad_plan, 0), (_changed_embeds, 0), (_no_negative, 0), (_state_first, 0),
+        (_plan_of_others, 0), (_bad_plan, 0), (_changed_embeds, 0), (_state_first, 0),
     ],
 )  # fmt: skip
 def test_garbage_is_refused(
@@ -621,7 +616,7 @@ def test_retries_end_with_their_budget(
     bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cloud that stays full is not asked for ever."""
-    monkeypatch.setattr(pipeline, "RETRY_BUDGET_S", 0.5)
+    monkeypatch.setattr(cloud_leg, "RETRY_BUDGET_S", 0.5)
     fake.busy_times = 10**6
     result, events = run(REQUEST, bundle, models, cloud)
 

@@ -22,10 +22,11 @@ from edge_client.events import Conditioning
 from edge_client.onnx_models import Models
 from hybridsd.manifest import OPTIONAL_ROLES, REQUIRED_ROLES, Defaults, read_manifest, verify_files
 from hybridsd.plan import from_json
-from tests.full_size import halve
 from tests.tiny_pipeline import CONTEXT_LENGTH, EMBED_DIM, write_tiny_pipeline
-from training.bundles import Description, compile_plans, export_bundle, write_tokenizer
+from tests.unit.training.halved import halve
+from training.bundles import Description, export_bundle, write_tokenizer
 from training.onnx_export import ParityError
+from training.plan_table import compile_plans
 from training.quantize import INT8_TOLERANCE
 
 PARITY = 2e-5
@@ -143,13 +144,13 @@ def test_the_edge_predicts_what_torch_predicts(parts: Parts, models: Models) -> 
 
 def test_the_edge_reads_text_and_pictures_as_torch_does(parts: Parts, models: Models) -> None:
     """Embeddings, latents and pictures agree, and padding is in the tokenizer's file."""
-    embeds, dropped = models.encode_text("a cat")
+    text = models.encode_text("a cat")
     ids = tokenizers.Tokenizer.from_file(str(models.folder / "tokenizer.json")).encode("a cat").ids
     with half_weights(parts.text_encoder):
         expected = parts.text_encoder(input_ids=torch.tensor([ids])).last_hidden_state[0]
     assert len(ids) == CONTEXT_LENGTH
-    assert dropped == 0
-    assert np.allclose(embeds, expected.numpy(), atol=PARITY)
+    assert text.num_dropped == 0
+    assert np.allclose(text.embeds, expected.numpy(), atol=PARITY)
 
     rng = np.random.default_rng(1)
     image = rng.uniform(-1, 1, (3, 64, 96)).astype(np.float32)
@@ -209,8 +210,13 @@ def test_plans_are_of_this_model_and_the_default_is_there(bundle: Path) -> None:
     default = f"{DEFAULTS.scheduler}/{DEFAULTS.num_inference_steps}"
 
     assert {default, "dpmpp_2m/4", "ddim/4", "euler/4"} <= set(plans)
+    assert {name for name in plans if "@" in name} == {
+        f"dpmpp_2m/{begun}" for begun in ("3@1", "3@2", "4@1", "4@2", "4@3")
+    }
     for name, raw in plans.items():
-        assert from_json(json.dumps(raw)).num_inference_steps == int(name.rsplit("/", 1)[1])
+        steps, _, begin = name.rsplit("/", 1)[1].partition("@")
+        plan = from_json(json.dumps(raw))
+        assert len({row.step for row in plan.rows}) == int(steps) - int(begin or 0)
     as_epsilon = compile_plans({**SCHEDULER, "prediction_type": "epsilon"}, (4,))
     assert plans["ddim/4"]["rows"][0]["x0_output"] != as_epsilon["ddim/4"]["rows"][0]["x0_output"]
 

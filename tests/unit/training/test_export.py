@@ -11,8 +11,8 @@ from cloud_server.devices import place
 from cloud_server.models import load_model
 from edge_client.bundle import open_bundle
 from hybridsd.manifest import QualityPoint, read_manifest
-from tests.full_size import halve
 from tests.tiny_pipeline import EMBED_DIM, write_tiny_pipeline
+from tests.unit.training.halved import halve
 from training.export import export_family
 from training.folders import written_whole
 from training.pruned_unet import load_unet, save_unet

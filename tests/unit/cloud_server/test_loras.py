@@ -1,0 +1,93 @@
+"""Adapters act as W + weight * B A, several at once, and leave no trace when they are not chosen."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+
+from cloud_server.devices import place
+from cloud_server.loras import install, parse_source
+from cloud_server.models import load_model
+from cloud_server.sources import ModelError
+from hybridsd.prompting import TextOptions
+from tests.tiny_pipeline import write_tiny_pipeline
+
+CPU = place("cpu", "fp32")
+
+
+def write_lora(folder: Path, unet: Any, seed: int, targets: tuple[str, ...] = ("to_k", "to_q", "conv1")) -> Path:
+    """Writes a random adapter of a U-Net; returns its folder."""
+    network = copy.deepcopy(unet)
+    torch.manual_seed(seed)
+    network.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=list(targets), init_lora_weights=False))
+    layers = get_peft_model_state_dict(network)
+    StableDiffusionLoraLoaderMixin.save_lora_weights(folder, unet_lora_layers=layers)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_pipeline(tmp_path_factory.mktemp("loras") / "tiny")
+
+
+def predict(model: Any, loras: tuple[tuple[str, float], ...]) -> torch.Tensor:
+    encoded = model.denoiser.encode("a fox", TextOptions(), loras)
+    conditions = model.denoiser.conditions([encoded], size=(64, 64), guidance_scale=1.0)
+    sample = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        return model.denoiser.predict(sample, torch.tensor([500.0]), conditions, loras)
+
+
+def test_several_adapters_add_up_and_leave_no_trace(pipeline: Path, tmp_path: Path) -> None:
+    """Two weighted adapters add up with the weights; none at all is the plain model, bit for bit."""
+    plain = load_model(f"tiny={pipeline}", CPU)
+    folders = [write_lora(tmp_path / name, plain.denoiser._unet, seed) for seed, name in enumerate(("one", "two"))]
+    sources = [parse_source(f"{folder.name}={folder}") for folder in folders]
+    model = load_model(f"tiny={pipeline}", CPU, loras=sources)
+    by_hand = load_model(f"tiny={pipeline}", CPU)
+    weights = (("one", 0.5), ("two", -1.5))
+    from safetensors.torch import load_file
+
+    for folder, (_, weight) in zip(folders, weights, strict=True):
+        tensors = load_file(folder / "pytorch_lora_weights.safetensors")
+        for key, down in tensors.items():
+            if "lora_A" not in key:
+                continue
+            up = tensors[key.replace("lora_A", "lora_B")]
+            layer = by_hand.denoiser._unet.get_submodule(key.removeprefix("unet.").partition(".lora_A")[0])
+            product = (up.flatten(1) @ down.flatten(1)).reshape(layer.weight.shape)
+            layer.weight.data += weight * product
+
+    before = predict(model, ())
+    torch.testing.assert_close(predict(model, weights), predict(by_hand, ()), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(predict(model, weights), before)
+    assert torch.equal(predict(model, ()), before)
+    assert torch.equal(before, predict(plain, ()))
+    assert [info.name for info in model.info.loras] == ["one", "two"]
+    assert all(info.num_parameters > 0 for info in model.info.loras)
+
+
+def test_an_adapter_of_another_base_is_refused(pipeline: Path, tmp_path: Path) -> None:
+    """Another width of the text says which base it is; other layers or none of ours are refused as well."""
+    wide = write_tiny_pipeline(tmp_path / "wide", embed_dim=16)
+    model = load_model(f"wide={wide}", CPU)
+    folder = write_lora(tmp_path / "other", model.denoiser._unet, 3)
+
+    with pytest.raises(ModelError, match=r"16 features.*this model has 8"):
+        load_model(f"tiny={pipeline}", CPU, loras=[parse_source(f"x={folder}")])
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_model(f"tiny={pipeline}", CPU, loras=[parse_source(f"x={tmp_path / 'nowhere'}")])
+
+
+@pytest.mark.parametrize("text", ["", "x", "=path", "a b=path", "name="])
+def test_sources_have_one_form(text: str) -> None:
+    """What is no NAME=PATH is refused with the form."""
+    with pytest.raises(ModelError, match="NAME=PATH"):
+        parse_source(text)
+    assert parse_source("sd:style=/x/y.safetensors").model == "sd"
+    assert install.__doc__

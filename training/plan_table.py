@@ -1,0 +1,140 @@
+"""The plans of an edge bundle, which it needs where there is no cloud to compile one.
+
+Knows schedulers, plans and the bundle's files of them. Knows nothing of networks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from hybridsd import plan as plans
+from hybridsd import schedulers
+from hybridsd.manifest import describe_file, read_manifest, write_manifest
+from hybridsd.plan_compiler import compile_plan
+
+log = logging.getLogger(__name__)
+
+PLAN_STEPS = (4, 8, 15, 20, 25, 50)
+MAX_BEGUN_STEPS = 25
+"""Plans that begin later are compiled for step counts up to this, and the default one: n steps are n^2 / 2 rows."""
+EMBEDDED_SCHEDULERS = ("lcm",)
+"""What a U-Net that embeds the guidance, a latent consistency model, can be sampled with."""
+
+Table = dict[str, dict[str, Any]]
+"""Plans as JSON, by "scheduler/steps"; by "scheduler/steps@begin" those that begin at a later step."""
+
+
+def make_scheduler(base_config: Mapping[str, Any], name: str) -> Any:
+    """Makes the diffusers scheduler of a name of `hybridsd.schedulers` with a model's noise schedule.
+
+    Raises:
+        InvalidRequest: SCHEDULER_UNKNOWN.
+    """
+    spec = schedulers.find(name)
+    kind = getattr(diffusers, spec.diffusers_class)
+    known = inspect.signature(kind.__init__).parameters  # what only other classes take would be warned of
+    config = {name: value for name, value in base_config.items() if name in known or name.startswith("_")}
+    return kind.from_config(config, **spec.overrides)
+
+
+def compile_plans(
+    scheduler_config: Mapping[str, Any],
+    step_counts: Sequence[int] = PLAN_STEPS,
+    *,
+    names: Sequence[str] | None = None,
+    default: tuple[str, int] | None = None,
+) -> Table:
+    """Compiles the plans that the edge needs without a cloud.
+
+    What a scheduler cannot do with this model is left out, and said in the log.
+
+    Args:
+        scheduler_config: The configuration of the model's own scheduler.
+        step_counts: Numbers of steps.
+        names: Of the schedulers; all of `hybridsd.schedulers` when None.
+        default: Scheduler and steps of the bundle: that scheduler's plans are compiled from every later begin as well,
+            which is what drawing over a picture takes (img2img).
+    """
+    table: Table = {}
+
+    def add(key: str, compiled: Callable[[], plans.Plan]) -> None:
+        try:
+            table[key] = json.loads(plans.to_json(compiled()))
+        except Exception as error:  # diffusers has many ways to dislike a number of steps
+            log.info("no plan %s: %s", key, error)
+
+    def compiled(name: str, steps: int, begin: int = 0) -> plans.Plan:
+        made = make_scheduler(scheduler_config, name)
+        return compile_plan(made, steps, torch.from_numpy, name=name, begin_step=begin)
+
+    for name in names or [spec.name for spec in schedulers.SCHEDULERS]:
+        for steps in step_counts:
+            add(f"{name}/{steps}", lambda name=name, steps=steps: compiled(name, steps))  # type: ignore[misc]
+    if default is not None:
+        name = schedulers.find(default[0]).name
+        for steps in _begun(step_counts, default[1]):
+            for begin in range(1, steps) if f"{name}/{steps}" in table else ():
+                add(
+                    f"{name}/{steps}@{begin}",
+                    lambda steps=steps, begin=begin: compiled(name, steps, begin),  # type: ignore[misc]
+                )
+    return table
+
+
+def _begun(step_counts: Iterable[int], default: int) -> list[int]:
+    return [steps for steps in step_counts if steps <= MAX_BEGUN_STEPS or steps == default]
+
+
+def write_plans(path: Path, table: Table) -> None:
+    """Writes the table, without spaces."""
+    path.write_text(json.dumps(table, separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+def rewrite_plans(folder: Path, scheduler_config: Mapping[str, Any]) -> Table:
+    """Compiles the plans of an existing bundle again, for the step counts it has, and puts them in their place.
+
+    The networks stay as they are; plans.json and its hash in the manifest are written anew.
+
+    Args:
+        folder: The bundle.
+        scheduler_config: The configuration of the scheduler of the model that it belongs to.
+
+    Raises:
+        InvalidRequest: MANIFEST_INVALID.
+        ValueError: If the default plan cannot be made of this configuration, or it predicts something else.
+    """
+    manifest = read_manifest(folder)
+    predicts = str(scheduler_config.get("prediction_type", "epsilon"))
+    if predicts != manifest.prediction_type:
+        raise ValueError(
+            f"the scheduler is for {predicts}, but the bundle predicts {manifest.prediction_type}; give the model that"
+            " the bundle was exported with"
+        )
+    path = folder / manifest.files["plans"].path
+    old: Table = json.loads(path.read_text(encoding="utf-8"))
+    defaults = manifest.defaults
+    steps = {int(key.partition("@")[0].rsplit("/", 1)[1]) for key in old}
+    table = compile_plans(
+        scheduler_config,
+        sorted({*steps, defaults.num_inference_steps}),
+        names=EMBEDDED_SCHEDULERS if manifest.guidance == "embedded" else None,
+        default=(defaults.scheduler, defaults.num_inference_steps),
+    )
+    if f"{schedulers.find(defaults.scheduler).name}/{defaults.num_inference_steps}" not in table:
+        raise ValueError(
+            f"{defaults.scheduler}/{defaults.num_inference_steps}, the bundle's default, cannot be made of this"
+            " scheduler's configuration; give the model that the bundle was exported with"
+        )
+    write_plans(path, table)
+    files = {**manifest.files, "plans": describe_file(folder, manifest.files["plans"].path)}
+    write_manifest(dataclasses.replace(manifest, files=files), folder)
+    return table

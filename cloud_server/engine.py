@@ -339,6 +339,7 @@ class Engine:
                 prompt, negative = self._encode(job, stage)
                 denoiser = self._denoisers[stage.model]
                 job.trajectory = stepping.enter(denoiser, job.request, stage, trajectory.state, prompt, negative)
+                job.trajectory.num_calls = trajectory.num_calls  # the warm-up is the job's, not the model's
 
     def _choose(self) -> list[Job]:
         """Returns up to a batch of the group that has waited longest for its turn."""

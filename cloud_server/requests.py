@@ -83,6 +83,7 @@ class RequestReader:
         _check_solver([other for other, _ in stages], plan.scheduler)
         first_call, handoff_call = _split(request, plan)
         _check_message_size(request, plan, shape)
+        _check_text_size(request, info, num_texts=1 if negative_prompt is None else 2)
         initial_state, initial_latents = _start(request, plan, first_call, shape)
         known_latents, mask = _inpainting(request, shape)
         job = JobRequest(
@@ -478,6 +479,21 @@ def _check_message_size(request: pb.DenoiseRequest, plan: Plan, shape: tuple[int
             f"a state of {arrays} arrays at this size takes {size_bytes} bytes; at most {MAX_STATE_BYTES} fit into a"
             " message: choose a smaller size or encoding",
             field="width",
+        )
+
+
+def _check_text_size(request: pb.DenoiseRequest, info: ModelInfo, *, num_texts: int) -> None:
+    """Refuses a text whose embeddings, in as many chunks as there may be, need a larger message likewise."""
+    if request.text.long_prompt != pb.LONG_PROMPT_CHUNK:
+        return
+    value_bytes = {codec.FLOAT32: 4, codec.INT8: 1}.get(request.encoding, 2)
+    values = MAX_CHUNKS * info.context_length * info.embed_dim + info.pooled_dim
+    size_bytes = num_texts * values * value_bytes
+    if size_bytes > MAX_STATE_BYTES:
+        raise Reason.FIELD_INVALID.error(
+            f"the embeddings of {MAX_CHUNKS} chunks take up to {size_bytes} bytes; at most {MAX_STATE_BYTES} fit into a"
+            " message: choose encoding fp16 or int8",
+            field="encoding",
         )
 
 

@@ -34,7 +34,7 @@ class Trajectory:
     outputs: tuple[torch.Tensor, ...] = ()
     """The last two guided outputs of this model, the older first; kept where calls are skipped."""
     num_calls: int = 0
-    """Calls that this model has run."""
+    """Calls of the U-Net that were run for the job."""
     known: torch.Tensor | None = None
     """Latents to end in where `mask` is 0."""
     mask: torch.Tensor | None = None

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -23,6 +24,9 @@ from hybridsd import plan as plans
 from hybridsd.plan import Plan, PlanRow
 
 CHANNELS, CONTEXT_LENGTH, EMBED_DIM, CELL = 4, 12, 8, 8
+EMBED_DIM_2, POOLED_DIM = 12, 10
+"""Of the second text encoder of kind "sdxl"."""
+Kind = Literal["sd", "lcm", "sdxl"]
 LATENT_SPACE = "tiny-test"
 WORDS = [
     "a",
@@ -136,26 +140,31 @@ def _save(folder: Path, name: str, nodes: list, inputs: list, output: tuple, con
     onnx.save(model, str(folder / f"{name}.onnx"))
 
 
-def _save_models(folder: Path, seed: int, cell: int) -> None:
+def _save_models(folder: Path, seed: int, cell: int, kind: Kind) -> None:
     node, f, i = helper.make_node, TensorProto.FLOAT, TensorProto.INT64
     unet, rng = TinyUNet(seed), np.random.default_rng(1000 + seed)
     latents = ["B", CHANNELS, "h", "w"]
+    width = EMBED_DIM + EMBED_DIM_2 if kind == "sdxl" else EMBED_DIM
+    text = np.resize(unet.text, (width, CHANNELS))
+    more_nodes, more_inputs, more = _conditions(kind, rng)
     _save(
         folder, "unet",
         [
+            *more_nodes,
             node("Conv", ["sample", "kernel"], ["convolved"], pads=[1, 1, 1, 1]),
             node("ReduceMean", ["encoder_hidden_states", "axis1"], ["mean"], keepdims=0),
             node("MatMul", ["mean", "text"], ["from_text"]),
             node("Unsqueeze", ["timestep", "axis1"], ["column"]),
             node("MatMul", ["column", "time"], ["from_time"]),
-            node("Add", ["from_text", "from_time"], ["added"]),
+            node("Add", ["from_text", "from_time"], ["added_text"]),
+            node("Add", ["added_text", "from_rest"], ["added"]),
             node("Unsqueeze", ["added", "axes23"], ["spread"]),
             node("Add", ["convolved", "spread"], ["noise_pred"]),
         ],
-        [("sample", f, latents), ("timestep", f, ["B"]), ("encoder_hidden_states", f, ["B", "T", EMBED_DIM])],
+        [("sample", f, latents), ("timestep", f, ["B"]), ("encoder_hidden_states", f, ["B", "T", width]), *more_inputs],
         ("noise_pred", latents),
         {
-            "kernel": unet.kernel, "text": unet.text, "time": unet.time,
+            **more, "kernel": unet.kernel, "text": text, "time": unet.time,
             "axis1": np.array([1]), "axes23": np.array([2, 3]),
         },
     )  # fmt: skip
@@ -164,6 +173,8 @@ def _save_models(folder: Path, seed: int, cell: int) -> None:
         folder, "text_encoder", [node("Gather", ["table", "input_ids"], ["last_hidden_state"])],
         [("input_ids", i, ["B", "T"])], ("last_hidden_state", ["B", "T", EMBED_DIM]), {"table": table},
     )  # fmt: skip
+    if kind == "sdxl":
+        _save_second_text_encoder(folder, rng)
     _save(
         folder, "vae_decoder",
         [
@@ -186,6 +197,56 @@ def _save_models(folder: Path, seed: int, cell: int) -> None:
         [("image", f, ["B", 3, "H", "W"])], ("latents", latents),
         {"kernel": rng.normal(size=(CHANNELS, 3, 1, 1)).astype(np.float32)},
     )  # fmt: skip
+
+
+def _conditions(kind: Kind, rng: np.random.Generator) -> tuple[list, list, dict]:
+    """Returns nodes, inputs and constants of what a U-Net takes beside text; "from_rest" is what it adds."""
+    node, f = helper.make_node, TensorProto.FLOAT
+    if kind == "lcm":
+        return (
+            [node("Unsqueeze", ["guidance_scale", "axis1"], ["scale"]), node("MatMul", ["scale", "rest"], ["from_rest"])],
+            [("guidance_scale", f, ["B"])],
+            {"rest": (rng.normal(size=(1, CHANNELS)) * 0.05).astype(np.float32)},
+        )  # fmt: skip
+    if kind == "sdxl":
+        return (
+            [
+                node("Mul", ["time_ids", "small"], ["sizes"]),
+                node("Concat", ["text_embeds", "sizes"], ["joined"], axis=1),
+                node("MatMul", ["joined", "rest"], ["from_rest"]),
+            ],
+            [("text_embeds", f, ["B", POOLED_DIM]), ("time_ids", f, ["B", 6])],
+            {
+                "rest": (rng.normal(size=(POOLED_DIM + 6, CHANNELS)) * 0.1).astype(np.float32),
+                "small": np.array([0.01], dtype=np.float32),
+            },
+        )
+    return [], [], {"from_rest": np.zeros((1, CHANNELS), dtype=np.float32)}
+
+
+def _save_second_text_encoder(folder: Path, rng: np.random.Generator) -> None:
+    node = helper.make_node
+    graph = helper.make_graph(
+        [
+            node("Gather", ["table", "input_ids"], ["last_hidden_state"]),
+            node("ReduceMean", ["last_hidden_state", "axis1"], ["mean"], keepdims=0),
+            node("MatMul", ["mean", "project"], ["text_embeds"]),
+        ],
+        "text_encoder_2",
+        [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["B", "T"])],
+        [
+            helper.make_tensor_value_info("last_hidden_state", TensorProto.FLOAT, ["B", "T", EMBED_DIM_2]),
+            helper.make_tensor_value_info("text_embeds", TensorProto.FLOAT, ["B", POOLED_DIM]),
+        ],
+        [
+            numpy_helper.from_array(rng.normal(size=(len(WORDS) + 4, EMBED_DIM_2)).astype(np.float32), "table"),
+            numpy_helper.from_array(rng.normal(size=(EMBED_DIM_2, POOLED_DIM)).astype(np.float32), "project"),
+            numpy_helper.from_array(np.array([1]), "axis1"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.checker.check_model(model)
+    onnx.save(model, str(folder / "text_encoder_2.onnx"))
 
 
 def _save_tokenizer(folder: Path) -> None:
@@ -215,6 +276,8 @@ def write_bundle(
     guidance_scale: float = 3.0,
     cell: int = CELL,
     more_plans: Mapping[str, Plan] = MappingProxyType({}),
+    kind: Kind = "sd",
+    prediction_type: str = "epsilon",
 ) -> manifests.Manifest:
     """Writes a bundle; returns its manifest. The default picture is 32x32, 6 steps of ddim, 3 of them the cloud's.
 
@@ -225,13 +288,17 @@ def write_bundle(
         guidance_scale: The default.
         cell: Pixels that a latent cell spans; with `latent_space="tiny"` the default pairs with `tests.tiny_pipeline`.
         more_plans: Beside `default_plans`, by "scheduler/steps".
+        kind: What the U-Net takes: text, the guidance too, or the pooled text and sizes of SDXL.
+        prediction_type: What the manifest says.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _save_models(folder, seed, cell)
+    _save_models(folder, seed, cell, kind)
     _save_tokenizer(folder)
     table = {name: json.loads(plans.to_json(plan)) for name, plan in {**default_plans(), **more_plans}.items()}
     (folder / "plans.json").write_text(json.dumps(table), encoding="utf-8")
     roles = {role: f"{role}.onnx" for role in ("unet", "text_encoder", "vae_decoder", "vae_encoder")}
+    if kind == "sdxl":
+        roles["text_encoder_2"] = "text_encoder_2.onnx"
     roles |= {"tokenizer": "tokenizer.json", "plans": "plans.json"}
     manifest = manifests.Manifest(
         name="tiny-edge",
@@ -240,17 +307,20 @@ def write_bundle(
         vae_scale_factor=cell,
         scaling_factor=1.0,
         size_multiple=2 * cell,
-        prediction_type="epsilon",
+        prediction_type=prediction_type,
         context_length=CONTEXT_LENGTH,
-        embed_dim=EMBED_DIM,
+        embed_dim=EMBED_DIM + EMBED_DIM_2 if kind == "sdxl" else EMBED_DIM,
+        guidance="embedded" if kind == "lcm" else "cfg",
+        pooled_dim=POOLED_DIM if kind == "sdxl" else 0,
+        force_zeros_for_empty_prompt=kind == "sdxl",
         num_parameters={"unet": CHANNELS * CHANNELS * 9 + EMBED_DIM * CHANNELS + CHANNELS},
         defaults=manifests.Defaults(
-            scheduler="ddim",
-            num_inference_steps=6,
+            scheduler="lcm" if kind == "lcm" else "ddim",
+            num_inference_steps=4 if kind == "lcm" else 6,
             guidance_scale=guidance_scale,
             width=32,
             height=32,
-            cloud_steps=3,
+            cloud_steps=2 if kind == "lcm" else 3,
         ),
         files={role: manifests.describe_file(folder, path) for role, path in roles.items()},
         description="Seeded toys for tests; draws nothing that means anything.",

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -66,16 +66,15 @@ class SteppingDenoiser:
 
 
 @contextmanager
-def running_server(model: Model, denoiser: Any = None, **options: Any) -> Iterator[CloudServer]:
+def serving(models: Mapping[str, Model], **options: Any) -> Iterator[CloudServer]:
     """Runs a cloud on an event loop of its own; yields it when it listens."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
 
     async def start() -> CloudServer:
-        settings = Settings(**{"models": ("tiny",), "port": 0, "threads": 1, **options})
-        served = model if denoiser is None else replace(model, denoiser=denoiser)
-        server = CloudServer(settings, {"tiny": served})
+        settings = Settings(**{"models": tuple(models), "port": 0, "threads": 1, **options})
+        server = CloudServer(settings, dict(models))
         await server.start()
         return server
 
@@ -83,12 +82,22 @@ def running_server(model: Model, denoiser: Any = None, **options: Any) -> Iterat
     try:
         yield server
     finally:
-        if denoiser is not None:
-            denoiser.released.set()
         asyncio.run_coroutine_threadsafe(server.stop(0.0), loop).result(30)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(30)
         loop.close()
+
+
+@contextmanager
+def running_server(model: Model, denoiser: Any = None, **options: Any) -> Iterator[CloudServer]:
+    """Runs a cloud with one model, and perhaps another denoiser in its place."""
+    served = model if denoiser is None else replace(model, denoiser=denoiser)
+    with serving({"tiny": served}, **options) as server:
+        try:
+            yield server
+        finally:
+            if denoiser is not None:
+                denoiser.released.set()
 
 
 Connect = Callable[[CloudServer], Cloud]

@@ -1,4 +1,4 @@
-"""The engine's modes: changes of model, skipped calls and inpainting, each against the plain loop that it stands for."""
+"""The engine's modes: changes of model, skipped calls and inpainting, each against the plain loop."""
 
 from collections.abc import Callable
 from typing import Any

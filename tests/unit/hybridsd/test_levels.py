@@ -72,7 +72,7 @@ def test_a_plan_begun_late_is_what_diffusers_does(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["ddim", "dpmpp_2m", "euler", "heun", "unipc", "euler_ancestral"])
 def test_steering_ends_in_the_known_latents(name: str) -> None:
-    """Where the mask is 0 every solver ends exactly in what is to be kept, whatever the model says; elsewhere it is free."""
+    """Where the mask is 0 every solver ends in what is to be kept, whatever the model says; elsewhere it is free."""
     plan = plan_of(name, 6)
     known, mask = RNG.normal(size=SHAPE), np.zeros((1, 8, 8))
     mask[:, :, 4:] = 1.0

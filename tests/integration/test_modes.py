@@ -1,0 +1,305 @@
+"""Every mode over real gRPC: models in any order, other grids, images, masks, long prompts, LCM, SDXL."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cloud_server.devices import place
+from cloud_server.models import Model, load_model
+from cloud_server.server import CloudServer
+from cloud_server.settings import Settings
+from edge_client.bundle import Bundle, open_bundle
+from edge_client.cache import Cache
+from edge_client.events import Finished, Result
+from edge_client.image_inputs import to_cells
+from edge_client.images import to_u8
+from edge_client.onnx_models import Models
+from edge_client.pipeline import generate
+from edge_client.remote import Cloud
+from edge_client.request import CallSkipping, ImageInput, Request
+from edge_client.segments import parse_segments
+from hybridsd import levels, noise
+from hybridsd.errors import HybridSDError, InvalidRequest, Reason
+from hybridsd.plan import denoise
+from hybridsd.prompting import TextOptions
+from tests.integration.conftest import serving
+from tests.tiny_bundle import write_bundle
+from tests.tiny_pipeline import LATENT_SPACE, write_tiny_pipeline
+
+EXACT = 1e-4
+RNG = np.random.default_rng(2)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CloudServer]:
+    """One server with models of every kind; "tiny" and "other" share a latent space with the plain edge."""
+    folder, models = tmp_path_factory.mktemp("kinds"), {}
+    for name, kind in (("tiny", "sd1"), ("other", "sd1"), ("lcm", "lcm"), ("v", "sd2"), ("xl", "sdxl")):
+        where = write_tiny_pipeline(folder / name, kind=kind, seed=len(models))
+        models[name] = load_model(f"{name}={where}", place("cpu", "fp32"))
+    with serving(models) as server:
+        server.loaded = models  # type: ignore[attr-defined]
+        yield server
+
+
+@pytest.fixture
+def cloud(served: CloudServer, tmp_path: Path) -> Iterator[Cloud]:
+    with Cloud(f"127.0.0.1:{served.port}", cache=Cache(tmp_path / "cache")) as cloud:
+        yield cloud
+
+
+@contextmanager
+def edge(folder: Path, **options: Any) -> Iterator[tuple[Bundle, Models]]:
+    write_bundle(folder, latent_space=LATENT_SPACE, **options)
+    bundle = open_bundle(folder)
+    yield bundle, Models(bundle.folder, bundle.manifest, provider="cpu", threads=1)
+
+
+def ask(**changes: Any) -> Request:
+    fields: dict[str, Any] = {
+        "prompt": "a fox", "scheduler": "ddim", "num_inference_steps": 6, "guidance_scale": 3.0, "seed": 4,
+        "width": 64, "height": 64, "codec": "fp32", "fallback": False,
+    }  # fmt: skip
+    return Request(**{**fields, **changes})
+
+
+def run(request: Request, bundle: Bundle, models: Models, cloud: Cloud | None, **options: Any) -> Result:
+    last = list(generate(request, bundle, models, cloud, **options))[-1]
+    assert isinstance(last, Finished)
+    return last.result
+
+
+@pytest.mark.parametrize(
+    "segments",
+    [
+        "tiny:2@cloud,other:2@cloud,e:2@edge",
+        "e:2@edge,tiny:4@cloud",
+        "tiny:1@cloud,e:2@edge,other:1@cloud,e:2@edge",
+        "other:2@cloud(guidance=1),e:4@edge(guidance=5)",
+    ],
+)
+@pytest.mark.parametrize("scheduler", ["euler", "unipc"])  # of which the bundle has no plan: the cloud compiles it
+def test_segments_in_any_order_are_one_run(
+    segments: str, scheduler: str, bundle: Bundle, models: Models, cloud: Cloud, served: CloudServer
+) -> None:
+    """Models taking turns in two places are what one process that calls them in turn would have made."""
+    request = ask(segments=parse_segments(segments), scheduler=scheduler)
+    result = run(request, bundle, models, cloud)
+    stages = [part for part in request.segments for _ in range(part.steps or 0)]
+    plan = served.loaded["tiny"].plans.plan(scheduler, 6)
+    calls, said = iter(stages), ""
+
+    def predict(sample: np.ndarray, timestep: float) -> np.ndarray:
+        nonlocal said
+        stage = next(calls)
+        guidance = stage.guidance_scale or 3.0
+        if stage.place == "edge":
+            conditioning, _ = (
+                models.encode_pair("a fox", "") if not said else (cloud_conditioning(served.loaded[said]), 0)
+            )
+            return models.predict_noise(sample, timestep, conditioning, guidance_scale=guidance)
+        if stage.model != "other" or segments.startswith("tiny:1"):  # what the first model of a part in the cloud sent
+            said = stage.model
+        return predict_there(served.loaded[stage.model], sample, timestep, guidance)
+
+    start = [np.float32(plan.init_noise_sigma) * noise.initial_latents(4, 0, (4, 8, 8))]
+    *_, last = denoise(plan, start, predict, lambda _: pytest.fail("no noise"))
+
+    assert np.abs(result.latents - last.state[0]).max() < EXACT
+    assert [record.place for record in result.steps] == [stage.place for stage in stages]
+    assert result.actual_cloud_steps == sum(stage.place == "cloud" for stage in stages)
+
+
+def cloud_conditioning(model: Model) -> Any:
+    from edge_client.events import Conditioning
+
+    prompt, negative = (model.denoiser.encode(text, TextOptions()).embeds for text in ("a fox", ""))
+    return Conditioning(prompt_embeds=prompt, negative_prompt_embeds=negative)
+
+
+def predict_there(model: Model, sample: np.ndarray, timestep: float, guidance: float) -> np.ndarray:
+    import torch
+
+    texts = ("", "a fox") if guidance > 1 else ("a fox",)
+    rows = [model.denoiser.encode(text, TextOptions()) for text in texts]
+    conditions = model.denoiser.conditions(rows, size=(64, 64), guidance_scale=guidance)
+    with torch.inference_mode():
+        output = model.denoiser.predict(
+            torch.from_numpy(np.stack([sample] * len(rows))), torch.full((len(rows),), timestep), conditions
+        ).numpy()
+    return output[0] if guidance == 1 else output[0] + np.float32(guidance) * (output[1] - output[0])
+
+
+def test_a_lost_cloud_is_replaced_in_every_part(bundle: Bundle, models: Models, tmp_path: Path) -> None:
+    """With nobody there the edge runs all segments by itself, and says how many were planned."""
+    request = ask(segments=parse_segments("e:2@edge,tiny:2@cloud,e:2@edge"), fallback=True)
+    with Cloud("127.0.0.1:9", cache=Cache(tmp_path)) as nobody:
+        result = run(request, bundle, models, nobody)
+
+    assert [record.place for record in result.steps] == ["edge"] * 6
+    assert (result.planned_cloud_steps, result.actual_cloud_steps) == (2, 0)
+    assert result.fallback_reason is Reason.UNAVAILABLE
+
+
+def test_a_consistency_model_hands_over_to_another_grid(
+    bundle: Bundle, models: Models, cloud: Cloud, served: CloudServer
+) -> None:
+    """After 2 of 4 LCM steps the edge goes on in a 25-step grid, from the first step that is as noisy."""
+    text = "lcm:2@cloud(scheduler=lcm,steps=4),e:*@edge(scheduler=dpmpp_2m,steps=25)"
+    result = run(ask(segments=parse_segments(text), negative_prompt="text"), bundle, models, cloud)
+    lcm, small = (served.loaded["tiny"].plans.plan(name, steps) for name, steps in (("lcm", 4), ("dpmpp_2m", 25)))
+    step = levels.entry_step(small, levels.noise_level(lcm, 2, "epsilon"), "epsilon")
+
+    assert [record.place for record in result.steps] == ["cloud"] * 2 + ["edge"] * (25 - step)
+    assert result.cloud_model == "lcm"
+    assert np.isfinite(result.latents).all()
+
+
+def test_a_consistency_model_takes_no_negative_prompt(bundle: Bundle, models: Models, cloud: Cloud) -> None:
+    """It is refused and not ignored, as is a solver that its outputs mean nothing to."""
+    only = {"segments": parse_segments("lcm:4@cloud"), "scheduler": "lcm", "num_inference_steps": 4}
+    with pytest.raises(InvalidRequest, match="negative prompt"):
+        run(ask(**only, negative_prompt="text"), bundle, models, cloud)
+    with pytest.raises(InvalidRequest, match="consistency model"):
+        run(ask(segments=parse_segments("lcm:6@cloud")), bundle, models, cloud)
+    with pytest.raises(HybridSDError, match="consistency model"):  # the server says so as well
+        run(ask(model="lcm", mode="cloud"), bundle, models, cloud)
+
+    assert np.isfinite(run(ask(**only), bundle, models, cloud).latents).all()
+
+
+def test_a_consistency_model_at_the_edge(tmp_path: Path, cloud: Cloud) -> None:
+    """It embeds the guidance, runs one row, and can follow a plain model on the grid of lcm."""
+    with edge(tmp_path / "lcm", kind="lcm") as (bundle, models):
+        plain = ask(scheduler="lcm", num_inference_steps=4)
+        hybrid = run(plain, bundle, models, cloud)
+        alone = run(ask(scheduler="lcm", num_inference_steps=4, mode="edge"), bundle, models, None)
+        stronger = run(
+            ask(scheduler="lcm", num_inference_steps=4, mode="edge", guidance_scale=7.0), bundle, models, None
+        )
+        with pytest.raises(InvalidRequest, match="consistency model"):
+            run(ask(mode="edge"), bundle, models, None)
+
+    assert hybrid.actual_cloud_steps == 2
+    assert not np.array_equal(alone.latents, stronger.latents)
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_sdxl_in_both_places(tmp_path: Path, cloud: Cloud, private: bool) -> None:
+    """Two text encoders, pooled text and sizes go over the wire; what is sent once is not sent again."""
+    with edge(tmp_path / "xl", kind="sdxl") as (bundle, models):
+        request = ask(model="xl", cloud_steps=3, private=private)
+        first = run(request, bundle, models, cloud)
+        second = run(request, bundle, models, cloud)
+
+    assert first.conditioning is not None
+    assert first.conditioning.pooled_prompt_embeds is not None
+    assert np.array_equal(first.latents, second.latents)
+    assert private or second.received_bytes < first.received_bytes
+    assert first.mode == "hybrid"
+    assert not np.any(first.conditioning.negative_prompt_embeds)  # force_zeros_for_empty_prompt
+
+
+def test_v_prediction_meets_epsilon(tmp_path: Path, cloud: Cloud) -> None:
+    """An edge model that predicts epsilon goes on with the plan of a cloud model that predicts v."""
+    with edge(tmp_path / "e") as (bundle, models):
+        result = run(ask(model="v", cloud_steps=3), bundle, models, cloud)
+
+    assert result.mode == "hybrid"
+    assert np.isfinite(result.latents).all()
+
+
+@pytest.mark.parametrize("cloud_steps", [0, 2, 3])
+@pytest.mark.parametrize("scheduler", ["ddim", "dpmpp_2m"])
+def test_an_image_to_begin_with(
+    scheduler: str, cloud_steps: int, bundle: Bundle, models: Models, cloud: Cloud, served: CloudServer
+) -> None:
+    """Half the strength runs half the steps, wherever they run; a little of it stays near the image."""
+    image = np.tanh(RNG.normal(size=(3, 64, 64))).astype(np.float32)
+    request = ask(
+        scheduler=scheduler, cloud_steps=cloud_steps, image_input=ImageInput(image=image, strength=0.5)
+    )  # fmt: skip
+    result = run(request, bundle, models, cloud)
+
+    assert len(result.steps) == 3
+    assert result.actual_cloud_steps == cloud_steps
+    with pytest.raises(InvalidRequest, match="strength"):
+        run(ask(image_input=ImageInput(image=image, strength=0.1)), bundle, models, cloud)
+
+
+@pytest.mark.parametrize("mode", ["edge", "hybrid", "cloud"])
+def test_a_mask_keeps_the_rest(mode: Any, bundle: Bundle, models: Models, cloud: Cloud) -> None:
+    """What the mask does not cover is the given picture, in latents and to the pixel; the rest is drawn."""
+    image = np.tanh(RNG.normal(size=(3, 64, 64))).astype(np.float32)
+    mask = np.zeros((1, 64, 64), dtype=np.float32)
+    mask[:, :, 32:] = 1.0
+    given = ImageInput(image=image, strength=1.0, mask=mask, mask_cells=to_cells(mask, 8))
+    result = run(ask(mode=mode, scheduler="euler", image_input=given), bundle, models, cloud)
+    known = models.encode_image(image)
+
+    assert np.abs(result.latents[:, :, :4] - known[:, :, :4]).max() < 1e-3
+    assert np.abs(result.latents[:, :, 4:] - known[:, :, 4:]).max() > 0.1
+    assert np.array_equal(result.image_u8[:, :32], to_u8(image)[:, :32])
+
+
+def test_long_prompts_are_cut_or_chunked(bundle: Bundle, models: Models, cloud: Cloud) -> None:
+    """Cut ones say how much was lost; chunked ones lose nothing, and both places take the longer embeddings."""
+    prompt = "afoxunderadonut " * 3
+    cut = run(ask(prompt=prompt, cloud_steps=3), bundle, models, cloud)
+    chunked = run(
+        ask(prompt=prompt, cloud_steps=3, text_options=TextOptions(long_prompt="chunk")), bundle, models, cloud
+    )  # fmt: skip
+
+    assert cut.num_dropped_tokens > 0
+    assert chunked.conditioning is not None
+    assert len(chunked.conditioning.prompt_embeds) > 12
+    assert len(chunked.conditioning.prompt_embeds) % 12 == 0
+    assert chunked.num_dropped_tokens < cut.num_dropped_tokens
+
+
+def test_weights_of_words_count(bundle: Bundle, models: Models, cloud: Cloud) -> None:
+    """Brackets are weights where that was asked, and letters where not; a weight out of range is refused."""
+    weighted = TextOptions(weighting=True)
+    plain = run(ask(prompt="a (fox:1.4)", cloud_steps=3), bundle, models, cloud)
+    heavy = run(ask(prompt="a (fox:1.4)", cloud_steps=3, text_options=weighted), bundle, models, cloud)
+    light = run(ask(prompt="a (fox:0.5)", cloud_steps=3, text_options=weighted), bundle, models, cloud)
+
+    assert not np.array_equal(plain.latents, heavy.latents)
+    assert not np.array_equal(light.latents, heavy.latents)
+    with pytest.raises(InvalidRequest, match="weight"):
+        run(ask(prompt="a (fox:99)", cloud_steps=3, text_options=weighted), bundle, models, cloud)
+
+
+def test_skipped_calls_are_counted(bundle: Bundle, models: Models, cloud: Cloud) -> None:
+    """Of 6 calls, after 2 real ones every second is extrapolated; the result says so."""
+    skipping = CallSkipping(warm_up_calls=2, skipped_calls=1)
+    result = run(ask(mode="cloud", call_skipping=skipping), bundle, models, cloud)
+
+    assert result.usage is not None
+    assert (result.usage.num_calls, result.usage.num_skipped_calls) == (4, 2)
+
+
+def test_an_unknown_adapter_is_refused(bundle: Bundle, models: Models, cloud: Cloud) -> None:
+    """A name that the model does not offer is an error, and not a picture without it."""
+    with pytest.raises(HybridSDError, match="has no lora") as caught:
+        run(ask(cloud_steps=3, loras=(("style", 1.0),)), bundle, models, cloud)
+    assert caught.value.reason is Reason.LORA_UNKNOWN
+
+
+def test_fewer_states_are_sent_on_request(bundle: Bundle, models: Models, cloud: Cloud) -> None:
+    """With state_every 0 only the hand-off travels, and the picture is the same."""
+    every, last = (run(ask(cloud_steps=4, state_every=n), bundle, models, cloud) for n in (1, 0))
+
+    assert np.array_equal(every.latents, last.latents)
+    assert last.received_bytes < every.received_bytes
+    assert last.actual_cloud_steps == 4
+
+
+def test_settings_exist() -> None:
+    """The server takes what the operator says of variants, configurations and adapters."""
+    settings = Settings(models=("x",), variant="fp16", configs=("a=b",), loras=("n=p",))
+    assert (settings.variant, settings.configs, settings.loras) == ("fp16", ("a=b",), ("n=p",))

@@ -5,13 +5,16 @@ Knows click and files; how a picture is made is `edge_client.pipeline`'s busines
 
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from edge_client import images, outputs
+from edge_client.auto_split import AutoSplit, CloudSteps, choose_split, read_goals, split_options
 from edge_client.bundle import Bundle
+from edge_client.cloud_leg import Advisor
 from edge_client.events import MODES, Finished, Result, StepDone
 from edge_client.extras import Extras, read_extras
 from edge_client.generate_requests import read_requests
@@ -22,6 +25,7 @@ from edge_client.pipeline import generate as run_pipeline
 from edge_client.progress import Display, choose_display, result_json
 from edge_client.remote import Cloud
 from edge_client.request import Request, Resolved, resolve
+from edge_client.split import explain
 from hybridsd import schedulers
 from hybridsd.codec import ENCODINGS
 from hybridsd.errors import HybridSDError, Reason
@@ -53,7 +57,11 @@ from hybridsd.errors import HybridSDError, Reason
 )  # fmt: skip
 @click.option("--model", default="", help="The cloud's model. Default: the server's first.")
 @click.option("--split", metavar="CLOUD,EDGE", help="Steps there and here, such as 8,17; their sum is --steps.")
-@click.option("--cloud-steps", type=click.IntRange(0), help="Steps in the cloud. Default: the bundle's share.")
+@click.option(
+    "--cloud-steps", type=CloudSteps(),
+    help="Steps in the cloud; auto chooses by measured times and the bundle's quality. Default: the bundle's share.",
+)  # fmt: skip
+@split_options
 @click.option("--steps", "--num-inference-steps", type=int, help="Steps in all. Default: the bundle's.")
 @click.option(
     "--scheduler", help=f"One of {', '.join(spec.name for spec in schedulers.SCHEDULERS)}. Default: the bundle's."
@@ -112,7 +120,18 @@ def generate(ctx: click.Context, /, **options: Any) -> None:
 def _generate(ctx: click.Context, options: dict[str, Any], done: list[dict[str, Any]]) -> None:
     """Draws what the options say; `done` grows with each picture that is written."""
     bundle = open_bundle(options["bundle_name"])
+    goals = read_goals(options)
     requests, names = read_requests(ctx, options, bundle.manifest)
+    runs_with = {"provider": options["provider"], "threads": options["threads"], "low_memory": options["low_memory"]}
+    models = Models(bundle.folder, bundle.manifest, **runs_with)
+    others = open_edge_models(options["edge_models"], bundle.manifest, **runs_with)
+    split: AutoSplit | None = None
+    if goals is not None:
+        with _open_cloud(options) as asked:
+            split = choose_split(requests[0], goals, bundle, models, asked)
+        requests = [replace(request, cloud_steps=split.choice.cloud_steps) for request in requests]
+        if options["explain_split"] and not options["quiet"]:
+            click.echo(explain(split.choice), err=True)
     resolved = [resolve(request, bundle.manifest) for request in requests]
     paths = outputs.choose(options["output"], names, overwrite=options["overwrite"])
     extras = read_extras(options, requests, resolved, paths)
@@ -123,22 +142,15 @@ def _generate(ctx: click.Context, options: dict[str, Any], done: list[dict[str, 
         return
     also = [extras.save_latents, None if extras.save_steps is None else extras.save_steps / "step.png"]
     outputs.probe([*paths, *(path for path in also if path is not None)])
-    runs_with = {"provider": options["provider"], "threads": options["threads"], "low_memory": options["low_memory"]}
-    models = Models(bundle.folder, bundle.manifest, **runs_with)
-    others = open_edge_models(options["edge_models"], bundle.manifest, **runs_with)
     display = choose_display(quiet=options["quiet"] or options["as_json"], jsonl=options["jsonl"])
     with contextlib.ExitStack() as stack:
         stack.callback(display.close)
         cloud: Cloud | None = None
         if any(stage.place == "cloud" for job in resolved for stage in job.stages):
-            cloud = stack.enter_context(
-                open_cloud(
-                    options["server"], token_file=options["token_file"], tls_ca=options["tls_ca"],
-                    insecure=options["insecure"],
-                )
-            )  # fmt: skip
-        for request, path in zip(requests, paths, strict=True):
-            result, steps = _draw(request, bundle, models, others, cloud, display, extras, path)
+            cloud = stack.enter_context(_open_cloud(options))
+        for request, job, path in zip(requests, resolved, paths, strict=True):
+            advisor = None if split is None else split.advisor(job, bundle)
+            result, steps = _draw(request, bundle, models, others, cloud, advisor, display, extras, path)
             outputs.write(path, images.encode_file(path, result.image_u8, result), overwrite=options["overwrite"])
             done.append({"path": str(path), **result_json(result)})
             if options["jsonl"]:
@@ -159,13 +171,14 @@ def _draw(
     models: Models,
     others: dict[str, Models],
     cloud: Cloud | None,
+    advisor: Advisor | None,
     display: Display,
     extras: Extras,
     path: Path,
 ) -> tuple[Result, list[StepDone]]:
     """Runs one picture, shows its events and writes previews; returns also the calls that the extras need."""
     steps: list[StepDone] = []
-    with contextlib.closing(run_pipeline(request, bundle, models, cloud, others=others)) as events:
+    with contextlib.closing(run_pipeline(request, bundle, models, cloud, others=others, advisor=advisor)) as events:
         for event in events:
             display.show(event)
             if isinstance(event, StepDone):
@@ -175,6 +188,12 @@ def _draw(
             elif isinstance(event, Finished):
                 result = event.result
     return result, steps
+
+
+def _open_cloud(options: dict[str, Any]) -> Cloud:
+    return open_cloud(
+        options["server"], token_file=options["token_file"], tls_ca=options["tls_ca"], insecure=options["insecure"]
+    )
 
 
 def _dry_json(request: Request, job: Resolved, path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from edge_client import latents, outputs, prompts
+from edge_client.auto_split import AUTO
 from edge_client.events import MODES, Mode
 from edge_client.mode_options import read_modes
 from edge_client.request import Request, SavedState, with_saved
@@ -111,6 +112,7 @@ def _pairs(ctx: click.Context, options: dict[str, Any]) -> list[prompts.PromptPa
 def _split(options: dict[str, Any]) -> tuple[int | None, int | None]:
     """Returns cloud steps and steps, from whichever options say so."""
     cloud_steps, steps, text = options["cloud_steps"], options["steps"], options["split"]
+    cloud_steps = None if cloud_steps == AUTO else cloud_steps
     if text is None:
         return cloud_steps, steps
     try:

@@ -43,7 +43,8 @@ def load_image(source: Path | bytes, *, field: str = "image", keep_alpha: bool =
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         if isinstance(error, InvalidRequest):
             raise
-        what = "no picture that can be read" if not isinstance(error, OSError) else f"unreadable ({error})"
+        known = isinstance(error, OSError) and not isinstance(error, UnidentifiedImageError)
+        what = f"unreadable ({error})" if known else "no picture that can be read"
         raise _refuse(field, f"{name} is {what}; give a PNG, JPEG or WebP file") from error
     upright = ImageOps.exif_transpose(opened)
     if not upright.has_transparency_data:

@@ -204,7 +204,10 @@ def _conditions(kind: Kind, rng: np.random.Generator) -> tuple[list, list, dict]
     node, f = helper.make_node, TensorProto.FLOAT
     if kind == "lcm":
         return (
-            [node("Unsqueeze", ["guidance_scale", "axis1"], ["scale"]), node("MatMul", ["scale", "rest"], ["from_rest"])],
+            [
+                node("Unsqueeze", ["guidance_scale", "axis1"], ["scale"]),
+                node("MatMul", ["scale", "rest"], ["from_rest"]),
+            ],
             [("guidance_scale", f, ["B"])],
             {"rest": (rng.normal(size=(1, CHANNELS)) * 0.05).astype(np.float32)},
         )  # fmt: skip

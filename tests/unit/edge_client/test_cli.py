@@ -13,6 +13,7 @@ import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from edge_client import cli, extras, images, latents
 from edge_client.options import CONTEXT
@@ -609,3 +610,51 @@ def test_a_bug_exits_with_70(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(images, "encode_file", fail)
 
     assert "ZeroDivisionError: oh. This is a bug" in shell("generate", "a red fox", code=70).stderr
+
+
+def test_an_automatic_split_explains_itself(shell: Shell, fake: FakeCloud) -> None:
+    """Goals choose the split, the reckoning can be read, and a split that is given excludes them."""
+    told = shell("generate", "a red fox", "--quality", "0.3", "--explain-split", "--overwrite")
+    limited = shell("generate", "a red fox", "--max-cloud-steps", "1", "--max-latency", "60s", "--json", "--overwrite")
+
+    assert "quality" in told.stderr
+    assert any(line.startswith(">") for line in told.stderr.splitlines())
+    assert json.loads(limited.stdout)["images"][0]["handoff"]["planned"] <= 1
+    for arguments in (["--split", "2,4"], ["--cloud-steps", "2"], ["--mode", "edge"]):
+        refused = shell("generate", "a red fox", "--quality", "0.5", *arguments, code=2)
+        assert "fixes the split" in refused.stderr
+    shell("generate", "a red fox", "--max-latency", "soon", code=2)
+
+
+def test_without_a_cloud_an_automatic_split_is_the_edge(shell: Shell) -> None:
+    """Nobody there is no error: the reckoning says so, and the edge draws alone."""
+    told = shell("generate", "a red fox", "--cloud-steps", "auto", "--explain-split", "--server", "127.0.0.1:9")
+
+    assert "the cloud is away" in told.stderr
+
+
+def test_an_image_and_a_mask_come_from_files(shell: Shell, tmp_path: Path) -> None:
+    """A picture is begun with, in a size of its shape; what is wrong with it is said."""
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "red.png")
+    Image.new("L", (40, 20), 255).save(tmp_path / "mask.png")
+    Image.new("L", (40, 20), 0).save(tmp_path / "black.png")
+    (tmp_path / "text.png").write_text("no picture")
+    image = ["--image", str(tmp_path / "red.png"), "--mode", "edge", "--scheduler", "ddim"]
+    told = shell("generate", "a red fox", *image, "--mask", str(tmp_path / "mask.png"), "--json", "--overwrite")
+
+    drawn = json.loads(told.stdout)["images"][0]
+    assert drawn["image"] == {"strength": 1.0, "mask": True}
+    assert drawn["width"] > drawn["height"]
+    for wrong, says in (
+        ([*image, "--mask", str(tmp_path / "black.png")], "nothing would be drawn"),
+        (["--image", str(tmp_path / "text.png")], "no picture that can be read"),
+        (["--strength", "0.5"], "--strength goes with --image"),
+        ([*image, "--strength", "2"], "strength is 2"),
+        (["--aspect", "wide"], "width:height"),
+        (["--segments", "nonsense"], "MODEL:STEPS@PLACE"),
+        (["--lora", "style:much"], "NAME:WEIGHT"),
+        (["--cloud-skip", "many"], "WARMUP,SKIP"),
+        (["--safety-checker", "blank", "--mode", "edge"], "no safety checker"),
+    ):
+        refused = shell("generate", "a red fox", *wrong, code=2)
+        assert says in refused.stderr

@@ -15,6 +15,7 @@ from cloud_server.models import load_model
 from edge_client.events import Conditioning
 from edge_client.onnx_models import Models
 from hybridsd.manifest import read_manifest, verify_files
+from hybridsd.prompting import TextOptions
 from tests.unit.training.toy import TOY_SCENES, ToyFamily, run
 from training import recipes
 from training.classifier import CLASSES, load_classifier, scenes_and_images
@@ -61,8 +62,9 @@ def test_the_cloud_loads_what_was_made(family: ToyFamily) -> None:
     """The exported pipeline, and the same with the pruned U-Net in its place."""
     large = family.folder / "models" / "large"
     model = load_model(str(large), place("cpu", "fp32"))
-    embeds = torch.from_numpy(model.denoiser.encode("a fox").embeds)[None]
-    noise_pred = model.denoiser.predict(torch.zeros(1, 4, 16, 16), torch.tensor([500.0]), embeds)
+    encoded = model.denoiser.encode("a fox", TextOptions())
+    conditions = model.denoiser.conditions([encoded], size=(128, 128), guidance_scale=1.0)
+    noise_pred = model.denoiser.predict(torch.zeros(1, 4, 16, 16), torch.tensor([500.0]), conditions)
 
     assert noise_pred.shape == (1, 4, 16, 16)
     assert model.info.latent_space == read_manifest(family.folder / "models" / "edge").latent_space

@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint format protos golden docs bench clean
+.PHONY: demo test lint format protos golden docs bench bench-full clean
 .DEFAULT_GOAL := demo
 
 # torch first and alone: a wheel for this machine's CPU or GPU, in the one version we test with.
@@ -45,6 +45,9 @@ docs: $(INSTALLED)  ## regenerate docs/cli.md
 
 bench: $(INSTALLED)  ## ratios inside one run, with the machine named; BENCH="--full" for full-size shapes
 	$(BIN)/python -m tests.bench $(BENCH)
+
+bench-full: $(INSTALLED)  ## real sizes against diffusers' own pipeline in one run; BENCH="--provider openvino"
+	$(BIN)/python -m tests.bench_full $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -96,8 +96,10 @@ def check_device(bundle: Bundle, **options: Any) -> Iterator[Check]:
     yield Check("bundle", True, f"{manifest.name} in {bundle.folder}, {len(manifest.files)} files as they should be")
     models = Models(bundle.folder, manifest, **options)
     models.warm_up()  # only now is it known which provider runs them
-    yield Check("provider", True, models.choice.describe())
-    report = models.self_test()
+    asked = options.get("provider")
+    started = asked is None or models.choice.by_name
+    yield Check("provider", started, models.choice.describe(), 0 if started else 70)
+    report = models.self_test(fresh=True)
     if report is not None:
         yield Check("self-test", report.ok, report.describe(), 0 if report.ok else 70)
     yield from _hints(models)

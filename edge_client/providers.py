@@ -27,6 +27,8 @@ _EXECUTION_PROVIDERS = {
 }
 _PRECISION: dict[str, Precision] = {"cuda": "tf32", "tensorrt": "tf32", "coreml": "fp16", "qnn": "fp16"}
 """What float32 files are computed in, where it is not float32."""
+_REMOTE = "AzureExecutionProvider"
+"""Calls a service elsewhere, which nothing here may do."""
 _OPENVINO_DEVICES = ("cpu", "gpu", "npu")
 
 
@@ -99,7 +101,7 @@ def exact(choice: Choice) -> Choice:
 
 def available_providers() -> list[str]:
     """Returns the names that can be asked for on this device, most likely the fastest first."""
-    present = ort.get_available_providers()
+    present = [name for name in ort.get_available_providers() if name != _REMOTE]
     short = {full: name for name, full in _EXECUTION_PROVIDERS.items()}
     names = [short.get(full, full) for full in present]
     if openvino_installed():
@@ -123,7 +125,7 @@ def _choose_named(requested: str, name: str, words: list[str]) -> Choice:
     wanted = _EXECUTION_PROVIDERS.get(name, name).casefold().removesuffix("executionprovider")
     short = {full: key for key, full in _EXECUTION_PROVIDERS.items()}
     for full in ort.get_available_providers():
-        if full.casefold().removesuffix("executionprovider") == wanted:
+        if full != _REMOTE and full.casefold().removesuffix("executionprovider") == wanted:
             choice = _of_onnxruntime(short.get(full, full), full, "")
             if not words or words == [choice.precision]:
                 return choice

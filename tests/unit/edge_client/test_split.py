@@ -120,6 +120,8 @@ def test_a_cloud_that_turns_slow_is_left(slowdown: float) -> None:
     assert left_s < stayed_s
     assert "save" in advisor.reason
     assert Simulation(COSTS).run(15, advisor_of(COSTS, 15))[1] == 15
+    known = replace(COSTS, cloud_call_s=0.3, edge_call_s=0.1)  # slower than the edge, but for its quality chosen so
+    assert Simulation(known).run(15, advisor_of(known, 15))[1] == 15
 
 
 def test_a_queue_that_does_not_move_is_left() -> None:

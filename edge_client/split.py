@@ -230,7 +230,7 @@ class Advisor:
         gain_s = on_s - here_s
         worse_s = (
             on_s - left * self.costs.cloud_call_s
-        )  # than was reckoned: a cloud that is slow as known was chosen so
+        )  # than reckoned: a cloud known to be slow was chosen so
         if left <= 0 or min(gain_s, worse_s) < max(GAIN_S, GAIN_SHARE * on_s):
             return None
         if self.goals.quality is not None and self.curve(step / self.num_steps) < self.goals.quality:

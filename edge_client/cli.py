@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from edge_client.bench_command import bench
 from edge_client.bundle_command import bundle
 from edge_client.doctor import doctor
 from edge_client.generate_command import generate
@@ -53,4 +54,5 @@ def main() -> None:
 
 main.add_command(generate)
 main.add_command(doctor)
+main.add_command(bench)
 main.add_command(bundle)

@@ -228,9 +228,7 @@ class Advisor:
         on_s = wait_s + left * cloud_call_s
         here_s = left * self.costs.edge_call_s
         gain_s = on_s - here_s
-        worse_s = (
-            on_s - left * self.costs.cloud_call_s
-        )  # than reckoned: a cloud known to be slow was chosen so
+        worse_s = on_s - left * self.costs.cloud_call_s  # than reckoned: a cloud known to be slow was chosen so
         if left <= 0 or min(gain_s, worse_s) < max(GAIN_S, GAIN_SHARE * on_s):
             return None
         if self.goals.quality is not None and self.curve(step / self.num_steps) < self.goals.quality:

@@ -658,3 +658,19 @@ def test_an_image_and_a_mask_come_from_files(shell: Shell, tmp_path: Path) -> No
     ):
         refused = shell("generate", "a red fox", *wrong, code=2)
         assert says in refused.stderr
+
+
+def test_bench_says_where_the_time_goes(shell: Shell) -> None:
+    """All numbers go into a file; without a cloud only the edge is timed."""
+    told = shell("bench", "--runs", "2", "-o", "bench.json")
+    record = json.loads((shell.folder / "bench.json").read_text())
+    medians = record["medians"]
+
+    assert "machine: " in told.stdout
+    assert "cloud steps" in told.stdout
+    assert len(record["runs"]) == 2
+    assert medians["received_bytes"] > 0
+    assert medians["edge_steps_s"] > 0
+    shell("bench", "--mode", "edge", "--runs", "1", "-o", "alone.json")
+    assert json.loads((shell.folder / "alone.json").read_text())["medians"]["received_bytes"] == 0
+    shell("bench", "--runs", "1", "-o", "nowhere/x.json", code=2)

@@ -90,7 +90,7 @@ def bench(**options: Any) -> None:
             options["output"].write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise InvalidRequest(
-                Reason.FIELD_INVALID, f"cannot write {options['json_file']}: {error.strerror}", field="output"
+                Reason.FIELD_INVALID, f"cannot write {options['output']}: {error.strerror}", field="output"
             ) from error
 
 

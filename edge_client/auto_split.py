@@ -13,6 +13,7 @@ import numpy as np
 
 from edge_client.bundle import Bundle
 from edge_client.cloud_leg import LOST
+from edge_client.link import measure_link
 from edge_client.onnx_models import Models
 from edge_client.remote import Cloud
 from edge_client.request import Request, Resolved, resolve
@@ -25,7 +26,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 AUTO = "auto"
 LINK_BYTES_PER_S = 1e7
-"""Assumed of a link until its states are timed, which the advisor does while the cloud works."""
+"""Assumed of a link where the server has nothing to time it on."""
 _BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
 
 
@@ -163,19 +164,21 @@ def measure(request: Request, job: Resolved, models: Models, cloud: Cloud) -> tu
         bytes_per_s=LINK_BYTES_PER_S, state_bytes=state_bytes,
     )  # fmt: skip
     try:
-        cloud.capabilities()  # makes the connection
-        begin = time.perf_counter()
-        found = cloud.capabilities()
+        link = measure_link(cloud)
     except LOST as error:
         return costs, Notes((f"the cloud is away: {error.message}",), is_away=True)
-    round_trip_s = time.perf_counter() - begin
+    found = link.capabilities
     call_s = found.call_s or edge_call_s
     ahead = found.num_queued + max(0, found.num_running + 1 - found.max_batch)
     rounds = -(-ahead // found.max_batch)
     queue_s = rounds * job.num_inference_steps * call_s / 2  # on average half-way through theirs
-    texts = [f"the link is taken to carry {LINK_BYTES_PER_S / 1e6:g} MB/s until its states are timed"]
+    bytes_per_s = link.bytes_per_s or LINK_BYTES_PER_S
+    how = "was measured to carry" if link.bytes_per_s else "has no bundle to be timed on, and is taken to carry"
+    texts = [f"the link {how} {bytes_per_s / 1e6:.3g} MB/s, {1e3 * link.round_trip_s:.1f} ms there and back"]
     if not found.call_s:
         texts.append("the cloud has not run a step yet, so its step is taken to last as long as one here")
     texts.append(f"the cloud has {found.num_running} jobs running and {found.num_queued} waiting")
-    costs = replace(costs, cloud_call_s=call_s, round_trip_s=round_trip_s, queue_s=queue_s)
+    costs = replace(
+        costs, cloud_call_s=call_s, round_trip_s=link.round_trip_s, queue_s=queue_s, bytes_per_s=bytes_per_s
+    )
     return costs, Notes(tuple(texts))

@@ -60,7 +60,7 @@ def bench(**options: Any) -> None:
     fields = {
         name: options[name] for name in ("prompt", "mode", "model", "scheduler", "width", "height", "cloud_steps")
     }
-    request = Request(**fields, num_inference_steps=options["steps"], fallback=False)
+    request = Request(**fields)
     job = resolve(request, bundle.manifest)
     runs = []
     with ExitStack() as stack:
@@ -69,7 +69,9 @@ def bench(**options: Any) -> None:
             access = {name: options[name] for name in ("token_file", "tls_ca", "insecure")}
             cloud = stack.enter_context(open_cloud(options["server"], **access))
         for seed in range(options["warm_up"] + options["runs"]):
-            fresh = Request(**fields, num_inference_steps=options["steps"], fallback=False, seed=seed)
+            fresh = Request(
+                **fields, num_inference_steps=options["steps"], fallback=options["mode"] == "auto", seed=seed
+            )
             measured = _time(fresh, bundle, models, cloud)
             if seed >= options["warm_up"]:
                 runs.append(measured)

@@ -67,6 +67,7 @@ class Choice:
     estimate: Estimate
     reasons: tuple[str, ...]
     table: tuple[Estimate, ...]
+    num_steps: int
 
     @property
     def cloud_steps(self) -> int:
@@ -144,19 +145,19 @@ def choose(num_steps: int, costs: Costs, goals: Goals, curve: Curve) -> Choice:
         if not left:
             fastest = min(table, key=lambda each: (each.total_s, each.cloud_steps))
             reasons.append(f"nothing takes {goals.max_latency_s:g} s or less; this is the fastest")
-            return Choice(estimate=fastest, reasons=tuple(reasons), table=table)
+            return Choice(estimate=fastest, reasons=tuple(reasons), table=table, num_steps=num_steps)
         reasons.append(f"{len(left)} of {len(table)} splits take at most {goals.max_latency_s:g} s")
     if goals.quality is not None:
         good = [each for each in left if each.quality >= goals.quality - 1e-9]
         if good:
             reasons.append(f"the fewest cloud steps with a quality of {goals.quality:g}")
-            return Choice(estimate=good[0], reasons=tuple(reasons), table=table)
+            return Choice(estimate=good[0], reasons=tuple(reasons), table=table, num_steps=num_steps)
         reasons.append(f"none of them has a quality of {goals.quality:g}; this is the best")
     if goals.quality is not None or goals.max_latency_s is not None:
         best = max(left, key=lambda each: (each.quality, -each.total_s))
         if goals.quality is None:
             reasons.append("the best quality in time")
-        return Choice(estimate=best, reasons=tuple(reasons), table=table)
+        return Choice(estimate=best, reasons=tuple(reasons), table=table, num_steps=num_steps)
     chosen = left[0]
     per_step = 1.0 / num_steps
     for before, after in itertools.pairwise(left):
@@ -165,19 +166,20 @@ def choose(num_steps: int, costs: Costs, goals: Goals, curve: Curve) -> Choice:
             break
         chosen = after
     reasons.append("the last step before more cloud steps bring too little for their time")
-    return Choice(estimate=chosen, reasons=tuple(reasons), table=table)
+    return Choice(estimate=chosen, reasons=tuple(reasons), table=table, num_steps=num_steps)
 
 
 def explain(choice: Choice) -> str:
     """Returns the reckoning as a table, the chosen line marked."""
     lines = ["  cloud edge  quality   queue   cloud    wire    edge   total"]
-    num_steps = max(each.cloud_steps for each in choice.table)
     for each in choice.table:
         mark = ">" if each.cloud_steps == choice.cloud_steps else " "
         times = "".join(
             f"{value:7.2f}s" for value in (each.queue_s, each.cloud_s, each.wire_s, each.edge_s, each.total_s)
         )
-        lines.append(f"{mark} {each.cloud_steps:5d} {num_steps - each.cloud_steps:4d} {each.quality:8.2f}{times}")
+        lines.append(
+            f"{mark} {each.cloud_steps:5d} {choice.num_steps - each.cloud_steps:4d} {each.quality:8.2f}{times}"
+        )
     return "\n".join([*lines, *(f"  {reason}" for reason in choice.reasons)])
 
 
@@ -206,23 +208,25 @@ class Advisor:
         self._done, self._last_s = step, now
         if not self._recent_s:
             return None
-        return self._reconsider(step, self._recent_s, 0.0, f"a step of the cloud now takes {self._recent_s:.2f} s here")
+        return self._reconsider(
+            now, step, self._recent_s, 0.0, f"a step of the cloud now takes {self._recent_s:.2f} s here"
+        )
 
     def on_wait(self, position: int | None, now: float) -> int | None:
         """The same while nothing comes; `position` is that in the queue."""
         if self._last_s:
             waited_s = now - self._last_s
             return self._reconsider(
-                self._done, max(self._recent_s or self.costs.cloud_call_s, waited_s), 0.0,
+                now, self._done, max(self._recent_s or self.costs.cloud_call_s, waited_s), 0.0,
                 f"nothing has come for {waited_s:.1f} s",
             )  # fmt: skip
         waited_s = now - self.began_s
         ahead_s = (position or 0) * self.costs.cloud_call_s * self.planned
         rest_s = max(waited_s - self.costs.queue_s, ahead_s)  # as long again as it is late already
         what = f"waited {waited_s:.1f} s" + (f", {position} ahead" if position else "")
-        return self._reconsider(0, self.costs.cloud_call_s, rest_s, what)
+        return self._reconsider(now, 0, self.costs.cloud_call_s, rest_s, what)
 
-    def _reconsider(self, step: int, cloud_call_s: float, wait_s: float, what: str) -> int | None:
+    def _reconsider(self, now: float, step: int, cloud_call_s: float, wait_s: float, what: str) -> int | None:
         """Returns `step` where going on here gains enough and costs no quality that was asked for."""
         left = self.planned - step
         on_s = wait_s + left * cloud_call_s
@@ -232,8 +236,8 @@ class Advisor:
         if left <= 0 or min(gain_s, worse_s) < max(GAIN_S, GAIN_SHARE * on_s):
             return None
         if self.goals.quality is not None and self.curve(step / self.num_steps) < self.goals.quality:
-            limit_s = self.goals.max_latency_s
-            if limit_s is None:
-                return None
+            end_s = on_s + (self.num_steps - self.planned) * self.costs.edge_call_s + self.costs.decode_s
+            if self.goals.max_latency_s is None or now - self.began_s + end_s <= self.goals.max_latency_s:
+                return None  # there is time for the quality that was asked for
         self.reason = f"{what}; {left} steps here save {gain_s:.1f} s"
         return step

@@ -138,6 +138,7 @@ def test_asked_quality_is_not_given_up_for_time() -> None:
 
     assert slow.run(10, advisor_of(COSTS, 10, Goals(quality=0.6)))[1] >= 9
     assert slow.run(10, advisor_of(COSTS, 10, Goals(quality=0.6, max_latency_s=5.0)))[1] < 9
+    assert slow.run(10, advisor_of(COSTS, 10, Goals(quality=0.6, max_latency_s=600.0)))[1] >= 9
 
 
 def test_the_reckoning_can_be_read() -> None:
@@ -147,3 +148,5 @@ def test_the_reckoning_can_be_read() -> None:
 
     assert sum(line.startswith(">") for line in text.splitlines()) == 1
     assert len(text.splitlines()) == 1 + 26 + len(choice.reasons)
+    limited = explain(choose(STEPS, COSTS, Goals(max_cloud_steps=2), CURVE)).splitlines()
+    assert [line.split()[-7] for line in limited[1:4]] == ["25", "24", "23"]

@@ -103,7 +103,8 @@ class _Painter:
                 "bundle with one",
                 field="safety_checker",
             )
-        if self.request.segments and any(stage.place == "cloud" for stage in self.job.stages):
+        in_cloud = [stage for stage in self.job.stages if stage.place == "cloud"]
+        if in_cloud and (self.request.segments or (self.request.private and in_cloud[0].grid.scheduler == "lcm")):
             self._ask_cloud()
         if self.request.resume is None:
             for stage in self.job.stages:
@@ -149,7 +150,7 @@ class _Painter:
         return self.others[stage.model]
 
     def _kind(self, stage: Stage) -> str:
-        return self.kinds.get(stage.model, "cfg") if stage.place == "cloud" else self._edge(stage).guidance
+        return self.kinds.get(stage.model, "cfg") if stage.place == "cloud" else self._edge(stage).manifest.guidance
 
     def _takes_negative(self, stage: Stage) -> bool:
         if stage.place == "cloud":

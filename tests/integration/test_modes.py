@@ -170,6 +170,8 @@ def test_a_consistency_model_takes_no_negative_prompt(bundle: Bundle, models: Mo
         run(ask(model="lcm", mode="cloud"), bundle, models, cloud)
 
     assert np.isfinite(run(ask(**only), bundle, models, cloud).latents).all()
+    private = ask(model="lcm", scheduler="lcm", num_inference_steps=4, cloud_steps=2, private=True)
+    assert run(private, bundle, models, cloud).mode == "hybrid"
 
 
 def test_a_consistency_model_at_the_edge(tmp_path: Path, cloud: Cloud) -> None:

@@ -88,7 +88,8 @@ def load_mask(
     if not 0 <= blur_px <= 256:
         raise _refuse("mask_blur", f"mask_blur is {blur_px}; choose 0 to 256 pixels")
     image = load_image(source, field="mask", keep_alpha=True)
-    grey = ImageOps.invert(image.getchannel("A")) if image.mode == "RGBA" else image.convert("L")
+    has_holes = image.mode == "RGBA" and np.asarray(image.getchannel("A")).min() < 255  # many editors save opaque RGBA
+    grey = ImageOps.invert(image.getchannel("A")) if has_holes else image.convert("L")
     resized = _resize(grey, width, height, how, 0)
     if blur_px:
         resized = resized.filter(ImageFilter.GaussianBlur(blur_px))
@@ -146,7 +147,13 @@ def parse_aspect(text: str) -> float:
         InvalidRequest: FIELD_INVALID if it is none, or more oblong than 8:1.
     """
     width, _, height = text.partition(":")
-    if width.isdigit() and height.isdigit() and int(height) > 0 and 1 / 8 <= int(width) / int(height) <= 8:
+    if (
+        text.isascii()
+        and width.isdigit()
+        and height.isdigit()
+        and int(height) > 0
+        and 1 / 8 <= int(width) / int(height) <= 8
+    ):
         return int(width) / int(height)
     raise _refuse("aspect", f"aspect is {text[:20]!r}; give width:height such as 16:9, at most 8:1")
 

@@ -6,7 +6,7 @@ cloud run this same code, so that a text means the same wherever it is encoded.
     text --parse_weights--> [(fragment, weight)] --tokenize--> ids [n, T], weights [n, T] --run--> embeds [n * T, D]
 
 T is the encoder's `context_length`, of which the begin and end tokens take two; n is the number of chunks, and 1 unless
-a long text is asked to be chunked. The formulas, and what they leave open, are in docs/prompts.md.
+a long text is asked to be chunked. The formulas, and what they leave open, are in docs/modes.md.
 """
 
 import re
@@ -177,19 +177,22 @@ def encode(text: str, options: TextOptions, encoder: Encoder, *, num_chunks: int
 
 
 def _match_brackets(parts: Sequence[re.Match[str]]) -> dict[int, float]:
-    """Returns the factor of each part that begins or ends a pair; a pair may not cross another one."""
+    """Returns the factor of each part that begins or ends a pair; pairs nest, and do not cross."""
     factors: dict[int, float] = {}
     opened: list[int] = []
+    num_open = {"(": 0, "[": 0}
     for index, part in enumerate(parts):
-        if part["bracket"] in ("(", "["):
+        if part["bracket"] in num_open:
             opened.append(index)
+            num_open[part[0]] += 1
         elif part["bracket"] or part["weight"]:
-            opener = "[" if part[0] == "]" else "("
-            at = next((at for at in reversed(range(len(opened))) if parts[opened[at]][0] == opener), None)
-            if at is not None:
-                factor = BRACKET_WEIGHT if opener == "(" else 1 / BRACKET_WEIGHT
-                factors[opened[at]] = factors[index] = float(part["weight"]) if part["weight"] else factor
-                del opened[at:]
+            opener, factor = ("[", 1 / BRACKET_WEIGHT) if part[0] == "]" else ("(", BRACKET_WEIGHT)
+            while num_open[opener]:
+                at = opened.pop()
+                num_open[parts[at][0]] -= 1
+                if parts[at][0] == opener:
+                    factors[at] = factors[index] = float(part["weight"]) if part["weight"] else factor
+                    break
     return factors
 
 

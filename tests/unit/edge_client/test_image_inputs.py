@@ -69,6 +69,8 @@ def test_masks_cover_whole_cells_and_pixels_outside_are_untouched() -> None:
     holes = Image.new("RGBA", (16, 16), (0, 0, 0, 255))
     holes.putpixel((3, 3), (0, 0, 0, 0))
     assert image_inputs.load_mask(png(holes), 16, 16)[0, 3, 3] == 1.0
+    opaque = drawn.convert("RGBA")
+    assert np.array_equal(image_inputs.load_mask(png(opaque), 16, 16), mask)
     assert 0 < image_inputs.load_mask(png(drawn), 16, 16, blur_px=2)[0, 1, 9] < 1
     with pytest.raises(InvalidRequest, match="mask_blur"):
         image_inputs.load_mask(png(drawn), 16, 16, blur_px=-1)
@@ -79,6 +81,6 @@ def test_sizes_follow_shapes() -> None:
     assert image_inputs.size_of_aspect(1.0, 64, 512 * 512) == (512, 512)
     assert image_inputs.size_of_aspect(image_inputs.parse_aspect("16:9"), 64, 512 * 512) == (704, 384)
     assert image_inputs.natural_size(Image.new("RGB", (100, 200)), 64, 512 * 512) == (384, 704)
-    for wrong in ("16x9", "1:0", "100:1", ":"):
+    for wrong in ("16x9", "1:0", "100:1", ":", "²:1"):
         with pytest.raises(InvalidRequest, match="aspect"):
             image_inputs.parse_aspect(wrong)

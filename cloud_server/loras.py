@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 
 from cloud_server.sources import ModelError
+from hybridsd import lora_files
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_BASES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
+_WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,31 +60,32 @@ class LoraSet:
     """The adapters of one model."""
 
     def __init__(self, networks: Sequence[Any], infos: Sequence[LoraInfo]) -> None:
-        """Takes networks with their adapters in them; none acts until `select`."""
+        """Takes networks with their adapters in them, named `lora_0` and so on; none acts until `select`."""
         self.infos = tuple(infos)
+        self._names = {info.name: f"lora_{index}" for index, info in enumerate(infos)}
         self._layers = [
             layer for network in networks for layer in network.modules() if isinstance(layer, BaseTunerLayer)
         ]
         self._selected: tuple[tuple[str, float], ...] | None = None
-        self._scales = {
-            (index, name): float(scale)
-            for index, layer in enumerate(self._layers)
-            for name, scale in layer.scaling.items()
-        }
         self.select(())
 
     def select(self, loras: tuple[tuple[str, float], ...]) -> None:
-        """Lets these adapters act, with their weights, and no others; without any the networks are as they were."""
+        """Lets these adapters act, with their weights, and no others; without any the networks are as they were.
+
+        Raises:
+            KeyError: For a name that is not one of `infos`.
+        """
         if loras == self._selected:
             return
-        weights = dict(loras)
-        for index, layer in enumerate(self._layers):
+        self._selected = None  # until all layers are set
+        weights = {self._names[name]: weight for name, weight in loras}
+        for layer in self._layers:
             names = [name for name in layer.scaling if name in weights]
             layer.enable_adapters(bool(names))
             if names:
                 layer.set_adapter(names, inference_mode=True)
                 for name in names:
-                    layer.scaling[name] = self._scales[index, name] * weights[name]
+                    layer.scaling[name] = weights[name]  # the adapter's own scale is in its weights
         self._selected = loras
 
 
@@ -94,61 +98,72 @@ def install(unet: Any, text_encoders: Sequence[Any], sources: Sequence[LoraSourc
         sources: The adapters.
 
     Raises:
-        ModelError: If a file cannot be read, or was made for another base model.
+        ModelError: If two have one name, or a file cannot be read or does not fit these networks as a whole.
     """
-    infos = []
-    for source in sources:  # with more than one, peft warns that there is more than one
-        before = {id(parameter) for network in (unet, *text_encoders) for parameter in network.parameters()}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-            _load(source, unet, text_encoders)
-        added = [
-            parameter for network in (unet, *text_encoders) for parameter in network.parameters()
-            if id(parameter) not in before
-        ]  # fmt: skip
-        if not added:
-            raise ModelError(f"lora {source.name}: nothing in {source.where} is for this model; give one made for it")
+    twice = [name for name, count in Counter(source.name for source in sources).items() if count > 1]
+    if twice:
+        raise ModelError(f"two loras have the name {twice[0]}; give each its own")
+    networks, infos = (unet, *text_encoders), []
+    for index, source in enumerate(sources):
+        before = {id(parameter) for network in networks for parameter in network.parameters()}
+        try:
+            _load(source, f"lora_{index}", unet, text_encoders)
+        except Exception as error:  # torch, peft and diffusers have many ways to say that layers do not fit
+            text = " ".join(str(error).split())[:400]
+            raise ModelError(
+                f"lora {source.name}: {source.where} does not fit this model: {text}; give one made for it"
+            ) from error
+        added = [p for network in networks for p in network.parameters() if id(p) not in before]
         infos.append(LoraInfo(source.name, sum(parameter.numel() for parameter in added)))
-    for network in (unet, *text_encoders):
+    for network in networks:
         network.requires_grad_(False)
-    return LoraSet([unet, *text_encoders], infos)
+    return LoraSet(networks, infos)
 
 
-def _load(source: LoraSource, unet: Any, text_encoders: Sequence[Any]) -> None:
+def _load(source: LoraSource, name: str, unet: Any, text_encoders: Sequence[Any]) -> None:
+    """Puts an adapter into the networks.
+
+    Raises:
+        ValueError: If the file is no LoRA, or some of its layers are not in these networks.
+    """
     from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
 
-    is_sdxl = len(text_encoders) > 1
-    kind = StableDiffusionXLLoraLoaderMixin if is_sdxl else StableDiffusionLoraLoaderMixin
-    where = Path(source.where)
-    place = (str(where.parent), {"weight_name": where.name}) if where.is_file() else (source.where, {})
-    try:
-        state, alphas = kind.lora_state_dict(place[0], unet_config=unet.config, use_safetensors=True, **place[1])
-    except Exception as error:
-        raise ModelError(f"lora {source.name}: {source.where} cannot be read: {error}") from error
-    _check_width(source, state, int(unet.config.cross_attention_dim))
-    try:
+    kind = StableDiffusionXLLoraLoaderMixin if len(text_encoders) > 1 else StableDiffusionLoraLoaderMixin
+    with safe_open(_find(source), framework="pt") as file:
+        raw = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 -- no mapping
+        given = lora_files.scaled(raw, file.metadata() or {})
+    lora_files.check_width(given, int(unet.config.cross_attention_dim))
+    state, _ = kind.lora_state_dict(dict(given), unet_config=unet.config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant
         if any(key.startswith("unet.") for key in state):
-            kind.load_lora_into_unet(state, network_alphas=alphas, unet=unet, adapter_name=source.name)
+            kind.load_lora_into_unet(state, network_alphas=None, unet=unet, adapter_name=name)
         for index, encoder in enumerate(text_encoders):
             prefix = "text_encoder" if index == 0 else f"text_encoder_{index + 1}"
             if any(key.startswith(f"{prefix}.") for key in state):
                 kind.load_lora_into_text_encoder(
-                    state, network_alphas=alphas, text_encoder=encoder, prefix=prefix, adapter_name=source.name
+                    state, network_alphas=None, text_encoder=encoder, prefix=prefix, adapter_name=name
                 )
-    except Exception as error:  # torch and peft have many ways to say that shapes differ
-        first = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error)[:300])
-        raise ModelError(
-            f"lora {source.name}: {source.where} does not fit this model ({first}); give one made for it"
-        ) from error
+    loaded = sum(
+        isinstance(layer, BaseTunerLayer) and name in layer.scaling
+        for network in (unet, *text_encoders) for layer in network.modules()
+    )  # fmt: skip
+    wanted = lora_files.count_layers(given)
+    if loaded != wanted:
+        raise ValueError(f"only {loaded} of its {wanted} layers are here")
 
 
-def _check_width(source: LoraSource, state: dict[str, Any], width: int) -> None:
-    """Refuses an adapter of another base model, by the width of the text that its cross-attention reads."""
-    for key, value in state.items():
-        is_down = key.endswith(("attn2.to_k.lora_A.weight", "attn2.to_k.lora.down.weight", "attn2.to_k.down.weight"))
-        if is_down and value.shape[1] != width:
-            made_for = _BASES.get(int(value.shape[1]), "another model")
-            raise ModelError(
-                f"lora {source.name}: {key} reads embeddings of {value.shape[1]} features ({made_for}), this model has "
-                f"{width} ({_BASES.get(width, 'of its own kind')}); give one made for it"
-            )
+def _find(source: LoraSource) -> Path:
+    where = Path(source.where)
+    if where.is_file():
+        return where
+    if where.is_dir():
+        files = [where / _WEIGHTS] if (where / _WEIGHTS).is_file() else sorted(where.glob("*.safetensors"))
+        if len(files) != 1:
+            raise ValueError(f"the folder has {len(files)} .safetensors files and no {_WEIGHTS}; name the file")
+        return files[0]
+    if source.where.startswith((".", "/", "~")) or source.where.count("/") != 1:
+        raise ValueError("it is neither a file, nor a folder, nor a hub id such as owner/name")
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(source.where, _WEIGHTS))

@@ -8,7 +8,6 @@ of it would only add delay (Song and Dhariwal, 2023, section 3.2, for consistenc
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -22,8 +21,10 @@ from numpy.typing import NDArray
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from hybridsd import lora_files
 from training.conditioning import Conditioner
 from training.lcm import ConsistencySolver, Loss, consistency_loss
 from training.task import Batch, Task, freeze
@@ -171,39 +172,50 @@ def fuse_files(
         How many layers were changed.
 
     Raises:
-        ValueError: If a file cannot be read, or does not fit the networks.
+        ValueError: If a file cannot be read, or does not fit the networks as a whole.
     """
-    kind = StableDiffusionXLLoraLoaderMixin if len(text_encoders) > 1 else StableDiffusionLoraLoaderMixin
-    names = [f"lora_{index}" for index in range(len(loras))]
-    warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant
-    for name, (path, _) in zip(names, loras, strict=True):
-        where = Path(path)
-        folder, options = (str(where.parent), {"weight_name": where.name}) if where.is_file() else (str(path), {})
+    networks, changed = (unet, *text_encoders), 0
+    for source, weight in loras:
         try:
-            state, alphas = kind.lora_state_dict(folder, unet_config=unet.config, use_safetensors=True, **options)
-            if any(key.startswith("unet.") for key in state):
-                kind.load_lora_into_unet(state, network_alphas=alphas, unet=unet, adapter_name=name)
-            for index, encoder in enumerate(text_encoders):
-                prefix = "text_encoder" if index == 0 else f"text_encoder_{index + 1}"
-                if any(key.startswith(f"{prefix}.") for key in state):
-                    kind.load_lora_into_text_encoder(
-                        state, network_alphas=alphas, text_encoder=encoder, prefix=prefix, adapter_name=name
-                    )
-        except Exception as error:  # torch and peft have many ways to say that shapes differ
-            raise ValueError(f"LoRA {path} does not fit these networks: {str(error)[:400]}") from error
-    weights = dict(zip(names, (weight for _, weight in loras), strict=True))
+            changed += _fuse(unet, text_encoders, Path(source), weight)
+        except Exception as error:  # torch, peft and diffusers have many ways to say that layers do not fit
+            raise ValueError(
+                f"LoRA {source} does not fit these networks: {' '.join(str(error).split())[:400]}"
+            ) from error
+    for network in networks:
+        network.requires_grad_(False)
+    return changed
+
+
+def _fuse(unet: UNet2DConditionModel, text_encoders: Sequence[nn.Module], source: Path, weight: float) -> int:
+    kind = StableDiffusionXLLoraLoaderMixin if len(text_encoders) > 1 else StableDiffusionLoraLoaderMixin
+    path = source if source.is_file() else source / "pytorch_lora_weights.safetensors"
+    with safe_open(path, framework="pt") as file:
+        raw = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 -- no mapping
+        given = lora_files.scaled(raw, file.metadata() or {})
+    lora_files.check_width(given, int(unet.config.cross_attention_dim))
+    state, _ = kind.lora_state_dict(dict(given), unet_config=unet.config)
+    if any(key.startswith("unet.") for key in state):
+        kind.load_lora_into_unet(state, network_alphas=None, unet=unet, adapter_name=ADAPTER)
+    for index, encoder in enumerate(text_encoders):
+        prefix = "text_encoder" if index == 0 else f"text_encoder_{index + 1}"
+        if any(key.startswith(f"{prefix}.") for key in state):
+            kind.load_lora_into_text_encoder(
+                state, network_alphas=None, text_encoder=encoder, prefix=prefix, adapter_name=ADAPTER
+            )
     changed = 0
     for network in (unet, *text_encoders):
-        for path, layer in list(network.named_modules()):
-            if not isinstance(layer, BaseTunerLayer):
-                continue
-            for name in [name for name in layer.scaling if name in weights]:
-                layer.scaling[name] *= weights[name]
-            layer.merge(adapter_names=list(layer.scaling))
-            parent, _, attribute = path.rpartition(".")
-            setattr(network.get_submodule(parent), attribute, layer.get_base_layer())
-            changed += 1
-        network.requires_grad_(False)
-    if loras and not changed:
-        raise ValueError(f"nothing in {', '.join(str(path) for path, _ in loras)} is for these networks")
+        for name, layer in list(network.named_modules()):
+            if isinstance(layer, BaseTunerLayer):
+                layer.scaling[ADAPTER] = weight  # the adapter's own scale is in its weights
+                layer.merge(adapter_names=[ADAPTER])
+                parent, _, attribute = name.rpartition(".")
+                setattr(network.get_submodule(parent), attribute, layer.get_base_layer())
+                changed += 1
+        if hasattr(network, "peft_config"):
+            del network.peft_config
+            network._hf_peft_config_loaded = False
+    wanted = lora_files.count_layers(given)
+    if changed != wanted:
+        raise ValueError(f"only {changed} of its {wanted} layers are here")
     return changed

@@ -15,6 +15,7 @@ from cloud_server.loras import install, parse_source
 from cloud_server.models import load_model
 from cloud_server.sources import ModelError
 from hybridsd.prompting import TextOptions
+from tests import tiny_loras
 from tests.tiny_pipeline import write_tiny_pipeline
 
 CPU = place("cpu", "fp32")
@@ -73,14 +74,14 @@ def test_several_adapters_add_up_and_leave_no_trace(pipeline: Path, tmp_path: Pa
 
 
 def test_an_adapter_of_another_base_is_refused(pipeline: Path, tmp_path: Path) -> None:
-    """Another width of the text says which base it is; other layers or none of ours are refused as well."""
+    """Another width of the text says which base it is; a path that is not there is no adapter."""
     wide = write_tiny_pipeline(tmp_path / "wide", embed_dim=16)
     model = load_model(f"wide={wide}", CPU)
     folder = write_lora(tmp_path / "other", model.denoiser._unet, 3)
 
     with pytest.raises(ModelError, match=r"16 features.*this model has 8"):
         load_model(f"tiny={pipeline}", CPU, loras=[parse_source(f"x={folder}")])
-    with pytest.raises(ModelError, match="cannot be read"):
+    with pytest.raises(ModelError, match="neither a file"):
         load_model(f"tiny={pipeline}", CPU, loras=[parse_source(f"x={tmp_path / 'nowhere'}")])
 
 
@@ -90,4 +91,39 @@ def test_sources_have_one_form(text: str) -> None:
     with pytest.raises(ModelError, match="NAME=PATH"):
         parse_source(text)
     assert parse_source("sd:style=/x/y.safetensors").model == "sd"
-    assert install.__doc__
+
+
+@pytest.mark.parametrize("case", ["peft", "peft-ranks", "kohya", "kohya-alphas", "header"])
+def test_every_format_acts_as_its_numbers_say(case: str, tmp_path: Path) -> None:
+    """Unet and text layers, ranks and alphas that differ from layer to layer: W + weight * alpha / rank * B A."""
+    unet, text = tiny_loras.networks()
+    path, deltas = tiny_loras.write(case, tmp_path / "style.safetensors", unet, text)
+    expected = [tiny_loras.by_hand(network, delta, 0.7) for network, delta in zip((unet, text), deltas, strict=True)]
+    before = tiny_loras.outputs(unet, text)
+    adapters = install(unet, [text], [parse_source(f"v1.5={path}")])  # a dot, which peft's own names cannot have
+
+    assert all(map(torch.equal, tiny_loras.outputs(unet, text), before))
+    adapters.select((("v1.5", 0.7),))
+    for actual, wanted in zip(tiny_loras.outputs(unet, text), tiny_loras.outputs(*expected), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-5)
+    adapters.select(())
+    assert all(map(torch.equal, tiny_loras.outputs(unet, text), before))
+
+
+@pytest.mark.parametrize(("wrong", "says"), tiny_loras.WRONG.items())
+def test_what_does_not_fit_as_a_whole_is_refused(wrong: str, says: str, tmp_path: Path) -> None:
+    """One layer too many, a second text encoder, another kind of adapter or another width: never a part of it."""
+    unet, text = tiny_loras.networks()
+    path = tiny_loras.write_wrong(wrong, tmp_path / "wrong.safetensors", unet, text)
+
+    with pytest.raises(ModelError, match=says):
+        install(unet, [text], [parse_source(f"x={path}")])
+
+
+def test_two_of_one_name_are_refused(tmp_path: Path) -> None:
+    """A name means one adapter."""
+    unet, text = tiny_loras.networks()
+    path, _ = tiny_loras.write("peft", tmp_path / "a.safetensors", unet, text)
+
+    with pytest.raises(ModelError, match="two loras have the name a"):
+        install(unet, [text], [parse_source(f"a={path}")] * 2)

@@ -10,9 +10,10 @@ import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
+from tests import tiny_loras
 from tests.unit.training.tiny_unets import batch, cut_resnet, learn, losses_elsewhere, schedule, tiny_unet, words
 from training.lcm import ConsistencySolver
-from training.lora import LCMLoRATask, add_lora, fuse, load_lora, without_lora
+from training.lora import LCMLoRATask, add_lora, fuse, fuse_files, load_lora, without_lora
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}  # a fused weight is rounded once more
 
@@ -153,3 +154,32 @@ def test_everything_is_computed_where_the_networks_are() -> None:
 
     assert losses_elsewhere(task)["consistency"].is_meta
     assert task.device.type == "meta"
+
+
+@pytest.mark.parametrize("case", ["peft", "peft-ranks", "kohya", "kohya-alphas", "header"])
+def test_fused_files_are_the_weights_with_their_products(case: str, tmp_path: Path) -> None:
+    """Two files fused one after another are both products by hand, and nothing else is left in the networks."""
+    unet, text = tiny_loras.networks()
+    path, deltas = tiny_loras.write(case, tmp_path / "a.safetensors", unet, text)
+    names = set(unet.state_dict())
+    expected = [tiny_loras.by_hand(network, delta, 0.3) for network, delta in zip((unet, text), deltas, strict=True)]
+    before = tiny_loras.outputs(unet, text)
+    changed = fuse_files(unet, [text], [(path, 0.5), (str(path), -0.2)])
+
+    assert changed == 2 * (len(deltas[0]) + len(deltas[1]))
+    assert set(unet.state_dict()) == names
+    after = tiny_loras.outputs(unet, text)
+    for actual, wanted, old in zip(after, tiny_loras.outputs(*expected), before, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-5)
+        assert not torch.allclose(actual, old, atol=1e-3)
+
+
+@pytest.mark.parametrize(("wrong", "says"), tiny_loras.WRONG.items())
+def test_files_that_do_not_fit_as_a_whole_are_not_fused(wrong: str, says: str, tmp_path: Path) -> None:
+    """As the cloud refuses them; a good file beside it does not help."""
+    unet, text = tiny_loras.networks()
+    good, _ = tiny_loras.write("peft", tmp_path / "good.safetensors", unet, text)
+    path = tiny_loras.write_wrong(wrong, tmp_path / "wrong.safetensors", unet, text)
+
+    with pytest.raises(ValueError, match=says):
+        fuse_files(unet, [text], [(good, 1.0), (path, 1.0)])

@@ -1,0 +1,90 @@
+"""LoRA files in the formats of peft, diffusers and kohya: their scales, and what is not one that we can apply.
+
+Works on any library's tensors. Knows names and shapes; nothing of networks, torch or how adapters act.
+
+A layer with rank r is W + alpha / r * B A. kohya writes alpha beside each layer, diffusers into the file's header, and
+many files nowhere: then it is r. `scaled` puts it into B, so that whoever loads the result needs no alpha at all.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+METADATA_KEY = "lora_adapter_metadata"
+_DOWN = ("lora_A.weight", "lora_down.weight", "lora.down.weight", "_lora.down.weight")
+_UP = {"lora_A.weight": "lora_B.weight", "lora_down.weight": "lora_up.weight", "lora.down.weight": "lora.up.weight"}
+_OTHERS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_": "LoHa", "lokr_": "LoKr"}
+_BASES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
+
+
+def count_layers(names: Iterable[str]) -> int:
+    """Returns for how many layers of networks there are adapters."""
+    return sum(name.endswith(_DOWN) for name in names)
+
+
+def scaled(state: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the tensors of a file with every alpha / r multiplied into B, and no alphas.
+
+    Args:
+        state: Tensors by name, as the file has them.
+        metadata: The header of the file; may be empty.
+
+    Raises:
+        ValueError: If it is another kind of adapter, or none.
+    """
+    for name in state:
+        for mark, kind in _OTHERS.items():
+            if mark in name:
+                raise ValueError(f"it is a {kind} ({name}), not a LoRA")
+    if not count_layers(state):
+        raise ValueError("it has no LoRA layers")
+    header = json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else {}
+    result = {name: value for name, value in state.items() if not name.endswith(".alpha")}
+    for name, down in state.items():
+        ending = next((each for each in _UP if name.endswith(each)), None)
+        if ending is None:
+            continue
+        layer, rank = name.removesuffix(ending).rstrip("._"), int(down.shape[0])
+        alpha = float(state[f"{layer}.alpha"]) if f"{layer}.alpha" in state else _alpha_of(header, layer)
+        up = name.removesuffix(ending) + _UP[ending]
+        if up not in state:
+            raise ValueError(f"{name} has no {up} beside it")
+        if alpha is not None and alpha != rank:
+            share = alpha / (math.sqrt(rank) if header.get(f"{_network(layer)}.use_rslora") else rank)
+            result[up] = (state[up].float() * share).to(state[up].dtype)
+    return result
+
+
+def check_width(state: Mapping[str, Any], width: int) -> None:
+    """Refuses an adapter of another base model, by the width of the text that its cross-attention reads.
+
+    Args:
+        state: Tensors by name.
+        width: Of this model.
+
+    Raises:
+        ValueError: Naming the layer, both widths and the bases.
+    """
+    for name, down in state.items():
+        if re.search(r"attn2[._](processor\.)?to_k", name) and name.endswith(_DOWN) and int(down.shape[1]) != width:
+            made_for = _BASES.get(int(down.shape[1]), "another model")
+            raise ValueError(
+                f"{name} reads embeddings of {int(down.shape[1])} features ({made_for}), this model has {width}"
+                f" ({_BASES.get(width, 'of its own kind')})"
+            )
+
+
+def _network(layer: str) -> str:
+    return layer.partition(".")[0]
+
+
+def _alpha_of(header: Mapping[str, Any], layer: str) -> float | None:
+    """Returns the alpha of a layer by diffusers' header; None where it does not say."""
+    network, _, path = layer.partition(".")
+    for pattern, alpha in (header.get(f"{network}.alpha_pattern") or {}).items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", path):
+            return float(alpha)
+    alpha = header.get(f"{network}.lora_alpha")
+    return None if alpha is None else float(alpha)

@@ -19,7 +19,6 @@ from edge_client.remote import Cloud
 from edge_client.request import Request, Resolved, resolve
 from edge_client.split import Advisor, Choice, Costs, Goals, choose, curve_of
 from hybridsd import noise
-from hybridsd.codec import ENCODINGS
 from hybridsd.errors import InvalidRequest, Reason
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -126,7 +125,7 @@ class AutoSplit:
 def choose_split(request: Request, goals: Goals, bundle: Bundle, models: Models, cloud: Cloud) -> AutoSplit:
     """Returns a request with its split chosen: this device is timed on one step and one decode, the cloud asked."""
     job = resolve(request, bundle.manifest)
-    costs, notes = measure(request, job, models, cloud)
+    costs, notes = measure(request, job, bundle, models, cloud)
     if notes.is_away:
         goals_here = replace(goals, max_cloud_steps=0)
         choice = choose(job.num_inference_steps, costs, goals_here, curve_of(bundle.manifest.quality))
@@ -144,8 +143,10 @@ class Notes:
     is_away: bool = False
 
 
-def measure(request: Request, job: Resolved, models: Models, cloud: Cloud) -> tuple[Costs, Notes]:
-    """Returns the times of this device, and what the cloud says of itself."""
+def measure(request: Request, job: Resolved, bundle: Bundle, models: Models, cloud: Cloud) -> tuple[Costs, Notes]:
+    """Returns the times of a step on this device, and of what the cloud says of itself."""
+    plan = bundle.find_plan(job.scheduler, job.num_inference_steps)
+    calls_a_step = 1.0 if plan is None else len(plan.rows) / plan.num_inference_steps  # 2 for Heun
     models.warm_up()
     latents = noise.initial_latents(0, 0, job.latent_shape)
     begin = time.perf_counter()
@@ -153,14 +154,14 @@ def measure(request: Request, job: Resolved, models: Models, cloud: Cloud) -> tu
     text_s = time.perf_counter() - begin
     begin = time.perf_counter()
     models.predict_noise(latents, 500.0, conditioning, guidance_scale=job.guidance_scale)
-    edge_call_s = time.perf_counter() - begin
+    edge_step_s = time.perf_counter() - begin
     begin = time.perf_counter()
     models.decode(latents)
     decode_s = time.perf_counter() - begin
     state_bytes = int(np.prod(job.latent_shape)) * _BYTES[request.codec] * 2  # most solvers carry one array along
-    assert request.codec in ENCODINGS
+    edge_step_s *= calls_a_step
     costs = Costs(
-        cloud_call_s=edge_call_s, edge_call_s=edge_call_s, text_s=text_s, decode_s=decode_s,
+        cloud_step_s=edge_step_s, edge_step_s=edge_step_s, text_s=text_s, decode_s=decode_s,
         bytes_per_s=LINK_BYTES_PER_S, state_bytes=state_bytes,
     )  # fmt: skip
     try:
@@ -168,7 +169,7 @@ def measure(request: Request, job: Resolved, models: Models, cloud: Cloud) -> tu
     except LOST as error:
         return costs, Notes((f"the cloud is away: {error.message}",), is_away=True)
     found = link.capabilities
-    call_s = found.call_s or edge_call_s
+    call_s = calls_a_step * found.call_s or edge_step_s
     ahead = found.num_queued + max(0, found.num_running + 1 - found.max_batch)
     rounds = -(-ahead // found.max_batch)
     queue_s = rounds * job.num_inference_steps * call_s / 2  # on average half-way through theirs
@@ -179,6 +180,6 @@ def measure(request: Request, job: Resolved, models: Models, cloud: Cloud) -> tu
         texts.append("the cloud has not run a step yet, so its step is taken to last as long as one here")
     texts.append(f"the cloud has {found.num_running} jobs running and {found.num_queued} waiting")
     costs = replace(
-        costs, cloud_call_s=call_s, round_trip_s=link.round_trip_s, queue_s=queue_s, bytes_per_s=bytes_per_s
+        costs, cloud_step_s=call_s, round_trip_s=link.round_trip_s, queue_s=queue_s, bytes_per_s=bytes_per_s
     )
     return costs, Notes(tuple(texts))

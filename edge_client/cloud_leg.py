@@ -40,6 +40,9 @@ class Advisor(Protocol):
     reason: str
     """Of the last change, for people."""
 
+    def on_begin(self, now: float) -> None:
+        """Notes when the cloud is asked."""
+
     def on_state(self, step: int, now: float) -> int | None:
         """Returns the step to hand over at, given that the state before `step` is here; None for no change."""
 
@@ -59,8 +62,12 @@ def replay_cloud(
         raise CloudUnreachable(Reason.UNAVAILABLE, "no cloud is configured; give --server host:port, or --mode edge")
     remote = cloud.open(asked)
     run.leg_first, run.leg_cloud_steps = asked.first_step, 0
+    if advisor is not None:
+        advisor.on_begin(time.perf_counter())
     give_up_at = time.monotonic() + RETRY_BUDGET_S
-    deadline = None if request.deadline_s is None else time.monotonic() + request.deadline_s
+    if run.cloud_deadline is None and request.deadline_s is not None:
+        run.cloud_deadline = time.monotonic() + request.deadline_s
+    deadline = run.cloud_deadline
     attempt, reattached, ended, interrupted = 0, False, False, True
     try:
         while not ended:
@@ -116,7 +123,7 @@ def _one_stream(
         if isinstance(event, CloudState):
             if event.call > run.call and run.plan is not None:
                 yield run.record(run.plan, event.call, "cloud", now - last, event.arrays, event.x0_preview)
-                if advisor is not None and not event.is_handoff:
+                if advisor is not None and not event.is_handoff and run.steps[-1].step < run.step:
                     at = advisor.on_state(run.step, now)
         elif isinstance(event, CloudStarted):
             run.follow(event)
@@ -163,7 +170,8 @@ def make_job(
     changes, step = [], run.step
     for before, stage in itertools.pairwise(leg):
         step += before.steps or 0
-        changes.append(ModelChange(step=step, model=stage.model, guidance_scale=stage.guidance_scale))
+        if step < end:
+            changes.append(ModelChange(step=step, model=stage.model, guidance_scale=stage.guidance_scale))
     image = request.image_input
     return Job(
         request_id=request.request_id if run.num_legs == 0 else f"{request.request_id[:60]}-{run.num_legs}",

@@ -82,6 +82,18 @@ def read_extras(
         save_latents_at=options["save_latents_at"],
         overwrite=options["overwrite"],
     )
+    if any(stage.begins_grid for job in resolved for stage in job.stages):
+        for name in ("save_steps", "save_latents"):
+            if options[name] is not None:
+                raise InvalidRequest(
+                    Reason.FIELD_INVALID, f"--{name.replace('_', '-')} holds one step grid; leave it out",
+                    field=name,
+                )  # fmt: skip
+    if extras.save_latents_at is not None and (requests[0].image_input is not None or requests[0].segments):
+        raise InvalidRequest(
+            Reason.FIELD_INVALID, "--save-latents-at keeps no image, mask or segments; leave them out, or it",
+            field="save_latents_at",
+        )  # fmt: skip
     if extras.save_latents is not None:
         if len(requests) > 1:
             raise InvalidRequest(

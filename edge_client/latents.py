@@ -7,6 +7,7 @@ from, with or without a batch axis of 1).
 
 import io
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -65,9 +66,8 @@ def dump(saved: SavedState) -> bytes:
     }
     arrays = {"state": np.stack(saved.state), "latents": saved.state[0]}
     if saved.conditioning is not None:
-        arrays["prompt_embeds"] = saved.conditioning.prompt_embeds
-        if saved.conditioning.negative_prompt_embeds is not None:
-            arrays["negative_prompt_embeds"] = saved.conditioning.negative_prompt_embeds
+        embeddings = {item.name: getattr(saved.conditioning, item.name) for item in fields(Conditioning)}
+        arrays |= {name: array for name, array in embeddings.items() if array is not None}
     stream = io.BytesIO()
     np.savez(stream, head=np.array(json.dumps(head)), plan=np.array(plans.to_json(saved.plan)), **arrays)  # type: ignore[arg-type]
     return stream.getvalue()
@@ -109,14 +109,12 @@ def load(path: Path) -> SavedState | Latents:
         plan = plans.from_json(str(arrays["plan"]))
         if not 0 <= int(head["call"]) <= len(plan.rows):
             raise refuse(f"call is {head['call']}; the plan has {len(plan.rows)} rows")
-        embeds, negative = arrays.get("prompt_embeds"), arrays.get("negative_prompt_embeds")
+        embeddings = {item.name: arrays.get(item.name) for item in fields(Conditioning)}
         return SavedState(
             plan=plan,
             call=int(head["call"]),
             state=tuple(arrays["state"].astype(np.float32)),
-            conditioning=None
-            if embeds is None
-            else Conditioning(prompt_embeds=embeds, negative_prompt_embeds=negative),
+            conditioning=None if embeddings["prompt_embeds"] is None else Conditioning(**embeddings),  # type: ignore[arg-type]
             guidance_scale=float(head["guidance_scale"]),
             seed=int(head["seed"]),
             image_index=int(head["image_index"]),

@@ -106,9 +106,8 @@ class _Painter:
         in_cloud = [stage for stage in self.job.stages if stage.place == "cloud"]
         if in_cloud and (self.request.segments or (self.request.private and in_cloud[0].grid.scheduler == "lcm")):
             self._ask_cloud()
-        if self.request.resume is None:
-            for stage in self.job.stages:
-                self._check_kind(stage)
+        for stage in self.job.stages:
+            self._check_kind(stage)
         if self.request.negative_prompt and self.job.stages and not any(map(self._takes_negative, self.job.stages)):
             raise InvalidRequest(
                 Reason.GUIDANCE_INVALID,
@@ -188,13 +187,15 @@ class _Painter:
             if any(each.place == "edge" for each in pending):  # no daemon: ending inside ONNX Runtime aborts
                 threading.Thread(target=_warm_up, args=(self.models,), name="hybridsd-warm-up").start()
             end = self._end(leg)
+            if end <= run.step:
+                continue  # another grid's steps were fewer than the segments before it asked for
             if run.lost is None:
                 job = make_job(
                     self.request, self.job, run, self.bundle, leg, end=end, takes_negative=takes_negative
                 )  # fmt: skip
                 run.first_call, run.num_legs = run.call, run.num_legs + 1
                 try:
-                    yield from replay_cloud(self.request, run, self.cloud, job, advisor if len(pending) == 1 else None)
+                    yield from replay_cloud(self.request, run, self.cloud, job, advisor if len(pending) <= 1 else None)
                 except LOST as error:
                     if not self.request.fallback:
                         raise
@@ -216,7 +217,7 @@ class _Painter:
         follower = next((each for each in pending if each.place == "edge"), replace(stage, place="edge", model=""))
         rest = replace(follower, grid=stage.grid, begins_grid=False, steps=end - self.run.step)
         if self._kind(rest) == "embedded" and stage.grid.scheduler != "lcm":
-            defaults = self.bundle.manifest.defaults  # it cannot go on with this plan, so it comes in on its own
+            defaults = self._edge(rest).manifest.defaults  # it cannot go on with this plan, so it comes in on its own
             own = Grid(scheduler=defaults.scheduler, num_inference_steps=defaults.num_inference_steps)
             pending[:] = [replace(rest, steps=None, grid=own, begins_grid=True)]
         elif rest.steps:
@@ -231,7 +232,7 @@ class _Painter:
         lost = self.run.lost
         if self.cloud is not None and self.cloud.away is None and lost is None:
             try:
-                return self.cloud.compile_plan("", *wanted)
+                return self.cloud.compile_plan(self._plan_model(), *wanted)
             except LOST as error:
                 lost = error
         try:
@@ -242,6 +243,21 @@ class _Painter:
             raise type(error)(
                 error.reason, f"{error.message} (the cloud is no help: {lost.message})", field=error.field
             ) from lost
+
+    def _plan_model(self) -> str:
+        """Returns a model of the cloud that has the noise schedule and the prediction type of the edge's."""
+        assert self.cloud is not None
+        manifest = self.bundle.manifest
+        served = self.cloud.capabilities().models
+        wanted = (manifest.latent_space, manifest.prediction_type)
+        same = [model.id for model in served if (model.latent_space, model.prediction_type) == wanted]
+        if not same:
+            raise Reason.MODEL_UNKNOWN.error(
+                f"the cloud has no model of latent space {manifest.latent_space} that predicts "
+                f"{manifest.prediction_type}, to compile a plan for; choose {self.bundle.describe_plans()}",
+                field="scheduler",
+            )
+        return self.request.model if self.request.model in same else same[0]
 
     def _enter(self, grid: Grid) -> bool:
         """Brings the latents onto another step grid, at a noise level that it has; False if they are clean."""

@@ -18,7 +18,7 @@ from hybridsd.errors import InvalidRequest, Reason
 from hybridsd.manifest import Manifest
 from hybridsd.noise import MAX_SEED
 from hybridsd.plan import MAX_STEPS, Plan
-from hybridsd.prompting import DEFAULT_TEXT, TextOptions
+from hybridsd.prompting import DEFAULT_TEXT, MAX_CHUNKS, TextOptions
 
 MAX_PROMPT_CHARS = 4000
 MAX_SIZE = 4096
@@ -184,6 +184,9 @@ def resolve(request: Request, manifest: Manifest) -> Resolved:
     width = defaults.width if request.width is None else request.width
     height = defaults.height if request.height is None else request.height
     _check_rest(request, manifest, width, height)
+    if request.segments:  # the first may have a grid of its own
+        scheduler = request.segments[0].scheduler or scheduler
+        steps = request.segments[0].num_inference_steps or steps
     grid = Grid(scheduler=scheduler, num_inference_steps=steps, begin_step=_begin_step(request, steps))
     if request.segments:
         stages = _explicit_stages(request, grid, float(guidance))
@@ -233,7 +236,7 @@ def _resolve_saved(request: Request, saved: SavedState, manifest: Manifest) -> R
             field="load_latents",
         )  # fmt: skip
     embeds, embed_shape = saved.conditioning, (manifest.context_length, manifest.embed_dim)
-    if embeds is not None and embeds.prompt_embeds.shape != embed_shape:
+    if embeds is not None and not _is_chunks(embeds.prompt_embeds.shape, embed_shape):
         raise Reason.MODEL_UNKNOWN.error(
             f"the saved state has embeddings {list(embeds.prompt_embeds.shape)}; bundle {manifest.name} takes "
             f"{list(embed_shape)}: choose another --bundle",
@@ -258,6 +261,11 @@ def _resolve_saved(request: Request, saved: SavedState, manifest: Manifest) -> R
         stages=stages,
         pooled_dim=manifest.pooled_dim,
     )
+
+
+def _is_chunks(shape: tuple[int, ...], chunk: tuple[int, int]) -> bool:
+    """Whether embeddings are a whole number of chunks of text."""
+    return len(shape) == 2 and shape[1] == chunk[1] and shape[0] in {n * chunk[0] for n in range(1, MAX_CHUNKS + 1)}
 
 
 def _check_texts(request: Request) -> None:

@@ -60,6 +60,8 @@ class Run:
     leg_first: int = 0
     """The step that the running part of the cloud began with."""
     leg_cloud_steps: int = 0
+    cloud_deadline: float | None = None
+    """When the cloud must be done with all its parts, in `time.monotonic()` seconds."""
     num_legs: int = 0
     """Parts of the cloud that were begun."""
 

@@ -16,6 +16,8 @@ from hybridsd.errors import HybridSDError, InvalidRequest, Reason
 from hybridsd.plan import MAX_STEPS
 
 MAX_SEGMENTS = 8
+MAX_GRIDS = 4
+"""Each draws noise of its own (`edge_client.run`)."""
 _SEGMENT = re.compile(r"(?P<model>[^:@(),]*):(?P<steps>\d+|\*)@(?P<place>cloud|edge)(?:\((?P<options>[^()]*)\))?")
 _EXAMPLE = "such as large:8@cloud,small:17@edge"
 
@@ -149,23 +151,26 @@ def resolve_segments(segments: tuple[Segment, ...], first: Grid, guidance_scale:
 
     Args:
         segments: One or more.
-        first: The grid to begin with, where the first segment does not say otherwise.
+        first: The grid to begin with; that of the first segment, where it has one.
         guidance_scale: Of segments that do not say.
 
     Raises:
         InvalidRequest: SPLIT_INVALID, saying what does not fit.
     """
     stages: list[Stage] = []
-    grid, left = first, first.num_steps
+    grid, left, num_grids = first, first.num_steps, 1
     for index, segment in enumerate(segments):
-        if segment.begins_grid:
-            steps = segment.num_inference_steps or grid.num_inference_steps
+        if index and segment.begins_grid:
+            num_grids += 1
+            if segment.steps == 0 or num_grids > MAX_GRIDS:
+                raise _refuse(
+                    f"segment {index + 1} begins step grid {num_grids}; give it steps, and at most {MAX_GRIDS}"
+                )
             grid = Grid(
                 scheduler=segment.scheduler or grid.scheduler,
-                num_inference_steps=steps,
-                begin_step=0 if index else min(first.begin_step, steps - 1),
+                num_inference_steps=segment.num_inference_steps or grid.num_inference_steps,
             )
-            if index and left == 0:
+            if left == 0:
                 raise _refuse(f"segment {index + 1} has nothing to do: the one before ends its grid")
             left = grid.num_steps
         is_last_of_grid = index + 1 == len(segments) or segments[index + 1].begins_grid
@@ -187,10 +192,13 @@ def resolve_segments(segments: tuple[Segment, ...], first: Grid, guidance_scale:
                     guidance_scale=guidance_scale if segment.guidance_scale is None else segment.guidance_scale,
                 )
             )  # fmt: skip
-    if left and not any(stage.begins_grid for stage in stages):
-        raise _refuse(f"they make {first.num_steps - left} of {first.num_steps} steps; add {left}, or give --steps")
-    if left and not stages[-1].begins_grid:
-        raise _refuse(f"{left} steps of the last grid are left over; let the last segment take them: MODEL:*@PLACE")
     if not stages:
         raise _refuse("they have no steps at all")
+    if left and num_grids == 1:
+        raise _refuse(f"they make {first.num_steps - left} of {first.num_steps} steps; add {left}, or give --steps")
+    if num_grids > 1 and segments[-1].steps is not None:
+        raise _refuse(
+            f"where the last grid comes in is known only on the way; let segment {len(segments)} take its rest: "
+            "MODEL:*@PLACE"
+        )
     return tuple(stages)

@@ -3,7 +3,7 @@
 Pure: times in, a number and its reasons out. Knows nothing of models, files or the network.
 
 With k of N steps in the cloud a picture takes
-    queue + text + k * cloud_call + wire + (N - k) * edge_call + decode,
+    queue + text + k * cloud_step + wire + (N - k) * edge_step + decode,
 where the wire is one round trip and the bytes of the states at the link's rate, as far as they do not travel while the
 cloud computes the next one. Quality is 0 for a picture of the edge alone and 1 for one of the cloud alone.
 """
@@ -26,8 +26,8 @@ KNEE = 0.25
 class Costs:
     """Measured or advertised times, in seconds, and sizes."""
 
-    cloud_call_s: float
-    edge_call_s: float
+    cloud_step_s: float
+    edge_step_s: float
     queue_s: float = 0.0
     text_s: float = 0.0
     decode_s: float = 0.0
@@ -117,10 +117,10 @@ def predict(cloud_steps: int, num_steps: int, costs: Costs, curve: Curve) -> Est
     travel_s = costs.state_bytes / costs.bytes_per_s
     wire_s = queue_s = cloud_s = 0.0
     if k:
-        queue_s, cloud_s = costs.queue_s, k * costs.cloud_call_s
-        waits_s = max(0.0, travel_s - costs.cloud_call_s) * (k - 1)  # a state travels while the next is computed
+        queue_s, cloud_s = costs.queue_s, k * costs.cloud_step_s
+        waits_s = max(0.0, travel_s - costs.cloud_step_s) * (k - 1)  # a state travels while the next is computed
         wire_s = costs.round_trip_s + travel_s + waits_s
-    edge_s = (num_steps - k) * costs.edge_call_s
+    edge_s = (num_steps - k) * costs.edge_step_s
     total_s = queue_s + costs.text_s + cloud_s + wire_s + edge_s + costs.decode_s
     return Estimate(
         cloud_steps=k, quality=curve(k / num_steps), queue_s=queue_s, cloud_s=cloud_s, wire_s=wire_s, edge_s=edge_s,
@@ -194,9 +194,14 @@ class Advisor:
     curve: Curve
     began_s: float
     reason: str = ""
+    _asked_s: float = 0.0
     _done: int = 0
     _last_s: float = field(default=0.0)
     _recent_s: float = 0.0
+
+    def on_begin(self, now: float) -> None:
+        """Notes when the cloud is asked: what comes before is not its lateness."""
+        self._asked_s = now
 
     def on_state(self, step: int, now: float) -> int | None:
         """Returns the step to hand over at, given that the state before `step` is here; None for no change."""
@@ -217,26 +222,26 @@ class Advisor:
         if self._last_s:
             waited_s = now - self._last_s
             return self._reconsider(
-                now, self._done, max(self._recent_s or self.costs.cloud_call_s, waited_s), 0.0,
+                now, self._done, max(self._recent_s or self.costs.cloud_step_s, waited_s), 0.0,
                 f"nothing has come for {waited_s:.1f} s",
             )  # fmt: skip
-        waited_s = now - self.began_s
-        ahead_s = (position or 0) * self.costs.cloud_call_s * self.planned
+        waited_s = now - self._asked_s
+        ahead_s = (position or 0) * self.costs.cloud_step_s * self.planned
         rest_s = max(waited_s - self.costs.queue_s, ahead_s)  # as long again as it is late already
         what = f"waited {waited_s:.1f} s" + (f", {position} ahead" if position else "")
-        return self._reconsider(now, 0, self.costs.cloud_call_s, rest_s, what)
+        return self._reconsider(now, 0, self.costs.cloud_step_s, rest_s, what)
 
-    def _reconsider(self, now: float, step: int, cloud_call_s: float, wait_s: float, what: str) -> int | None:
+    def _reconsider(self, now: float, step: int, cloud_step_s: float, wait_s: float, what: str) -> int | None:
         """Returns `step` where going on here gains enough and costs no quality that was asked for."""
         left = self.planned - step
-        on_s = wait_s + left * cloud_call_s
-        here_s = left * self.costs.edge_call_s
+        on_s = wait_s + left * cloud_step_s
+        here_s = left * self.costs.edge_step_s
         gain_s = on_s - here_s
-        worse_s = on_s - left * self.costs.cloud_call_s  # than reckoned: a cloud known to be slow was chosen so
+        worse_s = on_s - left * self.costs.cloud_step_s  # than reckoned: a cloud known to be slow was chosen so
         if left <= 0 or min(gain_s, worse_s) < max(GAIN_S, GAIN_SHARE * on_s):
             return None
         if self.goals.quality is not None and self.curve(step / self.num_steps) < self.goals.quality:
-            end_s = on_s + (self.num_steps - self.planned) * self.costs.edge_call_s + self.costs.decode_s
+            end_s = on_s + (self.num_steps - self.planned) * self.costs.edge_step_s + self.costs.decode_s
             if self.goals.max_latency_s is None or now - self.began_s + end_s <= self.goals.max_latency_s:
                 return None  # there is time for the quality that was asked for
         self.reason = f"{what}; {left} steps here save {gain_s:.1f} s"

@@ -12,13 +12,11 @@ solver's state stays float32, where `noise` is.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, cast
 
-import diffusers
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -28,6 +26,7 @@ from hybridsd.plan import Plan, denoise, initial_state
 from hybridsd.plan_compiler import compile_plan
 from hybridsd.schedulers import find
 from training.lcm import guidance_embedding
+from training.plan_table import make_scheduler
 
 DECODED_AT_ONCE = 8  # pictures; on a CPU their activations stay in the cache
 
@@ -47,12 +46,7 @@ def make_plan(base_config: Mapping[str, Any], scheduler: str, steps: int) -> Pla
         scheduler: "dpmpp_2m", "lcm" or another name.
         steps: num_inference_steps.
     """
-    spec = find(scheduler)
-    kind = getattr(diffusers, spec.diffusers_class)
-    known = inspect.signature(kind.__init__).parameters  # what only other classes take would be warned of
-    config = {name: value for name, value in base_config.items() if name in known or name.startswith("_")}
-    made = kind.from_config(config, **spec.overrides)
-    return compile_plan(made, steps, torch.from_numpy, name=spec.name)
+    return compile_plan(make_scheduler(base_config, scheduler), steps, torch.from_numpy, name=find(scheduler).name)
 
 
 def _call(

@@ -11,16 +11,16 @@ import pytest
 from cloud_server.devices import place
 from cloud_server.models import Model, load_model
 from cloud_server.server import CloudServer
-from cloud_server.settings import Settings
 from edge_client.bundle import Bundle, open_bundle
 from edge_client.cache import Cache
-from edge_client.events import Finished, Result
+from edge_client.events import Finished, Result, StepDone
 from edge_client.image_inputs import to_cells
 from edge_client.images import to_u8
+from edge_client.latents import dump, load, saved_state
 from edge_client.onnx_models import Models
 from edge_client.pipeline import generate
 from edge_client.remote import Cloud
-from edge_client.request import CallSkipping, ImageInput, Request
+from edge_client.request import CallSkipping, ImageInput, Request, SavedState
 from edge_client.segments import parse_segments
 from hybridsd import levels, noise
 from hybridsd.errors import HybridSDError, InvalidRequest, Reason
@@ -301,7 +301,61 @@ def test_fewer_states_are_sent_on_request(bundle: Bundle, models: Models, cloud:
     assert last.actual_cloud_steps == 4
 
 
-def test_settings_exist() -> None:
-    """The server takes what the operator says of variants, configurations and adapters."""
-    settings = Settings(models=("x",), variant="fp16", configs=("a=b",), loras=("n=p",))
-    assert (settings.variant, settings.configs, settings.loras) == ("fp16", ("a=b",), ("n=p",))
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a:4@cloud(scheduler=lcm,steps=8),b:5@edge(scheduler=ddim,steps=25)", "take its rest"),
+        ("a:4@cloud(scheduler=lcm,steps=8),b:0@edge(scheduler=ddim,steps=25),c:25@edge", "give it steps"),
+        ("a:3@cloud", "add 3"),
+        ("a:*@cloud,b:1@edge", "none can follow"),
+        ("a:9@cloud", "only 6 are left"),
+        ("a:0@cloud", "no steps"),
+        (",".join("a:1@edge(steps=6)" for _ in range(5)), "at most 4"),
+    ],
+)
+def test_segments_that_do_not_end_are_refused(text: str, says: str, bundle: Bundle, models: Models) -> None:
+    """A picture is never decoded half-way."""
+    with pytest.raises(InvalidRequest, match=says):
+        run(ask(segments=parse_segments(text)), bundle, models, None)
+
+
+def test_a_grid_that_is_entered_late_may_leave_nothing_to_the_next(
+    bundle: Bundle, models: Models, cloud: Cloud
+) -> None:
+    """Segments of a grid that begins below their steps are shortened or left out, and not an error of the cloud."""
+    text = "tiny:3@cloud(scheduler=lcm,steps=4),e:5@edge(scheduler=unipc,steps=8),other:1@cloud,tiny:*@cloud"
+    result = run(ask(segments=parse_segments(text)), bundle, models, cloud)
+    again = "tiny:3@cloud(scheduler=lcm,steps=4),tiny:5@cloud(scheduler=unipc,steps=8),other:*@cloud"
+    other = run(ask(segments=parse_segments(again)), bundle, models, cloud)
+
+    for one in (result, other):
+        assert one.steps[-1].call == len(one.plan.rows)
+        assert np.isfinite(one.latents).all()
+
+
+@pytest.mark.parametrize(("steps", "num_run"), [(4, 2), (8, 4)])
+def test_strength_counts_the_steps_of_the_first_grid(
+    steps: int, num_run: int, bundle: Bundle, models: Models, cloud: Cloud
+) -> None:
+    """Half of the steps of its own grid, whatever the default's are."""
+    image = np.zeros((3, 64, 64), dtype=np.float32)
+    segments = parse_segments(f"e:*@edge(scheduler=euler,steps={steps})")
+    result = run(ask(segments=segments, image_input=ImageInput(image=image, strength=0.5)), bundle, models, cloud)
+
+    assert len(result.steps) == num_run
+    assert (result.scheduler, result.num_inference_steps) == ("euler", num_run)
+
+
+def test_an_sdxl_state_is_saved_whole(tmp_path: Path, cloud: Cloud) -> None:
+    """A state that was saved half-way goes on, from its file, to the same picture."""
+    with edge(tmp_path / "xl", kind="sdxl") as (bundle, models):
+        events = list(generate(ask(model="xl", cloud_steps=3), bundle, models, cloud))
+        result = events[-1].result
+        middle = next(event for event in events if isinstance(event, StepDone) and event.call == 4)
+        path = tmp_path / "state.npz"
+        path.write_bytes(dump(saved_state(result, bundle.manifest.latent_space, middle)))
+        loaded = load(path)
+        assert isinstance(loaded, SavedState)
+        resumed = run(Request(resume=loaded, mode="edge"), bundle, models, None)
+
+    assert np.abs(resumed.latents - result.latents).max() < EXACT

@@ -10,7 +10,7 @@ from hybridsd.manifest import QualityPoint
 STEPS = 25
 CURVE = curve_of([])
 COSTS = Costs(
-    cloud_call_s=0.1, edge_call_s=0.2, queue_s=0.2, text_s=0.05, decode_s=0.1, round_trip_s=0.05, bytes_per_s=1e6,
+    cloud_step_s=0.1, edge_step_s=0.2, queue_s=0.2, text_s=0.05, decode_s=0.1, round_trip_s=0.05, bytes_per_s=1e6,
     state_bytes=32_768,
 )  # fmt: skip
 
@@ -26,24 +26,26 @@ class Simulation:
         costs, now, done = self.costs, self.costs.text_s, 0
         travel_s = costs.state_bytes / costs.bytes_per_s
         if planned:
+            if advisor is not None:
+                advisor.on_begin(now)
             ready = now + costs.queue_s
             computed, arrived = ready, 0.0
             for step in range(1, planned + 1):
                 factor = self.slowdown if step > self.slow_after else 1.0
-                computed += costs.cloud_call_s * factor
+                computed += costs.cloud_step_s * factor
                 arrived = max(computed, arrived) + travel_s if step > 1 else computed + travel_s + costs.round_trip_s
                 while advisor is not None and arrived - now > tick_s:
                     now += tick_s
                     if advisor.on_wait(0, now) is not None:
-                        return now + (STEPS - done) * costs.edge_call_s + costs.decode_s, done
+                        return now + (STEPS - done) * costs.edge_step_s + costs.decode_s, done
                 now, done = arrived, step
                 if advisor is not None and step < planned and advisor.on_state(step, now) is not None:
                     break
-        return now + (STEPS - done) * costs.edge_call_s + costs.decode_s, done
+        return now + (STEPS - done) * costs.edge_step_s + costs.decode_s, done
 
 
 @pytest.mark.parametrize("k", [0, 1, 8, 25])
-@pytest.mark.parametrize("changes", [{}, {"bytes_per_s": 2e5}, {"queue_s": 3.0}, {"edge_call_s": 1.0}])
+@pytest.mark.parametrize("changes", [{}, {"bytes_per_s": 2e5}, {"queue_s": 3.0}, {"edge_step_s": 1.0}])
 def test_the_reckoning_is_what_happens(k: int, changes: dict[str, float]) -> None:
     """The estimate of every split is the simulated time, within a state's journey."""
     costs = replace(COSTS, **changes)
@@ -59,16 +61,16 @@ def test_each_slowness_moves_the_split_its_way() -> None:
     usual = choose(STEPS, COSTS, goals, CURVE).cloud_steps
 
     assert 0 < usual < STEPS or usual == STEPS
-    slow_cloud = replace(COSTS, cloud_call_s=0.25, edge_call_s=0.15)
+    slow_cloud = replace(COSTS, cloud_step_s=0.25, edge_step_s=0.15)
     assert choose(STEPS, slow_cloud, goals, CURVE).cloud_steps < usual
     assert choose(STEPS, replace(slow_cloud, queue_s=1.0), goals, CURVE).cloud_steps < usual
-    slow_link = replace(COSTS, bytes_per_s=1e5, edge_call_s=0.12)
+    slow_link = replace(COSTS, bytes_per_s=1e5, edge_step_s=0.12)
     assert choose(STEPS, slow_link, goals, CURVE).cloud_steps < usual
-    quick_edge, slow_edge = (replace(COSTS, edge_call_s=s, cloud_call_s=0.15) for s in (0.155, 0.6))
+    quick_edge, slow_edge = (replace(COSTS, edge_step_s=s, cloud_step_s=0.15) for s in (0.155, 0.6))
     few = choose(STEPS, quick_edge, Goals(quality=0.5), CURVE)
     many = choose(STEPS, slow_edge, Goals(quality=0.5, max_latency_s=6.0), CURVE)
     assert many.estimate.quality >= few.estimate.quality
-    late = choose(STEPS, replace(COSTS, cloud_call_s=9.0, edge_call_s=9.0), goals, CURVE)
+    late = choose(STEPS, replace(COSTS, cloud_step_s=9.0, edge_step_s=9.0), goals, CURVE)
     assert "fastest" in " ".join(late.reasons)
     assert late.cloud_steps == 0
 
@@ -120,7 +122,7 @@ def test_a_cloud_that_turns_slow_is_left(slowdown: float) -> None:
     assert left_s < stayed_s
     assert "save" in advisor.reason
     assert Simulation(COSTS).run(15, advisor_of(COSTS, 15))[1] == 15
-    known = replace(COSTS, cloud_call_s=0.3, edge_call_s=0.1)  # slower than the edge, but for its quality chosen so
+    known = replace(COSTS, cloud_step_s=0.3, edge_step_s=0.1)  # slower than the edge, but for its quality chosen so
     assert Simulation(known).run(15, advisor_of(known, 15))[1] == 15
 
 

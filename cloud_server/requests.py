@@ -342,16 +342,10 @@ def _one_embedding(embeddings: pb.EmbeddingConditioning, prefix: str, info: Mode
     return Encoded(embeds, pooled=pooled)
 
 
-def conditioning_digest(embeds: tensor_pb2.Tensor, pooled: tensor_pb2.Tensor | None) -> bytes:
-    """Returns the digest of embeddings (docs/protocol.md); with pooled ones that of both digests."""
-    digest = codec.tensor_digest(embeds)
-    return digest if pooled is None else hashlib.sha256(digest + codec.tensor_digest(pooled)).digest()
-
-
 def _sent_digest(embeddings: pb.EmbeddingConditioning, prefix: str) -> bytes:
     pooled = f"{prefix}pooled_prompt_embeds"
     has_pooled = embeddings.HasField(pooled)  # type: ignore[arg-type]
-    return conditioning_digest(
+    return codec.conditioning_digest(
         getattr(embeddings, f"{prefix}prompt_embeds"), getattr(embeddings, pooled) if has_pooled else None
     )
 

@@ -10,7 +10,7 @@ from google.protobuf.duration_pb2 import Duration
 from cloud_server.engine import Load
 from cloud_server.jobs import Encoded, Finished, JobRequest, Latents, Queued, Snapshot, Started
 from cloud_server.models import ModelInfo
-from cloud_server.requests import MAX_PROMPT_CHARS, AnswerStyle, conditioning_digest
+from cloud_server.requests import MAX_PROMPT_CHARS, AnswerStyle
 from hybridsd import codec
 from hybridsd.plan import MAX_STEPS
 from hybridsd.v1 import denoising_service_pb2 as pb
@@ -86,7 +86,7 @@ def _conditioning(encoded: Encoded, style: AnswerStyle, sent_digest: bytes | Non
         return pb.Conditioning(digest=sent_digest)
     tensor = codec.encode_tensor(encoded.embeds, style.encoding)
     pooled = None if encoded.pooled is None else codec.encode_tensor(encoded.pooled, style.encoding)
-    digest = conditioning_digest(tensor, pooled)
+    digest = codec.conditioning_digest(tensor, pooled)
     if digest in style.known_digests:
         return pb.Conditioning(digest=digest)
     return pb.Conditioning(digest=digest, embeds=tensor, pooled=pooled)

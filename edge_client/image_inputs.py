@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 
 from edge_client.arrays import ImageU8
+from edge_client.images import from_u8
 from hybridsd.errors import InvalidRequest, Reason
 
 Fit = Literal["crop", "pad", "stretch"]
@@ -66,8 +67,7 @@ def fit(image: Image.Image, width: int, height: int, how: Fit = "crop") -> NDArr
         how: Cut what sticks out, fill up with grey, or stretch.
     """
     resized = _resize(image.convert("RGB"), width, height, how, (128, 128, 128))
-    array = np.asarray(resized, dtype=np.float32) / np.float32(127.5) - np.float32(1.0)  # [H, W, 3]
-    return np.ascontiguousarray(array.transpose(2, 0, 1))
+    return np.ascontiguousarray(from_u8(np.asarray(resized)))
 
 
 def load_mask(

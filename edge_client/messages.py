@@ -4,7 +4,6 @@ With `edge_client.remote` the only place that sees messages; knows no gRPC. Noth
 plans are checked for size, shape, finite values and digest before anyone else sees them.
 """
 
-import hashlib
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -287,11 +286,7 @@ def _same(one: Conditioning, other: Conditioning) -> bool:
 
 
 def _digest(message: pb.Conditioning) -> bytes:
-    """Returns the digest of embeddings (docs/protocol.md): with pooled ones that of both digests."""
-    digest = codec.tensor_digest(message.embeds)
-    if not message.HasField("pooled"):
-        return digest
-    return hashlib.sha256(digest + codec.tensor_digest(message.pooled)).digest()
+    return codec.conditioning_digest(message.embeds, message.pooled if message.HasField("pooled") else None)
 
 
 def seconds(duration: Duration) -> float:

@@ -18,7 +18,7 @@ from edge_client.networks import Network
 from edge_client.safety import SafetyVerdict
 from edge_client.self_test import Report
 from edge_client.text_encoding import TextEncoders
-from edge_client.unets import Guidance, UNet
+from edge_client.unets import UNet
 from hybridsd import noise
 from hybridsd.errors import HybridSDError, InvalidRequest, ModelMismatch, Reason
 from hybridsd.manifest import Manifest
@@ -67,25 +67,6 @@ class Models:
         self._loaded: dict[str, Network] = {}
         self._texts = TextEncoders(folder, manifest, self._open)
         self._tested = self.choice.is_reference
-        self._guidance: Guidance | None = "embedded" if manifest.guidance == "embedded" else None
-
-    @property
-    def provider(self) -> str:
-        """The short name of what runs the models."""
-        return self.choice.name
-
-    @property
-    def provider_reason(self) -> str:
-        """Why, in words."""
-        return self.choice.reason
-
-    @property
-    def guidance(self) -> Guidance:
-        """How the U-Net is guided; see `unets`. The first look may load it."""
-        if self._guidance is None:
-            self._unet()
-        assert self._guidance is not None
-        return self._guidance
 
     @property
     def takes_negative(self) -> bool:
@@ -207,9 +188,7 @@ class Models:
             return network
 
     def _unet(self) -> UNet:
-        unet = UNet(self._open("unet"), self.manifest)
-        self._guidance = unet.guidance
-        return unet
+        return UNet(self._open("unet"), self.manifest)
 
     def _load(self, role: str, choice: providers.Choice) -> Network:
         """Loads a file by a choice, or by the CPU when it does not start."""

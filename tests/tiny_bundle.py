@@ -281,6 +281,7 @@ def write_bundle(
     more_plans: Mapping[str, Plan] = MappingProxyType({}),
     kind: Kind = "sd",
     prediction_type: str = "epsilon",
+    safety_score: float | None = None,
 ) -> manifests.Manifest:
     """Writes a bundle; returns its manifest. The default picture is 32x32, 6 steps of ddim, 3 of them the cloud's.
 
@@ -293,6 +294,7 @@ def write_bundle(
         more_plans: Beside `default_plans`, by "scheduler/steps".
         kind: What the U-Net takes: text, the guidance too, or the pooled text and sizes of SDXL.
         prediction_type: What the manifest says.
+        safety_score: What a safety checker says of every picture; None leaves it out.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _save_models(folder, seed, cell, kind)
@@ -300,6 +302,22 @@ def write_bundle(
     table = {name: json.loads(plans.to_json(plan)) for name, plan in {**default_plans(), **more_plans}.items()}
     (folder / "plans.json").write_text(json.dumps(table), encoding="utf-8")
     roles = {role: f"{role}.onnx" for role in ("unet", "text_encoder", "vae_decoder", "vae_encoder")}
+    if safety_score is not None:
+        _save(
+            folder, "safety_checker",
+            [
+                helper.make_node("ReduceMean", ["clip_input", "axes123"], ["mean"], keepdims=0),
+                helper.make_node("Mul", ["mean", "zero"], ["nothing"]),
+                helper.make_node("Unsqueeze", ["nothing", "axis1"], ["column"]),
+                helper.make_node("Add", ["column", "said"], ["scores"]),
+            ],
+            [("clip_input", TensorProto.FLOAT, ["B", 3, 224, 224])], ("scores", ["B", 2]),
+            {
+                "axes123": np.array([1, 2, 3]), "axis1": np.array([1]), "zero": np.zeros(1, dtype=np.float32),
+                "said": np.array([[-1.0, safety_score]], dtype=np.float32),
+            },
+        )  # fmt: skip
+        roles["safety_checker"] = "safety_checker.onnx"
     if kind == "sdxl":
         roles["text_encoder_2"] = "text_encoder_2.onnx"
     roles |= {"tokenizer": "tokenizer.json", "plans": "plans.json"}

@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.perceptual import read_weights
 from training.reconstruction import DecoderLoss, Lessons, Turns, learnt_parts
-from training.task import Batch, Group, Task, freeze, trainable
+from training.task import Batch, Group, Task, trainable
 from training.vae import LATENT_CHANNELS
 
 
@@ -118,33 +117,6 @@ class TinyVAETask(Task):
     def save(self, directory: Path) -> None:
         """Saves the diffusers directory."""
         self.tiny.save_pretrained(directory)
-
-
-def load_tiny_vae(directory: Path) -> AutoencoderTiny:
-    """Loads a tiny VAE, frozen, in evaluation mode: a diffusers directory, or TAESD's two files.
-
-    Args:
-        directory: Has config.json and its weights, or `*encoder` and `*decoder` as .safetensors or .pth, such as
-            taesd_encoder.safetensors and taesd_decoder.safetensors.
-
-    Raises:
-        ValueError: If it has neither, or the files are of another architecture.
-    """
-    if (directory / "config.json").is_file():
-        return freeze(cast(AutoencoderTiny, AutoencoderTiny.from_pretrained(directory)))
-    encoder, decoder = (_only(directory, part) for part in ("encoder", "decoder"))
-    return freeze(from_taesd(read_weights(encoder), read_weights(decoder)))
-
-
-def _only(directory: Path, part: str) -> Path:
-    found = sorted(path for suffix in ("safetensors", "pth") for path in directory.glob(f"*{part}.{suffix}"))
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
-        raise ValueError(
-            f"{directory} has no config.json, and not one file *{part}.safetensors or *{part}.pth ({names}); name a"
-            " diffusers directory, or one with TAESD's encoder and decoder"
-        )
-    return found[0]
 
 
 def from_taesd(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor]) -> AutoencoderTiny:

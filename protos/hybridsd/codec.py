@@ -112,6 +112,12 @@ def tensor_digest(message: tensor_pb2.Tensor) -> bytes:
     return hashlib.sha256(b"hybridsd.tensor.v1" + header + scales + message.data).digest()
 
 
+def conditioning_digest(embeds: tensor_pb2.Tensor, pooled: tensor_pb2.Tensor | None) -> bytes:
+    """Returns the digest of embeddings (docs/protocol.md, "Digests"): with pooled ones, that of both digests."""
+    digest = tensor_digest(embeds)
+    return digest if pooled is None else hashlib.sha256(digest + tensor_digest(pooled)).digest()
+
+
 def encode_plan(plan: Plan) -> plan_pb2.Plan:
     """Returns a plan as a message."""
     rows = [

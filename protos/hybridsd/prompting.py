@@ -27,7 +27,6 @@ BRACKET_WEIGHT = 1.1
 """What a pair of round brackets multiplies by, and a pair of square ones divides by."""
 
 LongPrompt = Literal["truncate", "chunk"]
-LONG_PROMPTS: tuple[LongPrompt, ...] = ("truncate", "chunk")
 
 _PARTS = re.compile(
     r"""

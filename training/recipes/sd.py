@@ -34,7 +34,8 @@ from training.scenes import SIZE
 from training.shards import MetadataFilter
 from training.small_vae import SD_SMALL_WIDTHS, SmallVAETask, prune_decoder
 from training.task import Data, Drawn
-from training.tiny_vae import TinyVAETask, load_tiny_vae
+from training.tiny_vae import TinyVAETask
+from training.tiny_vae_layouts import read_tiny_vae
 from training.vae import draw_scenes
 
 log = logging.getLogger(__name__)
@@ -368,7 +369,7 @@ class TinyVAERecipe:
         """Loads the teacher and makes the student."""
         del out
         torch.manual_seed(self.schedule.seed)
-        tiny = AutoencoderTiny() if self.student is None else load_tiny_vae(Path(self.student))
+        tiny = AutoencoderTiny() if self.student is None else read_tiny_vae(Path(self.student))
         lessons, data = self.terms.lessons(self.teacher), self.data.open(self.schedule.seed, VAE_SCALE_FACTOR)
         task = TinyVAETask(
             tiny.requires_grad_(True),

@@ -4,12 +4,13 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from edge_client import cloud_leg, remote
-from edge_client.bundle import Bundle
+from edge_client.bundle import Bundle, open_bundle
 from edge_client.cache import Cache
 from edge_client.events import CloudStarted, Finished, Planned, Queued, Result, Retrying, StepDone, TookOver
 from edge_client.images import parameters, to_u8
@@ -33,7 +34,7 @@ from hybridsd.errors import (
 )
 from hybridsd.plan import denoise, initial_state
 from hybridsd.v1 import denoising_service_pb2 as pb
-from tests.tiny_bundle import CHANNELS, Floats, TinyUNet, make_plan
+from tests.tiny_bundle import CHANNELS, Floats, TinyUNet, make_plan, write_bundle
 from tests.unit.edge_client.fake_cloud import FakeCloud, Running, text_embeds
 
 EXACT = 1e-5
@@ -622,3 +623,23 @@ def test_retries_end_with_their_budget(
 
     assert result.fallback_reason is Reason.QUEUE_FULL
     assert 1 <= len([e for e in events if isinstance(e, Retrying)]) < 10
+
+
+@pytest.mark.parametrize(("score", "flagged"), [(0.1, True), (-0.1, False)])
+def test_the_safety_checker_is_an_explicit_choice(score: float, flagged: bool, tmp_path: Path) -> None:
+    """Off says nothing, report says what it found, blank makes a flagged picture black; each is in the result."""
+    write_bundle(tmp_path, safety_score=score)
+    bundle = open_bundle(tmp_path)
+    models = Models(bundle.folder, bundle.manifest, provider="cpu", threads=1)
+    results = {
+        action: run(replace(REQUEST, mode="edge", cloud_steps=None, safety=action), bundle, models, None)[0]
+        for action in ("off", "report", "blank")
+    }
+
+    assert results["off"].safety.flagged is None
+    for action in ("report", "blank"):
+        assert results[action].safety.flagged is flagged
+        assert results[action].safety.score == pytest.approx(score)
+    assert np.array_equal(results["off"].image_u8, results["report"].image_u8)
+    assert results["off"].image_u8.any()
+    assert results["blank"].image_u8.any() == (not flagged)

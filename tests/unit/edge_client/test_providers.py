@@ -53,7 +53,7 @@ def test_a_wrong_provider_is_not_trusted(bundle: Bundle, tmp_path: Path) -> None
 
     assert np.array_equal(predicted, by_cpu.predict_noise(LATENTS, 9.0, GIVEN, guidance_scale=2.0))
     assert chosen.choice.is_reference
-    assert "differs from the CPU" in chosen.provider_reason
+    assert "differs from the CPU" in chosen.choice.reason
     asked = Models(bundle.folder, bundle.manifest, provider="cuda", threads=1, reports=tmp_path)
     with pytest.raises(InvalidRequest, match=r"tolerance.*--provider cpu"):
         asked.predict_noise(LATENTS, 9.0, GIVEN, guidance_scale=2.0)

@@ -24,7 +24,7 @@ from training.latents import CachedScenes, decode, encode, image_of, load_latent
 from training.pruned_unet import load_unet
 from training.recipes.unet import SCENES_SEED
 from training.scenes import to_model_range
-from training.tiny_vae import load_tiny_vae
+from training.tiny_vae_layouts import read_tiny_vae
 from training.vae import load_vae
 
 
@@ -188,7 +188,7 @@ def test_decoding_undoes_the_scale(family: ToyFamily) -> None:
 
 def test_tiny_vae_speaks_the_same_latents(family: ToyFamily) -> None:
     """Both of its halves have the shapes of the KL VAE's, and its own scaling factor is 1."""
-    tiny = load_tiny_vae(family.folder / "tiny_vae")
+    tiny = read_tiny_vae(family.folder / "tiny_vae")
     with torch.inference_mode():
         latents = tiny.encode(torch.zeros(1, 3, 64, 64)).latents
         images = tiny.decode(latents).sample

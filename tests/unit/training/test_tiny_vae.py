@@ -15,7 +15,8 @@ from training.discriminator import PatchDiscriminator
 from training.perceptual import LaplacianLoss
 from training.reconstruction import DecoderLoss, Lessons, Turns
 from training.task import Batch
-from training.tiny_vae import TinyVAETask, build_tiny_vae, load_tiny_vae
+from training.tiny_vae import TinyVAETask, build_tiny_vae
+from training.tiny_vae_layouts import read_tiny_vae
 from training.vae import build_vae
 
 GAN_TERMS = {"l1", "mse", "gradient", "perceptual", "adversarial"}
@@ -300,7 +301,7 @@ def test_what_is_saved_is_loaded_frozen(tmp_path: Path) -> None:
     """A diffusers directory, usable as it is."""
     task = make_task(judged=True)
     task.save(tmp_path)
-    loaded, latents = load_tiny_vae(tmp_path), torch.randn(1, 4, 4, 4)
+    loaded, latents = read_tiny_vae(tmp_path), torch.randn(1, 4, 4, 4)
 
     assert loaded.config.scaling_factor == 1
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
@@ -350,7 +351,7 @@ def test_raw_taesd_files_are_read(tmp_path: Path, width: int, blocks: int, suffi
     for name, part in (("taesd_encoder", encoder), ("taesd_decoder", decoder)):
         path = tmp_path / f"{name}.{suffix}"
         save_file(part.state_dict(), path) if suffix == "safetensors" else torch.save(part.state_dict(), path)
-    tiny, images, latents = load_tiny_vae(tmp_path), pictures(0, 1), torch.randn(1, 4, 4, 4)
+    tiny, images, latents = read_tiny_vae(tmp_path), pictures(0, 1), torch.randn(1, 4, 4, 4)
 
     with torch.no_grad():
         torch.testing.assert_close(tiny.encode(images).latents, encoder((images + 1) / 2))
@@ -373,10 +374,10 @@ def without(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def test_other_files_are_refused(tmp_path: Path) -> None:
     """An empty folder, a decoder that lacks a layer, and foreign names are errors that say what to name instead."""
     encoder, decoder = raw_taesd(16, 1)
-    with pytest.raises(ValueError, match=r"no config\.json"):
-        load_tiny_vae(tmp_path)
+    with pytest.raises(ValueError, match=r"has no weights"):
+        read_tiny_vae(tmp_path)
     save_file(encoder.state_dict(), tmp_path / "taesd_encoder.safetensors")
     for state in (without(decoder.state_dict(), "3.conv.2."), {"conv_in.weight": torch.zeros(1)}):
         save_file(state, tmp_path / "taesd_decoder.safetensors")
-        with pytest.raises(ValueError, match="not a TAESD encoder and decoder"):
-            load_tiny_vae(tmp_path)
+        with pytest.raises(ValueError, match="TAESD"):
+            read_tiny_vae(tmp_path)

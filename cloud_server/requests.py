@@ -7,33 +7,36 @@ import asyncio
 import hashlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from google.protobuf.duration_pb2 import Duration
 
-from cloud_server.jobs import Encoded, JobRequest, Latents, Skipping, Stage, new_request_id
+from cloud_server.jobs import JobRequest, Latents, Stage, new_request_id
 from cloud_server.models import Model, ModelInfo
+from cloud_server.request_modes import check_solver, read_inpainting, read_loras, read_skipping
+from cloud_server.request_texts import (
+    MAX_MESSAGE_BYTES,
+    check_text_size,
+    read_conditioning,
+    sent_digest,
+    text_options,
+    value_bytes,
+)
 from hybridsd import codec
 from hybridsd.errors import HybridSDError, Reason
 from hybridsd.noise import MAX_SEED
 from hybridsd.plan import MAX_STEPS, Plan
-from hybridsd.prompting import MAX_CHUNKS, TextOptions, parse_weights
 from hybridsd.v1 import denoising_service_pb2 as pb
 from hybridsd.v1 import tensor_pb2
 
-MAX_PROMPT_CHARS = 4000
 MAX_EVERY = 1000
 MAX_IMAGE_INDEX = 65535
 MAX_KNOWN_DIGESTS = 64
 MAX_GRACE_S = 60
-MAX_STATE_BYTES = 4_000_000
 MAX_GUIDANCE = 30.0
 MAX_MODEL_CHANGES = 8
-MAX_LORAS = 8
-MAX_LORA_WEIGHT = 4.0
-DEFAULT_EXTRAPOLATION = 0.3
 _DIGEST_BYTES = 32
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -77,29 +80,26 @@ class RequestReader:
         changes = self._model_changes(request, info, guidance_scale)
         stages = [(info, guidance_scale), *((other, scale) for _, other, scale in changes)]
         is_guided = any(other.guidance == "cfg" and scale > 1.0 for other, scale in stages)
-        prompt, negative_prompt = _conditioning(request, [other for other, _ in stages], is_guided=is_guided)
-        loras = _loras(request, [other for other, _ in stages])
+        prompt, negative_prompt = read_conditioning(request, [other for other, _ in stages], is_guided=is_guided)
+        loras = read_loras(request, [other for other, _ in stages])
         plan, plan_digest = await self._compiled(request.scheduler, request, model)
-        _check_solver([other for other, _ in stages], plan.scheduler)
+        check_solver([other for other, _ in stages], plan.scheduler)
         first_call, handoff_call = _split(request, plan)
         _check_message_size(request, plan, shape)
-        _check_text_size(request, info, num_texts=1 if negative_prompt is None else 2)
+        check_text_size(request, info, num_texts=1 if negative_prompt is None else 2)
         initial_state, initial_latents = _start(request, plan, first_call, shape)
-        known_latents, mask = _inpainting(request, shape)
+        known_latents, mask = read_inpainting(request, shape)
         job = JobRequest(
             request_id=request.request_id or new_request_id(),
             content=_content(request),
             model=info.id,
             prompt=prompt,
             negative_prompt=negative_prompt,
-            text_options=TextOptions(
-                long_prompt="chunk" if request.text.long_prompt == pb.LONG_PROMPT_CHUNK else "truncate",
-                weighting=request.text.prompt_weighting,
-            ),
+            text_options=text_options(request.text),
             guidance_scale=guidance_scale,
             more_stages=tuple(Stage(plan.first_call(step), other.id, scale) for step, other, scale in changes),
             loras=loras,
-            skipping=_skipping(request),
+            skipping=read_skipping(request),
             known_latents=known_latents,
             mask=mask,
             size=size,
@@ -123,8 +123,8 @@ class RequestReader:
             known_digests=frozenset(request.known_digests),
             plan_digest=plan_digest,
             is_plan_sent=request.HasField("plan"),
-            prompt_digest=_sent_digest(embeddings, "") if embeddings else None,
-            negative_prompt_digest=_sent_digest(embeddings, "negative_") if embeddings and guided else None,
+            prompt_digest=sent_digest(embeddings, "") if embeddings else None,
+            negative_prompt_digest=sent_digest(embeddings, "negative_") if embeddings and guided else None,
             resume_call=request.resume_call,
         )
         return job, style
@@ -159,7 +159,7 @@ class RequestReader:
                     field="model_changes.step",
                 )
             before = change.step
-            info = self._model(change.model, "").info if change.model else info
+            info = self._model(change.model, "", field="model_changes.model").info if change.model else info
             for what in ("latent_space", "latent_channels", "vae_scale_factor", "prediction_type"):
                 if getattr(info, what) != getattr(first, what):
                     raise Reason.LATENT_SPACE_MISMATCH.error(
@@ -182,11 +182,11 @@ class RequestReader:
             changes.append((change.step, info, scale))
         return changes
 
-    def _model(self, name: str, latent_space: str) -> Model:
+    def _model(self, name: str, latent_space: str, *, field: str = "model") -> Model:
         model = self._models.get(name) if name else next(iter(self._models.values()))
         if model is None:
             raise Reason.MODEL_UNKNOWN.error(
-                f"model {name[:64]!r} is not served; choose one of {', '.join(self._models)}", field="model"
+                f"model {name[:64]!r} is not served; choose one of {', '.join(self._models)}", field=field
             )
         if latent_space and latent_space != model.info.latent_space:
             raise Reason.LATENT_SPACE_MISMATCH.error(
@@ -255,180 +255,6 @@ def _guidance_scale(request: pb.DenoiseRequest, info: ModelInfo) -> float:
     return scale
 
 
-def _conditioning(
-    request: pb.DenoiseRequest, models: Sequence[ModelInfo], *, is_guided: bool
-) -> tuple[str | Encoded, str | Encoded | None]:
-    """Returns what to draw, and what to draw away from: None where no model takes it."""
-    kind = request.WhichOneof("conditioning")
-    embedded = next((info.id for info in models if info.guidance == "embedded"), None)
-    if kind == "text":
-        return _text(request.text, is_guided=is_guided, embedded=embedded)
-    if kind == "embeddings":
-        return _embeddings(request.embeddings, models, is_guided=is_guided, embedded=embedded)
-    raise Reason.FIELD_INVALID.error("conditioning is not set; set text or embeddings", field="conditioning")
-
-
-def _text(text: pb.TextConditioning, *, is_guided: bool, embedded: str | None) -> tuple[str, str | None]:
-    for field, value in (("text.prompt", text.prompt), ("text.negative_prompt", text.negative_prompt)):
-        if len(value) > MAX_PROMPT_CHARS:
-            raise Reason.PROMPT_TOO_LONG.error(
-                f"{field} has {len(value)} characters; use at most {MAX_PROMPT_CHARS}", field=field
-            )
-        if text.prompt_weighting:
-            try:
-                parse_weights(value)
-            except HybridSDError as error:
-                raise error.reason.error(error.message, field=field) from error
-    if text.long_prompt not in (pb.LONG_PROMPT_UNSPECIFIED, pb.LONG_PROMPT_TRUNCATE, pb.LONG_PROMPT_CHUNK):
-        raise Reason.FIELD_INVALID.error(
-            f"text.long_prompt {text.long_prompt} is unknown; use truncate or chunk", field="text.long_prompt"
-        )
-    if not text.prompt.strip():
-        raise Reason.PROMPT_EMPTY.error("text.prompt is empty; say what to draw", field="text.prompt")
-    if text.negative_prompt and not is_guided:
-        raise _guidance_missing("text.negative_prompt", embedded)
-    return text.prompt, text.negative_prompt if is_guided else None
-
-
-def _embeddings(
-    embeddings: pb.EmbeddingConditioning, models: Sequence[ModelInfo], *, is_guided: bool, embedded: str | None
-) -> tuple[Encoded, Encoded | None]:
-    has_negative = embeddings.HasField("negative_prompt_embeds")
-    if has_negative and not is_guided:
-        raise _guidance_missing("embeddings.negative_prompt_embeds", embedded)
-    if is_guided and not has_negative:
-        raise Reason.GUIDANCE_INVALID.error(
-            "guidance needs embeddings.negative_prompt_embeds; send them, or set guidance_scale to 1",
-            field="embeddings.negative_prompt_embeds",
-        )
-    info = models[0]
-    for other in models:
-        if (other.context_length, other.embed_dim, other.pooled_dim) != (
-            info.context_length, info.embed_dim, info.pooled_dim,
-        ):  # fmt: skip
-            raise Reason.FIELD_INVALID.error(
-                f"models {info.id} and {other.id} take embeddings of other shapes; send text", field="embeddings"
-            )
-    prompt = _one_embedding(embeddings, "", info)
-    if not is_guided:
-        return prompt, None
-    negative = _one_embedding(embeddings, "negative_", info)
-    if negative.embeds.shape != prompt.embeds.shape:
-        raise Reason.TENSOR_INVALID.error(
-            f"embeddings.negative_prompt_embeds is {list(negative.embeds.shape)}, prompt_embeds"
-            f" {list(prompt.embeds.shape)}; send them in one length",
-            field="embeddings.negative_prompt_embeds",
-        )
-    return prompt, negative
-
-
-def _one_embedding(embeddings: pb.EmbeddingConditioning, prefix: str, info: ModelInfo) -> Encoded:
-    name = f"{prefix}prompt_embeds"
-    field, message = f"embeddings.{name}", getattr(embeddings, name)
-    chunks = message.shape[0] // info.context_length if message.shape else 0
-    chunks = min(max(chunks, 1), MAX_CHUNKS)
-    embeds = codec.decode_tensor(message, shape=(chunks * info.context_length, info.embed_dim), field=field)
-    pooled_name = f"{prefix}pooled_prompt_embeds"
-    field = f"embeddings.{pooled_name}"
-    if embeddings.HasField(pooled_name) != bool(info.pooled_dim):  # type: ignore[arg-type]
-        raise Reason.FIELD_INVALID.error(
-            f"model {info.id} takes {'' if info.pooled_dim else 'no '}{field}; "
-            f"{'send it' if info.pooled_dim else 'leave it out'}",
-            field=field,
-        )
-    if not info.pooled_dim:
-        return Encoded(embeds)
-    pooled = codec.decode_tensor(getattr(embeddings, pooled_name), shape=(info.pooled_dim,), field=field)
-    return Encoded(embeds, pooled=pooled)
-
-
-def _sent_digest(embeddings: pb.EmbeddingConditioning, prefix: str) -> bytes:
-    pooled = f"{prefix}pooled_prompt_embeds"
-    has_pooled = embeddings.HasField(pooled)  # type: ignore[arg-type]
-    return codec.conditioning_digest(
-        getattr(embeddings, f"{prefix}prompt_embeds"), getattr(embeddings, pooled) if has_pooled else None
-    )
-
-
-def _loras(request: pb.DenoiseRequest, models: Sequence[ModelInfo]) -> tuple[tuple[str, float], ...]:
-    names = [lora.name for lora in request.loras]
-    if len(names) > MAX_LORAS or len(set(names)) < len(names):
-        raise Reason.FIELD_INVALID.error(
-            f"there are {len(names)} loras; give at most {MAX_LORAS}, each once", field="loras"
-        )
-    loras = []
-    for lora in request.loras:
-        for info in models:
-            offered = [known.name for known in info.loras]
-            if lora.name not in offered:
-                what = f"choose one of {', '.join(offered)}" if offered else "it has none: leave loras out"
-                raise Reason.LORA_UNKNOWN.error(
-                    f"model {info.id} has no lora {lora.name[:64]!r}; {what}", field="loras.name"
-                )
-        weight = lora.weight if lora.HasField("weight") else 1.0
-        if not -MAX_LORA_WEIGHT <= weight <= MAX_LORA_WEIGHT:
-            raise Reason.FIELD_INVALID.error(
-                f"lora {lora.name} has weight {weight}; choose -{MAX_LORA_WEIGHT:g} to {MAX_LORA_WEIGHT:g}",
-                field="loras.weight",
-            )
-        loras.append((lora.name, weight))
-    return tuple(sorted(loras))
-
-
-def _check_solver(models: Sequence[ModelInfo], scheduler: str) -> None:
-    """Refuses solvers that a consistency model's output means nothing to."""
-    for info in models:
-        if info.guidance == "embedded" and scheduler != "lcm":
-            raise Reason.SCHEDULER_UNKNOWN.error(
-                f"model {info.id} is a consistency model and works with scheduler lcm alone, not {scheduler[:64]};"
-                " choose lcm, or another model",
-                field="scheduler.name",
-            )
-
-
-def _inpainting(request: pb.DenoiseRequest, shape: tuple[int, int, int]) -> tuple[Latents | None, Latents | None]:
-    """Returns the latents to keep, and where to draw."""
-    if not request.HasField("inpainting"):
-        return None, None
-    known = codec.decode_tensor(request.inpainting.latents, shape=shape, field="inpainting.latents")
-    mask = codec.decode_tensor(request.inpainting.mask, shape=(1, *shape[1:]), field="inpainting.mask")
-    if mask.min() < 0.0 or mask.max() > 1.0:
-        raise Reason.TENSOR_INVALID.error(
-            f"inpainting.mask has values from {mask.min():.3g} to {mask.max():.3g}; they must be in [0, 1]",
-            field="inpainting.mask",
-        )
-    return known, mask
-
-
-def _skipping(request: pb.DenoiseRequest) -> Skipping | None:
-    if not request.HasField("call_skipping"):
-        return None
-    given = request.call_skipping
-    extrapolation = given.extrapolation if given.HasField("extrapolation") else DEFAULT_EXTRAPOLATION
-    for name, value, low, high in (
-        ("warm_up_calls", given.warm_up_calls, 2, 1000),
-        ("skipped_calls", given.skipped_calls, 1, 8),
-        ("extrapolation", extrapolation, 0.0, 1.0),
-    ):
-        if not low <= value <= high:
-            raise Reason.FIELD_INVALID.error(
-                f"call_skipping.{name} is {value}; choose {low} to {high}", field=f"call_skipping.{name}"
-            )
-    return Skipping(given.warm_up_calls, given.skipped_calls, extrapolation)
-
-
-def _guidance_missing(field: str, embedded: str | None) -> HybridSDError:
-    if embedded is not None:
-        return Reason.GUIDANCE_INVALID.error(
-            f"model {embedded} is a consistency model, which has guidance as an input and no place for {field}; leave"
-            " it out, or choose another model",
-            field=field,
-        )
-    return Reason.GUIDANCE_INVALID.error(
-        f"guidance_scale is 1, so {field} has no effect; leave it out, or raise guidance_scale", field=field
-    )
-
-
 def _plan(spec: pb.SchedulerSpec, request: pb.DenoiseRequest | None, model: Model) -> tuple[Plan, bytes]:
     """Returns the plan and its digest. Takes seconds for the largest plans and for a scheduler's first use.
 
@@ -466,28 +292,12 @@ def _plan(spec: pb.SchedulerSpec, request: pb.DenoiseRequest | None, model: Mode
 def _check_message_size(request: pb.DenoiseRequest, plan: Plan, shape: tuple[int, int, int]) -> None:
     """Refuses what would need a state message above gRPC's default limit of 4 MiB, which the caller could not read."""
     arrays = max(plan.num_arrays(call) for call in range(len(plan.rows) + 1)) + (request.preview_every > 0)
-    value_bytes = {codec.FLOAT32: 4, codec.INT8: 1}.get(request.encoding, 2)
-    size_bytes = arrays * math.prod(shape) * value_bytes
-    if size_bytes > MAX_STATE_BYTES:
+    size_bytes = arrays * math.prod(shape) * value_bytes(request.encoding)
+    if size_bytes > MAX_MESSAGE_BYTES:
         raise Reason.SIZE_INVALID.error(
-            f"a state of {arrays} arrays at this size takes {size_bytes} bytes; at most {MAX_STATE_BYTES} fit into a"
+            f"a state of {arrays} arrays at this size takes {size_bytes} bytes; at most {MAX_MESSAGE_BYTES} fit into a"
             " message: choose a smaller size or encoding",
             field="width",
-        )
-
-
-def _check_text_size(request: pb.DenoiseRequest, info: ModelInfo, *, num_texts: int) -> None:
-    """Refuses a text whose embeddings, in as many chunks as there may be, need a larger message likewise."""
-    if request.text.long_prompt != pb.LONG_PROMPT_CHUNK:
-        return
-    value_bytes = {codec.FLOAT32: 4, codec.INT8: 1}.get(request.encoding, 2)
-    values = MAX_CHUNKS * info.context_length * info.embed_dim + info.pooled_dim
-    size_bytes = num_texts * values * value_bytes
-    if size_bytes > MAX_STATE_BYTES:
-        raise Reason.FIELD_INVALID.error(
-            f"the embeddings of {MAX_CHUNKS} chunks take up to {size_bytes} bytes; at most {MAX_STATE_BYTES} fit into a"
-            " message: choose encoding fp16 or int8",
-            field="encoding",
         )
 
 

@@ -112,9 +112,9 @@ def _time(request: Request, bundle: Any, models: Models, cloud: Cloud | None) ->
     queue_s = max(0.0, queue_s - text_s)  # the cloud counts its text encoder as waiting, too
     phases = {
         "queue_s": queue_s,
-        "text_s": text_s,
+        "text_s": text_s + result.text_s,
         "cloud_steps_s": cloud_s,
-        "wire_s": max(0.0, handed_over - begin - queue_s - text_s - cloud_s) if usage else 0.0,
+        "wire_s": max(0.0, handed_over - begin - queue_s - text_s - result.text_s - cloud_s) if usage else 0.0,
         "edge_steps_s": sum(record.elapsed_s for record in result.steps if record.place == "edge"),
         "decode_s": result.decode_s,
     }

@@ -3,6 +3,7 @@
 Knows the cloud as a function from a job to events; nothing of gRPC, models or pictures.
 """
 
+import hashlib
 import itertools
 import time
 from collections.abc import Iterator, Sequence
@@ -174,7 +175,7 @@ def make_job(
             changes.append(ModelChange(step=step, model=stage.model, guidance_scale=stage.guidance_scale))
     image = request.image_input
     return Job(
-        request_id=request.request_id if run.num_legs == 0 else f"{request.request_id[:60]}-{run.num_legs}",
+        request_id=request.request_id if run.num_legs == 0 else _leg_id(request.request_id, run.num_legs),
         model=first.model,
         latent_space=bundle.manifest.latent_space,
         prompt=request.prompt,
@@ -208,3 +209,10 @@ def make_job(
         mask=None if image is None else image.mask_cells,
         call_skipping=request.call_skipping,
     )
+
+
+def _leg_id(request_id: str, number: int) -> str:
+    """Returns the id of a later part: at most 64 characters, and another one for every request."""
+    if len(request_id) > 56:
+        request_id = hashlib.sha256(request_id.encode()).hexdigest()[:40]
+    return f"{request_id}-{number}"

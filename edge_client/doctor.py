@@ -14,10 +14,11 @@ import click
 import numpy as np
 
 from edge_client import bundle as bundles
+from edge_client import cache, device
 from edge_client.bundle import Bundle
 from edge_client.onnx_models import Models
 from edge_client.options import CONTEXT, model_options, open_cloud, server_options
-from edge_client.providers import openvino_installed
+from edge_client.providers import available_providers, openvino_installed
 from edge_client.remote import Cloud
 from hybridsd import noise
 from hybridsd.errors import HybridSDError
@@ -60,6 +61,7 @@ def doctor(
         if not as_json:
             click.echo(f"{'ok   ' if check.ok else 'WRONG'}  {check.name:<9} {check.detail}")
 
+    note(check_cache(cache.default_folder()))
     bundle: Bundle | None = None
     try:
         bundle = bundles.open_bundle(bundles.locate(bundle_name))
@@ -98,7 +100,9 @@ def check_device(bundle: Bundle, **options: Any) -> Iterator[Check]:
     models.warm_up()  # only now is it known which provider runs them
     asked = options.get("provider")
     started = asked is None or models.choice.by_name
-    yield Check("provider", started, models.choice.describe(), 0 if started else 70)
+    others = ", ".join(sorted(set(available_providers()) - {models.choice.name}))
+    also = f"; also here: {others}" if others else ""
+    yield Check("provider", started, f"{models.choice.describe()}{also}", 0 if started else 70)
     report = models.self_test(fresh=True)
     if report is not None:
         yield Check("self-test", report.ok, report.describe(), 0 if report.ok else 70)
@@ -144,33 +148,30 @@ def _hints(models: Models) -> Iterator[Check]:
     needed = sum(
         file.size_bytes for role, file in models.manifest.files.items() if file.path.endswith((".onnx", ".data"))
     )
-    free = _free_bytes()
-    if free is not None:
-        enough = free > 2 * needed
-        advice = "" if enough else "; use --low-memory, or a bundle of another precision"
-        found = f"{free / 2**20:.0f} MiB are free, the models are {needed / 2**20:.0f} MiB{advice}"
-        yield Check("memory", enough or models.low_memory, found, 70)
-    flags = _cpu_flags()
-    if models.choice.is_reference and flags & {"amx_bf16", "avx512_bf16"}:
+    found = device.look()
+    enough = found.free_bytes > 2 * needed
+    advice = "" if enough else "; use --low-memory, or a bundle of another precision"
+    limited = ", as a container or an affinity allows" if found.is_limited else ""
+    yield Check(
+        "memory", enough or models.low_memory,
+        f"{found.free_bytes / 2**20:.0f} MiB are free, the models are {needed / 2**20:.0f} MiB{advice};"
+        f" {found.num_cores} cores{limited}",
+        70,
+    )  # fmt: skip
+    if models.choice.is_reference and device.cpu_flags() & {"amx_bf16", "avx512_bf16"}:
         how = "--provider openvino computes in bf16, which this CPU has in hardware"
         what = how if openvino_installed() else f"{how}; pip install 'hybridsd[edge,openvino]'"
         yield Check("speed", True, f"{what} (slightly different pictures)")
 
 
-def _free_bytes() -> int | None:
+def check_cache(folder: Path) -> Check:
+    """Looks whether embeddings and findings can be kept: without that pictures cost more bytes and time."""
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return set()
-    return set(next((line.partition(":")[2] for line in text.splitlines() if line.startswith("flags")), "").split())
+        free = device.room(folder)
+    except OSError as error:
+        what = f"{folder} cannot be written ({error.strerror}); set HYBRIDSD_EDGE_CACHE to a folder that can"
+        return Check("cache", False, what, 70)
+    return Check("cache", True, f"{folder}, {free / 2**20:.0f} MiB free on its disk")
 
 
 def check_cloud(cloud: Cloud, bundle: Bundle | None) -> Iterator[Check]:

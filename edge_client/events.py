@@ -202,6 +202,8 @@ class Result:
     """None when the cloud did not get as far as to say."""
     decode_s: float
     elapsed_s: float
+    text_s: float = 0.0
+    """What encoding the texts here took."""
     safety: SafetyReport = SafetyReport()
     loras: tuple[tuple[str, float], ...] = ()
     """Adapters that the cloud applied, with their weights."""

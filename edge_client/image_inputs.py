@@ -48,6 +48,8 @@ def load_image(source: Path | bytes, *, field: str = "image", keep_alpha: bool =
         what = f"unreadable ({error})" if known else "no picture that can be read"
         raise _refuse(field, f"{name} is {what}; give a PNG, JPEG or WebP file") from error
     upright = ImageOps.exif_transpose(opened)
+    if upright.mode.startswith("I"):  # 16 bits of grey, which Pillow's convert() would clip at 255
+        upright = Image.fromarray((np.asarray(upright).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if not upright.has_transparency_data:
         return upright.convert("RGB")
     rgba = upright.convert("RGBA")

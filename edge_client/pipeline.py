@@ -282,7 +282,9 @@ class _Painter:
         return noise.initial_latents(self.request.seed, self.run.picture(self.request), self.job.latent_shape)
 
     def _encode_text(self, *, negative: bool) -> None:
+        begin = time.perf_counter()
         self.run.conditioning, self.run.num_dropped_tokens = encode_text(self.request, self.models, negative=negative)
+        self.run.text_s += time.perf_counter() - begin
 
     def _own_steps(self, stage: Stage) -> Iterator[Event]:
         """Runs the steps of a stage with an edge model."""

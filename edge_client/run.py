@@ -62,6 +62,8 @@ class Run:
     leg_cloud_steps: int = 0
     cloud_deadline: float | None = None
     """When the cloud must be done with all its parts, in `time.monotonic()` seconds."""
+    text_s: float = 0.0
+    """What encoding texts here took."""
     num_legs: int = 0
     """Parts of the cloud that were begun."""
 
@@ -230,6 +232,7 @@ def result(
         received_bytes=run.received_bytes,
         usage=run.usage,
         decode_s=decode_s,
+        text_s=run.text_s,
         safety=safety,
         loras=request.loras if run.model else (),
         stages=tuple(stage.describe() for stage in job.stages),

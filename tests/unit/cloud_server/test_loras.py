@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from cloud_server.devices import place
 from cloud_server.loras import install, parse_source
@@ -52,7 +55,6 @@ def test_several_adapters_add_up_and_leave_no_trace(pipeline: Path, tmp_path: Pa
     model = load_model(f"tiny={pipeline}", CPU, loras=sources)
     by_hand = load_model(f"tiny={pipeline}", CPU)
     weights = (("one", 0.5), ("two", -1.5))
-    from safetensors.torch import load_file
 
     for folder, (_, weight) in zip(folders, weights, strict=True):
         tensors = load_file(folder / "pytorch_lora_weights.safetensors")
@@ -127,3 +129,89 @@ def test_two_of_one_name_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ModelError, match="two loras have the name a"):
         install(unet, [text], [parse_source(f"a={path}")] * 2)
+
+
+def _sdxl_networks() -> tuple[Any, Any, Any]:
+    """Returns a U-Net with SDXL's blocks and both text encoders, narrow."""
+    text = {
+        "vocab_size": 100, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "max_position_embeddings": 12, "projection_dim": 12, "bos_token_id": 98, "eos_token_id": 99, "pad_token_id": 99,
+    }  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(16, 16, 32), layers_per_block=2, norm_num_groups=4, attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=[1, 1, 2], cross_attention_dim=24, use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=36,
+    )  # fmt: skip
+    first = CLIPTextModel(CLIPTextConfig(hidden_size=8, **text))
+    return unet, first, CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=16, **text))
+
+
+_SDXL_KOHYA = {
+    "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q": (
+        0, "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+    ),
+    "lora_unet_input_blocks_8_1_transformer_blocks_1_attn2_to_k": (
+        0, "down_blocks.2.attentions.1.transformer_blocks.1.attn2.to_k",
+    ),
+    "lora_unet_middle_block_1_proj_in": (0, "mid_block.attentions.0.proj_in"),
+    "lora_unet_output_blocks_2_1_transformer_blocks_0_ff_net_0_proj": (
+        0, "up_blocks.0.attentions.2.transformer_blocks.0.ff.net.0.proj",
+    ),
+    "lora_unet_output_blocks_3_1_transformer_blocks_0_attn1_to_out_0": (
+        0, "up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0",
+    ),
+    "lora_te1_text_model_encoder_layers_0_self_attn_out_proj": (1, "encoder.layers.0.self_attn.out_proj"),
+    "lora_te2_text_model_encoder_layers_0_self_attn_out_proj": (2, "encoder.layers.0.self_attn.out_proj"),
+    "lora_te2_text_model_encoder_layers_1_mlp_fc1": (2, "encoder.layers.1.mlp.fc1"),
+}  # fmt: skip
+"""kohya's name of a layer of SDXL, in the block numbers of the original code; where it is here."""
+
+
+def test_kohya_files_of_sdxl_reach_the_layers_that_they_name(tmp_path: Path) -> None:
+    """Block numbers of the original SDXL code and both text encoders: each layer gets its own product."""
+    networks = _sdxl_networks()
+    generator, state, products = torch.Generator().manual_seed(0), {}, []
+    for key, (index, name) in _SDXL_KOHYA.items():
+        (layer,) = [part for path, part in networks[index].named_modules() if path.endswith(name)]
+        down = torch.randn(2, layer.weight.shape[1], generator=generator)
+        up = torch.randn(layer.weight.shape[0], 2, generator=generator)
+        state |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up, f"{key}.alpha": torch.tensor(1.0)}
+        products.append((index, name, 0.5 * up @ down))
+    save_file(state, tmp_path / "style.safetensors")
+    install(networks[0], networks[1:], [parse_source(f"style={tmp_path / 'style.safetensors'}")])
+
+    for index, name, product in products:
+        (layer,) = [part for path, part in networks[index].named_modules() if path.endswith(name)]
+        assert torch.allclose(layer.get_delta_weight("lora_0"), product, atol=1e-6), name
+
+
+def test_a_hub_id_is_fetched_and_a_path_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """owner/name is asked of the hub, in the file name that diffusers writes; ./name never is."""
+    unet, text = tiny_loras.networks()
+    path, _ = tiny_loras.write("peft", tmp_path / "some.safetensors", unet, text)
+    asked: list[tuple[str, str]] = []
+
+    def download(repo: str, name: str) -> str:
+        asked.append((repo, name))
+        return str(path)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    found = install(unet, [text], [parse_source("style=someone/style")])
+
+    assert [info.name for info in found.infos] == ["style"]
+    with pytest.raises(ModelError, match="neither a file"):
+        install(unet, [text], [parse_source("other=./style")])
+    assert asked == [("someone/style", "pytorch_lora_weights.safetensors")]
+
+
+def test_an_adapter_of_the_whole_model_does_not_fit_a_pruned_one(tmp_path: Path) -> None:
+    """Channels that pruning took away cannot be adapted: the file is refused, with the layer's shapes."""
+    unet, text = tiny_loras.networks()
+    path, _ = tiny_loras.write("peft", tmp_path / "style.safetensors", unet, text)
+    layer = unet.mid_block.resnets[0].conv1
+    unet.mid_block.resnets[0].conv1 = torch.nn.Conv2d(layer.in_channels, layer.out_channels // 2, 3, padding=1)
+
+    with pytest.raises(ModelError, match=r"lora style: .* does not fit this model"):
+        install(unet, [text], [parse_source(f"style={path}")])

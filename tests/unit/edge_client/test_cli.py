@@ -527,7 +527,7 @@ def test_doctor_is_content(shell: Shell) -> None:
     lines = shell("doctor").stdout.splitlines()
 
     assert checks["ok"]
-    names = ["bundle", "provider", "plans", "models", "cloud", "pairing"]
+    names = ["cache", "bundle", "provider", "plans", "models", "cloud", "pairing"]
     found = [check["name"] for check in checks["checks"] if check["name"] not in ("memory", "speed")]  # of this machine
     assert found == names
     assert all(line.startswith("ok ") for line in lines)
@@ -546,6 +546,18 @@ def test_doctor_finds_what_is_wrong(
 
     assert len(wrong) == 1
     assert name in wrong[0]
+
+
+def test_doctor_finds_a_cache_that_cannot_be_written(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cache folder that is none is named, with the setting that changes it."""
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("HYBRIDSD_EDGE_CACHE", str(tmp_path / "file" / "cache"))
+
+    (wrong,) = [line for line in shell("doctor", code=70).stdout.splitlines() if line.startswith("WRONG")]
+    assert "cache" in wrong
+    assert "HYBRIDSD_EDGE_CACHE" in wrong
 
 
 def test_doctor_without_a_cloud(shell: Shell, running: Running) -> None:
@@ -672,5 +684,7 @@ def test_bench_says_where_the_time_goes(shell: Shell) -> None:
     assert medians["received_bytes"] > 0
     assert medians["edge_steps_s"] > 0
     shell("bench", "--mode", "edge", "--runs", "1", "-o", "alone.json")
-    assert json.loads((shell.folder / "alone.json").read_text())["medians"]["received_bytes"] == 0
+    alone = json.loads((shell.folder / "alone.json").read_text())["medians"]
+    assert (alone["received_bytes"], alone["cloud_steps_s"]) == (0, 0)
+    assert alone["text_s"] > 0
     shell("bench", "--runs", "1", "-o", "nowhere/x.json", code=2)

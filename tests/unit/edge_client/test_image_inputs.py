@@ -28,6 +28,15 @@ def test_transparent_is_white_and_cameras_are_turned() -> None:
     assert turned.size == (2, 4)
 
 
+def test_grey_of_16_bits_keeps_its_shades() -> None:
+    """The upper 8 bits of a deep grey picture are what is seen, as a picture and as a mask."""
+    deep = Image.fromarray(np.array([[0, 0x4000], [0x8000, 0xFFFF]], dtype=np.uint16))
+    shades = np.array([[0, 0x40], [0x80, 0xFF]])
+
+    assert np.array_equal(np.asarray(image_inputs.load_image(png(deep)))[..., 0], shades)
+    assert np.allclose(image_inputs.load_mask(png(deep), 2, 2)[0] * 255, shades)
+
+
 def test_what_is_no_picture_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Text, other formats, files that are not there and bombs are errors of the field that they came in."""
     stream = io.BytesIO()

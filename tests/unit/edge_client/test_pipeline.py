@@ -19,6 +19,7 @@ from edge_client.onnx_models import Models
 from edge_client.pipeline import generate
 from edge_client.remote import Cloud
 from edge_client.request import Request
+from edge_client.segments import parse_segments
 from hybridsd import noise
 from hybridsd.codec import FLOAT32, encode_plan, encode_tensor, tensor_digest
 from hybridsd.errors import (
@@ -345,6 +346,18 @@ def test_busy_is_asked_again(bundle: Bundle, models: Models, cloud: Cloud, fake:
     assert all(e.delay_s >= fake.busy_delay_s for e in retries)
     assert (result.fallback_reason, result.actual_cloud_steps) == (None, 3)
     assert len({request.request_id for request in fake.requests}) == 1
+
+
+def test_long_ids_stay_apart_in_every_part(bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud) -> None:
+    """Later parts of the cloud have ids of their own, also where two requests differ in their last characters only."""
+    segments = parse_segments("e:2@edge,tiny:1@cloud,e:1@edge,tiny:1@cloud,e:1@edge")
+    for name in ("a", "b"):
+        request = replace(REQUEST, mode="auto", cloud_steps=None, segments=segments, request_id="x" * 63 + name)
+        list(generate(request, bundle, models, cloud))
+    ids = [request.request_id for request in fake.requests]
+
+    assert len(set(ids)) == 4
+    assert max(map(len, ids)) <= 64
 
 
 def test_broken_stream_is_attached_again(bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud) -> None:

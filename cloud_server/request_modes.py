@@ -1,0 +1,97 @@
+"""What a `DenoiseRequest` may ask for beside texts and a plan: adapters, inpainting, skipped calls.
+
+Knows the messages and the models' descriptions. Knows nothing of the engine or the network.
+"""
+
+from collections.abc import Sequence
+
+from cloud_server.jobs import Latents, Skipping
+from cloud_server.models import ModelInfo
+from hybridsd import codec
+from hybridsd.errors import Reason
+from hybridsd.v1 import denoising_service_pb2 as pb
+
+MAX_LORAS = 8
+MAX_LORA_WEIGHT = 4.0
+DEFAULT_EXTRAPOLATION = 0.3
+
+
+def read_loras(request: pb.DenoiseRequest, models: Sequence[ModelInfo]) -> tuple[tuple[str, float], ...]:
+    """Returns names and weights of adapters, by name.
+
+    Raises:
+        HybridSDError: LORA_UNKNOWN where one of the models has none of that name; FIELD_INVALID.
+    """
+    names = [lora.name for lora in request.loras]
+    if len(names) > MAX_LORAS or len(set(names)) < len(names):
+        raise Reason.FIELD_INVALID.error(
+            f"there are {len(names)} loras; give at most {MAX_LORAS}, each once", field="loras"
+        )
+    loras = []
+    for lora in request.loras:
+        for info in models:
+            offered = [known.name for known in info.loras]
+            if lora.name not in offered:
+                what = f"choose one of {', '.join(offered)}" if offered else "it has none: leave loras out"
+                raise Reason.LORA_UNKNOWN.error(
+                    f"model {info.id} has no lora {lora.name[:64]!r}; {what}", field="loras.name"
+                )
+        weight = lora.weight if lora.HasField("weight") else 1.0
+        if not -MAX_LORA_WEIGHT <= weight <= MAX_LORA_WEIGHT:
+            raise Reason.FIELD_INVALID.error(
+                f"lora {lora.name} has weight {weight}; choose -{MAX_LORA_WEIGHT:g} to {MAX_LORA_WEIGHT:g}",
+                field="loras.weight",
+            )
+        loras.append((lora.name, weight))
+    return tuple(sorted(loras))
+
+
+def check_solver(models: Sequence[ModelInfo], scheduler: str) -> None:
+    """Refuses solvers that a consistency model's output means nothing to."""
+    for info in models:
+        if info.guidance == "embedded" and scheduler != "lcm":
+            raise Reason.SCHEDULER_UNKNOWN.error(
+                f"model {info.id} is a consistency model and works with scheduler lcm alone, not {scheduler[:64]};"
+                " choose lcm, or another model",
+                field="scheduler.name",
+            )
+
+
+def read_inpainting(request: pb.DenoiseRequest, shape: tuple[int, int, int]) -> tuple[Latents | None, Latents | None]:
+    """Returns the latents to keep, and where to draw: `[1, height, width]` in [0, 1], 1 where; None without.
+
+    Raises:
+        HybridSDError: TENSOR_INVALID.
+    """
+    if not request.HasField("inpainting"):
+        return None, None
+    known = codec.decode_tensor(request.inpainting.latents, shape=shape, field="inpainting.latents")
+    mask = codec.decode_tensor(request.inpainting.mask, shape=(1, *shape[1:]), field="inpainting.mask")
+    if mask.min() < 0.0 or mask.max() > 1.0:
+        raise Reason.TENSOR_INVALID.error(
+            f"inpainting.mask has values from {mask.min():.3g} to {mask.max():.3g}; they must be in [0, 1]",
+            field="inpainting.mask",
+        )
+    return known, mask
+
+
+def read_skipping(request: pb.DenoiseRequest) -> Skipping | None:
+    """Returns which calls to leave out; None where all are to be computed.
+
+    Raises:
+        HybridSDError: FIELD_INVALID.
+    """
+    if not request.HasField("call_skipping"):
+        return None
+    given = request.call_skipping
+    extrapolation = given.extrapolation if given.HasField("extrapolation") else DEFAULT_EXTRAPOLATION
+    for name, value, low, high in (
+        ("warm_up_calls", given.warm_up_calls, 2, 1000),
+        ("skipped_calls", given.skipped_calls, 1, 8),
+        ("extrapolation", extrapolation, 0.0, 1.0),
+    ):
+        if not low <= value <= high:
+            raise Reason.FIELD_INVALID.error(
+                f"call_skipping.{name} is {value}; choose {low} to {high}", field=f"call_skipping.{name}"
+            )
+    return Skipping(given.warm_up_calls, given.skipped_calls, extrapolation)

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from edge_client.bundle import Bundle
-from edge_client.events import CloudStarted, Event, HandedOver, Queued, Retrying
+from edge_client.events import CloudStarted, Event, HandedOver, Queued, Retrying, Waiting
 from edge_client.remote import Cloud, RemoteJob
-from edge_client.remote_types import CloudState, Job, ModelChange, Waiting
+from edge_client.remote_types import CloudState, Job, ModelChange
 from edge_client.request import Request, Resolved
 from edge_client.run import Run
 from edge_client.segments import Stage
@@ -52,9 +52,17 @@ class Advisor(Protocol):
 
 
 def replay_cloud(
-    request: Request, run: Run, cloud: Cloud | None, asked: Job, advisor: Advisor | None
+    request: Request, run: Run, cloud: Cloud | None, asked: Job, advisor: Advisor | None, tick_s: float | None = None
 ) -> Iterator[Event]:
     """Lets the cloud run its steps; any state that arrives is a point to go on from.
+
+    Args:
+        request: The picture.
+        run: How far it is; goes along.
+        cloud: Where; None is a lost one.
+        asked: What the cloud is asked for.
+        advisor: May shorten it.
+        tick_s: Yields `Waiting` when nothing has come for so long; None never does.
 
     Raises:
         HybridSDError: By the table; LOST where the edge may take over.
@@ -77,7 +85,7 @@ def replay_cloud(
                 if left_s is not None and left_s <= 0:
                     raise CloudTimeout(Reason.DEADLINE_EXCEEDED, f"the cloud was not done after {request.deadline_s} s")
                 held = run.call if run.call > run.first_call else 0
-                yield from _one_stream(run, remote, left_s, held, advisor)
+                yield from _one_stream(run, remote, left_s, held, advisor, tick_s)
                 if run.handed_over:
                     interrupted = False
                     yield HandedOver(
@@ -113,11 +121,16 @@ def replay_cloud(
 
 
 def _one_stream(
-    run: Run, remote: RemoteJob, timeout_s: float | None, held_call: int, advisor: Advisor | None
+    run: Run,
+    remote: RemoteJob,
+    timeout_s: float | None,
+    held_call: int,
+    advisor: Advisor | None,
+    wanted_tick_s: float | None,
 ) -> Iterator[Event]:
     last = time.perf_counter()
     position: int | None = None
-    tick_s = None if advisor is None else TICK_S
+    tick_s = wanted_tick_s if advisor is None else TICK_S
     for event in remote.events(timeout_s=timeout_s, resume_call=held_call, tick_s=tick_s):
         now = time.perf_counter()
         at: int | None = None
@@ -134,6 +147,8 @@ def _one_stream(
             yield event
         elif isinstance(event, Waiting):
             at = None if advisor is None else advisor.on_wait(position, now)
+            if wanted_tick_s is not None:
+                yield event
         else:
             run.add_usage(event)
         if advisor is not None and at is not None and at <= run.step:

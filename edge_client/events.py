@@ -67,6 +67,11 @@ class Queued:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Waiting:
+    """Nothing has come from the cloud for a moment: a good one to cancel."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Retrying:
     """The cloud did not answer well; it is asked again after `delay_s` seconds."""
 
@@ -221,4 +226,4 @@ class Finished:
     result: Result
 
 
-Event = Planned | Queued | Retrying | CloudStarted | StepDone | TookOver | HandedOver | Finished
+Event = Planned | Queued | Waiting | Retrying | CloudStarted | StepDone | TookOver | HandedOver | Finished

@@ -22,7 +22,8 @@ from edge_client.mode_options import mode_options
 from edge_client.onnx_models import Models
 from edge_client.options import CONTEXT, model_options, open_bundle, open_cloud, open_edge_models, server_options
 from edge_client.pipeline import generate as run_pipeline
-from edge_client.progress import Display, choose_display, result_json
+from edge_client.progress import Display, choose_display
+from edge_client.records import result_json
 from edge_client.remote import Cloud
 from edge_client.request import Request, Resolved, resolve
 from edge_client.split import explain

@@ -35,6 +35,7 @@ def generate(
     *,
     others: Mapping[str, Models] = MappingProxyType({}),
     advisor: Advisor | None = None,
+    tick_s: float | None = None,
 ) -> Generator[Event]:
     """Draws one picture and says what happens on the way. Close the generator to cancel.
 
@@ -45,6 +46,7 @@ def generate(
         cloud: Where the cloud's steps run. Needed unless no step is the cloud's.
         others: More edge models, by the name that a segment gives; they share the latent space of `models`.
         advisor: May shorten the cloud's part while it runs.
+        tick_s: Yields `Waiting` when nothing has come from the cloud for so many seconds; None never does.
 
     Yields:
         `Planned`, then what happens, `Finished` last.
@@ -58,7 +60,9 @@ def generate(
     run = Run.start(request, job)
     yield planned(request, job, run)
 
-    painter = _Painter(request=request, job=job, run=run, bundle=bundle, models=models, others=others, cloud=cloud)
+    painter = _Painter(
+        request=request, job=job, run=run, bundle=bundle, models=models, others=others, cloud=cloud, tick_s=tick_s
+    )
     painter.check()
     if request.image_input is not None:
         painter.begin_with_image()
@@ -90,6 +94,7 @@ class _Painter:
     models: Models
     others: Mapping[str, Models]
     cloud: Cloud | None
+    tick_s: float | None = None
     kinds: dict[str, str] = field(default_factory=dict)
     """How each model of the cloud takes guidance, where that was asked; "" is its first."""
 
@@ -195,7 +200,8 @@ class _Painter:
                 )  # fmt: skip
                 run.first_call, run.num_legs = run.call, run.num_legs + 1
                 try:
-                    yield from replay_cloud(self.request, run, self.cloud, job, advisor if len(pending) <= 1 else None)
+                    watched = advisor if len(pending) <= 1 else None
+                    yield from replay_cloud(self.request, run, self.cloud, job, watched, self.tick_s)
                 except LOST as error:
                     if not self.request.fallback:
                         raise

@@ -19,7 +19,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from edge_client.cache import Cache
-from edge_client.events import Usage
+from edge_client.events import Usage, Waiting
 from edge_client.messages import Conversation, seconds
 from edge_client.remote_types import (
     Capabilities,
@@ -28,7 +28,6 @@ from edge_client.remote_types import (
     CloudState,
     Job,
     RemoteFile,
-    Waiting,
     printable,
 )
 from hybridsd import codec

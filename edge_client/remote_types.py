@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_client.arrays import Latents
-from edge_client.events import CloudStarted, Conditioning, Queued, Usage
+from edge_client.events import CloudStarted, Conditioning, Queued, Usage, Waiting
 from edge_client.request import CallSkipping
 from hybridsd.plan import Plan
 from hybridsd.prompting import DEFAULT_TEXT, TextOptions
@@ -29,11 +29,6 @@ class ModelChange:
     step: int
     model: str
     guidance_scale: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Waiting:
-    """Nothing has come for a tick."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

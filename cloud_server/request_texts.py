@@ -79,8 +79,9 @@ def _embeddings(
     embeddings: pb.EmbeddingConditioning, models: Sequence[ModelInfo], *, is_guided: bool, embedded: str | None
 ) -> tuple[Encoded, Encoded | None]:
     has_negative = embeddings.HasField("negative_prompt_embeds")
-    if has_negative and not is_guided:
-        raise _guidance_missing("embeddings.negative_prompt_embeds", embedded)
+    for field in ("negative_prompt_embeds", "negative_pooled_prompt_embeds"):
+        if embeddings.HasField(field) and not is_guided:  # type: ignore[arg-type]
+            raise _guidance_missing(f"embeddings.{field}", embedded)
     if is_guided and not has_negative:
         raise Reason.GUIDANCE_INVALID.error(
             "guidance needs embeddings.negative_prompt_embeds; send them, or set guidance_scale to 1",

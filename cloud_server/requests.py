@@ -284,8 +284,9 @@ def _plan(spec: pb.SchedulerSpec, request: pb.DenoiseRequest | None, model: Mode
     try:
         plan = model.plans.plan(name, num_steps, spec.begin_step)
     except HybridSDError as error:
-        field = {Reason.SCHEDULER_UNKNOWN: "scheduler.name", Reason.STEPS_INVALID: "scheduler.num_inference_steps"}
-        raise error.reason.error(error.message, field=field.get(error.reason, "scheduler")) from error
+        fields = {Reason.SCHEDULER_UNKNOWN: "scheduler.name", Reason.STEPS_INVALID: "scheduler.num_inference_steps"}
+        field = "scheduler.begin_step" if error.field == "begin_step" else fields.get(error.reason, "scheduler")
+        raise error.reason.error(error.message, field=field) from error
     return plan, plan.digest()
 
 

@@ -519,7 +519,8 @@ WRONG_STARTS = [
 @pytest.mark.parametrize(
     ("changes", "reason", "field"),
     [
-        *WRONG_CHANGES, *WRONG_EMBEDDINGS, *WRONG_LORAS, *WRONG_MASKS, *WRONG_SKIPPING, *WRONG_FOR_LCM, *WRONG_TEXTS, *WRONG_STARTS,
+        *WRONG_CHANGES, *WRONG_EMBEDDINGS, *WRONG_LORAS, *WRONG_MASKS, *WRONG_SKIPPING, *WRONG_FOR_LCM, *WRONG_TEXTS,
+        *WRONG_STARTS,
     ],
 )  # fmt: skip
 async def test_a_wrong_mode_is_refused_with_its_reason(

@@ -4,6 +4,7 @@ Knows which file plays which role and which provider may run it. Knows nothing o
 network. Names and shapes: `hybridsd.manifest.Manifest`.
 """
 
+import json
 import math
 import threading
 from pathlib import Path
@@ -224,7 +225,7 @@ class Models:
     def _measure(self) -> Report | None:
         """Compares the provider with the CPU; None when it did not start, and the CPU has taken over."""
         chosen, by_cpu = self.choice, providers.reference("to compare with")
-        reduced = "quantization_report" in self.manifest.files
+        reduced = self._is_reduced()
         latents = noise.initial_latents(0, 0, self._small_latents().shape)
         conditioning = self._small_conditioning()
 
@@ -248,6 +249,17 @@ class Models:
             return None
         tolerance = self_test.tolerance_for(chosen, reduced=reduced)
         return Report(provider=chosen.name, error=error, tolerance=tolerance, failure=failure)
+
+    def _is_reduced(self) -> bool:
+        """Returns whether the files themselves compute in less than float32, as their reports say."""
+        if "quantization_report" in self.manifest.files:
+            return True
+        file = self.manifest.files.get("parity_report")
+        try:
+            entries = [] if file is None else json.loads((self.folder / file.path).read_text(encoding="utf-8"))
+            return any(entry["role"] in self_test.ROLES and entry["precision"] == "fp16" for entry in entries)
+        except (OSError, ValueError, TypeError, KeyError):  # a report is for people; without it float32 is expected
+            return False
 
     def _content(self) -> list[str]:
         """Returns hashes of the files that a self-test is about."""

@@ -44,6 +44,8 @@ class Report:
         """Returns the finding in words, to be read after the provider's name."""
         if self.failure:
             return f"fails to run the models: {self.failure}"
+        if math.isinf(self.error):
+            return "differs from the CPU by inf: one of them gives values that are not finite, or of another shape"
         how = "within" if self.ok else "above"
         return f"differs from the CPU by {self.error:.1e} (relative), {how} the tolerance of {self.tolerance:.0e}"
 
@@ -62,7 +64,7 @@ def compare(run: Callable[[str, bool], NDArray[Any]]) -> float:
 
 def relative_error(actual: NDArray[Any], reference: NDArray[Any]) -> float:
     """Returns |actual - reference| / |reference|, Euclidean; infinite for another shape or values not finite."""
-    if actual.shape != reference.shape or not np.isfinite(actual).all():
+    if actual.shape != reference.shape or not (np.isfinite(actual).all() and np.isfinite(reference).all()):
         return math.inf
     wanted = reference.astype(np.float64)
     size = float(np.linalg.norm(wanted))

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -25,8 +25,10 @@ from hybridsd.plan import Plan, PlanRow
 
 CHANNELS, CONTEXT_LENGTH, EMBED_DIM, CELL = 4, 12, 8, 8
 EMBED_DIM_2, POOLED_DIM = 12, 10
-"""Of the second text encoder of kind "sdxl"."""
-Kind = Literal["sd", "lcm", "sdxl"]
+"""Of the second text encoder of the kinds of SDXL."""
+Kind = Literal["sd", "fused", "lcm", "sdxl", "sdxl-fused", "sdxl-lcm"]
+"""fused computes what sd does and takes both texts and the guidance, lcm takes the guidance; of one seed, sd and fused
+have the same weights, as have sdxl and sdxl-fused."""
 LATENT_SPACE = "tiny-test"
 WORDS = [
     "a",
@@ -144,24 +146,31 @@ def _save_models(folder: Path, seed: int, cell: int, kind: Kind) -> None:
     node, f, i = helper.make_node, TensorProto.FLOAT, TensorProto.INT64
     unet, rng = TinyUNet(seed), np.random.default_rng(1000 + seed)
     latents = ["B", CHANNELS, "h", "w"]
-    width = EMBED_DIM + EMBED_DIM_2 if kind == "sdxl" else EMBED_DIM
+    width = _embed_dim(kind)
     text = np.resize(unet.text, (width, CHANNELS))
     more_nodes, more_inputs, more = _conditions(kind, rng)
+    nodes = [
+        *more_nodes,
+        node("Conv", ["sample", "kernel"], ["convolved"], pads=[1, 1, 1, 1]),
+        node("ReduceMean", ["encoder_hidden_states", "axis1"], ["mean"], keepdims=0),
+        node("MatMul", ["mean", "text"], ["from_text"]),
+        node("Unsqueeze", ["timestep", "axis1"], ["column"]),
+        node("MatMul", ["column", "time"], ["from_time"]),
+        node("Add", ["from_text", "from_time"], ["added_text"]),
+        node("Add", ["added_text", "from_rest"], ["added"]),
+        node("Unsqueeze", ["added", "axes23"], ["spread"]),
+        node("Add", ["convolved", "spread"], ["noise_pred"]),
+    ]
+    inputs: list[Any] = [
+        ("sample", f, latents),
+        ("timestep", f, ["B"]),
+        ("encoder_hidden_states", f, ["B", "T", width]),
+    ]
+    inputs += more_inputs
+    if kind in ("fused", "sdxl-fused"):
+        nodes, inputs, more = _fused(nodes, inputs, more)
     _save(
-        folder, "unet",
-        [
-            *more_nodes,
-            node("Conv", ["sample", "kernel"], ["convolved"], pads=[1, 1, 1, 1]),
-            node("ReduceMean", ["encoder_hidden_states", "axis1"], ["mean"], keepdims=0),
-            node("MatMul", ["mean", "text"], ["from_text"]),
-            node("Unsqueeze", ["timestep", "axis1"], ["column"]),
-            node("MatMul", ["column", "time"], ["from_time"]),
-            node("Add", ["from_text", "from_time"], ["added_text"]),
-            node("Add", ["added_text", "from_rest"], ["added"]),
-            node("Unsqueeze", ["added", "axes23"], ["spread"]),
-            node("Add", ["convolved", "spread"], ["noise_pred"]),
-        ],
-        [("sample", f, latents), ("timestep", f, ["B"]), ("encoder_hidden_states", f, ["B", "T", width]), *more_inputs],
+        folder, "unet", nodes, inputs,
         ("noise_pred", latents),
         {
             **more, "kernel": unet.kernel, "text": text, "time": unet.time,
@@ -173,7 +182,7 @@ def _save_models(folder: Path, seed: int, cell: int, kind: Kind) -> None:
         folder, "text_encoder", [node("Gather", ["table", "input_ids"], ["last_hidden_state"])],
         [("input_ids", i, ["B", "T"])], ("last_hidden_state", ["B", "T", EMBED_DIM]), {"table": table},
     )  # fmt: skip
-    if kind == "sdxl":
+    if _is_sdxl(kind):
         _save_second_text_encoder(folder, rng)
     _save(
         folder, "vae_decoder",
@@ -199,32 +208,79 @@ def _save_models(folder: Path, seed: int, cell: int, kind: Kind) -> None:
     )  # fmt: skip
 
 
-def _conditions(kind: Kind, rng: np.random.Generator) -> tuple[list, list, dict]:
+def _is_sdxl(kind: Kind) -> bool:
+    return kind.startswith("sdxl")
+
+
+def _is_lcm(kind: Kind) -> bool:
+    return kind in ("lcm", "sdxl-lcm")
+
+
+def _embed_dim(kind: Kind) -> int:
+    return EMBED_DIM + EMBED_DIM_2 if _is_sdxl(kind) else EMBED_DIM
+
+
+def _conditions(kind: Kind, rng: np.random.Generator) -> tuple[list[Any], list[Any], dict[str, Any]]:
     """Returns nodes, inputs and constants of what a U-Net takes beside text; "from_rest" is what it adds."""
     node, f = helper.make_node, TensorProto.FLOAT
-    if kind == "lcm":
-        return (
-            [
-                node("Unsqueeze", ["guidance_scale", "axis1"], ["scale"]),
-                node("MatMul", ["scale", "rest"], ["from_rest"]),
-            ],
-            [("guidance_scale", f, ["B"])],
-            {"rest": (rng.normal(size=(1, CHANNELS)) * 0.05).astype(np.float32)},
-        )  # fmt: skip
-    if kind == "sdxl":
-        return (
-            [
-                node("Mul", ["time_ids", "small"], ["sizes"]),
-                node("Concat", ["text_embeds", "sizes"], ["joined"], axis=1),
-                node("MatMul", ["joined", "rest"], ["from_rest"]),
-            ],
-            [("text_embeds", f, ["B", POOLED_DIM]), ("time_ids", f, ["B", 6])],
-            {
-                "rest": (rng.normal(size=(POOLED_DIM + 6, CHANNELS)) * 0.1).astype(np.float32),
-                "small": np.array([0.01], dtype=np.float32),
-            },
-        )
-    return [], [], {"from_rest": np.zeros((1, CHANNELS), dtype=np.float32)}
+    nodes: list[Any] = []
+    inputs: list[Any] = []
+    constants: dict[str, Any] = {}
+    terms: list[str] = []
+    if _is_sdxl(kind):
+        nodes += [
+            node("Mul", ["time_ids", "small"], ["sizes"]),
+            node("Concat", ["text_embeds", "sizes"], ["joined"], axis=1),
+            node("MatMul", ["joined", "rest"], ["from_pooled"]),
+        ]
+        inputs += [("text_embeds", f, ["B", POOLED_DIM]), ("time_ids", f, ["B", 6])]
+        constants["rest"] = (rng.normal(size=(POOLED_DIM + 6, CHANNELS)) * 0.1).astype(np.float32)
+        constants["small"] = np.array([0.01], dtype=np.float32)
+        terms.append("from_pooled")
+    if _is_lcm(kind):
+        nodes += [
+            node("Unsqueeze", ["guidance_scale", "axis1"], ["scale"]),
+            node("MatMul", ["scale", "guide"], ["from_guidance"]),
+        ]
+        inputs.append(("guidance_scale", f, ["B"]))
+        constants["guide"] = (rng.normal(size=(1, CHANNELS)) * 0.05).astype(np.float32)
+        terms.append("from_guidance")
+    if terms:
+        nodes.append(node("Sum", terms, ["from_rest"]))
+    else:
+        constants["from_rest"] = np.zeros((1, CHANNELS), dtype=np.float32)
+    return nodes, inputs, constants
+
+
+def _fused(
+    nodes: list[Any], inputs: list[Any], constants: dict[str, Any]
+) -> tuple[list[Any], list[Any], dict[str, Any]]:
+    """Returns a U-Net of two rows, unconditional first, as one of a row that takes the guidance."""
+    node, f = helper.make_node, TensorProto.FLOAT
+    doubled, both = [], []
+    for name, kind, shape in inputs:
+        first, second = {
+            "encoder_hidden_states": ("negative_prompt_embeds", "prompt_embeds"),
+            "text_embeds": ("negative_text_embeds", "text_embeds"),
+        }.get(name, (name, name))
+        doubled += [(one, kind, shape) for one in dict.fromkeys((first, second))]
+        both.append(node("Concat", [first, second], [f"two_{name}"], axis=0))
+    names = {name: f"two_{name}" for name, _, _ in inputs} | {"noise_pred": "rows"}
+    for each in nodes:
+        each.input[:] = [names.get(name, name) for name in each.input]
+        each.output[:] = [names.get(name, name) for name in each.output]
+    guide = [
+        node("Split", ["rows"], ["unconditional", "conditional"], axis=0, num_outputs=2),
+        node("Sub", ["conditional", "unconditional"], ["difference"]),
+        node("Unsqueeze", ["guidance_scale", "axes123"], ["scale"]),
+        node("Mul", ["scale", "difference"], ["step"]),
+        node("Add", ["unconditional", "step"], ["noise_pred"]),
+    ]
+    return (
+        [*both, *nodes, *guide],
+        [*doubled, ("guidance_scale", f, ["B"])],
+        {**constants, "axes123": np.array([1, 2, 3])},
+    )
 
 
 def _save_second_text_encoder(folder: Path, rng: np.random.Generator) -> None:
@@ -292,7 +348,7 @@ def write_bundle(
         guidance_scale: The default.
         cell: Pixels that a latent cell spans; with `latent_space="tiny"` the default pairs with `tests.tiny_pipeline`.
         more_plans: Beside `default_plans`, by "scheduler/steps".
-        kind: What the U-Net takes: text, the guidance too, or the pooled text and sizes of SDXL.
+        kind: What the U-Net takes: text, both texts and the guidance too, or the pooled text and sizes of SDXL.
         prediction_type: What the manifest says.
         safety_score: What a safety checker says of every picture; None leaves it out.
     """
@@ -318,7 +374,7 @@ def write_bundle(
             },
         )  # fmt: skip
         roles["safety_checker"] = "safety_checker.onnx"
-    if kind == "sdxl":
+    if _is_sdxl(kind):
         roles["text_encoder_2"] = "text_encoder_2.onnx"
     roles |= {"tokenizer": "tokenizer.json", "plans": "plans.json"}
     manifest = manifests.Manifest(
@@ -330,18 +386,18 @@ def write_bundle(
         size_multiple=2 * cell,
         prediction_type=prediction_type,
         context_length=CONTEXT_LENGTH,
-        embed_dim=EMBED_DIM + EMBED_DIM_2 if kind == "sdxl" else EMBED_DIM,
-        guidance="embedded" if kind == "lcm" else "cfg",
-        pooled_dim=POOLED_DIM if kind == "sdxl" else 0,
-        force_zeros_for_empty_prompt=kind == "sdxl",
+        embed_dim=_embed_dim(kind),
+        guidance="embedded" if _is_lcm(kind) else "cfg",
+        pooled_dim=POOLED_DIM if _is_sdxl(kind) else 0,
+        force_zeros_for_empty_prompt=_is_sdxl(kind),
         num_parameters={"unet": CHANNELS * CHANNELS * 9 + EMBED_DIM * CHANNELS + CHANNELS},
         defaults=manifests.Defaults(
-            scheduler="lcm" if kind == "lcm" else "ddim",
-            num_inference_steps=4 if kind == "lcm" else 6,
+            scheduler="lcm" if _is_lcm(kind) else "ddim",
+            num_inference_steps=4 if _is_lcm(kind) else 6,
             guidance_scale=guidance_scale,
             width=32,
             height=32,
-            cloud_steps=2 if kind == "lcm" else 3,
+            cloud_steps=2 if _is_lcm(kind) else 3,
         ),
         files={role: manifests.describe_file(folder, path) for role, path in roles.items()},
         description="Seeded toys for tests; draws nothing that means anything.",

@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
+import torch
 
 from cloud_server.devices import place
+from cloud_server.jobs import Encoded
 from cloud_server.models import Model, load_model
 from cloud_server.server import CloudServer
 from edge_client.bundle import Bundle, open_bundle
 from edge_client.cache import Cache
-from edge_client.events import Finished, Result, StepDone
+from edge_client.events import Conditioning, Finished, Result, StepDone
 from edge_client.image_inputs import to_cells
 from edge_client.images import to_u8
 from edge_client.latents import dump, load, saved_state
@@ -24,11 +27,11 @@ from edge_client.request import CallSkipping, ImageInput, Request, SavedState
 from edge_client.segments import parse_segments
 from hybridsd import levels, noise
 from hybridsd.errors import HybridSDError, InvalidRequest, Reason
-from hybridsd.plan import denoise
+from hybridsd.plan import denoise, initial_state
 from hybridsd.prompting import TextOptions
 from tests.integration.conftest import serving
 from tests.tiny_bundle import write_bundle
-from tests.tiny_pipeline import LATENT_SPACE, write_tiny_pipeline
+from tests.tiny_pipeline import LATENT_SPACE, Kind, write_tiny_pipeline
 
 EXACT = 1e-4
 RNG = np.random.default_rng(2)
@@ -37,8 +40,12 @@ RNG = np.random.default_rng(2)
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CloudServer]:
     """One server with models of every kind; "tiny" and "other" share a latent space with the plain edge."""
-    folder, models = tmp_path_factory.mktemp("kinds"), {}
-    for name, kind in (("tiny", "sd1"), ("other", "sd1"), ("lcm", "lcm"), ("v", "sd2"), ("xl", "sdxl")):
+    folder = tmp_path_factory.mktemp("kinds")
+    models: dict[str, Model] = {}
+    kinds: dict[str, Kind] = {
+        "tiny": "sd1", "other": "sd1", "lcm": "lcm", "v": "sd2", "xl": "sdxl", "xl-lcm": "sdxl-lcm",
+    }  # fmt: skip
+    for name, kind in kinds.items():
         where = write_tiny_pipeline(folder / name, kind=kind, seed=len(models))
         models[name] = load_model(f"{name}={where}", place("cpu", "fp32"))
     with serving(models) as server:
@@ -115,15 +122,11 @@ def test_segments_in_any_order_are_one_run(
 
 
 def cloud_conditioning(model: Model) -> Any:
-    from edge_client.events import Conditioning
-
     prompt, negative = (model.denoiser.encode(text, TextOptions()).embeds for text in ("a fox", ""))
     return Conditioning(prompt_embeds=prompt, negative_prompt_embeds=negative)
 
 
 def predict_there(model: Model, sample: np.ndarray, timestep: float, guidance: float) -> np.ndarray:
-    import torch
-
     texts = ("", "a fox") if guidance > 1 else ("a fox",)
     rows = [model.denoiser.encode(text, TextOptions()) for text in texts]
     conditions = model.denoiser.conditions(rows, size=(64, 64), guidance_scale=guidance)
@@ -188,6 +191,78 @@ def test_a_consistency_model_at_the_edge(tmp_path: Path, cloud: Cloud) -> None:
 
     assert hybrid.actual_cloud_steps == 2
     assert not np.array_equal(alone.latents, stronger.latents)
+
+
+def conditioning_of(model: Model) -> Conditioning:
+    """Returns what the cloud sends of the texts; nothing negative of a consistency model."""
+    prompt, negative = (model.denoiser.encode(text, TextOptions()) for text in ("a fox", ""))
+    is_guided = model.denoiser.guidance == "cfg"
+    return Conditioning(
+        prompt_embeds=prompt.embeds,
+        negative_prompt_embeds=negative.embeds if is_guided else None,
+        pooled_prompt_embeds=prompt.pooled,
+        negative_pooled_prompt_embeds=negative.pooled if is_guided else None,
+    )
+
+
+def one_process(model: Model, unet: Path, conditioning: Conditioning, request: Request) -> np.ndarray:
+    """Returns the final latents of both U-Nets here, the cloud's first, told the same by hand; of 64x96 pixels."""
+    assert request.scheduler is not None
+    assert request.num_inference_steps is not None
+    assert request.cloud_steps is not None
+    assert request.guidance_scale is not None
+    plan, guidance = model.plans.plan(request.scheduler, request.num_inference_steps), request.guidance_scale
+    rows, shape = [Encoded(conditioning.prompt_embeds, pooled=conditioning.pooled_prompt_embeds)], (4, 12, 8)
+    if conditioning.negative_prompt_embeds is not None:
+        negative = conditioning.negative_prompt_embeds
+        rows.insert(0, Encoded(negative, pooled=conditioning.negative_pooled_prompt_embeds))
+    conditions = model.denoiser.conditions(rows, size=(64, 96), guidance_scale=guidance)
+    session = ort.InferenceSession(str(unet), providers=["CPUExecutionProvider"])
+    told = {
+        "encoder_hidden_states": [row.embeds for row in rows],
+        "text_embeds": [row.pooled for row in rows],
+        "time_ids": [[96, 64, 0, 0, 96, 64]] * len(rows),
+        "guidance_scale": [guidance] * len(rows),
+    }
+    taken = {value.name for value in session.get_inputs()} & set(told)
+    fed = {name: np.array(told[name], dtype=np.float32) for name in taken}
+    first_of_edge, calls = plan.first_call(request.cloud_steps), iter(range(len(plan.rows)))
+
+    def predict(sample: np.ndarray, timestep: float) -> np.ndarray:
+        samples = np.stack([sample.astype(np.float32)] * len(rows))
+        times = np.full(len(rows), timestep, dtype=np.float32)
+        if next(calls) >= first_of_edge:
+            made: np.ndarray = session.run(None, {"sample": samples, "timestep": times, **fed})[0]
+        else:
+            with torch.inference_mode():
+                made = model.denoiser.predict(torch.from_numpy(samples), torch.from_numpy(times), conditions).numpy()
+        return made[0] if len(rows) == 1 else made[0] + np.float32(guidance) * (made[1] - made[0])
+
+    state = initial_state(plan, noise.initial_latents(request.seed, 0, shape))
+    *_, last = denoise(plan, state, predict, lambda call: noise.call_noise(request.seed, 0, call, shape))
+    latents: np.ndarray = last.state[0]
+    return latents
+
+
+@pytest.mark.parametrize("private", [False, True])
+@pytest.mark.parametrize("cloud_steps", [1, 3])
+@pytest.mark.parametrize(("model", "kind"), [("xl", "sdxl"), ("lcm", "lcm"), ("xl-lcm", "sdxl-lcm")])
+def test_models_of_a_kind_in_two_places_are_one_run(
+    model: str, kind: str, cloud_steps: int, private: bool, tmp_path: Path, cloud: Cloud, served: CloudServer
+) -> None:
+    """Pooled text, sizes and an embedded guidance mean the same in both places, whoever encodes the text."""
+    grid = ("lcm", 4) if "lcm" in kind else ("ddim", 6)
+    request = ask(
+        model=model, scheduler=grid[0], num_inference_steps=grid[1], cloud_steps=cloud_steps, private=private, height=96
+    )  # fmt: skip
+    with edge(tmp_path / "edge", kind=kind) as (bundle, models):
+        result = run(request, bundle, models, cloud)
+        given = models.encode_pair("a fox", None if "lcm" in kind else "")[0] if private else None
+        there = served.loaded[model]
+        expected = one_process(there, bundle.folder / "unet.onnx", given or conditioning_of(there), request)
+
+    assert [record.place for record in result.steps] == ["cloud"] * cloud_steps + ["edge"] * (grid[1] - cloud_steps)
+    assert np.abs(result.latents - expected).max() < EXACT * max(1.0, float(np.abs(expected).max()))
 
 
 @pytest.mark.parametrize("private", [False, True])

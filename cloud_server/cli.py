@@ -153,6 +153,32 @@ def check(log_format: logs.LogFormat, **options: Any) -> None:
         sys.exit(70)
 
 
+@main.command()
+@_option("--server", default="127.0.0.1:50051", help="The server, as host:port.")
+@_option("--tls-ca", type=_FILE, help="PEM file of the authority of its certificate; without it, plain text.")
+@_option("--timeout", "timeout_s", type=click.FloatRange(0.1), default=3.0, help="Seconds.")
+def probe(server: str, tls_ca: Path | None, timeout_s: float) -> None:
+    """Asks a server whether it serves, by gRPC's health protocol; exit code 4 if not. For health checks."""
+    import grpc
+    from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+    if tls_ca is None:
+        channel = grpc.insecure_channel(server, options=[("grpc.enable_http_proxy", 0)])
+    else:
+        channel = grpc.secure_channel(server, grpc.ssl_channel_credentials(tls_ca.read_bytes()))
+    with channel:
+        try:
+            stub: Any = health_pb2_grpc.HealthStub(channel)  # typed as if it had no methods
+            status = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s).status
+        except grpc.RpcError as error:
+            click.echo(f"Error: {server} does not answer ({error.code().name}); look at its log", err=True)
+            sys.exit(4)
+    name = health_pb2.HealthCheckResponse.ServingStatus.Name(status)
+    click.echo(name)
+    if name != "SERVING":
+        sys.exit(4)
+
+
 def _settings(**options: Any) -> Settings:
     try:
         return Settings(**options)

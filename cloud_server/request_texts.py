@@ -80,7 +80,7 @@ def _embeddings(
 ) -> tuple[Encoded, Encoded | None]:
     has_negative = embeddings.HasField("negative_prompt_embeds")
     for field in ("negative_prompt_embeds", "negative_pooled_prompt_embeds"):
-        if embeddings.HasField(field) and not is_guided:  # type: ignore[arg-type]
+        if embeddings.HasField(field) and not is_guided:
             raise _guidance_missing(f"embeddings.{field}", embedded)
     if is_guided and not has_negative:
         raise Reason.GUIDANCE_INVALID.error(

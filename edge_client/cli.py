@@ -13,6 +13,7 @@ from edge_client.bench_command import bench
 from edge_client.bundle_command import bundle
 from edge_client.doctor import doctor
 from edge_client.generate_command import generate
+from edge_client.serve_command import probe, serve
 from hybridsd.errors import HybridSDError, Reason
 
 
@@ -54,5 +55,7 @@ def main() -> None:
 
 main.add_command(generate)
 main.add_command(doctor)
+main.add_command(serve)
+main.add_command(probe)
 main.add_command(bench)
 main.add_command(bundle)

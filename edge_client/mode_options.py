@@ -11,6 +11,7 @@ import click
 
 from edge_client import image_inputs
 from edge_client.events import SafetyAction
+from edge_client.image_requests import DEFAULT_STRENGTH, read_image
 from edge_client.request import CallSkipping, ImageInput
 from edge_client.segments import parse_segments
 from hybridsd.errors import InvalidRequest, Reason
@@ -19,8 +20,6 @@ from hybridsd.prompting import LongPrompt, TextOptions
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-DEFAULT_STRENGTH = 0.75
-"""Of an image to begin with; one with a mask is redrawn whole."""
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
@@ -116,26 +115,10 @@ def _image(options: dict[str, Any], manifest: Manifest) -> tuple[int | None, int
             if options[name] is not None:
                 raise _refuse(name, f"--{name} goes with --image; give the picture, too")
         return width, height, None
-    image = image_inputs.load_image(options["image"])
-    if width is None and height is None:
-        width, height = image_inputs.natural_size(image, multiple, area)
-    width, height = width or manifest.defaults.width, height or manifest.defaults.height
-    for name, side in (("width", width), ("height", height)):
-        if side <= 0 or side % multiple:
-            raise InvalidRequest(Reason.SIZE_INVALID, f"{name} is {side}; choose a multiple of {multiple}", field=name)
-    strength = options["strength"]
-    mask = cells = None
-    if options["mask"] is not None:
-        mask = image_inputs.load_mask(
-            options["mask"], width, height, options["fit"], blur_px=options["mask_blur"]
-        )  # fmt: skip
-        if not mask.any():
-            raise _refuse("mask", "the mask is black all over, so nothing would be drawn; make what to draw white")
-        cells = image_inputs.to_cells(mask, manifest.vae_scale_factor)
-    if strength is None:
-        strength = DEFAULT_STRENGTH if mask is None else 1.0
-    pixels = image_inputs.fit(image, width, height, options["fit"])
-    return width, height, ImageInput(image=pixels, strength=strength, mask=mask, mask_cells=cells)
+    return read_image(
+        manifest, options["image"], width=width, height=height, strength=options["strength"], fit=options["fit"],
+        mask=options["mask"], mask_blur=options["mask_blur"],
+    )  # fmt: skip
 
 
 def _lora(text: str) -> tuple[str, float]:

@@ -12,6 +12,7 @@ Knows nothing of gRPC or HTTP libraries: codes are names and numbers.
     ├── CloudTimeout        the deadline passed
     ├── Cancelled           the caller stopped the job
     ├── Superseded          another call took over the job of this one
+    ├── WrongState          the job is not in a state in which that can be done
     └── InternalError       a bug; details are in the log of the process that had it
 """
 
@@ -82,6 +83,10 @@ class InternalError(HybridSDError):
     """A bug; details are in the log of the process that had it."""
 
 
+class WrongState(HybridSDError):
+    """The job is not in a state in which that can be done."""
+
+
 class Row(NamedTuple):
     """What a reason becomes on each surface."""
 
@@ -118,6 +123,10 @@ class Reason(Enum):
     UNAUTHENTICATED = Row(AccessDenied, "UNAUTHENTICATED", 401, 3, "the token is missing or wrong")
     PERMISSION_DENIED = Row(AccessDenied, "PERMISSION_DENIED", 403, 3, "the token does not allow that")
     NOT_FOUND = Row(NotFound, "NOT_FOUND", 404, 3, "no such bundle or file")
+    JOB_GONE = Row(NotFound, "NOT_FOUND", 410, 3, "that job was deleted, or is too old")
+    JOB_FINISHED = Row(WrongState, "FAILED_PRECONDITION", 409, 3, "the job is finished, or not yet")
+    BODY_TOO_LARGE = Row(InvalidRequest, "INVALID_ARGUMENT", 413, 2, "the request has more bytes than allowed")
+    TOO_MANY_JOBS = Row(CloudBusy, "RESOURCE_EXHAUSTED", 429, 4, "too many jobs wait at the edge")
     QUEUE_FULL = Row(CloudBusy, "RESOURCE_EXHAUSTED", 503, 4, "too many jobs wait")
     UNAVAILABLE = Row(CloudUnreachable, "UNAVAILABLE", 502, 4, "the server cannot be reached, or stops")
     DEADLINE_EXCEEDED = Row(CloudTimeout, "DEADLINE_EXCEEDED", 504, 4, "the deadline passed")

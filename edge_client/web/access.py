@@ -1,0 +1,150 @@
+"""Who may use the gateway: tokens, signed addresses of pictures, and pages of other sites kept out.
+
+Knows HTTP headers; nothing of jobs.
+"""
+
+import base64
+import binascii
+import hashlib
+import hmac
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import urlsplit
+
+from fastapi import Depends, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from edge_client.web.problems import problem_of, respond
+from hybridsd.errors import AccessDenied, InvalidRequest, Reason
+
+_SAFE = ("GET", "HEAD", "OPTIONS")
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks."""
+
+    owner: str
+    """Of the jobs: a name for the token; empty where none is needed."""
+    host: str
+    """Where from; beside the owner it tells two users of AUTOMATIC1111's API apart, which has no ids."""
+
+
+class Access:
+    """The tokens that are accepted; without any, everybody is let in.
+
+    Args:
+        tokens: Each belongs to one user, who sees the jobs that were made with it.
+        secret: Signs the addresses of pictures.
+    """
+
+    def __init__(self, tokens: Sequence[str], secret: bytes) -> None:
+        self._owners = {hashlib.sha256(token.encode()).digest(): _owner(token) for token in tokens}
+        self._secret = secret
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nobody needs a token."""
+        return not self._owners
+
+    def caller(self, request: Request) -> Caller:
+        """Returns who asks.
+
+        Raises:
+            AccessDenied: UNAUTHENTICATED.
+        """
+        host = request.client.host if request.client else ""
+        if self.is_open:
+            return Caller("", host)
+        token = _token(request.headers.get("authorization", ""))
+        owner = self._owners.get(hashlib.sha256(token.encode()).digest())  # equal hashes in equal time
+        if owner is None:
+            what = "wrong" if token else "missing"
+            raise AccessDenied(
+                Reason.UNAUTHENTICATED,
+                f"the token is {what}; send 'Authorization: Bearer TOKEN', as the operator gave it",
+            )
+        return Caller(owner, host)
+
+    def sign(self, path: str) -> str:
+        """Returns the key with which a path may be read without a token."""
+        return hmac.new(self._secret, path.encode(), hashlib.sha256).hexdigest()[:32]
+
+    def is_signed(self, path: str, key: str) -> bool:
+        """Returns whether a key is that of a path."""
+        return hmac.compare_digest(self.sign(path).encode(), key.encode())
+
+
+def read_tokens(path: Path | None) -> list[str]:
+    """Returns the tokens of a file, one a line.
+
+    Raises:
+        InvalidRequest: FIELD_INVALID if it cannot be read, or has none, or one that cannot be sent.
+    """
+    if path is None:
+        return []
+    try:
+        tokens = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(Reason.FIELD_INVALID, f"cannot read {path}: {error}", field="token_file") from error
+    if not tokens or any(not (token.isascii() and token.isprintable()) for token in tokens):
+        raise InvalidRequest(
+            Reason.FIELD_INVALID, f"token file {path} must have a token a line, of printable ASCII", field="token_file"
+        )
+    return tokens
+
+
+async def _caller(request: Request) -> Caller:
+    access: Access = request.app.state.access
+    return access.caller(request)
+
+
+AuthorizedCaller = Annotated[Caller, Depends(_caller)]
+
+
+class SameSite:
+    """Refuses what pages of other sites send without being allowed to: browsers say where a page came from.
+
+    Args:
+        app: What is protected.
+        origins: Sites that are allowed beside this one.
+    """
+
+    def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:
+        self._app, self._origins = app, frozenset(origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] == "http" and (refusal := self._check(Request(scope))) is not None:
+            await refusal(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _check(self, request: Request) -> Response | None:
+        origin = request.headers.get("origin")
+        if origin is None or request.method in _SAFE or origin in self._origins:
+            return None
+        if urlsplit(origin).netloc == request.headers.get("host"):
+            return None
+        message = f"a page of {origin[:80]!r} may not use this gateway; the operator allows it by --cors-origin"
+        return respond(problem_of(AccessDenied(Reason.PERMISSION_DENIED, message)))
+
+
+def _owner(token: str) -> str:
+    return hashlib.sha256(b"owner" + token.encode()).hexdigest()[:16]
+
+
+def _token(header: str) -> str:
+    """Returns the token of a header: Bearer, or the password of Basic, which AUTOMATIC1111's clients send."""
+    scheme, _, value = header.partition(" ")
+    if scheme.casefold() == "bearer":
+        return value.strip()
+    if scheme.casefold() == "basic":
+        try:
+            return base64.b64decode(value, validate=True).decode().partition(":")[2]
+        except (binascii.Error, UnicodeDecodeError):
+            return ""
+    return ""

@@ -1,0 +1,159 @@
+"""The application: the faces, the page, and what stands before them. `create_app` is all there is to it."""
+
+import importlib.metadata
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import FileResponse, Response
+from fastapi.staticfiles import StaticFiles
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+
+from edge_client.bundle import Bundle
+from edge_client.onnx_models import Models
+from edge_client.remote import Cloud
+from edge_client.web import jobs_api, openai_api, problems, sdapi
+from edge_client.web.access import Access, SameSite
+from edge_client.web.drawing import Painter
+from edge_client.web.gateway import CloudWatch, Gateway
+from edge_client.web.queue import JobQueue
+from edge_client.web.schemas import Problem
+from edge_client.web.store import Store
+from edge_client.web.views import Views
+from edge_client.web.webhooks import Webhooks
+
+log = structlog.get_logger()
+
+STATIC = Path(__file__).parent / "static"
+_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'; base-uri 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+_DOCS = ("/docs", "/redoc")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """How a gateway serves."""
+
+    data_dir: Path
+    """Where jobs and pictures are kept."""
+    tokens: Sequence[str] = ()
+    """Who may come in; none: everybody."""
+    hosts: Sequence[str] = ("*",)
+    """Names by which the gateway may be called; others are refused, which keeps DNS rebinding out."""
+    cors_origins: Sequence[str] = ()
+    """Sites whose pages may use it."""
+    webhook_hosts: Sequence[str] = ()
+    workers: int = 2
+    max_queue: int = 256
+    max_jobs: int = 1000
+    """Finished jobs that are kept."""
+    max_body_bytes: int = 32 << 20
+
+
+def create_app(settings: Settings, bundle: Bundle, models: Models, cloud: Cloud | None) -> FastAPI:
+    """Returns the application.
+
+    Args:
+        settings: How to serve.
+        bundle: What is drawn with here.
+        models: Its models.
+        cloud: Where pictures begin; None draws all of them here.
+
+    Raises:
+        InvalidRequest: FIELD_INVALID if the data folder cannot be used.
+    """
+    store = Store(settings.data_dir, max_jobs=settings.max_jobs)
+    access = Access(settings.tokens, store.secret())
+    views = Views(access, store)
+    webhooks = Webhooks(settings.webhook_hosts, store, lambda job: views.job(job, None))
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        queue = JobQueue(
+            store, Painter(bundle=bundle, models=models, cloud=cloud), workers=settings.workers,
+            max_waiting=settings.max_queue, view=views.job, on_end=webhooks.tell,
+        )  # fmt: skip
+        app.state.gateway = Gateway(
+            bundle=bundle, models=models, cloud=cloud, watch=CloudWatch(cloud), store=store, queue=queue, access=access,
+            views=views, webhooks=webhooks, max_body_bytes=settings.max_body_bytes,
+        )  # fmt: skip
+        queue.start()
+        yield
+        await queue.stop()
+        store.close()
+
+    app = FastAPI(
+        title="Hybrid SD edge gateway",
+        version=importlib.metadata.version("hybridsd"),
+        summary="Pictures that a cloud begins and this device finishes.",
+        lifespan=lifespan,
+        max_body_size=settings.max_body_bytes,
+    )
+    app.state.access, app.state.tasks = access, sdapi.Tasks()
+    problems.install(app)
+    for router in (jobs_api.router, openai_api.router, sdapi.router):
+        app.include_router(router)
+    _add_page(app)
+    app.add_middleware(SameSite, origins=settings.cors_origins)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "Last-Event-ID"],
+            expose_headers=["Location", "Retry-After"],
+        )  # fmt: skip
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(settings.hosts), www_redirect=False)
+    original = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = original()
+        reference = "#/components/schemas/{model}"
+        document["components"]["schemas"]["Problem"] = Problem.model_json_schema(ref_template=reference)
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's documentation says to
+    return app
+
+
+def _add_page(app: FastAPI) -> None:
+    """Adds the page, and what operators and their tools ask."""
+
+    @app.get("/healthz", tags=["operation"])
+    async def healthz() -> dict[str, str]:
+        """Whether the process answers."""
+        return {"status": "ok"}
+
+    @app.get("/readyz", tags=["operation"], response_model=dict[str, Any])
+    async def readyz(request: Request) -> Any:
+        """Whether it takes jobs; without a cloud it does, for this device goes on alone."""
+        gateway: Gateway = request.app.state.gateway
+        found, message = await gateway.watch.look()
+        return {"status": "ok", "cloud_reachable": found is not None, "cloud_message": message, **gateway.queue.load}
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(STATIC / "index.html")
+
+    @app.get("/favicon.ico", include_in_schema=False)
+    async def icon() -> FileResponse:
+        return FileResponse(STATIC / "icon.svg", media_type="image/svg+xml")
+
+    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+
+    @app.middleware("http")
+    async def harden(request: Request, call_next: Any) -> Response:
+        response: Response = await call_next(request)
+        if not request.url.path.startswith(_DOCS):  # FastAPI's pages load their scripts from elsewhere
+            for name, value in _HEADERS.items():
+                response.headers.setdefault(name, value)
+        return response

@@ -1,0 +1,158 @@
+"""Everything that the faces share: the queue, the store, who may come in, what edge and cloud can do."""
+
+import asyncio
+import importlib.metadata
+import time
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+
+from edge_client.bundle import Bundle
+from edge_client.onnx_models import Models
+from edge_client.remote import Cloud
+from edge_client.remote_types import Capabilities as CloudCapabilities
+from edge_client.request import MAX_PROMPT_CHARS, MAX_SIZE
+from edge_client.web.access import Access, Caller
+from edge_client.web.queue import JobQueue
+from edge_client.web.schemas import MAX_IMAGES, JobCreate
+from edge_client.web.store import Store, StoredJob
+from edge_client.web.uploads import take
+from edge_client.web.views import Views
+from edge_client.web.webhooks import Webhooks
+from hybridsd import schedulers
+from hybridsd.errors import HybridSDError
+from hybridsd.noise import MAX_SEED
+from hybridsd.plan import MAX_STEPS
+
+LOOK_S = 3.0
+"""For how long an answer of the cloud about itself is taken for new."""
+
+
+class CloudWatch:
+    """What the cloud says of itself, asked at most every `LOOK_S` seconds, however many want to know."""
+
+    def __init__(self, cloud: Cloud | None) -> None:
+        self._cloud = cloud
+        self._lock = asyncio.Lock()
+        self._asked_s = -LOOK_S
+        self._found: CloudCapabilities | None = None
+        self._message: str | None = None
+
+    async def look(self) -> tuple[CloudCapabilities | None, str | None]:
+        """Returns what was found; None with the reason where it is away."""
+        if self._cloud is None:
+            return None, "no cloud is configured; start the gateway with --server"
+        async with self._lock:
+            if time.monotonic() - self._asked_s >= LOOK_S:
+                try:
+                    self._found = await asyncio.to_thread(self._cloud.capabilities)
+                    self._message = None
+                except HybridSDError as error:
+                    self._found, self._message = None, error.message
+                self._asked_s = time.monotonic()
+            return self._found, self._message
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gateway:
+    """What a request handler gets."""
+
+    bundle: Bundle
+    models: Models
+    cloud: Cloud | None
+    watch: CloudWatch
+    store: Store
+    queue: JobQueue
+    access: Access
+    views: Views
+    webhooks: Webhooks
+    max_body_bytes: int
+
+    async def submit(self, create: JobCreate, caller: Caller, face: str) -> StoredJob:
+        """Takes a job in.
+
+        Raises:
+            HybridSDError: What is wrong with it, or TOO_MANY_JOBS.
+        """
+        self.webhooks.check(create.webhook)
+        create, upload = await asyncio.to_thread(take, create)
+        return await self.queue.submit(create, upload, owner=caller.owner, face=face)
+
+    def view(self, job: StoredJob) -> dict[str, Any]:
+        """Returns what clients see of a job now."""
+        return self.views.job(job, self.queue.position(job.id))
+
+    async def capabilities(self) -> dict[str, Any]:
+        """Returns a `schemas.Capabilities`."""
+        manifest, defaults = self.bundle.manifest, self.bundle.manifest.defaults
+        found, message = await self.watch.look()
+        offline: dict[str, list[int]] = {}
+        for name in self.bundle.plan_names():
+            scheduler, _, steps = name.partition("/")
+            offline.setdefault(scheduler, []).append(int(steps))
+        return {
+            "version": importlib.metadata.version("hybridsd"),
+            "edge": {
+                "model": manifest.name,
+                "latent_space": manifest.latent_space,
+                "provider": self.models.choice.describe(),
+                "size_multiple": manifest.size_multiple,
+                "sizes": list(manifest.sizes),
+                "max_size": MAX_SIZE,
+                "offline": [{"scheduler": name, "steps": sorted(steps)} for name, steps in offline.items()],
+                "guidance": manifest.guidance,
+                "has_image_encoder": "vae_encoder" in manifest.files,
+                "has_safety_checker": self.models.has_safety_checker,
+            },
+            "cloud": {
+                "configured": self.cloud is not None,
+                "reachable": found is not None,
+                "target": "" if self.cloud is None else self.cloud.target,
+                "message": message,
+                "models": [
+                    {
+                        "id": model.id, "guidance": model.guidance, "loras": list(model.loras),
+                        "schedulers": list(model.schedulers),
+                    }
+                    for model in (found.models if found else ())
+                    if model.latent_space == manifest.latent_space
+                ],
+                "num_running": found.num_running if found else 0,
+                "num_queued": found.num_queued if found else 0,
+                "step_s": found.call_s if found else 0.0,
+            },
+            "defaults": {
+                "scheduler": schedulers.find(defaults.scheduler).name,
+                "num_inference_steps": defaults.num_inference_steps,
+                "cloud_steps": defaults.cloud_steps,
+                "guidance_scale": defaults.guidance_scale,
+                "width": defaults.width,
+                "height": defaults.height,
+            },
+            "schedulers": [
+                {"name": spec.name, "label": spec.aliases[0] if spec.aliases else spec.name}
+                for spec in schedulers.SCHEDULERS
+            ],
+            "limits": {
+                "max_prompt_chars": MAX_PROMPT_CHARS, "max_n": MAX_IMAGES, "max_steps": MAX_STEPS,
+                "max_seed": MAX_SEED, "min_guidance": 1, "max_guidance": 30,
+                "max_body_bytes": self.max_body_bytes, "max_queue": self.queue.max_waiting,
+            },
+            "quality": [
+                {
+                    "metric": point.metric, "num_inference_steps": point.num_inference_steps,
+                    "cloud_steps": point.cloud_steps, "value": point.value,
+                }
+                for point in manifest.quality
+            ],
+            "queue": self.queue.load,
+        }  # fmt: skip
+
+
+def _gateway(request: Request) -> Gateway:
+    gateway: Gateway = request.app.state.gateway
+    return gateway
+
+
+SharedGateway = Annotated[Gateway, Depends(_gateway)]

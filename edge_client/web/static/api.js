@@ -1,0 +1,183 @@
+/** The gateway: requests, its token, its events and pictures. Knows nothing of the page but the dialog for the token. */
+
+import { ask, byId } from "/static/dom.js";
+
+const TOKEN_KEY = "hybridsd.token";
+const LAST_EVENTS = new Set(["completed", "failed", "cancelled"]);
+const FIRST_BACKOFF_MS = 500;
+const LONGEST_BACKOFF_MS = 8000;
+
+/** A request that failed, with the gateway's problem details (RFC 9457). */
+export class ProblemError extends Error {
+  /** @param {{status: number, detail?: string, title?: string, field?: string|null, retry_delay_s?: number|null}} problem */
+  constructor(problem) {
+    super(problem.detail || problem.title || "Something went wrong.");
+    this.problem = problem;
+    this.field = problem.field ?? null;
+    this.status = problem.status;
+  }
+}
+
+/** @param {boolean} [isPoll] whether nobody waits for it: then a missing token is not asked for */
+export const getCapabilities = (isPoll = false) => getJson("/v1/capabilities", { asksToken: !isPoll });
+export const getJob = (id) => getJson(`/v1/jobs/${id}`);
+export const cancelJob = (id) => getJson(`/v1/jobs/${id}/cancel`, { method: "POST" });
+export const deleteJob = (id) => send(`/v1/jobs/${id}`, { method: "DELETE" });
+
+/** @param {object} request the body of POST /v1/jobs @returns {Promise<object>} the job */
+export function createJob(request) {
+  return getJson("/v1/jobs", {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify(request),
+  });
+}
+
+/** @param {string|null} before the cursor of the page before @returns {Promise<{jobs: object[], next: string|null}>} */
+export function listJobs(before = null, limit = 24) {
+  const query = new URLSearchParams({ limit: String(limit) });
+  if (before) query.set("before", before);
+  return getJson(`/v1/jobs?${query}`);
+}
+
+/**
+ * Yields a job's events up to its last one, through broken connections.
+ * @param {string} id
+ * @param {AbortSignal} [signal] ends it
+ * @returns {AsyncGenerator<{name: string, data: object}>}
+ */
+export async function* streamEvents(id, signal) {
+  let lastId = null;
+  let backoffMs = FIRST_BACKOFF_MS;
+  while (!signal?.aborted) {
+    try {
+      for await (const event of connect(id, lastId, signal)) {
+        lastId = event.id ?? lastId;
+        backoffMs = FIRST_BACKOFF_MS;
+        yield { name: event.name, data: JSON.parse(event.data) };
+        if (LAST_EVENTS.has(event.name)) return;
+      }
+    } catch (error) {
+      if (signal?.aborted) return;
+      if (error instanceof ProblemError && error.status >= 400 && error.status < 500) throw error;
+    }
+    await new Promise((resolve) => setTimeout(resolve, backoffMs));
+    backoffMs = Math.min(2 * backoffMs, LONGEST_BACKOFF_MS);
+  }
+}
+
+async function* connect(id, lastId, signal) {
+  const headers = { Accept: "text/event-stream", ...(lastId === null ? {} : { "Last-Event-ID": lastId }) };
+  const response = await send(`/v1/jobs/${id}/events`, { headers, signal, cache: "no-store" });
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  try {
+    yield* parseEvents(reader);
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}
+
+async function* parseEvents(reader) {
+  let text = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    const blocks = (text + value).split(/\r\n\r\n|\n\n|\r\r/);
+    text = blocks.pop();
+    for (const block of blocks) {
+      const event = parseEvent(block);
+      if (event) yield event;
+    }
+  }
+}
+
+/** @param {string} block the lines of one server-sent event @returns {{id: ?string, name: string, data: string}|null} */
+function parseEvent(block) {
+  const event = { id: null, name: "message", data: [] };
+  for (const line of block.split(/\r\n|\n|\r/)) {
+    const [, field, value] = /^([^:]*):? ?(.*)$/.exec(line) ?? [];
+    if (field === "id") event.id = value;
+    else if (field === "event") event.name = value;
+    else if (field === "data") event.data.push(value);
+  }
+  return event.data.length ? { ...event, data: event.data.join("\n") } : null;
+}
+
+/** Shows a picture of the gateway in an `<img>`; with a token it is fetched, for an `<img>` cannot send one. */
+export async function showPicture(img, url) {
+  img.dataset.url = url;
+  if (!token()) {
+    img.src = url;
+    return;
+  }
+  const blobUrl = URL.createObjectURL(await getPicture(url));
+  const revoke = () => URL.revokeObjectURL(blobUrl);
+  if (img.dataset.url !== url) return revoke();  // it shows another one by now
+  img.addEventListener("load", revoke, { once: true });
+  img.addEventListener("error", revoke, { once: true });
+  img.src = blobUrl;
+}
+
+/** @returns {Promise<Blob>} */
+export async function getPicture(url) {
+  return (await send(url)).blob();
+}
+
+/** Saves a picture as a file of that name. */
+export async function downloadPicture(url, name) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(await getPicture(url));
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+}
+
+async function getJson(path, options) {
+  return (await send(path, options)).json();
+}
+
+async function send(path, { asksToken = true, ...options } = {}) {
+  const used = token();
+  const headers = { ...options.headers, ...(used ? { Authorization: `Bearer ${used}` } : {}) };
+  const response = await fetch(path, { ...options, headers }).catch((error) => {
+    if (error.name === "AbortError") throw error;
+    throw new ProblemError({ status: 0, detail: "The gateway on this device does not answer. Is it running?" });
+  });
+  if (response.status === 401 && asksToken && (await askToken(used))) return send(path, options);
+  if (!response.ok) throw await readProblem(response);
+  return response;
+}
+
+async function readProblem(response) {
+  const problem = await response.json().catch(() => ({}));
+  const fallback = `The gateway answered ${response.status} ${response.statusText}`.trim();
+  return new ProblemError({ detail: fallback, ...problem, status: response.status });
+}
+
+function token() {
+  return sessionStorage.getItem(TOKEN_KEY);
+}
+
+let asking = null;
+
+/**
+ * Asks for the token, once for all requests that wait for it.
+ * @param {string|null} refused the token that was refused
+ * @returns {Promise<boolean>} whether there is another one
+ */
+async function askToken(refused) {
+  if (token() !== refused) return true;
+  asking ??= readToken().finally(() => (asking = null));
+  return asking;
+}
+
+async function readToken() {
+  const input = byId("token");
+  input.value = "";
+  const answer = await ask(byId("token-dialog"));
+  const value = input.value.trim();
+  input.value = "";
+  if (answer !== "ok" || !value) return false;
+  sessionStorage.setItem(TOKEN_KEY, value);
+  return true;
+}

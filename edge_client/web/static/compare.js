@@ -1,0 +1,142 @@
+/** "Compare splits": one prompt and seed by the large model, a hybrid and the small one, side by side. */
+
+import { showPicture } from "/static/api.js";
+import { byId, closeOnBackdrop, make, plural, seconds, setText } from "/static/dom.js";
+import { isActive } from "/static/run.js";
+import { Timeline } from "/static/timeline.js";
+
+export class Compare {
+  #dialog = byId("compare-view");
+  #launch;
+  #onCancel;
+  #columns = [];
+
+  /**
+   * @param {{launch: (request: object, onUpdate: (run: object) => void) => Promise<object>,
+   *          onCancel: (run: object) => void}} actions
+   */
+  constructor({ launch, onCancel }) {
+    this.#launch = launch;
+    this.#onCancel = onCancel;
+    closeOnBackdrop(this.#dialog);
+    this.#dialog.addEventListener("close", () => byId("compare-columns").replaceChildren());
+    byId("compare-close").addEventListener("click", () => this.#dialog.close());
+    byId("compare-cancel").addEventListener("click", () => this.#cancelAll());
+    for (const id of ["wipe-left", "wipe-right"]) byId(id).addEventListener("change", () => this.#showWipe());
+    byId("wipe-range").addEventListener("input", moveWipe);
+  }
+
+  /**
+   * Draws the same picture three ways.
+   * @param {object} request with a seed; `cloud_steps` of its `hybrid` is the split in the middle
+   */
+  async start(request) {
+    const columns = variants(request).map((variant) => new Column(variant, request));
+    this.#columns = columns;
+    setText(byId("compare-prompt"), `${request.prompt} · seed ${request.seed}`);
+    byId("compare-columns").replaceChildren(...columns.map((column) => column.element));
+    byId("wipe").hidden = true;
+    if (!this.#dialog.open) this.#dialog.showModal();
+    for (const column of columns) {
+      try {
+        column.run = await this.#launch(column.request, (run) => this.#update(columns, column, run));
+      } catch (error) {
+        column.showError(error.message);
+      }
+    }
+  }
+
+  #update(columns, column, run) {
+    column.run = run;
+    column.update();
+    if (columns !== this.#columns) return;  // another comparison has begun
+    const numDone = columns.filter((each) => each.image).length;
+    byId("compare-cancel").hidden = !columns.some((each) => each.run && isActive(each.run));
+    setText(byId("compare-status"), numDone ? `${numDone} of ${columns.length} pictures are ready` : "");
+    if (numDone >= 2 && column.image && !isActive(run)) this.#offerWipe();
+  }
+
+  #cancelAll() {
+    for (const { run } of this.#columns) if (run && isActive(run)) this.#onCancel(run);
+  }
+
+  #offerWipe() {
+    const ready = this.#columns.filter((column) => column.image);
+    for (const [id, column] of [["wipe-left", ready[0]], ["wipe-right", ready.at(-1)]]) {
+      byId(id).replaceChildren(...ready.map(({ title }) => make("option", { value: title }, title)));
+      byId(id).value = column.title;
+    }
+    byId("wipe").hidden = false;
+    this.#showWipe();
+  }
+
+  #showWipe() {
+    for (const [select, img] of [["wipe-left", "wipe-over"], ["wipe-right", "wipe-under"]]) {
+      const column = this.#columns.find(({ title }) => title === byId(select).value);
+      byId(img).alt = column.title;
+      byId("wipe-frame").style.aspectRatio = `${column.image.width} / ${column.image.height}`;
+      showPicture(byId(img), column.image.url).catch(() => {});
+    }
+    moveWipe();
+  }
+}
+
+/** One way of drawing the picture. */
+class Column {
+  run = null;
+  #img = make("img", { alt: "", hidden: true });
+  #note = make("p", { class: "column-note" }, "Waiting");
+  #timeline = new Timeline();
+  #shown = null;
+
+  constructor({ title, subtitle, hybrid }, request) {
+    this.title = title;
+    this.request = { ...request, n: 1, hybrid };
+    const frame = make("div", { class: "frame" }, this.#img);
+    frame.style.aspectRatio = `${request.width} / ${request.height}`;
+    this.element = make(
+      "li", { class: "column", "data-testid": "compare-column" },
+      make("h3", {}, title), make("p", { class: "hint" }, subtitle), frame, this.#note, this.#timeline.element,
+    );
+  }
+
+  /** The finished picture, as the gateway describes it; undefined before. */
+  get image() {
+    return this.run?.pictures[0].image ?? undefined;
+  }
+
+  update() {
+    const [picture] = this.run.pictures;
+    const { error } = this.run.job;
+    setText(this.#note, this.image ? `${seconds(this.image.elapsed_s)} in all` : (error?.detail ?? this.run.phase));
+    this.#timeline.update(picture);
+    const next = picture.image ?? picture.preview;
+    if (!next || next === this.#shown) return;
+    this.#shown = next;
+    this.#img.hidden = false;
+    this.#img.alt = picture.image ? this.title : `Preview after step ${picture.preview.step + 1} of ${picture.numSteps}`;
+    if (picture.image) showPicture(this.#img, picture.image.url).catch(() => {});
+    else this.#img.src = picture.preview.image;
+  }
+
+  showError(message) {
+    setText(this.#note, message);
+    this.#note.classList.add("field-error");
+  }
+}
+
+function variants({ num_inference_steps: numSteps, hybrid }) {
+  const { cloud_steps: cloudSteps, model } = hybrid;
+  return [
+    { title: "Large alone", subtitle: `${plural(numSteps, "step")} in the cloud`, hybrid: { model, mode: "cloud", cloud_steps: numSteps } },
+    {
+      title: "Hybrid", subtitle: `${cloudSteps} in the cloud, ${numSteps - cloudSteps} here`,
+      hybrid: { model, mode: "hybrid", cloud_steps: cloudSteps },
+    },
+    { title: "Small alone", subtitle: `${plural(numSteps, "step")} here, offline`, hybrid: { model, mode: "edge", cloud_steps: 0 } },
+  ];
+}
+
+function moveWipe() {
+  byId("wipe-frame").style.setProperty("--wipe", `${byId("wipe-range").value}%`);
+}

@@ -1,0 +1,30 @@
+/** Picture files that the user chooses. Knows nothing of the gateway. */
+
+const LONGEST_SIDE = 1536;
+
+/**
+ * Reads a picture file; one that is too large is drawn smaller.
+ * @param {File} file
+ * @param {number} maxChars how long the data URL may be
+ * @returns {Promise<string>} a data URL
+ * @throws where the browser cannot read it
+ */
+export async function readImage(file, maxChars) {
+  const bitmap = await createImageBitmap(file);
+  if (file.size * 1.4 < maxChars) return readDataUrl(file);
+  const scale = Math.min(1, LONGEST_SIDE / Math.max(bitmap.width, bitmap.height));
+  const canvas = document.createElement("canvas");
+  canvas.width = Math.round(bitmap.width * scale);
+  canvas.height = Math.round(bitmap.height * scale);
+  canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  return canvas.toDataURL("image/webp", 0.92);
+}
+
+function readDataUrl(file) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.addEventListener("load", () => resolve(reader.result));
+    reader.addEventListener("error", () => reject(reader.error));
+    reader.readAsDataURL(file);
+  });
+}

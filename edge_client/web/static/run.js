@@ -1,0 +1,126 @@
+/** What a job looks like, told by its events. Pure: knows nothing of the page or the gateway. */
+
+/**
+ * @typedef {object} PictureRun one picture of a job, as far as it is
+ * @property {number} index
+ * @property {number} numSteps
+ * @property {number} cloudSteps steps that the cloud is to run, or has run
+ * @property {Map<number, {place: string, elapsedS: number}>} steps those that are done
+ * @property {{step: number, image: string}|null} preview
+ * @property {object|null} image the finished picture, as the gateway describes it
+ */
+
+/**
+ * @typedef {object} Run
+ * @property {object} job as the gateway last gave it
+ * @property {PictureRun[]} pictures
+ * @property {number} current index of the picture that is being drawn
+ * @property {string} phase one sentence for a person; changes only when something worth saying happens
+ */
+
+/** @param {object} job @returns {Run} */
+export function beginRun(job) {
+  const { num_inference_steps: asked, hybrid } = job.request;
+  const numSteps = asked ?? 0;  // of other clients: the default, which "planned" tells
+  const cloudSteps = { edge: 0, cloud: numSteps }[hybrid?.mode] ?? hybrid?.cloud_steps ?? 0;
+  const pictures = Array.from({ length: job.request.n ?? 1 }, (_, index) => ({
+    index, numSteps, cloudSteps, steps: new Map(), preview: null, image: null,
+  }));
+  const run = { job, pictures, current: 0, phase: waiting(job.queue_position) };
+  for (const image of job.images) finishPicture(run, image);
+  return run;
+}
+
+/** @returns {boolean} whether the job has not ended */
+export function isActive(run) {
+  return run.job.state === "queued" || run.job.state === "running";
+}
+
+/** @param {object} image a finished picture, as the gateway describes it @returns {PictureRun} */
+export function pictureRunOf(image) {
+  return {
+    index: image.index, numSteps: image.num_inference_steps, cloudSteps: image.actual_cloud_steps,
+    steps: stepMap(image.steps), preview: null, image,
+  };
+}
+
+const HANDLERS = {
+  queued(run, { position }) {
+    run.phase = waiting(position);
+  },
+  started(run) {
+    run.job.state = "running";
+    run.phase = "Begun";
+  },
+  planned(run, data) {
+    const picture = pictureAt(run, data.image_index);
+    run.current = picture.index;
+    picture.numSteps = data.num_inference_steps;
+    picture.cloudSteps = data.cloud_steps;
+    picture.steps.clear();  // told again after a reload of the page
+    const where = data.cloud_steps ? "The cloud begins" : "This device draws";
+    run.phase = `${where}${run.pictures.length > 1 ? ` picture ${picture.index + 1}` : ""}`;
+  },
+  waiting(run, { position }) {
+    run.phase = position ? `Waiting in the cloud, ${position} before it` : "Waiting in the cloud";
+  },
+  step(run, data) {
+    const picture = pictureAt(run, data.image_index);
+    run.current = picture.index;
+    run.job.state = "running";
+    const before = picture.steps.get(data.step)?.elapsedS ?? 0;  // some solvers call the model twice in a step
+    picture.steps.set(data.step, { place: data.place, elapsedS: before + data.elapsed_s });
+    run.phase = data.place === "cloud" ? "The cloud draws" : "This device draws";
+  },
+  preview(run, { image_index, step, image }) {
+    pictureAt(run, image_index).preview = { step, image };
+  },
+  retrying(run, { delay_s }) {
+    run.phase = `The cloud does not answer; asked again in ${Math.ceil(delay_s)} s`;
+  },
+  took_over(run, data) {
+    pictureAt(run, data.image_index).cloudSteps = data.actual;
+    run.phase = "The cloud is away; this device goes on alone";
+  },
+  handed_over(run, data) {
+    if (data.actual !== undefined) pictureAt(run, data.image_index).cloudSteps = data.actual;
+    run.phase = "The cloud hands over early";
+  },
+  image(run, { image }) {
+    finishPicture(run, image);
+  },
+  completed: endRun,
+  failed: endRun,
+  cancelled: endRun,
+};
+
+/** Changes a run by one of its events; names that are not known are no harm. */
+export function applyEvent(run, name, data) {
+  HANDLERS[name]?.(run, data);
+}
+
+function endRun(run, { job }) {
+  run.job = job;
+  for (const image of job.images) finishPicture(run, image);
+  run.phase = { completed: "Ready", cancelled: "Cancelled", failed: "Failed" }[job.state];
+}
+
+function finishPicture(run, image) {
+  run.pictures[image.index] = pictureRunOf(image);
+}
+
+function pictureAt(run, index = run.current) {
+  return run.pictures[index] ?? run.pictures[run.current];
+}
+
+function stepMap(records) {
+  const steps = new Map();
+  for (const { step, place, elapsed_s } of records) {
+    steps.set(step, { place, elapsedS: (steps.get(step)?.elapsedS ?? 0) + elapsed_s });
+  }
+  return steps;
+}
+
+function waiting(numBefore) {
+  return numBefore ? `Waiting, ${numBefore} before it` : "Waiting";
+}

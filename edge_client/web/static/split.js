@@ -1,0 +1,203 @@
+/** The split slider, in words and colours, and the measured curve of quality against it. */
+
+import { byId, make, makeSvg, plural, setText, stepRange } from "/static/dom.js";
+
+const THUMB_PX = 24;  // as --thumb in style.css: the curve lies exactly below the slider
+const CURVE_HEIGHT = 150;
+const MARGIN = { top: 36, bottom: 42 };
+const PREFERRED_METRIC = "psnr";
+const METRICS = {
+  psnr: { name: "PSNR", axis: "likeness to the large model’s picture, dB" },
+  ssim: { name: "SSIM", axis: "likeness to the large model’s picture" },
+  semantic_accuracy: { name: "Objects right", axis: "share of pictures with the right objects" },
+  judge_fid: { name: "FID", axis: "distance to real pictures, lower is better" },
+  judge_distance: { name: "Distance", axis: "distance to the large model’s picture, lower is better" },
+  fid: { name: "FID", axis: "distance to real pictures, lower is better" },
+  lpips: { name: "LPIPS", axis: "distance to the large model’s picture, lower is better" },
+};
+
+/** How many of the first steps the cloud runs; fires "input" on its slider when the user moves it. */
+export class Split {
+  #slider = byId("split");
+  #auto = byId("auto-split");
+  #maxSeconds = byId("max-seconds");
+  #metric = byId("quality-metric");
+  #points = [];
+  #hasCloud = true;
+  #cloudModel = "";
+
+  constructor() {
+    for (const control of [this.#slider, this.#auto, this.#metric]) control.addEventListener("input", () => this.show());
+    new ResizeObserver(() => this.#showCurve()).observe(byId("quality-curve"));
+  }
+
+  /** Takes over what the gateway can do. */
+  setCapabilities({ cloud, quality }) {
+    this.#hasCloud = cloud.configured;
+    this.#cloudModel = cloud.models[0]?.id ?? "";
+    this.#setPoints(quality.filter((point) => Number.isFinite(point.value)));
+    this.show();
+  }
+
+  get numSteps() {
+    return Number(this.#slider.max);
+  }
+
+  /** Changes the number of steps; the cloud keeps its share of them. */
+  set numSteps(value) {
+    if (value === this.numSteps || !(value >= 1)) return;
+    const share = this.numSteps ? this.cloudSteps / this.numSteps : 0;
+    this.#slider.max = String(value);
+    this.cloudSteps = Math.round(share * value);
+  }
+
+  get cloudSteps() {
+    return this.#hasCloud ? Number(this.#slider.value) : 0;
+  }
+
+  set cloudSteps(value) {
+    this.#slider.value = String(value);
+    this.show();
+  }
+
+  get isAuto() {
+    return this.#auto.checked && this.#hasCloud;
+  }
+
+  /** @returns {object} the `hybrid` of a request */
+  request() {
+    const model = byId("cloud-model-field").hidden ? "" : byId("cloud-model").value;
+    if (!this.isAuto) return splitRequest(this.cloudSteps, model);
+    const maxS = this.#maxSeconds.valueAsNumber;
+    const goal = maxS > 0 ? { max_latency_ms: Math.round(1000 * maxS) } : { max_cloud_steps: this.numSteps };
+    return { mode: "auto", cloud_steps: null, model, ...goal };  // a goal is what makes the gateway choose
+  }
+
+  /** Fixes a split. */
+  set({ cloudSteps, numSteps }) {
+    this.numSteps = numSteps;
+    this.#auto.checked = false;
+    this.cloudSteps = cloudSteps;
+  }
+
+  /** Draws everything anew. */
+  show() {
+    this.#slider.disabled = this.isAuto || !this.#hasCloud;
+    this.#auto.disabled = !this.#hasCloud;
+    byId("max-seconds-field").hidden = !this.isAuto;
+    const words = this.isAuto
+      ? "The split is chosen when the picture begins, from what this device, the link and the cloud take."
+      : describeSplit(this.cloudSteps, this.numSteps);
+    setText(byId("split-text"), this.#hasCloud ? words : `${words} No cloud is configured.`);
+    this.#slider.setAttribute("aria-valuetext", describeSplit(this.cloudSteps, this.numSteps));
+    this.#slider.title = this.#cloudModel ? `Large model: ${this.#cloudModel}` : "";
+    this.#showBar();
+    this.#showCurve();
+  }
+
+  #showBar() {
+    const bar = byId("split-cloud").parentElement;
+    bar.style.setProperty("--share", String(this.cloudSteps / this.numSteps));
+    bar.classList.toggle("auto", this.isAuto);
+    setText(byId("split-cloud"), this.cloudSteps ? `Cloud ${this.cloudSteps}` : "");
+    const edgeSteps = this.numSteps - this.cloudSteps;
+    setText(byId("split-edge"), edgeSteps ? `Device ${edgeSteps}` : "");
+  }
+
+  #setPoints(points) {
+    this.#points = points;
+    const counts = new Map();
+    for (const { metric } of points) counts.set(metric, (counts.get(metric) ?? 0) + 1);
+    const usable = [...counts.keys()].filter((metric) => counts.get(metric) > 1);
+    const most = usable.reduce((best, metric) => (counts.get(metric) > counts.get(best) ? metric : best), usable[0]);
+    const chosen = [this.#metric.value, PREFERRED_METRIC, most].find((metric) => usable.includes(metric));
+    this.#metric.replaceChildren(...usable.map((value) => make("option", { value }, metricOf(value).name)));
+    this.#metric.value = chosen ?? "";
+    byId("quality").hidden = !usable.length;
+  }
+
+  #showCurve() {
+    const holder = byId("quality-curve");
+    const metric = this.#metric.value;
+    if (!metric || !holder.clientWidth) return;
+    const points = curvePoints(this.#points, metric);
+    const mark = this.isAuto ? null : this.cloudSteps / this.numSteps;
+    holder.replaceChildren(drawCurve(points, metricOf(metric), mark, holder.clientWidth));
+  }
+}
+
+/** @returns {object} the `hybrid` of a request with that split; with any cloud steps the device goes on when the cloud is lost */
+export function splitRequest(cloudSteps, model = "") {
+  return { mode: cloudSteps ? "auto" : "edge", cloud_steps: cloudSteps, model };
+}
+
+/** @returns {string} what runs where, in words */
+export function describeSplit(cloudSteps, numSteps) {
+  if (cloudSteps === 0) return `This device alone, works offline: ${plural(numSteps, "step")}, small U-Net, tiny VAE.`;
+  if (cloudSteps >= numSteps) return `Cloud alone, decoded here: ${plural(numSteps, "step")}, large U-Net; tiny VAE on this device.`;
+  return `Cloud: ${stepRange(0, cloudSteps)}, large U-Net · This device: ${stepRange(cloudSteps, numSteps)}, small U-Net, tiny VAE`;
+}
+
+function metricOf(id) {
+  return METRICS[id] ?? { name: id, axis: id };
+}
+
+/** @returns {{x: number, y: number}[]} shares of steps in the cloud, rising, with their values */
+function curvePoints(points, metric) {
+  return points
+    .filter((point) => point.metric === metric)
+    .map((point) => ({ x: point.cloud_steps / point.num_inference_steps, y: point.value }))
+    .sort((a, b) => a.x - b.x);
+}
+
+function drawCurve(points, metric, mark, width) {
+  const [low, high] = [Math.min(...points.map((p) => p.y)), Math.max(...points.map((p) => p.y))];
+  const span = high - low || 1;
+  const x = (share) => THUMB_PX / 2 + share * (width - THUMB_PX);
+  const y = (value) => CURVE_HEIGHT - MARGIN.bottom - ((value - low) / span) * (CURVE_HEIGHT - MARGIN.top - MARGIN.bottom);
+  const svg = makeSvg("svg", {
+    viewBox: `0 0 ${width} ${CURVE_HEIGHT}`, width, height: CURVE_HEIGHT, role: "img",
+    "aria-label": describeCurve(points, metric, mark),
+  });
+  const bottom = y(low);
+  svg.append(
+    makeSvg("line", { class: "axis", x1: x(0), x2: x(1), y1: bottom + 8, y2: bottom + 8 }),
+    ...[0, 0.5, 1].map((share) => text(x(share), bottom + 20, `${100 * share} %`, ["start", "middle", "end"][2 * share])),
+    text(x(0.5), CURVE_HEIGHT - 2, "share of the steps in the cloud", "middle"),
+    text(x(0), 11, metric.axis, "start"),
+    text(x(0), y(points[0].y) - 8, short(points[0].y), "start"),
+    text(x(points.at(-1).x), y(points.at(-1).y) - 8, short(points.at(-1).y), points.at(-1).x > 0.8 ? "end" : "middle"),
+    makeSvg("polyline", { class: "curve", points: points.map((p) => `${x(p.x)},${y(p.y)}`).join(" ") }),
+    ...points.map((p) => makeSvg("circle", { class: "point", cx: x(p.x), cy: y(p.y), r: 2.5 })),
+  );
+  if (mark !== null) {
+    svg.append(makeSvg("line", { class: "mark-line", x1: x(mark), x2: x(mark), y1: 16, y2: bottom + 8 }));
+    const value = interpolate(points, mark);
+    if (value !== null) svg.append(makeSvg("circle", { class: "mark", cx: x(mark), cy: y(value), r: 6 }));
+  }
+  return svg;
+}
+
+function text(x, y, content, anchor) {
+  return makeSvg("text", { x, y, "text-anchor": anchor }, content);
+}
+
+function describeCurve(points, { name, axis }, mark) {
+  const all = points.map((p) => `${short(p.y)} at ${Math.round(100 * p.x)} %`).join(", ");
+  const here = mark === null ? null : interpolate(points, mark);
+  const now = here === null ? "" : `; about ${short(here)} at this split`;
+  return `${name}, ${axis}, by the share of steps in the cloud: ${all}${now}.`;
+}
+
+/** @returns {number|null} the value there; null beyond the measured points */
+function interpolate(points, share) {
+  const next = points.findIndex((point) => point.x >= share);
+  if (next < 0 || share < points[0].x) return null;
+  if (points[next].x === share) return points[next].y;
+  const [a, b] = [points[next - 1], points[next]];
+  return a.y + ((share - a.x) / (b.x - a.x)) * (b.y - a.y);
+}
+
+function short(value) {
+  return Number(value.toPrecision(3)).toString();
+}

@@ -1,0 +1,73 @@
+/** A row of segments, one for each step of a picture: where it ran, and how long it took by its width. */
+
+import { bytes, make, plural, seconds, setText } from "/static/dom.js";
+
+const PLACE_NAMES = { cloud: "cloud", edge: "this device" };
+
+/** Shows the steps of one `PictureRun`, as they come. */
+export class Timeline {
+  #segments = make("ol", { class: "segments", "aria-label": "Steps and how long they took" });
+  #summary = make("p", { class: "summary" });
+  #summaryParts = [];
+  element = make("div", { class: "timeline", "data-testid": "timeline" }, legend(), this.#segments, this.#summary);
+
+  /** @param {import("./run.js").PictureRun} picture */
+  update(picture) {
+    const first = picture.steps.size ? Math.min(...picture.steps.keys()) : 0;
+    const usualS = meanS(picture.steps);
+    const numShown = picture.numSteps - first;
+    while (this.#segments.children.length > numShown) this.#segments.lastChild.remove();
+    while (this.#segments.children.length < numShown) this.#segments.append(makeSegment());
+    for (let i = 0; i < numShown; i++) {
+      const step = first + i;
+      const done = picture.steps.get(step);
+      const place = done?.place ?? (step < picture.cloudSteps ? "cloud" : "edge");
+      showSegment(this.#segments.children[i], { step, place, done, usualS });
+    }
+    const parts = summarize(picture);
+    if (parts.join() === this.#summaryParts.join()) return;
+    this.#summaryParts = parts;
+    this.#summary.replaceChildren(...parts.flatMap((part, i) => [i ? " · " : "", make("span", {}, part)]));
+  }
+}
+
+/** @returns {string[]} such as "Cloud 8 steps 1.9 s", "wire 121 KB", "edge 17 steps 2.3 s", "decode 0.1 s" */
+function summarize(picture) {
+  const { image } = picture;
+  const [first, ...others] = [
+    part("cloud", picture.steps),
+    image?.received_bytes ? `wire ${bytes(image.received_bytes)}` : "",
+    part("edge", picture.steps),
+    image ? `decode ${seconds(image.decode_s)}` : "",
+  ].filter(Boolean);
+  return first ? [first.charAt(0).toUpperCase() + first.slice(1), ...others] : [];
+}
+
+function part(place, steps) {
+  const times = [...steps.values()].filter((step) => step.place === place).map((step) => step.elapsedS);
+  if (!times.length) return "";
+  return `${place} ${plural(times.length, "step")} ${seconds(times.reduce((sum, s) => sum + s, 0))}`;
+}
+
+function legend() {
+  const entry = (place, name) => make("span", { class: "legend-entry" }, make("i", { class: `swatch ${place}` }), name);
+  return make("p", { class: "legend", "aria-hidden": "true" }, entry("cloud", "Cloud"), entry("edge", "This device"));
+}
+
+function makeSegment() {
+  return make("li", { class: "segment" }, make("span", { class: "visually-hidden" }));
+}
+
+function showSegment(segment, { step, place, done, usualS }) {
+  const words = `Step ${step + 1}, ${PLACE_NAMES[place]}, ${done ? seconds(done.elapsedS) : "to come"}`;
+  segment.className = `segment ${place}${done ? " done" : ""}`;
+  segment.style.flexGrow = String(Math.max(done?.elapsedS ?? usualS, usualS / 20, 1e-3));
+  segment.title = words;
+  setText(segment.firstChild, words);
+}
+
+function meanS(steps) {
+  let sum = 0;
+  for (const { elapsedS } of steps.values()) sum += elapsedS;
+  return steps.size ? sum / steps.size : 1;
+}

@@ -1,0 +1,202 @@
+"""The compose demo without an engine: its files are parsed, and its very commands run as processes on this machine."""
+
+import importlib.metadata
+import json
+import os
+import re
+import shlex
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from deploy.run_demo import BIN, ENVIRONMENT, ROOT
+
+PROMPT = "a fox to the left of a donut on a yellow background"
+
+
+def load(name: str) -> dict[str, Any]:
+    document: dict[str, Any] = yaml.safe_load((ROOT / name).read_text())
+    return document
+
+
+COMPOSE = load("docker-compose.yml")
+GPU = load("deploy/docker-compose.gpu.yml")
+SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+
+
+def filled_in(text: str) -> str:
+    """Returns a text with the defaults of its variables."""
+    return re.sub(r"\$\{\w+(?::-([^}]*))?\}", lambda match: match[1] or "", text)
+
+
+def instructions(dockerfile: str) -> list[tuple[str, str]]:
+    """Returns the instructions of a Dockerfile and what they say."""
+    text = (ROOT / dockerfile).read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    return [(line.split(maxsplit=1)[0], line.split(maxsplit=1)[1]) for line in lines]
+
+
+def mounts(service: str) -> dict[str, str]:
+    """Returns for each path in a container what it is on this machine."""
+    pairs = [filled_in(text).split(":")[:2] for text in SERVICES[service]["volumes"]]
+    return {inside: outside for outside, inside in pairs}
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_files_that_the_compose_file_names_are_there(service: str) -> None:
+    """Dockerfiles, what they copy, and every folder that is mounted; nothing that is copied is ignored."""
+    build = SERVICES[service]["build"]
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    for name, words in instructions(build["dockerfile"]):
+        if name == "COPY" and not words.startswith("--from"):
+            *sources, _ = words.split()
+            assert set(sources) <= allowed
+            assert all((ROOT / source).exists() for source in sources)
+    for outside in mounts(service).values():
+        if outside.startswith("."):
+            assert (ROOT / outside).is_dir()
+        else:
+            assert outside in COMPOSE["volumes"]
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_images_are_slim_and_nobody_is_root(service: str) -> None:
+    """The last stage is a slim one with a user of its own, and the container may not do more than it needs."""
+    steps = instructions(SERVICES[service]["build"]["dockerfile"])
+    last = steps[max(index for index, (name, _) in enumerate(steps) if name == "FROM") :]
+    users = [words for name, words in last if name == "USER"]
+
+    assert last[0][1].endswith("-slim")
+    assert users == ["hybridsd"]
+    assert any(f"useradd --uid 10001 --create-home {users[0]}" in words for name, words in last if name == "RUN")
+    assert SERVICES[service]["read_only"]
+    assert SERVICES[service]["cap_drop"] == ["ALL"]
+
+
+def test_one_port_is_published_to_this_machine_alone() -> None:
+    """The page is all that can be reached, and the port is the one that its command listens on."""
+    (published,) = [filled_in(port) for service in SERVICES.values() for port in service.get("ports", [])]
+    address, _, inside = published.rsplit(":", 2)
+    command = SERVICES["gateway"]["command"]
+
+    assert address == "127.0.0.1"
+    assert command[command.index("--port") + 1] == inside
+    assert command[command.index("--server") + 1] == f"cloud:{SERVICES['cloud']['expose'][0]}"
+
+
+def test_the_gpu_file_changes_the_cloud_alone() -> None:
+    """It names a service that there is, asks for a GPU, and its command is the same but for the device."""
+    (name,) = GPU["services"]
+    (device,) = GPU["services"][name]["deploy"]["resources"]["reservations"]["devices"]
+
+    assert GPU["services"][name]["command"] == [*SERVICES[name]["command"], "--device", "cuda"]
+    assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
+
+
+def test_the_edge_image_has_no_torch() -> None:
+    """Nothing that `.[edge]` needs, directly or not, is torch; the Dockerfile installs that and no more."""
+    (installed,) = [words for name, words in instructions("deploy/edge.Dockerfile") if words.startswith("pip install")]
+    seen: set[tuple[str, str]] = set()
+    left = [("hybridsd", "edge")]
+    while left:
+        name, extra = left.pop()
+        if (name, extra) in seen:
+            continue
+        seen.add((name, extra))
+        try:
+            requires = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:  # of another system
+            continue
+        for requirement in map(Requirement, requires):
+            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+                left += [(requirement.name.lower(), each) for each in requirement.extras or {""}]
+
+    names = {name for name, _ in seen}
+    assert shlex.split(installed)[-1] == ".[edge]"
+    assert {"onnxruntime", "fastapi", "grpcio"} <= names
+    assert not {"torch", "diffusers", "transformers"} & names
+
+
+def command_of(service: str, changed: dict[str, str], *more: str) -> list[str]:
+    """Returns the command of a service as one of this machine: paths, hosts and ports replaced."""
+    (entry,) = [json.loads(w) for n, w in instructions(SERVICES[service]["build"]["dockerfile"]) if n == "ENTRYPOINT"]
+    words = [*entry, *SERVICES[service]["command"], *more]
+    inside = {path: str((ROOT / outside).resolve()) for path, outside in mounts(service).items()}
+    result = []
+    for word in words:
+        for old, new in {**inside, **changed}.items():
+            word = new if word == old else word.replace(f"={old}", f"={new}")
+        result.append(word)
+    return [str(BIN / result[0]), *result[1:]]
+
+
+def wait_for(path: Path, process: subprocess.Popen[bytes], log: Path) -> str:
+    """Returns the port that a process writes to a file."""
+    give_up_at = time.monotonic() + 120
+    while not (path.exists() and path.read_text().strip()):
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < give_up_at, log.read_text()
+        time.sleep(0.05)
+    return path.read_text().strip()
+
+
+def start(command: list[str], log: Path, **environment: str) -> subprocess.Popen[bytes]:
+    with log.open("wb") as stream:
+        return subprocess.Popen(command, stdout=stream, stderr=stream, env={**ENVIRONMENT, **environment})
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[tuple[str, str]]:
+    """Both services as processes: the addresses of the cloud and of the gateway."""
+    ports, here = {"cloud": tmp_path / "cloud.port", "gateway": tmp_path / "gateway.port"}, {"0.0.0.0": "127.0.0.1"}
+    cloud = start(
+        command_of("cloud", {**here, "50051": "0"}, "--port-file", str(ports["cloud"])), tmp_path / "cloud.log"
+    )
+    processes = [cloud]
+    try:
+        address = f"127.0.0.1:{wait_for(ports['cloud'], cloud, tmp_path / 'cloud.log')}"
+        changed = {**here, "8080": "0", "cloud:50051": address, "/data/gateway": str(tmp_path / "data")}
+        command = command_of("gateway", changed, "--port-file", str(ports["gateway"]))
+        gateway = start(command, tmp_path / "gateway.log", HYBRIDSD_EDGE_CACHE=str(tmp_path / "cache"))
+        processes.append(gateway)
+        yield address, f"http://127.0.0.1:{wait_for(ports['gateway'], gateway, tmp_path / 'gateway.log')}"
+    finally:
+        for process in reversed(processes):
+            process.terminate()
+            process.wait(timeout=60)
+
+
+def healthy(service: str, changed: dict[str, str]) -> bool:
+    """Runs the health check of a service."""
+    kind, *words = SERVICES[service]["healthcheck"]["test"]
+    assert kind == "CMD"
+    command = [str(BIN / words[0]), *(changed.get(word, word) for word in words[1:])]
+    return subprocess.run(command, capture_output=True, check=False, timeout=60, env=os.environ).returncode == 0
+
+
+def test_the_commands_of_the_compose_file_make_a_picture(running: tuple[str, str]) -> None:
+    """Both health checks pass, the page is there, and a job is drawn in both places."""
+    cloud, gateway = running
+    with httpx.Client(base_url=gateway, timeout=60, trust_env=False) as client:
+        page = client.get("/")
+        job = client.post("/v1/jobs", json={"prompt": PROMPT, "seed": 7, "hybrid": {"split": "2,2"}}).json()
+        with client.stream("GET", f"/v1/jobs/{job['id']}/events") as events:
+            names = [line.removeprefix("event: ") for line in events.iter_lines() if line.startswith("event: ")]
+        done = client.get(f"/v1/jobs/{job['id']}").json()
+        picture = client.get(done["images"][0]["url"])
+
+    assert healthy("cloud", {"127.0.0.1:50051": cloud})
+    assert healthy("gateway", {"http://127.0.0.1:8080": gateway})
+    assert not healthy("gateway", {"http://127.0.0.1:8080": "http://127.0.0.1:9"})
+    assert not healthy("cloud", {"127.0.0.1:50051": "127.0.0.1:9"})
+    assert "text/html" in page.headers["content-type"]
+    assert names[-1] == "completed"
+    assert (done["images"][0]["mode"], done["images"][0]["actual_cloud_steps"]) == ("hybrid", 2)
+    assert picture.content.startswith(b"\x89PNG")

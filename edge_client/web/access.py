@@ -14,13 +14,23 @@ from typing import Annotated
 from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
+from starlette.datastructures import MutableHeaders
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edge_client.web.problems import problem_of, respond
 from hybridsd.errors import AccessDenied, InvalidRequest, Reason
 
 _SAFE = ("GET", "HEAD", "OPTIONS")
+_HEADERS = {
+    "Content-Security-Policy": "; ".join(
+        ("default-src 'self'", "img-src 'self' blob: data:", "frame-ancestors 'none'", "base-uri 'none'")
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+_DOCS = ("/docs", "/redoc")
+"""FastAPI's pages load their scripts from elsewhere, which the policy forbids."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,32 +115,51 @@ async def _caller(request: Request) -> Caller:
 AuthorizedCaller = Annotated[Caller, Depends(_caller)]
 
 
-class SameSite:
-    """Refuses what pages of other sites send without being allowed to: browsers say where a page came from.
+class Door:
+    """What stands before every request: names by which the gateway is called, pages of other sites, headers.
 
     Args:
         app: What is protected.
-        origins: Sites that are allowed beside this one.
+        hosts: Names that the Host header may have, "*" for any: a page that lets its own name lead to this machine (DNS
+            rebinding) is kept out.
+        origins: Sites whose pages may send what changes something, beside this one. Browsers say where a page is from.
     """
 
-    def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:
-        self._app, self._origins = app, frozenset(origins)
+    def __init__(self, app: ASGIApp, hosts: Sequence[str], origins: Sequence[str]) -> None:
+        self._app, self._hosts, self._origins = app, frozenset(hosts), frozenset(origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
-        if scope["type"] == "http" and (refusal := self._check(Request(scope))) is not None:
-            await refusal(scope, receive, send)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
             return
-        await self._app(scope, receive, send)
+        is_framework_page = scope["path"] in _DOCS
+
+        async def harden(message: Message) -> None:
+            if message["type"] == "http.response.start" and not is_framework_page:
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        refusal = self._check(Request(scope))
+        await (self._app if refusal is None else refusal)(scope, receive, harden)
 
     def _check(self, request: Request) -> Response | None:
+        host = request.headers.get("host", "")
+        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+        if "*" not in self._hosts and name.casefold() not in self._hosts:
+            return _refuse(f"the gateway is not called {name[:80]!r}; the operator allows names by --allowed-host")
         origin = request.headers.get("origin")
         if origin is None or request.method in _SAFE or origin in self._origins:
             return None
-        if urlsplit(origin).netloc == request.headers.get("host"):
+        if urlsplit(origin).netloc == host:
             return None
-        message = f"a page of {origin[:80]!r} may not use this gateway; the operator allows it by --cors-origin"
-        return respond(problem_of(AccessDenied(Reason.PERMISSION_DENIED, message)))
+        return _refuse(f"a page of {origin[:80]!r} may not use this gateway; the operator allows it by --cors-origin")
+
+
+def _refuse(message: str) -> Response:
+    return respond(problem_of(AccessDenied(Reason.PERMISSION_DENIED, message)))
 
 
 def _owner(token: str) -> str:

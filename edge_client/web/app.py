@@ -1,5 +1,7 @@
 """The application: the faces, the page, and what stands before them. `create_app` is all there is to it."""
 
+import asyncio
+import contextlib
 import importlib.metadata
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -10,16 +12,15 @@ from typing import Any
 import structlog
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import FileResponse, Response
+from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 
 from edge_client.bundle import Bundle
 from edge_client.onnx_models import Models
 from edge_client.remote import Cloud
 from edge_client.web import jobs_api, openai_api, problems, sdapi
-from edge_client.web.access import Access, SameSite
+from edge_client.web.access import Access, Door
 from edge_client.web.drawing import Painter
 from edge_client.web.gateway import CloudWatch, Gateway
 from edge_client.web.queue import JobQueue
@@ -27,18 +28,11 @@ from edge_client.web.schemas import Problem
 from edge_client.web.store import Store
 from edge_client.web.views import Views
 from edge_client.web.webhooks import Webhooks
+from hybridsd.errors import HybridSDError
 
 log = structlog.get_logger()
 
 STATIC = Path(__file__).parent / "static"
-_HEADERS = {
-    "Content-Security-Policy": (
-        "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'; base-uri 'none'"
-    ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
-_DOCS = ("/docs", "/redoc")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,8 +83,11 @@ def create_app(settings: Settings, bundle: Bundle, models: Models, cloud: Cloud 
             views=views, webhooks=webhooks, max_body_bytes=settings.max_body_bytes,
         )  # fmt: skip
         queue.start()
+        warming = None if models.low_memory else asyncio.create_task(asyncio.to_thread(_warm_up, models))
         yield
         await queue.stop()
+        if warming is not None:
+            await warming
         store.close()
 
     app = FastAPI(
@@ -105,14 +102,13 @@ def create_app(settings: Settings, bundle: Bundle, models: Models, cloud: Cloud 
     for router in (jobs_api.router, openai_api.router, sdapi.router):
         app.include_router(router)
     _add_page(app)
-    app.add_middleware(SameSite, origins=settings.cors_origins)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["Authorization", "Content-Type", "Last-Event-ID"],
             expose_headers=["Location", "Retry-After"],
         )  # fmt: skip
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(settings.hosts), www_redirect=False)
+    app.add_middleware(Door, hosts=settings.hosts, origins=settings.cors_origins)
     original = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -123,6 +119,12 @@ def create_app(settings: Settings, bundle: Bundle, models: Models, cloud: Cloud 
 
     app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's documentation says to
     return app
+
+
+def _warm_up(models: Models) -> None:
+    """Loads the models before the first job needs them; what is wrong with them is the first job's to say."""
+    with contextlib.suppress(HybridSDError):
+        models.warm_up()
 
 
 def _add_page(app: FastAPI) -> None:
@@ -140,7 +142,7 @@ def _add_page(app: FastAPI) -> None:
         found, message = await gateway.watch.look()
         return {"status": "ok", "cloud_reachable": found is not None, "cloud_message": message, **gateway.queue.load}
 
-    @app.get("/", include_in_schema=False)
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(STATIC / "index.html")
 
@@ -149,11 +151,3 @@ def _add_page(app: FastAPI) -> None:
         return FileResponse(STATIC / "icon.svg", media_type="image/svg+xml")
 
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
-
-    @app.middleware("http")
-    async def harden(request: Request, call_next: Any) -> Response:
-        response: Response = await call_next(request)
-        if not request.url.path.startswith(_DOCS):  # FastAPI's pages load their scripts from elsewhere
-            for name, value in _HEADERS.items():
-                response.headers.setdefault(name, value)
-        return response

@@ -4,6 +4,7 @@ Knows the store and a painter; nothing of HTTP. All state changes happen on the 
 """
 
 import asyncio
+import bisect
 import contextlib
 import hashlib
 import threading
@@ -166,6 +167,8 @@ class JobQueue:
                 return same  # it was asked for again meanwhile
             request = filled.model_dump(mode="json", exclude={"id"})
             request |= {"image": upload.image is not None, "mask": upload.mask is not None}
+            if create.id is not None and (same := self._same(create.id, owner, digest)) is not None:
+                return same  # it was asked for once more while it was checked
             job = self._store.add(create.id or uuid.uuid4().hex, owner, face, request, digest, upload)
         finally:
             self._num_admitted -= 1
@@ -209,7 +212,7 @@ class JobQueue:
             return
         while True:
             changed = live.changed
-            for event in [event for event in live.events if event.number > after]:
+            for event in live.events[bisect.bisect_right(live.events, after, key=lambda event: event.number) :]:
                 after = event.number
                 yield event
             if live.is_finished or self._stopping:

@@ -9,6 +9,7 @@ import base64
 import hashlib
 import io
 import json
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from edge_client.web.access import AuthorizedCaller, Caller
 from edge_client.web.disconnects import finished_or_gone, succeeded
 from edge_client.web.documents import answers
 from edge_client.web.gateway import Gateway, SharedGateway
-from edge_client.web.schemas import JOB_ID, MAX_IMAGES, Hybrid, JobCreate, Prompt
+from edge_client.web.schemas import JOB_ID, MAX_IMAGES, Hybrid, JobCreate, Lora, Prompt
 from edge_client.web.store import UNFINISHED, StoredJob
 from edge_client.web.uploads import decode
 from hybridsd import schedulers
@@ -37,6 +38,7 @@ router = APIRouter(prefix="/sdapi/v1", tags=["sdapi"])
 MAX_TASKS = 1000
 """Callers whose last task is remembered."""
 _PREVIEWS = 4
+_LORA = re.compile(r"<lora:([^:<>]{1,64})(?::(-?\d{1,2}(?:\.\d{1,6})?))?>")
 _ANSWERS = answers(401, 403, 409, 410, 413, 422, 429, 499, 502, 503, 504)
 _UNSUPPORTED = {
     "enable_hr": (False, None), "restore_faces": (False, None), "tiling": (False, None), "script_name": (None, ""),
@@ -317,9 +319,10 @@ def _create(body: TextToImage, fields: dict[str, Any], model: str) -> JobCreate:
             )
         hybrid = hybrid.model_copy(update={"cloud_steps": round(body.refiner_switch_at * steps)})
     try:
+        prompt, loras = _adapters(body.prompt)
         return JobCreate(
             id=body.force_task_id,
-            prompt=body.prompt,
+            prompt=prompt,
             negative_prompt=body.negative_prompt,
             n=n,
             width=body.width,
@@ -331,10 +334,19 @@ def _create(body: TextToImage, fields: dict[str, Any], model: str) -> JobCreate:
             scheduler=_scheduler(body),
             hybrid=hybrid,
             previews=_PREVIEWS,
+            loras=loras,
+            prompt_weighting=True,
+            long_prompt="chunk",
             **fields,
         )
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from error
+
+
+def _adapters(prompt: str) -> tuple[str, list[Lora]]:
+    """Returns a prompt without its adapters, which that web UI writes as <lora:name:weight>, and the adapters."""
+    found = [Lora(name=name, weight=float(weight or 1)) for name, weight in _LORA.findall(prompt)]
+    return _LORA.sub("", prompt).strip(), found
 
 
 def _scheduler(body: TextToImage) -> str | None:

@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint format protos golden docs bench bench-full clean
+.PHONY: demo test lint format protos golden docs screenshots bench bench-full clean
 .DEFAULT_GOAL := demo
 
 # torch first and alone: a wheel for this machine's CPU or GPU, in the one version we test with.
@@ -42,6 +42,9 @@ golden: $(INSTALLED)  ## rewrite the golden files after a deliberate change
 
 docs: $(INSTALLED)  ## regenerate docs/cli.md
 	$(BIN)/python docs/generate_cli.py
+
+screenshots: $(INSTALLED)  ## take the pictures of the page again; needs chromium
+	$(BIN)/python -m tests.e2e.screenshots
 
 bench: $(INSTALLED)  ## ratios inside one run, with the machine named; BENCH="--full" for full-size shapes
 	$(BIN)/python -m tests.bench $(BENCH)

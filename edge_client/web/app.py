@@ -139,7 +139,7 @@ def _add_page(app: FastAPI) -> None:
     async def readyz(request: Request) -> Any:
         """Whether it takes jobs; without a cloud it does, for this device goes on alone."""
         gateway: Gateway = request.app.state.gateway
-        found, message = await gateway.watch.look()
+        found, message = await gateway.watch.look(wait_s=0.5)
         return {"status": "ok", "cloud_reachable": found is not None, "cloud_message": message, **gateway.queue.load}
 
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)

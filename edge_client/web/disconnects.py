@@ -45,4 +45,6 @@ def succeeded(job: StoredJob) -> StoredJob:
         raise reason.error(job.error["detail"], field=job.error["field"], retry_delay_s=job.error["retry_delay_s"])
     if job.state == "cancelled":
         raise Cancelled(Reason.CANCELLED, f"job {job.id} was cancelled")
+    if job.state != "completed":
+        raise Reason.INTERNAL.error(f"job {job.id} could not be kept; the gateway's log says why")
     return job

@@ -27,6 +27,8 @@ from hybridsd.plan import MAX_STEPS
 
 LOOK_S = 3.0
 """For how long an answer of the cloud about itself is taken for new."""
+WAIT_S = 2.0
+"""How long a client waits for a new answer: a cloud that drops packets must not hold up the page."""
 
 
 class CloudWatch:
@@ -34,24 +36,31 @@ class CloudWatch:
 
     def __init__(self, cloud: Cloud | None) -> None:
         self._cloud = cloud
-        self._lock = asyncio.Lock()
+        self._looking: asyncio.Task[None] | None = None
         self._asked_s = -LOOK_S
         self._found: CloudCapabilities | None = None
-        self._message: str | None = None
+        self._message = "no cloud is configured; start the gateway with --server" if cloud is None else "not asked yet"
 
-    async def look(self) -> tuple[CloudCapabilities | None, str | None]:
-        """Returns what was found; None with the reason where it is away."""
-        if self._cloud is None:
-            return None, "no cloud is configured; start the gateway with --server"
-        async with self._lock:
-            if time.monotonic() - self._asked_s >= LOOK_S:
-                try:
-                    self._found = await asyncio.to_thread(self._cloud.capabilities)
-                    self._message = None
-                except HybridSDError as error:
-                    self._found, self._message = None, error.message
-                self._asked_s = time.monotonic()
-            return self._found, self._message
+    async def look(self, wait_s: float = WAIT_S) -> tuple[CloudCapabilities | None, str | None]:
+        """Returns what was found; None with the reason where it is away.
+
+        Args:
+            wait_s: For how long to wait for a new answer, before the last one is good enough.
+        """
+        is_due = self._looking is None and time.monotonic() - self._asked_s >= LOOK_S
+        if self._cloud is not None and is_due:
+            self._looking = asyncio.create_task(self._ask(self._cloud))
+        if self._looking is not None:
+            await asyncio.wait((self._looking,), timeout=wait_s)
+        return self._found, None if self._found is not None else self._message
+
+    async def _ask(self, cloud: Cloud) -> None:
+        try:
+            self._found = await asyncio.to_thread(cloud.capabilities)
+        except HybridSDError as error:
+            self._found, self._message = None, error.message
+        finally:
+            self._asked_s, self._looking = time.monotonic(), None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -215,10 +215,11 @@ class JobQueue:
             for event in live.events[bisect.bisect_right(live.events, after, key=lambda event: event.number) :]:
                 after = event.number
                 yield event
+            if live.changed is not changed:
+                continue  # more has happened while a slow reader had the last one
             if live.is_finished or self._stopping:
                 return
-            if live.changed is changed:
-                await changed.wait()
+            await changed.wait()
 
     async def finished(self, job: StoredJob) -> StoredJob:
         """Waits for the end of a job; returns it.
@@ -262,6 +263,10 @@ class JobQueue:
             self._running.add(job_id)
             try:
                 await self._run(job_id)
+            except Exception:  # the store fails: nothing can be noted, and the next start finds the job unfinished
+                log.exception("job_lost", job=job_id)
+                self._live[job_id].is_finished = True
+                self._live[job_id].wake()
             finally:
                 self._running.discard(job_id)
 

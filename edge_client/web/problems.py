@@ -21,6 +21,7 @@ MEDIA_TYPE = "application/problem+json"
 _BY_STATUS = {
     401: Reason.UNAUTHENTICATED, 403: Reason.PERMISSION_DENIED, 404: Reason.NOT_FOUND, 413: Reason.BODY_TOO_LARGE,
 }  # fmt: skip
+_EMPTY = ("missing", "string_too_short", "string_pattern_mismatch")
 _TITLES = {499: "Client Closed Request"}
 
 
@@ -74,6 +75,8 @@ def install(app: FastAPI) -> None:
         first = error.errors()[0]
         where = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
         field = ".".join(where) or "body"
+        if field == "prompt" and first["type"] in _EMPTY:
+            return respond(problem_of(Reason.PROMPT_EMPTY.error("the prompt is empty; say what to draw", field=field)))
         return respond(problem_of(Reason.FIELD_INVALID.error(_said(field, first), field=field)))
 
     @app.exception_handler(HTTPException)

@@ -1,5 +1,6 @@
 """`make screenshots`: the pictures of the page in README and docs, from the real page with the demo models."""
 
+import io
 import shutil
 import tempfile
 from pathlib import Path
@@ -25,20 +26,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         with running_cloud_and_gateway(Path(folder)) as (_, gateway):
-            page = browser.new_page(viewport={"width": 1280, "height": 1000})
+            page = browser.new_page(viewport={"width": 1280, "height": 1290})
             page.goto(f"http://127.0.0.1:{gateway.port}/")
             for seed, prompt in enumerate(PROMPTS):
                 _draw(page, prompt, seed)
+            page.evaluate("scrollTo(0, 0)")
             _shoot(page, "page")
             page.get_by_test_id("compare-form").click()
             expect(page.locator("#compare-status")).to_have_text("3 of 3 pictures are ready", timeout=60_000)
-            page.wait_for_timeout(500)  # the last picture fades in
             _shoot(page, "page-compare")
             page.keyboard.press("Escape")
             page.emulate_media(color_scheme="dark")
             page.set_viewport_size({"width": 390, "height": 844})
             page.locator("#stage").scroll_into_view_if_needed()
-            page.wait_for_timeout(500)
             _shoot(page, "page-phone")
         browser.close()
 
@@ -48,15 +48,14 @@ def _draw(page: Page, prompt: str, seed: int) -> None:
     page.get_by_label("random each time").uncheck()
     page.get_by_test_id("seed").fill(str(seed))
     page.get_by_test_id("generate").click()
-    expect(page.get_by_test_id("status")).to_have_text("Ready", timeout=60_000)
-    expect(page.get_by_test_id("gallery-item")).to_have_count(seed + 1)
+    expect(page.get_by_test_id("gallery-item")).to_have_count(seed + 1, timeout=60_000)
+    expect(page.get_by_test_id("status")).to_have_text("Ready")
 
 
 def _shoot(page: Page, name: str) -> None:
-    path = FOLDER / f"{name}.png"
-    page.screenshot(path=path)
-    with Image.open(path) as picture:  # a palette is a fifth of the size, and looks the same
-        picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    page.wait_for_timeout(700)  # what is new fades in
+    with Image.open(io.BytesIO(page.screenshot())) as picture:
+        picture.convert("RGB").save(FOLDER / f"{name}.webp", quality=88, method=6)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,45 @@
-/** The gateway: requests, its token, its events and pictures. Knows nothing of the page but the dialog for the token. */
+/** The gateway: requests, its token, its events and pictures. Of the page it knows the dialog for the token. */
 
 import { ask, byId } from "/static/dom.js";
 
 const TOKEN_KEY = "hybridsd.token";
 const LAST_EVENTS = new Set(["completed", "failed", "cancelled"]);
+const MAX_STREAMS = 3;  // browsers keep 6 connections to a server, and other requests need some
 const FIRST_BACKOFF_MS = 500;
 const LONGEST_BACKOFF_MS = 8000;
 
 /** A request that failed, with the gateway's problem details (RFC 9457). */
 export class ProblemError extends Error {
-  /** @param {{status: number, detail?: string, title?: string, field?: string|null, retry_delay_s?: number|null}} problem */
+  /** @param {{status: number, detail?: string, title?: string, field?: ?string}} problem */
   constructor(problem) {
     super(problem.detail || problem.title || "Something went wrong.");
-    this.problem = problem;
     this.field = problem.field ?? null;
     this.status = problem.status;
   }
 }
+
+/** A few places, given in the order of asking. */
+class Places {
+  #numFree;
+  #waiting = [];
+
+  constructor(count) {
+    this.#numFree = count;
+  }
+
+  async take() {
+    if (this.#numFree > 0) this.#numFree -= 1;
+    else await new Promise((resolve) => this.#waiting.push(resolve));
+  }
+
+  giveBack() {
+    const next = this.#waiting.shift();
+    if (next) next();
+    else this.#numFree += 1;
+  }
+}
+
+const streams = new Places(MAX_STREAMS);
 
 /** @param {boolean} [isPoll] whether nobody waits for it: then a missing token is not asked for */
 export const getCapabilities = (isPoll = false) => getJson("/v1/capabilities", { asksToken: !isPoll });
@@ -43,22 +66,20 @@ export function listJobs(before = null, limit = 24) {
 /**
  * Yields a job's events up to its last one, through broken connections.
  * @param {string} id
- * @param {AbortSignal} [signal] ends it
  * @returns {AsyncGenerator<{name: string, data: object}>}
  */
-export async function* streamEvents(id, signal) {
+export async function* streamEvents(id) {
   let lastId = null;
   let backoffMs = FIRST_BACKOFF_MS;
-  while (!signal?.aborted) {
+  for (;;) {
     try {
-      for await (const event of connect(id, lastId, signal)) {
+      for await (const event of connect(id, lastId)) {
         lastId = event.id ?? lastId;
         backoffMs = FIRST_BACKOFF_MS;
         yield { name: event.name, data: JSON.parse(event.data) };
         if (LAST_EVENTS.has(event.name)) return;
       }
     } catch (error) {
-      if (signal?.aborted) return;
       if (error instanceof ProblemError && error.status >= 400 && error.status < 500) throw error;
     }
     await new Promise((resolve) => setTimeout(resolve, backoffMs));
@@ -66,14 +87,17 @@ export async function* streamEvents(id, signal) {
   }
 }
 
-async function* connect(id, lastId, signal) {
+async function* connect(id, lastId) {
   const headers = { Accept: "text/event-stream", ...(lastId === null ? {} : { "Last-Event-ID": lastId }) };
-  const response = await send(`/v1/jobs/${id}/events`, { headers, signal, cache: "no-store" });
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let reader;
+  await streams.take();
   try {
+    const response = await send(`/v1/jobs/${id}/events`, { headers, cache: "no-store" });
+    reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
     yield* parseEvents(reader);
   } finally {
-    reader.cancel().catch(() => {});
+    reader?.cancel().catch(() => {});
+    streams.giveBack();
   }
 }
 
@@ -91,7 +115,7 @@ async function* parseEvents(reader) {
   }
 }
 
-/** @param {string} block the lines of one server-sent event @returns {{id: ?string, name: string, data: string}|null} */
+/** @param {string} block the lines of one event @returns {{id: ?string, name: string, data: string}|null} */
 function parseEvent(block) {
   const event = { id: null, name: "message", data: [] };
   for (const line of block.split(/\r\n|\n|\r/)) {
@@ -103,7 +127,7 @@ function parseEvent(block) {
   return event.data.length ? { ...event, data: event.data.join("\n") } : null;
 }
 
-/** Shows a picture of the gateway in an `<img>`; with a token it is fetched, for an `<img>` cannot send one. */
+/** Shows a picture of the gateway in an `<img>`; with a token it is fetched, for an `<img>` sends none. */
 export async function showPicture(img, url) {
   img.dataset.url = url;
   if (!token()) {
@@ -139,8 +163,8 @@ async function getJson(path, options) {
 async function send(path, { asksToken = true, ...options } = {}) {
   const used = token();
   const headers = { ...options.headers, ...(used ? { Authorization: `Bearer ${used}` } : {}) };
-  const response = await fetch(path, { ...options, headers }).catch((error) => {
-    if (error.name === "AbortError") throw error;
+  // credentials: else browsers ask for a password by themselves when the gateway asks for its token
+  const response = await fetch(path, { credentials: "omit", ...options, headers }).catch(() => {
     throw new ProblemError({ status: 0, detail: "The gateway on this device does not answer. Is it running?" });
   });
   if (response.status === 401 && asksToken && (await askToken(used))) return send(path, options);

@@ -51,7 +51,7 @@ document.addEventListener("keydown", (event) => {
 
 await cloudWatch.start();
 
-/** @returns {Promise<boolean>} whether the gateway has said what it can do; asks again, and for a token, where it has not */
+/** @returns {Promise<boolean>} whether the gateway has said what it can do; asks again where it has not */
 async function isReady() {
   if (defaults === null) await cloudWatch.start();
   return defaults !== null;
@@ -66,7 +66,7 @@ async function generate() {
     await launch(form.request(), { isShown: true });
     if (!isInView(byId("pictures"))) byId("stage").scrollIntoView();
   } catch (error) {
-    form.showProblem(error);
+    form.showProblem(error, { takesFocus: true });
   } finally {
     button.disabled = false;
   }
@@ -82,7 +82,7 @@ async function launch(request, { onUpdate, isShown = false } = {}) {
 }
 
 async function follow(run, onUpdate) {
-  runs.unshift(run);
+  runs = [run, ...runs].sort((a, b) => b.job.created_at - a.job.created_at);
   onUpdate?.(run);
   try {
     for await (const { name, data } of streamEvents(run.job.id)) {
@@ -107,9 +107,12 @@ function end(run) {
 /** The events of a job are gone; whether it has ended the gateway may still know. */
 async function giveUp(run, error) {
   const job = await getJob(run.job.id).catch(() => null);
-  if (job?.finished_at) applyEvent(run, job.state, { job });
-  else Object.assign(run, { job: { ...run.job, state: "failed" }, phase: "Lost" });
-  if (!job?.finished_at) form.showProblem(error);
+  if (job && !isActive({ job })) {
+    applyEvent(run, job.state, { job });
+  } else {
+    Object.assign(run, { job: { ...run.job, state: "failed" }, phase: "Lost" });
+    form.showProblem(error);
+  }
   end(run);
   update(run);
 }
@@ -124,10 +127,16 @@ function showRun(run) {
   runList.update(runs, run);
 }
 
-function cancel(run) {
-  cancelJob(run.job.id).catch((error) => {
-    if (error.status !== 409) form.showProblem(error);  // 409: it has finished meanwhile, which its events tell
-  });
+async function cancel(run) {
+  try {
+    const job = await cancelJob(run.job.id);
+    if (isActive({ job })) return;  // it stops after its present step, which its events tell
+    applyEvent(run, job.state, { job });
+    end(run);
+    update(run);
+  } catch (error) {
+    if (error.status !== 409) form.showProblem(error);  // 409: it has finished meanwhile
+  }
 }
 
 function openPicture(jobId, index) {
@@ -142,25 +151,26 @@ function again(entry, hasNewSeed) {
 }
 
 /** Compares the splits of a request; one without a hybrid split gets the default one. */
-function startCompare(request) {
+async function startCompare(request) {
   form.clearProblems();
   const { num_inference_steps: numSteps, hybrid } = request;
   const isHybrid = hybrid.cloud_steps > 0 && hybrid.cloud_steps < numSteps;
   const usual = Math.max(1, Math.round((numSteps * defaults.cloud_steps) / defaults.num_inference_steps));
   const cloudSteps = isHybrid ? hybrid.cloud_steps : Math.min(usual, numSteps - 1);
   const seed = request.seed ?? randomSeed();
-  return compare.start({ ...request, seed, hybrid: { ...hybrid, cloud_steps: cloudSteps } });
+  try {
+    await compare.start({ ...request, seed, hybrid: { ...hybrid, cloud_steps: cloudSteps } });
+  } catch (error) {
+    form.showProblem(error, { takesFocus: true });
+  }
 }
 
 async function loadGallery() {
   try {
-    const active = await gallery.loadMore();
-    for (const job of active.reverse()) {
-      if (runs.some((run) => run.job.id === job.id)) continue;
-      const run = beginRun(job);
-      follow(run);
-      showRun(run);
+    for (const job of await gallery.loadMore()) {
+      if (!runs.some((run) => run.job.id === job.id)) follow(beginRun(job));
     }
+    if (runs.length && !stage.run) showRun(runs[0]);
   } catch (error) {
     form.showProblem(error);
   }

@@ -7,6 +7,7 @@ const POLL_MS = 10_000;
 
 export class CloudWatch {
   #onCapabilities;
+  #capabilities = null;
   #lastLoss = null;
   #poll = null;
 
@@ -22,10 +23,10 @@ export class CloudWatch {
     this.#schedule(POLL_MS);
   }
 
-  /** Tells that a job went on without the cloud; forgotten when the cloud answers again. @param {object} event took_over */
+  /** Tells that a job went on without the cloud; forgotten when the cloud answers again. */
   tookOver({ message, reason }) {
     this.#lastLoss = message || reason;
-    showAway(this.#lastLoss);
+    this.#show();
     this.#schedule(POLL_MS);
   }
 
@@ -40,31 +41,32 @@ export class CloudWatch {
 
   async #ask(isPoll) {
     const lossBefore = this.#lastLoss;
-    const capabilities = await getCapabilities(isPoll);
-    const { configured, reachable, message } = capabilities.cloud;
-    if (reachable && this.#lastLoss === lossBefore) this.#lastLoss = null;
-    if (configured && !reachable) showAway(message || this.#lastLoss);
-    else if (this.#lastLoss) showAway(this.#lastLoss);
-    else showBanner("");
-    showPlaces(capabilities);
-    this.#onCapabilities(capabilities);
+    this.#capabilities = await getCapabilities(isPoll);
+    const isNewLoss = this.#lastLoss !== lossBefore;  // later than the question
+    if (this.#capabilities.cloud.reachable && !isNewLoss) this.#lastLoss = null;
+    this.#show();
+    this.#onCapabilities(this.#capabilities);
   }
-}
 
-function showAway(reason) {
-  showBanner(`The cloud is away; this device goes on alone${reason ? ` (${reason})` : ""}.`);
+  #show() {
+    const { cloud, edge } = this.#capabilities;
+    const isAway = cloud.configured && (!cloud.reachable || this.#lastLoss !== null);
+    const reason = this.#lastLoss ?? cloud.message;
+    showBanner(isAway ? `The cloud is away; this device goes on alone${reason ? ` (${reason})` : ""}.` : "");
+    showPlaces(cloud, edge, isAway);
+  }
 }
 
 function showBanner(text) {
   setText(byId("banner"), text);
 }
 
-function showPlaces({ cloud, edge }) {
-  const cloudWords = cloud.configured ? (cloud.models[0]?.id ?? cloud.target) : "not configured";
-  const state = cloud.reachable ? "connected" : "away";
+function showPlaces(cloud, edge, isAway) {
+  const cloudWords = cloud.models[0]?.id ?? (cloud.configured ? cloud.target : "not configured");
+  const cloudState = isAway ? "away" : "connected";
   byId("places").replaceChildren(
-    place("cloud", "Cloud", cloudWords ?? "", cloud.configured ? state : ""),
-    place("edge", "This device", `${edge.model}, ${edge.provider.replace(/ExecutionProvider$/, "")}`, ""),
+    place("cloud", "Cloud", cloudWords, cloud.configured ? cloudState : ""),
+    place("edge", "This device", `${edge.model}, ${edge.provider.split(/[ :]/)[0]}`, ""),
   );
 }
 

@@ -29,6 +29,7 @@ export class Compare {
   /**
    * Draws the same picture three ways.
    * @param {object} request with a seed; `cloud_steps` of its `hybrid` is the split in the middle
+   * @throws {Error} with a `field`, where the request is wrong
    */
   async start(request) {
     const columns = variants(request).map((variant) => new Column(variant, request));
@@ -41,6 +42,10 @@ export class Compare {
       try {
         column.run = await this.#launch(column.request, (run) => this.#update(columns, column, run));
       } catch (error) {
+        if (error.field) {  // the same for all of them: it is said next to that field
+          this.#dialog.close();
+          throw error;
+        }
         column.showError(error.message);
       }
     }
@@ -114,26 +119,36 @@ class Column {
     if (!next || next === this.#shown) return;
     this.#shown = next;
     this.#img.hidden = false;
-    this.#img.alt = picture.image ? this.title : `Preview after step ${picture.preview.step + 1} of ${picture.numSteps}`;
+    this.#img.alt = this.title;
     if (picture.image) showPicture(this.#img, picture.image.url).catch(() => {});
     else this.#img.src = picture.preview.image;
   }
 
   showError(message) {
     setText(this.#note, message);
-    this.#note.classList.add("field-error");
+    this.#note.classList.add("is-bad");
   }
 }
 
 function variants({ num_inference_steps: numSteps, hybrid }) {
   const { cloud_steps: cloudSteps, model } = hybrid;
+  const numHere = numSteps - cloudSteps;
   return [
-    { title: "Large alone", subtitle: `${plural(numSteps, "step")} in the cloud`, hybrid: { model, mode: "cloud", cloud_steps: numSteps } },
     {
-      title: "Hybrid", subtitle: `${cloudSteps} in the cloud, ${numSteps - cloudSteps} here`,
+      title: "Large alone",
+      subtitle: `${plural(numSteps, "step")} in the cloud`,
+      hybrid: { model, mode: "cloud", cloud_steps: numSteps },
+    },
+    {
+      title: "Hybrid",
+      subtitle: `${cloudSteps} in the cloud, ${numHere} here`,
       hybrid: { model, mode: "hybrid", cloud_steps: cloudSteps },
     },
-    { title: "Small alone", subtitle: `${plural(numSteps, "step")} here, offline`, hybrid: { model, mode: "edge", cloud_steps: 0 } },
+    {
+      title: "Small alone",
+      subtitle: `${plural(numSteps, "step")} here, offline`,
+      hybrid: { model, mode: "edge", cloud_steps: 0 },
+    },
   ];
 }
 

@@ -48,10 +48,13 @@ export function ask(dialog) {
   });
 }
 
-/** Closes a dialog on a click outside of its content. */
+/** Closes a dialog on a click outside of it. */
 export function closeOnBackdrop(dialog) {
   dialog.addEventListener("click", (event) => {
-    if (event.target === dialog) dialog.close();
+    const { left, right, top, bottom } = dialog.getBoundingClientRect();
+    const { clientX: x, clientY: y } = event;
+    const isOutside = x < left || x > right || y < top || y > bottom;
+    if (event.target === dialog && isOutside) dialog.close();
   });
 }
 

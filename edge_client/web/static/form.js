@@ -3,8 +3,9 @@
 import { byId, make, setText } from "/static/dom.js";
 import { readImage } from "/static/pictures.js";
 
+/** Previews of each picture. */
+export const NUM_PREVIEWS = 10;
 const STORE_KEY = "hybridsd.form";
-const NUM_PREVIEWS = 10;
 const MOST_PICTURES = 4;
 const LARGEST_DICE = 2 ** 32;
 const SHAPES = [
@@ -78,20 +79,20 @@ export class Form {
   /**
    * Shows the request of a picture.
    * @param {object} request with every value filled in
-   * @param {{image?: boolean, strength?: number}} asked what it began with: pictures are not kept, and have to be chosen again
+   * @param {{image?: boolean, strength?: number}} asked what it began with: the form cannot choose a file by itself
    */
   fill(request, asked) {
     this.clearProblems();
     const values = {
-      prompt: request.prompt, negative: request.negative_prompt, count: request.n, steps: request.num_inference_steps,
-      scheduler: request.scheduler, guidance: request.guidance_scale, width: request.width, height: request.height, seed: request.seed,
+      prompt: request.prompt, negative: request.negative_prompt, count: request.n, seed: request.seed,
+      steps: request.num_inference_steps, scheduler: request.scheduler, guidance: request.guidance_scale,
+      width: request.width, height: request.height,
     };
     for (const [id, value] of Object.entries(values)) byId(id).value = String(value);
     byId("random-seed").checked = false;
     if (asked.strength) byId("strength").value = String(asked.strength);
     const size = `${request.width}x${request.height}`;
-    const isOffered = [...byId("size").options].some((option) => option.value === size);
-    byId("size").value = isOffered ? size : "custom";
+    byId("size").value = isOffered(byId("size"), size) ? size : "custom";
     if (request.hybrid.model) byId("cloud-model").value = request.hybrid.model;
     this.#split.set({ cloudSteps: request.hybrid.cloud_steps, numSteps: request.num_inference_steps });
     this.#changed();
@@ -105,10 +106,16 @@ export class Form {
     this.#changed();
   }
 
-  /** Shows an error next to the field that it names, else as an alert. */
-  showProblem(error) {
+  /**
+   * Shows an error next to the field that it names, else as an alert.
+   * @param {Error & {field?: ?string}} error
+   * @param {{takesFocus?: boolean}} [options] whether the user waits for it, and may be taken to the field
+   */
+  showProblem(error, { takesFocus = false } = {}) {
     const name = error.field?.split(".").at(-1);
-    if (!name || !this.#say(name, error.message)) setText(byId("form-alert"), error.message);
+    const control = name ? this.#say(name, error.message) : null;
+    if (!control) setText(byId("form-alert"), error.message);
+    else if (takesFocus) control.focus();
   }
 
   clearProblems() {
@@ -120,10 +127,10 @@ export class Form {
     }
   }
 
-  /** @returns {boolean} whether there is a field of that name */
+  /** @returns {HTMLElement|null} the control of that name, which now has the text next to it */
   #say(name, text) {
     const field = document.querySelector(`[data-field~="${CSS.escape(name)}"]`);
-    if (!field || field.closest("[hidden]")) return false;
+    if (!field || field.closest("[hidden]")) return null;
     const control = field.querySelector("input, textarea, select");
     const id = `${control.id}-error`;
     byIdOrNull(id)?.remove();
@@ -132,19 +139,19 @@ export class Form {
     control.setAttribute("aria-errormessage", id);
     const closed = field.closest("details:not([open])");
     if (closed) closed.open = true;
-    control.focus();
-    return true;
+    return control;
   }
 
   #offerChoices() {
     const { defaults, edge, limits, schedulers } = this.#capabilities;
     offer("scheduler", schedulers.map(({ name, label }) => ({ value: name, label: label ?? name })));
-    offer("count", Array.from({ length: Math.min(limits.max_n, MOST_PICTURES) }, (_, i) => ({ value: String(i + 1), label: String(i + 1) })));
+    const counts = Array.from({ length: Math.min(limits.max_n, MOST_PICTURES) }, (_, i) => String(i + 1));
+    offer("count", counts.map((count) => ({ value: count, label: count })));
     offer("size", [...offeredSizes(edge, defaults), { value: "custom", label: "Custom …" }]);
     setLimits("steps", 1, limits.max_steps);
     setLimits("guidance", limits.min_guidance, limits.max_guidance);
     setLimits("seed", 0, Math.min(limits.max_seed, Number.MAX_SAFE_INTEGER));
-    byId("prompt").maxLength = byId("negative").maxLength = limits.max_prompt_chars;
+    for (const id of ["prompt", "negative"]) byId(id).maxLength = limits.max_prompt_chars;
     for (const id of ["width", "height"]) {
       setLimits(id, edge.size_multiple, edge.max_size);
       byId(id).step = String(edge.size_multiple);
@@ -180,9 +187,8 @@ export class Form {
     for (const id of KEPT) {
       const control = byId(id);
       if (!(id in kept)) continue;
-      const isOffered = control.tagName !== "SELECT" || [...control.options].some((option) => option.value === kept[id]);
       if (control.type === "checkbox") control.checked = kept[id];
-      else if (isOffered) control.value = kept[id];
+      else if (control.tagName !== "SELECT" || isOffered(control, kept[id])) control.value = kept[id];
     }
     this.#split.show();
   }
@@ -256,6 +262,10 @@ export function randomSeed(maxSeed = LARGEST_DICE) {
 
 function offer(id, options) {
   byId(id).replaceChildren(...options.map(({ value, label }) => make("option", { value }, label)));
+}
+
+function isOffered(select, value) {
+  return [...select.options].some((option) => option.value === value);
 }
 
 function setLimits(id, min, max) {

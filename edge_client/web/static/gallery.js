@@ -1,8 +1,9 @@
 /** Finished pictures, newest first, and the dialog that shows one with all that is known of it. */
 
 import { deleteJob, downloadPicture, listJobs, showPicture } from "/static/api.js";
-import { ask, bytes, byId, closeOnBackdrop, isDialogOpen, make, seconds, setText } from "/static/dom.js";
-import { pictureRunOf } from "/static/run.js";
+import { ask, bytes, byId, closeOnBackdrop, isDialogOpen, make, plural, seconds, setText } from "/static/dom.js";
+import { NUM_PREVIEWS } from "/static/form.js";
+import { isActive, pictureRunOf } from "/static/run.js";
 import { splitRequest } from "/static/split.js";
 import { Timeline } from "/static/timeline.js";
 
@@ -30,8 +31,9 @@ export class Gallery {
     try {
       const { jobs, next } = await listJobs(this.#next);
       this.#next = next;
-      for (const job of jobs.filter(isFinished)) this.#insert(job, false);
-      return jobs.filter((job) => !isFinished(job));
+      const active = jobs.filter((job) => isActive({ job }));
+      for (const job of jobs) if (!active.includes(job)) this.#insert(job, false);
+      return active;
     } finally {
       button.disabled = false;
       this.#show();
@@ -97,12 +99,14 @@ export function requestOf({ job, image }) {
     n: 1,
     width: image.width,
     height: image.height,
-    num_inference_steps: image.num_inference_steps,
+    num_inference_steps: job.request.num_inference_steps ?? image.num_inference_steps,  // fewer ran with a strength
     guidance_scale: image.guidance_scale,
     seed: image.seed,
     scheduler: image.scheduler,
     hybrid: splitRequest(image.planned_cloud_steps, job.request.hybrid?.model),
-    previews: job.request.previews,
+    image: null,
+    mask: null,
+    previews: NUM_PREVIEWS,
   };
 }
 
@@ -171,7 +175,8 @@ export class Detail {
     )));
     byId("detail-compare").hidden = Boolean(job.request.image);  // it would begin from noise
     for (const id of ["detail-previous", "detail-next"]) byId(id).hidden = this.#gallery.entries.length < 2;
-    setText(byId("detail-title"), `Picture ${this.#gallery.entries.indexOf(entry) + 1} of ${this.#gallery.entries.length}`);
+    const { entries } = this.#gallery;
+    setText(byId("detail-title"), `Picture ${entries.indexOf(entry) + 1} of ${entries.length}`);
   }
 
   async #download() {
@@ -182,7 +187,8 @@ export class Detail {
 
   async #delete(onDeleted) {
     const { job } = this.#entry;
-    setText(byId("confirm-title"), job.images.length > 1 ? `Delete these ${job.images.length} pictures?` : "Delete this picture?");
+    const count = job.images.length;
+    setText(byId("confirm-title"), count > 1 ? `Delete these ${count} pictures?` : "Delete this picture?");
     if ((await ask(byId("confirm-dialog"))) !== "ok") return;
     const at = this.#gallery.entries.indexOf(this.#entry);
     await deleteJob(job.id);
@@ -193,10 +199,10 @@ export class Detail {
   }
 }
 
-/** @returns {string} "8 steps in the cloud, 17 here" in the fewest words */
-export function splitWords({ actual_cloud_steps: cloud, num_inference_steps: steps }) {
+/** @returns {string} who drew how many steps, in few words */
+function splitWords({ actual_cloud_steps: cloud, num_inference_steps: steps }) {
   if (cloud === 0) return "this device alone";
-  return cloud >= steps ? "cloud alone" : `cloud ${cloud}, device ${steps - cloud}`;
+  return cloud >= steps ? "cloud alone" : `cloud ${plural(cloud, "step")}, this device ${steps - cloud}`;
 }
 
 function splitBar({ actual_cloud_steps: cloud, num_inference_steps: steps }) {
@@ -222,14 +228,11 @@ function facts(job, image) {
     ["Guidance", image.guidance_scale],
     ["Size", `${image.width} × ${image.height}`],
     ["Seed", image.seed],
-    ["Began with", job.request.image ? `a picture${job.request.mask ? " and a mask" : ""}, strength ${job.request.strength ?? "as usual"}` : null],
+    ["Began with", job.request.image && `a picture${job.request.mask ? " and a mask" : ""}`],
+    ["Strength", job.request.image && job.request.strength],
     ["Time", `${seconds(image.elapsed_s)}, ${seconds(image.decode_s)} of it to decode`],
     ["Received", image.received_bytes ? bytes(image.received_bytes) : null],
     ["Made", new Date(1000 * job.created_at).toLocaleString()],
   ];
-  return rows.filter(([, value]) => value !== null && value !== undefined && value !== "");
-}
-
-function isFinished(job) {
-  return job.finished_at !== null;
+  return rows.filter(([, value]) => ![null, undefined, "", false].includes(value));
 }

@@ -31,9 +31,9 @@ export function beginRun(job) {
   return run;
 }
 
-/** @returns {boolean} whether the job has not ended */
-export function isActive(run) {
-  return run.job.state === "queued" || run.job.state === "running";
+/** @param {{job: object}} run @returns {boolean} whether its job has not ended */
+export function isActive({ job }) {
+  return job.state === "queued" || job.state === "running";
 }
 
 /** @param {object} image a finished picture, as the gateway describes it @returns {PictureRun} */

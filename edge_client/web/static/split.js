@@ -5,6 +5,7 @@ import { byId, make, makeSvg, plural, setText, stepRange } from "/static/dom.js"
 const THUMB_PX = 24;  // as --thumb in style.css: the curve lies exactly below the slider
 const CURVE_HEIGHT = 150;
 const MARGIN = { top: 36, bottom: 42 };
+const TICKS = [[0, "start"], [0.5, "middle"], [1, "end"]];
 const PREFERRED_METRIC = "psnr";
 const METRICS = {
   psnr: { name: "PSNR", axis: "likeness to the large model’s picture, dB" },
@@ -27,7 +28,9 @@ export class Split {
   #cloudModel = "";
 
   constructor() {
-    for (const control of [this.#slider, this.#auto, this.#metric]) control.addEventListener("input", () => this.show());
+    for (const control of [this.#slider, this.#auto, this.#metric]) {
+      control.addEventListener("input", () => this.show());
+    }
     new ResizeObserver(() => this.#showCurve()).observe(byId("quality-curve"));
   }
 
@@ -97,11 +100,11 @@ export class Split {
 
   #showBar() {
     const bar = byId("split-cloud").parentElement;
-    bar.style.setProperty("--share", String(this.cloudSteps / this.numSteps));
+    const share = this.cloudSteps / this.numSteps;
+    bar.style.setProperty("--share", String(share));
     bar.classList.toggle("auto", this.isAuto);
-    setText(byId("split-cloud"), this.cloudSteps ? `Cloud ${this.cloudSteps}` : "");
-    const edgeSteps = this.numSteps - this.cloudSteps;
-    setText(byId("split-edge"), edgeSteps ? `Device ${edgeSteps}` : "");
+    setText(byId("split-cloud"), barLabel("Cloud", this.cloudSteps, share));
+    setText(byId("split-edge"), barLabel("Device", this.numSteps - this.cloudSteps, 1 - share));
   }
 
   #setPoints(points) {
@@ -126,16 +129,26 @@ export class Split {
   }
 }
 
-/** @returns {object} the `hybrid` of a request with that split; with any cloud steps the device goes on when the cloud is lost */
+/**
+ * Makes the `hybrid` of a request with that split. With any cloud steps the mode is "auto": this device goes on when
+ * the cloud is lost.
+ */
 export function splitRequest(cloudSteps, model = "") {
   return { mode: cloudSteps ? "auto" : "edge", cloud_steps: cloudSteps, model };
+}
+
+/** @returns {string} as much as fits into that share of the bar */
+function barLabel(name, numSteps, share) {
+  if (share < 0.14) return "";
+  return share < 0.3 ? String(numSteps) : `${name} ${numSteps}`;
 }
 
 /** @returns {string} what runs where, in words */
 export function describeSplit(cloudSteps, numSteps) {
   if (cloudSteps === 0) return `This device alone, works offline: ${plural(numSteps, "step")}, small U-Net, tiny VAE.`;
-  if (cloudSteps >= numSteps) return `Cloud alone, decoded here: ${plural(numSteps, "step")}, large U-Net; tiny VAE on this device.`;
-  return `Cloud: ${stepRange(0, cloudSteps)}, large U-Net · This device: ${stepRange(cloudSteps, numSteps)}, small U-Net, tiny VAE`;
+  const cloud = `${stepRange(0, cloudSteps)}, large U-Net`;
+  if (cloudSteps >= numSteps) return `Cloud alone, decoded here: ${cloud}; tiny VAE on this device.`;
+  return `Cloud: ${cloud} · This device: ${stepRange(cloudSteps, numSteps)}, small U-Net, tiny VAE`;
 }
 
 function metricOf(id) {
@@ -154,7 +167,8 @@ function drawCurve(points, metric, mark, width) {
   const [low, high] = [Math.min(...points.map((p) => p.y)), Math.max(...points.map((p) => p.y))];
   const span = high - low || 1;
   const x = (share) => THUMB_PX / 2 + share * (width - THUMB_PX);
-  const y = (value) => CURVE_HEIGHT - MARGIN.bottom - ((value - low) / span) * (CURVE_HEIGHT - MARGIN.top - MARGIN.bottom);
+  const height = CURVE_HEIGHT - MARGIN.top - MARGIN.bottom;
+  const y = (value) => MARGIN.top + height * (1 - (value - low) / span);
   const svg = makeSvg("svg", {
     viewBox: `0 0 ${width} ${CURVE_HEIGHT}`, width, height: CURVE_HEIGHT, role: "img",
     "aria-label": describeCurve(points, metric, mark),
@@ -162,7 +176,7 @@ function drawCurve(points, metric, mark, width) {
   const bottom = y(low);
   svg.append(
     makeSvg("line", { class: "axis", x1: x(0), x2: x(1), y1: bottom + 8, y2: bottom + 8 }),
-    ...[0, 0.5, 1].map((share) => text(x(share), bottom + 20, `${100 * share} %`, ["start", "middle", "end"][2 * share])),
+    ...TICKS.map(([share, anchor]) => text(x(share), bottom + 20, `${100 * share} %`, anchor)),
     text(x(0.5), CURVE_HEIGHT - 2, "share of the steps in the cloud", "middle"),
     text(x(0), 11, metric.axis, "start"),
     text(x(0), y(points[0].y) - 8, short(points[0].y), "start"),

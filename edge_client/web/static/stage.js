@@ -56,9 +56,8 @@ export class Stage {
     this.#run = null;
     this.#frames = [];
     byId("pictures").dataset.count = "0";
-    byId("pictures").replaceChildren(
-      make("p", { class: "empty" }, make("span", { class: "empty-art", "aria-hidden": "true" }), "Your picture appears here."),
-    );
+    const art = make("span", { class: "empty-art", "aria-hidden": "true" });
+    byId("pictures").replaceChildren(make("p", { class: "empty" }, art, "Your picture appears here."));
     byId("stage-timeline").replaceChildren();
     for (const id of ["status", "step-text"]) setText(byId(id), "");
     document.title = TITLE;
@@ -68,14 +67,15 @@ export class Stage {
 
 /** One picture: empty, then its previews, then the finished one. */
 class Frame {
-  #img = make("img", { class: "frame-picture", hidden: true, alt: "" });
+  #img = make("img", { class: "frame-picture", alt: "" });
   #button;
   #shown = null;
   #prompt;
 
   constructor(job, onOpen) {
     this.#prompt = job.request.prompt;
-    this.#button = make("button", { class: "frame-open", type: "button", onclick: onOpen, disabled: true }, this.#img);
+    const properties = { class: "frame-open", type: "button", disabled: true, hidden: true, onclick: onOpen };
+    this.#button = make("button", properties, this.#img);
     this.element = make("div", { class: "frame" }, this.#button);
     this.element.style.aspectRatio = `${job.request.width ?? 1} / ${job.request.height ?? 1}`;
   }
@@ -85,7 +85,7 @@ class Frame {
     const next = picture.image ?? picture.preview;
     if (!next || next === this.#shown) return;
     this.#shown = next;
-    this.#img.hidden = false;
+    this.#button.hidden = false;
     if (picture.image) this.#showResult(picture.image);
     else this.#showPreview(picture);
   }
@@ -147,10 +147,11 @@ export class RunList {
       make("span", { class: "card-text" }, make("span", { class: "card-prompt" }, prompt), phase),
     );
     const cancel = make("button", {
-      class: "icon", type: "button", "aria-label": `Cancel ${prompt}`, title: "Cancel", textContent: "✕", "data-testid": "card-cancel",
-      onclick: () => this.#onCancel(run),
+      class: "icon", type: "button", "data-testid": "card-cancel", "aria-label": `Cancel ${prompt}`, title: "Cancel",
+      textContent: "✕", onclick: () => this.#onCancel(run),
     });
-    const row = { element: make("li", { class: "card", "data-testid": "card" }, show, cancel, bar), img, phase, bar, show };
+    const element = make("li", { class: "card", "data-testid": "card" }, show, cancel, bar);
+    const row = { element, img, phase, bar, show };
     this.#rows.set(run.job.id, row);
     return row;
   }

@@ -58,7 +58,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 def serve(**options: Any) -> None:
     """Serves web clients: OpenAI's images API, AUTOMATIC1111's, jobs with events, and a page to draw with."""
     settings = _settings(options)
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.INFO))
+    _configure_log()
     bundle = open_bundle(options["bundle_name"])
     models = Models(
         bundle.folder, bundle.manifest, provider=options["provider"], threads=options["threads"],
@@ -122,6 +122,15 @@ def _settings(options: dict[str, Any]) -> Settings:
         max_queue=options["max_queue"],
         max_jobs=options["max_jobs"],
         max_body_bytes=options["max_body_mib"] << 20,
+    )
+
+
+def _configure_log() -> None:
+    """Logs lines for people, without the values of variables: prompts are nobody's business."""
+    renderer = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)
+    structlog.configure(
+        processors=[structlog.processors.add_log_level, structlog.processors.TimeStamper(fmt="iso"), renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
     )
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Annotated
 
 from fastapi import Depends, Request
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from edge_client.web.problems import problem_of, respond
+from edge_client.web.problems import MEDIA_TYPE, problem_of, respond
 from hybridsd.errors import AccessDenied, InvalidRequest, Reason
 
 _SAFE = ("GET", "HEAD", "OPTIONS")
@@ -133,6 +133,7 @@ class Door:
             await self._app(scope, receive, send)
             return
         is_framework_page = scope["path"] in _DOCS
+        was_replaced = False
 
         async def harden(message: Message) -> None:
             if message["type"] == "http.response.start" and not is_framework_page:
@@ -141,8 +142,16 @@ class Door:
                     headers.setdefault(name, value)
             await send(message)
 
+        async def answer(message: Message) -> None:
+            nonlocal was_replaced
+            if message["type"] == "http.response.start" and _is_plain_413(message):
+                was_replaced = True  # the framework's own, of a body beyond the limit
+                await _too_large()(scope, receive, harden)
+            elif not was_replaced:
+                await harden(message)
+
         refusal = self._check(Request(scope))
-        await (self._app if refusal is None else refusal)(scope, receive, harden)
+        await (self._app if refusal is None else refusal)(scope, receive, answer)
 
     def _check(self, request: Request) -> Response | None:
         host = request.headers.get("host", "")
@@ -155,6 +164,15 @@ class Door:
         if origin in (f"http://{host}", f"https://{host}"):
             return None
         return _refuse(f"a page of {origin[:80]!r} may not use this gateway; the operator allows it by --cors-origin")
+
+
+def _is_plain_413(start: Message) -> bool:
+    return start["status"] == 413 and Headers(raw=start["headers"]).get("content-type") != MEDIA_TYPE
+
+
+def _too_large() -> Response:
+    message = "the request has more bytes than are allowed; send less, or ask the operator for a larger --max-body-mib"
+    return respond(problem_of(Reason.BODY_TOO_LARGE.error(message)))
 
 
 def _refuse(message: str) -> Response:

@@ -15,6 +15,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.requests import Request
+from starlette.types import ASGIApp
 
 from edge_client.bundle import Bundle
 from edge_client.onnx_models import Models
@@ -55,6 +56,18 @@ class Settings:
     max_body_bytes: int = 32 << 20
 
 
+class _Application(FastAPI):
+    """An application with the door before everything, also before FastAPI's own answer to a body beyond the limit."""
+
+    def __init__(self, *, door: Settings, **options: Any) -> None:
+        super().__init__(**options)
+        self._door = door
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """See Starlette."""
+        return Door(super().build_middleware_stack(), hosts=self._door.hosts, origins=self._door.cors_origins)
+
+
 def create_app(settings: Settings, bundle: Bundle, models: Models, cloud: Cloud | None) -> FastAPI:
     """Returns the application.
 
@@ -90,7 +103,8 @@ def create_app(settings: Settings, bundle: Bundle, models: Models, cloud: Cloud 
             await warming
         store.close()
 
-    app = FastAPI(
+    app = _Application(
+        door=settings,
         title="Hybrid SD edge gateway",
         version=importlib.metadata.version("hybridsd"),
         summary="Pictures that a cloud begins and this device finishes.",
@@ -108,7 +122,6 @@ def create_app(settings: Settings, bundle: Bundle, models: Models, cloud: Cloud 
             allow_headers=["Authorization", "Content-Type", "Last-Event-ID"],
             expose_headers=["Location", "Retry-After"],
         )  # fmt: skip
-    app.add_middleware(Door, hosts=settings.hosts, origins=settings.cors_origins)
     original = app.openapi
 
     def openapi() -> dict[str, Any]:

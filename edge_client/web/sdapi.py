@@ -18,7 +18,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from fastapi.exceptions import RequestValidationError
 from PIL import Image as Pillow
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from edge_client.image_inputs import load_image
 from edge_client.web.access import AuthorizedCaller, Caller
@@ -70,6 +70,17 @@ class TextToImage(BaseModel):
     override_settings: dict[str, Any] | None = None
     send_images: bool = True
     hybrid: Hybrid = Field(default_factory=Hybrid)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        """Refuses halves of characters anywhere, also where nothing is read: the answer repeats the body."""
+        try:
+            if isinstance(value, dict):
+                json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("a text has half a character (an unpaired surrogate); send UTF-8") from error
+        return value
 
 
 class ImageToImage(TextToImage):

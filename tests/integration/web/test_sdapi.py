@@ -1,0 +1,288 @@
+"""AUTOMATIC1111's API by a client that nobody here wrote: pictures, infos, progress and interrupt by caller."""
+
+import base64
+import io
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from webuiapi import WebUIApi
+from webuiapi.webuiapi import raw_b64_img
+
+from edge_client.bundle import Bundle
+from edge_client.onnx_models import Models
+from edge_client.remote import Cloud
+from hybridsd import schedulers
+from tests.integration.web.conftest import WAIT_S, Door, Valve, finish, opened, picture, pixels, wait_for, watching
+from tests.unit.edge_client.fake_cloud import FakeCloud
+
+WANTED = {"prompt": "a red fox", "seed": 5, "steps": 6, "cfg_scale": 3.0, "width": 32, "height": 32}
+TOKENS = ("one-token", "two-token")
+
+
+def webui(door: Door, token: str | None = None) -> WebUIApi:
+    where = urlsplit(door.url)
+    user = None if token is None else "anybody"
+    api = WebUIApi(host=where.hostname, port=where.port, sampler="DDIM", steps=6, username=user, password=token)
+    api.session.trust_env = False
+    return api
+
+
+@pytest.fixture
+def api(door: Door) -> Iterator[WebUIApi]:
+    api = webui(door)
+    with api.session:
+        yield api
+
+
+@pytest.fixture
+def two(tmp_path: Path, bundle: Bundle, models: Models, cloud: Cloud) -> Iterator[tuple[Door, WebUIApi, WebUIApi]]:
+    """Two callers of one gateway, each with a token of its own."""
+    with opened(tmp_path, bundle, models, cloud, tokens=TOKENS) as door:
+        first, second = (webui(door, token) for token in TOKENS)
+        with first.session, second.session:
+            yield door, first, second
+
+
+def array(image: Image.Image) -> np.ndarray[Any, Any]:
+    return np.asarray(image.convert("RGB"))
+
+
+def text_of(image: Image.Image) -> str:
+    image.load()
+    return str(image.info["parameters"])
+
+
+def test_a_batch(api: WebUIApi, client: httpx.Client) -> None:
+    """Picture i has seed + i, as that web UI counts, and is the picture of that seed alone; info says all of it."""
+    result = api.txt2img(**WANTED, batch_size=2, n_iter=2, negative_prompt="blurry")
+
+    assert len(result.images) == 4
+    assert all(image.size == (32, 32) for image in result.images)
+    info = result.info
+    assert (info["seed"], info["all_seeds"], info["batch_size"]) == (5, [5, 6, 7, 8], 4)
+    assert info["all_prompts"] == ["a red fox"] * 4
+    assert info["all_negative_prompts"] == ["blurry"] * 4
+    assert (info["sampler_name"], info["steps"], info["cfg_scale"]) == ("DDIM", 6, 3.0)
+    assert (info["width"], info["height"], info["sd_model_name"]) == (32, 32, "fake-large")
+    assert info["infotexts"] == [text_of(image) for image in result.images]
+    for index, text in enumerate(info["infotexts"]):
+        assert text.startswith("a red fox\nNegative prompt: blurry\nSteps: 6, Sampler: DDIM, CFG scale: 3")
+        assert f"Seed: {5 + index}," in text
+        assert "Size: 32x32" in text
+    alone = api.txt2img(**{**WANTED, "seed": 7}, negative_prompt="blurry")
+    assert np.array_equal(array(alone.image), array(result.images[2]))
+    assert len({array(image).tobytes() for image in result.images}) == 4
+    native = finish(client, seed=6, guidance_scale=3.0, negative_prompt="blurry")
+    assert np.array_equal(pixels(client.get(native["images"][0]["url"]).content), array(result.images[1]))
+
+
+def test_a_random_seed_can_be_read_from_info(api: WebUIApi) -> None:
+    first = api.txt2img(**{**WANTED, "seed": -1})
+    second = api.txt2img(**{**WANTED, "seed": first.info["seed"]})
+
+    assert first.info["seed"] >= 0
+    assert np.array_equal(array(first.image), array(second.image))
+
+
+def test_img2img_with_a_mask(api: WebUIApi) -> None:
+    """White is drawn anew, black stays; inverted it is the other way round."""
+    image = Image.open(io.BytesIO(picture()))
+    mask = Image.fromarray(np.repeat(np.repeat([[255, 0]], 16, axis=1), 32, axis=0).astype(np.uint8))
+    fields = {**WANTED, "images": [image], "mask_image": mask, "mask_blur": 0, "denoising_strength": 0.9}
+    result, inverted = api.img2img(**fields), api.img2img(**fields, inpainting_mask_invert=1)
+    changed = [np.abs(array(each.image).astype(int) - array(image)).max(axis=(0, 2)) for each in (result, inverted)]
+
+    assert result.info["denoising_strength"] == 0.9
+    assert changed[0][16:].max() <= 1 < changed[0][:16].max()
+    assert changed[1][:16].max() <= 1 < changed[1][16:].max()
+    assert set(result.parameters) >= {"prompt", "steps", "denoising_strength"}
+    assert "init_images" not in result.parameters
+
+
+def test_resize_modes(api: WebUIApi) -> None:
+    """A wide picture is stretched, cropped or padded to a square: three different beginnings."""
+    wide = Image.open(io.BytesIO(picture((64, 32))))
+    drawn = [
+        array(api.img2img(**WANTED, images=[wide], denoising_strength=0.2, resize_mode=mode).image).tobytes()
+        for mode in (0, 1, 2)
+    ]
+
+    assert len(set(drawn)) == 3
+
+
+def test_png_info(api: WebUIApi) -> None:
+    """What a picture says comes back as text and as fields, so that it can be made again."""
+    result = api.txt2img(**WANTED, negative_prompt="blurry")
+    said = api.png_info(result.image)
+    known = api.session.post(f"{api.baseurl}/png-info", json={"image": raw_b64_img(result.image)}).json()
+
+    assert said.info == result.info["infotexts"][0]
+    assert known["parameters"]["Seed"] == "5"
+    assert known["parameters"]["Prompt"] == "a red fox"
+    assert known["parameters"]["Negative prompt"] == "blurry"
+    assert json.loads(known["items"]["hybridsd"])["seed"] == 5
+    again = api.txt2img(
+        **{**WANTED, "seed": int(known["parameters"]["Seed"]), "steps": int(known["parameters"]["Steps"])},
+        negative_prompt="blurry", sampler_name=known["parameters"]["Sampler"],
+    )  # fmt: skip
+    assert np.array_equal(array(again.image), array(result.image))
+    plain = api.session.post(f"{api.baseurl}/png-info", json={"image": base64.b64encode(picture()).decode()}).json()
+    assert (plain["info"], plain["parameters"]) == ("", {})
+
+
+def test_what_there_is_to_choose(api: WebUIApi) -> None:
+    """Samplers, schedules, models and options, as that client reads them; a chosen model is used."""
+    samplers = api.util_get_sampler_names()
+
+    assert {"Euler", "DDIM", "DPM++ 2M"} <= set(samplers)
+    assert len(samplers) == len(schedulers.SCHEDULERS)
+    assert {"automatic", "karras"} <= set(api.util_get_scheduler_names())
+    assert api.util_get_model_names() == ["fake-large"]
+    assert api.util_get_current_model() == "fake-large"
+    assert api.get_loras() == []
+    assert api.get_scripts() == {"txt2img": [], "img2img": []}
+    api.util_set_model("fake-large", find_closest=False)
+    assert api.txt2img(**WANTED).info["sd_model_name"] == "fake-large"
+    refused = api.session.post(f"{api.baseurl}/options", json={"sd_model_checkpoint": "other"})
+    assert (refused.status_code, refused.json()["reason"]) == (409, "MODEL_UNKNOWN")
+
+
+@pytest.mark.parametrize(("share", "cloud_steps"), [(0.0, 0), (0.34, 2), (0.5, 3), (1.0, 6)])
+def test_refiner_switch_at_is_the_share_of_the_cloud(
+    share: float, cloud_steps: int, api: WebUIApi, fake: FakeCloud
+) -> None:
+    """The cloud's model begins, this device's refines."""
+    result = post(api, refiner_switch_at=share)
+
+    assert result["hybrid"][0]["planned_cloud_steps"] == cloud_steps
+    assert result["hybrid"][0]["actual_cloud_steps"] == cloud_steps
+    assert [request.handoff_step for request in fake.requests] == ([cloud_steps] if cloud_steps else [])
+    assert [step["place"] for step in result["hybrid"][0]["steps"]] == ["cloud"] * cloud_steps + ["edge"] * (
+        6 - cloud_steps
+    )
+
+
+def post(api: WebUIApi, **more: Any) -> dict[str, Any]:
+    """Sends what that client has no argument for; returns the info."""
+    result = api.post_and_get_api_result(
+        f"{api.baseurl}/txt2img", {**WANTED, "sampler_name": "DDIM", **more}, use_async=False
+    )
+    info: dict[str, Any] = result.info
+    return info
+
+
+def test_force_task_id_is_the_id_of_the_job(api: WebUIApi, client: httpx.Client) -> None:
+    info = post(api, force_task_id="task-7")
+
+    assert info["task_id"] == "task-7"
+    job = client.get("/v1/jobs/task-7").json()
+    assert (job["face"], job["state"], job["images"][0]["seed"]) == ("sdapi", "completed", 5)
+    progress = api.session.get(f"{api.baseurl}/progress", params={"id_task": "task-7"}).json()
+    assert (progress["progress"], progress["current_task"]) == (0.0, None)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"enable_hr": True}, {"restore_faces": True}, {"tiling": True}, {"script_name": "x/y/z plot"},
+        {"subseed_strength": 0.5}, {"refiner_checkpoint": "other", "refiner_switch_at": 0.5},
+        {"batch_size": 4, "n_iter": 3}, {"sampler_name": "no such"}, {"steps": 0}, {"width": 33},
+        {"force_task_id": "a b"}, {"hybrid": {"nothing": 1}},
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_refused(more: dict[str, Any], api: WebUIApi, client: httpx.Client) -> None:
+    """A picture is never made in another way than it was asked for."""
+    before = client.get("/v1/jobs", params={"limit": 1}).json()["jobs"]
+    with pytest.raises(RuntimeError) as caught:
+        post(api, **more)
+
+    assert caught.value.args[0] == 422
+    said = json.loads(caught.value.args[1])
+    assert said["field"].partition(".")[0] in {*more, "n_iter", "scheduler"}
+    assert client.get("/v1/jobs", params={"limit": 1}).json()["jobs"] == before
+
+
+def test_progress_and_interrupt(api: WebUIApi, door: Door, client: httpx.Client, valve: Valve) -> None:
+    """Progress says how far the picture is and shows it; interrupt ends it with what there is."""
+    assert api.get_progress()["progress"] == 0.0
+    valve.close(call=4)
+    with ThreadPoolExecutor(1) as pool, webui(door).session:
+        drawing = pool.submit(post, api, steps=6, hybrid={"split": "6,0"}, force_task_id="watched")
+        valve.wait()
+        wait_for_step(client, "watched", step=2)
+        progress = api.get_progress()
+        api.interrupt()
+        info = drawing.result(WAIT_S)
+
+    assert progress["current_task"] == "watched"
+    assert progress["progress"] == pytest.approx(3 / 6, abs=1e-3)
+    assert (progress["state"]["sampling_step"], progress["state"]["sampling_steps"]) == (3, 6)
+    assert (progress["state"]["job"], progress["state"]["job_count"]) == ("watched", 1)
+    assert pixels(progress["current_image"]).shape == (32, 32, 3)
+    assert info["interrupted"]
+    after = api.get_progress()
+    assert (after["progress"], after["state"]["interrupted"]) == (0.0, True)
+
+
+def wait_for_step(client: httpx.Client, job_id: str, step: int) -> None:
+    with watching(client, job_id) as events:
+        next(event for event in events if event.name == "step" and event.data["step"] == step)
+
+
+def test_two_callers_have_nothing_to_do_with_each_other(two: tuple[Door, WebUIApi, WebUIApi], valve: Valve) -> None:
+    """Each sees its own progress and interrupts its own picture, though neither names it."""
+    door, first, second = two
+    valve.close(call=3)
+    clients = [door.client(auth=("anybody", token)) for token in TOKENS]
+    with ThreadPoolExecutor(2) as pool, clients[0] as one, clients[1] as other:
+        drawings = [
+            pool.submit(post, api, prompt=prompt, force_task_id=name, hybrid={"split": "6,0"})
+            for api, prompt, name in ((first, "a red fox", "first"), (second, "a blue cat", "second"))
+        ]
+        valve.wait(jobs=2)
+        for caller, name in ((one, "first"), (other, "second")):
+            wait_for_step(caller, name, step=1)
+        assert [webui.get_progress()["current_task"] for webui in (first, second)] == ["first", "second"]
+        assert get_progress(first, "second")["current_task"] is None
+        second.session.post(f"{second.baseurl}/interrupt", params={"id_task": "first"})  # is not there for this caller
+        first.interrupt()
+        assert wait_for(one, "first").name == "cancelled"
+        assert second.get_progress()["current_task"] == "second"
+        valve.open()
+        infos = [drawing.result(WAIT_S) for drawing in drawings]
+
+    assert [info["interrupted"] for info in infos] == [True, False]
+    assert infos[1]["prompt"] == "a blue cat"
+
+
+def get_progress(api: WebUIApi, task: str) -> dict[str, Any]:
+    answer: dict[str, Any] = api.session.get(f"{api.baseurl}/progress", params={"id_task": task}).json()
+    return answer
+
+
+def test_a_wrong_password(two: tuple[Door, WebUIApi, WebUIApi]) -> None:
+    """Is refused, in the way that such clients understand; any name goes with the right one."""
+    door, first, _ = two
+    api = webui(door, "wrong")
+    with api.session:
+        response = api.session.get(f"{api.baseurl}/samplers")
+    assert response.status_code == 401
+    assert "Basic" in response.headers["www-authenticate"]
+    assert first.session.get(f"{first.baseurl}/samplers").status_code == 200
+
+
+def test_a_caller_who_goes_away(api: WebUIApi, client: httpx.Client, valve: Valve) -> None:
+    """Cancels its job, for nobody waits for the picture."""
+    valve.close(call=2)
+    with pytest.raises(OSError, match="timed out"):
+        api.session.post(f"{api.baseurl}/txt2img", json={**WANTED, "force_task_id": "left"}, timeout=0.5)
+
+    assert wait_for(client, "left").name == "cancelled"

@@ -269,7 +269,9 @@ def test_a_token_is_asked_for_and_kept(playwright: Playwright, browser: Browser,
         page.goto("/")
         page.get_by_test_id("token").fill("let-me-in")
         page.keyboard.press("Enter")
-        fill_in(page, steps=4, cloud_steps=0)
+        page.get_by_test_id("prompt").fill(PROMPT)
+        page.get_by_test_id("steps").fill("4")
+        expect(page.get_by_test_id("split")).to_be_disabled()  # there is no cloud to split with
         page.get_by_test_id("generate").click()
         finish(page)
         shown = page.get_by_test_id("result").evaluate("element => element.naturalWidth")

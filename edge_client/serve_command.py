@@ -13,7 +13,7 @@ import structlog
 import uvicorn
 
 from edge_client.onnx_models import Models
-from edge_client.options import CONTEXT, model_options, open_bundle, open_cloud, server_options
+from edge_client.options import CONTEXT, model_options, open_bundle, open_cloud, open_edge_models, server_options
 from edge_client.remote import is_loopback
 from edge_client.web.access import read_tokens
 from edge_client.web.app import Settings, create_app
@@ -52,6 +52,10 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--max-queue", type=click.IntRange(1), default=256, show_default=True, help="Jobs that may wait.")
 @click.option("--max-body-mib", type=click.IntRange(1, 1024), default=32, show_default=True, help="Of one request.")
 @click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Jobs that run at once.")
+@click.option(
+    "--edge-model", "edge_models", envvar="HYBRIDSD_EDGE_EDGE_MODEL", multiple=True, metavar="NAME=DIR",
+    help="Another edge bundle, for segments that name it. Repeatable.",
+)  # fmt: skip
 @click.option("--no-cloud", is_flag=True, help="Draw everything here.")
 @server_options
 @model_options
@@ -60,15 +64,14 @@ def serve(**options: Any) -> None:
     settings = _settings(options)
     _configure_log()
     bundle = open_bundle(options["bundle_name"])
-    models = Models(
-        bundle.folder, bundle.manifest, provider=options["provider"], threads=options["threads"],
-        low_memory=options["low_memory"],
-    )  # fmt: skip
+    runs_with = {name: options[name] for name in ("provider", "threads", "low_memory")}
+    models = Models(bundle.folder, bundle.manifest, **runs_with)
+    others = open_edge_models(options["edge_models"], bundle.manifest, **runs_with)
     cloud = None
     if not options["no_cloud"]:
         access = {name: options[name] for name in ("token_file", "tls_ca", "insecure")}
         cloud = open_cloud(options["server"], **access)
-    app = create_app(settings, bundle, models, cloud)
+    app = create_app(settings, bundle, models, cloud, others=others)
     listener = _listen(options["host"], options["port"])
     port = listener.getsockname()[1]
     scheme = "http" if options["tls_cert"] is None else "https"

@@ -3,10 +3,11 @@
 import asyncio
 import contextlib
 import importlib.metadata
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import structlog
@@ -68,7 +69,14 @@ class _Application(FastAPI):
         return Door(super().build_middleware_stack(), hosts=self._door.hosts, origins=self._door.cors_origins)
 
 
-def create_app(settings: Settings, bundle: Bundle, models: Models, cloud: Cloud | None) -> FastAPI:
+def create_app(
+    settings: Settings,
+    bundle: Bundle,
+    models: Models,
+    cloud: Cloud | None,
+    *,
+    others: Mapping[str, Models] = MappingProxyType({}),
+) -> FastAPI:
     """Returns the application.
 
     Args:
@@ -76,6 +84,7 @@ def create_app(settings: Settings, bundle: Bundle, models: Models, cloud: Cloud 
         bundle: What is drawn with here.
         models: Its models.
         cloud: Where pictures begin; None draws all of them here.
+        others: More models of this device, by the name that a segment gives.
 
     Raises:
         InvalidRequest: FIELD_INVALID if the data folder cannot be used.
@@ -88,7 +97,7 @@ def create_app(settings: Settings, bundle: Bundle, models: Models, cloud: Cloud 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         queue = JobQueue(
-            store, Painter(bundle=bundle, models=models, cloud=cloud), workers=settings.workers,
+            store, Painter(bundle=bundle, models=models, cloud=cloud, others=others), workers=settings.workers,
             max_waiting=settings.max_queue, view=views.job, on_end=webhooks.tell,
         )  # fmt: skip
         app.state.gateway = Gateway(

@@ -5,10 +5,11 @@ import io
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -164,9 +165,17 @@ OpenDoor = Callable[..., Door]
 
 
 @contextmanager
-def opened(data_dir: Path, bundle: Bundle, models: Models, cloud: Cloud | None, **settings: Any) -> Iterator[Door]:
+def opened(
+    data_dir: Path,
+    bundle: Bundle,
+    models: Models,
+    cloud: Cloud | None,
+    *,
+    others: Mapping[str, Models] = MappingProxyType({}),
+    **settings: Any,
+) -> Iterator[Door]:
     """Runs a gateway."""
-    app = create_app(Settings(data_dir=data_dir, **settings), bundle, models, cloud)
+    app = create_app(Settings(data_dir=data_dir, **settings), bundle, models, cloud, others=others)
     with listening(app) as url:
         yield Door(url, app, data_dir)
 

@@ -37,13 +37,21 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     help="File with the tokens that web clients must send, one a line; each sees its own jobs. Needed beyond this "
     "machine, unless --open.",
 )  # fmt: skip
-@click.option("--open", "is_open", is_flag=True, help="Let everybody in who can reach the address.")
 @click.option(
-    "--allowed-host", "allowed_hosts", multiple=True, metavar="NAME",
+    "--open", "is_open", envvar="HYBRIDSD_EDGE_OPEN", is_flag=True, help="Let everybody in who can reach the address."
+)
+@click.option(
+    "--allowed-host", "allowed_hosts", envvar="HYBRIDSD_EDGE_ALLOWED_HOST", multiple=True, metavar="NAME",
     help="Name by which clients call the gateway. Repeatable. Default: this machine's, or any with tokens.",
 )  # fmt: skip
-@click.option("--cors-origin", "cors_origins", multiple=True, metavar="ORIGIN", help="Site whose pages may use it.")
-@click.option("--webhook-host", "webhook_hosts", multiple=True, metavar="HOST", help="Host that jobs may notify.")
+@click.option(
+    "--cors-origin", "cors_origins", envvar="HYBRIDSD_EDGE_CORS_ORIGIN", multiple=True, metavar="ORIGIN",
+    help="Site whose pages may use it. Repeatable.",
+)  # fmt: skip
+@click.option(
+    "--webhook-host", "webhook_hosts", envvar="HYBRIDSD_EDGE_WEBHOOK_HOST", multiple=True, metavar="HOST",
+    help="Host that jobs may notify. Repeatable.",
+)  # fmt: skip
 @click.option(
     "--data-dir", type=click.Path(file_okay=False, path_type=Path),
     help="Folder of jobs and pictures. Default: in the data folder of this user.",

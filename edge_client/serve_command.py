@@ -83,7 +83,7 @@ def serve(**options: Any) -> None:
     listener = _listen(options["host"], options["port"])
     port = listener.getsockname()[1]
     scheme = "http" if options["tls_cert"] is None else "https"
-    click.echo(f"http face: {scheme}://{_shown(options['host'])}:{port}/", err=True)
+    click.echo(f"serving on {scheme}://{_shown(options['host'])}:{port}/", err=True)
     if options["port_file"] is not None:
         part = options["port_file"].with_name(options["port_file"].name + ".part")
         part.write_text(f"{port}\n", encoding="utf-8")

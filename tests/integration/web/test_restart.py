@@ -39,7 +39,7 @@ class Process:
         self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
         assert self.process.stderr is not None
         said = self.process.stderr.readline().decode()  # comes when it listens
-        assert said.startswith("http face: http://127.0.0.1:"), said + self.process.stderr.read().decode()
+        assert said.startswith("serving on http://127.0.0.1:"), said + self.process.stderr.read().decode()
         self.url = said.split()[-1]
 
     @property

@@ -22,8 +22,9 @@ from training.pruned_unet import layers, load_unet
 from training.pruning import RATIOS, cut, inner_parameters, ratios_for_budget, savings_of
 from training.shapes import sd14
 
-# float32 of another CPU, over 20 steps from a cold start; text and scores go through Adam's first, largest steps
-TOLERANCE = 0.05
+# float32 of another CPU, over 20 steps from a cold start; text and scores go through Adam's first, largest steps.
+# An AMD without AVX-512 is off by 0.053 (classifier) and 0.061 (lcm-small) from the Intel that wrote the files.
+TOLERANCE = 0.1
 NAMES = (*chain.scenes_order(), *chain.sd_order())
 # A consistency loss compares two copies of one network: it begins near 0 and is no measure of how good they are.
 CONSISTENCY = ("lcm", "lcm-small", "sd-lcm", "sd-lcm-lora")

@@ -98,10 +98,12 @@ def read_tokens(path: Path | None) -> list[str]:
     try:
         tokens = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise InvalidRequest(Reason.FIELD_INVALID, f"cannot read {path}: {error}", field="token_file") from error
+        raise InvalidRequest(Reason.FIELD_INVALID, f"cannot read {path}: {error}", field="client_tokens") from error
     if not tokens or any(not (token.isascii() and token.isprintable()) for token in tokens):
         raise InvalidRequest(
-            Reason.FIELD_INVALID, f"token file {path} must have a token a line, of printable ASCII", field="token_file"
+            Reason.FIELD_INVALID,
+            f"{path} must have a token a line, of printable ASCII; see --client-tokens",
+            field="client_tokens",
         )
     return tokens
 

@@ -163,8 +163,6 @@ class JobQueue:
         try:
             loop = asyncio.get_running_loop()
             filled = await loop.run_in_executor(self._checks, self._painter.fill_in, create, upload)
-            if create.id is not None and (same := self._same(create.id, owner, digest)) is not None:
-                return same  # it was asked for again meanwhile
             request = filled.model_dump(mode="json", exclude={"id"})
             request |= {"image": upload.image is not None, "mask": upload.mask is not None}
             if create.id is not None and (same := self._same(create.id, owner, digest)) is not None:

@@ -18,7 +18,7 @@ from sqlalchemy.engine import Connection, Row
 
 from edge_client.web.drawing import Upload
 from edge_client.web.schemas import State
-from hybridsd.errors import HybridSDError, InvalidRequest, NotFound, Reason
+from hybridsd.errors import InvalidRequest, NotFound, Reason
 
 UNFINISHED: tuple[State, ...] = ("queued", "running")
 _REMOVED = "removed"
@@ -116,15 +116,11 @@ class Store:
         try:
             with self._begin() as connection:
                 number = connection.execute(_jobs.insert().values(values)).inserted_primary_key[0]  # type: ignore[index]
+                self._write_upload(number, upload)  # before the row counts: a job without its pictures cannot be run
         except sa.exc.IntegrityError as error:
             raise InvalidRequest(
                 Reason.REQUEST_ID_REUSED, f"there was a job {job_id} already; choose another id", field="id"
             ) from error
-        for name, content in (("image", upload.image), ("mask", upload.mask)):
-            if content is not None:
-                path = self._upload(number, name)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content)
         return self.get(job_id)
 
     def begin(self, job_id: str) -> StoredJob:
@@ -219,9 +215,19 @@ class Store:
         """Returns the key that addresses of pictures are signed with; made once."""
         path = self._folder / "secret"
         if not path.exists():
-            path.touch(mode=0o600)
-            path.write_bytes(secrets.token_bytes(32))
+            partial = path.with_suffix(".partial")
+            partial.unlink(missing_ok=True)
+            partial.touch(mode=0o600)
+            partial.write_bytes(secrets.token_bytes(32))
+            partial.replace(path)  # all of it or nothing: a part could be guessed
         return path.read_bytes()
+
+    def _write_upload(self, number: int, upload: Upload) -> None:
+        for name, content in (("image", upload.image), ("mask", upload.mask)):
+            if content is not None:
+                path = self._upload(number, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
 
     def _upload(self, number: int, name: str) -> Path:
         return self._folder / "uploads" / str(number) / name
@@ -236,8 +242,8 @@ class Store:
             connection.execute(_jobs.update().where(_jobs.c.id == job_id).values(values))
 
     def _prune(self) -> None:
-        finished = (*UNFINISHED, _REMOVED)
-        query = sa.select(_jobs.c.number).where(_jobs.c.state.not_in(finished)).order_by(_jobs.c.number.desc())
+        states = (*UNFINISHED, _REMOVED)
+        query = sa.select(_jobs.c.number).where(_jobs.c.state.not_in(states)).order_by(_jobs.c.finished_at.desc())
         with self._begin() as connection:
             for (number,) in connection.execute(query.offset(self._max_jobs)).all():
                 self._remove(connection, number)
@@ -253,10 +259,9 @@ class Store:
         try:
             with self._engine.begin() as connection:
                 yield connection
-        except sa.exc.OperationalError as error:  # the disk is full, or the file is locked
-            raise HybridSDError(
-                Reason.INTERNAL, f"the job store fails: {error.orig}; look at the disk of --data-dir"
-            ) from error
+        except (sa.exc.OperationalError, OSError) as error:  # the disk is full, or the file is locked
+            what = getattr(error, "orig", error)
+            raise Reason.INTERNAL.error(f"the job store fails: {what}; look at the disk of --data-dir") from error
 
 
 def _configure(connection: Any, _record: object) -> None:

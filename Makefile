@@ -20,7 +20,7 @@ demo: $(INSTALLED)  ## start a cloud and an edge on this machine, make a picture
 	$(BIN)/python deploy/run_demo.py
 
 test: lint  ## everything that needs no GPU and no real weights; ends with pytest's own closing line
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED)  ## style, types, who may import whom, generated files
 	$(BIN)/ruff check .

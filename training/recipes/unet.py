@@ -16,7 +16,7 @@ from training.latents import CachedScenes, load_latents
 from training.loop import Schedule
 from training.noise_schedule import NoiseSchedule
 from training.previews import Preview
-from training.pruned_unet import save_unet
+from training.pruned_unet import load_unet, save_unet
 from training.recipes import Scale, scaled
 from training.scenes import SIZE, caption, sample_scene
 from training.task import Drawn
@@ -48,7 +48,7 @@ def scenes_preview(unet: UNet2DConditionModel, text: ClipText, out: Path) -> Pre
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UNetRecipe:
-    """A U-Net that looks at the text at its middle level, trained from nothing on cached latents."""
+    """A U-Net that looks at the text at its middle level, trained on cached latents."""
 
     schedule: Schedule
     widths: tuple[int, ...]
@@ -56,15 +56,19 @@ class UNetRecipe:
     snr_gamma: float
     noise_offset: float
     empty: float
+    init: str = ""
+    """Folder of a U-Net of this shape whose weights training begins with; from nothing unless told."""
     folder: str = "unet"
 
     def build(self, out: Path) -> tuple[DistillTask, Drawn]:
-        """Builds an untrained U-Net; needs the stages vae, text and latents."""
+        """Builds the U-Net; needs the stages vae, text and latents."""
         torch.manual_seed(self.schedule.seed)
         data, text = scenes_data(out, self.schedule.seed), scenes_text(out)
         unet = build_unet(
             self.widths, layers=self.layers, cross_attention_dim=int(text.text_encoder.config.hidden_size), mid=True
         )
+        if self.init:
+            unet.load_state_dict(load_unet(Path(self.init)).state_dict())
         task = DistillTask(
             unet,
             LatentsAndText(text, empty=self.empty),

@@ -30,7 +30,7 @@ What it is for, in order: [training.md](training.md). Exit codes: 0 done, 1 it c
 stopped (the same command goes on).
 """
 PAGES = {
-    "cli.md": (PRODUCT_HEAD, (("hybridsd", "edge_client.cli"), ("hybridsd-cloud", "cloud_server.cli"))),
+    "cli.md": (PRODUCT_HEAD, (("hybridsd", "edge_client.cli.main"), ("hybridsd-cloud", "cloud_server.cli"))),
     "training-cli.md": (TRAINING_HEAD, (("python -m training", "training.cli"),)),
 }
 

@@ -16,11 +16,11 @@ from cloud_server.devices import place
 from cloud_server.jobs import JobRequest, Skipping
 from cloud_server.models import load_model
 from cloud_server.stepping import Trajectory
-from edge_client.arrays import Latents
-from edge_client.bundle import open_bundle
-from edge_client.events import Conditioning
-from edge_client.images import to_u8
-from edge_client.onnx_models import Models
+from edge_client.bundles.bundle import open_bundle
+from edge_client.generation.events import Conditioning
+from edge_client.images.files import to_u8
+from edge_client.inference.models import Models
+from edge_client.types import Latents
 from hybridsd import noise
 from hybridsd.plan import Plan, denoise
 from hybridsd.prompting import TextOptions

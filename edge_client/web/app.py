@@ -18,18 +18,19 @@ from fastapi.staticfiles import StaticFiles
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
-from edge_client.bundle import Bundle
-from edge_client.onnx_models import Models
-from edge_client.remote import Cloud
-from edge_client.web import jobs_api, openai_api, problems, sdapi
-from edge_client.web.access import Access, Door
-from edge_client.web.drawing import Painter
+from edge_client.bundles.bundle import Bundle
+from edge_client.cloud.client import Cloud
+from edge_client.inference.models import Models
+from edge_client.web import errors
+from edge_client.web.auth import Access, Door
 from edge_client.web.gateway import CloudWatch, Gateway
-from edge_client.web.queue import JobQueue
-from edge_client.web.schemas import Problem
-from edge_client.web.store import Store
-from edge_client.web.views import Views
-from edge_client.web.webhooks import Webhooks
+from edge_client.web.jobs.queue import JobQueue
+from edge_client.web.jobs.store import Store
+from edge_client.web.jobs.view import Views
+from edge_client.web.jobs.webhooks import Webhooks
+from edge_client.web.jobs.worker import Painter
+from edge_client.web.routes import a1111, jobs, openai
+from edge_client.web.schemas.native import Problem
 from hybridsd.errors import HybridSDError
 
 log = structlog.get_logger()
@@ -120,9 +121,9 @@ def create_app(
         lifespan=lifespan,
         max_body_size=settings.max_body_bytes,
     )
-    app.state.access, app.state.tasks = access, sdapi.Tasks()
-    problems.install(app)
-    for router in (jobs_api.router, openai_api.router, sdapi.router):
+    app.state.access, app.state.tasks = access, a1111.Tasks()
+    errors.install(app)
+    for router in (jobs.router, openai.router, a1111.router):
         app.include_router(router)
     _add_page(app)
     if settings.cors_origins:

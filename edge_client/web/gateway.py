@@ -8,18 +8,18 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
-from edge_client.bundle import Bundle
-from edge_client.onnx_models import Models
-from edge_client.remote import Cloud
-from edge_client.remote_types import Capabilities as CloudCapabilities
-from edge_client.request import MAX_PROMPT_CHARS, MAX_SIZE
-from edge_client.web.access import Access, Caller
-from edge_client.web.queue import JobQueue
-from edge_client.web.schemas import MAX_IMAGES, JobCreate
-from edge_client.web.store import Store, StoredJob
-from edge_client.web.uploads import take
-from edge_client.web.views import Views
-from edge_client.web.webhooks import Webhooks
+from edge_client.bundles.bundle import Bundle
+from edge_client.cloud.client import Cloud
+from edge_client.cloud.types import Capabilities as CloudCapabilities
+from edge_client.generation.request import MAX_PROMPT_CHARS, MAX_SIZE
+from edge_client.inference.models import Models
+from edge_client.web.auth import Access, Caller
+from edge_client.web.jobs.queue import JobQueue
+from edge_client.web.jobs.store import Store, StoredJob
+from edge_client.web.jobs.uploads import take
+from edge_client.web.jobs.view import Views
+from edge_client.web.jobs.webhooks import Webhooks
+from edge_client.web.schemas.native import MAX_IMAGES, JobCreate
 from hybridsd import schedulers
 from hybridsd.errors import HybridSDError
 from hybridsd.noise import MAX_SEED

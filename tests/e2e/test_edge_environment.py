@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_client.images import read_png
+from edge_client.images.files import read_png
 from tests.tiny_bundle import write_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +40,7 @@ def test_edge_installs_and_runs_without_torch(tmp_path: Path) -> None:
     found = run(python, "-c", f"import importlib.util as u; print([n for n in {HEAVY} if u.find_spec(n)])")
     run(program, "doctor", "--offline", "--bundle", "edge")
     run(program, "generate", "a red fox", "--mode", "edge", "--bundle", "edge", "--seed", "1", "-o", "there.png")
-    here = [sys.executable, "-c", "from edge_client.cli import main; main()"]
+    here = [sys.executable, "-c", "from edge_client.cli.main import main; main()"]
     run(*here, "generate", "a red fox", "--mode", "edge", "--bundle", "edge", "--seed", "1", "-o", "here.png")
 
     assert found.strip() == "[]"

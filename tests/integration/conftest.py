@@ -16,10 +16,10 @@ from cloud_server.devices import place
 from cloud_server.models import Model, load_model
 from cloud_server.server import CloudServer
 from cloud_server.settings import Settings
-from edge_client.bundle import Bundle, open_bundle
-from edge_client.cache import Cache
-from edge_client.onnx_models import Models
-from edge_client.remote import Cloud
+from edge_client.bundles.bundle import Bundle, open_bundle
+from edge_client.cloud.client import Cloud
+from edge_client.inference.cache import Cache
+from edge_client.inference.models import Models
 from tests.tiny_bundle import write_bundle
 from tests.tiny_pipeline import LATENT_SPACE, write_tiny_pipeline
 

@@ -12,12 +12,12 @@ import torch
 from cloud_server.denoiser import Conditions
 from cloud_server.models import Model
 from cloud_server.server import CloudServer
-from edge_client.bundle import Bundle
-from edge_client.events import Conditioning, Finished, Result, StepDone, TookOver
-from edge_client.onnx_models import Models
-from edge_client.pipeline import generate
-from edge_client.remote import Cloud
-from edge_client.request import Request
+from edge_client.bundles.bundle import Bundle
+from edge_client.cloud.client import Cloud
+from edge_client.generation.events import Conditioning, Finished, Result, StepDone, TookOver
+from edge_client.generation.pipeline import generate
+from edge_client.generation.request import Request
+from edge_client.inference.models import Models
 from hybridsd import codec, noise
 from hybridsd.errors import ModelMismatch, Reason
 from hybridsd.plan import denoise, initial_state

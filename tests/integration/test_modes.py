@@ -14,17 +14,17 @@ from cloud_server.devices import place
 from cloud_server.jobs import Encoded
 from cloud_server.models import Model, load_model
 from cloud_server.server import CloudServer
-from edge_client.bundle import Bundle, open_bundle
-from edge_client.cache import Cache
-from edge_client.events import Conditioning, Finished, Result, StepDone
-from edge_client.image_inputs import to_cells
-from edge_client.images import to_u8
-from edge_client.latents import dump, load, saved_state
-from edge_client.onnx_models import Models
-from edge_client.pipeline import generate
-from edge_client.remote import Cloud
-from edge_client.request import CallSkipping, ImageInput, Request, SavedState
-from edge_client.segments import parse_segments
+from edge_client.bundles.bundle import Bundle, open_bundle
+from edge_client.cloud.client import Cloud
+from edge_client.generation.events import Conditioning, Finished, Result, StepDone
+from edge_client.generation.pipeline import generate
+from edge_client.generation.request import CallSkipping, ImageInput, Request, SavedState
+from edge_client.generation.saved_state import dump, load, saved_state
+from edge_client.generation.segments import parse_segments
+from edge_client.images.files import to_u8
+from edge_client.images.inputs import to_cells
+from edge_client.inference.cache import Cache
+from edge_client.inference.models import Models
 from hybridsd import levels, noise
 from hybridsd.errors import HybridSDError, InvalidRequest, Reason
 from hybridsd.plan import denoise, initial_state

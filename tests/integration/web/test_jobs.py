@@ -14,11 +14,11 @@ import httpx
 import numpy as np
 import pytest
 
-from edge_client.bundle import Bundle
-from edge_client.onnx_models import Models
-from edge_client.remote import Cloud
-from edge_client.web import jobs_api
-from edge_client.web.schemas import Image, Job
+from edge_client.bundles.bundle import Bundle
+from edge_client.cloud.client import Cloud
+from edge_client.inference.models import Models
+from edge_client.web.routes import jobs as jobs_api
+from edge_client.web.schemas.native import Image, Job
 from hybridsd.errors import Reason
 from tests.integration.web.conftest import (
     ENDS,

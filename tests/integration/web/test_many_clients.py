@@ -12,9 +12,9 @@ import httpx
 import pytest
 from PIL import Image
 
-from edge_client.bundle import Bundle
-from edge_client.onnx_models import Models
-from edge_client.remote import Cloud
+from edge_client.bundles.bundle import Bundle
+from edge_client.cloud.client import Cloud
+from edge_client.inference.models import Models
 from tests.integration.web.conftest import Door, finish, opened, pixels
 
 NUM_CLIENTS = 200

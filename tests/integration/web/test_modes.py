@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from edge_client.bundle import Bundle, open_bundle
-from edge_client.onnx_models import Models
-from edge_client.remote import Cloud
+from edge_client.bundles.bundle import Bundle, open_bundle
+from edge_client.cloud.client import Cloud
+from edge_client.inference.models import Models
 from tests.integration.web.conftest import finish, opened, pixels, submit, wait_for
 from tests.tiny_bundle import write_bundle
 

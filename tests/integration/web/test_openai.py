@@ -20,9 +20,9 @@ from openai.types import (
 )
 from PIL import Image
 
-from edge_client.bundle import Bundle
-from edge_client.onnx_models import Models
-from edge_client.remote import Cloud
+from edge_client.bundles.bundle import Bundle
+from edge_client.cloud.client import Cloud
+from edge_client.inference.models import Models
 from tests.integration.web.conftest import WAIT_S, Door, Valve, opened, picture, pixels, wait_for, watching
 from tests.unit.edge_client.fake_cloud import FakeCloud
 

@@ -17,9 +17,9 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
 )
 
-from edge_client.bundle import Bundle
-from edge_client.onnx_models import Models
-from edge_client.remote import Cloud
+from edge_client.bundles.bundle import Bundle
+from edge_client.cloud.client import Cloud
+from edge_client.inference.models import Models
 from tests.integration.web.conftest import Door, ask, finish, opened, picture
 
 MAX_EXAMPLES = 5

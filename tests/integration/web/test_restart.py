@@ -14,10 +14,10 @@ import httpx
 import numpy as np
 import pytest
 
-from edge_client.bundle import Bundle
-from edge_client.onnx_models import Models
-from edge_client.remote import Cloud
-from edge_client.web.store import Store
+from edge_client.bundles.bundle import Bundle
+from edge_client.cloud.client import Cloud
+from edge_client.inference.models import Models
+from edge_client.web.jobs.store import Store
 from tests.integration.web.conftest import WAIT_S, Valve, ask, finish, opened, pixels, submit, wait_for, watching
 from tests.unit.edge_client.fake_cloud import FakeCloud, Running
 
@@ -29,7 +29,7 @@ class Process:
         self._port_file = home / "port"
         self._port_file.unlink(missing_ok=True)
         command = [
-            sys.executable, "-c", "from edge_client.cli import main; main()", "serve", "--port", "0",
+            sys.executable, "-c", "from edge_client.cli.main import main; main()", "serve", "--port", "0",
             "--port-file", str(self._port_file), "--data-dir", str(data_dir), "--bundle", str(bundle.folder),
             "--server", cloud.target, "--provider", "cpu", "--threads", "1", "--workers", "1",
         ]  # fmt: skip

@@ -13,10 +13,10 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from edge_client.bundle import Bundle
-from edge_client.onnx_models import Models
-from edge_client.web import uploads
-from edge_client.web.schemas import Problem
+from edge_client.bundles.bundle import Bundle
+from edge_client.inference.models import Models
+from edge_client.web.jobs import uploads
+from edge_client.web.schemas.native import Problem
 from tests.integration.web.conftest import WAIT_S, Door, ask, finish, opened, picture
 
 LIMIT = 1 << 20

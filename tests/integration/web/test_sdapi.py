@@ -16,9 +16,9 @@ from PIL import Image
 from webuiapi import WebUIApi
 from webuiapi.webuiapi import raw_b64_img
 
-from edge_client.bundle import Bundle
-from edge_client.onnx_models import Models
-from edge_client.remote import Cloud
+from edge_client.bundles.bundle import Bundle
+from edge_client.cloud.client import Cloud
+from edge_client.inference.models import Models
 from hybridsd import schedulers
 from tests.integration.web.conftest import WAIT_S, Door, Valve, finish, opened, picture, pixels, wait_for, watching
 from tests.unit.edge_client.fake_cloud import FakeCloud

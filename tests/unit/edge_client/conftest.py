@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from edge_client.bundle import Bundle, open_bundle
-from edge_client.cache import Cache
-from edge_client.onnx_models import Models
-from edge_client.remote import Cloud
+from edge_client.bundles.bundle import Bundle, open_bundle
+from edge_client.cloud.client import Cloud
+from edge_client.inference.cache import Cache
+from edge_client.inference.models import Models
 from tests.tiny_bundle import write_bundle
 from tests.unit.edge_client.fake_cloud import FakeCloud, Running, serve
 

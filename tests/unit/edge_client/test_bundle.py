@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from edge_client import bundle as bundles
-from edge_client.bundle import Bundle
-from edge_client.remote_types import RemoteFile
+from edge_client.bundles import bundle as bundles
+from edge_client.bundles.bundle import Bundle
+from edge_client.cloud.types import RemoteFile
 from hybridsd.errors import InternalError, InvalidRequest, ModelMismatch, NotFound, Reason
 from tests.tiny_bundle import default_plans
 
@@ -127,7 +127,7 @@ def test_hashes_are_checked_once(bundle_folder: Path, tmp_path: Path, monkeypatc
 
 def test_locate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundle_folder: Path) -> None:
     """The demo of the repository above the current folder comes first, then a fetched bundle, then an explanation."""
-    monkeypatch.setattr(bundles, "__file__", str(tmp_path / "site" / "edge_client" / "bundle.py"))
+    monkeypatch.setattr(bundles, "__file__", str(tmp_path / "site" / "edge_client" / "bundles" / "bundle.py"))
     deep = tmp_path / "repository" / "src" / "deep"
     deep.mkdir(parents=True)
     monkeypatch.chdir(deep)

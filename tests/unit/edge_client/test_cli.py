@@ -15,9 +15,11 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from edge_client import cli, extras, images, latents
-from edge_client.options import CONTEXT
-from edge_client.remote import Cloud
+from edge_client.cli import main, side_outputs
+from edge_client.cli.shared_options import CONTEXT
+from edge_client.cloud.client import Cloud
+from edge_client.generation import saved_state
+from edge_client.images import files
 from hybridsd.errors import Reason
 from tests.unit.edge_client.fake_cloud import FakeCloud, Running
 
@@ -30,7 +32,7 @@ class Shell:
         self._environment = {"HYBRIDSD_EDGE_BUNDLE": str(bundle), "HYBRIDSD_EDGE_SERVER": target}
 
     def __call__(self, *arguments: str, code: int = 0, stdin: str | None = None) -> Result:
-        result = CliRunner().invoke(cli.main, list(arguments), env=self._environment, input=stdin)
+        result = CliRunner().invoke(main.main, list(arguments), env=self._environment, input=stdin)
         assert result.exit_code == code, result.output
         return result
 
@@ -50,13 +52,13 @@ def shell(tmp_path: Path, bundle_folder: Path, running: Running, monkeypatch: py
 
 def pixels(path: str | Path) -> np.ndarray:
     """Returns the pixels of a picture."""
-    return images.read_png(Path(path))[0]
+    return files.read_png(Path(path))[0]
 
 
 def test_generate_writes_a_picture(shell: Shell) -> None:
     """The plainest call draws a picture with the cloud's help and says where it is, on standard error only."""
     result = shell("generate", "a red fox", "--seed", "5")
-    picture, provenance, parameters = images.read_png(shell.folder / "a-red-fox-5.png")
+    picture, provenance, parameters = files.read_png(shell.folder / "a-red-fox-5.png")
 
     assert result.stdout == ""
     assert "wrote a-red-fox-5.png" in result.stderr
@@ -137,7 +139,7 @@ def _options(command: click.Command, path: str = "hybridsd") -> Iterator[tuple[s
 
 @pytest.mark.parametrize(
     ("command", "option"),
-    [pytest.param(c, o, id=f"{path} {o.opts[0]}") for path, c, o in _options(cli.main)],
+    [pytest.param(c, o, id=f"{path} {o.opts[0]}") for path, c, o in _options(main.main)],
 )
 def test_each_option_has_its_variable(
     command: click.Command, option: click.Option, monkeypatch: pytest.MonkeyPatch
@@ -285,7 +287,7 @@ def test_several_images(shell: Shell) -> None:
 
     assert sorted(path.name for path in shell.folder.iterdir()) == names
     assert len({pixels(name).tobytes() for name in names}) == 3
-    assert [images.read_png(Path(name))[1]["image_index"] for name in names] == [0, 1, 2]
+    assert [files.read_png(Path(name))[1]["image_index"] for name in names] == [0, 1, 2]
 
 
 def test_prompts_file(shell: Shell, fake: FakeCloud) -> None:
@@ -312,7 +314,7 @@ def test_csv(shell: Shell, fake: FakeCloud) -> None:
     shell("generate", "--csv", "metadata.csv", "-o", "out/")
 
     assert [request.text.prompt for request in fake.requests] == ["a fox, red", "a dog"]
-    assert images.read_png(shell.folder / "out" / "animals" / "fox.png")[1]["negative_prompt"] == "blurry"
+    assert files.read_png(shell.folder / "out" / "animals" / "fox.png")[1]["negative_prompt"] == "blurry"
     assert (shell.folder / "out" / "dog.jpg").read_bytes()[:2] == b"\xff\xd8"
     shell("generate", "--csv", "metadata.csv", "-o", "out/", code=2)
 
@@ -380,8 +382,8 @@ def test_the_picture_is_written_first(shell: Shell, monkeypatch: pytest.MonkeyPa
     def fail(*_: object) -> None:
         raise Reason.FIELD_INVALID.error("the disk is full")
 
-    monkeypatch.setattr(latents, "dump", fail)
-    monkeypatch.setattr(extras, "_write_step", fail)
+    monkeypatch.setattr(saved_state, "dump", fail)
+    monkeypatch.setattr(side_outputs, "_write_step", fail)
     told = shell.json("a red fox", "-o", "fox.png", flag, "extra", code=2)
 
     assert told["error"]["message"] == "the disk is full"
@@ -395,7 +397,7 @@ def test_a_continued_picture_knows_its_beginning(shell: Shell, at: str | None) -
     save = ["--save-latents", "s.npz", *(["--save-latents-at", at] if at else [])]
     shell("generate", "a red fox", "-o", "whole.png", "--split", "3,3", *save)
     (image,) = shell.json("--load-latents", "s.npz", "-o", "rest.png", "--mode", "edge")["images"]
-    _, chunk, parameters = images.read_png(shell.folder / "rest.png")
+    _, chunk, parameters = files.read_png(shell.folder / "rest.png")
     cloud_steps = min(int(at or 6), 3)
 
     assert chunk is not None
@@ -589,7 +591,7 @@ def test_interrupting_cancels_the_job(shell: Shell, fake: FakeCloud, running: Ru
     listen = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # a job in the background may not
     )
-    command = [sys.executable, "-c", f"{listen}from edge_client.cli import main; main()", "generate", "fox", "--jsonl"]
+    command = [sys.executable, "-c", f"{listen}from edge_client.cli.main import main; main()", "generate", "fox", "--jsonl"]
     command += ["--server", running.target, "--bundle", str(bundle_folder)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
@@ -619,7 +621,7 @@ def test_a_bug_exits_with_70(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> N
     def fail(*_: object) -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr(images, "encode_file", fail)
+    monkeypatch.setattr(files, "encode_file", fail)
 
     assert "ZeroDivisionError: oh. This is a bug" in shell("generate", "a red fox", code=70).stderr
 

@@ -6,13 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_client import images, latents, outputs, prompts
-from edge_client.bundle import Bundle
-from edge_client.events import Result
-from edge_client.onnx_models import Models
-from edge_client.pipeline import generate
-from edge_client.prompts import PromptPair
-from edge_client.request import Request, SavedState, resolve
+from edge_client.bundles.bundle import Bundle
+from edge_client.cli import output_files, prompt_files
+from edge_client.cli.prompt_files import PromptPair
+from edge_client.generation import saved_state
+from edge_client.generation.events import Result
+from edge_client.generation.pipeline import generate
+from edge_client.generation.request import Request, SavedState, resolve
+from edge_client.images import files
+from edge_client.inference.models import Models
 from hybridsd.errors import InternalError, InvalidRequest, ModelMismatch, Reason
 
 
@@ -26,22 +28,22 @@ def result(bundle: Bundle, models: Models) -> Result:
 def test_u8_covers_the_range() -> None:
     """-1 is 0, 1 is 255, what lies outside is cut; NaN is refused; and back again within half a level."""
     image = np.array([-2.0, -1.0, 0.0, 1.0, 3.0, 0.5], dtype=np.float32).reshape(3, 1, 2)
-    picture = images.to_u8(image)
+    picture = files.to_u8(image)
 
     assert picture.reshape(-1).tolist() == [0, 128, 255, 0, 255, 191]
-    assert np.abs(images.from_u8(picture) - np.clip(image, -1, 1)).max() < 1.01 / 255  # half a level, and rounding
+    assert np.abs(files.from_u8(picture) - np.clip(image, -1, 1)).max() < 1.01 / 255  # half a level, and rounding
     with pytest.raises(InternalError, match="not finite"):
-        images.to_u8(np.full((3, 1, 1), np.nan, dtype=np.float32))
+        files.to_u8(np.full((3, 1, 1), np.nan, dtype=np.float32))
 
 
 def test_png_tells_how_it_was_made(result: Result, tmp_path: Path) -> None:
     """Both text chunks come back, umlauts and line breaks included, and the pixels too."""
     path = tmp_path / "fox.png"
-    path.write_bytes(images.encode_png(result.image_u8, result))
-    picture, chunk, parameters = images.read_png(path)
+    path.write_bytes(files.encode_png(result.image_u8, result))
+    picture, chunk, parameters = files.read_png(path)
 
     assert np.array_equal(picture, result.image_u8)
-    assert chunk == images.provenance(result)
+    assert chunk == files.provenance(result)
     assert chunk["steps"][0] == {"step": 0, "call": 1, "place": "edge"}
     assert parameters == (
         "a red fox, Käse\n2\nNegative prompt: blurry\nSteps: 6, Sampler: DDIM, CFG scale: 3, Seed: 8, Size: 32x32, "
@@ -53,8 +55,8 @@ def test_fallback_is_written_down(result: Result) -> None:
     """A picture that fell back says so in itself."""
     fallen = dataclasses.replace(result, fallback_reason=Reason.UNAVAILABLE, planned_cloud_steps=3)
 
-    assert "Planned cloud steps: 3, Fallback: UNAVAILABLE" in images.parameters(fallen)
-    assert images.provenance(fallen)["handoff"] == {
+    assert "Planned cloud steps: 3, Fallback: UNAVAILABLE" in files.parameters(fallen)
+    assert files.provenance(fallen)["handoff"] == {
         "planned": 3,
         "actual": result.actual_cloud_steps,
         "reason": "UNAVAILABLE",
@@ -63,48 +65,48 @@ def test_fallback_is_written_down(result: Result) -> None:
 
 def test_unknown_schedulers_keep_their_name(result: Result) -> None:
     """A plan from elsewhere may have any name."""
-    assert "Sampler: mine," in images.parameters(dataclasses.replace(result, scheduler="mine"))
+    assert "Sampler: mine," in files.parameters(dataclasses.replace(result, scheduler="mine"))
 
 
 def test_not_a_picture(tmp_path: Path) -> None:
     """What is no picture is refused by name."""
     (tmp_path / "x.png").write_text("no")
     with pytest.raises(InvalidRequest, match=r"x.png is not a picture"):
-        images.read_png(tmp_path / "x.png")
+        files.read_png(tmp_path / "x.png")
 
 
 def test_prompt_pairs() -> None:
     """Line ends, blank pairs, three quotes and a missing last line are all forgiven."""
     text = '\ufeffa fox \r\nblurry\r\n\r\n\r\na dog\n\na cat\n"""\na bird'
 
-    assert prompts.parse_prompts(text) == [
+    assert prompt_files.parse_prompts(text) == [
         PromptPair("a fox", "blurry"),
         PromptPair("a dog"),
         PromptPair("a cat"),
         PromptPair("a bird"),
     ]
     with pytest.raises(InvalidRequest, match="no prompt"):
-        prompts.parse_prompts(' \n"""\n')
+        prompt_files.parse_prompts(' \n"""\n')
 
 
 def test_csv_needs_rows() -> None:
     """A header alone is not a job."""
     with pytest.raises(InvalidRequest, match="no rows"):
-        prompts.parse_csv(["name,caption", ""])
+        prompt_files.parse_csv(["name,caption", ""])
 
 
 def test_names_never_collide(tmp_path: Path) -> None:
     """Chosen names step aside for files and for each other; a late file is not written over either."""
     (tmp_path / "a.png").touch()
-    first, second = outputs.choose(f"{tmp_path}/", ["a.png?", "a.png?"], overwrite=False)
-    outputs.write(first, b"1", overwrite=False)
+    first, second = output_files.choose(f"{tmp_path}/", ["a.png?", "a.png?"], overwrite=False)
+    output_files.write(first, b"1", overwrite=False)
 
     assert (first.name, second.name) == ("a-2.png", "a-3.png")
     with pytest.raises(InvalidRequest, match="is there already"):
-        outputs.write(first, b"2", overwrite=False)
+        output_files.write(first, b"2", overwrite=False)
     assert first.read_bytes() == b"1"
     with pytest.raises(InvalidRequest, match="cannot write"):
-        outputs.write(tmp_path / "a.png" / "b.png", b"", overwrite=False)
+        output_files.write(tmp_path / "a.png" / "b.png", b"", overwrite=False)
 
 
 @pytest.mark.parametrize(
@@ -113,15 +115,15 @@ def test_names_never_collide(tmp_path: Path) -> None:
 )
 def test_slugs_are_safe(prompt: str, slug: str) -> None:
     """Any prompt makes a harmless file name."""
-    assert outputs.slug(prompt) == slug
+    assert output_files.slug(prompt) == slug
 
 
 def test_states_come_back(result: Result, tmp_path: Path) -> None:
     """A saved state is the same state when it is loaded."""
     path = tmp_path / "s.npz"
-    saved = latents.saved_state(result, "tiny-test")
-    path.write_bytes(latents.dump(saved))
-    loaded = latents.load(path)
+    saved = saved_state.saved_state(result, "tiny-test")
+    path.write_bytes(saved_state.dump(saved))
+    loaded = saved_state.load(path)
 
     assert isinstance(loaded, SavedState)
     assert loaded.plan == saved.plan
@@ -136,21 +138,21 @@ def test_batch_of_one_is_fine(tmp_path: Path) -> None:
     """Latents with a batch axis of 1, as other tools save them, are taken; NaN and objects are not."""
     path = tmp_path / "n.npz"
     np.savez(path, latents=np.ones((1, 4, 4, 4)))
-    loaded = latents.load(path)
+    loaded = saved_state.load(path)
     assert isinstance(loaded, np.ndarray)
     assert loaded.shape == (4, 4, 4)
     for bad in (np.full((4, 4, 4), np.nan), np.array([object()]), np.ones((4, 4)), np.ones((2, 4, 4, 4))):
         np.savez(path, latents=bad)
         with pytest.raises(InvalidRequest, match="cannot be loaded"):
-            latents.load(path)
+            saved_state.load(path)
     np.savez(path, other=np.ones(3))
     with pytest.raises(InvalidRequest, match="no array named latents"):
-        latents.load(path)
+        saved_state.load(path)
 
 
 def test_state_of_another_space(result: Result, bundle: Bundle) -> None:
     """A saved state goes on only with models of its latent space."""
-    saved = latents.saved_state(result, "sdxl")
+    saved = saved_state.saved_state(result, "sdxl")
     with pytest.raises(ModelMismatch, match="'sdxl'"):
         resolve(Request(resume=saved), bundle.manifest)
 
@@ -159,7 +161,7 @@ def test_state_of_another_text_encoder(result: Result, bundle: Bundle) -> None:
     """A saved state whose embeddings the bundle's U-Net cannot take is refused before anything runs."""
     assert result.conditioning is not None
     narrow = dataclasses.replace(result.conditioning, prompt_embeds=result.conditioning.prompt_embeds[:, :4])
-    saved = dataclasses.replace(latents.saved_state(result, "tiny-test"), conditioning=narrow)
+    saved = dataclasses.replace(saved_state.saved_state(result, "tiny-test"), conditioning=narrow)
     with pytest.raises(ModelMismatch, match=r"embeddings \[12, 4\].*takes \[12, 8\]"):
         resolve(Request(resume=saved), bundle.manifest)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edge_client import image_inputs
+from edge_client.images import inputs
 from hybridsd.errors import InvalidRequest
 
 
@@ -22,9 +22,9 @@ def test_transparent_is_white_and_cameras_are_turned() -> None:
     clear = Image.new("RGBA", (4, 2), (255, 0, 0, 0))
     exif = Image.Exif()
     exif[0x0112] = 6
-    turned = image_inputs.load_image(png(Image.new("RGB", (4, 2), "blue"), exif=exif))
+    turned = inputs.load_image(png(Image.new("RGB", (4, 2), "blue"), exif=exif))
 
-    assert image_inputs.load_image(png(clear)).getpixel((0, 0)) == (255, 255, 255)
+    assert inputs.load_image(png(clear)).getpixel((0, 0)) == (255, 255, 255)
     assert turned.size == (2, 4)
 
 
@@ -33,29 +33,29 @@ def test_grey_of_16_bits_keeps_its_shades() -> None:
     deep = Image.fromarray(np.array([[0, 0x4000], [0x8000, 0xFFFF]], dtype=np.uint16))
     shades = np.array([[0, 0x40], [0x80, 0xFF]])
 
-    assert np.array_equal(np.asarray(image_inputs.load_image(png(deep)))[..., 0], shades)
-    assert np.allclose(image_inputs.load_mask(png(deep), 2, 2)[0] * 255, shades)
+    assert np.array_equal(np.asarray(inputs.load_image(png(deep)))[..., 0], shades)
+    assert np.allclose(inputs.load_mask(png(deep), 2, 2)[0] * 255, shades)
 
 
 def test_what_is_no_picture_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Text, other formats, files that are not there and bombs are errors of the field that they came in."""
     stream = io.BytesIO()
     Image.new("RGB", (4, 4)).save(stream, format="BMP")
-    monkeypatch.setattr(image_inputs, "MAX_PIXELS", 100)
+    monkeypatch.setattr(inputs, "MAX_PIXELS", 100)
     for source, says in (
         (b"text", "no picture"), (stream.getvalue(), "no picture"), (tmp_path / "none.png", "unreadable"),
         (png(Image.new("RGB", (20, 20))), "at most 100"),
     ):  # fmt: skip
         with pytest.raises(InvalidRequest, match=says) as caught:
-            image_inputs.load_image(source, field="mask")
+            inputs.load_image(source, field="mask")
         assert caught.value.field == "mask"
 
 
 @pytest.mark.parametrize("how", ["crop", "pad", "stretch"])
-def test_pictures_are_fitted(how: image_inputs.Fit) -> None:
+def test_pictures_are_fitted(how: inputs.Fit) -> None:
     """Every way ends in the size that was asked for, in [-1, 1]."""
     image = Image.new("RGB", (30, 10), "white")
-    array = image_inputs.fit(image, 16, 24, how)
+    array = inputs.fit(image, 16, 24, how)
 
     assert array.shape == (3, 24, 16)
     assert array.dtype == np.float32
@@ -67,29 +67,29 @@ def test_masks_cover_whole_cells_and_pixels_outside_are_untouched() -> None:
     """A cell with one pixel to draw is drawn; the composite keeps every other pixel as it was."""
     drawn = Image.new("L", (16, 16), 0)
     drawn.putpixel((9, 1), 255)
-    mask = image_inputs.load_mask(png(drawn), 16, 16)
+    mask = inputs.load_mask(png(drawn), 16, 16)
     generated, original = np.full((2, 16, 16, 3), 10, dtype=np.uint8)
     original += 90
-    result = image_inputs.composite(generated, original, mask)
+    result = inputs.composite(generated, original, mask)
 
-    assert image_inputs.to_cells(mask, 8).tolist() == [[[0.0, 1.0], [0.0, 0.0]]]
+    assert inputs.to_cells(mask, 8).tolist() == [[[0.0, 1.0], [0.0, 0.0]]]
     assert result[1, 9].tolist() == [10, 10, 10]
     assert (result == original).sum() == 16 * 16 * 3 - 3
     holes = Image.new("RGBA", (16, 16), (0, 0, 0, 255))
     holes.putpixel((3, 3), (0, 0, 0, 0))
-    assert image_inputs.load_mask(png(holes), 16, 16)[0, 3, 3] == 1.0
+    assert inputs.load_mask(png(holes), 16, 16)[0, 3, 3] == 1.0
     opaque = drawn.convert("RGBA")
-    assert np.array_equal(image_inputs.load_mask(png(opaque), 16, 16), mask)
-    assert 0 < image_inputs.load_mask(png(drawn), 16, 16, blur_px=2)[0, 1, 9] < 1
+    assert np.array_equal(inputs.load_mask(png(opaque), 16, 16), mask)
+    assert 0 < inputs.load_mask(png(drawn), 16, 16, blur_px=2)[0, 1, 9] < 1
     with pytest.raises(InvalidRequest, match="mask_blur"):
-        image_inputs.load_mask(png(drawn), 16, 16, blur_px=-1)
+        inputs.load_mask(png(drawn), 16, 16, blur_px=-1)
 
 
 def test_sizes_follow_shapes() -> None:
     """A shape becomes multiples of about the same area."""
-    assert image_inputs.size_of_aspect(1.0, 64, 512 * 512) == (512, 512)
-    assert image_inputs.size_of_aspect(image_inputs.parse_aspect("16:9"), 64, 512 * 512) == (704, 384)
-    assert image_inputs.natural_size(Image.new("RGB", (100, 200)), 64, 512 * 512) == (384, 704)
+    assert inputs.size_of_aspect(1.0, 64, 512 * 512) == (512, 512)
+    assert inputs.size_of_aspect(inputs.parse_aspect("16:9"), 64, 512 * 512) == (704, 384)
+    assert inputs.natural_size(Image.new("RGB", (100, 200)), 64, 512 * 512) == (384, 704)
     for wrong in ("16x9", "1:0", "100:1", ":", "²:1"):
         with pytest.raises(InvalidRequest, match="aspect"):
-            image_inputs.parse_aspect(wrong)
+            inputs.parse_aspect(wrong)

@@ -16,7 +16,7 @@ import pkgutil, importlib
 import edge_client
 for module in pkgutil.walk_packages(edge_client.__path__, "edge_client."):
     importlib.import_module(module.name)
-from edge_client.cli import main
+from edge_client.cli.main import main
 main(["generate", "a red fox", "--mode", "edge", "--bundle", sys.argv[1], "-o", sys.argv[2], "--quiet"])
 """
 

@@ -7,12 +7,12 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from edge_client.bundle import Bundle
-from edge_client.doctor import check_device
-from edge_client.events import Conditioning
-from edge_client.onnx_models import Models
-from edge_client.providers import available_providers, choose_provider
-from edge_client.tokenizer import Tokenizer
+from edge_client.bundles.bundle import Bundle
+from edge_client.cli.doctor import check_device
+from edge_client.generation.events import Conditioning
+from edge_client.inference.models import Models
+from edge_client.inference.providers import available_providers, choose_provider
+from edge_client.inference.tokenizer import Tokenizer
 from hybridsd.errors import InternalError, InvalidRequest, ModelMismatch
 from hybridsd.prompting import TextOptions
 from tests.tiny_bundle import CHANNELS, CONTEXT_LENGTH, EMBED_DIM, TinyUNet

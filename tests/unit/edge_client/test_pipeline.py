@@ -9,17 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_client import cloud_leg, remote
-from edge_client.bundle import Bundle, open_bundle
-from edge_client.cache import Cache
-from edge_client.events import CloudStarted, Finished, Planned, Queued, Result, Retrying, StepDone, TookOver
-from edge_client.images import parameters, to_u8
-from edge_client.latents import saved_state
-from edge_client.onnx_models import Models
-from edge_client.pipeline import generate
-from edge_client.remote import Cloud
-from edge_client.request import Request
-from edge_client.segments import parse_segments
+from edge_client.bundles.bundle import Bundle, open_bundle
+from edge_client.cloud import client
+from edge_client.cloud.client import Cloud
+from edge_client.generation import cloud_steps as cloud_leg
+from edge_client.generation.events import CloudStarted, Finished, Planned, Queued, Result, Retrying, StepDone, TookOver
+from edge_client.generation.pipeline import generate
+from edge_client.generation.request import Request
+from edge_client.generation.saved_state import saved_state
+from edge_client.generation.segments import parse_segments
+from edge_client.images.files import parameters, to_u8
+from edge_client.inference.cache import Cache
+from edge_client.inference.models import Models
 from hybridsd import noise
 from hybridsd.codec import FLOAT32, encode_plan, encode_tensor, tensor_digest
 from hybridsd.errors import (
@@ -312,7 +313,7 @@ def test_heartbeats_do_not_hold_up_the_end(
     bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once the hand-off is here, a server that only sends heartbeats is not waited for."""
-    monkeypatch.setattr(remote, "USAGE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(client, "USAGE_TIMEOUT_S", 0.2)
     fake.endless_heartbeats = True
     begin = time.monotonic()
     result, _ = run(replace(REQUEST, deadline_s=10), bundle, models, cloud)

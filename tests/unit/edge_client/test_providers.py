@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_client import providers, runtimes
-from edge_client.bundle import Bundle
-from edge_client.events import Conditioning
-from edge_client.onnx_models import Models
+from edge_client.bundles.bundle import Bundle
+from edge_client.generation.events import Conditioning
+from edge_client.inference import providers
+from edge_client.inference import session as runtimes
+from edge_client.inference.models import Models
 from hybridsd.errors import InvalidRequest
 from tests.tiny_bundle import CHANNELS, CONTEXT_LENGTH, EMBED_DIM
 

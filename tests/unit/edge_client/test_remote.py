@@ -9,14 +9,14 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
-from edge_client import bundle as bundles
-from edge_client import cache as caches
-from edge_client.bundle import Bundle
-from edge_client.cache import Cache
-from edge_client.onnx_models import Models
-from edge_client.pipeline import generate
-from edge_client.remote import Cloud, is_loopback, translate
-from edge_client.request import Request
+from edge_client.bundles import bundle as bundles
+from edge_client.bundles.bundle import Bundle
+from edge_client.cloud.client import Cloud, is_loopback, translate
+from edge_client.generation.pipeline import generate
+from edge_client.generation.request import Request
+from edge_client.inference import cache as caches
+from edge_client.inference.cache import Cache
+from edge_client.inference.models import Models
 from hybridsd.errors import CloudTimeout, CloudUnreachable, InvalidRequest, Reason
 from tests.unit.edge_client.fake_cloud import FakeCloud, Running, serve
 

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_client import providers, runtimes, self_test
-from edge_client.bundle import open_bundle
-from edge_client.onnx_models import Models
-from edge_client.self_test import Report, relative_error
+from edge_client.bundles.bundle import open_bundle
+from edge_client.inference import providers, self_test
+from edge_client.inference import session as runtimes
+from edge_client.inference.models import Models
+from edge_client.inference.self_test import Report, relative_error
 from hybridsd.errors import InvalidRequest
 from tests.tiny_bundle import Floats, write_bundle
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from edge_client.split import Advisor, Costs, Curve, Goals, choose, curve_of, explain, predict
+from edge_client.split.handoff_policy import Advisor, Costs, Curve, Goals, choose, curve_of, explain, predict
 from hybridsd.manifest import QualityPoint
 
 STEPS = 25

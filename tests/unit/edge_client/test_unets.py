@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_client.bundle import Bundle, open_bundle
-from edge_client.events import Conditioning, Finished, Result
-from edge_client.onnx_models import Models
-from edge_client.pipeline import generate
-from edge_client.request import Request
+from edge_client.bundles.bundle import Bundle, open_bundle
+from edge_client.generation.events import Conditioning, Finished, Result
+from edge_client.generation.pipeline import generate
+from edge_client.generation.request import Request
+from edge_client.inference.models import Models
 from hybridsd.errors import InvalidRequest, Reason
 from tests.tiny_bundle import CHANNELS, CONTEXT_LENGTH, Kind, write_bundle
 

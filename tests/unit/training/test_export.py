@@ -9,7 +9,7 @@ from diffusers import AutoencoderTiny, UNet2DConditionModel
 
 from cloud_server.devices import place
 from cloud_server.models import load_model
-from edge_client.bundle import open_bundle
+from edge_client.bundles.bundle import open_bundle
 from hybridsd.manifest import QualityPoint, read_manifest
 from tests.tiny_pipeline import EMBED_DIM, write_tiny_pipeline
 from tests.unit.training.halved import halve

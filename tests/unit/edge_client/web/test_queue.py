@@ -6,10 +6,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from edge_client.web.drawing import Told, Upload
-from edge_client.web.queue import JobQueue
-from edge_client.web.schemas import JobCreate
-from edge_client.web.store import Store, StoredJob
+from edge_client.web.jobs.queue import JobQueue
+from edge_client.web.jobs.store import Store, StoredJob
+from edge_client.web.jobs.worker import Told, Upload
+from edge_client.web.schemas.native import JobCreate
 
 WAIT_S = 10.0
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_client.web.drawing import Upload
-from edge_client.web.store import Store
+from edge_client.web.jobs.store import Store
+from edge_client.web.jobs.worker import Upload
 from hybridsd.errors import HybridSDError, Reason
 
 

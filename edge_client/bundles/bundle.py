@@ -1,0 +1,242 @@
+"""An edge bundle on this device: where it is, whether it is whole, which plans it has.
+
+Knows files and the manifest; nothing of ONNX or of what a plan does. The manifest itself is `hybridsd.manifest`.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+import platformdirs
+
+from edge_client.cloud.types import RemoteFile
+from hybridsd import plan as plans
+from hybridsd.errors import CloudUnreachable, InternalError, InvalidRequest, ModelMismatch, NotFound, Reason
+from hybridsd.manifest import MANIFEST_NAME, Manifest, read_manifest, verify_files
+from hybridsd.plan import Plan
+
+
+@dataclass(slots=True)
+class Bundle:
+    """A bundle that was opened."""
+
+    folder: Path
+    manifest: Manifest
+    _raw_plans: dict[str, Any] | None = field(default=None, repr=False)
+
+    def _plans(self) -> dict[str, Any]:
+        if self._raw_plans is None:
+            path = self.folder / self.manifest.files["plans"].path
+            try:
+                raw = json.loads(path.read_text(encoding="utf-8"))
+                self._raw_plans = dict(raw)
+            except (OSError, ValueError, TypeError) as error:
+                raise InvalidRequest(
+                    Reason.MANIFEST_INVALID, f"cannot read the plans in {path}: {error}", field="bundle"
+                ) from error
+        return self._raw_plans
+
+    def plan_names(self) -> list[str]:
+        """Returns the names of its plans, "scheduler/steps" each, sorted."""
+        return sorted((name for name in self._plans() if "@" not in name), key=_by_steps)
+
+    def describe_plans(self) -> str:
+        """Returns its plans for people: schedulers with the numbers of steps that they have plans for."""
+        steps_of: dict[str, list[str]] = {}
+        for name in self.plan_names():
+            scheduler, _, steps = name.partition("/")
+            steps_of.setdefault(scheduler, []).append(steps)
+        groups: dict[str, list[str]] = {}
+        for scheduler, steps_list in steps_of.items():
+            groups.setdefault(", ".join(steps_list), []).append(scheduler)
+        return "; ".join(f"{', '.join(schedulers)} in {steps} steps" for steps, schedulers in groups.items())
+
+    def find_plan(self, scheduler: str, num_inference_steps: int, begin_step: int = 0) -> Plan | None:
+        """Returns a plan of the bundle, or None; above 0 for the steps from `begin_step` on, begun afresh."""
+        name = f"{scheduler}/{num_inference_steps}" + (f"@{begin_step}" if begin_step else "")
+        raw = self._plans().get(name)
+        if raw is not None:
+            return plans.from_json(raw if isinstance(raw, str) else json.dumps(raw))
+        whole = self.find_plan(scheduler, num_inference_steps) if begin_step else None
+        return None if whole is None else whole.begin(begin_step)
+
+    def plan(self, scheduler: str, num_inference_steps: int, begin_step: int = 0) -> Plan:
+        """Returns a plan of the bundle; see `find_plan`.
+
+        Raises:
+            ModelMismatch: PLAN_MISSING, listing the plans there are.
+        """
+        found = self.find_plan(scheduler, num_inference_steps, begin_step)
+        if found is None:
+            what = f"{scheduler}/{num_inference_steps}" + (f" from step {begin_step} on" if begin_step else "")
+            raise ModelMismatch(
+                Reason.PLAN_MISSING,
+                f"bundle {self.manifest.name} has no plan {what}, and only a cloud can "
+                f"make one; without a cloud choose {self.describe_plans()}",
+                field="scheduler",
+            )
+        return found
+
+    def verify(self) -> list[str]:
+        """Returns what is wrong with its files, one sentence each."""
+        return verify_files(self.manifest, self.folder)
+
+    def verify_once(self, cache_folder: Path) -> None:
+        """Checks every file's hash, once for a content: what passed is remembered until a file changes.
+
+        Raises:
+            InvalidRequest: MANIFEST_INVALID, saying what is wrong.
+        """
+        marker = cache_folder / "verified" / self._fingerprint()
+        if marker.exists():
+            return
+        problems = self.verify()
+        if problems:
+            raise InvalidRequest(
+                Reason.MANIFEST_INVALID,
+                f"bundle {self.folder} is broken: {'; '.join(problems)}; fetch or export it again",
+                field="bundle",
+            )
+        with contextlib.suppress(OSError):  # a read-only disk costs time at every start, nothing else
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.touch()
+
+    def _fingerprint(self) -> str:
+        """Returns a name for the files as they are: the manifest's content, and place, size and time of each file."""
+        sha = hashlib.sha256((self.folder / MANIFEST_NAME).read_bytes())
+        sha.update(str(self.folder.resolve()).encode())
+        for file in self.manifest.files.values():
+            path = self.folder / file.path
+            with contextlib.suppress(OSError):
+                stat = path.stat()
+                sha.update(f"{file.path}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+        return sha.hexdigest()
+
+
+def open_bundle(folder: Path) -> Bundle:
+    """Opens a bundle; its files are not read yet.
+
+    Raises:
+        InvalidRequest: MANIFEST_INVALID, saying what is wrong.
+    """
+    return Bundle(folder, read_manifest(folder))
+
+
+def bundles_folder() -> Path:
+    """Returns where fetched bundles live."""
+    return platformdirs.user_data_path("hybridsd") / "bundles"
+
+
+def locate(given: str | None) -> Path:
+    """Returns the folder of the bundle to use.
+
+    Args:
+        given: A folder, or the name of a fetched bundle; None looks for the demo bundle of the repository (the current
+            folder or one above it, or the checkout that this program runs from), then for fetched ones.
+
+    Raises:
+        InvalidRequest: MANIFEST_INVALID when there is none, saying how to get one.
+    """
+    if given is not None:
+        fetched = bundles_folder() / given
+        return fetched if not Path(given).is_dir() and (fetched / MANIFEST_NAME).is_file() else Path(given)
+    here = Path.cwd()
+    for root in (here, *here.parents, Path(__file__).resolve().parents[2]):
+        candidate = root / "deploy" / "demo" / "edge"
+        if (candidate / MANIFEST_NAME).is_file():
+            return candidate
+    fetched_ones = sorted(path.parent for path in bundles_folder().glob(f"*/{MANIFEST_NAME}"))
+    if fetched_ones:
+        return fetched_ones[0]
+    raise InvalidRequest(
+        Reason.MANIFEST_INVALID,
+        "there is no edge bundle; give --bundle DIR, or get one with `hybridsd bundle fetch NAME --server host:port`",
+        field="bundle",
+    )
+
+
+class Downloads(Protocol):
+    """Where a bundle comes from; `edge_client.cloud.client.Cloud` is one."""
+
+    def download(self, bundle: str, path: str, offset_bytes: int) -> Iterator[bytes]:
+        """Yields a file's content from an offset on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FetchProgress:
+    """How far one file is."""
+
+    path: str
+    done_bytes: int
+    size_bytes: int
+
+
+def fetch(source: Downloads, name: str, files: tuple[RemoteFile, ...], into: Path) -> Iterator[FetchProgress]:
+    """Downloads a bundle; a broken download goes on where it stopped. The bundle appears when it is whole.
+
+    Args:
+        source: The cloud.
+        name: The bundle's name there.
+        files: What it consists of.
+        into: The folder that the bundle will be, not there yet; beside it grows `NAME.partial`.
+
+    Raises:
+        CloudUnreachable: If a file ends too early; what has come is kept.
+        InternalError: If a path leaves the folder, or a file does not match its hash.
+        InvalidRequest: If the folder cannot be written, or what was fetched is no bundle.
+        NotFound: If the cloud lists no files.
+    """
+    if not files:
+        raise NotFound(Reason.NOT_FOUND, f"bundle {name!r} has no files", field="bundle")
+    partial = into.with_name(into.name + ".partial")
+    try:
+        for file in files:
+            pure = PurePosixPath(file.path)
+            odd = "\\" in file.path or ":" in file.path or not file.path.isprintable()
+            if pure.is_absolute() or ".." in pure.parts or not pure.parts or odd:
+                raise InternalError(Reason.INTERNAL, f"the cloud lists a file that leaves the bundle: {file.path!r}")
+            yield from _fetch_file(source, name, file, partial / file.path)
+        read_manifest(partial)
+        into.parent.mkdir(parents=True, exist_ok=True)
+        partial.rename(into)
+    except OSError as error:
+        raise InvalidRequest(
+            Reason.FIELD_INVALID, f"cannot write {partial}: {error.strerror or error}; choose another --into",
+            field="into",
+        ) from error  # fmt: skip
+
+
+def _fetch_file(source: Downloads, name: str, file: RemoteFile, path: Path) -> Iterator[FetchProgress]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = path.stat().st_size if path.exists() else 0
+    if done > file.size_bytes:
+        path.unlink()
+        done = 0
+    if done < file.size_bytes:
+        with path.open("ab") as stream:
+            for chunk in source.download(name, file.path, done):
+                done += len(chunk)
+                if done > file.size_bytes:
+                    break
+                stream.write(chunk)
+                yield FetchProgress(path=file.path, done_bytes=done, size_bytes=file.size_bytes)
+    if done < file.size_bytes:
+        raise CloudUnreachable(
+            Reason.UNAVAILABLE,
+            f"{file.path} ended after {done} of {file.size_bytes} bytes; fetch again to go on from there",
+        )
+    with path.open("rb") as stream:
+        actual = hashlib.file_digest(stream, "sha256").hexdigest()
+    if actual != file.sha256:
+        path.unlink()
+        raise InternalError(Reason.INTERNAL, f"{file.path} does not match its SHA-256; fetch the bundle again")
+    yield FetchProgress(path=file.path, done_bytes=file.size_bytes, size_bytes=file.size_bytes)
+
+
+def _by_steps(name: str) -> tuple[str, int]:
+    scheduler, _, steps = name.partition("/")
+    return scheduler, int(steps) if steps.isdigit() else 0

@@ -1,0 +1,138 @@
+"""`hybridsd bench`: draws pictures and says where their time goes.
+
+Knows click, the pipeline's events and how to name this machine; measures nothing that a picture's result does not say.
+"""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edge_client.cli.shared_options import CONTEXT, model_options, open_bundle, open_cloud, server_options
+from edge_client.cloud.client import Cloud
+from edge_client.generation.events import MODES, Finished, Result, StepDone
+from edge_client.generation.pipeline import generate
+from edge_client.generation.request import Request, resolve
+from edge_client.inference.models import Models
+from hybridsd.errors import InvalidRequest, Reason
+
+PROMPT = "a fox to the left of a donut on a blue background"
+PHASES = {
+    "queue_s": "waiting in the cloud",
+    "text_s": "text",
+    "cloud_steps_s": "cloud steps",
+    "wire_s": "wire",
+    "edge_steps_s": "edge steps",
+    "decode_s": "decoding",
+    "rest_s": "the rest",
+    "total_s": "all",
+}
+
+
+@click.command(context_settings=CONTEXT)
+@server_options
+@model_options
+@click.option("--prompt", default=PROMPT, show_default=True)
+@click.option("--mode", type=click.Choice(MODES), default="auto", show_default=True, help="As of generate.")
+@click.option("--model", default="", help="The cloud's model. Default: the server's first.")
+@click.option("--steps", type=int, help="Steps in all. Default: the bundle's.")
+@click.option("--cloud-steps", type=click.IntRange(0), help="Steps in the cloud. Default: the bundle's share.")
+@click.option("--scheduler", help="Default: the bundle's.")
+@click.option("--width", type=int, help="In pixels. Default: the bundle's.")
+@click.option("--height", type=int, help="In pixels. Default: the bundle's.")
+@click.option("--runs", type=click.IntRange(1, 1000), default=3, show_default=True, help="Pictures that are timed.")
+@click.option("--warm-up", type=click.IntRange(0, 100), default=1, show_default=True, help="Pictures before them.")
+@click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="JSON file for all numbers.")
+def bench(**options: Any) -> None:
+    """Draws pictures and prints where the time goes: medians over the runs, and this machine's name."""
+    bundle = open_bundle(options["bundle_name"])
+    models = Models(
+        bundle.folder, bundle.manifest, provider=options["provider"], threads=options["threads"],
+        low_memory=options["low_memory"],
+    )  # fmt: skip
+    fields = {
+        name: options[name] for name in ("prompt", "mode", "model", "scheduler", "width", "height", "cloud_steps")
+    }
+    request = Request(**fields)
+    job = resolve(request, bundle.manifest)
+    runs = []
+    with ExitStack() as stack:
+        cloud: Cloud | None = None
+        if job.cloud_steps:
+            access = {name: options[name] for name in ("token_file", "tls_ca", "insecure")}
+            cloud = stack.enter_context(open_cloud(options["server"], **access))
+        for seed in range(options["warm_up"] + options["runs"]):
+            fresh = Request(
+                **fields, num_inference_steps=options["steps"], fallback=options["mode"] == "auto", seed=seed
+            )
+            measured = _time(fresh, bundle, models, cloud)
+            if seed >= options["warm_up"]:
+                runs.append(measured)
+    medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+    machine = describe_machine(models)
+    click.echo(f"machine: {machine}")
+    split = f"{job.cloud_steps} cloud and {job.num_inference_steps - job.cloud_steps} edge steps of {job.scheduler}"
+    click.echo(f"{job.width}x{job.height}, {split}, medians of {len(runs)} runs")
+    for line in _lines(medians):
+        click.echo(line)
+    if options["output"] is not None:
+        record = {
+            "machine": machine, "bundle": bundle.manifest.name, "width": job.width, "height": job.height,
+            "scheduler": job.scheduler, "cloud_steps": job.cloud_steps, "num_inference_steps": job.num_inference_steps,
+            "medians": medians, "runs": runs,
+        }  # fmt: skip
+        try:
+            options["output"].write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise InvalidRequest(
+                Reason.FIELD_INVALID, f"cannot write {options['output']}: {error.strerror}", field="output"
+            ) from error
+
+
+def _time(request: Request, bundle: Any, models: Models, cloud: Cloud | None) -> dict[str, float]:
+    """Returns the phases of one picture, in seconds, and its bytes."""
+    begin = handed_over = time.perf_counter()
+    result: Result | None = None
+    for event in generate(request, bundle, models, cloud):
+        if isinstance(event, StepDone) and event.place == "cloud":
+            handed_over = time.perf_counter()
+        elif isinstance(event, Finished):
+            result = event.result
+    assert result is not None
+    total_s = time.perf_counter() - begin
+    usage = result.usage
+    queue_s, text_s, cloud_s = (usage.queue_s, usage.text_s, usage.compute_s) if usage else (0.0, 0.0, 0.0)
+    queue_s = max(0.0, queue_s - text_s)  # the cloud counts its text encoder as waiting, too
+    phases = {
+        "queue_s": queue_s,
+        "text_s": text_s + result.text_s,
+        "cloud_steps_s": cloud_s,
+        "wire_s": max(0.0, handed_over - begin - queue_s - text_s - result.text_s - cloud_s) if usage else 0.0,
+        "edge_steps_s": sum(record.elapsed_s for record in result.steps if record.place == "edge"),
+        "decode_s": result.decode_s,
+    }
+    rest_s = max(0.0, total_s - sum(phases.values()))
+    return {**phases, "rest_s": rest_s, "total_s": total_s, "received_bytes": float(result.received_bytes)}
+
+
+def _lines(medians: dict[str, float]) -> Sequence[str]:
+    lines = [f"  {label:<21}{1e3 * medians[name]:9.1f} ms" for name, label in PHASES.items()]
+    return [*lines, f"  {'from the cloud':<21}{medians['received_bytes'] / 1024:9.1f} KiB"]
+
+
+def describe_machine(models: Models) -> str:
+    """Returns processor, cores and what runs the models."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {os.cpu_count()} cores, {platform.system()}; {models.choice.describe()}"

@@ -1,0 +1,175 @@
+"""`hybridsd serve`: the gateway as a process. Knows click and uvicorn; what it serves is `edge_client.web`."""
+
+import logging
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import click
+import httpx
+import platformdirs
+import structlog
+import uvicorn
+
+from edge_client.cli.shared_options import (
+    CONTEXT,
+    model_options,
+    open_bundle,
+    open_cloud,
+    open_edge_models,
+    server_options,
+)
+from edge_client.cloud.client import is_loopback
+from edge_client.inference.models import Models
+from edge_client.web.app import Settings, create_app
+from edge_client.web.auth import read_tokens
+from hybridsd.errors import CloudUnreachable, InvalidRequest, Reason
+
+log = structlog.get_logger()
+
+DEFAULT_PORT = 8080
+_LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
+@click.command(context_settings=CONTEXT)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=DEFAULT_PORT, show_default=True, help="0: any free one.")
+@click.option("--port-file", type=click.Path(dir_okay=False, path_type=Path), help="File to write the port to.")
+@click.option("--tls-cert", type=_FILE, help="Certificate chain of the gateway, PEM.")
+@click.option("--tls-key", type=_FILE, help="Its private key, PEM.")
+@click.option(
+    "--client-tokens", type=_FILE,
+    help="File with the tokens that web clients must send, one a line; each sees its own jobs. Needed beyond this "
+    "machine, unless --open.",
+)  # fmt: skip
+@click.option(
+    "--open", "is_open", envvar="HYBRIDSD_EDGE_OPEN", is_flag=True, help="Let everybody in who can reach the address."
+)
+@click.option(
+    "--allowed-host", "allowed_hosts", envvar="HYBRIDSD_EDGE_ALLOWED_HOST", multiple=True, metavar="NAME",
+    help="Name by which clients call the gateway. Repeatable. Default: this machine's, or any with tokens.",
+)  # fmt: skip
+@click.option(
+    "--cors-origin", "cors_origins", envvar="HYBRIDSD_EDGE_CORS_ORIGIN", multiple=True, metavar="ORIGIN",
+    help="Site whose pages may use it. Repeatable.",
+)  # fmt: skip
+@click.option(
+    "--webhook-host", "webhook_hosts", envvar="HYBRIDSD_EDGE_WEBHOOK_HOST", multiple=True, metavar="HOST",
+    help="Host that jobs may notify. Repeatable.",
+)  # fmt: skip
+@click.option(
+    "--data-dir", type=click.Path(file_okay=False, path_type=Path),
+    help="Folder of jobs and pictures. Default: in the data folder of this user.",
+)  # fmt: skip
+@click.option("--max-jobs", type=click.IntRange(1), default=1000, show_default=True, help="Finished jobs to keep.")
+@click.option("--max-queue", type=click.IntRange(1), default=256, show_default=True, help="Jobs that may wait.")
+@click.option("--max-body-mib", type=click.IntRange(1, 1024), default=32, show_default=True, help="Of one request.")
+@click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Jobs that run at once.")
+@click.option(
+    "--edge-model", "edge_models", envvar="HYBRIDSD_EDGE_EDGE_MODEL", multiple=True, metavar="NAME=DIR",
+    help="Another edge bundle, for segments that name it. Repeatable.",
+)  # fmt: skip
+@click.option("--no-cloud", is_flag=True, help="Draw everything here.")
+@server_options
+@model_options
+def serve(**options: Any) -> None:
+    """Serves web clients: OpenAI's images API, AUTOMATIC1111's, jobs with events, and a page to draw with."""
+    settings = _settings(options)
+    _configure_log()
+    bundle = open_bundle(options["bundle_name"])
+    runs_with = {name: options[name] for name in ("provider", "threads", "low_memory")}
+    models = Models(bundle.folder, bundle.manifest, **runs_with)
+    others = open_edge_models(options["edge_models"], bundle.manifest, **runs_with)
+    cloud = None
+    if not options["no_cloud"]:
+        access = {name: options[name] for name in ("token_file", "tls_ca", "insecure")}
+        cloud = open_cloud(options["server"], **access)
+    app = create_app(settings, bundle, models, cloud, others=others)
+    listener = _listen(options["host"], options["port"])
+    port = listener.getsockname()[1]
+    scheme = "http" if options["tls_cert"] is None else "https"
+    click.echo(f"serving on {scheme}://{_shown(options['host'])}:{port}/", err=True)
+    if options["port_file"] is not None:
+        part = options["port_file"].with_name(options["port_file"].name + ".part")
+        part.write_text(f"{port}\n", encoding="utf-8")
+        part.replace(options["port_file"])  # readers see no file or all of it
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=5, server_header=False,
+        ssl_certfile=options["tls_cert"], ssl_keyfile=options["tls_key"],
+    )  # fmt: skip
+    try:
+        uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        if cloud is not None:
+            cloud.close()
+
+
+@click.command(context_settings=CONTEXT)
+@click.option("--gateway", default=f"http://127.0.0.1:{DEFAULT_PORT}", show_default=True, help="Its address.")
+@click.option("--timeout", type=click.FloatRange(0.1), default=3.0, show_default=True, help="Seconds.")
+def probe(gateway: str, timeout: float) -> None:
+    """Asks a gateway whether it takes jobs; exit code 4 if not. For health checks."""
+    try:
+        answer = httpx.get(f"{gateway.rstrip('/')}/readyz", timeout=timeout, trust_env=False)
+        answer.raise_for_status()
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise CloudUnreachable(Reason.UNAVAILABLE, f"{gateway} does not answer: {error}; look at its log") from error
+    click.echo(answer.text)
+
+
+def _settings(options: dict[str, Any]) -> Settings:
+    host, tokens = options["host"], read_tokens(options["client_tokens"])
+    if (options["tls_cert"] is None) != (options["tls_key"] is None):
+        raise InvalidRequest(Reason.FIELD_INVALID, "--tls-cert and --tls-key go together; give both", field="tls_cert")
+    if not tokens and not is_loopback(host) and not options["is_open"]:
+        raise InvalidRequest(
+            Reason.FIELD_INVALID,
+            f"{host} can be reached from elsewhere, and nobody would need a token; give --client-tokens, or --open",
+            field="host",
+        )
+    names = options["allowed_hosts"] or (_LOOPBACK_NAMES if is_loopback(host) and not tokens else ("*",))
+    return Settings(
+        data_dir=options["data_dir"] or platformdirs.user_data_path("hybridsd") / "gateway",
+        tokens=tokens,
+        hosts=names,
+        cors_origins=options["cors_origins"],
+        webhook_hosts=options["webhook_hosts"],
+        workers=options["workers"],
+        max_queue=options["max_queue"],
+        max_jobs=options["max_jobs"],
+        max_body_bytes=options["max_body_mib"] << 20,
+    )
+
+
+def _configure_log() -> None:
+    """Logs lines for people, without the values of variables: prompts are nobody's business."""
+    renderer = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)
+    structlog.configure(
+        processors=[structlog.processors.add_log_level, structlog.processors.TimeStamper(fmt="iso"), renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+    )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Returns a socket that listens.
+
+    Raises:
+        InvalidRequest: FIELD_INVALID if the address is taken or not here.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host.strip("[]"), port))
+    except OSError as error:
+        listener.close()
+        what = f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}; choose another --port"
+        raise InvalidRequest(Reason.FIELD_INVALID, what, field="port") from error
+    listener.set_inheritable(True)
+    return listener
+
+
+def _shown(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

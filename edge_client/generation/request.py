@@ -1,0 +1,436 @@
+"""What to generate, and the rules that fill in what the user did not say.
+
+Knows the manifest of a bundle; nothing of models, files or the network.
+"""
+
+import uuid
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_client.generation.events import Conditioning, Mode, SafetyAction
+from edge_client.generation.segments import Grid, Segment, Stage, resolve_segments
+from edge_client.types import Latents
+from hybridsd import schedulers
+from hybridsd.codec import ENCODINGS
+from hybridsd.errors import InvalidRequest, Reason
+from hybridsd.manifest import Manifest
+from hybridsd.noise import MAX_SEED
+from hybridsd.plan import MAX_STEPS, Plan
+from hybridsd.prompting import DEFAULT_TEXT, MAX_CHUNKS, TextOptions
+
+MAX_PROMPT_CHARS = 4000
+MAX_SIZE = 4096
+MAX_DEADLINE_S = 86400
+MAX_LORAS = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CallSkipping:
+    """Calls that the cloud leaves out (EC-Diff, arXiv 2507.11980); see `hybridsd.v1.CallSkipping`."""
+
+    warm_up_calls: int = 4
+    """In [2, 1000]."""
+    skipped_calls: int = 1
+    """In [1, 8]."""
+    extrapolation: float = 0.3
+    """In [0, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ImageInput:
+    """A picture to begin with, or of which to keep a part. It never leaves the device as pixels."""
+
+    image: NDArray[np.float32]
+    """`[3, H, W]` in [-1, 1]."""
+    strength: float
+    """How much of it is redrawn, in (0, 1]: that part of the steps is run."""
+    mask: NDArray[np.float32] | None = None
+    """`[1, H, W]` in [0, 1]: 1 is drawn, 0 kept. None redraws all."""
+    mask_cells: NDArray[np.float32] | None = None
+    """The same for latents, `[1, h, w]`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SavedState:
+    """A trajectory that was stopped somewhere: everything needed to go on."""
+
+    plan: Plan
+    call: int
+    """The next call to run; `len(plan.rows)` when only the decoder is left to run."""
+    state: tuple[Latents, ...]
+    conditioning: Conditioning | None
+    guidance_scale: float
+    seed: int
+    image_index: int
+    latent_space: str
+    cloud_steps: int
+    """Of all steps those planned for the cloud."""
+    earlier_cloud_steps: int = 0
+    """Of the steps up to here those that the cloud has run."""
+    cloud_model: str = ""
+    """Which model ran them; empty when none did."""
+    prompt: str = ""
+    negative_prompt: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What to draw and how. None means: as the bundle's defaults say."""
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    mode: Mode = "auto"
+    model: str = ""
+    """Id of the cloud's model; empty is the server's first."""
+    scheduler: str | None = None
+    num_inference_steps: int | None = None
+    cloud_steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int = 0
+    image_index: int = 0
+    width: int | None = None
+    height: int | None = None
+    codec: str = "fp16"
+    """"fp32", "fp16" or "int8": how the cloud's tensors travel."""
+    deadline_s: float | None = None
+    """Seconds that the cloud's part may take; then the edge takes over. None: no limit."""
+    fallback: bool = True
+    """Whether the edge may take over when the cloud is lost, late or full."""
+    private: bool = False
+    """Encodes the text on this device and sends embeddings only."""
+    preview_every: int = 0
+    """Asks the cloud for a preview after every this many steps; 0 never. It may send more."""
+    initial_latents: Latents | None = None
+    """Unit normal noise to start from instead of the seed's."""
+    resume: SavedState | None = None
+    """A saved trajectory to continue; then what it fixes is taken from it."""
+    segments: tuple[Segment, ...] = ()
+    """Which model runs which steps where; empty: the cloud's default model, then the edge's."""
+    image_input: ImageInput | None = None
+    text_options: TextOptions = DEFAULT_TEXT
+    loras: tuple[tuple[str, float], ...] = ()
+    """Adapters of the cloud, with their weights."""
+    call_skipping: CallSkipping | None = None
+    safety: SafetyAction = "off"
+    state_every: int = 1
+    """Asks the cloud for a state after every this many steps; 0 only for that of the hand-off. Fewer save bytes on a
+    slow link, and lose more steps with it."""
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resolved:
+    """A request with every default filled in and every range checked."""
+
+    mode: Mode
+    """"hybrid", "cloud" or "edge"."""
+    scheduler: str
+    num_inference_steps: int
+    cloud_steps: int
+    guidance_scale: float
+    width: int
+    height: int
+    latent_shape: tuple[int, int, int]
+    embed_shape: tuple[int, int]
+    """Tokens of one chunk of text, and features."""
+    stages: tuple[Stage, ...]
+    """All that is to be run, in order."""
+    pooled_dim: int = 0
+
+
+def with_saved(request: Request) -> Request:
+    """Returns the request with what its saved state fixes, if it has one."""
+    saved = request.resume
+    if saved is None:
+        return request
+    return replace(
+        request,
+        prompt=saved.prompt,
+        negative_prompt=saved.negative_prompt,
+        seed=saved.seed,
+        image_index=saved.image_index,
+    )
+
+
+def resolve(request: Request, manifest: Manifest) -> Resolved:
+    """Returns the request with the bundle's defaults.
+
+    Raises:
+        InvalidRequest: Naming the field, its value, the allowed range and what to do.
+    """
+    if request.resume is not None:
+        return _resolve_saved(request, request.resume, manifest)
+    defaults = manifest.defaults
+    if not request.prompt.strip():
+        raise InvalidRequest(Reason.PROMPT_EMPTY, "the prompt is empty; say what to draw", field="prompt")
+    scheduler = schedulers.find(defaults.scheduler if request.scheduler is None else request.scheduler).name
+    steps = defaults.num_inference_steps if request.num_inference_steps is None else request.num_inference_steps
+    if not 1 <= steps <= MAX_STEPS:
+        raise InvalidRequest(Reason.STEPS_INVALID, f"steps is {steps}; choose 1 to {MAX_STEPS}", field="steps")
+    guidance = defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    if not 1 <= guidance <= 30:
+        raise InvalidRequest(
+            Reason.GUIDANCE_INVALID, f"guidance_scale is {guidance}; choose 1 to 30", field="guidance_scale"
+        )
+    everywhere = {segment.guidance_scale or guidance for segment in request.segments} or {guidance}
+    if everywhere == {1} and request.negative_prompt:
+        raise InvalidRequest(
+            Reason.GUIDANCE_INVALID,
+            "a negative prompt has no effect at guidance_scale 1; leave it out or raise guidance_scale",
+            field="negative_prompt",
+        )
+    width = defaults.width if request.width is None else request.width
+    height = defaults.height if request.height is None else request.height
+    _check_rest(request, manifest, width, height)
+    if request.segments:  # the first may have a grid of its own
+        scheduler = request.segments[0].scheduler or scheduler
+        steps = request.segments[0].num_inference_steps or steps
+    grid = Grid(scheduler=scheduler, num_inference_steps=steps, begin_step=_begin_step(request, steps))
+    if request.segments:
+        stages = _explicit_stages(request, grid, float(guidance))
+    else:
+        count = _cloud_steps(request, grid.num_steps, defaults.cloud_steps / defaults.num_inference_steps)
+        stages = _two_stages(request, grid, count, float(guidance))
+    cell = manifest.vae_scale_factor
+    shape = (manifest.latent_channels, height // cell, width // cell)
+    if request.initial_latents is not None and request.initial_latents.shape != shape:
+        raise InvalidRequest(
+            Reason.TENSOR_INVALID,
+            f"initial latents are {list(request.initial_latents.shape)}; "
+            f"for {width}x{height} they must be {list(shape)}",
+            field="initial_latents",
+        )
+    return Resolved(
+        mode=_mode(stages),
+        scheduler=scheduler,
+        num_inference_steps=grid.num_steps,
+        cloud_steps=sum(stage.steps or 0 for stage in stages if stage.place == "cloud"),
+        guidance_scale=float(guidance),
+        width=width,
+        height=height,
+        latent_shape=shape,
+        embed_shape=(manifest.context_length, manifest.embed_dim),
+        stages=stages,
+        pooled_dim=manifest.pooled_dim,
+    )
+
+
+def _resolve_saved(request: Request, saved: SavedState, manifest: Manifest) -> Resolved:
+    """Returns the request that a saved state fixes; only mode and split may differ from it."""
+    shape = saved.state[0].shape
+    if len(shape) != 3 or shape[0] != manifest.latent_channels or saved.latent_space != manifest.latent_space:
+        raise Reason.LATENT_SPACE_MISMATCH.error(
+            f"the saved state is of latent space {saved.latent_space!r} with shape {list(shape)}; "
+            f"the bundle is of {manifest.latent_space!r} with {manifest.latent_channels} channels",
+            field="load_latents",
+        )
+    if any(array.shape != shape for array in saved.state) or len(saved.state) != saved.plan.num_arrays(saved.call):
+        raise InvalidRequest(
+            Reason.STATE_INVALID, "the saved state does not fit its plan; save it again", field="load_latents"
+        )
+    if not 1 <= saved.guidance_scale <= 30:
+        raise InvalidRequest(
+            Reason.STATE_INVALID, f"the saved guidance_scale is {saved.guidance_scale}; it must be 1 to 30",
+            field="load_latents",
+        )  # fmt: skip
+    embeds, embed_shape = saved.conditioning, (manifest.context_length, manifest.embed_dim)
+    if embeds is not None and not _is_chunks(embeds.prompt_embeds.shape, embed_shape):
+        raise Reason.MODEL_UNKNOWN.error(
+            f"the saved state has embeddings {list(embeds.prompt_embeds.shape)}; bundle {manifest.name} takes "
+            f"{list(embed_shape)}: choose another --bundle",
+            field="load_latents",
+        )
+    steps, cell = saved.plan.num_inference_steps, manifest.vae_scale_factor
+    height, width = shape[1] * cell, shape[2] * cell
+    _check_rest(request, manifest, width, height)
+    cloud_steps = _cloud_steps(request, steps, saved.cloud_steps / steps)
+    grid = Grid(scheduler=saved.plan.scheduler, num_inference_steps=steps)
+    stages = _two_stages(request, grid, cloud_steps, saved.guidance_scale, first_step=saved.plan.step_at(saved.call))
+    return Resolved(
+        mode="edge" if cloud_steps == 0 else "cloud" if cloud_steps == steps else "hybrid",
+        scheduler=saved.plan.scheduler,
+        num_inference_steps=steps,
+        cloud_steps=cloud_steps,
+        guidance_scale=saved.guidance_scale,
+        width=width,
+        height=height,
+        latent_shape=(shape[0], shape[1], shape[2]),
+        embed_shape=embed_shape,
+        stages=stages,
+        pooled_dim=manifest.pooled_dim,
+    )
+
+
+def _is_chunks(shape: tuple[int, ...], chunk: tuple[int, int]) -> bool:
+    """Whether embeddings are a whole number of chunks of text."""
+    return len(shape) == 2 and shape[1] == chunk[1] and shape[0] in {n * chunk[0] for n in range(1, MAX_CHUNKS + 1)}
+
+
+def _check_texts(request: Request) -> None:
+    texts = (("prompt", request.prompt), ("negative_prompt", request.negative_prompt), ("model", request.model))
+    for name, text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:  # what Python makes of other bytes on a command line
+            raise InvalidRequest(
+                Reason.FIELD_INVALID, f"{name} is not UTF-8 text; check the terminal's encoding", field=name
+            ) from error
+        if len(text) > MAX_PROMPT_CHARS:
+            raise InvalidRequest(
+                Reason.PROMPT_TOO_LONG,
+                f"{name} has {len(text)} characters; at most {MAX_PROMPT_CHARS} are allowed",
+                field=name,
+            )
+
+
+def _check_rest(request: Request, manifest: Manifest, width: int, height: int) -> None:
+    _check_texts(request)
+    multiple = manifest.size_multiple
+    for name, size in (("width", width), ("height", height)):
+        if size % multiple or not multiple <= size <= MAX_SIZE:
+            raise InvalidRequest(
+                Reason.SIZE_INVALID,
+                f"{name} is {size}; choose a multiple of {multiple} from {multiple} to {MAX_SIZE}",
+                field=name,
+            )
+    if not 0 <= request.seed <= MAX_SEED:
+        raise InvalidRequest(Reason.FIELD_INVALID, f"seed is {request.seed}; choose 0 to {MAX_SEED}", field="seed")
+    if not 0 <= request.image_index <= 0xFFFF:
+        raise InvalidRequest(
+            Reason.FIELD_INVALID, f"image_index is {request.image_index}; choose 0 to 65535", field="image_index"
+        )
+    if request.codec not in ENCODINGS:
+        raise InvalidRequest(
+            Reason.FIELD_INVALID, f"codec is {request.codec!r}; choose {', '.join(ENCODINGS)}", field="codec"
+        )
+    if not 0 <= request.preview_every <= 1000:
+        raise InvalidRequest(
+            Reason.FIELD_INVALID, f"preview_every is {request.preview_every}; choose 0 to 1000", field="preview_every"
+        )
+    if not 0 <= request.state_every <= 1000:
+        raise InvalidRequest(
+            Reason.FIELD_INVALID, f"state_every is {request.state_every}; choose 0 to 1000", field="state_every"
+        )
+    _check_loras(request.loras)
+    _check_skipping(request.call_skipping)
+    _check_image(request.image_input, width, height)
+    if request.deadline_s is not None and not 0 < request.deadline_s <= MAX_DEADLINE_S:
+        raise InvalidRequest(
+            Reason.FIELD_INVALID,
+            f"deadline is {request.deadline_s} s; choose more than 0 and at most {MAX_DEADLINE_S}",
+            field="deadline_s",
+        )
+
+
+def _check_loras(loras: tuple[tuple[str, float], ...]) -> None:
+    if len(loras) > MAX_LORAS or len({name for name, _ in loras}) < len(loras):
+        raise InvalidRequest(
+            Reason.FIELD_INVALID, f"there are {len(loras)} loras; give at most {MAX_LORAS}, each once", field="loras"
+        )
+    for name, weight in loras:
+        if not -4 <= weight <= 4:
+            raise InvalidRequest(
+                Reason.FIELD_INVALID, f"lora {name[:64]!r} has weight {weight}; choose -4 to 4", field="loras"
+            )
+
+
+def _check_skipping(skipping: CallSkipping | None) -> None:
+    if skipping is None:
+        return
+    for name, value, low, high in (
+        ("warm_up_calls", skipping.warm_up_calls, 2, 1000),
+        ("skipped_calls", skipping.skipped_calls, 1, 8),
+        ("extrapolation", skipping.extrapolation, 0, 1),
+    ):
+        if not low <= value <= high:
+            raise InvalidRequest(
+                Reason.FIELD_INVALID, f"{name} is {value}; choose {low} to {high}", field="call_skipping"
+            )
+
+
+def _check_image(given: ImageInput | None, width: int, height: int) -> None:
+    if given is None:
+        return
+    for name, array in (("image", given.image), ("mask", given.mask)):
+        if array is not None and array.shape[1:] != (height, width):
+            raise InvalidRequest(
+                Reason.SIZE_INVALID,
+                f"{name} has {array.shape[2]}x{array.shape[1]} pixels, the picture {width}x{height}; fit it before",
+                field=name,
+            )
+
+
+def _cloud_steps(request: Request, steps: int, default_share: float) -> int:
+    """Returns how many of the steps are the cloud's."""
+    given = request.cloud_steps
+    if given is not None and not 0 <= given <= steps:
+        raise InvalidRequest(
+            Reason.SPLIT_INVALID, f"cloud_steps is {given}, but there are {steps} steps; choose 0 to {steps}",
+            field="cloud_steps",
+        )  # fmt: skip
+    fixed = {"edge": 0, "cloud": steps}.get(request.mode)
+    if fixed is not None:
+        if given is not None and given != fixed:
+            raise InvalidRequest(
+                Reason.SPLIT_INVALID,
+                f"mode {request.mode} runs {fixed} of {steps} steps in the cloud, not {given}; "
+                "leave cloud_steps out or choose mode hybrid",
+                field="cloud_steps",
+            )
+        return fixed
+    if given is not None:
+        return given
+    return min(max(round(default_share * steps), 0), steps)
+
+
+def _mode(stages: tuple[Stage, ...]) -> Mode:
+    places = {stage.place for stage in stages}
+    return "hybrid" if len(places) == 2 else "cloud" if places == {"cloud"} else "edge"
+
+
+def _two_stages(
+    request: Request, grid: Grid, cloud_steps: int, guidance_scale: float, *, first_step: int = 0
+) -> tuple[Stage, ...]:
+    """Returns the stages of a plain split: the cloud up to `cloud_steps`, then the edge; none before `first_step`."""
+    cloud, edge = max(cloud_steps - first_step, 0), grid.num_steps - max(cloud_steps, first_step)
+    common = {"grid": grid, "guidance_scale": guidance_scale, "begins_grid": False}
+    stages = (
+        Stage(place="cloud", model=request.model, steps=cloud, **common),  # type: ignore[arg-type]
+        Stage(place="edge", model="", steps=edge, **common),  # type: ignore[arg-type]
+    )
+    return tuple(stage for stage in stages if stage.steps)
+
+
+def _explicit_stages(request: Request, grid: Grid, guidance_scale: float) -> tuple[Stage, ...]:
+    if request.mode != "auto" or request.cloud_steps is not None or request.resume is not None:
+        raise InvalidRequest(
+            Reason.SPLIT_INVALID,
+            "segments say what runs where; leave out --mode, --split, --cloud-steps and --load-latents of a state",
+            field="segments",
+        )
+    return resolve_segments(request.segments, grid, guidance_scale)
+
+
+def _begin_step(request: Request, steps: int) -> int:
+    """Returns how many steps an image to start from leaves out."""
+    given = request.image_input
+    if given is None:
+        return 0
+    if request.initial_latents is not None:
+        raise InvalidRequest(
+            Reason.FIELD_INVALID, "an image and initial latents exclude each other; give one", field="image"
+        )
+    if not 0 < given.strength <= 1:
+        raise InvalidRequest(
+            Reason.FIELD_INVALID, f"strength is {given.strength}; choose more than 0 and at most 1", field="strength"
+        )
+    run = int(steps * given.strength)
+    if run == 0:
+        raise InvalidRequest(
+            Reason.FIELD_INVALID,
+            f"strength {given.strength} of {steps} steps runs none; choose at least {1 / steps:.3g}, or more steps",
+            field="strength",
+        )
+    return steps - run

@@ -1,0 +1,204 @@
+"""Which model runs which steps where: `--segments` as data.
+
+    large:8@cloud,medium:6@cloud,small:11@edge
+    small:5@edge,large:20@cloud                                          the small model first (T-Stitch)
+    large-lcm:4@cloud(scheduler=lcm,steps=8),small:*@edge(scheduler=dpmpp_2m,steps=25)      two step grids
+
+Knows the notation and its rules; nothing of models or plans.
+"""
+
+import re
+from dataclasses import dataclass
+
+from edge_client.generation.events import Place
+from hybridsd import schedulers
+from hybridsd.errors import HybridSDError, InvalidRequest, Reason
+from hybridsd.plan import MAX_STEPS
+
+MAX_SEGMENTS = 8
+MAX_GRIDS = 4
+"""Each draws noise of its own (`edge_client.generation.trajectory`)."""
+_SEGMENT = re.compile(r"(?P<model>[^:@(),]*):(?P<steps>\d+|\*)@(?P<place>cloud|edge)(?:\((?P<options>[^()]*)\))?")
+_EXAMPLE = "such as large:8@cloud,small:17@edge"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """Some steps of one model at one place."""
+
+    place: Place
+    model: str = ""
+    """Of the cloud, or the name of an edge bundle; empty is the default there."""
+    steps: int | None = None
+    """How many; None is the rest of its grid."""
+    guidance_scale: float | None = None
+    """None is the picture's."""
+    scheduler: str | None = None
+    """Begins a step grid of its own; None goes on with that of the segment before."""
+    num_inference_steps: int | None = None
+    """Of that grid, counted from pure noise."""
+
+    @property
+    def begins_grid(self) -> bool:
+        """Whether it has a step grid of its own."""
+        return self.scheduler is not None or self.num_inference_steps is not None
+
+
+def parse_segments(text: str) -> tuple[Segment, ...]:
+    """Returns the segments of a `--segments` text.
+
+    Raises:
+        InvalidRequest: SPLIT_INVALID, showing what is wrong and how it is written.
+    """
+    parts = re.split(r",(?![^()]*\))", text.strip())
+    if not 1 <= len(parts) <= MAX_SEGMENTS:
+        raise _refuse(f"there are {len(parts)} segments; give 1 to {MAX_SEGMENTS}")
+    return tuple(_parse(part.strip()) for part in parts)
+
+
+def _parse(text: str) -> Segment:
+    found = _SEGMENT.fullmatch(text)
+    if found is None:
+        raise _refuse(f"{text[:80]!r} is not MODEL:STEPS@PLACE(OPTIONS), {_EXAMPLE}")
+    options = {}
+    for pair in filter(None, (found["options"] or "").split(",")):
+        name, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals or name not in ("guidance", "scheduler", "steps"):
+            raise _refuse(f"option {pair.strip()[:40]!r} is unknown; use guidance=, scheduler= or steps=")
+        options[name] = value
+    place: Place = "cloud" if found["place"] == "cloud" else "edge"
+    return Segment(
+        place=place,
+        model=found["model"].strip(),
+        steps=None if found["steps"] == "*" else int(found["steps"]),
+        guidance_scale=_guidance(options.get("guidance")),
+        scheduler=_scheduler(options.get("scheduler")),
+        num_inference_steps=_steps(options.get("steps")),
+    )
+
+
+def _guidance(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value <= 30:
+        raise InvalidRequest(Reason.GUIDANCE_INVALID, f"guidance is {text[:20]!r}; choose 1 to 30", field="segments")
+    return value
+
+
+def _steps(text: str | None) -> int | None:
+    if text is None:
+        return None
+    if not (text.isdigit() and 1 <= int(text) <= MAX_STEPS):
+        raise _refuse(f"steps is {text[:20]!r}; choose 1 to {MAX_STEPS}")
+    return int(text)
+
+
+def _scheduler(text: str | None) -> str | None:
+    if text is None:
+        return None
+    try:
+        return schedulers.find(text).name
+    except HybridSDError as error:
+        raise InvalidRequest(error.reason, error.message, field="segments") from error
+
+
+def _refuse(what: str) -> InvalidRequest:
+    return InvalidRequest(Reason.SPLIT_INVALID, f"segments: {what}", field="segments")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grid:
+    """A step grid: where the noise levels of the steps lie."""
+
+    scheduler: str
+    num_inference_steps: int
+    """Counted from pure noise."""
+    begin_step: int = 0
+    """Steps that are left out, since an image is begun with."""
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that are run."""
+        return self.num_inference_steps - self.begin_step
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """A segment with everything filled in."""
+
+    place: Place
+    model: str
+    steps: int | None
+    """None: from where it comes in to the end of its grid."""
+    guidance_scale: float
+    grid: Grid
+    begins_grid: bool
+    """Whether it comes in by its noise level (`hybridsd.levels`), and not by the state of the stage before."""
+
+    def describe(self) -> str:
+        """Returns it as `--segments` writes it."""
+        grid = f",scheduler={self.grid.scheduler},steps={self.grid.num_inference_steps}" if self.begins_grid else ""
+        steps = "*" if self.steps is None else self.steps
+        return f"{self.model}:{steps}@{self.place}(guidance={self.guidance_scale:g}{grid})"
+
+
+def resolve_segments(segments: tuple[Segment, ...], first: Grid, guidance_scale: float) -> tuple[Stage, ...]:
+    """Returns the stages of segments.
+
+    Args:
+        segments: One or more.
+        first: The grid to begin with; that of the first segment, where it has one.
+        guidance_scale: Of segments that do not say.
+
+    Raises:
+        InvalidRequest: SPLIT_INVALID, saying what does not fit.
+    """
+    stages: list[Stage] = []
+    grid, left, num_grids = first, first.num_steps, 1
+    for index, segment in enumerate(segments):
+        if index and segment.begins_grid:
+            num_grids += 1
+            if segment.steps == 0 or num_grids > MAX_GRIDS:
+                raise _refuse(
+                    f"segment {index + 1} begins step grid {num_grids}; give it steps, and at most {MAX_GRIDS}"
+                )
+            grid = Grid(
+                scheduler=segment.scheduler or grid.scheduler,
+                num_inference_steps=segment.num_inference_steps or grid.num_inference_steps,
+            )
+            if left == 0:
+                raise _refuse(f"segment {index + 1} has nothing to do: the one before ends its grid")
+            left = grid.num_steps
+        is_last_of_grid = index + 1 == len(segments) or segments[index + 1].begins_grid
+        rest = segment.steps is None
+        if rest and not is_last_of_grid:
+            raise _refuse(f"segment {index + 1} takes the rest of its grid, so none can follow in it; give its steps")
+        if rest and index + 1 < len(segments):
+            raise _refuse(f"segment {index + 1} takes the rest, so segment {index + 2} has nothing to do")
+        steps_here = left if segment.steps is None else segment.steps
+        if steps_here > left:
+            raise _refuse(f"segment {index + 1} has {steps_here} steps, but only {left} are left; give fewer")
+        left -= steps_here
+        begins = bool(index) and segment.begins_grid
+        fixed = None if rest and begins else steps_here
+        if steps_here or fixed is None:
+            stages.append(
+                Stage(
+                    place=segment.place, model=segment.model, steps=fixed, grid=grid, begins_grid=begins,
+                    guidance_scale=guidance_scale if segment.guidance_scale is None else segment.guidance_scale,
+                )
+            )  # fmt: skip
+    if not stages:
+        raise _refuse("they have no steps at all")
+    if left and num_grids == 1:
+        raise _refuse(f"they make {first.num_steps - left} of {first.num_steps} steps; add {left}, or give --steps")
+    if num_grids > 1 and segments[-1].steps is not None:
+        raise _refuse(
+            f"where the last grid comes in is known only on the way; let segment {len(segments)} take its rest: "
+            "MODEL:*@PLACE"
+        )
+    return tuple(stages)

@@ -1,0 +1,268 @@
+"""A body of the API as requests of the pipeline, and a job as the events that it leads to. Runs in a worker's thread.
+
+Knows the pipeline and what clients may ask for; nothing of HTTP, queues or where pictures are kept.
+"""
+
+import base64
+import contextlib
+import io
+import math
+import secrets
+from collections.abc import Callable, Container, Generator, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from PIL import Image as Pillow
+
+from edge_client.bundles.bundle import Bundle
+from edge_client.cloud.client import Cloud
+from edge_client.generation.events import Event, Finished, Planned, Queued, Result, StepDone, Waiting
+from edge_client.generation.pipeline import generate
+from edge_client.generation.request import Request, resolve
+from edge_client.generation.segments import parse_segments
+from edge_client.generation.serialize import event_json, result_json
+from edge_client.images.files import encode_png, parameters, to_u8
+from edge_client.images.prepare import read_image
+from edge_client.inference.models import Models
+from edge_client.split.auto_split import AutoSplit, choose_split
+from edge_client.split.handoff_policy import Goals
+from edge_client.types import Latents
+from edge_client.web.schemas.native import JobCreate
+from hybridsd.errors import InvalidRequest, Reason
+from hybridsd.noise import MAX_SEED
+from hybridsd.prompting import TextOptions
+
+TICK_S = 0.2
+"""How long a cloud may be silent before cancelling is looked at again."""
+PREVIEW_SIDE = 512
+"""Pixels of a preview, at most."""
+_FROM_RESULT = (
+    "prompt", "negative_prompt", "seed", "image_index", "width", "height", "scheduler", "num_inference_steps",
+    "guidance_scale", "mode", "cloud_model", "edge_model", "planned_cloud_steps", "actual_cloud_steps",
+    "fallback_message", "handed_over", "received_bytes", "decode_s", "elapsed_s",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """Something that happened in a job."""
+
+    name: str
+    data: dict[str, Any]
+    png: bytes | None = None
+    """The finished picture, where the name is "image"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """The pictures that came with a job, as files."""
+
+    image: bytes | None = None
+    mask: bytes | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Painter:
+    """Everything that pictures are made with; several threads may use one."""
+
+    bundle: Bundle
+    models: Models
+    cloud: Cloud | None
+    others: Mapping[str, Models] = field(default_factory=dict)
+
+    def fill_in(self, create: JobCreate, upload: Upload) -> JobCreate:
+        """Returns the job with a seed, so that running it again makes the same pictures; checks all of it.
+
+        Raises:
+            HybridSDError: What is wrong, naming the field.
+        """
+        filled = create if create.seed is not None else create.model_copy(update={"seed": secrets.randbelow(2**32)})
+        for request in self._requests(filled, upload)[:1]:
+            resolve(request, self.bundle.manifest)
+        goals = _goals(filled)
+        if goals is not None and (filled.hybrid.split or filled.hybrid.cloud_steps is not None):
+            raise InvalidRequest(
+                Reason.SPLIT_INVALID,
+                "the split is given, and to be chosen too; leave out split and cloud_steps, or the goals",
+                field="hybrid",
+            )
+        if goals is not None and (filled.hybrid.segments or filled.hybrid.mode in ("edge", "cloud")):
+            raise InvalidRequest(
+                Reason.SPLIT_INVALID,
+                "mode and segments fix the split; leave them out, or the goals of an automatic one",
+                field="hybrid",
+            )
+        return filled
+
+    def paint(
+        self, create: JobCreate, upload: Upload, *, is_cancelled: Callable[[], bool], done: Container[int] = ()
+    ) -> Generator[Told]:
+        """Makes the pictures of a job, one after another.
+
+        Args:
+            create: The job, filled in.
+            upload: Its pictures.
+            is_cancelled: Looked at after each event.
+            done: Indices of pictures that need not be made again.
+
+        Yields:
+            What happens. Ends early when the job is cancelled.
+
+        Raises:
+            HybridSDError: By the table of errors.
+        """
+        requests = self._requests(create, upload)
+        split = self._split(requests[0], create)
+        for index, request in enumerate(requests):
+            if index in done:
+                continue
+            if is_cancelled():
+                return
+            if split is not None:
+                request = replace(request, cloud_steps=split.request.cloud_steps)
+                yield Told("split", {"cloud_steps": split.choice.cloud_steps, "reasons": list(split.choice.reasons)})
+            job = resolve(request, self.bundle.manifest)
+            advisor = None if split is None else split.advisor(job, self.bundle)
+            every = _preview_every(create.previews, job.num_inference_steps)
+            events = generate(
+                replace(request, preview_every=every), self.bundle, self.models, self.cloud, others=self.others,
+                advisor=advisor, tick_s=TICK_S,
+            )  # fmt: skip
+            with contextlib.closing(events):
+                for event in events:
+                    if is_cancelled():
+                        return
+                    yield from self._tell(event, index, job.num_inference_steps, every)
+
+    def _tell(self, event: Event, index: int, num_steps: int, every: int) -> Iterator[Told]:
+        match event:
+            case Waiting():
+                return
+            case Queued():
+                yield Told("waiting", {"position": event.position})
+            case Planned():
+                yield Told("planned", {**_without(event_json(event), "event", "request_id"), "image_index": index})
+            case StepDone():
+                step = {"step": event.step, "place": event.place, "elapsed_s": round(event.elapsed_s, 6)}
+                yield Told("step", {"image_index": index, "num_inference_steps": num_steps, **step})
+                done = event.step + 1
+                is_due = every > 0 and event.ends_step and done % every == 0 and done < num_steps
+                if is_due and event.x0_preview is not None:
+                    picture = self.preview(event.x0_preview)
+                    yield Told("preview", {"image_index": index, "step": event.step, "image": picture})
+            case Finished():
+                result = event.result
+                yield Told("image", _image(index, result), encode_png(result.image_u8, result))
+            case _:
+                data = event_json(event)
+                yield Told(str(data["event"]), {**_without(data, "event", "request_id"), "image_index": index})
+
+    def preview(self, latents: Latents) -> str:
+        """Returns predicted latents as a small picture, a data URL."""
+        picture = Pillow.fromarray(to_u8(self.models.decode(latents)))
+        picture.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+        stream = io.BytesIO()
+        picture.save(stream, format="WEBP", quality=80)
+        return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+
+    def _split(self, request: Request, create: JobCreate) -> AutoSplit | None:
+        goals = _goals(create)
+        if goals is None or self.cloud is None:
+            return None
+        return choose_split(request, goals, self.bundle, self.models, self.cloud)
+
+    def _requests(self, create: JobCreate, upload: Upload) -> list[Request]:
+        """Returns a request for each picture."""
+        manifest, hybrid = self.bundle.manifest, create.hybrid
+        width, height, image_input = create.width, create.height, None
+        for name, needs in (("mask", upload.mask), ("strength", create.strength)):
+            if needs is not None and upload.image is None:
+                raise InvalidRequest(
+                    Reason.FIELD_INVALID, f"{name} goes with an image; give the image, too", field=name
+                )
+        if upload.image is not None:
+            width, height, image_input = read_image(
+                manifest, upload.image, width=width, height=height, strength=create.strength, fit=create.fit,
+                mask=upload.mask, mask_blur=create.mask_blur, invert_mask=create.invert_mask,
+            )  # fmt: skip
+        cloud_steps, steps = _steps(create)
+        seed = create.seed or 0
+        base = Request(
+            prompt=create.prompt,
+            negative_prompt=create.negative_prompt,
+            mode="edge" if self.cloud is None and hybrid.mode == "auto" and not hybrid.segments else hybrid.mode,
+            model=hybrid.model,
+            scheduler=create.scheduler,
+            num_inference_steps=steps,
+            cloud_steps=None if self.cloud is None and hybrid.mode == "auto" else cloud_steps,
+            guidance_scale=create.guidance_scale,
+            width=width,
+            height=height,
+            codec=hybrid.codec,
+            deadline_s=None if hybrid.deadline_ms is None else hybrid.deadline_ms / 1000,
+            fallback=hybrid.fallback,
+            private=hybrid.private,
+            segments=() if hybrid.segments is None else parse_segments(hybrid.segments),
+            image_input=image_input,
+            text_options=TextOptions(create.long_prompt, create.prompt_weighting),
+            loras=tuple((lora.name, lora.weight) for lora in create.loras),
+            safety=create.safety_checker,
+        )
+        return [
+            replace(
+                base, request_id=Request().request_id,
+                seed=(seed + index) % (MAX_SEED + 1) if create.consecutive_seeds else seed,
+                image_index=0 if create.consecutive_seeds else index,
+            )
+            for index in range(create.n)
+        ]  # fmt: skip
+
+
+def _goals(create: JobCreate) -> Goals | None:
+    """Returns what an automatic split is to reach; None where none is asked for."""
+    hybrid = create.hybrid
+    goals = Goals(
+        quality=hybrid.quality,
+        max_latency_s=None if hybrid.max_latency_ms is None else hybrid.max_latency_ms / 1000,
+        max_cloud_steps=hybrid.max_cloud_steps,
+    )
+    return None if goals == Goals() else goals
+
+
+def _steps(create: JobCreate) -> tuple[int | None, int | None]:
+    """Returns cloud steps and steps, from whichever fields say so."""
+    cloud_steps, steps = create.hybrid.cloud_steps, create.num_inference_steps
+    if create.hybrid.split is None:
+        return cloud_steps, steps
+    cloud, edge = map(int, create.hybrid.split.split(","))
+    if cloud + edge == 0 or cloud_steps not in (None, cloud) or steps not in (None, cloud + edge):
+        raise InvalidRequest(
+            Reason.SPLIT_INVALID,
+            f"split {create.hybrid.split} means {cloud} cloud steps of {cloud + edge}, which must be 1 or more; leave "
+            "out cloud_steps and num_inference_steps, or say the same there",
+            field="hybrid.split",
+        )
+    return cloud, cloud + edge
+
+
+def _preview_every(previews: int, num_steps: int) -> int:
+    """Returns after how many steps each preview comes, so that they are spread evenly; 0 for none."""
+    return math.ceil(num_steps / (previews + 1)) if previews else 0
+
+
+def _image(index: int, result: Result) -> dict[str, Any]:
+    """Returns an `Image` of the API, without its URL."""
+    known = result_json(result)
+    fields = {name: getattr(result, name) for name in _FROM_RESULT}
+    return {
+        **fields,
+        "index": index,
+        "fallback_reason": known["handoff"]["reason"],
+        "steps": [_without(step, "call") for step in known["steps"]],
+        "flagged": result.safety.flagged,
+        "parameters": parameters(result),
+    }
+
+
+def _without(data: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in data.items() if name not in names}

@@ -1,0 +1,137 @@
+"""The native API: jobs that are asked for, watched and cancelled, their pictures, and what this gateway can do."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Header, Path, Query, Request, Response, status
+from sse_starlette import EventSourceResponse, JSONServerSentEvent
+
+from edge_client.web.auth import AuthorizedCaller
+from edge_client.web.gateway import SharedGateway
+from edge_client.web.jobs.store import UNFINISHED
+from edge_client.web.jobs.view import MEDIA_TYPES, Format
+from edge_client.web.openapi import answers
+from edge_client.web.schemas.native import Capabilities, Job, JobCreate, JobPage, State
+from hybridsd.errors import InvalidRequest, Reason, WrongState
+
+router = APIRouter(prefix="/v1", tags=["jobs"])
+
+KEEP_ALIVE_S = 10
+JobId = Annotated[str, Path(min_length=1, max_length=64)]
+
+
+@router.get("/capabilities", response_model=Capabilities, responses=answers(401))
+async def capabilities(gateway: SharedGateway, _caller: AuthorizedCaller) -> Any:
+    """What this device, its models and the cloud can do now."""
+    return await gateway.capabilities()
+
+
+@router.post(
+    "/jobs", response_model=Job, status_code=status.HTTP_202_ACCEPTED,
+    responses=answers(401, 403, 409, 410, 413, 422, 429),
+)  # fmt: skip
+async def create_job(create: JobCreate, gateway: SharedGateway, caller: AuthorizedCaller, response: Response) -> Any:
+    """Asks for pictures; they are made in the order of asking. The answer comes at once."""
+    job = await gateway.submit(create, caller, "native")
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    return gateway.view(job)
+
+
+@router.get("/jobs", response_model=JobPage, responses=answers(401, 422))
+async def list_jobs(
+    gateway: SharedGateway,
+    caller: AuthorizedCaller,
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    before: Annotated[str | None, Query(pattern=r"^\d{1,18}$", description="`next` of the page before")] = None,
+    state: Annotated[State | None, Query()] = None,
+) -> Any:
+    """Lists the caller's jobs, the newest first."""
+    number = None if before is None else int(before)
+    jobs = gateway.store.page(caller.owner, limit=limit + 1, before=number, state=state)
+    more = len(jobs) > limit
+    jobs = jobs[:limit]
+    return {"jobs": [gateway.view(job) for job in jobs], "next": str(jobs[-1].number) if more else None}
+
+
+@router.get("/jobs/{job_id}", response_model=Job, responses=answers(401, 404, 410, 422))
+async def read_job(job_id: JobId, gateway: SharedGateway, caller: AuthorizedCaller) -> Any:
+    """How a job stands."""
+    return gateway.view(gateway.store.get(job_id, caller.owner))
+
+
+@router.delete("/jobs/{job_id}", status_code=204, responses=answers(401, 404, 409, 410, 422))
+async def delete_job(job_id: JobId, gateway: SharedGateway, caller: AuthorizedCaller) -> Response:
+    """Deletes a finished job with its pictures."""
+    job = gateway.store.get(job_id, caller.owner)
+    if job.state in UNFINISHED:
+        raise WrongState(Reason.JOB_FINISHED, f"job {job.id} is {job.state}; cancel it first")
+    gateway.store.remove(job)
+    return Response(status_code=204)
+
+
+@router.post("/jobs/{job_id}/cancel", response_model=Job, responses=answers(401, 404, 409, 410, 422))
+async def cancel_job(job_id: JobId, gateway: SharedGateway, caller: AuthorizedCaller) -> Any:
+    """Cancels a job that waits or runs; one that runs stops after its present step."""
+    return gateway.view(gateway.queue.cancel(gateway.store.get(job_id, caller.owner)))
+
+
+@router.get(
+    "/jobs/{job_id}/events", response_class=EventSourceResponse,
+    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}, **answers(401, 404, 410, 422)},
+)  # fmt: skip
+async def watch_job(
+    job_id: JobId,
+    gateway: SharedGateway,
+    caller: AuthorizedCaller,
+    last_event_id: Annotated[str | None, Header(max_length=20)] = None,
+) -> EventSourceResponse:
+    """Streams what happens: queued, started, planned, waiting, step, preview, image, and how it ends.
+
+    Send the last `id` as Last-Event-ID to go on where a connection broke.
+    """
+    after = 0
+    if last_event_id is not None:
+        if not (last_event_id.isascii() and last_event_id.isdigit()):
+            raise InvalidRequest(
+                Reason.FIELD_INVALID,
+                f"Last-Event-ID is {last_event_id!r}; give the id of an event",
+                field="last_event_id",
+            )
+        after = int(last_event_id)
+    job = gateway.store.get(job_id, caller.owner)
+
+    async def stream() -> AsyncIterator[JSONServerSentEvent]:
+        async for event in gateway.queue.events(job, after):
+            yield JSONServerSentEvent(event.data, event=event.name, id=str(event.number))
+
+    return EventSourceResponse(stream(), ping=KEEP_ALIVE_S, headers={"X-Accel-Buffering": "no"})
+
+
+@router.get(
+    "/jobs/{job_id}/images/{index}", response_class=Response,
+    responses={
+        200: {"content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in MEDIA_TYPES.values()}},
+        **answers(401, 404, 410, 422),
+    },
+)  # fmt: skip
+async def read_image(
+    job_id: JobId,
+    index: Annotated[int, Path(ge=0, le=9)],
+    request: Request,
+    gateway: SharedGateway,
+    wanted: Annotated[Format, Query(alias="format")] = "png",
+    quality: Annotated[int, Query(ge=1, le=100)] = 95,
+    key: Annotated[str, Query(max_length=64, description="of the address in a job, in place of a token")] = "",
+    download: Annotated[Literal["0", "1"], Query()] = "0",
+) -> Response:
+    """A picture; as PNG it says how it was made."""
+    if key and gateway.access.is_signed(request.url.path, key):
+        job = gateway.store.get(job_id)
+    else:
+        job = gateway.store.get(job_id, gateway.access.caller(request).owner)
+    content = await asyncio.to_thread(gateway.views.image, job, index, wanted, quality)
+    headers = {"Cache-Control": "private, max-age=31536000, immutable"}
+    if download == "1":
+        headers["Content-Disposition"] = f'attachment; filename="{job.id}-{index}.{wanted}"'
+    return Response(content, media_type=MEDIA_TYPES[wanted], headers=headers)

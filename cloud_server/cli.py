@@ -18,9 +18,9 @@ from cloud_server import logs
 from cloud_server.settings import Settings
 
 if TYPE_CHECKING:
-    from cloud_server.devices import Placement
-    from cloud_server.loras import LoraSource
-    from cloud_server.models import Model
+    from cloud_server.models.devices import Placement
+    from cloud_server.models.load import Model
+    from cloud_server.models.loras import LoraSource
 
 F = TypeVar("F", bound=Callable[..., Any])
 log = structlog.get_logger()
@@ -99,9 +99,9 @@ def serve(log_format: logs.LogFormat, token_file: Path | None, **options: Any) -
     log.info("settings", **_shown(settings))
     if settings.port_file is not None:
         settings.port_file.unlink(missing_ok=True)  # an old one would send scripts to a dead port
-    from cloud_server import server as process  # torch and diffusers take seconds to import; --help must not
-    from cloud_server.bundles import load_bundle
-    from cloud_server.models import ModelError
+    from cloud_server.models.load import ModelError
+    from cloud_server.rpc import server as process  # torch and diffusers take seconds to import; --help must not
+    from cloud_server.rpc.bundle_service import load_bundle
     from hybridsd.errors import HybridSDError
 
     try:
@@ -132,8 +132,8 @@ def check(log_format: logs.LogFormat, **options: Any) -> None:
         import torch
 
         torch.set_num_threads(settings.threads)
-    from cloud_server.checking import check_model
-    from cloud_server.models import ModelError
+    from cloud_server.models.check import check_model
+    from cloud_server.models.load import ModelError
 
     for key in ("models", "variant", "configs", "loras", "device", "dtype", "latent_space", "threads"):
         click.echo(f"{key + ':':<14}{_shown(settings)[key]}")
@@ -208,7 +208,7 @@ def _token(path: Path | None) -> str | None:
 
 
 def _placement(settings: Settings) -> "Placement":
-    from cloud_server.devices import place
+    from cloud_server.models.devices import place
 
     try:
         return place(settings.device, settings.dtype)
@@ -231,8 +231,8 @@ def _leave_threads_to_the_engine(settings: Settings) -> Settings:
 
 def _load(settings: Settings, placement: "Placement") -> "dict[str, Model]":
     """Loads the models, by id."""
-    from cloud_server.models import ModelError, load_model
-    from cloud_server.sources import parse_source
+    from cloud_server.models.load import ModelError, load_model
+    from cloud_server.models.sources import parse_source
 
     loras = _loras(settings)
     served = {parse_source(source).id for source in settings.models}
@@ -265,7 +265,7 @@ def _load(settings: Settings, placement: "Placement") -> "dict[str, Model]":
 def _loras(settings: Settings) -> "list[LoraSource]":
     if not settings.loras:
         return []
-    from cloud_server.loras import parse_source  # peft takes seconds to import
+    from cloud_server.models.loras import parse_source  # peft takes seconds to import
 
     return [parse_source(text) for text in settings.loras]
 

@@ -24,12 +24,12 @@ import numpy as np
 import structlog
 import torch
 
-from cloud_server.denoiser import Conditions
-from cloud_server.devices import place
-from cloud_server.engine import Engine
-from cloud_server.jobs import Failed, Finished, JobRequest, Snapshot
-from cloud_server.mailbox import Mailbox
-from cloud_server.models import Model, load_model
+from cloud_server.engine.engine import Engine
+from cloud_server.engine.event_buffer import Mailbox
+from cloud_server.engine.request import Failed, Finished, JobRequest, Snapshot
+from cloud_server.models.denoiser import Conditions
+from cloud_server.models.devices import place
+from cloud_server.models.load import Model, load_model
 from deploy.run_demo import running_cloud
 from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.client import Cloud

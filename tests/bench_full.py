@@ -109,7 +109,7 @@ def run_diffusers(large: Path, *, steps: int, dtype_name: str) -> Measured:
     from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    from cloud_server.devices import place
+    from cloud_server.models.devices import place
     from training import shapes
 
     placement = place(dtype=dtype_name)

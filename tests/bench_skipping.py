@@ -1,7 +1,7 @@
 """What skipped calls cost in quality, on the demo family: `python -m tests.bench_skipping [--captions N]`.
 
-Runs the engine's own steps (`cloud_server.stepping`) for a split of 18 cloud steps of 25 and the demo's edge model for
-the rest, with and without skipping, and prints the PSNR of the picture to the one without. Held-out captions. Reads
+Runs the engine's own steps (`cloud_server.engine.step`) for a split of 18 cloud steps of 25 and the demo's edge model
+for the rest, with and without skipping, and prints the PSNR of the picture to the one without. Held-out captions. Reads
 deploy/demo; writes nothing.
 """
 
@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cloud_server import stepping
-from cloud_server.devices import place
-from cloud_server.jobs import JobRequest, Skipping
-from cloud_server.models import load_model
-from cloud_server.stepping import Trajectory
+from cloud_server.engine import step
+from cloud_server.engine.request import JobRequest, Skipping
+from cloud_server.engine.step import Trajectory
+from cloud_server.models.devices import place
+from cloud_server.models.load import load_model
 from edge_client.bundles.bundle import open_bundle
 from edge_client.generation.events import Conditioning
 from edge_client.images.files import to_u8
@@ -78,17 +78,17 @@ def main() -> None:
                 seed=seed, latent_shape=(4, 16, 16), plan=plan, handoff_call=handoff, skipping=variant, size=(128, 128),
             )  # fmt: skip
             with torch.inference_mode():
-                trajectory = stepping.begin(model.denoiser, request, prompt, negative)
+                trajectory = step.begin(model.denoiser, request, prompt, negative)
                 ran = 0
                 while trajectory.call < handoff:
-                    (result,) = stepping.step(model.denoiser, [trajectory], trajectory.conditions)
-                    stepping.move(trajectory, result, ran=True)
+                    (result,) = step.step(model.denoiser, [trajectory], trajectory.conditions)
+                    step.move(trajectory, result, ran=True)
                     ran += 1
                     for _ in range(variant.skipped_calls if variant else 0):
-                        skipped = stepping.skip(model.denoiser.device, trajectory)
+                        skipped = step.skip(model.denoiser.device, trajectory)
                         if skipped is None:
                             break
-                        stepping.move(trajectory, skipped, ran=False)
+                        step.move(trajectory, skipped, ran=False)
             calls[variant] = ran
             last = finish(models, plan, trajectory, conditioning, guidance, seed)
             picture = to_u8(models.decode(last)).astype(np.float64)

@@ -75,8 +75,8 @@ def test_edge_unet_is_the_small_unet(cells: int) -> None:
 
 def test_edge_and_cloud_encode_text_alike() -> None:
     """The bundle's tokenizer and text encoder give the cloud's embeddings."""
-    from cloud_server.devices import place
-    from cloud_server.models import load_model
+    from cloud_server.models.devices import place
+    from cloud_server.models.load import load_model
 
     model = load_model(f"demo={DEMO / 'large'}", place("cpu", "fp32"))
     models = Models(DEMO / "edge", read_manifest(DEMO / "edge"), threads=1)

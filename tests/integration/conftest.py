@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from cloud_server.denoiser import Denoiser
-from cloud_server.devices import place
-from cloud_server.models import Model, load_model
-from cloud_server.server import CloudServer
+from cloud_server.models.denoiser import Denoiser
+from cloud_server.models.devices import place
+from cloud_server.models.load import Model, load_model
+from cloud_server.rpc.server import CloudServer
 from cloud_server.settings import Settings
 from edge_client.bundles.bundle import Bundle, open_bundle
 from edge_client.cloud.client import Cloud

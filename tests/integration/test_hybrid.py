@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from cloud_server.denoiser import Conditions
-from cloud_server.models import Model
-from cloud_server.server import CloudServer
+from cloud_server.models.denoiser import Conditions
+from cloud_server.models.load import Model
+from cloud_server.rpc.server import CloudServer
 from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.client import Cloud
 from edge_client.generation.events import Conditioning, Finished, Result, StepDone, TookOver

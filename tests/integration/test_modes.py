@@ -10,10 +10,10 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from cloud_server.devices import place
-from cloud_server.jobs import Encoded
-from cloud_server.models import Model, load_model
-from cloud_server.server import CloudServer
+from cloud_server.engine.request import Encoded
+from cloud_server.models.devices import place
+from cloud_server.models.load import Model, load_model
+from cloud_server.rpc.server import CloudServer
 from edge_client.bundles.bundle import Bundle, open_bundle
 from edge_client.cloud.client import Cloud
 from edge_client.generation.events import Conditioning, Finished, Result, StepDone

@@ -10,11 +10,11 @@ import pytest
 import structlog
 import torch
 
-from cloud_server.bundles import Bundle
-from cloud_server.devices import place
-from cloud_server.engine import Engine
-from cloud_server.models import Model, load_model
-from cloud_server.server import CloudServer
+from cloud_server.engine.engine import Engine
+from cloud_server.models.devices import place
+from cloud_server.models.load import Model, load_model
+from cloud_server.rpc.bundle_service import Bundle
+from cloud_server.rpc.server import CloudServer
 from cloud_server.settings import Settings
 from tests.tiny_pipeline import write_tiny_pipeline
 from tests.unit.cloud_server.fakes import Client, GatedDenoiser

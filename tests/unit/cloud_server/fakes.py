@@ -11,12 +11,12 @@ import torch
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from cloud_server.denoiser import Conditions, Denoiser, Loras
-from cloud_server.engine import Engine
-from cloud_server.jobs import Encoded, Event, Failed, Finished, JobRequest, Snapshot, new_request_id
-from cloud_server.mailbox import Mailbox
-from cloud_server.models import Model
-from cloud_server.server import CloudServer
+from cloud_server.engine.engine import Engine
+from cloud_server.engine.event_buffer import Mailbox
+from cloud_server.engine.request import Encoded, Event, Failed, Finished, JobRequest, Snapshot, new_request_id
+from cloud_server.models.denoiser import Conditions, Denoiser, Loras
+from cloud_server.models.load import Model
+from cloud_server.rpc.server import CloudServer
 from hybridsd import noise
 from hybridsd.plan import Advance, Plan, denoise, initial_state
 from hybridsd.prompting import TextOptions

@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-import cloud_server.server
+import cloud_server.rpc.server
 from cloud_server.cli import main
 from cloud_server.settings import Settings
 from hybridsd.v1 import denoising_service_pb2 as pb
@@ -91,7 +91,7 @@ def test_threads_are_left_to_the_engine(tiny_folder: Path, monkeypatch: pytest.M
     async def run(settings: Settings, *_: object, **__: object) -> None:
         seen.append((settings.threads, torch.get_num_threads()))
 
-    monkeypatch.setattr(cloud_server.server, "run", run)
+    monkeypatch.setattr(cloud_server.rpc.server, "run", run)
     before = torch.get_num_threads()
     try:
         for flags in ([], ["--threads", "3"]):

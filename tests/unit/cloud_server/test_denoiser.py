@@ -16,12 +16,12 @@ from diffusers import (
 )
 from safetensors.torch import load_file
 
-from cloud_server import denoiser as denoiser_module
-from cloud_server.denoiser import Conditions, DiffusersDenoiser, TextCache, embed_guidance
-from cloud_server.devices import place
-from cloud_server.jobs import Encoded
-from cloud_server.models import Model, load_model
-from cloud_server.pruned_unet import load_unet
+from cloud_server.engine.request import Encoded
+from cloud_server.models import denoiser as denoiser_module
+from cloud_server.models.denoiser import Conditions, DiffusersDenoiser, TextCache, embed_guidance
+from cloud_server.models.devices import place
+from cloud_server.models.load import Model, load_model
+from cloud_server.models.pruned_unet import load_unet
 from hybridsd.prompting import TextOptions
 from tests.tiny_pipeline import CONTEXT_LENGTH, GUIDANCE_DIM, Kind, write_tiny_pipeline
 

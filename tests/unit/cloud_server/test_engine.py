@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from cloud_server.engine import Engine
-from cloud_server.jobs import Failed, Finished, Queued, Snapshot, Started
-from cloud_server.mailbox import Mailbox
-from cloud_server.models import Model
+from cloud_server.engine.engine import Engine
+from cloud_server.engine.event_buffer import Mailbox
+from cloud_server.engine.request import Failed, Finished, Queued, Snapshot, Started
+from cloud_server.models.load import Model
 from hybridsd.errors import HybridSDError, Reason
 from tests.unit.cloud_server.fakes import (
     FailingDenoiser,

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 from torch import nn
 
-from cloud_server import kinds
-from cloud_server.kinds import Kind
-from cloud_server.pruned_unet import build_unet
-from cloud_server.sources import ModelError
+from cloud_server.models import architecture
+from cloud_server.models.architecture import Kind
+from cloud_server.models.pruned_unet import build_unet
+from cloud_server.models.sources import ModelError
 from training import shapes
 
 
@@ -35,8 +35,8 @@ def test_every_family_is_told_and_built(name: str) -> None:
     texts = SDXL if is_sdxl else SD2 if name == "sd21" else SD1
     built = build_unet(dict(real.config), real.state_dict())
 
-    assert kinds.is_sdxl(config_of(real)) == is_sdxl
-    assert kinds.tell(name, config_of(real), texts, {}, {}) == Kind(
+    assert architecture.is_sdxl(config_of(real)) == is_sdxl
+    assert architecture.tell(name, config_of(real), texts, {}, {}) == Kind(
         embed_dim=real.config.cross_attention_dim,
         context_length=77,
         pooled_dim=1280 if is_sdxl else 0,
@@ -49,13 +49,13 @@ def test_every_family_is_told_and_built(name: str) -> None:
 def test_the_text_encoder_of_another_family_is_refused() -> None:
     """The message says both widths."""
     with pytest.raises(ModelError, match="1024 features, its text encoder makes 768"):
-        kinds.tell("mine", config_of(shapes.sd21()), SD1, {}, {})
+        architecture.tell("mine", config_of(shapes.sd21()), SD1, {}, {})
 
 
 def test_an_sdxl_refiner_is_refused() -> None:
     """It takes five sizes and an aesthetic score."""
     refiner = config_of(shapes.sdxl(cross_attention_dim=1280, projection_class_embeddings_input_dim=2560))
     with pytest.raises(ModelError, match="refiner"):
-        kinds.tell("mine", {**refiner, "cross_attention_dim": 2048}, SDXL, {}, {})
+        architecture.tell("mine", {**refiner, "cross_attention_dim": 2048}, SDXL, {}, {})
     with pytest.raises(ModelError, match="refiner"):
-        kinds.tell("mine", config_of(shapes.sdxl()), SDXL, {}, {"requires_aesthetics_score": True})
+        architecture.tell("mine", config_of(shapes.sdxl()), SDXL, {}, {"requires_aesthetics_score": True})

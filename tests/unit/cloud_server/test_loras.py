@@ -13,10 +13,10 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from cloud_server.devices import place
-from cloud_server.loras import install, parse_source
-from cloud_server.models import load_model
-from cloud_server.sources import ModelError
+from cloud_server.models.devices import place
+from cloud_server.models.load import load_model
+from cloud_server.models.loras import install, parse_source
+from cloud_server.models.sources import ModelError
 from hybridsd.prompting import TextOptions
 from tests import tiny_loras
 from tests.tiny_pipeline import write_tiny_pipeline

@@ -4,8 +4,8 @@ import threading
 
 import numpy as np
 
-from cloud_server.jobs import Encoded, Finished, Queued, Snapshot, Started, Usage
-from cloud_server.mailbox import MAX_STATES, Mailbox
+from cloud_server.engine.event_buffer import MAX_STATES, Mailbox
+from cloud_server.engine.request import Encoded, Finished, Queued, Snapshot, Started, Usage
 
 
 def snapshot(call: int, *, is_handoff: bool = False) -> Snapshot:

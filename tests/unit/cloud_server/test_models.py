@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cloud_server.checking import check_model
-from cloud_server.devices import place
-from cloud_server.models import Model, ModelError, load_model
-from cloud_server.plans import PlanCompiler, default_scheduler
+from cloud_server.models.check import check_model
+from cloud_server.models.devices import place
+from cloud_server.models.load import Model, ModelError, load_model
+from cloud_server.models.plans import PlanCompiler, default_scheduler
 from hybridsd.errors import HybridSDError, Reason
 from hybridsd.prompting import TextOptions
 from tests.tiny_pipeline import EMBED_DIM, EMBED_DIM_2, POOLED_DIM, Kind, write_tiny_pipeline

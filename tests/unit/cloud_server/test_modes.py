@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from cloud_server.engine import Engine
-from cloud_server.jobs import Finished, Skipping, Stage
-from cloud_server.models import Model
+from cloud_server.engine.engine import Engine
+from cloud_server.engine.request import Finished, Skipping, Stage
+from cloud_server.models.load import Model
 from hybridsd import noise
 from hybridsd.plan import advance, initial_state, unet_input
 from hybridsd.prompting import TextOptions

@@ -10,10 +10,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from cloud_server.denoiser import Conditions
-from cloud_server.devices import place
-from cloud_server.models import ModelError, load_model
-from cloud_server.pruned_unet import load_unet
+from cloud_server.models.denoiser import Conditions
+from cloud_server.models.devices import place
+from cloud_server.models.load import ModelError, load_model
+from cloud_server.models.pruned_unet import load_unet
 from tests.tiny_pipeline import CONTEXT_LENGTH, EMBED_DIM
 from training.pruned_unet import layers, save_unet
 from training.pruning import cut

@@ -19,9 +19,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from cloud_server import logs
-from cloud_server.bundles import CHUNK_BYTES, Bundle, load_bundle
-from cloud_server.models import Model
-from cloud_server.server import SERVICES, CloudServer
+from cloud_server.models.load import Model
+from cloud_server.rpc.bundle_service import CHUNK_BYTES, Bundle, load_bundle
+from cloud_server.rpc.server import SERVICES, CloudServer
 from cloud_server.settings import Settings
 from hybridsd.errors import InvalidRequest
 from hybridsd.manifest import REQUIRED_ROLES, Defaults, Manifest, describe_file, write_manifest

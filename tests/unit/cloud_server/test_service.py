@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
-from cloud_server.models import Model
+from cloud_server.models.load import Model
 from hybridsd import codec, noise
 from hybridsd.prompting import TextOptions
 from hybridsd.v1 import denoising_service_pb2 as pb

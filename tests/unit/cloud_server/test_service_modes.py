@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from cloud_server.denoiser import Conditions, Loras
-from cloud_server.devices import place
-from cloud_server.loras import parse_source
-from cloud_server.models import Model, load_model
-from cloud_server.server import CloudServer
+from cloud_server.models.denoiser import Conditions, Loras
+from cloud_server.models.devices import place
+from cloud_server.models.load import Model, load_model
+from cloud_server.models.loras import parse_source
+from cloud_server.rpc.server import CloudServer
 from cloud_server.settings import Settings
 from hybridsd.v1 import denoising_service_pb2 as pb
 from hybridsd.v1 import plan_pb2, tensor_pb2

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cloud_server.devices import place
-from cloud_server.models import Model, ModelError, load_model
+from cloud_server.models.devices import place
+from cloud_server.models.load import Model, ModelError, load_model
 from hybridsd.prompting import TextOptions
 from tests.tiny_pipeline import Kind, write_tiny_pipeline
 from tests.unit.cloud_server.ldm_layout import write_single_file

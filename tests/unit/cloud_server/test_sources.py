@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from cloud_server.devices import place
-from cloud_server.models import ModelError, load_model
-from cloud_server.sources import UNET_STEM, Source, parse_source, weights_of
+from cloud_server.models.devices import place
+from cloud_server.models.load import ModelError, load_model
+from cloud_server.models.sources import UNET_STEM, Source, parse_source, weights_of
 
 CPU = place("cpu", "fp32")
 WEIGHTS = "diffusion_pytorch_model.safetensors"

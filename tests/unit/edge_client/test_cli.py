@@ -591,7 +591,14 @@ def test_interrupting_cancels_the_job(shell: Shell, fake: FakeCloud, running: Ru
     listen = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # a job in the background may not
     )
-    command = [sys.executable, "-c", f"{listen}from edge_client.cli.main import main; main()", "generate", "fox", "--jsonl"]
+    command = [
+        sys.executable,
+        "-c",
+        f"{listen}from edge_client.cli.main import main; main()",
+        "generate",
+        "fox",
+        "--jsonl",
+    ]
     command += ["--server", running.target, "--bundle", str(bundle_folder)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ

@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from onnx import TensorProto, numpy_helper
 from transformers import CLIPTextModel
 
-from cloud_server.bundles import load_bundle
+from cloud_server.rpc.bundle_service import load_bundle
 from edge_client.generation.events import Conditioning
 from edge_client.inference.models import Models
 from hybridsd.manifest import OPTIONAL_ROLES, REQUIRED_ROLES, Defaults, read_manifest, verify_files

@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 
-from cloud_server.devices import place
-from cloud_server.models import load_model
+from cloud_server.models.devices import place
+from cloud_server.models.load import load_model
 from edge_client.bundles.bundle import open_bundle
 from hybridsd.manifest import QualityPoint, read_manifest
 from tests.tiny_pipeline import EMBED_DIM, write_tiny_pipeline

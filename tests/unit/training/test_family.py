@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from cloud_server.devices import place
-from cloud_server.models import load_model
+from cloud_server.models.devices import place
+from cloud_server.models.load import load_model
 from edge_client.generation.events import Conditioning
 from edge_client.inference.models import Models
 from hybridsd.manifest import read_manifest, verify_files

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from cloud_server import kinds, single_file
-from cloud_server.denoiser import Denoiser, DiffusersDenoiser, Guidance
-from cloud_server.devices import Placement
-from cloud_server.kinds import Kind
-from cloud_server.plans import PlanCompiler, default_scheduler
-from cloud_server.pruned_unet import build_unet, load_unet
-from cloud_server.sources import (
+from cloud_server.models import architecture, single_file
+from cloud_server.models.architecture import Kind
+from cloud_server.models.denoiser import Denoiser, DiffusersDenoiser, Guidance
+from cloud_server.models.devices import Placement
+from cloud_server.models.plans import PlanCompiler, default_scheduler
+from cloud_server.models.pruned_unet import build_unet, load_unet
+from cloud_server.models.sources import (
     EXTRAS_NAME,
     VAE_WEIGHTS,
     Files,
@@ -27,14 +27,14 @@ from cloud_server.sources import (
     parse_source,
     read_json,
 )
-from cloud_server.text_encoders import load_text_encoders
+from cloud_server.models.text_encoders import load_text_encoders
 from hybridsd import schedulers as known_schedulers
 from hybridsd import sizes
 from hybridsd.errors import HybridSDError
 from hybridsd.plan import MAX_STEPS
 
 if TYPE_CHECKING:
-    from cloud_server.loras import LoraInfo, LoraSet, LoraSource
+    from cloud_server.models.loras import LoraInfo, LoraSet, LoraSource
 
 __all__ = ["Model", "ModelError", "ModelInfo", "load_model"]
 
@@ -127,11 +127,11 @@ def load_model(
 
 def _load(files: Files, placement: Placement, latent_space: str | None, loras: Sequence[LoraSource]) -> Model:
     name, unet_config = files.source.id, read_json(files.unet / "config.json")
-    parts = ["text_encoder", "text_encoder_2"][: 2 if kinds.is_sdxl(unet_config) else 1]
+    parts = ["text_encoder", "text_encoder_2"][: 2 if architecture.is_sdxl(unet_config) else 1]
     texts = [files.read(f"{part}/config.json") for part in parts]
     scheduler_config = files.read("scheduler/scheduler_config.json")
     index = files.read("model_index.json") if files.find("model_index.json") else {}
-    kind = kinds.tell(name, unet_config, texts, scheduler_config, index)
+    kind = architecture.tell(name, unet_config, texts, scheduler_config, index)
     compiler = PlanCompiler(scheduler_config)
     info = _describe(files, kind, unet_config, scheduler_config, compiler, latent_space)
     tensors = None if files.checkpoint is None else single_file.read_checkpoint(files.checkpoint)
@@ -156,7 +156,7 @@ def _load(files: Files, placement: Placement, latent_space: str | None, loras: S
 
 
 def _install(unet: Any, text_encoders: Sequence[Any], loras: Sequence[LoraSource]) -> LoraSet:
-    from cloud_server.loras import install  # peft takes seconds to import
+    from cloud_server.models.loras import install  # peft takes seconds to import
 
     return install(unet, text_encoders, loras)
 

@@ -14,12 +14,12 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cloud_server import responses
-from cloud_server.bundles import Bundle, BundleService
-from cloud_server.engine import Engine
-from cloud_server.interceptors import RequestInterceptor, TokenInterceptor
-from cloud_server.models import Model
-from cloud_server.service import DenoisingService
+from cloud_server.engine.engine import Engine
+from cloud_server.models.load import Model
+from cloud_server.rpc import write_response
+from cloud_server.rpc.bundle_service import Bundle, BundleService
+from cloud_server.rpc.denoising_service import DenoisingService
+from cloud_server.rpc.interceptors import RequestInterceptor, TokenInterceptor
 from cloud_server.settings import Settings
 from hybridsd.v1 import bundle_service_pb2, bundle_service_pb2_grpc, denoising_service_pb2_grpc
 from hybridsd.v1 import denoising_service_pb2 as pb
@@ -56,7 +56,7 @@ class CloudServer:
             num_threads=settings.threads,
         )
         infos = [model.info for model in models.values()]
-        limits = responses.limits(
+        limits = write_response.limits(
             min_size=max(info.size_multiple for info in infos),
             max_size=settings.max_size or 2 * max(info.default_size for info in infos),
             max_queue=settings.max_queue,

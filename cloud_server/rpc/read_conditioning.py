@@ -5,8 +5,8 @@ Knows the messages and the models' descriptions. Knows nothing of the engine or 
 
 from collections.abc import Sequence
 
-from cloud_server.jobs import Encoded
-from cloud_server.models import ModelInfo
+from cloud_server.engine.request import Encoded
+from cloud_server.models.load import ModelInfo
 from hybridsd import codec
 from hybridsd.errors import HybridSDError, Reason
 from hybridsd.prompting import MAX_CHUNKS, TextOptions, parse_weights

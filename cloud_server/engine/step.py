@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from cloud_server.denoiser import Conditions, Denoiser, Loras
-from cloud_server.jobs import Encoded, JobRequest, Latents, Stage
+from cloud_server.engine.request import Encoded, JobRequest, Latents, Stage
+from cloud_server.models.denoiser import Conditions, Denoiser, Loras
 from hybridsd import levels, noise
 from hybridsd.plan import advance, initial_state, unet_input, x0_preview
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from cloud_server.models import Model
+from cloud_server.models.load import Model
 from hybridsd.prompting import TextOptions
 
 TIMED_CALLS = 3

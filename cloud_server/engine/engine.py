@@ -14,12 +14,12 @@ import numpy as np
 import structlog
 import torch
 
-from cloud_server import stepping
-from cloud_server.denoiser import Conditions, Denoiser, TextCache
-from cloud_server.jobs import Encoded, Failed, Finished, JobRequest, Queued, Snapshot, Stage, Started
-from cloud_server.mailbox import Mailbox
-from cloud_server.stepping import Group, Progress, Trajectory
-from cloud_server.tracking import Job
+from cloud_server.engine import step
+from cloud_server.engine.event_buffer import Mailbox
+from cloud_server.engine.job import Job
+from cloud_server.engine.request import Encoded, Failed, Finished, JobRequest, Queued, Snapshot, Stage, Started
+from cloud_server.engine.step import Group, Progress, Trajectory
+from cloud_server.models.denoiser import Conditions, Denoiser, TextCache
 from hybridsd.errors import HybridSDError, Reason
 
 log = structlog.get_logger()
@@ -302,7 +302,7 @@ class Engine:
             started_s = time.monotonic()
             stage = request.stages[0]
             prompt, negative = self._encode(job, stage)
-            job.trajectory = stepping.begin(self._denoisers[stage.model], request, prompt, negative)
+            job.trajectory = step.begin(self._denoisers[stage.model], request, prompt, negative)
             job.last_turn = self._turn
             job.post(Started(prompt, negative))
             log.debug("job_began", request_id=request.request_id, elapsed_ms=1e3 * (time.monotonic() - started_s))
@@ -313,7 +313,7 @@ class Engine:
         """Returns prompt and, where the stage's model takes it, negative prompt, in one number of chunks."""
         request, texts = job.request, self._texts[stage.model]
         given = [request.prompt]
-        is_guided = stepping.is_guided(self._denoisers[stage.model], stage.guidance_scale)
+        is_guided = step.is_guided(self._denoisers[stage.model], stage.guidance_scale)
         if is_guided and request.negative_prompt is not None:
             given.append(request.negative_prompt)
         spent_s = texts.spent_s
@@ -338,7 +338,7 @@ class Engine:
             if stage.first_call == trajectory.call:
                 prompt, negative = self._encode(job, stage)
                 denoiser = self._denoisers[stage.model]
-                job.trajectory = stepping.enter(denoiser, job.request, stage, trajectory.state, prompt, negative)
+                job.trajectory = step.enter(denoiser, job.request, stage, trajectory.state, prompt, negative)
                 job.trajectory.num_calls = trajectory.num_calls  # the warm-up is the job's, not the model's
 
     def _choose(self) -> list[Job]:
@@ -363,7 +363,7 @@ class Engine:
             job.last_turn = self._turn
             job.first_call_s = started_s if job.first_call_s is None else job.first_call_s
         try:
-            results = stepping.step(denoiser, trajectories, self._conditions(trajectories))
+            results = step.step(denoiser, trajectories, self._conditions(trajectories))
             if denoiser.device.type == "cuda":
                 torch.cuda.synchronize(denoiser.device)  # or durations and step boundaries mean nothing
         except Exception as error:
@@ -397,14 +397,14 @@ class Engine:
 
     def _follow(self, job: Job, trajectory: Trajectory, result: Progress, device: torch.device) -> None:
         """Takes a job to where its call led, and over the calls after it that it skips."""
-        stepping.move(trajectory, result, ran=True)
+        step.move(trajectory, result, ran=True)
         self._publish(job, result)
         skipping = job.request.skipping
         for _ in range(0 if skipping is None else skipping.skipped_calls):
-            skipped = stepping.skip(device, trajectory)
+            skipped = step.skip(device, trajectory)
             if skipped is None:
                 break
-            stepping.move(trajectory, skipped, ran=False)
+            step.move(trajectory, skipped, ran=False)
             job.num_skipped_calls += 1
             self._publish(job, skipped)
         if job.outcome is None:
@@ -419,7 +419,7 @@ class Engine:
         with self._changed:
             groups = {_group(job) for job in self._active}
         self._joined = {key: value for key, value in self._joined.items() if key in groups}
-        joined = stepping.join_conditions(trajectories)
+        joined = step.join_conditions(trajectories)
         self._joined[group] = (trajectories, joined)
         return joined
 

@@ -5,8 +5,8 @@ Knows the messages and the models' descriptions. Knows nothing of the engine or 
 
 from collections.abc import Sequence
 
-from cloud_server.jobs import Latents, Skipping
-from cloud_server.models import ModelInfo
+from cloud_server.engine.request import Latents, Skipping
+from cloud_server.models.load import ModelInfo
 from hybridsd import codec
 from hybridsd.errors import Reason
 from hybridsd.v1 import denoising_service_pb2 as pb

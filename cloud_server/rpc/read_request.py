@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 from google.protobuf.duration_pb2 import Duration
 
-from cloud_server.jobs import JobRequest, Latents, Stage, new_request_id
-from cloud_server.models import Model, ModelInfo
-from cloud_server.request_modes import check_solver, read_inpainting, read_loras, read_skipping
-from cloud_server.request_texts import (
+from cloud_server.engine.request import JobRequest, Latents, Stage, new_request_id
+from cloud_server.models.load import Model, ModelInfo
+from cloud_server.rpc.read_conditioning import (
     MAX_MESSAGE_BYTES,
     check_text_size,
     read_conditioning,
@@ -24,6 +23,7 @@ from cloud_server.request_texts import (
     text_options,
     value_bytes,
 )
+from cloud_server.rpc.read_features import check_solver, read_inpainting, read_loras, read_skipping
 from hybridsd import codec
 from hybridsd.errors import HybridSDError, Reason
 from hybridsd.noise import MAX_SEED

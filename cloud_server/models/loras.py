@@ -17,7 +17,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 
-from cloud_server.sources import ModelError
+from cloud_server.models.sources import ModelError
 from hybridsd import lora_files
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")

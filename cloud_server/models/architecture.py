@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cloud_server.sources import ModelError
+from cloud_server.models.sources import ModelError
 
 Config = Mapping[str, Any]
 

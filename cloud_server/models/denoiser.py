@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
-from cloud_server.jobs import Encoded
+from cloud_server.engine.request import Encoded
 from hybridsd.prompting import TextOptions
 
 MAX_TEXTS = 128
@@ -114,7 +114,7 @@ class Denoiser(Protocol):
 
 
 class Texts(Protocol):
-    """The text encoders of a model, as `cloud_server.text_encoders` has them."""
+    """The text encoders of a model, as `cloud_server.models.text_encoders` has them."""
 
     def encode(self, text: str, options: TextOptions, num_chunks: int | None = None) -> Encoded:
         """See `Denoiser.encode`."""
@@ -122,7 +122,7 @@ class Texts(Protocol):
 
 
 class Adapters(Protocol):
-    """The adapters of a model, as `cloud_server.loras` has them."""
+    """The adapters of a model, as `cloud_server.models.loras` has them."""
 
     def select(self, loras: Loras) -> None:
         """Lets these adapters act from now on, and no others; cheap where they do already."""

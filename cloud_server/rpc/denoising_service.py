@@ -9,13 +9,13 @@ from typing import Any
 
 import grpc
 
-from cloud_server import responses
-from cloud_server.engine import Engine
-from cloud_server.jobs import Failed, Finished, JobRequest, Snapshot
+from cloud_server.engine.engine import Engine
+from cloud_server.engine.event_buffer import Mailbox
+from cloud_server.engine.request import Failed, Finished, JobRequest, Snapshot
 from cloud_server.logs import note
-from cloud_server.mailbox import Mailbox
-from cloud_server.models import Model
-from cloud_server.requests import AnswerStyle, RequestReader, check_request_id
+from cloud_server.models.load import Model
+from cloud_server.rpc import write_response
+from cloud_server.rpc.read_request import AnswerStyle, RequestReader, check_request_id
 from hybridsd import codec
 from hybridsd.v1 import denoising_service_pb2 as pb
 from hybridsd.v1 import denoising_service_pb2_grpc
@@ -88,14 +88,14 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
             event = await mailbox.next(max(0.0, sent_s + self._heartbeat_s - time.monotonic()))
             if isinstance(event, Failed):
                 raise event.error
-            if isinstance(event, Snapshot) and not responses.is_wanted(event, style):
+            if isinstance(event, Snapshot) and not write_response.is_wanted(event, style):
                 if time.monotonic() - sent_s < self._heartbeat_s:
                     continue
                 event = None  # states that nobody wants are silence, too
             if event is None:
-                message = responses.heartbeat()
+                message = write_response.heartbeat()
             else:
-                message = responses.response(event, request, style, sent_bytes=sent_bytes)
+                message = write_response.response(event, request, style, sent_bytes=sent_bytes)
             await context.write(message)
             sent_bytes, sent_s = sent_bytes + message.ByteSize(), time.monotonic()
             note(sent_bytes=sent_bytes)
@@ -120,7 +120,7 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
         self, request: pb.GetCapabilitiesRequest, context: "grpc.aio.ServicerContext[Any, Any]"
     ) -> pb.GetCapabilitiesResponse:
         """Says what there is."""
-        return responses.capabilities(
+        return write_response.capabilities(
             version=self._version,
             models=[model.info for model in self._models.values()],
             bundles=self._bundles,

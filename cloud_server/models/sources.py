@@ -16,7 +16,7 @@ import structlog
 log = structlog.get_logger()
 
 EXTRAS_NAME = "hybridsd.json"
-"""Optional file of a model folder: what a user says of the model (`cloud_server.models`)."""
+"""Optional file of a model folder: what a user says of the model (`cloud_server.models.load`)."""
 UNET_STEM, TEXT_STEM = "diffusion_pytorch_model", "model"
 """Names of weights, without variant and suffix."""
 VAE_WEIGHTS = f"vae/{UNET_STEM}.safetensors"

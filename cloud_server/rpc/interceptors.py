@@ -17,9 +17,9 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from cloud_server.jobs import new_request_id
+from cloud_server.engine.request import new_request_id
 from cloud_server.logs import collect_notes
-from cloud_server.responses import duration
+from cloud_server.rpc.write_response import duration
 from hybridsd.errors import DOMAIN, HybridSDError, Reason
 
 log = structlog.get_logger()

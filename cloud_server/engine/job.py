@@ -6,9 +6,9 @@ Knows nothing of models or messages. Times are `time.monotonic()` seconds.
 import threading
 import time
 
-from cloud_server.jobs import Event, Failed, Finished, JobRequest, Queued, Snapshot, Started, Usage
-from cloud_server.mailbox import Mailbox
-from cloud_server.stepping import Trajectory
+from cloud_server.engine.event_buffer import Mailbox
+from cloud_server.engine.request import Event, Failed, Finished, JobRequest, Queued, Snapshot, Started, Usage
+from cloud_server.engine.step import Trajectory
 from hybridsd.errors import HybridSDError, Reason
 
 

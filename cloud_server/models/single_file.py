@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from cloud_server.sources import ModelError
+from cloud_server.models.sources import ModelError
 
 Tensors = dict[str, torch.Tensor]
 

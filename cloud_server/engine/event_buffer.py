@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import threading
 
-from cloud_server.jobs import Event, Failed, Queued, Snapshot
+from cloud_server.engine.request import Event, Failed, Queued, Snapshot
 from hybridsd.errors import Reason
 
 MAX_STATES = 8

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from cloud_server.sources import UNET_STEM, read_json, weights_of
+from cloud_server.models.sources import UNET_STEM, read_json, weights_of
 from hybridsd import unet_widths
 
 

@@ -31,7 +31,7 @@ stopped (the same command goes on).
 """
 PAGES = {
     "cli.md": (PRODUCT_HEAD, (("hybridsd", "edge_client.cli.main"), ("hybridsd-cloud", "cloud_server.cli"))),
-    "training-cli.md": (TRAINING_HEAD, (("python -m training", "training.cli"),)),
+    "training-cli.md": (TRAINING_HEAD, (("python -m training", "training.cli.main"),)),
 }
 
 

@@ -110,7 +110,7 @@ def run_diffusers(large: Path, *, steps: int, dtype_name: str) -> Measured:
     from transformers import CLIPTextModel, CLIPTokenizer
 
     from cloud_server.models.devices import place
-    from training import shapes
+    from training.models import shapes
 
     placement = place(dtype=dtype_name)
     vae: AutoencoderKL = materialize(shapes.vae())

@@ -24,8 +24,8 @@ from edge_client.types import Latents
 from hybridsd import noise
 from hybridsd.plan import Plan, denoise
 from hybridsd.prompting import TextOptions
-from training.judging import held_out_scene
-from training.scenes import caption as caption_of
+from training.data.scenes import caption as caption_of
+from training.evaluation.judging import held_out_scene
 
 ROOT = Path(__file__).parents[1] / "deploy" / "demo"
 STEPS, CLOUD_STEPS = 25, 18

@@ -1,8 +1,8 @@
 """Full-size models with random weights, for `make bench BENCH=--full` and `make bench-full`.
 
 They are right for speed, memory and bytes, not for pictures. The cloud's U-Net is SD 1.4's (859,520,964 parameters),
-the edge's the synthetic 224M one (224,490,116) of `training.shapes`, the text encoder is CLIP ViT-L/14's but for its
-vocabulary, and the edge's decoder the tiny VAE's (1,222,531).
+the edge's the synthetic 224M one (224,490,116) of `training.models.shapes`, the text encoder is CLIP ViT-L/14's but for
+its vocabulary, and the edge's decoder the tiny VAE's (1,222,531).
 """
 
 import json
@@ -16,8 +16,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from hybridsd.manifest import Defaults
 from tests.tiny_pipeline import write_tiny_pipeline
-from training import shapes
-from training.bundles import export_bundle
+from training.export.bundles import export_bundle
+from training.models import shapes
 
 SCHEDULER: dict[str, Any] = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,

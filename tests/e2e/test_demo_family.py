@@ -11,7 +11,7 @@ from edge_client.generation.events import Conditioning
 from edge_client.inference.models import Models
 from hybridsd.manifest import read_manifest, verify_files
 from hybridsd.prompting import TextOptions
-from training.pruned_unet import load_unet
+from training.models.pruned_unet import load_unet
 
 LARGEST_MB = 96
 

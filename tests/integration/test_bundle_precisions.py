@@ -27,10 +27,10 @@ from edge_client.inference.models import Models
 from hybridsd.errors import InvalidRequest
 from hybridsd.manifest import describe_file, read_manifest, verify_files, write_manifest
 from tests.tiny_bundle import CHANNELS, CONTEXT_LENGTH, EMBED_DIM, write_bundle
-from training.graphs import unet_graph
-from training.onnx_export import export_graph
-from training.quantize import quantize_unet
-from training.trajectories import Drawing, open_unet, record_trajectories
+from training.export.graphs import unet_graph
+from training.export.onnx_export import export_graph
+from training.export.quantize import quantize_unet
+from training.export.trajectories import Drawing, open_unet, record_trajectories
 
 WIDTH = 16
 CAPTIONS = ("a red fox", "a blue cat", "the green donut", "a dog under the fox")

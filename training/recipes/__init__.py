@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from training.loop import Schedule
-from training.task import Data, Task
+from training.core.loop import Schedule
+from training.core.task import Data, Task
 
 Scale = Literal["demo", "quick", "toy"]
 """How much: "demo" makes the published family (hours on two cores, minutes on an accelerator), "quick" the same shapes

@@ -1,4 +1,4 @@
-"""The judge of the demo family. Knows its size and schedule; the method is `training.classifier`."""
+"""The judge of the demo family. Knows its size and schedule; the method is `training.evaluation.classifier`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from training.classifier import Classifier, ClassifierTask, JudgedPictures
-from training.loop import Schedule
+from training.core.loop import Schedule
+from training.core.task import Drawn
+from training.evaluation.classifier import Classifier, ClassifierTask, JudgedPictures
 from training.recipes import Scale, scaled
-from training.task import Drawn
-from training.vae import load_vae
+from training.vae.kl_vae import load_vae
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

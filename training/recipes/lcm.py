@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from training.conditioning import LatentsAndText
-from training.diffusion import SCHEDULER_CONFIG
-from training.lcm import ConsistencySolver, LCMTask, with_guidance_embedding
-from training.loop import Schedule
-from training.noise_schedule import NoiseSchedule
-from training.pruned_unet import load_unet, save_unet
+from training.core.conditioning import LatentsAndText
+from training.core.diffusion import SCHEDULER_CONFIG
+from training.core.loop import Schedule
+from training.core.noise_schedule import NoiseSchedule
+from training.core.task import Drawn
+from training.distillation.lcm import ConsistencySolver, LCMTask, with_guidance_embedding
+from training.models.pruned_unet import load_unet, save_unet
 from training.recipes import Scale, scaled
 from training.recipes.unet import scenes_data, scenes_preview, scenes_text
-from training.task import Drawn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

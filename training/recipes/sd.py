@@ -16,27 +16,27 @@ import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor
 
-from training.components import Components, load_components, load_vae
-from training.conditioning import VAE_SCALE_FACTOR, LatentsAndText
-from training.data import open_data
-from training.depth import feature_map
-from training.discriminator import ViTDiscriminator, find_discriminator
-from training.distill import DistillTask
-from training.lcm import ConsistencySolver, LCMTask, with_guidance_embedding
-from training.loop import Schedule
-from training.lora import LCMLoRATask, add_lora
-from training.noise_schedule import NoiseSchedule
-from training.perceptual import LPIPS, find_perceptual
-from training.previews import Preview
-from training.pruned_unet import load_unet, save_unet
-from training.reconstruction import DecoderLoss, Lessons, Turns
-from training.scenes import SIZE
-from training.shards import MetadataFilter
-from training.small_vae import SD_SMALL_WIDTHS, SmallVAETask, prune_decoder
-from training.task import Data, Drawn
-from training.tiny_vae import TinyVAETask
-from training.tiny_vae_layouts import read_tiny_vae
-from training.vae import draw_scenes
+from training.core.conditioning import VAE_SCALE_FACTOR, LatentsAndText
+from training.core.loop import Schedule
+from training.core.noise_schedule import NoiseSchedule
+from training.core.task import Data, Drawn
+from training.data.batches import open_data
+from training.data.scenes import SIZE
+from training.data.shards import MetadataFilter
+from training.distillation.distill import DistillTask
+from training.distillation.lcm import ConsistencySolver, LCMTask, with_guidance_embedding
+from training.distillation.lora import LCMLoRATask, add_lora
+from training.evaluation.previews import Preview
+from training.models.components import Components, load_components, load_vae
+from training.models.pruned_unet import load_unet, save_unet
+from training.models.tiny_vae_layouts import read_tiny_vae
+from training.pruning.depth import feature_map
+from training.vae.discriminator import ViTDiscriminator, find_discriminator
+from training.vae.kl_vae import draw_scenes
+from training.vae.perceptual import LPIPS, find_perceptual
+from training.vae.reconstruction import DecoderLoss, Lessons, Turns
+from training.vae.small_vae import SD_SMALL_WIDTHS, SmallVAETask, prune_decoder
+from training.vae.tiny_vae import TinyVAETask
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def _needed(value: str | None, name: str, example: str) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageData:
-    """Which pictures to learn from; see `training.data`."""
+    """Which pictures to learn from; see `training.data.batches`."""
 
     spec: str | None = None
     """imagefolder:DIRECTORY, datasets:NAME_OR_DIRECTORY, webdataset:SHARDS or csv:FILE; "scenes" are the demo's, of 128

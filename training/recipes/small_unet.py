@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.conditioning import LatentsAndText
-from training.depth import feature_map
-from training.diffusion import SCHEDULER_CONFIG
-from training.distill import DistillTask
-from training.loop import Schedule
-from training.noise_schedule import NoiseSchedule
-from training.pruned_unet import load_unet, save_unet
+from training.core.conditioning import LatentsAndText
+from training.core.diffusion import SCHEDULER_CONFIG
+from training.core.loop import Schedule
+from training.core.noise_schedule import NoiseSchedule
+from training.core.task import Drawn
+from training.distillation.distill import DistillTask
+from training.models.pruned_unet import load_unet, save_unet
+from training.pruning.depth import feature_map
 from training.recipes import Scale, scaled
 from training.recipes.unet import scenes_data, scenes_preview, scenes_text
-from training.task import Drawn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

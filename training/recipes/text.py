@@ -1,4 +1,4 @@
-"""The tokenizer and the text encoder of the demo family. Knows their size; the method is `training.text`."""
+"""The tokenizer and the text encoder of the demo family. Knows their size; the method is `training.data.text`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from training.loop import Schedule
+from training.core.loop import Schedule
+from training.core.task import Drawn
+from training.data.text import TextTask, build_text_encoder, draw_captions, make_tokenizer
 from training.recipes import Scale, scaled
-from training.task import Drawn
-from training.text import TextTask, build_text_encoder, draw_captions, make_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

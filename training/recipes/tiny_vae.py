@@ -1,4 +1,4 @@
-"""The tiny VAE of the demo family. Knows its shape and schedule; the method is `training.tiny_vae`."""
+"""The tiny VAE of the demo family. Knows its shape and schedule; the method is `training.vae.tiny_vae`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from training.loop import Schedule
-from training.perceptual import LaplacianLoss
+from training.core.loop import Schedule
+from training.core.task import Drawn
 from training.recipes import Scale, scaled
-from training.reconstruction import DecoderLoss, Lessons
-from training.task import Drawn
-from training.tiny_vae import TinyVAETask, build_tiny_vae
-from training.vae import draw_crops, load_vae, scene_batch
+from training.vae.kl_vae import draw_crops, load_vae, scene_batch
+from training.vae.perceptual import LaplacianLoss
+from training.vae.reconstruction import DecoderLoss, Lessons
+from training.vae.tiny_vae import TinyVAETask, build_tiny_vae
 
 PREVIEW_SCENES = 4
 

@@ -1,4 +1,4 @@
-"""The large U-Net of the demo family. Knows its shape and schedule; the method is in `training.distill`."""
+"""The large U-Net of the demo family. The method is in `training.distillation.distill`."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 
-from training.conditioning import ClipText, LatentsAndText
-from training.diffusion import SCHEDULER_CONFIG, build_unet
-from training.distill import DistillTask
-from training.latents import CachedScenes, load_latents
-from training.loop import Schedule
-from training.noise_schedule import NoiseSchedule
-from training.previews import Preview
-from training.pruned_unet import load_unet, save_unet
+from training.core.conditioning import ClipText, LatentsAndText
+from training.core.diffusion import SCHEDULER_CONFIG, build_unet
+from training.core.loop import Schedule
+from training.core.noise_schedule import NoiseSchedule
+from training.core.task import Drawn
+from training.data.latents import CachedScenes, load_latents
+from training.data.scenes import SIZE, caption, sample_scene
+from training.data.text import load_text_encoder, load_tokenizer
+from training.distillation.distill import DistillTask
+from training.evaluation.previews import Preview
+from training.models.pruned_unet import load_unet, save_unet
 from training.recipes import Scale, scaled
-from training.scenes import SIZE, caption, sample_scene
-from training.task import Drawn
-from training.text import load_text_encoder, load_tokenizer
-from training.vae import load_vae
+from training.vae.kl_vae import load_vae
 
 SCENES_SEED = 11
 PREVIEW_CAPTIONS = 6

@@ -1,4 +1,4 @@
-"""The KL VAE of the demo family. Knows its shape and schedule; the method is `training.vae`."""
+"""The KL VAE of the demo family. Knows its shape and schedule; the method is `training.vae.kl_vae`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from training.loop import Schedule
+from training.core.loop import Schedule
+from training.core.task import Drawn
 from training.recipes import Scale, scaled
-from training.task import Drawn
-from training.vae import VAETask, build_vae, draw_crops
+from training.vae.kl_vae import VAETask, build_vae, draw_crops
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,7 @@ from cloud_server.models import architecture
 from cloud_server.models.architecture import Kind
 from cloud_server.models.pruned_unet import build_unet
 from cloud_server.models.sources import ModelError
-from training import shapes
+from training.models import shapes
 
 
 def config_of(network: Any) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from cloud_server.models.devices import place
 from cloud_server.models.load import ModelError, load_model
 from cloud_server.models.pruned_unet import load_unet
 from tests.tiny_pipeline import CONTEXT_LENGTH, EMBED_DIM
-from training.pruned_unet import layers, save_unet
-from training.pruning import cut
+from training.models.pruned_unet import layers, save_unet
+from training.pruning.widths import cut
 
 FORMAT = Path(__file__).parents[2] / "data" / "hybrid-sd-format"
 TOLERANCE = 1e-5  # what the fixture's README promises

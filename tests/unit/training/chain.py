@@ -19,15 +19,15 @@ from PIL import Image
 
 from tests.tiny_pipeline import write_tiny_pipeline
 from training import recipes
-from training.depth import drop
-from training.latents import encode_part, image_of, save_part, scene_of
-from training.loop import Run, train
-from training.overrides import override
-from training.pruned_unet import layers, load_unet, save_unet
-from training.pruning import cut
+from training.core.loop import Run, train
+from training.core.overrides import override
+from training.data.latents import encode_part, image_of, save_part, scene_of
+from training.data.scenes import caption
+from training.models.pruned_unet import layers, load_unet, save_unet
+from training.pruning.depth import drop
+from training.pruning.widths import cut
 from training.recipes.unet import SCENES_SEED
-from training.scenes import caption
-from training.vae import load_vae
+from training.vae.kl_vae import load_vae
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "losses"
 STEPS = 20

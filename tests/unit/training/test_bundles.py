@@ -24,10 +24,10 @@ from hybridsd.manifest import OPTIONAL_ROLES, REQUIRED_ROLES, Defaults, read_man
 from hybridsd.plan import from_json
 from tests.tiny_pipeline import CONTEXT_LENGTH, EMBED_DIM, write_tiny_pipeline
 from tests.unit.training.halved import halve
-from training.bundles import Description, export_bundle, write_tokenizer
-from training.onnx_export import ParityError
-from training.plan_table import compile_plans
-from training.quantize import INT8_TOLERANCE
+from training.export.bundles import Description, export_bundle, write_tokenizer
+from training.export.onnx_export import ParityError
+from training.export.quantize import INT8_TOLERANCE
+from training.models.plan_table import compile_plans
 
 PARITY = 2e-5
 """Two implementations of the same float32 arithmetic, outputs of order 1: a few hundred roundings."""

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from tests.unit.training.toy import run
-from training.cli import main
+from training.cli.main import main
 
 
 def test_dry_run_shows_the_recipe_and_writes_nothing(tmp_path: Path) -> None:

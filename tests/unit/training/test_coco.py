@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from training import coco, coco_scores
-from training.diffusion import build_scheduler
+from training.core.diffusion import build_scheduler
+from training.evaluation import coco, coco_scores
 
 SIZES = (32, 16)
 CAPTIONS = [coco.Caption(f"{index}.jpg", f"thing {index}", "bad" * (index % 2)) for index in range(5)]

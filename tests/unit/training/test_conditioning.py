@@ -9,11 +9,11 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from tests.unit.training.tiny_unets import batch, learn, schedule, tiny_unet, words
-from training.conditioning import ClipText, ClipTextXL, LatentsAndText
-from training.distill import DistillTask
-from training.task import Batch
-from training.text import make_tokenizer
-from training.vae import build_vae
+from training.core.conditioning import ClipText, ClipTextXL, LatentsAndText
+from training.core.task import Batch
+from training.data.text import make_tokenizer
+from training.distillation.distill import DistillTask
+from training.vae.kl_vae import build_vae
 
 
 def never_save(_unet: UNet2DConditionModel, _directory: Path) -> None:

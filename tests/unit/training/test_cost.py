@@ -12,9 +12,9 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from torch import nn
 
-from training import shapes
-from training.cost import TOTAL, WHOLE, Cost, compare, costs, layer_times, layers, unet_inputs
-from training.cost_report import (
+from training.core.diffusion import build_unet
+from training.cost.cost import TOTAL, WHOLE, Cost, compare, costs, layer_times, layers, unet_inputs
+from training.cost.cost_report import (
     REFERENCE,
     ModelCost,
     SplitCost,
@@ -27,8 +27,8 @@ from training.cost_report import (
     split_costs,
     splits_markdown,
 )
-from training.depth import drop, source_of, sources
-from training.diffusion import build_unet
+from training.models import shapes
+from training.pruning.depth import drop, source_of, sources
 
 STEPS = 25
 

@@ -19,11 +19,11 @@ import pytest
 import torch
 from PIL import Image
 
-from training.data import FORMS, ImageCaptions, open_data, parse_data
-from training.records import DataError
-from training.shards import MetadataFilter, find_shards
-from training.task import Batch, Data
-from training.transforms import Framing, Unusable
+from training.core.task import Batch, Data
+from training.data.batches import FORMS, ImageCaptions, open_data, parse_data
+from training.data.records import DataError
+from training.data.shards import MetadataFilter, find_shards
+from training.data.transforms import Framing, Unusable
 
 RESOLUTION = 16
 COUNT = 23  # records of a healthy set; a prime, so that no batch size divides it
@@ -589,7 +589,7 @@ def test_skipping_is_logged_now_and_then(tmp_path: Path, caplog: pytest.LogCaptu
     rows = [*write_pictures(tmp_path, 2), *((f"gone{index}.png", "secret") for index in range(20))]
     data = open_data(f"csv:{write_list(tmp_path, rows)}", resolution=RESOLUTION)
 
-    with caplog.at_level(logging.WARNING, "training.data"):
+    with caplog.at_level(logging.WARNING, "training.data.batches"):
         take(data, 6)
 
     assert data.skipped["no image"] >= 20

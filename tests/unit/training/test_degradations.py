@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.degradations import blur, chosen, degrade, gaussian_kernel, jpeg, noise, shift_colours
+from training.data.degradations import blur, chosen, degrade, gaussian_kernel, jpeg, noise, shift_colours
 
 Change = Callable[[Tensor, np.random.Generator], Tensor]
 CHANGES = [blur, noise, jpeg, shift_colours, degrade]

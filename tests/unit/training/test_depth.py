@@ -11,11 +11,11 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from training import shapes
-from training.cost import unet_inputs
-from training.depth import drop, feature_map, source_of, sources
-from training.diffusion import build_unet
-from training.distill import captured
+from training.core.diffusion import build_unet
+from training.cost.cost import unet_inputs
+from training.distillation.distill import captured
+from training.models import shapes
+from training.pruning.depth import drop, feature_map, source_of, sources
 
 DOWN = "CrossAttnDownBlock2D"
 UP = "CrossAttnUpBlock2D"

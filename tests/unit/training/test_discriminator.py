@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
-from training.discriminator import (
+from training.vae.discriminator import (
     Discriminator,
     PatchDiscriminator,
     ViTDiscriminator,

@@ -11,7 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from tests.unit.training.tiny_unets import batch, learn, losses_elsewhere, schedule, tiny_unet, words
-from training.distill import DistillTask, captured
+from training.distillation.distill import DistillTask, captured
 
 DEEP_TO_SHALLOW = (
     ("down_blocks.0", "down_blocks.0"),

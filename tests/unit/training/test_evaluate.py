@@ -10,10 +10,10 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor
 
-from training import evaluate, judging, quality
-from training.classifier import Classifier
-from training.metrics import frechet_distance
-from training.scenes import render, sample_scene, to_model_range
+from training.data.scenes import render, sample_scene, to_model_range
+from training.evaluation import evaluate, judging, quality
+from training.evaluation.classifier import Classifier
+from training.evaluation.metrics import frechet_distance
 
 WIDTH = 6
 SETTING = judging.Setting(scheduler="dpmpp_2m", steps=2, splits=(2, 1, 0), guidance=2.0)

@@ -13,9 +13,9 @@ from edge_client.bundles.bundle import open_bundle
 from hybridsd.manifest import QualityPoint, read_manifest
 from tests.tiny_pipeline import EMBED_DIM, write_tiny_pipeline
 from tests.unit.training.halved import halve
-from training.export import export_family
-from training.folders import written_whole
-from training.pruned_unet import load_unet, save_unet
+from training.core.folders import written_whole
+from training.export.family import export_family
+from training.models.pruned_unet import load_unet, save_unet
 
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 QUALITY = QualityPoint(cloud_steps=8, num_inference_steps=25, metric="semantic_accuracy", value=0.9)

@@ -18,14 +18,14 @@ from hybridsd.manifest import read_manifest, verify_files
 from hybridsd.prompting import TextOptions
 from tests.unit.training.toy import TOY_SCENES, ToyFamily, run
 from training import recipes
-from training.classifier import CLASSES, load_classifier, scenes_and_images
-from training.demo_command import STAGES
-from training.latents import CachedScenes, decode, encode, image_of, load_latents, scene_of
-from training.pruned_unet import load_unet
+from training.cli.demo import STAGES
+from training.data.latents import CachedScenes, decode, encode, image_of, load_latents, scene_of
+from training.data.scenes import to_model_range
+from training.evaluation.classifier import CLASSES, load_classifier, scenes_and_images
+from training.models.pruned_unet import load_unet
+from training.models.tiny_vae_layouts import read_tiny_vae
 from training.recipes.unet import SCENES_SEED
-from training.scenes import to_model_range
-from training.tiny_vae_layouts import read_tiny_vae
-from training.vae import load_vae
+from training.vae.kl_vae import load_vae
 
 
 def test_every_stage_is_done_and_not_done_again(family: ToyFamily) -> None:

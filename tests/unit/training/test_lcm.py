@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hybridsd.plan import denoise, initial_state
 from hybridsd.plan_compiler import compile_plan
 from tests.unit.training.tiny_unets import batch, cut_resnet, learn, losses_elsewhere, schedule, tiny_unet, words
-from training.lcm import (
+from training.distillation.lcm import (
     ConsistencySolver,
     LCMTask,
     consistency_loss,

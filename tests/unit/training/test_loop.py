@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from training import checkpoints
-from training.loop import CURVE_NAME, Run, Schedule, make_accelerator, train
-from training.stage_commands import say
-from training.task import Batch, Drawn, Group, Task, normal
+from training.cli.stages import say
+from training.core import checkpoints
+from training.core.loop import CURVE_NAME, Run, Schedule, make_accelerator, train
+from training.core.task import Batch, Drawn, Group, Task, normal
 
 
 def draw_points(rng: np.random.Generator, batch_size: int) -> Batch:

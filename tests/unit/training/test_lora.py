@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tests import tiny_loras
 from tests.unit.training.tiny_unets import batch, cut_resnet, learn, losses_elsewhere, schedule, tiny_unet, words
-from training.lcm import ConsistencySolver
-from training.lora import LCMLoRATask, add_lora, fuse, fuse_files, load_lora, without_lora
+from training.distillation.lcm import ConsistencySolver
+from training.distillation.lora import LCMLoRATask, add_lora, fuse, fuse_files, load_lora, without_lora
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}  # a fused weight is rounded once more
 

@@ -10,7 +10,7 @@ import scipy.linalg
 import torch
 from torch import Tensor, nn
 
-from training import backbones, metrics
+from training.evaluation import backbones, metrics
 
 
 def features(count: int, seed: int, shift: float = 0.0) -> np.ndarray[Any, np.dtype[np.float32]]:

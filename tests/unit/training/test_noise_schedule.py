@@ -6,7 +6,7 @@ import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 
 from tests.unit.training.tiny_unets import schedule
-from training.noise_schedule import NoiseSchedule, offset_noise, stratified_timesteps
+from training.core.noise_schedule import NoiseSchedule, offset_noise, stratified_timesteps
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 TIMESTEPS = torch.tensor([0, 1, 300, 999])

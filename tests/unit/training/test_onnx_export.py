@@ -12,8 +12,8 @@ from diffusers import UNet2DConditionModel
 from onnx import TensorProto, helper, numpy_helper
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from training.graphs import Graph, text_encoder_graph, unet_graph
-from training.onnx_export import ParityError, data_path, export_graph, prepared, save_onnx, store_as_half
+from training.export.graphs import Graph, text_encoder_graph, unet_graph
+from training.export.onnx_export import ParityError, data_path, export_graph, prepared, save_onnx, store_as_half
 
 EXACT = 2e-5
 """Two implementations of the same float32 arithmetic, outputs of order 1: a few hundred roundings."""

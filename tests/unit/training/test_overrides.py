@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from training.loop import Schedule
-from training.overrides import override
+from training.core.loop import Schedule
+from training.core.overrides import override
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from training.perceptual import (
+from training.vae.perceptual import (
     LPIPS,
     VGG16,
     LaplacianLoss,

@@ -8,7 +8,7 @@ import pytest
 from hybridsd.manifest import describe_file, read_manifest, verify_files
 from hybridsd.plan import from_json
 from tests.tiny_bundle import write_bundle
-from training.plan_table import MAX_BEGUN_STEPS, compile_plans, rewrite_plans
+from training.models.plan_table import MAX_BEGUN_STEPS, compile_plans, rewrite_plans
 
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hybridsd import unet_widths
-from training import shapes
-from training.depth import drop
-from training.diffusion import build_unet
-from training.pruned_unet import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, layers, load_unet, save_unet
-from training.pruning import cut
+from training.core.diffusion import build_unet
+from training.models import shapes
+from training.models.pruned_unet import CONFIG_NAME, INDEX_NAME, WEIGHTS_NAME, layers, load_unet, save_unet
+from training.pruning.depth import drop
+from training.pruning.widths import cut
 
 FORMAT = Path(__file__).parents[2] / "data" / "hybrid-sd-format"
 TOLERANCE = 1e-5  # what the fixture's README promises
@@ -177,7 +177,7 @@ def test_a_full_disk_leaves_the_old_unet(
         raise OSError(28, "No space left on device")
 
     save_unet(demo, tmp_path)
-    monkeypatch.setattr("training.pruned_unet.save_file", full)
+    monkeypatch.setattr("training.models.pruned_unet.save_file", full)
     with pytest.raises(OSError, match="No space"):
         save_unet(pruned, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [CONFIG_NAME, WEIGHTS_NAME]

@@ -11,12 +11,12 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from hybridsd.unet_widths import Kind, Layer
-from training import shapes
-from training.cost import WHOLE, costs, unet_inputs
-from training.depth import drop
-from training.diffusion import build_unet
-from training.pruned_unet import layers
-from training.pruning import (
+from training.core.diffusion import build_unet
+from training.cost.cost import WHOLE, costs, unet_inputs
+from training.models import shapes
+from training.models.pruned_unet import layers
+from training.pruning.depth import drop
+from training.pruning.widths import (
     PHANTOM,
     RATIOS,
     Key,

@@ -19,8 +19,8 @@ from hybridsd.manifest import (
     verify_files,
     write_manifest,
 )
-from training import quality
-from training.metrics import Score
+from training.evaluation import quality
+from training.evaluation.metrics import Score
 
 
 def one(

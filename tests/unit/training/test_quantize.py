@@ -12,9 +12,9 @@ from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_
 
 from hybridsd import noise
 from hybridsd.plan import Plan, from_json
-from training.onnx_export import data_path, save_onnx
-from training.quantize import measure_quantization, quantize_unet
-from training.trajectories import Drawing, Feed, follow, guide, open_unet, record_trajectories
+from training.export.onnx_export import data_path, save_onnx
+from training.export.quantize import measure_quantization, quantize_unet
+from training.export.trajectories import Drawing, Feed, follow, guide, open_unet, record_trajectories
 
 EDGE = Path(__file__).parents[3] / "deploy" / "demo" / "edge"
 STEPS = 4

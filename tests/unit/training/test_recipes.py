@@ -14,13 +14,13 @@ from hybridsd.manifest import read_manifest, verify_files
 from tests.unit.training import chain
 from tests.unit.training.toy import run
 from training import recipes
-from training.components import load_decoder
-from training.depth import drop
-from training.lora import load_lora
-from training.overrides import override
-from training.pruned_unet import layers, load_unet
-from training.pruning import RATIOS, cut, inner_parameters, ratios_for_budget, savings_of
-from training.shapes import sd14
+from training.core.overrides import override
+from training.distillation.lora import load_lora
+from training.models.components import load_decoder
+from training.models.pruned_unet import layers, load_unet
+from training.models.shapes import sd14
+from training.pruning.depth import drop
+from training.pruning.widths import RATIOS, cut, inner_parameters, ratios_for_budget, savings_of
 
 # float32 of another CPU, over 20 steps from a cold start; text and scores go through Adam's first, largest steps.
 # An AMD without AVX-512 is off by 0.053 (classifier) and 0.061 (lcm-small) from the Intel that wrote the files.

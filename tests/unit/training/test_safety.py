@@ -11,8 +11,8 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig
 
-from training.onnx_export import export_graph
-from training.safety import load_safety_checker, safety_graph
+from training.export.onnx_export import export_graph
+from training.export.safety import load_safety_checker, safety_graph
 
 SIDE = 32
 

@@ -9,9 +9,9 @@ import torch
 from diffusers import DDIMScheduler, LCMScheduler, PNDMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from training import sampling
-from training.diffusion import build_scheduler
-from training.lcm import guidance_embedding
+from training.core.diffusion import build_scheduler
+from training.distillation.lcm import guidance_embedding
+from training.evaluation import sampling
 
 STEPS = 6
 SHAPE = (4, 8, 8)

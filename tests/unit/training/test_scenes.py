@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from training.scenes import (
+from training.data.scenes import (
     BACKGROUNDS,
     COLOURS,
     OBJECTS,

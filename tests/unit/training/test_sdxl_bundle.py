@@ -17,12 +17,12 @@ from hybridsd.manifest import Defaults, read_manifest, verify_files
 from tests.tiny_pipeline import CONTEXT_LENGTH, EMBED_DIM, EMBED_DIM_2, POOLED_DIM, write_tiny_pipeline
 from tests.unit.training.test_safety import make_checker
 from tests.unit.training.toy import run as training
-from training.bundles import export_bundle, save_tokenizer
-from training.components import load_text
-from training.conditioning import ClipTextXL
-from training.graphs import unet_graph
-from training.pruned_unet import load_unet
-from training.sdxl_bundle import SecondText, TextXL, check_text, time_ids
+from training.core.conditioning import ClipTextXL
+from training.export.bundles import export_bundle, save_tokenizer
+from training.export.graphs import unet_graph
+from training.export.sdxl_bundle import SecondText, TextXL, check_text, time_ids
+from training.models.components import load_text
+from training.models.pruned_unet import load_unet
 
 LENGTH = CONTEXT_LENGTH
 FEATURES = EMBED_DIM + EMBED_DIM_2

@@ -6,10 +6,10 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from hybridsd import unet_widths
-from training import shapes
-from training.cost import unet_inputs
-from training.graphs import unet_graph
-from training.pruned_unet import build, layers
+from training.cost.cost import unet_inputs
+from training.export.graphs import unet_graph
+from training.models import shapes
+from training.models.pruned_unet import build, layers
 
 PUBLISHED = {
     "sd14": 859_520_964,

@@ -8,10 +8,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from training.diffusion import build_unet
-from training.pruned_unet import layers
-from training.pruning import PHANTOM, RATIOS, Key, ratios_from_thresholds
-from training.significance import BROKEN, load_scores, save_scores, significance, variants
+from training.core.diffusion import build_unet
+from training.models.pruned_unet import layers
+from training.pruning.significance import BROKEN, load_scores, save_scores, significance, variants
+from training.pruning.widths import PHANTOM, RATIOS, Key, ratios_from_thresholds
 
 ZEROED, STRONG = "down_blocks.0.resnets.0", "up_blocks.2.resnets.1"
 ZEROED_ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0.attn2"
@@ -72,7 +72,7 @@ def test_a_score_is_the_distance_of_means_and_deviations(
     unet: UNet2DConditionModel, scores: Mapping[Key, float]
 ) -> None:
     """Over captions, for each value of a latent."""
-    from training.pruning import cut
+    from training.pruning.widths import cut
 
     with torch.no_grad():
         x0, x = (Sampler()(network, 0).double() for network in (unet, cut(unet, {STRONG: 0.5})))

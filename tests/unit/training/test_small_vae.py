@@ -13,11 +13,12 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from training.discriminator import PatchDiscriminator
-from training.perceptual import LaplacianLoss
-from training.reconstruction import DecoderLoss, Lessons, Turns
-from training.small_autoencoder import SmallVAE
-from training.small_vae import (
+from training.core.task import Batch
+from training.models.small_autoencoder import SmallVAE
+from training.vae.discriminator import PatchDiscriminator
+from training.vae.perceptual import LaplacianLoss
+from training.vae.reconstruction import DecoderLoss, Lessons, Turns
+from training.vae.small_vae import (
     SD_SMALL_WIDTHS,
     SmallVAETask,
     build_small_vae,
@@ -25,7 +26,6 @@ from training.small_vae import (
     load_small_vae,
     prune_decoder,
 )
-from training.task import Batch
 
 
 def kl(widths: tuple[int, ...] = (16, 32, 32), *, groups: int = 4, layers: int = 1, seed: int = 0) -> AutoencoderKL:

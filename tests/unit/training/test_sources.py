@@ -8,11 +8,11 @@ import torch
 
 from tests.tiny_pipeline import Kind, write_tiny_pipeline
 from tests.unit.cloud_server.ldm_layout import write_single_file
-from training.bundles import save_tokenizer, write_tokenizer
-from training.components import load_scheduler_config, load_text
-from training.conditioning import ClipText
-from training.pruned_unet import load_unet
-from training.sources import Source, in_diffusers_layout, load_edge_unet
+from training.core.conditioning import ClipText
+from training.data.sources import Source, in_diffusers_layout, load_edge_unet
+from training.export.bundles import save_tokenizer, write_tokenizer
+from training.models.components import load_scheduler_config, load_text
+from training.models.pruned_unet import load_unet
 
 
 def test_a_variant_is_loaded(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from training.conditioning import token_ids
-from training.scenes import Scene, caption, sample_scene
-from training.text import CONTEXT, load_tokenizer, make_tokenizer, save_tokenizer, scene_labels
+from training.core.conditioning import token_ids
+from training.data.scenes import Scene, caption, sample_scene
+from training.data.text import CONTEXT, load_tokenizer, make_tokenizer, save_tokenizer, scene_labels
 
 TEXTS = (
     "",
@@ -82,7 +82,7 @@ def test_labels_say_what_stands_in_each_quadrant() -> None:
 
 def test_the_mask_begins_at_the_end_of_the_text(saved: Path) -> None:
     """Only tokens that have seen the whole caption are asked what it means."""
-    from training.text import TextTask, build_text_encoder
+    from training.data.text import TextTask, build_text_encoder
 
     tokenizer = load_tokenizer(saved)
     task = TextTask(tokenizer, build_text_encoder(len(tokenizer), hidden=16, layers=1, heads=2))

@@ -11,13 +11,13 @@ from diffusers import AutoencoderTiny
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from training.discriminator import PatchDiscriminator
-from training.perceptual import LaplacianLoss
-from training.reconstruction import DecoderLoss, Lessons, Turns
-from training.task import Batch
-from training.tiny_vae import TinyVAETask, build_tiny_vae
-from training.tiny_vae_layouts import read_tiny_vae
-from training.vae import build_vae
+from training.core.task import Batch
+from training.models.tiny_vae_layouts import read_tiny_vae
+from training.vae.discriminator import PatchDiscriminator
+from training.vae.kl_vae import build_vae
+from training.vae.perceptual import LaplacianLoss
+from training.vae.reconstruction import DecoderLoss, Lessons, Turns
+from training.vae.tiny_vae import TinyVAETask, build_tiny_vae
 
 GAN_TERMS = {"l1", "mse", "gradient", "perceptual", "adversarial"}
 

@@ -10,9 +10,9 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from training.components import load_decoder
-from training.small_vae import prune_decoder
-from training.tiny_vae_layouts import read_tiny_vae
+from training.models.components import load_decoder
+from training.models.tiny_vae_layouts import read_tiny_vae
+from training.vae.small_vae import prune_decoder
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from training.conditioning import LatentsAndText
-from training.diffusion import build_unet
-from training.noise_schedule import NoiseSchedule
-from training.task import Batch, Task, trainable
+from training.core.conditioning import LatentsAndText
+from training.core.diffusion import build_unet
+from training.core.noise_schedule import NoiseSchedule
+from training.core.task import Batch, Task, trainable
 
 TEXT_DIM = 16
 

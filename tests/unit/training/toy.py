@@ -7,7 +7,7 @@ from pathlib import Path
 from click.testing import CliRunner, Result
 
 from training import recipes
-from training.cli import main
+from training.cli.main import main
 
 TOY_SCENES = 48
 

@@ -1,0 +1,197 @@
+"""The commands that make a U-Net smaller: score, and prune by what was scored. Each wires options to its module."""
+
+from __future__ import annotations
+
+import json
+import time
+from functools import partial
+from pathlib import Path
+
+import click
+import numpy as np
+
+from training.cli.stages import FILE, FOLDER, OUT, numbers, say
+from training.core.checkpoints import write_text
+from training.core.conditioning import Text
+from training.core.loop import make_accelerator
+
+SCORES_FOLDER = "scores"
+
+
+def _scores(out: Path) -> dict[tuple[str, float], float]:
+    from training.pruning.significance import load_scores
+
+    found: dict[tuple[str, float], float] = {}
+    for path in sorted((out / SCORES_FOLDER).glob("part-*.json")):
+        found |= load_scores(path)
+    return found
+
+
+@click.command("score")
+@OUT
+@click.option("--model", help="Folder or hub id of a pipeline; the demo's large model in OUT unless told.")
+@click.option("--unet", "unet_source", help="Another U-Net than the model's.")
+@click.option("--captions", "metadata", type=FILE, help="metadata.csv, with --model: name, caption.")
+@click.option("--num-captions", type=click.IntRange(min=2), default=16, show_default=True, help="The reference has 50.")
+@click.option("--steps", type=click.IntRange(min=1), default=8, show_default=True, help="The reference has 25.")
+@click.option("--scheduler", default="dpmpp_2m", show_default=True)
+@click.option("--guidance", type=click.FloatRange(min=1), default=4.0, show_default=True, help="The reference has 7.5.")
+@click.option("--size", type=click.IntRange(min=8), default=128, show_default=True, help="Pixels of a side.")
+@click.option("--compat", is_flag=True, help="As the published code scores: other noise for each variant, and more.")
+def score_command(
+    out: Path, model: str | None, unet_source: str | None, metadata: Path | None, num_captions: int, steps: int,
+    scheduler: str, guidance: float, size: int, compat: bool,
+) -> None:  # fmt: skip
+    """Score how much the final latents change when each layer is cut; OUT/scores. The same command goes on.
+
+    Every resnet, self- and cross-attention is cut to 25, 50 and 75 percent, one at a time.
+    """
+    import torch
+
+    from training.core.diffusion import SCHEDULER_CONFIG
+    from training.core.task import freeze
+    from training.data.scenes import caption, sample_scene
+    from training.evaluation import coco
+    from training.evaluation.previews import CaptionSampler
+    from training.evaluation.sampling import autocast
+    from training.models.components import load_scheduler_config, load_text
+    from training.models.pruned_unet import load_unet
+    from training.pruning.significance import save_scores, significance, variants
+    from training.recipes.unet import scenes_text
+
+    accelerator, started = make_accelerator(), time.monotonic()
+    settings = {
+        "model": model, "unet": unet_source, "captions": None if metadata is None else str(metadata),
+        "num_captions": num_captions, "steps": steps, "scheduler": scheduler, "guidance": guidance, "size": size,
+        "compat": compat,
+    }  # fmt: skip
+    known = out / SCORES_FOLDER / "settings.json"
+    if known.is_file() and (before := json.loads(known.read_text(encoding="utf-8"))) != settings:
+        changed = [f"{name} {before.get(name)!r}" for name in settings if settings[name] != before.get(name)]
+        raise click.ClickException(
+            f"the scores in {known.parent} were made with {', '.join(changed)}; give the same, or remove that folder"
+        )
+    text: Text
+    if model is None:
+        rng = np.random.default_rng(4)
+        captions = [caption(sample_scene(rng), rng) for _ in range(num_captions)]
+        unet, text, config = load_unet(unet_source or out / "unet"), scenes_text(out), dict(SCHEDULER_CONFIG)
+    else:
+        if metadata is None:
+            raise click.UsageError("--model needs --captions, a metadata.csv with a caption a line")
+        captions = [one.text for one in coco.read_captions(metadata, num_captions)]
+        unet, text, config = load_unet(unet_source or model), load_text(model), dict(load_scheduler_config(model))
+    device = accelerator.device
+    freeze(unet).to(device)
+    for network in text.networks:
+        network.to(device)
+    sample = CaptionSampler(
+        text, config, captions, size=(size, size), scheduler=scheduler, steps=steps, guidance=guidance,
+        context=autocast(device, torch.bfloat16),
+    )  # fmt: skip
+    rank, workers = accelerator.process_index, accelerator.num_processes
+    path = out / SCORES_FOLDER / f"part-{rank:02d}.json"
+    done = _scores(out)
+    mine = dict(done) if rank == 0 else {}
+    accelerator.wait_for_everyone()  # nobody writes before all have read
+    if rank == 0:
+        save_scores(path, mine)  # first, so that none is lost when others begin their files anew
+        write_text(known, json.dumps(settings) + "\n")
+    accelerator.wait_for_everyone()
+    total = sum(len(variant.keys) for variant in variants(unet, compat=compat))
+    say(f"score: {total} scores of {len(captions)} captions, {len(done)} known")
+    for key, score in significance(unet, sample, compat=compat, done=done, rank=rank, workers=workers):
+        mine[key] = score
+        save_scores(path, mine)
+        say(f"score: {key[0]} at {key[1]}: {score:.3f}, {time.monotonic() - started:.0f} s")
+    accelerator.wait_for_everyone()
+
+
+@click.command("prune")
+@OUT
+@click.option("--unet", "unet_source", help="Folder or hub id of the scored U-Net; OUT/unet unless told.")
+@click.option("--to", "target", type=FOLDER, help="Where to write; OUT/pruned_unet unless told.")
+@click.option("--keep-mid", is_flag=True, help="Keep the middle block, which goes otherwise if there is one.")
+@click.option("--layers-per-block", type=click.IntRange(min=1), default=1, show_default=True, help="Layers that stay.")
+@click.option("--levels", type=click.IntRange(min=1), help="Levels that stay, from the outermost; all unless told.")
+@click.option("--transformer-layers", help="Transformer blocks that stay, by level, such as 1,2,5 (SDXL).")
+@click.option("--thresholds", help="a,b: 25% of the a least significant layers, 50% of those up to b, 75% of the rest.")
+@click.option("--parameters", type=click.FloatRange(min=0, min_open=True), help="Budget: so many million parameters.")
+@click.option("--gmacs", type=click.FloatRange(min=0, min_open=True), help="Budget: so many GMAC a call of one sample.")
+@click.option("--ratio", type=click.FloatRange(0, 1, min_open=True), help="Budget: this part of the parameters.")
+@click.option("--compat", is_flag=True, help="By the published rule, quirks included; with --thresholds.")
+@click.option("--size", type=click.IntRange(min=8), default=128, show_default=True, help="Pixels of a side, for MACs.")
+@click.option("--tokens", type=click.IntRange(min=1), default=32, show_default=True, help="For MACs.")
+def prune_command(
+    out: Path, unet_source: str | None, target: Path | None, keep_mid: bool, layers_per_block: int, levels: int | None,
+    transformer_layers: str | None, thresholds: str | None, parameters: float | None, gmacs: float | None,
+    ratio: float | None, compat: bool, size: int, tokens: int,
+) -> None:  # fmt: skip
+    """Drop layers, then cut inner channels and heads, by thresholds or to a budget; says what became of every layer.
+
+    The middle block goes and one layer a block stays unless told otherwise. By default the budget is 35% of the
+    parameters.
+    """
+    from training.cost.cost import compare, costs, unet_inputs
+    from training.cost.cost_report import as_csv, comparison_markdown
+    from training.models.pruned_unet import layers, load_unet, save_unet
+    from training.pruning.depth import drop, source_of, sources
+    from training.pruning.widths import (
+        PHANTOM,
+        cut,
+        inner_macs,
+        inner_parameters,
+        ratios_for_budget,
+        ratios_from_thresholds,
+        savings_of,
+    )
+
+    goals = {"--thresholds": thresholds, "--parameters": parameters, "--gmacs": gmacs, "--ratio": ratio}
+    given = [name for name, value in goals.items() if value is not None]
+    if len(given) > 1:
+        raise click.UsageError(f"{' and '.join(given)} do not go together; give one of them")
+    if compat and thresholds is None:
+        raise click.UsageError("--compat is the published rule, which has thresholds; give --thresholds a,b")
+    if not make_accelerator().is_main_process:
+        return
+    large = load_unet(unet_source or out / "unet")
+    shallow = drop(
+        large,
+        layers_per_block=layers_per_block,
+        mid=keep_mid and large.mid_block is not None,
+        levels=levels,
+        transformer_layers=numbers(transformer_layers, "--transformer-layers", 1, 100) if transformer_layers else None,
+    )
+    prefixes = sources(shallow, large)
+    names = {source_of(layer.name, prefixes): layer.name for layer in layers(shallow)}
+    scored = _scores(out)
+    if not scored:
+        raise click.ClickException(f"no scores in {out / SCORES_FOLDER}; run `python -m training score` first")
+    scores = {(names[name], part): score for (name, part), score in scored.items() if name in names}
+    scores |= {key: score for key, score in scored.items() if key[0] == PHANTOM and compat}
+    cells = size // 8
+    if thresholds is not None:
+        pair = numbers(thresholds, "--thresholds", 0, len(names) + 1)
+        if len(pair) != 2:
+            raise click.BadParameter(f"{thresholds!r} is not a,b such as 19,21", param_hint="--thresholds")
+        a, b = pair
+        ratios = ratios_from_thresholds(scores, layers(shallow), a, b, compat=compat)
+    else:
+        total = sum(parameter.numel() for parameter in large.parameters())
+        if gmacs is not None:
+            counted = costs(shallow, unet_inputs(shallow.config, batch=1, height=cells, width=cells, tokens=tokens))
+            inner = inner_macs(shallow, lambda path: counted[path].all_macs)
+            whole, goal = counted[""].all_macs, gmacs * 1e9
+        else:
+            inner = inner_parameters(shallow)
+            whole = sum(parameter.numel() for parameter in shallow.parameters())
+            goal = parameters * 1e6 if parameters is not None else (0.35 if ratio is None else ratio) * total
+        ratios = ratios_for_budget(scores, savings_of(shallow, inner, compat=compat), whole=whole, target=goal)
+    small = cut(shallow, ratios, compat=compat)
+    where = target or out / "pruned_unet"
+    save_unet(small, where)
+    inputs = unet_inputs(large.config, batch=1, height=cells, width=cells, tokens=tokens)
+    rows = compare(large.eval(), small.eval(), inputs, source=partial(source_of, prefixes=sources(small, large)))
+    (where / "report.csv").write_text(as_csv(rows), encoding="utf-8")
+    click.echo(comparison_markdown(rows))
+    say(f"prune: {where}")

@@ -1,0 +1,181 @@
+"""The seam between data and U-Nets: makes latents and text conditions of a batch of pictures and captions.
+
+Knows VAEs, text encoders and what U-Nets are called with. Knows nothing of noise, losses or what is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from training.core.task import Batch, freeze, normal
+
+VAE_SCALE_FACTOR = 8  # of every Stable Diffusion VAE: pixels to a latent, along one side
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conditioned:
+    """What a U-Net learns from."""
+
+    x0: Tensor
+    """Clean latents as the U-Net sees them, float32 [B, C, h, w]."""
+    unet_kwargs: Mapping[str, Any]
+    """Its keyword arguments for these captions: `encoder_hidden_states`, float32 [B, T, D]; SDXL's have more."""
+    unconditional_kwargs: Mapping[str, Any] | None = None
+    """The same for the empty caption; None where it was not asked for."""
+
+
+class Conditioner(Protocol):
+    """Turns a batch into what a U-Net is called with."""
+
+    networks: Sequence[nn.Module]
+    """What it runs; frozen."""
+
+    def encode(self, batch: Batch, rng: np.random.Generator, *, unconditional: bool = False) -> Conditioned:
+        """Encodes a batch that is on the device of `networks`."""
+        ...
+
+
+class Text(Protocol):
+    """Turns captions into a U-Net's keyword arguments, in two steps, so that embeddings can be kept."""
+
+    networks: Sequence[nn.Module]
+
+    def embed(self, captions: Sequence[str]) -> tuple[Tensor, ...]:
+        """Gives float32 tensors of one row a caption."""
+        ...
+
+    def unet_kwargs(self, embeds: Sequence[Tensor], size: tuple[int, int]) -> dict[str, Any]:
+        """Gives the keyword arguments for embeddings of B captions, and pictures of `size` (height, width) pixels."""
+        ...
+
+
+def token_ids(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
+    """Gives int64 [B, T]: begin, the caption, then end tokens up to the tokenizer's length. Longer captions are cut."""
+    encoded = tokenizer(
+        list(captions),
+        padding="max_length",
+        truncation=True,
+        max_length=tokenizer.model_max_length,
+        return_tensors="pt",
+    )
+    return cast(Tensor, encoded.input_ids)
+
+
+class ClipText:
+    """The text side of SD 1.x: the last hidden states of one CLIP encoder."""
+
+    def __init__(self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
+        self.tokenizer = tokenizer
+        self.text_encoder = freeze(text_encoder)
+        self.networks: Sequence[nn.Module] = (text_encoder,)
+
+    def embed(self, captions: Sequence[str]) -> tuple[Tensor, ...]:
+        """Gives the hidden states: float32 [B, T, D]."""
+        ids = token_ids(self.tokenizer, captions).to(self.text_encoder.device)
+        return (self.text_encoder(input_ids=ids).last_hidden_state.float(),)
+
+    def unet_kwargs(self, embeds: Sequence[Tensor], size: tuple[int, int]) -> dict[str, Any]:
+        """See `Text`; the size does not matter."""
+        del size
+        (hidden,) = embeds
+        return {"encoder_hidden_states": hidden}
+
+
+class ClipTextXL:
+    """The text side of SDXL: the last but one hidden states of two encoders side by side, and the second's summary.
+
+    An empty caption has embeddings of zeros, as in SDXL's own training (Podell et al., 2023) and its pipeline. The
+    pictures are said to be uncropped.
+    """
+
+    def __init__(
+        self,
+        tokenizers: tuple[CLIPTokenizer, CLIPTokenizer],
+        text_encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection],
+    ) -> None:
+        self.tokenizers = tokenizers
+        self.networks: Sequence[Any] = tuple(freeze(encoder) for encoder in text_encoders)
+
+    def embed(self, captions: Sequence[str]) -> tuple[Tensor, ...]:
+        """Gives the hidden states, float32 [B, T, D1 + D2], and the summary, float32 [B, D2]."""
+        outputs = [
+            encoder(input_ids=token_ids(tokenizer, captions).to(encoder.device), output_hidden_states=True)
+            for tokenizer, encoder in zip(self.tokenizers, self.networks, strict=True)
+        ]
+        hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1).float()
+        pooled = outputs[1].text_embeds.float()
+        said = torch.tensor([float(bool(caption)) for caption in captions], device=hidden.device)[:, None]
+        return hidden * said[..., None], pooled * said
+
+    def unet_kwargs(self, embeds: Sequence[Tensor], size: tuple[int, int]) -> dict[str, Any]:
+        """See `Text`."""
+        hidden, pooled = embeds
+        times = torch.tensor([*size, 0, 0, *size], dtype=torch.float32, device=hidden.device)  # original, crop, target
+        added = {"text_embeds": pooled, "time_ids": times.expand(len(hidden), -1)}
+        return {"encoder_hidden_states": hidden, "added_cond_kwargs": added}
+
+
+class LatentsAndText:
+    """The conditioner of Stable Diffusion: a VAE where there are no latents yet, and captions.
+
+    Args:
+        text: What the captions become.
+        vae: Encodes `batch.images`; not needed where every batch has latents.
+        empty: The probability, in [0, 1], that a caption is replaced by the empty one, so that the U-Net can be guided
+            (Ho and Salimans, 2022).
+        chunk: How many pictures the VAE sees at once.
+    """
+
+    def __init__(self, text: Text, vae: AutoencoderKL | None = None, *, empty: float = 0.0, chunk: int = 8) -> None:
+        if not 0 <= empty <= 1:
+            raise ValueError(f"empty is {empty}; it is a probability in [0, 1]")
+        self.text = text
+        self.vae = None if vae is None else freeze(vae)
+        self.networks: Sequence[nn.Module] = (*text.networks, *([] if vae is None else [vae]))
+        self.empty = empty
+        self.chunk = chunk
+        self._nothing: tuple[Tensor, ...] | None = None  # the embeddings of the empty caption
+
+    @torch.no_grad()
+    def encode(self, batch: Batch, rng: np.random.Generator, *, unconditional: bool = False) -> Conditioned:
+        """See `Conditioner`. Draws which captions are dropped, then the noise of the VAE's samples.
+
+        Raises:
+            ValueError: If the batch lacks captions, or both images and latents.
+        """
+        dropped = rng.random(len(batch)) < self.empty
+        if len(batch.captions) != len(batch):
+            raise ValueError(f"{len(batch.captions)} captions for {len(batch)} samples; give one caption each")
+        captions = ["" if drop else caption for drop, caption in zip(dropped, batch.captions, strict=True)]
+        x0 = self._latents(batch, rng)
+        size = (VAE_SCALE_FACTOR * x0.shape[-2], VAE_SCALE_FACTOR * x0.shape[-1])
+        without: Mapping[str, Any] | None = None
+        if unconditional:
+            if self._nothing is None:
+                self._nothing = self.text.embed([""])
+            rows = [embeds.to(x0.device).expand(len(x0), *embeds.shape[1:]) for embeds in self._nothing]
+            without = self.text.unet_kwargs(rows, size)
+        kwargs = self.text.unet_kwargs(self.text.embed(captions), size)
+        return Conditioned(x0=x0, unet_kwargs=kwargs, unconditional_kwargs=without)
+
+    def _latents(self, batch: Batch, rng: np.random.Generator) -> Tensor:
+        if batch.latents is not None:
+            return batch.latents
+        if batch.images is None or self.vae is None:
+            raise ValueError("a batch without latents needs images and a VAE; give both, or encode the data beforehand")
+        with torch.autocast(batch.images.device.type, enabled=False):  # in float16, SDXL's VAE overflows
+            posteriors = [
+                self.vae.encode(part.to(self.vae.dtype)).latent_dist for part in torch.split(batch.images, self.chunk)
+            ]
+        mean = torch.cat([posterior.mean for posterior in posteriors]).float()
+        std = torch.cat([posterior.std for posterior in posteriors]).float()
+        noise = normal(rng, mean.shape, mean.device)
+        return (mean + std * noise) * float(self.vae.config.scaling_factor)

@@ -1,0 +1,418 @@
+"""The one training loop: step, average the weights, checkpoint, resume, and write the loss curve down.
+
+Knows optimization, processes (through accelerate) and files. Knows nothing about what is learnt: a task gives the
+networks and the losses of one step, its data give the batches. All randomness of a step comes from generators seeded
+with its number and the process's, so a run that was stopped and resumed by the same command reaches the same state as
+one that was not.
+
+Several processes (`--processes`, `torchrun`, `accelerate launch`) split each batch and average their gradients once a
+step, in one message. That, and not DistributedDataParallel, because tasks call parts of their networks and take turns.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch import Tensor, nn
+
+from training.core import checkpoints
+from training.core.task import Batch, Data, Group, Task
+
+log = logging.getLogger(__name__)
+
+CURVE_NAME = "loss.csv"
+FINISHED_NAME = "finished.json"
+CURVE_EVERY = 20
+Precision = Literal["no", "bf16", "fp16"]
+Decay = Literal["constant", "linear", "cosine"]
+Tracker = Literal["tensorboard", "wandb"]
+FIXED = ("batch_size", "accumulate", "seed", "ema_decay")
+"""Of the schedule: what a run that is taken up again must not change, since it would not be the same run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Schedule:
+    """How long and how fast to learn."""
+
+    steps: int
+    batch_size: int
+    """Samples of one forward pass, over all processes."""
+    accumulate: int = 1
+    """Forward passes of one step."""
+    lr: float
+    warmup: int = 100
+    """Steps over which the rate rises linearly."""
+    decay: Decay = "linear"
+    """How the rate falls to 0 after that."""
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.0
+    """Of the averaged weights, which are what is saved in the end; 0 keeps no average."""
+    precision: Precision = "bf16"
+    """Of forward and backward passes; weights, losses and the optimizer are float32."""
+    preview_every: int = 0
+    """Steps between two validation pictures; 0 draws none."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        ranges: dict[str, tuple[float, float]] = {
+            "steps": (1, 10**9), "batch_size": (1, 10**6), "accumulate": (1, 10**6), "lr": (0, 10),
+            "warmup": (0, 10**9), "weight_decay": (0, 10), "max_grad_norm": (0, 10**9), "ema_decay": (0, 1),
+            "preview_every": (0, 10**9),
+            "seed": (0, 2**63),
+        }  # fmt: skip
+        for name, (least, most) in ranges.items():
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not least <= value <= most:
+                raise ValueError(f"{name} is {value!r}; it must be in [{least:g}, {most:g}]")
+        for name, choices in (("decay", get_args(Decay)), ("precision", get_args(Precision))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
+
+    def lr_at(self, step: int) -> float:
+        """Gives the learning rate of `step`, counted from 0."""
+        rise = min(1.0, (step + 1) / max(1, min(self.warmup, self.steps)))
+        done = max(0.0, (step - self.warmup) / max(1, self.steps - self.warmup))
+        fall = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.decay]
+        return self.lr * min(rise, fall)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRecord:
+    """What one step did."""
+
+    step: int
+    losses: dict[str, float]
+    lr: float
+    elapsed_s: float
+
+    @property
+    def loss(self) -> float:
+        """The sum of the terms."""
+        return sum(self.losses.values())
+
+
+def make_accelerator(
+    precision: Precision = "no", *, project: Path | None = None, trackers: Sequence[Tracker] = ()
+) -> Accelerator:
+    """Makes the accelerator of one run: device, processes, precision, and where the curves go.
+
+    Args:
+        precision: Of forward and backward passes.
+        project: The folder of the curves; needed with trackers.
+        trackers: What shows them; "wandb" needs the package of that name.
+
+    Raises:
+        ValueError: If this machine cannot do that.
+    """
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("precision is fp16, which needs a GPU; give --set schedule.precision=bf16, or no")
+    if "wandb" in trackers and importlib.util.find_spec("wandb") is None:
+        raise ValueError("the tracker wandb is not installed; pip install wandb, or choose tensorboard")
+    AcceleratorState._reset_state()  # one process runs several stages, each with its own precision
+    return Accelerator(
+        mixed_precision=precision,
+        cpu="WORLD_SIZE" in os.environ and not torch.cuda.is_available(),  # else each process runs alone
+        log_with=list(trackers) or None,
+        project_dir=None if project is None else str(project),
+    )
+
+
+class Run:
+    """The state of one training run: the networks, their optimizers, their average, and how far it is.
+
+    Args:
+        task: What is trained.
+        data: What it learns from.
+        schedule: How long and how fast.
+        accelerator: Device and processes; one for this machine when None.
+
+    Raises:
+        ValueError: If the batch cannot be split over the processes.
+    """
+
+    def __init__(self, task: Task, data: Data, schedule: Schedule, accelerator: Accelerator | None = None) -> None:
+        self.accelerator = accelerator or make_accelerator(schedule.precision)
+        self.rank, self.workers = self.accelerator.process_index, self.accelerator.num_processes
+        if schedule.batch_size % self.workers:
+            raise ValueError(
+                f"a batch of {schedule.batch_size} cannot be split over {self.workers} processes; choose a multiple"
+            )
+        self.task, self.data, self.schedule = task.to(self.accelerator.device), data, schedule
+        self.step, self.stop = 0, False
+        self.curve: list[dict[str, float]] = []
+        self.pending: list[dict[str, float]] = []
+        self.groups = dict(task.groups())
+        self._optimizers = {name: self._optimizer(group) for name, group in self.groups.items()}
+        self._ema = self._averaging() if schedule.ema_decay else None
+        task.learnt.train()
+
+    def _optimizer(self, group: Group) -> Any:
+        schedule = self.schedule
+        return self.accelerator.prepare_optimizer(
+            torch.optim.AdamW(
+                group.parameters, lr=schedule.lr, betas=schedule.betas, weight_decay=schedule.weight_decay, fused=True
+            )
+        )
+
+    def _averaging(self) -> EMAModel:
+        return EMAModel(self.task.learnt.parameters(), decay=self.schedule.ema_decay, foreach=True)
+
+    def steps(self) -> Iterator[StepRecord]:
+        """Learns, yielding after every step, until the schedule is done or `stop` was set in any process."""
+        schedule = self.schedule
+        batches = self.data.batches(
+            batch_size=schedule.batch_size // self.workers,
+            start=self.step * schedule.accumulate,
+            rank=self.rank,
+            workers=self.workers,
+        )
+        stopping = False
+        while self.step < schedule.steps and not stopping:
+            started = time.monotonic()
+            turn, lr = self.task.turn(self.step), schedule.lr_at(self.step)
+            losses: dict[str, float] = {}
+            for part in range(schedule.accumulate):
+                for name, value in self._backward(next(batches), part).items():
+                    losses[name] = losses.get(name, 0.0) + value / schedule.accumulate
+            stopping = self._learn(self.groups[turn], self._optimizers[turn], lr)
+            self.step += 1
+            self.task.after_step(self.step)
+            self._note(losses, lr)
+            yield StepRecord(step=self.step, losses=losses, lr=lr, elapsed_s=time.monotonic() - started)
+
+    def _backward(self, batch: Batch, part: int) -> dict[str, float]:
+        seeds = np.random.SeedSequence((self.schedule.seed, self.step, self.rank, part))
+        for_task, for_torch = seeds.spawn(2)
+        torch.manual_seed(int(for_torch.generate_state(1)[0]))  # dropout
+        with self.accelerator.autocast():
+            terms = self.task.losses(batch.to(self.accelerator.device), np.random.default_rng(for_task), self.step)
+        loss = torch.stack([term.float() for term in terms.values()]).sum()
+        self.accelerator.backward(loss / self.schedule.accumulate)
+        return {name: float(term.detach()) for name, term in terms.items()}
+
+    def _learn(self, group: Group, optimizer: Any, lr: float) -> bool:
+        """Averages the gradients over the processes and steps; says whether any process wants to stop."""
+        gradients = [p.grad for p in group.parameters if p.grad is not None]
+        stopping = self._average(gradients)  # before unscaling, so that all processes see an overflow of one
+        self.accelerator.unscale_gradients(optimizer)
+        norm = nn.utils.clip_grad_norm_(group.parameters, self.schedule.max_grad_norm)
+        if self.accelerator.scaler is not None or torch.isfinite(norm):  # the scaler judges by itself
+            for entry in optimizer.param_groups:
+                entry["lr"] = lr * group.lr_scale
+            optimizer.step()
+        else:
+            log.warning("step %d left out: its gradient is not finite", self.step)
+        self.task.learnt.zero_grad(set_to_none=True)  # also of the groups whose turn it is not
+        if self._ema is not None:
+            self._ema.step(self.task.learnt.parameters())
+        return stopping
+
+    def _average(self, gradients: list[Tensor]) -> bool:
+        if self.workers == 1:
+            return self.stop
+        stop = torch.tensor([float(self.stop)], device=self.accelerator.device)
+        flat = torch.cat([*(gradient.reshape(-1).float() for gradient in gradients), stop])
+        flat = cast(Tensor, self.accelerator.reduce(flat, reduction="mean"))
+        parts = torch.split(flat[:-1], [gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+        return bool(flat[-1] > 0)
+
+    def _note(self, losses: dict[str, float], lr: float) -> None:
+        """Adds the means of the last steps to the curve; with turns, of each term over the steps that had it."""
+        self.pending.append(losses)
+        if self.step % CURVE_EVERY and self.step != self.schedule.steps:
+            return
+        names = dict.fromkeys(name for entry in self.pending for name in entry)
+        means = {name: float(np.mean([entry[name] for entry in self.pending if name in entry])) for name in names}
+        self.curve.append({"step": self.step, "lr": lr, "loss": sum(means.values()), **means})
+        self.pending.clear()
+        self.accelerator.log(self.curve[-1], step=self.step)
+
+    def use_average(self) -> None:
+        """Puts the averaged weights into the networks, if the schedule averages; the run cannot go on after that."""
+        if self._ema is not None:
+            self._ema.copy_to(self.task.learnt.parameters())
+
+    def preview(self, path: Path) -> None:
+        """Draws the task's validation picture with the averaged weights, and shows it in the trackers."""
+        parameters = list(self.task.learnt.parameters())
+        if self._ema is not None:
+            self._ema.store(parameters)
+            self._ema.copy_to(parameters)
+        self.task.learnt.eval()
+        with torch.inference_mode(), self.accelerator.autocast():
+            picture = self.task.preview()
+        self.task.learnt.train()
+        if self._ema is not None:
+            self._ema.restore(parameters)
+        if picture is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
+        for tracker in self.accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"preview": picture[None]}, step=self.step, **layout)
+
+    def save(self, directory: Path) -> None:
+        """Writes the checkpoint and the loss curve. Only the first process writes."""
+        if not self.accelerator.is_main_process:
+            return
+        task, settings = self.task, dict[str, Any]()
+        optimizer: dict[str, Tensor] = {}
+        for name, wrapped in self._optimizers.items():
+            for index, values in wrapped.state_dict()["state"].items():
+                optimizer |= {f"{name}.{index}.{key}": value for key, value in values.items()}
+        if self._ema is not None:
+            average = self._ema.state_dict()
+            settings["average"] = {key: value for key, value in average.items() if key != "shadow_params"}
+        scaler = self.accelerator.scaler
+        tensors = {
+            "learnt": task.learnt.state_dict(),
+            "companions": {} if task.companions is None else task.companions.state_dict(),
+            "average": {} if self._ema is None else dict(self._averages()),
+            "optimizer": optimizer,
+        }
+        state = {
+            "schedule": asdict(self.schedule), "curve": self.curve, "pending": self.pending, **settings,
+            "workers": self.workers, "scaler": None if scaler is None else scaler.state_dict(),
+        }  # fmt: skip
+        checkpoints.save(directory, self.step, tensors, state)
+        write_curve(directory / CURVE_NAME, self.curve)
+
+    def _averages(self) -> Iterator[tuple[str, Tensor]]:
+        shadows = cast(EMAModel, self._ema).shadow_params
+        for (name, _), shadow in zip(self.task.learnt.named_parameters(), shadows, strict=True):
+            yield name, shadow
+
+    def resume(self, directory: Path) -> bool:
+        """Takes the newest checkpoint of `directory` up again, if there is one. Says whether there was.
+
+        Raises:
+            ValueError: If the checkpoint is of other networks, or of a run with other batches.
+        """
+        path = checkpoints.latest(directory)
+        if path is None:
+            return False
+        state = checkpoints.read_state(path)
+        now = {**{name: getattr(self.schedule, name) for name in FIXED}, "processes": self.workers}
+        before = {**{name: state["schedule"][name] for name in FIXED}, "processes": state["workers"]}
+        changed = [f"{name} {before[name]} (now {now[name]})" for name in now if now[name] != before[name]]
+        if changed:
+            raise ValueError(
+                f"{path} was made with {', '.join(changed)}; give the same to go on, or choose another --out"
+            )
+        try:
+            self.task.learnt.load_state_dict(checkpoints.read_tensors(path, "learnt"))
+            if self.task.companions is not None:
+                self.task.companions.load_state_dict(checkpoints.read_tensors(path, "companions"))
+        except RuntimeError as error:
+            reason = (str(error).splitlines() or [""])[-1].strip()[:120]
+            raise ValueError(
+                f"{path} is of other networks than this recipe makes ({reason}); choose another --out, or remove it"
+            ) from error
+        self._resume_optimizers(checkpoints.read_tensors(path, "optimizer"))
+        if self._ema is not None:
+            averages = checkpoints.read_tensors(path, "average")
+            with torch.no_grad():
+                for name, shadow in self._averages():
+                    shadow.copy_(averages[name])
+            self._ema.optimization_step = state["average"]["optimization_step"]
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.curve, self.pending = state["step"], state["curve"], state["pending"]
+        return True
+
+    def _resume_optimizers(self, saved: dict[str, Tensor]) -> None:
+        states: dict[str, dict[int, dict[str, Tensor]]] = {name: {} for name in self._optimizers}
+        for key, value in saved.items():
+            name, index, field = key.rsplit(".", 2)
+            states[name].setdefault(int(index), {})[field] = value
+        for name, optimizer in self._optimizers.items():
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": states[name]})
+
+
+def write_curve(path: Path, curve: list[dict[str, float]]) -> None:
+    """Writes the loss curve as CSV, one row every few steps."""
+    names = list(dict.fromkeys(name for row in curve for name in row))
+
+    def write(partial: Path) -> None:
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=names)
+            writer.writeheader()
+            writer.writerows(curve)
+
+    if curve:
+        checkpoints.write_atomically(path, write)
+
+
+def train(run: Run, directory: Path, *, checkpoint_seconds: float = 120.0) -> Iterator[StepRecord]:
+    """Runs to the end, checkpointing on the way and when it stops early; at the end saves the averaged networks.
+
+    A run that is finished already yields nothing.
+
+    Raises:
+        checkpoints.CheckpointError: If a checkpoint cannot be written.
+    """
+    finished = directory / FINISHED_NAME
+    done = finished.is_file() and json.loads(finished.read_text(encoding="utf-8"))["steps"] == run.step
+    run.accelerator.wait_for_everyone()  # all have looked before one writes
+    if run.step >= run.schedule.steps and done:
+        return
+    saved_at, saved_step = time.monotonic(), run.step
+    every = run.schedule.preview_every
+    try:
+        for record in run.steps():
+            if time.monotonic() - saved_at > checkpoint_seconds:
+                saved_step = run.step  # before saving: a checkpoint that failed is not tried again on the way out
+                run.save(directory)
+                saved_at = time.monotonic()
+            if every and run.accelerator.is_main_process and (run.step % every == 0 or run.step == run.schedule.steps):
+                run.preview(directory / "previews" / f"{run.step:08d}.png")
+            yield record
+    finally:
+        if run.step != saved_step:
+            run.save(directory)
+    run.accelerator.wait_for_everyone()  # a process that ends early ends the others, and the first may be saving
+    if run.step < run.schedule.steps:
+        return
+    run.use_average()
+    if run.accelerator.is_main_process:
+        _save_result(run.task, directory)
+        checkpoints.write_text(finished, json.dumps({"steps": run.step}) + "\n")
+    run.accelerator.wait_for_everyone()
+
+
+def _save_result(task: Task, directory: Path) -> None:
+    """Lets the task write beside what is there, and moves its files there when they are whole."""
+    partial = directory / ".result.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        task.save(partial)
+        for path in sorted(partial.rglob("*")):
+            target = directory / path.relative_to(partial)
+            if path.is_dir():
+                target.mkdir(parents=True, exist_ok=True)
+            else:
+                os.replace(path, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,124 @@
+"""Where a user's model lies: a folder or hub id in diffusers layout, one of its variants, or a checkpoint in one file.
+
+Knows diffusers' own readers. Knows nothing of what is made of the parts.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+
+from training.models.pruned_unet import load_unet
+
+SINGLE_FILE = ".safetensors"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """A model as its user names it."""
+
+    where: str
+    """A folder, a hub id, or a checkpoint in one .safetensors file, in the layout of the original Stable Diffusion."""
+    config: str | None = None
+    """Folder or hub id in diffusers layout that has the configurations and tokenizers, which one file has not."""
+    variant: str | None = None
+    """Which weights, such as "fp16" of model.fp16.safetensors."""
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a checkpoint in one file."""
+        return self.where.endswith(SINGLE_FILE)
+
+    def check(self) -> None:
+        """Raises ValueError if it is a pickle, a file that is not there, or one that comes without configurations."""
+        if Path(self.where).suffix in (".ckpt", ".bin", ".pt", ".pth"):
+            raise ValueError(
+                f"{self.where} is a pickle, which can run code when it is read; give the .safetensors of the same model"
+            )
+        if self.is_file and not Path(self.where).is_file():
+            raise ValueError(f"{self.where} does not exist; give a folder, a hub id or a .safetensors file")
+        if self.is_file and self.config is None:
+            raise ValueError(
+                f"{self.where} is a checkpoint in one file, which has no configurations or tokenizers; give a folder or"
+                " hub id of the same family with --config"
+            )
+
+
+@contextmanager
+def in_diffusers_layout(source: Source) -> Iterator[str]:
+    """Gives a folder or hub id in diffusers layout.
+
+    Of a checkpoint in one file the folder is made for the time being: text encoders, tokenizers, scheduler, and what
+    the VAE's configuration says.
+
+    Raises:
+        ValueError: See `Source.check`; or if the file does not fit its configuration.
+    """
+    source.check()
+    if not source.is_file:
+        yield source.where
+        return
+    index = DiffusionPipeline.load_config(source.config)
+    kind: Any = StableDiffusionXLPipeline if "text_encoder_2" in index else StableDiffusionPipeline
+    others = ("unet", "vae", *(() if kind is StableDiffusionXLPipeline else ("safety_checker", "feature_extractor")))
+    try:
+        pipeline = kind.from_single_file(
+            source.where, config=source.config, torch_dtype=torch.float32, **dict.fromkeys(others)
+        )
+    except (KeyError, OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:300]
+        raise ValueError(
+            f"{source.where} does not fit the configuration {source.config} ({reason}); give that of its own base model"
+        ) from error
+    with tempfile.TemporaryDirectory() as folder:
+        pipeline.save_pretrained(folder)
+        vae = AutoencoderKL.load_config(source.config, subfolder="vae")
+        (Path(folder) / "vae").mkdir()
+        (Path(folder) / "vae" / "config.json").write_text(json.dumps(dict(vae)), encoding="utf-8")
+        yield folder
+
+
+def load_edge_unet(source: Source) -> UNet2DConditionModel:
+    """Loads a U-Net: stock or pruned, of a folder, a hub id, a variant, or a checkpoint in one file.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    source.check()
+    try:
+        if source.is_file:
+            return cast(
+                UNet2DConditionModel,
+                UNet2DConditionModel.from_single_file(
+                    source.where, config=source.config, subfolder="unet", torch_dtype=torch.float32
+                ).eval(),
+            )
+        if source.variant is not None:
+            alone = (Path(source.where) / "config.json").is_file()
+            return cast(
+                UNet2DConditionModel,
+                UNet2DConditionModel.from_pretrained(
+                    source.where,
+                    subfolder=None if alone else "unet",
+                    variant=source.variant,
+                    torch_dtype=torch.float32,
+                ).eval(),
+            )
+    except (KeyError, OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:300]
+        raise ValueError(f"the U-Net of {source.where} cannot be loaded: {reason}") from error
+    return load_unet(source.where)

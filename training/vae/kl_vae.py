@@ -1,0 +1,135 @@
+"""The VAE of the family: what it is, what it is trained on and how it is judged.
+
+Learns on random crops of scenes: the network is convolutional and works at any size afterwards. Knows nothing about
+text or noise. Images are float32 [B, 3, H, W] in [-1, 1]; raw latents are float32 [B, 4, H/8, W/8]; latents as the
+U-Net sees them are raw latents times `scaling_factor`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from torch.nn import functional as F
+
+from training.core.task import Batch, Task, freeze, normal
+from training.data.scenes import SIZE, background_colour, caption, draw, place, render, sample_scene, to_model_range
+
+LATENT_CHANNELS = 4
+VAE_SCALE_FACTOR = 8
+
+
+def build_vae(widths: tuple[int, ...]) -> AutoencoderKL:
+    """Builds an untrained AutoencoderKL of four levels (8x smaller latents), one layer a block, without attention."""
+    levels = len(widths)
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=widths,
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=8,
+        sample_size=SIZE,
+        scaling_factor=1.0,
+        mid_block_add_attention=False,
+    )
+
+
+def scene_batch(rng: np.random.Generator, batch_size: int) -> Tensor:
+    """Draws whole training scenes: float32 [B, 3, 128, 128] in [-1, 1]."""
+    return torch.from_numpy(to_model_range(np.stack([render(sample_scene(rng), rng) for _ in range(batch_size)])))
+
+
+def draw_scenes(rng: np.random.Generator, batch_size: int) -> Batch:
+    """Draws whole training scenes with captions; see `task.Drawn`."""
+    scenes = [sample_scene(rng) for _ in range(batch_size)]
+    images = to_model_range(np.stack([render(scene, rng) for scene in scenes]))
+    return Batch(images=torch.from_numpy(images), captions=tuple(caption(scene, rng, free=0.3) for scene in scenes))
+
+
+def draw_crops(crop: int, rng: np.random.Generator, batch_size: int) -> Batch:
+    """Draws one square of `crop` pixels around an object of each of `batch_size` scenes; see `task.Drawn`.
+
+    Around an object, because a uniform crop shows mostly background, of which there is little to learn.
+    """
+    crops = np.empty((batch_size, crop, crop, 3), dtype=np.uint8)
+    for index in range(batch_size):
+        scene = sample_scene(rng)
+        placed = place(scene, rng)
+        item = placed[rng.integers(len(placed))]
+        spread = (item.side + crop) / 4
+        left, top = np.clip(
+            np.rint(np.array([item.x, item.y]) - crop / 2 + rng.uniform(-spread, spread, size=2)),
+            0,
+            SIZE - crop,
+        ).astype(int)
+        crops[index] = draw(placed, background_colour(scene, rng))[top : top + crop, left : left + crop]
+    return Batch(images=torch.from_numpy(to_model_range(crops)))
+
+
+def gradient_loss(images: Tensor, targets: Tensor) -> Tensor:
+    """Gives the mean absolute difference of horizontal and vertical differences: edges count, not only areas."""
+    error = images - targets
+    return (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()) / 2
+
+
+def psnr(images: Tensor, targets: Tensor) -> float:
+    """Gives the peak signal-to-noise ratio in dB, over the whole batch, for images in [-1, 1]."""
+    mse = F.mse_loss(images.clamp(-1, 1), targets)
+    return float(10 * torch.log10(4 / mse))
+
+
+def latent_scaling_factor(vae: AutoencoderKL, *, images: int = 256, seed: int = 1) -> float:
+    """Measures 1 / std of the raw latents of training scenes."""
+    rng = np.random.default_rng((seed, 2**31))
+    with torch.inference_mode():
+        latents = [
+            cast(Tensor, vae.encode(scene_batch(rng, 32).to(vae.device)).latent_dist.mean)
+            for _ in range(max(1, images // 32))
+        ]
+    return float(1 / torch.cat(latents).std())
+
+
+class VAETask(Task):
+    """Trains an AutoencoderKL: L1, squared error, L1 of the gradients, and a small KL term against runaway latents."""
+
+    def __init__(self, vae: AutoencoderKL, *, mse_weight: float, gradient_weight: float, kl_weight: float) -> None:
+        self.learnt = self.vae = vae
+        self.mse_weight = mse_weight
+        self.gradient_weight = gradient_weight
+        self.kl_weight = kl_weight
+
+    def losses(self, batch: Batch, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
+        """Gives the terms "l1", "mse", "gradient" and "kl" of `batch.images`."""
+        del step
+        targets = cast(Tensor, batch.images)
+        moments = self.vae.quant_conv(self.vae.encoder(targets)).float()
+        mean, log_variance = moments.chunk(2, dim=1)
+        log_variance = log_variance.clamp(-20, 10)
+        latents = mean + normal(rng, mean.shape, mean.device) * (log_variance / 2).exp()
+        images = self.vae.decoder(self.vae.post_quant_conv(latents)).float()
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+        return {
+            "l1": F.l1_loss(images, targets),
+            "mse": self.mse_weight * F.mse_loss(images, targets),
+            "gradient": self.gradient_weight * gradient_loss(images, targets),
+            "kl": self.kl_weight * kl,
+        }
+
+    def save(self, directory: Path) -> None:
+        """Measures the scaling factor, writes it into the config, and saves the diffusers directory."""
+        self.vae.eval()
+        factor = latent_scaling_factor(self.vae)
+        self.vae.register_to_config(scaling_factor=round(factor, 5))
+        self.vae.save_pretrained(directory)
+
+
+def load_vae(directory: Path) -> AutoencoderKL:
+    """Loads a VAE that `VAETask.save` wrote, frozen, in evaluation mode."""
+    return freeze(cast(AutoencoderKL, AutoencoderKL.from_pretrained(directory)))

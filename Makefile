@@ -47,10 +47,10 @@ screenshots: $(INSTALLED)  ## take the pictures of the page again; needs chromiu
 	$(BIN)/python -m tests.e2e.screenshots
 
 bench: $(INSTALLED)  ## ratios inside one run, with the machine named; BENCH="--full" for full-size shapes
-	$(BIN)/python -m tests.bench $(BENCH)
+	$(BIN)/python -m tests.benchmarks.bench $(BENCH)
 
 bench-full: $(INSTALLED)  ## real sizes against diffusers' own pipeline in one run; BENCH="--provider openvino"
-	$(BIN)/python -m tests.bench_full $(BENCH)
+	$(BIN)/python -m tests.benchmarks.bench_full $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

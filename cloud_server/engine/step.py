@@ -10,7 +10,7 @@ import torch
 
 from cloud_server.engine.request import Encoded, JobRequest, Latents, Stage
 from cloud_server.models.denoiser import Conditions, Denoiser, Loras
-from hybridsd import levels, noise
+from hybridsd import noise, noise_levels
 from hybridsd.plan import advance, initial_state, unet_input, x0_preview
 
 Group = tuple[str, tuple[int, int, int], tuple[int, ...], Loras]
@@ -167,7 +167,7 @@ def _advance(device: torch.device, trajectory: Trajectory, guided: torch.Tensor)
     row = request.plan.rows[call]
     output = guided
     if trajectory.known is not None and trajectory.mask is not None:
-        output = levels.steer(row, trajectory.state, guided, trajectory.known, trajectory.mask)
+        output = noise_levels.steer(row, trajectory.state, guided, trajectory.known, trajectory.mask)
     drawn = None
     if row.draws_noise:
         values = noise.call_noise(request.seed, request.image_index, call, request.latent_shape)

@@ -28,8 +28,8 @@ from cloud_server.models.sources import (
     read_json,
 )
 from cloud_server.models.text_encoders import load_text_encoders
+from hybridsd import aspect_buckets
 from hybridsd import schedulers as known_schedulers
-from hybridsd import sizes
 from hybridsd.errors import HybridSDError
 from hybridsd.plan import MAX_STEPS
 
@@ -75,7 +75,7 @@ class ModelInfo:
     """Features of the pooled text; 0: it takes none."""
     loras: tuple[LoraInfo, ...] = ()
     """Adapters that can be asked for."""
-    sizes: tuple[sizes.Size, ...] = ()
+    sizes: tuple[aspect_buckets.Size, ...] = ()
     """Widths and heights that it was trained for, in pixels, where there are several."""
 
 
@@ -197,7 +197,7 @@ def _describe(
         pooled_dim=kind.pooled_dim,
     )
     _check_defaults(info)
-    return replace(info, sizes=sizes.buckets(default_size, size_multiple)) if kind.is_sdxl else info
+    return replace(info, sizes=aspect_buckets.buckets(default_size, size_multiple)) if kind.is_sdxl else info
 
 
 def _config_for(name: str, configs: Sequence[str]) -> str | None:

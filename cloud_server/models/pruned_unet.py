@@ -1,4 +1,4 @@
-"""Loads a U-Net, stock or in Hybrid SD's pruned format (`hybridsd.unet_widths`), from a folder.
+"""Loads a U-Net, stock or in Hybrid SD's pruned format (`hybridsd.pruned_unet`), from a folder.
 
 Knows files and modules. Knows nothing of models, devices or how a U-Net was pruned.
 """
@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from cloud_server.models.sources import UNET_STEM, read_json, weights_of
-from hybridsd import unet_widths
+from hybridsd import pruned_unet
 
 
 def load_unet(folder: Path, dtype: torch.dtype, variant: str | None = None) -> Any:
@@ -47,11 +47,11 @@ def build_unet(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -
     """
     from diffusers import UNet2DConditionModel
 
-    layers = unet_widths.layers({name: tuple(value.shape) for name, value in tensors.items()}, config)
-    unet_widths.check_config(layers, config)
+    layers = pruned_unet.layers({name: tuple(value.shape) for name, value in tensors.items()}, config)
+    pruned_unet.check_config(layers, config)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(
-            {key: config[key] for key in config if key not in unet_widths.EXTRA_KEYS}
+            {key: config[key] for key in config if key not in pruned_unet.EXTRA_KEYS}
         )
     for layer in layers:
         if layer.size != layer.full:
@@ -65,10 +65,10 @@ def build_unet(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -
     return unet.eval()
 
 
-def _resize(module: Any, layer: unet_widths.Layer) -> None:
+def _resize(module: Any, layer: pruned_unet.Layer) -> None:
     """Makes the module of a layer as wide as `layer` says; its cut parameters become empty."""
     channels = layer.size * layer.unit
-    for tensor, axis in unet_widths.CUT_AXES[layer.kind].items():
+    for tensor, axis in pruned_unet.CUT_AXES[layer.kind].items():
         path, _, name = tensor.rpartition(".")
         part = module.get_submodule(path)
         shape = list(getattr(part, name).shape)

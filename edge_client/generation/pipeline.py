@@ -22,7 +22,7 @@ from edge_client.images.files import to_u8
 from edge_client.images.inputs import composite
 from edge_client.inference.models import Models
 from edge_client.types import Latents
-from hybridsd import levels, noise
+from hybridsd import noise, noise_levels
 from hybridsd.errors import HybridSDError, InvalidRequest, Reason
 from hybridsd.plan import Plan, PlanRow, denoise, initial_state
 
@@ -168,7 +168,7 @@ class _Painter:
         run.known = self.models.encode_image(given.image)
         run.plan = self._plan(self.job.stages[0].grid)
         drawn = self._drawn()
-        state = levels.begin_from(run.plan, run.known, drawn, run.prediction_type)
+        state = noise_levels.begin_from(run.plan, run.known, drawn, run.prediction_type)
         run.state = tuple(array.astype(np.float32) for array in state)
 
     def run_stages(self, advisor: Advisor | None) -> Iterator[Event]:
@@ -272,13 +272,13 @@ class _Painter:
         if run.plan is None or not run.state:  # nothing has run: from pure noise
             run.plan, run.call, run.prediction_type = self._plan(grid), 0, kind
             return True
-        level = levels.noise_level(run.plan, run.call, run.prediction_type)
-        latents = levels.vp_latents(run.plan, run.call, run.state)
-        step = levels.entry_step(self._plan(grid), level, kind)
+        level = noise_levels.noise_level(run.plan, run.call, run.prediction_type)
+        latents = noise_levels.vp_latents(run.plan, run.call, run.state)
+        step = noise_levels.entry_step(self._plan(grid), level, kind)
         if step == grid.num_inference_steps:
             return False
         plan = self._plan(replace(grid, begin_step=step))
-        raised = levels.raise_level(latents, level, levels.noise_level(plan, 0, kind), self._drawn())
+        raised = noise_levels.raise_level(latents, level, noise_levels.noise_level(plan, 0, kind), self._drawn())
         run.state = ((raised / plan.rows[0].unet_input[0]).astype(np.float32),)
         run.plan, run.call, run.first_call, run.prediction_type = plan, 0, 0, kind
         return True
@@ -315,8 +315,8 @@ class _Painter:
             output = edge.predict_noise(sample, timestep, conditioning, guidance_scale=stage.guidance_scale)
             if made == run.prediction_type:
                 return output
-            level = levels.noise_level(plan, run.call, run.prediction_type)
-            return levels.convert_output(output, sample, level, made, run.prediction_type)
+            level = noise_levels.noise_level(plan, run.call, run.prediction_type)
+            return noise_levels.convert_output(output, sample, level, made, run.prediction_type)
 
         def draw_noise(call: int) -> Latents:
             return noise.call_noise(request.seed, picture, call, self.job.latent_shape)
@@ -324,7 +324,7 @@ class _Painter:
         known, mask = run.known, None if request.image_input is None else request.image_input.mask_cells
 
         def steer(row: PlanRow, state: Sequence[Latents], output: Latents) -> Latents:
-            return output if known is None or mask is None else levels.steer(row, state, output, known, mask)
+            return output if known is None or mask is None else noise_levels.steer(row, state, output, known, mask)
 
         last = time.perf_counter()
         for done in denoise(plan, run.state, predict, draw_noise, start=run.call, stop=stop, steer=steer):

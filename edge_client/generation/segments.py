@@ -137,7 +137,7 @@ class Stage:
     guidance_scale: float
     grid: Grid
     begins_grid: bool
-    """Whether it comes in by its noise level (`hybridsd.levels`), and not by the state of the stage before."""
+    """Whether it comes in by its noise level (`hybridsd.noise_levels`), and not by the state of the stage before."""
 
     def describe(self) -> str:
         """Returns it as `--segments` writes it."""

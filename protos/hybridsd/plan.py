@@ -175,7 +175,8 @@ def denoise(
         draw_noise: `call -> unit normal noise` of the same shape; asked only where the plan draws any.
         start: The first call to run, in [0, len(plan.rows)].
         stop: The first call not to run; None for all.
-        steer: `(row, state, output) -> output`, changes a model output before the solver sees it (`hybridsd.levels`).
+        steer: `(row, state, output) -> output`, changes a model output before the solver sees it
+            (`hybridsd.noise_levels`).
 
     Yields:
         After every call the state before the next one: a valid point to go on from anywhere.

@@ -9,7 +9,7 @@ from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
 from deploy.run_demo import ROOT
-from tests.e2e.web_processes import running_cloud_and_gateway
+from tests.support.web_processes import running_cloud_and_gateway
 
 FOLDER = ROOT / "docs/images"
 PROMPTS = (

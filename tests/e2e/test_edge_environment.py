@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from edge_client.images.files import read_png
-from tests.tiny_bundle import write_bundle
+from tests.support.tiny_bundle import write_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "diffusers", "transformers", "safetensors", "scipy", "onnx")

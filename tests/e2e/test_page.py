@@ -11,7 +11,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
 
-from tests.e2e.web_processes import Process, running_cloud_and_gateway, running_gateway
+from tests.support.web_processes import Process, running_cloud_and_gateway, running_gateway
 
 CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None and os.environ.get("HYBRIDSD_TEST_BROWSER") != "required":

@@ -20,8 +20,8 @@ from edge_client.bundles.bundle import Bundle, open_bundle
 from edge_client.cloud.client import Cloud
 from edge_client.inference.cache import Cache
 from edge_client.inference.models import Models
-from tests.tiny_bundle import write_bundle
-from tests.tiny_pipeline import LATENT_SPACE, write_tiny_pipeline
+from tests.support.tiny_bundle import write_bundle
+from tests.support.tiny_pipeline import LATENT_SPACE, write_tiny_pipeline
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -26,7 +26,7 @@ from edge_client.inference import session as runtimes
 from edge_client.inference.models import Models
 from hybridsd.errors import InvalidRequest
 from hybridsd.manifest import describe_file, read_manifest, verify_files, write_manifest
-from tests.tiny_bundle import CHANNELS, CONTEXT_LENGTH, EMBED_DIM, write_bundle
+from tests.support.tiny_bundle import CHANNELS, CONTEXT_LENGTH, EMBED_DIM, write_bundle
 from training.export.graphs import unet_graph
 from training.export.onnx_export import export_graph
 from training.export.quantize import quantize_unet

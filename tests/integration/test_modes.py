@@ -25,13 +25,13 @@ from edge_client.images.files import to_u8
 from edge_client.images.inputs import to_cells
 from edge_client.inference.cache import Cache
 from edge_client.inference.models import Models
-from hybridsd import levels, noise
+from hybridsd import noise, noise_levels
 from hybridsd.errors import HybridSDError, InvalidRequest, Reason
 from hybridsd.plan import denoise, initial_state
 from hybridsd.prompting import TextOptions
 from tests.integration.conftest import serving
-from tests.tiny_bundle import write_bundle
-from tests.tiny_pipeline import LATENT_SPACE, Kind, write_tiny_pipeline
+from tests.support.tiny_bundle import write_bundle
+from tests.support.tiny_pipeline import LATENT_SPACE, Kind, write_tiny_pipeline
 
 EXACT = 1e-4
 RNG = np.random.default_rng(2)
@@ -155,7 +155,7 @@ def test_a_consistency_model_hands_over_to_another_grid(
     text = "lcm:2@cloud(scheduler=lcm,steps=4),e:*@edge(scheduler=dpmpp_2m,steps=25)"
     result = run(ask(segments=parse_segments(text), negative_prompt="text"), bundle, models, cloud)
     lcm, small = (served.loaded["tiny"].plans.plan(name, steps) for name, steps in (("lcm", 4), ("dpmpp_2m", 25)))
-    step = levels.entry_step(small, levels.noise_level(lcm, 2, "epsilon"), "epsilon")
+    step = noise_levels.entry_step(small, noise_levels.noise_level(lcm, 2, "epsilon"), "epsilon")
 
     assert [record.place for record in result.steps] == ["cloud"] * 2 + ["edge"] * (25 - step)
     assert result.cloud_model == "lcm"

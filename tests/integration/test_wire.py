@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.wire import measure
+from tests.support.wire import measure
 
 KIB = 1024
 

@@ -19,7 +19,7 @@ import tokenizers
 import torch
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from hybridsd import sizes
+from hybridsd import aspect_buckets
 from training.export.graphs import VAE_SCALE_FACTOR, Graph, text_encoder_graph
 from training.export.trajectories import Drawing, Floats, caption_drawings
 
@@ -97,7 +97,7 @@ def text_graphs(text_encoder: CLIPTextModel, second: SecondText | None) -> list[
 
 def bundle_sizes(default_side: int, size_multiple: int) -> tuple[tuple[int, int], ...]:
     """Gives the (width, height) that SDXL's buckets are at a default size, which is square."""
-    return sizes.buckets(default_side, size_multiple if default_side % SIZE_MULTIPLE else SIZE_MULTIPLE)
+    return aspect_buckets.buckets(default_side, size_multiple if default_side % SIZE_MULTIPLE else SIZE_MULTIPLE)
 
 
 def time_ids(height: int, width: int) -> Floats:

@@ -1,4 +1,4 @@
-"""Loads and saves U-Nets in Hybrid SD's pruned format, which is described in `hybridsd.unet_widths`.
+"""Loads and saves U-Nets in Hybrid SD's pruned format, which is described in `hybridsd.pruned_unet`.
 
 A pruned U-Net is a `UNet2DConditionModel` whose inner layers are narrower than its configuration says. What is not
 pruned is loaded and saved by the same functions, and stays what stock diffusers reads. Knows files and modules. Knows
@@ -19,8 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hybridsd import unet_widths
-from hybridsd.unet_widths import CUT_AXES, EXTRA_KEYS, Layer
+from hybridsd import pruned_unet
+from hybridsd.pruned_unet import CUT_AXES, EXTRA_KEYS, Layer
 from training.core.checkpoints import write_atomically
 
 CONFIG_NAME = "config.json"
@@ -31,7 +31,7 @@ _FILES = (CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME, "diffusion_pytorch_model-*.safe
 
 def layers(unet: UNet2DConditionModel) -> tuple[Layer, ...]:
     """Lists the layers of a U-Net that can be cut, or have been, in reading order."""
-    return unet_widths.layers({name: tuple(value.shape) for name, value in unet.named_parameters()}, unet.config)
+    return pruned_unet.layers({name: tuple(value.shape) for name, value in unet.named_parameters()}, unet.config)
 
 
 def build(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> UNet2DConditionModel:
@@ -44,8 +44,8 @@ def build(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> UNet2DCon
     Raises:
         ValueError: If tensors are missing, left over, or do not fit.
     """
-    widths = unet_widths.layers({name: tuple(value.shape) for name, value in tensors.items()}, config)
-    unet_widths.check_config(widths, config)
+    widths = pruned_unet.layers({name: tuple(value.shape) for name, value in tensors.items()}, config)
+    pruned_unet.check_config(widths, config)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config({key: config[key] for key in config if key not in EXTRA_KEYS})
     wanted = {name for name, _ in unet.named_parameters()}
@@ -141,7 +141,7 @@ def save_unet(unet: UNet2DConditionModel, directory: Path, dtype: torch.dtype | 
     widths = layers(unet)
     config = json.loads(unet.to_json_string())
     config.pop("_name_or_path", None)  # a folder of whoever saved it first
-    config.update(unet_widths.config_lists(widths) if unet_widths.is_pruned(widths) else {})
+    config.update(pruned_unet.config_lists(widths) if pruned_unet.is_pruned(widths) else {})
     tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in unet.named_parameters()}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     write_atomically(directory / WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))

@@ -21,7 +21,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from hybridsd.unet_widths import Layer
+from hybridsd.pruned_unet import Layer
 from training.core.checkpoints import write_text
 from training.models.pruned_unet import layers, resize
 from training.pruning.widths import PHANTOM, RATIOS, Key, kept_channels, kept_size, sliced

@@ -27,7 +27,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from hybridsd.unet_widths import CUT_AXES, Layer
+from hybridsd.pruned_unet import CUT_AXES, Layer
 from training.models.pruned_unet import build, layers
 
 RATIOS = (0.25, 0.5, 0.75)
@@ -239,9 +239,8 @@ def inner_macs(unet: UNet2DConditionModel, macs: Callable[[str], float]) -> dict
 
     Args:
         unet: The U-Net.
-        macs: Gives the MACs of the module at a path, such as `lambda path: costs[path].all_macs` with
-        `training.cost.cost`'s
-            costs.
+        macs: Gives the MACs of the module at a path, such as `lambda path: costs[path].all_macs` with the costs of
+            `training.cost`.
     """
     return {
         layer.name: macs(layer.name)

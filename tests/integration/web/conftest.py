@@ -27,8 +27,8 @@ from edge_client.inference.models import Models
 from edge_client.web.app import Settings, create_app
 from edge_client.web.gateway import Gateway
 from hybridsd.v1 import denoising_service_pb2 as pb
-from tests.tiny_bundle import write_bundle
-from tests.unit.edge_client.fake_cloud import FakeCloud, Running, serve
+from tests.support.fake_cloud import FakeCloud, Running, serve
+from tests.support.tiny_bundle import write_bundle
 
 WAIT_S = 30.0
 """How long anything may take before a test gives up on it; nothing waits for it to pass."""

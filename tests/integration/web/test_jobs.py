@@ -34,7 +34,7 @@ from tests.integration.web.conftest import (
     wait_for,
     watching,
 )
-from tests.unit.edge_client.fake_cloud import FakeCloud
+from tests.support.fake_cloud import FakeCloud
 
 TOKENS = ("one-token", "two-token")
 

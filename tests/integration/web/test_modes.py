@@ -6,7 +6,7 @@ from edge_client.bundles.bundle import Bundle, open_bundle
 from edge_client.cloud.client import Cloud
 from edge_client.inference.models import Models
 from tests.integration.web.conftest import finish, opened, pixels, submit, wait_for
-from tests.tiny_bundle import write_bundle
+from tests.support.tiny_bundle import write_bundle
 
 
 def test_segments_may_name_other_models_of_the_device(

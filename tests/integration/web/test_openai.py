@@ -24,7 +24,7 @@ from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.client import Cloud
 from edge_client.inference.models import Models
 from tests.integration.web.conftest import WAIT_S, Door, Valve, opened, picture, pixels, wait_for, watching
-from tests.unit.edge_client.fake_cloud import FakeCloud
+from tests.support.fake_cloud import FakeCloud
 
 MORE = {"seed": 5, "scheduler": "ddim", "num_inference_steps": 6, "hybrid": {"split": "2,4"}}
 """What this gateway takes beside OpenAI's own fields."""

@@ -19,7 +19,7 @@ from edge_client.cloud.client import Cloud
 from edge_client.inference.models import Models
 from edge_client.web.jobs.store import Store
 from tests.integration.web.conftest import WAIT_S, Valve, ask, finish, opened, pixels, submit, wait_for, watching
-from tests.unit.edge_client.fake_cloud import FakeCloud, Running
+from tests.support.fake_cloud import FakeCloud, Running
 
 
 class Process:

@@ -21,7 +21,7 @@ from edge_client.cloud.client import Cloud
 from edge_client.inference.models import Models
 from hybridsd import schedulers
 from tests.integration.web.conftest import WAIT_S, Door, Valve, finish, opened, picture, pixels, wait_for, watching
-from tests.unit.edge_client.fake_cloud import FakeCloud
+from tests.support.fake_cloud import FakeCloud
 
 WANTED = {"prompt": "a red fox", "seed": 5, "steps": 6, "cfg_scale": 3.0, "width": 32, "height": 32}
 TOKENS = ("one-token", "two-token")

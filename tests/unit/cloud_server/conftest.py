@@ -16,8 +16,8 @@ from cloud_server.models.load import Model, load_model
 from cloud_server.rpc.bundle_service import Bundle
 from cloud_server.rpc.server import CloudServer
 from cloud_server.settings import Settings
-from tests.tiny_pipeline import write_tiny_pipeline
-from tests.unit.cloud_server.fakes import Client, GatedDenoiser
+from tests.support.engine_fakes import Client, GatedDenoiser
+from tests.support.tiny_pipeline import write_tiny_pipeline
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,8 +9,8 @@ from edge_client.bundles.bundle import Bundle, open_bundle
 from edge_client.cloud.client import Cloud
 from edge_client.inference.cache import Cache
 from edge_client.inference.models import Models
-from tests.tiny_bundle import write_bundle
-from tests.unit.edge_client.fake_cloud import FakeCloud, Running, serve
+from tests.support.fake_cloud import FakeCloud, Running, serve
+from tests.support.tiny_bundle import write_bundle
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from tests.unit.training.toy import ToyFamily
+    from tests.support.toy import ToyFamily
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,7 +22,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def family(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> "ToyFamily":
     """A trained toy family; tests must not write to it."""
-    from tests.unit.training.toy import make_family  # imports all of training, which most tests do not need
+    from tests.support.toy import make_family  # imports all of training, which most tests do not need
 
     del one_thread
     return make_family(tmp_path_factory.mktemp("family"))

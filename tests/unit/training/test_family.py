@@ -16,7 +16,7 @@ from edge_client.generation.events import Conditioning
 from edge_client.inference.models import Models
 from hybridsd.manifest import read_manifest, verify_files
 from hybridsd.prompting import TextOptions
-from tests.unit.training.toy import TOY_SCENES, ToyFamily, run
+from tests.support.toy import TOY_SCENES, ToyFamily, run
 from training import recipes
 from training.cli.demo import STAGES
 from training.data.latents import CachedScenes, decode, encode, image_of, load_latents, scene_of

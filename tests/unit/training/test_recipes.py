@@ -11,8 +11,8 @@ from diffusers import AutoencoderTiny, UNet2DConditionModel
 from edge_client.generation.events import Conditioning
 from edge_client.inference.models import Models
 from hybridsd.manifest import read_manifest, verify_files
-from tests.unit.training import chain
-from tests.unit.training.toy import run
+from tests.support import chain
+from tests.support.toy import run
 from training import recipes
 from training.core.overrides import override
 from training.distillation.lora import load_lora
@@ -56,7 +56,7 @@ def test_the_loss_falls(runs: tuple[Path, dict[str, chain.Losses]], name: str) -
 
 @pytest.mark.parametrize("name", NAMES)
 def test_losses_follow_the_golden_curve(runs: tuple[Path, dict[str, chain.Losses]], name: str) -> None:
-    """Term by term; a change of what is computed must rewrite the file (python -m tests.unit.training.chain)."""
+    """Term by term; a change of what is computed must rewrite the file (python -m tests.support.chain)."""
     golden = json.loads((chain.GOLDEN / f"{name}.json").read_text())
     found = runs[1][name]
 

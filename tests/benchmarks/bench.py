@@ -1,0 +1,440 @@
+"""`make bench`: what the product costs on this machine, as ratios inside one run.
+
+Not a test: nothing here passes or fails. Each line names the aim. The default is the demo family; `--full` takes
+full-size shapes with random weights: SD 1.4's 860M U-Net in the cloud, a 224M one at the edge, 512x512.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import structlog
+import torch
+
+from cloud_server.engine.engine import Engine
+from cloud_server.engine.event_buffer import Mailbox
+from cloud_server.engine.request import Failed, Finished, JobRequest, Snapshot
+from cloud_server.models.denoiser import Conditions
+from cloud_server.models.devices import place
+from cloud_server.models.load import Model, load_model
+from deploy.run_demo import running_cloud
+from edge_client.bundles.bundle import Bundle
+from edge_client.cloud.client import Cloud
+from edge_client.generation.events import CloudStarted, Conditioning, StepDone
+from edge_client.generation.events import Finished as EdgeFinished
+from edge_client.generation.pipeline import generate
+from edge_client.generation.request import Request
+from edge_client.inference.cache import Cache
+from edge_client.inference.models import Models
+from hybridsd import codec, noise
+from hybridsd.manifest import read_manifest
+from hybridsd.plan import denoise, initial_state
+from hybridsd.prompting import TextOptions
+from tests.support.wire import measure
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "deploy/demo"
+PROMPT = "a fox to the left of a donut on a yellow background"
+MIX = (
+    # scheduler, guided: eight jobs that have nothing in common but the model
+    ("dpmpp_2m", True), ("ddim", True), ("euler", True), ("pndm", True),
+    ("unipc", True), ("euler_ancestral", True), ("dpmpp_2m_karras", False), ("lms", False),
+)  # fmt: skip
+
+
+SETTLE_S = 1.0
+"""Before each timing: threads of what ran before spin for a while, and two cores have none to spare."""
+
+
+def say(text: str = "") -> None:
+    """Prints a line at once."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def machine() -> str:
+    """Names the machine: processor, cores, torch threads, memory."""
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
+    load = os.getloadavg()[0]
+    return f"{cpu}, {os.cpu_count()} cores, {memory_gib:.0f} GiB, {gpu}, load {load:.1f} at the start"
+
+
+def mixed_jobs(model: Model, num_calls: int, first_id: int = 0) -> list[JobRequest]:
+    """Returns eight jobs of the same number of calls, each with another scheduler, step count and seed."""
+    info = model.info
+    side = info.default_size // info.vae_scale_factor
+    rng = np.random.default_rng(0)
+    embeds = rng.normal(size=(2, info.context_length, info.embed_dim)).astype(np.float32)
+    jobs = []
+    for index, (scheduler, guided) in enumerate(MIX):
+        plan = model.plans.plan(scheduler, num_calls + 2 + index)
+        jobs.append(
+            JobRequest(
+                request_id=f"bench-{first_id + index}",
+                model=info.id,
+                prompt=embeds[1],
+                negative_prompt=embeds[0] if guided else None,
+                guidance_scale=4.0 if guided else 1.0,
+                seed=index,
+                latent_shape=(info.latent_channels, side, side),
+                plan=plan,
+                handoff_call=num_calls,
+                state_every=1,
+            )
+        )
+    return jobs
+
+
+def bare_loop_s(model: Model, jobs: Sequence[JobRequest], num_calls: int) -> float:
+    """Times the batched U-Net alone, with the rows of the jobs: what no engine can beat."""
+    rows = sum(1 if job.negative_prompt is None else 2 for job in jobs)
+    sample = torch.randn(rows, *jobs[0].latent_shape)
+    embeds = torch.randn(rows, model.info.context_length, model.info.embed_dim).to(model.denoiser.dtype)
+    times = torch.linspace(900, 1, rows)
+    device = model.denoiser.device
+    sample, embeds, times = sample.to(device), embeds.to(device), times.to(device)
+    with torch.inference_mode():
+        begin = time.perf_counter()
+        for _ in range(num_calls):
+            output = model.denoiser.predict(sample, times, Conditions(embeds))
+        output.cpu()
+        return time.perf_counter() - begin
+
+
+async def _drain(mailbox: Mailbox, on_state: Callable[[], None] | None = None) -> None:
+    while True:
+        event = await mailbox.next(600.0)
+        if isinstance(event, Snapshot) and on_state is not None:
+            on_state()
+            on_state = None
+        if isinstance(event, Failed):
+            raise event.error
+        if event is None or isinstance(event, Finished):
+            return
+
+
+async def engine_s(model: Model, jobs: Sequence[JobRequest], threads: int) -> float:
+    """Times the engine on the same jobs, from its start to the last hand-off."""
+    engine = Engine({model.info.id: model.denoiser}, max_batch=8, num_threads=threads)
+    boxes = [Mailbox() for _ in jobs]
+    for job, box in zip(jobs, boxes, strict=True):
+        engine.submit(job, box)
+    begin = time.perf_counter()
+    engine.start()
+    await asyncio.gather(*(_drain(box) for box in boxes))
+    elapsed = time.perf_counter() - begin
+    engine.stop()
+    return elapsed
+
+
+async def first_step_of_eighth(model: Model, tries: int, num_calls: int, threads: int) -> list[float]:
+    """Times the first state of an eighth job that arrives while seven run."""
+    times = []
+    rng = np.random.default_rng(1)
+    for attempt in range(tries):
+        engine = Engine({model.info.id: model.denoiser}, max_batch=8, num_threads=threads)
+        *seven, eighth = mixed_jobs(model, num_calls, first_id=100 * attempt)
+        running = asyncio.Event()
+        boxes = [Mailbox() for _ in seven]
+        for job, box in zip(seven, boxes, strict=True):
+            engine.submit(job, box)
+        engine.start()
+        readers = [asyncio.create_task(_drain(box, running.set)) for box in boxes]
+        await running.wait()
+        await asyncio.sleep(float(rng.uniform(0, 1)) * engine.load().call_s)
+        box, begin = Mailbox(), time.perf_counter()
+        engine.submit(eighth, box)
+        reader = asyncio.create_task(_drain(box, lambda begin=begin: times.append(time.perf_counter() - begin)))
+        await asyncio.gather(reader, *readers)
+        engine.stop()
+    return times
+
+
+def in_child(what: str, large: Path, dtype: str, repeats: int, num_calls: int) -> list[float]:
+    """Runs `child` in a process of its own: two pools of OpenMP threads in one process spoil each other's times."""
+    words = ["--child", what, "--family", str(large.parent), "--dtype", dtype, "--repeats", str(repeats)]
+    command = [sys.executable, "-m", "tests.benchmarks.bench", *words, "--calls", str(num_calls)]
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return list(json.loads(output.splitlines()[-1]))
+
+
+def child(what: str, large: Path, dtype: str, repeats: int, num_calls: int) -> list[float]:
+    """Returns times in seconds: of "bare" loops, of "engine" runs, or of "first" states of an eighth job."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the server does: the models are loaded without a pool of threads
+    model = load_model(f"bench={large}", place(dtype=dtype))
+    times: list[float] = []
+
+    def bare() -> None:
+        torch.set_num_threads(threads)
+        jobs = mixed_jobs(model, num_calls)
+        bare_loop_s(model, jobs, 2)
+        times.extend(bare_loop_s(model, jobs, num_calls) for _ in range(repeats))
+
+    if what == "bare":
+        worker = threading.Thread(target=bare)
+        worker.start()
+        worker.join()
+    elif what == "engine":
+        for repeat in range(repeats + 1):  # the first warms up
+            jobs = [replace(job, request_id=f"r{repeat}-{i}") for i, job in enumerate(mixed_jobs(model, num_calls))]
+            times.append(asyncio.run(engine_s(model, jobs, threads)))
+        del times[0]
+    else:
+        times = asyncio.run(first_step_of_eighth(model, repeats, num_calls, threads))
+    return times
+
+
+def bench_engine(large: Path, dtype: str, *, repeats: int, num_calls: int) -> None:
+    """Prints throughput and admission latency of the engine."""
+    ratios, steps = [], []
+    for _ in range(3):  # bare and engine take turns, since the machine's speed drifts
+        bare = statistics.median(in_child("bare", large, dtype, repeats, num_calls))
+        engine = statistics.median(in_child("engine", large, dtype, repeats, num_calls))
+        ratios.append(bare / engine)
+        steps.append(bare / num_calls)
+    step_s = statistics.median(steps)
+    say(
+        f"engine throughput / bare batched U-Net loop, 8 mixed jobs: {statistics.median(ratios):.3f} "
+        f"(aim 0.97; 3 pairs of medians of {repeats}: {min(ratios):.3f} to {max(ratios):.3f}; "
+        f"bare step {1e3 * step_s:.0f} ms)"
+    )
+    times = in_child("first", large, dtype, repeats, num_calls)
+    say(
+        f"first step of the 8th job, in steps: mean {statistics.mean(times) / step_s:.2f}, "
+        f"worst {max(times) / step_s:.2f} (aim 2; {len(times)} arrivals at random moments)"
+    )
+
+
+def one_process_s(model: Model, models: Models, request: Request, conditioning: Conditioning) -> float:
+    """Times the same steps with both U-Nets and the decoder in this process, nothing in between."""
+    manifest = models.manifest
+    steps, cloud_steps = request.num_inference_steps or 0, request.cloud_steps or 0
+    plan = model.plans.plan(request.scheduler or "", steps)
+    side = (manifest.defaults.height // manifest.vae_scale_factor, manifest.defaults.width // manifest.vae_scale_factor)
+    shape = (manifest.latent_channels, *side)
+    assert conditioning.negative_prompt_embeds is not None
+    pair = np.stack([conditioning.negative_prompt_embeds, conditioning.prompt_embeds])
+    denoiser, g = model.denoiser, request.guidance_scale or 1.0
+    embeds = torch.from_numpy(pair).to(denoiser.device, denoiser.dtype)
+
+    def large(x: torch.Tensor, t: float) -> torch.Tensor:
+        output = denoiser.predict(torch.stack([x, x]), torch.full((2,), t, device=x.device), Conditions(embeds))
+        return output[0] + g * (output[1] - output[0])
+
+    def small(x: np.ndarray, t: float) -> np.ndarray:
+        return models.predict_noise(x.astype(np.float32), t, conditioning, guidance_scale=g)
+
+    begin = time.perf_counter()
+    with torch.inference_mode():
+        state: list[Any] = initial_state(plan, torch.from_numpy(noise.initial_latents(1, 0, shape)).to(denoiser.device))
+        for done in denoise(plan, state, large, _no_noise, stop=plan.first_call(cloud_steps)):
+            state = done.state
+    arrays = [array.cpu().numpy() for array in state]
+    for advance in denoise(plan, arrays, small, _no_noise, start=plan.first_call(cloud_steps)):
+        arrays = advance.state
+    models.decode(arrays[0])
+    return time.perf_counter() - begin
+
+
+def bench_hybrid(
+    model: Model, bundle_folder: Path, cloud_options: list[str], *, steps: int, k: int, repeats: int
+) -> None:
+    """Prints hybrid over gRPC against one process, and what an edge step takes."""
+    bundle = Bundle(bundle_folder, read_manifest(bundle_folder))
+    models = Models(bundle_folder, bundle.manifest)
+    request = Request(
+        prompt=PROMPT, mode="hybrid", scheduler="dpmpp_2m", num_inference_steps=steps, cloud_steps=k,
+        guidance_scale=4.0, seed=1, fallback=False,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as name, running_cloud(cloud_options, Path(name) / "cloud.log") as (address, _):
+        cloud = Cloud(address, cache=Cache(Path(name) / "cache"))
+        wire, local, edge_step_s, conditioning = [], [], [], None
+        for repeat in range(repeats + 1):
+            time.sleep(SETTLE_S)
+            begin = time.perf_counter()
+            for event in generate(replace(request, request_id=f"bench{repeat}"), bundle, models, cloud):
+                if isinstance(event, CloudStarted):
+                    conditioning = event.conditioning or conditioning
+                elif isinstance(event, StepDone) and event.place == "edge":
+                    edge_step_s.append(event.elapsed_s)
+                elif isinstance(event, EdgeFinished):
+                    result = event.result
+            elapsed = time.perf_counter() - begin
+            conditioning = conditioning or result.conditioning
+            assert conditioning is not None
+            assert result.actual_cloud_steps == k
+            time.sleep(SETTLE_S)
+            alone = one_process_s(model, models, request, conditioning)
+            if repeat:  # the first warms both up
+                wire.append(elapsed)
+                local.append(alone)
+        cloud.close()
+    ratios = [a / b for a, b in zip(wire, local, strict=True)]
+    say(
+        f"hybrid over gRPC / the same steps in one process: {statistics.median(ratios):.3f} "
+        f"(aim 1.02; {repeats} pairs {min(ratios):.3f} to {max(ratios):.3f}; {k} + {steps - k} steps, "
+        f"{statistics.median(wire):.2f} s against {statistics.median(local):.2f} s; the text is encoded in neither)"
+    )
+    say(f"edge step, guidance, ONNX Runtime: {1e3 * statistics.median(edge_step_s):.0f} ms")
+
+
+def bench_wire(folder: Path) -> None:
+    """Prints the bytes of each kind of message, read off real messages of a real server with SD 1.x shapes."""
+    say("bytes on the wire: 512x512, DPM-Solver++ 2M, 25 steps, guidance, empty negative known, hand-off only;")
+    say("'every' is what the edge asks for, to be able to take over: a state after each of 8 cloud steps")
+    say("  codec  prompt    request     plan   embeds    state    other      all      aim")
+    aims = {("fp16", "new"): "190 KiB", ("int8", "new"): "100 KiB", ("int8", "known"): "40 KiB"}
+    for row in measure(folder):
+        sizes = "".join(f"{row[key]:9d}" for key in ("request", "plan", "embeds", "state", "other", "all"))
+        say(f"  {row['codec']:6s} {row['prompt']:6s} {sizes}  {aims.get((row['codec'], row['prompt']), ''):>7s}")
+
+
+def bench_codec(model: Model, bundle_folder: Path, *, steps: int, k: int, num_pictures: int = 8) -> None:
+    """Prints what fp16 and int8, of embeddings and state, cost in latents and in the final picture, against fp32."""
+    manifest = read_manifest(bundle_folder)
+    models = Models(bundle_folder, manifest)
+    plan = model.plans.plan("dpmpp_2m", steps)
+    call, guidance = plan.first_call(k), manifest.defaults.guidance_scale
+    cells = (
+        manifest.defaults.height // manifest.vae_scale_factor,
+        manifest.defaults.width // manifest.vae_scale_factor,
+    )
+    names = ("fox", "donut", "rocket", "cat", "pizza", "car", "tree", "moon")
+    errors: dict[str, list[tuple[float, float, float]]] = {"fp16": [], "int8": []}
+    for seed in range(num_pictures):
+        text = f"a {names[seed % 8]} to the left of a {names[(seed + 3) % 8]} on a blue background"
+        pair = np.stack([model.denoiser.encode(words, TextOptions()).embeds for words in ("", text)])
+        rows = torch.from_numpy(pair).to(model.denoiser.device, model.denoiser.dtype)
+
+        def large(x: np.ndarray, t: float, rows: torch.Tensor = rows) -> np.ndarray:
+            sample = torch.from_numpy(np.stack([x, x])).to(rows.device)
+            with torch.inference_mode():
+                times = torch.full((2,), t, device=rows.device)
+                output = model.denoiser.predict(sample, times, Conditions(rows)).cpu().numpy()
+            return np.asarray(output[0] + np.float32(guidance) * (output[1] - output[0]))
+
+        start = initial_state(plan, noise.initial_latents(seed, 0, (manifest.latent_channels, *cells)))
+        *_, handoff = denoise(plan, start, large, _no_noise, stop=call)
+        finished = {}
+        for name, encoding in codec.ENCODINGS.items():
+            through = [codec.decode_tensor(codec.encode_tensor(array, encoding)) for array in (*handoff.state, *pair)]
+            conditioning = Conditioning(prompt_embeds=through[-1], negative_prompt_embeds=through[-2])
+
+            def small(x: np.ndarray, t: float, conditioning: Conditioning = conditioning) -> np.ndarray:
+                return models.predict_noise(x.astype(np.float32), t, conditioning, guidance_scale=guidance)
+
+            *_, done = denoise(plan, through[:-2], small, _no_noise, start=call)
+            state_error = max(np.abs(a - b).max() for a, b in zip(through, handoff.state, strict=False))
+            finished[name] = (done.state[0], models.decode(done.state[0]), float(state_error))
+        exact, picture, _ = finished["fp32"]
+        for name in errors:
+            latents, image, state_error = finished[name]
+            mse = float(np.mean((image - picture) ** 2))
+            psnr = 10 * np.log10(4.0 / mse) if mse > 0 else float("inf")  # values span 2
+            errors[name].append((state_error, float(np.sqrt(np.mean((latents - exact) ** 2))), psnr))
+    say(
+        f"codec of state and embeddings, against fp32 ({num_pictures} pictures, {k} + {steps - k} steps, "
+        f"DPM-Solver++ 2M):"
+    )
+    for name, rows_of_errors in errors.items():
+        state, final, psnrs = zip(*rows_of_errors, strict=True)
+        say(
+            f"  {name}: largest error of the state {max(state):.1e}; of the final latents rms "
+            f"{statistics.mean(final):.1e}; "
+            f"picture PSNR mean {statistics.mean(psnrs):.1f} dB, worst {min(psnrs):.1f} dB"
+        )
+
+
+def _no_noise(call: int) -> Any:
+    raise AssertionError(f"call {call} draws noise; DPM-Solver++ 2M does not")
+
+
+def bench_edge_memory(bundle_folder: Path) -> None:
+    """Prints the peak memory of an edge process that draws one picture alone."""
+    code = (
+        "import re, sys\n"
+        "from pathlib import Path\n"
+        "from edge_client.bundle import Bundle\n"
+        "from edge_client.onnx_models import Models\n"
+        "from edge_client.pipeline import generate\n"
+        "from edge_client.request import Request\n"
+        "from hybridsd.manifest import read_manifest\n"
+        "folder = Path(sys.argv[1]); manifest = read_manifest(folder)\n"
+        "models = Models(folder, manifest, low_memory=sys.argv[2] == 'low')\n"
+        f"request = Request(prompt={PROMPT!r}, mode='edge', seed=1, num_inference_steps=int(sys.argv[3]))\n"
+        "for event in generate(request, Bundle(folder, manifest), models): pass\n"
+        "print(int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1024)\n"
+    )
+    steps = str(read_manifest(bundle_folder).defaults.num_inference_steps)
+    for mode in ("normal", "low"):
+        command = [sys.executable, "-c", code, str(bundle_folder), mode, steps]
+        peak = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        say(f"edge process, one picture alone, {mode} memory mode: peak {peak:.0f} MiB")
+
+
+def main() -> None:
+    """Runs the benchmarks that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--full", action="store_true", help="full-size shapes with random weights: minutes, 10 GiB")
+    parser.add_argument("--family", type=Path, default=DEMO, help="folder with large/ and edge/")
+    parser.add_argument("--only", choices=["engine", "hybrid", "wire", "codec", "memory"], action="append")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--child", choices=["bare", "engine", "first"], help=argparse.SUPPRESS)
+    parser.add_argument("--calls", type=int, default=12, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(30))
+        say(json.dumps(child(options.child, options.family / "large", options.dtype, options.repeats, options.calls)))
+        return
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(30))
+    family, steps, k, calls = options.family, 25, 8, 12
+    with tempfile.TemporaryDirectory() as folder:
+        if options.full:
+            from tests.support.full_size import write_full_size
+
+            say("writing full-size models with random weights ...")
+            family, steps, k, calls = write_full_size(Path(folder)), 6, 2, 2
+        placement = place(dtype=options.dtype)
+        say(f"machine: {machine()}")
+        say(f"cloud: {placement.device} ({placement.device_reason}), {placement.dtype} ({placement.dtype_reason})")
+        model = load_model(f"bench={family / 'large'}", placement)
+        edge = read_manifest(family / "edge")
+        say(
+            f"models: large U-Net {model.info.num_parameters:,}, small U-Net {edge.num_parameters['unet']:,} parameters"
+        )
+        wanted = options.only or ["engine", "hybrid", "wire", "codec", "memory"]
+        if "engine" in wanted:
+            bench_engine(family / "large", options.dtype, repeats=options.repeats, num_calls=calls)
+        if "hybrid" in wanted:
+            cloud = ["--model", f"bench={family / 'large'}", "--dtype", options.dtype]
+            bench_hybrid(model, family / "edge", cloud, steps=steps, k=k, repeats=options.repeats)
+        if "wire" in wanted:
+            bench_wire(Path(folder))
+        if "codec" in wanted and not options.full:  # random weights say nothing about errors
+            bench_codec(model, family / "edge", steps=steps, k=k)
+        if "memory" in wanted:
+            bench_edge_memory(family / "edge")
+
+
+if __name__ == "__main__":
+    main()

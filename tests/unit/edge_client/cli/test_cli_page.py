@@ -1,0 +1,17 @@
+"""docs/cli.md is made from the programs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[4]
+
+
+def test_page_is_up_to_date() -> None:
+    """The committed page is what the generator makes, whatever the width of the terminal."""
+    command = [sys.executable, str(ROOT / "docs" / "generate_cli.py"), "--check"]
+    environment = {**os.environ, "COLUMNS": "50"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+
+    assert (done.returncode, done.stderr) == (0, "")

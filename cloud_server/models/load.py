@@ -31,7 +31,7 @@ from cloud_server.models.text_encoders import load_text_encoders
 from hybridsd import aspect_buckets
 from hybridsd import schedulers as known_schedulers
 from hybridsd.errors import HybridSDError
-from hybridsd.plan import MAX_STEPS
+from hybridsd.limits import MAX_GUIDANCE, MAX_STEPS, MIN_GUIDANCE
 
 if TYPE_CHECKING:
     from cloud_server.models.loras import LoraInfo, LoraSet, LoraSource
@@ -246,9 +246,10 @@ def _check_defaults(info: ModelInfo) -> None:
             f"model {info.id}: default_size is {info.default_size}; it must be a multiple of {info.size_multiple}"
             f" (say it in {EXTRAS_NAME})"
         )
-    if not 1.0 <= info.default_guidance_scale <= 30.0:
+    if not MIN_GUIDANCE <= info.default_guidance_scale <= MAX_GUIDANCE:
         raise ModelError(
-            f"model {info.id}: default_guidance_scale is {info.default_guidance_scale}; it must be in [1, 30]"
+            f"model {info.id}: default_guidance_scale is {info.default_guidance_scale}; "
+            f"it must be in [{MIN_GUIDANCE:g}, {MAX_GUIDANCE:g}]"
         )
     if not info.schedulers or not 1 <= info.default_num_inference_steps <= MAX_STEPS:
         raise ModelError(

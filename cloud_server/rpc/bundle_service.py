@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import grpc
 
 from cloud_server.logs import note
-from hybridsd.errors import InvalidRequest, Reason
+from hybridsd.errors import Reason
 from hybridsd.manifest import MANIFEST_NAME, BundleFile, describe_file, read_manifest
 from hybridsd.v1 import bundle_service_pb2 as pb
 from hybridsd.v1 import bundle_service_pb2_grpc, denoising_service_pb2
@@ -52,8 +52,7 @@ def load_bundle(folder: Path) -> Bundle:
     for file in files.values():
         path = folder / file.path
         if not path.is_file() or path.stat().st_size != file.size_bytes:
-            raise InvalidRequest(
-                Reason.MANIFEST_INVALID,
+            raise Reason.MANIFEST_INVALID.error(
                 f"{path} is missing or has not the {file.size_bytes} bytes of the manifest; export the bundle again",
                 field="bundle",
             )

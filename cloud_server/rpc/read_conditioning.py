@@ -9,11 +9,11 @@ from cloud_server.engine.request import Encoded
 from cloud_server.models.load import ModelInfo
 from hybridsd import codec
 from hybridsd.errors import HybridSDError, Reason
-from hybridsd.prompting import MAX_CHUNKS, TextOptions, parse_weights
+from hybridsd.limits import MAX_CHUNKS, MAX_PROMPT_CHARS
+from hybridsd.prompting import TextOptions, parse_weights
 from hybridsd.v1 import denoising_service_pb2 as pb
 from hybridsd.v1 import tensor_pb2
 
-MAX_PROMPT_CHARS = 4000
 MAX_MESSAGE_BYTES = 4_000_000
 """Of the arrays of one message: gRPC's default limit is 4 MiB, and what is above it the caller could not read."""
 

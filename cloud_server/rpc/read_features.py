@@ -9,10 +9,9 @@ from cloud_server.engine.request import Latents, Skipping
 from cloud_server.models.load import ModelInfo
 from hybridsd import codec
 from hybridsd.errors import Reason
+from hybridsd.limits import MAX_LORA_WEIGHT, MAX_LORAS
 from hybridsd.v1 import denoising_service_pb2 as pb
 
-MAX_LORAS = 8
-MAX_LORA_WEIGHT = 4.0
 DEFAULT_EXTRAPOLATION = 0.3
 
 

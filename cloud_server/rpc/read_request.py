@@ -26,16 +26,13 @@ from cloud_server.rpc.read_conditioning import (
 from cloud_server.rpc.read_features import check_solver, read_inpainting, read_loras, read_skipping
 from hybridsd import codec
 from hybridsd.errors import HybridSDError, Reason
-from hybridsd.noise import MAX_SEED
-from hybridsd.plan import MAX_STEPS, Plan
+from hybridsd.limits import MAX_EVERY, MAX_GUIDANCE, MAX_IMAGE_INDEX, MAX_SEED, MAX_STEPS, MIN_GUIDANCE
+from hybridsd.plan import Plan
 from hybridsd.v1 import denoising_service_pb2 as pb
 from hybridsd.v1 import tensor_pb2
 
-MAX_EVERY = 1000
-MAX_IMAGE_INDEX = 65535
 MAX_KNOWN_DIGESTS = 64
 MAX_GRACE_S = 60
-MAX_GUIDANCE = 30.0
 MAX_MODEL_CHANGES = 8
 _DIGEST_BYTES = 32
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -174,7 +171,7 @@ class RequestReader:
                     field="width",
                 )
             scale = change.guidance_scale if change.HasField("guidance_scale") else guidance_scale
-            if not 1.0 <= scale <= MAX_GUIDANCE:
+            if not MIN_GUIDANCE <= scale <= MAX_GUIDANCE:
                 raise Reason.GUIDANCE_INVALID.error(
                     f"guidance_scale is {scale}; choose 1 (off) to {MAX_GUIDANCE:g}",
                     field="model_changes.guidance_scale",
@@ -248,7 +245,7 @@ def _check_scalars(request: pb.DenoiseRequest) -> None:
 
 def _guidance_scale(request: pb.DenoiseRequest, info: ModelInfo) -> float:
     scale = request.guidance_scale if request.HasField("guidance_scale") else info.default_guidance_scale
-    if not 1.0 <= scale <= MAX_GUIDANCE:
+    if not MIN_GUIDANCE <= scale <= MAX_GUIDANCE:
         raise Reason.GUIDANCE_INVALID.error(
             f"guidance_scale is {scale}; choose 1 (off) to {MAX_GUIDANCE:g}", field="guidance_scale"
         )

@@ -10,10 +10,9 @@ from google.protobuf.duration_pb2 import Duration
 from cloud_server.engine.engine import Load
 from cloud_server.engine.request import Encoded, Finished, JobRequest, Latents, Queued, Snapshot, Started
 from cloud_server.models.load import ModelInfo
-from cloud_server.rpc.read_conditioning import MAX_PROMPT_CHARS
 from cloud_server.rpc.read_request import AnswerStyle
 from hybridsd import codec
-from hybridsd.plan import MAX_STEPS
+from hybridsd.limits import MAX_PROMPT_CHARS, MAX_STEPS
 from hybridsd.v1 import denoising_service_pb2 as pb
 from hybridsd.v1 import tensor_pb2
 

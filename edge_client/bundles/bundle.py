@@ -15,7 +15,7 @@ import platformdirs
 
 from edge_client.cloud.types import RemoteFile
 from hybridsd import plan as plans
-from hybridsd.errors import CloudUnreachable, InternalError, InvalidRequest, ModelMismatch, NotFound, Reason
+from hybridsd.errors import Reason
 from hybridsd.manifest import MANIFEST_NAME, Manifest, read_manifest, verify_files
 from hybridsd.plan import Plan
 
@@ -35,8 +35,8 @@ class Bundle:
                 raw = json.loads(path.read_text(encoding="utf-8"))
                 self._raw_plans = dict(raw)
             except (OSError, ValueError, TypeError) as error:
-                raise InvalidRequest(
-                    Reason.MANIFEST_INVALID, f"cannot read the plans in {path}: {error}", field="bundle"
+                raise Reason.MANIFEST_INVALID.error(
+                    f"cannot read the plans in {path}: {error}", field="bundle"
                 ) from error
         return self._raw_plans
 
@@ -73,8 +73,7 @@ class Bundle:
         found = self.find_plan(scheduler, num_inference_steps, begin_step)
         if found is None:
             what = f"{scheduler}/{num_inference_steps}" + (f" from step {begin_step} on" if begin_step else "")
-            raise ModelMismatch(
-                Reason.PLAN_MISSING,
+            raise Reason.PLAN_MISSING.error(
                 f"bundle {self.manifest.name} has no plan {what}, and only a cloud can "
                 f"make one; without a cloud choose {self.describe_plans()}",
                 field="scheduler",
@@ -96,8 +95,7 @@ class Bundle:
             return
         problems = self.verify()
         if problems:
-            raise InvalidRequest(
-                Reason.MANIFEST_INVALID,
+            raise Reason.MANIFEST_INVALID.error(
                 f"bundle {self.folder} is broken: {'; '.join(problems)}; fetch or export it again",
                 field="bundle",
             )
@@ -152,8 +150,7 @@ def locate(given: str | None) -> Path:
     fetched_ones = sorted(path.parent for path in bundles_folder().glob(f"*/{MANIFEST_NAME}"))
     if fetched_ones:
         return fetched_ones[0]
-    raise InvalidRequest(
-        Reason.MANIFEST_INVALID,
+    raise Reason.MANIFEST_INVALID.error(
         "there is no edge bundle; give --bundle DIR, or get one with `hybridsd bundle fetch NAME --server host:port`",
         field="bundle",
     )
@@ -191,21 +188,20 @@ def fetch(source: Downloads, name: str, files: tuple[RemoteFile, ...], into: Pat
         NotFound: If the cloud lists no files.
     """
     if not files:
-        raise NotFound(Reason.NOT_FOUND, f"bundle {name!r} has no files", field="bundle")
+        raise Reason.NOT_FOUND.error(f"bundle {name!r} has no files", field="bundle")
     partial = into.with_name(into.name + ".partial")
     try:
         for file in files:
             pure = PurePosixPath(file.path)
             odd = "\\" in file.path or ":" in file.path or not file.path.isprintable()
             if pure.is_absolute() or ".." in pure.parts or not pure.parts or odd:
-                raise InternalError(Reason.INTERNAL, f"the cloud lists a file that leaves the bundle: {file.path!r}")
+                raise Reason.INTERNAL.error(f"the cloud lists a file that leaves the bundle: {file.path!r}")
             yield from _fetch_file(source, name, file, partial / file.path)
         read_manifest(partial)
         into.parent.mkdir(parents=True, exist_ok=True)
         partial.rename(into)
     except OSError as error:
-        raise InvalidRequest(
-            Reason.FIELD_INVALID, f"cannot write {partial}: {error.strerror or error}; choose another --into",
+        raise Reason.FIELD_INVALID.error(f"cannot write {partial}: {error.strerror or error}; choose another --into",
             field="into",
         ) from error  # fmt: skip
 
@@ -225,15 +221,14 @@ def _fetch_file(source: Downloads, name: str, file: RemoteFile, path: Path) -> I
                 stream.write(chunk)
                 yield FetchProgress(path=file.path, done_bytes=done, size_bytes=file.size_bytes)
     if done < file.size_bytes:
-        raise CloudUnreachable(
-            Reason.UNAVAILABLE,
+        raise Reason.UNAVAILABLE.error(
             f"{file.path} ended after {done} of {file.size_bytes} bytes; fetch again to go on from there",
         )
     with path.open("rb") as stream:
         actual = hashlib.file_digest(stream, "sha256").hexdigest()
     if actual != file.sha256:
         path.unlink()
-        raise InternalError(Reason.INTERNAL, f"{file.path} does not match its SHA-256; fetch the bundle again")
+        raise Reason.INTERNAL.error(f"{file.path} does not match its SHA-256; fetch the bundle again")
     yield FetchProgress(path=file.path, done_bytes=file.size_bytes, size_bytes=file.size_bytes)
 
 

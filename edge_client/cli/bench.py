@@ -21,7 +21,7 @@ from edge_client.generation.events import MODES, Finished, Result, StepDone
 from edge_client.generation.pipeline import generate
 from edge_client.generation.request import Request, resolve
 from edge_client.inference.models import Models
-from hybridsd.errors import InvalidRequest, Reason
+from hybridsd.errors import Reason
 
 PROMPT = "a fox to the left of a donut on a blue background"
 PHASES = {
@@ -91,8 +91,8 @@ def bench(**options: Any) -> None:
         try:
             options["output"].write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
-            raise InvalidRequest(
-                Reason.FIELD_INVALID, f"cannot write {options['output']}: {error.strerror}", field="output"
+            raise Reason.FIELD_INVALID.error(
+                f"cannot write {options['output']}: {error.strerror}", field="output"
             ) from error
 
 

@@ -52,16 +52,14 @@ def read_requests(ctx: click.Context, options: dict[str, Any], manifest: Manifes
         loaded = saved_state.load(options["load_latents"])
         if isinstance(loaded, SavedState):
             if base.segments or base.image_input is not None:
-                raise InvalidRequest(
-                    Reason.FIELD_INVALID, "the saved state fixes what is drawn; leave out --segments and --image",
+                raise Reason.FIELD_INVALID.error(
+                    "the saved state fixes what is drawn; leave out --segments and --image",
                     field="load_latents",
-                )  # fmt: skip
+                )
             for name in _FIXED_BY_STATE:
                 if _on_the_line(ctx, name):
                     flag = name.removesuffix("_option").removesuffix("_file").replace("_", "-")
-                    raise InvalidRequest(
-                        Reason.FIELD_INVALID, f"the saved state fixes --{flag}; leave it out", field=name
-                    )
+                    raise Reason.FIELD_INVALID.error(f"the saved state fixes --{flag}; leave it out", field=name)
             return [with_saved(replace(base, resume=loaded))], [
                 f"{output_files.slug(loaded.prompt)}-{loaded.seed}.png?"
             ]
@@ -102,13 +100,13 @@ def _pairs(ctx: click.Context, options: dict[str, Any]) -> list[prompt_files.Pro
             return prompt_files.parse_prompts(options["prompts_file"].read())
         if given == ["csv_file"]:
             if options["output"] is not None and not output_files.is_folder(options["output"]):
-                raise InvalidRequest(
-                    Reason.FIELD_INVALID, f"with --csv, --output is a folder; {options['output']} is not",
+                raise Reason.FIELD_INVALID.error(
+                    f"with --csv, --output is a folder; {options['output']} is not",
                     field="output",
-                )  # fmt: skip
+                )
             return prompt_files.parse_csv(options["csv_file"])
     except UnicodeDecodeError as error:
-        raise InvalidRequest(Reason.FIELD_INVALID, f"{given[0]} is not UTF-8 text: {error}", field=given[0]) from error
+        raise Reason.FIELD_INVALID.error(f"{given[0]} is not UTF-8 text: {error}", field=given[0]) from error
     return [prompt_files.PromptPair(options[given[0]], options["negative_prompt"])]
 
 
@@ -123,12 +121,9 @@ def _split(options: dict[str, Any]) -> tuple[int | None, int | None]:
     except ValueError:
         cloud = edge = -1
     if cloud < 0 or edge < 0 or cloud + edge == 0:
-        raise InvalidRequest(
-            Reason.SPLIT_INVALID, f"split is {text!r}; give cloud and edge steps, such as 8,17", field="split"
-        )
+        raise Reason.SPLIT_INVALID.error(f"split is {text!r}; give cloud and edge steps, such as 8,17", field="split")
     if (cloud_steps is not None and cloud_steps != cloud) or (steps is not None and steps != cloud + edge):
-        raise InvalidRequest(
-            Reason.SPLIT_INVALID,
+        raise Reason.SPLIT_INVALID.error(
             f"split {text} means {cloud} cloud steps of {cloud + edge}; --cloud-steps or --steps says otherwise: "
             "leave it out",
             field="split",

@@ -9,7 +9,7 @@ import click
 
 from edge_client.bundles import bundle as bundles
 from edge_client.cli.shared_options import CONTEXT, bundle_option, open_cloud, server_options
-from hybridsd.errors import InvalidRequest, NotFound, Reason
+from hybridsd.errors import Reason
 
 
 @click.group(context_settings=CONTEXT)
@@ -58,9 +58,7 @@ def verify(bundle_name: str | None) -> None:
     for problem in problems:
         click.echo(problem)
     if problems:
-        raise InvalidRequest(
-            Reason.MANIFEST_INVALID, f"{opened.folder} is broken; fetch or export it again", field="bundle"
-        )
+        raise Reason.MANIFEST_INVALID.error(f"{opened.folder} is broken; fetch or export it again", field="bundle")
     click.echo(f"{opened.folder}: {len(opened.manifest.files)} files, all as the manifest says")
 
 
@@ -80,12 +78,10 @@ def fetch(
             return
         if name not in offered:
             listed = ", ".join(offered) or "none"
-            raise NotFound(Reason.NOT_FOUND, f"{server} has no bundle {name!r}; it has: {listed}", field="name")
+            raise Reason.NOT_FOUND.error(f"{server} has no bundle {name!r}; it has: {listed}", field="name")
         target = bundles.bundles_folder() / name if into is None else into
         if os.path.lexists(target):
-            raise InvalidRequest(
-                Reason.FIELD_INVALID, f"{target} is there already; remove it, or give --into", field="into"
-            )
+            raise Reason.FIELD_INVALID.error(f"{target} is there already; remove it, or give --into", field="into")
         for progress in bundles.fetch(cloud, name, offered[name], target):
             if progress.done_bytes == progress.size_bytes:
                 click.echo(f"{progress.path}: {progress.size_bytes} bytes", err=True)

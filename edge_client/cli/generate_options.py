@@ -14,7 +14,7 @@ from edge_client.generation.request import CallSkipping, ImageInput
 from edge_client.generation.segments import parse_segments
 from edge_client.images import inputs
 from edge_client.images.prepare import DEFAULT_STRENGTH, read_image
-from hybridsd.errors import InvalidRequest, Reason
+from hybridsd.errors import HybridSDError, Reason
 from hybridsd.manifest import Manifest
 from hybridsd.prompting import LongPrompt, TextOptions
 
@@ -142,5 +142,5 @@ def _skipping(text: str | None) -> CallSkipping | None:
         raise _refuse("cloud_skip", f"cloud-skip is {text[:40]!r}; give WARMUP,SKIP or WARMUP,SKIP,A") from error
 
 
-def _refuse(field: str, message: str) -> InvalidRequest:
-    return InvalidRequest(Reason.FIELD_INVALID, message, field=field)
+def _refuse(field: str, message: str) -> HybridSDError:
+    return Reason.FIELD_INVALID.error(message, field=field)

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from hybridsd.errors import InvalidRequest, Reason
+from hybridsd.errors import HybridSDError, Reason
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
@@ -55,12 +55,10 @@ def choose(output: str | None, names: Sequence[str], *, overwrite: bool) -> list
             wanted.append(free)
     for path in wanted:
         if path in paths:
-            raise InvalidRequest(Reason.FIELD_INVALID, f"two pictures would be {path}; rename one", field="output")
+            raise Reason.FIELD_INVALID.error(f"two pictures would be {path}; rename one", field="output")
         check(path, overwrite=overwrite)
         if path.suffix.lower() not in PICTURE_SUFFIXES:
-            raise InvalidRequest(
-                Reason.FIELD_INVALID, f"{path} does not end in {', '.join(PICTURE_SUFFIXES)}", field="output"
-            )
+            raise Reason.FIELD_INVALID.error(f"{path} does not end in {', '.join(PICTURE_SUFFIXES)}", field="output")
         paths.append(path)
     return paths
 
@@ -74,8 +72,8 @@ def check(path: Path, *, overwrite: bool) -> None:
     try:
         str(path).encode("utf-8")
     except UnicodeEncodeError as error:  # it could not be told in JSON where the picture is
-        raise InvalidRequest(
-            Reason.FIELD_INVALID, f"the name {str(path)!a} is not UTF-8 text; choose another", field="output"
+        raise Reason.FIELD_INVALID.error(
+            f"the name {str(path)!a} is not UTF-8 text; choose another", field="output"
         ) from error
     try:
         path.lstat()  # a link counts, wherever it leads
@@ -84,10 +82,10 @@ def check(path: Path, *, overwrite: bool) -> None:
     except (OSError, ValueError) as error:
         raise _cannot_write(path, error) from error
     if path.is_dir():
-        raise InvalidRequest(Reason.FIELD_INVALID, f"{path} is a folder; give a file", field="output")
+        raise Reason.FIELD_INVALID.error(f"{path} is a folder; give a file", field="output")
     if not overwrite:
-        raise InvalidRequest(
-            Reason.FIELD_INVALID, f"{path} is there already; choose another name, or give --overwrite", field="output"
+        raise Reason.FIELD_INVALID.error(
+            f"{path} is there already; choose another name, or give --overwrite", field="output"
         )
 
 
@@ -126,9 +124,9 @@ def write(path: Path, content: bytes, *, overwrite: bool) -> None:
         raise _cannot_write(path, error) from error
 
 
-def _cannot_write(path: Path, error: OSError | ValueError) -> InvalidRequest:
+def _cannot_write(path: Path, error: OSError | ValueError) -> HybridSDError:
     what = getattr(error, "strerror", None) or error
-    return InvalidRequest(Reason.FIELD_INVALID, f"cannot write {path}: {what}; choose another --output", field="output")
+    return Reason.FIELD_INVALID.error(f"cannot write {path}: {what}; choose another --output", field="output")
 
 
 def _free(path: Path, taken: set[Path], *, overwrite: bool) -> Path:

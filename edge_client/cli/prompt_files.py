@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from hybridsd.errors import InvalidRequest, Reason
+from hybridsd.errors import Reason
 
 EMPTY = '"""'
 """How the reference's files write an empty negative prompt."""
@@ -44,9 +44,7 @@ def parse_prompts(text: str) -> list[PromptPair]:
         pairs.append(PromptPair(lines[at], "" if negative == EMPTY else negative))
         at += 2
     if not pairs:
-        raise InvalidRequest(
-            Reason.PROMPT_EMPTY, "the prompts file has no prompt; write prompt and negative prompt in turns"
-        )
+        raise Reason.PROMPT_EMPTY.error("the prompts file has no prompt; write prompt and negative prompt in turns")
     return pairs
 
 
@@ -63,15 +61,14 @@ def parse_csv(lines: Iterable[str]) -> list[PromptPair]:
             continue
         where = f"CSV line {line}"
         if len(row) < 2 or not row[0].strip() or not row[1].strip():
-            raise InvalidRequest(
-                Reason.FIELD_INVALID, f"{where} needs a file name and a caption, as in fox.png,a red fox", field="csv"
+            raise Reason.FIELD_INVALID.error(
+                f"{where} needs a file name and a caption, as in fox.png,a red fox", field="csv"
             )
         path = PurePosixPath(row[0].strip())
         name = str(path)  # ./a.png is a.png
         leaves = path.is_absolute() or not path.name or ".." in path.parts or "\\" in name or "\0" in name
         if leaves or name in seen:
-            raise InvalidRequest(
-                Reason.FIELD_INVALID,
+            raise Reason.FIELD_INVALID.error(
                 f"{where}: file name {name[:80]!r} comes twice or leaves the output folder; give another",
                 field="csv",
             )
@@ -79,7 +76,7 @@ def parse_csv(lines: Iterable[str]) -> list[PromptPair]:
         negative = row[2].strip() if len(row) > 2 else ""
         pairs.append(PromptPair(row[1].strip(), "" if negative == EMPTY else negative, name))
     if not pairs:
-        raise InvalidRequest(Reason.PROMPT_EMPTY, "the CSV file has no rows below its header", field="csv")
+        raise Reason.PROMPT_EMPTY.error("the CSV file has no rows below its header", field="csv")
     return pairs
 
 
@@ -90,6 +87,4 @@ def _rows(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
         for row in rows:
             yield rows.line_num, row
     except csv.Error as error:
-        raise InvalidRequest(
-            Reason.FIELD_INVALID, f"CSV line {rows.line_num} cannot be read: {error}", field="csv"
-        ) from error
+        raise Reason.FIELD_INVALID.error(f"CSV line {rows.line_num} cannot be read: {error}", field="csv") from error

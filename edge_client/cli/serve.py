@@ -24,7 +24,7 @@ from edge_client.cloud.client import is_loopback
 from edge_client.inference.models import Models
 from edge_client.web.app import Settings, create_app
 from edge_client.web.auth import read_tokens
-from hybridsd.errors import CloudUnreachable, InvalidRequest, Reason
+from hybridsd.errors import Reason
 
 log = structlog.get_logger()
 
@@ -115,17 +115,16 @@ def probe(gateway: str, timeout: float) -> None:
         answer = httpx.get(f"{gateway.rstrip('/')}/readyz", timeout=timeout, trust_env=False)
         answer.raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise CloudUnreachable(Reason.UNAVAILABLE, f"{gateway} does not answer: {error}; look at its log") from error
+        raise Reason.UNAVAILABLE.error(f"{gateway} does not answer: {error}; look at its log") from error
     click.echo(answer.text)
 
 
 def _settings(options: dict[str, Any]) -> Settings:
     host, tokens = options["host"], read_tokens(options["client_tokens"])
     if (options["tls_cert"] is None) != (options["tls_key"] is None):
-        raise InvalidRequest(Reason.FIELD_INVALID, "--tls-cert and --tls-key go together; give both", field="tls_cert")
+        raise Reason.FIELD_INVALID.error("--tls-cert and --tls-key go together; give both", field="tls_cert")
     if not tokens and not is_loopback(host) and not options["is_open"]:
-        raise InvalidRequest(
-            Reason.FIELD_INVALID,
+        raise Reason.FIELD_INVALID.error(
             f"{host} can be reached from elsewhere, and nobody would need a token; give --client-tokens, or --open",
             field="host",
         )
@@ -166,7 +165,7 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         what = f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}; choose another --port"
-        raise InvalidRequest(Reason.FIELD_INVALID, what, field="port") from error
+        raise Reason.FIELD_INVALID.error(what, field="port") from error
     listener.set_inheritable(True)
     return listener
 

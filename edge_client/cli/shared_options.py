@@ -11,7 +11,7 @@ from edge_client.bundles import bundle as bundles
 from edge_client.cloud.client import Cloud
 from edge_client.inference import cache
 from edge_client.inference.models import Models
-from hybridsd.errors import InvalidRequest, Reason
+from hybridsd.errors import Reason
 from hybridsd.manifest import Manifest
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -88,9 +88,7 @@ def open_edge_models(given: Sequence[str], manifest: Manifest, **options: Any) -
     for text in given:
         name, equals, where = text.partition("=")
         if not (name and equals and where):
-            raise InvalidRequest(
-                Reason.FIELD_INVALID, f"edge-model is {text[:80]!r}; give NAME=DIR", field="edge_models"
-            )
+            raise Reason.FIELD_INVALID.error(f"edge-model is {text[:80]!r}; give NAME=DIR", field="edge_models")
         bundle = open_bundle(where)
         if bundle.manifest.latent_space != manifest.latent_space:
             raise Reason.LATENT_SPACE_MISMATCH.error(
@@ -109,7 +107,5 @@ def open_cloud(server: str, *, token_file: Path | None, tls_ca: Path | None, ins
         try:
             token = token_file.read_text(encoding="utf-8").strip()
         except (OSError, ValueError) as error:
-            raise InvalidRequest(
-                Reason.FIELD_INVALID, f"cannot read {token_file}: {error}", field="token_file"
-            ) from error
+            raise Reason.FIELD_INVALID.error(f"cannot read {token_file}: {error}", field="token_file") from error
     return Cloud(server, token=token, tls_ca=tls_ca, insecure=insecure, cache=cache.Cache(cache.default_folder()))

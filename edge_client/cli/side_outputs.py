@@ -19,7 +19,7 @@ from edge_client.generation.request import Request, Resolved
 from edge_client.images import files
 from edge_client.inference.models import Models
 from edge_client.types import Latents
-from hybridsd.errors import InvalidRequest, Reason
+from hybridsd.errors import Reason
 from hybridsd.plan import Plan, unet_input
 
 
@@ -53,10 +53,10 @@ class Extras:
         if self.save_latents is not None:
             before = [event for event in steps if self.save_latents_at is None or event.step < self.save_latents_at]
             if self.save_latents_at is not None and not before:  # a slow reader is sent fewer states
-                raise InvalidRequest(
-                    Reason.STATE_INVALID, f"no state before step {self.save_latents_at} came; choose a later step",
+                raise Reason.STATE_INVALID.error(
+                    f"no state before step {self.save_latents_at} came; choose a later step",
                     field="save_latents_at",
-                )  # fmt: skip
+                )
             at = None if self.save_latents_at is None else before[-1]
             content = saved_state.dump(saved_state.saved_state(result, models.manifest.latent_space, at))
             output_files.write(self.save_latents, content, overwrite=self.overwrite)
@@ -87,29 +87,29 @@ def read_extras(
     if any(stage.begins_grid for job in resolved for stage in job.stages):
         for name in ("save_steps", "save_latents"):
             if options[name] is not None:
-                raise InvalidRequest(
-                    Reason.FIELD_INVALID, f"--{name.replace('_', '-')} holds one step grid; leave it out",
+                raise Reason.FIELD_INVALID.error(
+                    f"--{name.replace('_', '-')} holds one step grid; leave it out",
                     field=name,
-                )  # fmt: skip
+                )
     if extras.save_latents_at is not None and (requests[0].image_input is not None or requests[0].segments):
-        raise InvalidRequest(
-            Reason.FIELD_INVALID, "--save-latents-at keeps no image, mask or segments; leave them out, or it",
+        raise Reason.FIELD_INVALID.error(
+            "--save-latents-at keeps no image, mask or segments; leave them out, or it",
             field="save_latents_at",
-        )  # fmt: skip
+        )
     if extras.save_latents is not None:
         if len(requests) > 1:
-            raise InvalidRequest(
-                Reason.FIELD_INVALID, f"--save-latents holds one picture, not {len(requests)}", field="save_latents"
+            raise Reason.FIELD_INVALID.error(
+                f"--save-latents holds one picture, not {len(requests)}", field="save_latents"
             )
         if extras.save_latents in paths:
-            raise InvalidRequest(
-                Reason.FIELD_INVALID, f"--save-latents and --output are both {extras.save_latents}; choose another",
+            raise Reason.FIELD_INVALID.error(
+                f"--save-latents and --output are both {extras.save_latents}; choose another",
                 field="save_latents",
-            )  # fmt: skip
+            )
         output_files.check(extras.save_latents, overwrite=extras.overwrite)
         _check_at(extras.save_latents_at, requests[0], resolved[0])
     elif extras.save_latents_at is not None:
-        raise InvalidRequest(Reason.FIELD_INVALID, "--save-latents-at needs --save-latents FILE", field="save_latents")
+        raise Reason.FIELD_INVALID.error("--save-latents-at needs --save-latents FILE", field="save_latents")
     if extras.save_steps is not None:
         _check_stems("--save-steps", [path.stem for path in paths])
     if extras.preview_every:
@@ -127,8 +127,7 @@ def _check_at(at: int | None, request: Request, job: Resolved) -> None:
     last = job.num_inference_steps - 1
     if at is not None and not first < at <= last:
         allowed = f"choose {first + 1} to {last}, or leave it out" if first < last else "leave it out"
-        raise InvalidRequest(
-            Reason.FIELD_INVALID,
+        raise Reason.FIELD_INVALID.error(
             f"--save-latents-at is {at}, but there is no state to save before that step; {allowed} for the end",
             field="save_latents_at",
         )
@@ -139,8 +138,7 @@ def _check_stems(option: str, stems: Iterable[str]) -> None:
     seen: set[str] = set()
     for stem in stems:
         if stem.casefold() in seen:
-            raise InvalidRequest(
-                Reason.FIELD_INVALID,
+            raise Reason.FIELD_INVALID.error(
                 f"{option} names its files after the pictures, and two are called {stem}; give them different names",
                 field="csv",
             )

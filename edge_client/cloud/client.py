@@ -25,7 +25,6 @@ from hybridsd import codec
 from hybridsd.errors import (
     DOMAIN,
     AccessDenied,
-    CloudTimeout,
     CloudUnreachable,
     HybridSDError,
     InvalidRequest,
@@ -84,12 +83,11 @@ class Cloud:
     ) -> None:
         host, colon, port = target.removeprefix("dns:///").rpartition(":")
         if not (colon and host and port.isdigit()):
-            raise InvalidRequest(
-                Reason.FIELD_INVALID, f"server is {target!r}; give host:port, as in 127.0.0.1:50051", field="server"
+            raise Reason.FIELD_INVALID.error(
+                f"server is {target!r}; give host:port, as in 127.0.0.1:50051", field="server"
             )
         if token is not None and not (token.isascii() and token.isprintable()):
-            raise InvalidRequest(
-                Reason.FIELD_INVALID,
+            raise Reason.FIELD_INVALID.error(
                 "the token has line breaks or characters beyond ASCII; give one line, as the server's operator did",
                 field="token",
             )
@@ -254,7 +252,7 @@ class RemoteJob:
             HybridSDError: By the table of errors; what the server sent wrongly is INTERNAL.
         """
         if self._cloud.away is not None:
-            raise CloudUnreachable(Reason.UNAVAILABLE, self._cloud.away)
+            raise Reason.UNAVAILABLE.error(self._cloud.away)
         message = self._conversation.request(resume_call=resume_call)
         call = self._cloud.stub.Denoise(message, timeout=timeout_s, metadata=self._cloud.metadata(self._request_id))
         usage_until: float | None = None
@@ -268,7 +266,7 @@ class RemoteJob:
                     yield Waiting()
                 item = inbox.get(wait_s)
                 if item is None:
-                    raise CloudUnreachable(Reason.UNAVAILABLE, f"{self._cloud.target} ended the stream too early")
+                    raise Reason.UNAVAILABLE.error(f"{self._cloud.target} ended the stream too early")
                 self.received_bytes += item.ByteSize()
                 self.answered = True
                 event = self._conversation.read(item)
@@ -365,8 +363,8 @@ class _Inbox:
                 raise queue.Empty
             item = self._items.get(timeout=timeout_s)
         except queue.Empty:
-            raise CloudTimeout(
-                Reason.DEADLINE_EXCEEDED, f"{self._cloud.target} has sent nothing for {max(timeout_s, 0.0):.3g} s"
+            raise Reason.DEADLINE_EXCEEDED.error(
+                f"{self._cloud.target} has sent nothing for {max(timeout_s, 0.0):.3g} s"
             ) from None
         if isinstance(item, grpc.RpcError):
             raise self._cloud.translate(item) from item
@@ -404,4 +402,4 @@ def _read_ca(path: Path | None) -> bytes | None:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise InvalidRequest(Reason.FIELD_INVALID, f"cannot read {path}: {error.strerror}", field="tls_ca") from error
+        raise Reason.FIELD_INVALID.error(f"cannot read {path}: {error.strerror}", field="tls_ca") from error

@@ -14,9 +14,9 @@ from edge_client.cloud.types import CloudEvent, CloudState, Job, printable
 from edge_client.generation.events import CloudStarted, Conditioning, Queued, Usage
 from edge_client.inference.cache import Cache
 from hybridsd import codec
-from hybridsd.errors import InternalError, InvalidRequest, Reason
+from hybridsd.errors import InvalidRequest, Reason
+from hybridsd.limits import MAX_CHUNKS
 from hybridsd.plan import Plan
-from hybridsd.prompting import MAX_CHUNKS
 from hybridsd.v1 import denoising_service_pb2 as pb
 from hybridsd.v1 import plan_pb2
 
@@ -295,7 +295,7 @@ def seconds(duration: Duration) -> float:
 
 
 def _refuse(what: str) -> NoReturn:
-    raise InternalError(Reason.INTERNAL, f"the cloud sent something that cannot be used: {what}")
+    raise Reason.INTERNAL.error(f"the cloud sent something that cannot be used: {what}")
 
 
 def _parse(content: bytes) -> pb.Conditioning | None:

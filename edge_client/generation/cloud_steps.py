@@ -68,7 +68,7 @@ def replay_cloud(
         HybridSDError: By the table; LOST where the edge may take over.
     """
     if cloud is None:
-        raise CloudUnreachable(Reason.UNAVAILABLE, "no cloud is configured; give --server host:port, or --mode edge")
+        raise Reason.UNAVAILABLE.error("no cloud is configured; give --server host:port, or --mode edge")
     remote = cloud.open(asked)
     run.leg_first, run.leg_cloud_steps = asked.first_step, 0
     if advisor is not None:
@@ -83,7 +83,7 @@ def replay_cloud(
             try:
                 left_s = None if deadline is None else deadline - time.monotonic()
                 if left_s is not None and left_s <= 0:
-                    raise CloudTimeout(Reason.DEADLINE_EXCEEDED, f"the cloud was not done after {request.deadline_s} s")
+                    raise Reason.DEADLINE_EXCEEDED.error(f"the cloud was not done after {request.deadline_s} s")
                 held = run.call if run.call > run.first_call else 0
                 yield from _one_stream(run, remote, left_s, held, advisor, tick_s)
                 if run.handed_over:

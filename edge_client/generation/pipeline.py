@@ -23,7 +23,7 @@ from edge_client.images.inputs import composite
 from edge_client.inference.models import Models
 from edge_client.types import Latents
 from hybridsd import noise, noise_levels
-from hybridsd.errors import HybridSDError, InvalidRequest, Reason
+from hybridsd.errors import HybridSDError, Reason
 from hybridsd.plan import Plan, PlanRow, denoise, initial_state
 
 
@@ -102,8 +102,7 @@ class _Painter:
         """Refuses stages that their models cannot run, before anything is begun."""
         self.run.prediction_type = self.bundle.manifest.prediction_type
         if self.request.safety != "off" and not self.models.has_safety_checker:
-            raise InvalidRequest(
-                Reason.FIELD_INVALID,
+            raise Reason.FIELD_INVALID.error(
                 f"bundle {self.bundle.manifest.name} has no safety checker; choose --safety-checker off, or export the "
                 "bundle with one",
                 field="safety_checker",
@@ -114,8 +113,7 @@ class _Painter:
         for stage in self.job.stages:
             self._check_kind(stage)
         if self.request.negative_prompt and self.job.stages and not any(map(self._takes_negative, self.job.stages)):
-            raise InvalidRequest(
-                Reason.GUIDANCE_INVALID,
+            raise Reason.GUIDANCE_INVALID.error(
                 "no model of this picture takes a negative prompt: consistency models have guidance as an input, and "
                 "without guidance there is nothing to draw away from; leave the negative prompt out",
                 field="negative_prompt",
@@ -123,8 +121,7 @@ class _Painter:
 
     def _check_kind(self, stage: Stage) -> None:
         if self._kind(stage) == "embedded" and stage.grid.scheduler != "lcm":
-            raise InvalidRequest(
-                Reason.SPLIT_INVALID,
+            raise Reason.SPLIT_INVALID.error(
                 f"{stage.model or stage.place + ' model'} is a consistency model, whose output scheduler "
                 f"{stage.grid.scheduler} cannot use; choose --scheduler lcm, or give its segment a grid of its own, "
                 "as in (scheduler=lcm,steps=8)",

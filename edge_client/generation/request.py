@@ -14,16 +14,25 @@ from edge_client.generation.segments import Grid, Segment, Stage, resolve_segmen
 from edge_client.types import Latents
 from hybridsd import schedulers
 from hybridsd.codec import ENCODINGS
-from hybridsd.errors import InvalidRequest, Reason
+from hybridsd.errors import Reason
+from hybridsd.limits import (
+    MAX_CHUNKS,
+    MAX_DEADLINE_S,
+    MAX_EVERY,
+    MAX_GUIDANCE,
+    MAX_IMAGE_INDEX,
+    MAX_LORA_WEIGHT,
+    MAX_LORAS,
+    MAX_PROMPT_CHARS,
+    MAX_SEED,
+    MAX_SIZE,
+    MAX_STEPS,
+    MIN_GUIDANCE,
+    MIN_LORA_WEIGHT,
+)
 from hybridsd.manifest import Manifest
-from hybridsd.noise import MAX_SEED
-from hybridsd.plan import MAX_STEPS, Plan
-from hybridsd.prompting import DEFAULT_TEXT, MAX_CHUNKS, TextOptions
-
-MAX_PROMPT_CHARS = 4000
-MAX_SIZE = 4096
-MAX_DEADLINE_S = 86400
-MAX_LORAS = 8
+from hybridsd.plan import Plan
+from hybridsd.prompting import DEFAULT_TEXT, TextOptions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,20 +173,19 @@ def resolve(request: Request, manifest: Manifest) -> Resolved:
         return _resolve_saved(request, request.resume, manifest)
     defaults = manifest.defaults
     if not request.prompt.strip():
-        raise InvalidRequest(Reason.PROMPT_EMPTY, "the prompt is empty; say what to draw", field="prompt")
+        raise Reason.PROMPT_EMPTY.error("the prompt is empty; say what to draw", field="prompt")
     scheduler = schedulers.find(defaults.scheduler if request.scheduler is None else request.scheduler).name
     steps = defaults.num_inference_steps if request.num_inference_steps is None else request.num_inference_steps
     if not 1 <= steps <= MAX_STEPS:
-        raise InvalidRequest(Reason.STEPS_INVALID, f"steps is {steps}; choose 1 to {MAX_STEPS}", field="steps")
+        raise Reason.STEPS_INVALID.error(f"steps is {steps}; choose 1 to {MAX_STEPS}", field="steps")
     guidance = defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
-    if not 1 <= guidance <= 30:
-        raise InvalidRequest(
-            Reason.GUIDANCE_INVALID, f"guidance_scale is {guidance}; choose 1 to 30", field="guidance_scale"
+    if not MIN_GUIDANCE <= guidance <= MAX_GUIDANCE:
+        raise Reason.GUIDANCE_INVALID.error(
+            f"guidance_scale is {guidance}; choose {MIN_GUIDANCE:g} to {MAX_GUIDANCE:g}", field="guidance_scale"
         )
     everywhere = {segment.guidance_scale or guidance for segment in request.segments} or {guidance}
     if everywhere == {1} and request.negative_prompt:
-        raise InvalidRequest(
-            Reason.GUIDANCE_INVALID,
+        raise Reason.GUIDANCE_INVALID.error(
             "a negative prompt has no effect at guidance_scale 1; leave it out or raise guidance_scale",
             field="negative_prompt",
         )
@@ -196,8 +204,7 @@ def resolve(request: Request, manifest: Manifest) -> Resolved:
     cell = manifest.vae_scale_factor
     shape = (manifest.latent_channels, height // cell, width // cell)
     if request.initial_latents is not None and request.initial_latents.shape != shape:
-        raise InvalidRequest(
-            Reason.TENSOR_INVALID,
+        raise Reason.TENSOR_INVALID.error(
             f"initial latents are {list(request.initial_latents.shape)}; "
             f"for {width}x{height} they must be {list(shape)}",
             field="initial_latents",
@@ -227,12 +234,10 @@ def _resolve_saved(request: Request, saved: SavedState, manifest: Manifest) -> R
             field="load_latents",
         )
     if any(array.shape != shape for array in saved.state) or len(saved.state) != saved.plan.num_arrays(saved.call):
-        raise InvalidRequest(
-            Reason.STATE_INVALID, "the saved state does not fit its plan; save it again", field="load_latents"
-        )
-    if not 1 <= saved.guidance_scale <= 30:
-        raise InvalidRequest(
-            Reason.STATE_INVALID, f"the saved guidance_scale is {saved.guidance_scale}; it must be 1 to 30",
+        raise Reason.STATE_INVALID.error("the saved state does not fit its plan; save it again", field="load_latents")
+    if not MIN_GUIDANCE <= saved.guidance_scale <= MAX_GUIDANCE:
+        raise Reason.STATE_INVALID.error(f"the saved guidance_scale is {saved.guidance_scale}; "
+            f"it must be {MIN_GUIDANCE:g} to {MAX_GUIDANCE:g}",
             field="load_latents",
         )  # fmt: skip
     embeds, embed_shape = saved.conditioning, (manifest.context_length, manifest.embed_dim)
@@ -274,12 +279,11 @@ def _check_texts(request: Request) -> None:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:  # what Python makes of other bytes on a command line
-            raise InvalidRequest(
-                Reason.FIELD_INVALID, f"{name} is not UTF-8 text; check the terminal's encoding", field=name
+            raise Reason.FIELD_INVALID.error(
+                f"{name} is not UTF-8 text; check the terminal's encoding", field=name
             ) from error
         if len(text) > MAX_PROMPT_CHARS:
-            raise InvalidRequest(
-                Reason.PROMPT_TOO_LONG,
+            raise Reason.PROMPT_TOO_LONG.error(
                 f"{name} has {len(text)} characters; at most {MAX_PROMPT_CHARS} are allowed",
                 field=name,
             )
@@ -290,35 +294,31 @@ def _check_rest(request: Request, manifest: Manifest, width: int, height: int) -
     multiple = manifest.size_multiple
     for name, size in (("width", width), ("height", height)):
         if size % multiple or not multiple <= size <= MAX_SIZE:
-            raise InvalidRequest(
-                Reason.SIZE_INVALID,
+            raise Reason.SIZE_INVALID.error(
                 f"{name} is {size}; choose a multiple of {multiple} from {multiple} to {MAX_SIZE}",
                 field=name,
             )
     if not 0 <= request.seed <= MAX_SEED:
-        raise InvalidRequest(Reason.FIELD_INVALID, f"seed is {request.seed}; choose 0 to {MAX_SEED}", field="seed")
-    if not 0 <= request.image_index <= 0xFFFF:
-        raise InvalidRequest(
-            Reason.FIELD_INVALID, f"image_index is {request.image_index}; choose 0 to 65535", field="image_index"
+        raise Reason.FIELD_INVALID.error(f"seed is {request.seed}; choose 0 to {MAX_SEED}", field="seed")
+    if not 0 <= request.image_index <= MAX_IMAGE_INDEX:
+        raise Reason.FIELD_INVALID.error(
+            f"image_index is {request.image_index}; choose 0 to {MAX_IMAGE_INDEX}", field="image_index"
         )
     if request.codec not in ENCODINGS:
-        raise InvalidRequest(
-            Reason.FIELD_INVALID, f"codec is {request.codec!r}; choose {', '.join(ENCODINGS)}", field="codec"
+        raise Reason.FIELD_INVALID.error(f"codec is {request.codec!r}; choose {', '.join(ENCODINGS)}", field="codec")
+    if not 0 <= request.preview_every <= MAX_EVERY:
+        raise Reason.FIELD_INVALID.error(
+            f"preview_every is {request.preview_every}; choose 0 to {MAX_EVERY}", field="preview_every"
         )
-    if not 0 <= request.preview_every <= 1000:
-        raise InvalidRequest(
-            Reason.FIELD_INVALID, f"preview_every is {request.preview_every}; choose 0 to 1000", field="preview_every"
-        )
-    if not 0 <= request.state_every <= 1000:
-        raise InvalidRequest(
-            Reason.FIELD_INVALID, f"state_every is {request.state_every}; choose 0 to 1000", field="state_every"
+    if not 0 <= request.state_every <= MAX_EVERY:
+        raise Reason.FIELD_INVALID.error(
+            f"state_every is {request.state_every}; choose 0 to {MAX_EVERY}", field="state_every"
         )
     _check_loras(request.loras)
     _check_skipping(request.call_skipping)
     _check_image(request.image_input, width, height)
     if request.deadline_s is not None and not 0 < request.deadline_s <= MAX_DEADLINE_S:
-        raise InvalidRequest(
-            Reason.FIELD_INVALID,
+        raise Reason.FIELD_INVALID.error(
             f"deadline is {request.deadline_s} s; choose more than 0 and at most {MAX_DEADLINE_S}",
             field="deadline_s",
         )
@@ -326,13 +326,14 @@ def _check_rest(request: Request, manifest: Manifest, width: int, height: int) -
 
 def _check_loras(loras: tuple[tuple[str, float], ...]) -> None:
     if len(loras) > MAX_LORAS or len({name for name, _ in loras}) < len(loras):
-        raise InvalidRequest(
-            Reason.FIELD_INVALID, f"there are {len(loras)} loras; give at most {MAX_LORAS}, each once", field="loras"
+        raise Reason.FIELD_INVALID.error(
+            f"there are {len(loras)} loras; give at most {MAX_LORAS}, each once", field="loras"
         )
     for name, weight in loras:
-        if not -4 <= weight <= 4:
-            raise InvalidRequest(
-                Reason.FIELD_INVALID, f"lora {name[:64]!r} has weight {weight}; choose -4 to 4", field="loras"
+        if not MIN_LORA_WEIGHT <= weight <= MAX_LORA_WEIGHT:
+            raise Reason.FIELD_INVALID.error(
+                f"lora {name[:64]!r} has weight {weight}; choose {MIN_LORA_WEIGHT:g} to {MAX_LORA_WEIGHT:g}",
+                field="loras",
             )
 
 
@@ -345,9 +346,7 @@ def _check_skipping(skipping: CallSkipping | None) -> None:
         ("extrapolation", skipping.extrapolation, 0, 1),
     ):
         if not low <= value <= high:
-            raise InvalidRequest(
-                Reason.FIELD_INVALID, f"{name} is {value}; choose {low} to {high}", field="call_skipping"
-            )
+            raise Reason.FIELD_INVALID.error(f"{name} is {value}; choose {low} to {high}", field="call_skipping")
 
 
 def _check_image(given: ImageInput | None, width: int, height: int) -> None:
@@ -355,8 +354,7 @@ def _check_image(given: ImageInput | None, width: int, height: int) -> None:
         return
     for name, array in (("image", given.image), ("mask", given.mask)):
         if array is not None and array.shape[1:] != (height, width):
-            raise InvalidRequest(
-                Reason.SIZE_INVALID,
+            raise Reason.SIZE_INVALID.error(
                 f"{name} has {array.shape[2]}x{array.shape[1]} pixels, the picture {width}x{height}; fit it before",
                 field=name,
             )
@@ -366,15 +364,13 @@ def _cloud_steps(request: Request, steps: int, default_share: float) -> int:
     """Returns how many of the steps are the cloud's."""
     given = request.cloud_steps
     if given is not None and not 0 <= given <= steps:
-        raise InvalidRequest(
-            Reason.SPLIT_INVALID, f"cloud_steps is {given}, but there are {steps} steps; choose 0 to {steps}",
+        raise Reason.SPLIT_INVALID.error(f"cloud_steps is {given}, but there are {steps} steps; choose 0 to {steps}",
             field="cloud_steps",
         )  # fmt: skip
     fixed = {"edge": 0, "cloud": steps}.get(request.mode)
     if fixed is not None:
         if given is not None and given != fixed:
-            raise InvalidRequest(
-                Reason.SPLIT_INVALID,
+            raise Reason.SPLIT_INVALID.error(
                 f"mode {request.mode} runs {fixed} of {steps} steps in the cloud, not {given}; "
                 "leave cloud_steps out or choose mode hybrid",
                 field="cloud_steps",
@@ -405,8 +401,7 @@ def _two_stages(
 
 def _explicit_stages(request: Request, grid: Grid, guidance_scale: float) -> tuple[Stage, ...]:
     if request.mode != "auto" or request.cloud_steps is not None or request.resume is not None:
-        raise InvalidRequest(
-            Reason.SPLIT_INVALID,
+        raise Reason.SPLIT_INVALID.error(
             "segments say what runs where; leave out --mode, --split, --cloud-steps and --load-latents of a state",
             field="segments",
         )
@@ -419,17 +414,14 @@ def _begin_step(request: Request, steps: int) -> int:
     if given is None:
         return 0
     if request.initial_latents is not None:
-        raise InvalidRequest(
-            Reason.FIELD_INVALID, "an image and initial latents exclude each other; give one", field="image"
-        )
+        raise Reason.FIELD_INVALID.error("an image and initial latents exclude each other; give one", field="image")
     if not 0 < given.strength <= 1:
-        raise InvalidRequest(
-            Reason.FIELD_INVALID, f"strength is {given.strength}; choose more than 0 and at most 1", field="strength"
+        raise Reason.FIELD_INVALID.error(
+            f"strength is {given.strength}; choose more than 0 and at most 1", field="strength"
         )
     run = int(steps * given.strength)
     if run == 0:
-        raise InvalidRequest(
-            Reason.FIELD_INVALID,
+        raise Reason.FIELD_INVALID.error(
             f"strength {given.strength} of {steps} steps runs none; choose at least {1 / steps:.3g}, or more steps",
             field="strength",
         )

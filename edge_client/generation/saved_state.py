@@ -16,7 +16,7 @@ from edge_client.generation.events import Conditioning, Result, StepDone, count_
 from edge_client.generation.request import SavedState
 from edge_client.types import Latents
 from hybridsd import plan as plans
-from hybridsd.errors import InvalidRequest, Reason
+from hybridsd.errors import HybridSDError, InvalidRequest, Reason
 
 FORMAT = 1
 
@@ -80,9 +80,9 @@ def load(path: Path) -> SavedState | Latents:
         InvalidRequest: STATE_INVALID, saying what is wrong with it.
     """
 
-    def refuse(what: object) -> InvalidRequest:
-        return InvalidRequest(
-            Reason.STATE_INVALID, f"{path} cannot be loaded: {what}; give a file of --save-latents", field="latents"
+    def refuse(what: object) -> HybridSDError:
+        return Reason.STATE_INVALID.error(
+            f"{path} cannot be loaded: {what}; give a file of --save-latents", field="latents"
         )
 
     try:

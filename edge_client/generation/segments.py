@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from edge_client.generation.events import Place
 from hybridsd import schedulers
 from hybridsd.errors import HybridSDError, InvalidRequest, Reason
-from hybridsd.plan import MAX_STEPS
+from hybridsd.limits import MAX_GUIDANCE, MAX_STEPS, MIN_GUIDANCE
 
 MAX_SEGMENTS = 8
 MAX_GRIDS = 4
@@ -84,8 +84,10 @@ def _guidance(text: str | None) -> float | None:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 1 <= value <= 30:
-        raise InvalidRequest(Reason.GUIDANCE_INVALID, f"guidance is {text[:20]!r}; choose 1 to 30", field="segments")
+    if not MIN_GUIDANCE <= value <= MAX_GUIDANCE:
+        raise Reason.GUIDANCE_INVALID.error(
+            f"guidance is {text[:20]!r}; choose {MIN_GUIDANCE:g} to {MAX_GUIDANCE:g}", field="segments"
+        )
     return value
 
 
@@ -106,8 +108,8 @@ def _scheduler(text: str | None) -> str | None:
         raise InvalidRequest(error.reason, error.message, field="segments") from error
 
 
-def _refuse(what: str) -> InvalidRequest:
-    return InvalidRequest(Reason.SPLIT_INVALID, f"segments: {what}", field="segments")
+def _refuse(what: str) -> HybridSDError:
+    return Reason.SPLIT_INVALID.error(f"segments: {what}", field="segments")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

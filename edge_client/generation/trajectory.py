@@ -23,7 +23,7 @@ from edge_client.generation.events import (
 )
 from edge_client.generation.request import Request, Resolved
 from edge_client.types import ImageU8, Latents
-from hybridsd.errors import HybridSDError, InternalError, InvalidRequest, Reason
+from hybridsd.errors import HybridSDError, Reason
 from hybridsd.plan import Plan
 
 GRID_PICTURES = 0x4000
@@ -75,8 +75,7 @@ class Run:
             return cls()
         step = saved.plan.step_at(saved.call)
         if saved.call != saved.plan.first_call(step) and step < job.cloud_steps:
-            raise InvalidRequest(
-                Reason.SPLIT_INVALID,
+            raise Reason.SPLIT_INVALID.error(
                 f"the saved state is in the middle of step {step}, which only the edge can go on from; use --mode edge",
                 field="load_latents",
             )
@@ -156,8 +155,8 @@ class Run:
         """Returns the latents to decode, checked."""
         latents = self.state[0]
         if not np.isfinite(latents).all():
-            raise InternalError(
-                Reason.INTERNAL, "the latents have values that are not finite; run `hybridsd doctor` on the bundle"
+            raise Reason.INTERNAL.error(
+                "the latents have values that are not finite; run `hybridsd doctor` on the bundle"
             )
         return latents
 

@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin
 from edge_client.generation.events import Result
 from edge_client.types import ImageU8
 from hybridsd import schedulers
-from hybridsd.errors import HybridSDError, InternalError, InvalidRequest, Reason
+from hybridsd.errors import HybridSDError, Reason
 
 
 def to_u8(image: NDArray[np.float32]) -> ImageU8:
@@ -26,9 +26,7 @@ def to_u8(image: NDArray[np.float32]) -> ImageU8:
         InternalError: If a value is not finite.
     """
     if not np.isfinite(image).all():
-        raise InternalError(
-            Reason.INTERNAL, "the decoder made values that are not finite; run `hybridsd doctor` on the bundle"
-        )
+        raise Reason.INTERNAL.error("the decoder made values that are not finite; run `hybridsd doctor` on the bundle")
     scaled = np.rint((np.clip(image, -1.0, 1.0) + 1.0) * 127.5)
     return np.ascontiguousarray(scaled.transpose(1, 2, 0)).astype(np.uint8)
 
@@ -131,7 +129,7 @@ def read_png(path: Path) -> tuple[ImageU8, dict[str, Any] | None, str | None]:
             pixels = np.asarray(image.convert("RGB"), dtype=np.uint8)
         chunk = json.loads(text["hybridsd"]) if "hybridsd" in text else None
     except (OSError, ValueError) as error:
-        raise InvalidRequest(Reason.FIELD_INVALID, f"{path} is not a picture: {error}", field="image") from error
+        raise Reason.FIELD_INVALID.error(f"{path} is not a picture: {error}", field="image") from error
     return pixels, chunk, text.get("parameters")
 
 

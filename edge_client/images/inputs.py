@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 
 from edge_client.images.files import from_u8
 from edge_client.types import ImageU8
-from hybridsd.errors import InvalidRequest, Reason
+from hybridsd.errors import HybridSDError, InvalidRequest, Reason
 
 Fit = Literal["crop", "pad", "stretch"]
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -168,5 +168,5 @@ def _resize(image: Image.Image, width: int, height: int, how: Fit, fill: object)
     return ImageOps.pad(image, (width, height), Image.Resampling.LANCZOS, color=fill)  # type: ignore[arg-type]
 
 
-def _refuse(field: str, message: str) -> InvalidRequest:
-    return InvalidRequest(Reason.FIELD_INVALID, message, field=field)
+def _refuse(field: str, message: str) -> HybridSDError:
+    return Reason.FIELD_INVALID.error(message, field=field)

@@ -5,9 +5,10 @@ Knows `image_inputs` and a manifest; nothing of command lines or web pages.
 
 from pathlib import Path
 
-from edge_client.generation.request import MAX_SIZE, ImageInput
+from edge_client.generation.request import ImageInput
 from edge_client.images import inputs
-from hybridsd.errors import InvalidRequest, Reason
+from hybridsd.errors import Reason
+from hybridsd.limits import MAX_SIZE
 from hybridsd.manifest import Manifest
 
 DEFAULT_STRENGTH = 0.75
@@ -45,8 +46,7 @@ def read_image(
     """
     multiple, defaults = manifest.size_multiple, manifest.defaults
     if "vae_encoder" not in manifest.files:
-        raise InvalidRequest(
-            Reason.FIELD_INVALID,
+        raise Reason.FIELD_INVALID.error(
             f"bundle {manifest.name} has no image encoder; leave the image out, or choose another bundle",
             field="image",
         )
@@ -56,8 +56,7 @@ def read_image(
     width, height = width or defaults.width, height or defaults.height
     for name, side in (("width", width), ("height", height)):
         if not multiple <= side <= MAX_SIZE or side % multiple:
-            raise InvalidRequest(
-                Reason.SIZE_INVALID,
+            raise Reason.SIZE_INVALID.error(
                 f"{name} is {side}; choose a multiple of {multiple} from {multiple} to {MAX_SIZE}",
                 field=name,
             )
@@ -66,8 +65,7 @@ def read_image(
         drawn = inputs.load_mask(mask, width, height, fit, blur_px=mask_blur)
         drawn = 1 - drawn if invert_mask else drawn
         if not drawn.any():
-            raise InvalidRequest(
-                Reason.FIELD_INVALID,
+            raise Reason.FIELD_INVALID.error(
                 "the mask is black all over, so nothing would be drawn; make what to draw white, or transparent",
                 field="mask",
             )

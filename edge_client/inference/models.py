@@ -22,7 +22,7 @@ from edge_client.inference.text_encoder import TextEncoders
 from edge_client.inference.unet import UNet
 from edge_client.types import ImageU8, Latents
 from hybridsd import noise
-from hybridsd.errors import HybridSDError, InvalidRequest, ModelMismatch, Reason
+from hybridsd.errors import HybridSDError, Reason
 from hybridsd.manifest import Manifest
 from hybridsd.prompting import DEFAULT_TEXT, EncodedText, TextOptions
 
@@ -169,8 +169,7 @@ class Models:
                     return None
                 self_test.remember(self._reports, key, report)
             if not report.ok and self.choice.by_name:
-                raise InvalidRequest(
-                    Reason.FIELD_INVALID,
+                raise Reason.FIELD_INVALID.error(
                     f"provider {self.choice.name} {report.describe()}; choose --provider cpu, or leave it out",
                     field="provider",
                 )
@@ -196,9 +195,7 @@ class Models:
         """Loads a file by a choice, or by the CPU when it does not start."""
         file = self.manifest.files.get(role)
         if file is None:
-            raise ModelMismatch(
-                Reason.MODEL_UNKNOWN, f"bundle {self.manifest.name} has no {role}; choose another bundle"
-            )
+            raise Reason.MODEL_UNKNOWN.error(f"bundle {self.manifest.name} has no {role}; choose another bundle")
         if self.low_memory:
             self._loaded.clear()
         path = self.folder / file.path
@@ -211,8 +208,7 @@ class Models:
                 network = self._load(role, providers.reference("tried"))  # if that fails too, the file is at fault
                 self._fall_back(f"but does not start on this device: {_first_line(error)}")
                 return network
-            raise InvalidRequest(
-                Reason.MANIFEST_INVALID,
+            raise Reason.MANIFEST_INVALID.error(
                 f"{choice.name} cannot load {path}: {_first_line(error)}; run `hybridsd bundle verify`",
                 field="bundle",
             ) from error

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_client.inference.session import ProviderFailed, Session
-from hybridsd.errors import InternalError, InvalidRequest, Reason
+from hybridsd.errors import Reason
 
 _SDXL = {"text_embeds", "time_ids"}
 _PLAIN = {"sample", "timestep", "encoder_hidden_states"}
@@ -49,8 +49,7 @@ class Network:
         self.inputs = frozenset(session.inputs)
         if self.inputs not in INPUTS[role]:
             allowed = " or ".join(str(sorted(names)) for names in INPUTS[role])
-            raise InvalidRequest(
-                Reason.MANIFEST_INVALID,
+            raise Reason.MANIFEST_INVALID.error(
                 f"{what} has inputs {sorted(self.inputs)}; it must have {allowed}: export the bundle again",
                 field="bundle",
             )
@@ -73,8 +72,8 @@ class Network:
         try:
             results = self.session.run(feeds)
         except ProviderFailed as error:
-            raise InternalError(
-                Reason.INTERNAL, f"a model failed to run: {error}; run `hybridsd doctor`, or choose another --provider"
+            raise Reason.INTERNAL.error(
+                f"a model failed to run: {error}; run `hybridsd doctor`, or choose another --provider"
             ) from error
         return {
             name: result.astype(np.float32, copy=False)

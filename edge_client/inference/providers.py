@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import onnxruntime as ort
 
-from hybridsd.errors import InvalidRequest, Reason
+from hybridsd.errors import HybridSDError, Reason
 
 Precision = Literal["fp32", "tf32", "fp16", "bf16"]
 
@@ -166,9 +166,8 @@ def _openvino_devices() -> list[str]:
     return sorted({device.partition(".")[0].casefold() for device in core.available_devices})
 
 
-def _unknown(requested: str, why: str) -> InvalidRequest:
-    return InvalidRequest(
-        Reason.FIELD_INVALID,
+def _unknown(requested: str, why: str) -> HybridSDError:
+    return Reason.FIELD_INVALID.error(
         f"provider {requested[:64]!r}: {why}; choose {', '.join(available_providers())}",
         field="provider",
     )

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from edge_client.inference.networks import Network
 from edge_client.inference.tokenizer import Tokenizer
 from hybridsd import prompting
-from hybridsd.errors import ModelMismatch, Reason
+from hybridsd.errors import Reason
 from hybridsd.manifest import Manifest
 from hybridsd.prompting import EncodedText, TextOptions
 
@@ -93,8 +93,7 @@ class TextEncoders:
         pooled_dim = 0 if pooled is None else pooled.shape[-1]
         wanted = (parts[0].num_chunks * manifest.context_length, manifest.embed_dim)
         if embeds.shape != wanted or pooled_dim != manifest.pooled_dim:
-            raise ModelMismatch(
-                Reason.MODEL_UNKNOWN,
+            raise Reason.MODEL_UNKNOWN.error(
                 f"the text encoders give {list(embeds.shape)} and {pooled_dim} pooled, but {manifest.name} says "
                 f"{list(wanted)} and {manifest.pooled_dim}; export the bundle again",
             )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import tokenizers
 
-from hybridsd.errors import InvalidRequest, Reason
+from hybridsd.errors import HybridSDError, Reason
 
 
 class Tokenizer:
@@ -41,5 +41,5 @@ class Tokenizer:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def _invalid(message: str) -> InvalidRequest:
-    return InvalidRequest(Reason.MANIFEST_INVALID, message, field="bundle")
+def _invalid(message: str) -> HybridSDError:
+    return Reason.MANIFEST_INVALID.error(message, field="bundle")

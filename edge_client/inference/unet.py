@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from edge_client.generation.events import Conditioning
 from edge_client.inference.networks import Network
 from edge_client.types import Latents
-from hybridsd.errors import InvalidRequest, Reason
+from hybridsd.errors import HybridSDError, Reason
 from hybridsd.manifest import Manifest
 
 Guidance = Literal["cfg", "embedded", "fused"]
@@ -105,8 +105,7 @@ class UNet:
         if guidance_scale == 1:  # of a fused one: what negative says is multiplied by 0
             return [prompt, prompt]
         if negative_embeds is None:
-            raise InvalidRequest(
-                Reason.GUIDANCE_INVALID,
+            raise Reason.GUIDANCE_INVALID.error(
                 f"guidance_scale is {guidance_scale:g}, but there are no unconditional embeddings; give them, or "
                 "choose guidance_scale 1",
                 field="conditioning",
@@ -117,15 +116,14 @@ class UNet:
         if not self.is_sdxl:
             return np.zeros(0, dtype=np.float32)
         if pooled is None:
-            raise InvalidRequest(
-                Reason.GUIDANCE_INVALID,
+            raise Reason.GUIDANCE_INVALID.error(
                 "this U-Net is of SDXL, but there are no pooled embeddings; encode the text with an SDXL model",
                 field="conditioning",
             )
         return pooled
 
 
-def _disagree(manifest: Manifest, what: str) -> InvalidRequest:
-    return InvalidRequest(
-        Reason.MANIFEST_INVALID, f"unet of bundle {manifest.name}: {what}; export the bundle again", field="bundle"
+def _disagree(manifest: Manifest, what: str) -> HybridSDError:
+    return Reason.MANIFEST_INVALID.error(
+        f"unet of bundle {manifest.name}: {what}; export the bundle again", field="bundle"
     )

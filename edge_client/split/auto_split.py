@@ -19,7 +19,8 @@ from edge_client.inference.models import Models
 from edge_client.split.handoff_policy import Advisor, Choice, Costs, Goals, choose, curve_of
 from edge_client.split.measure import measure_link
 from hybridsd import noise
-from hybridsd.errors import InvalidRequest, Reason
+from hybridsd.errors import Reason
+from hybridsd.limits import MAX_DEADLINE_S
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -83,8 +84,7 @@ def read_goals(options: dict[str, Any]) -> Goals | None:
             if options["cloud_steps"] in (None, AUTO)
             else "cloud-steps"
         )
-        raise InvalidRequest(
-            Reason.SPLIT_INVALID,
+        raise Reason.SPLIT_INVALID.error(
             f"--{what} fixes the split; leave it out, or the goals of an automatic one",
             field="split",
         )
@@ -98,10 +98,8 @@ def _seconds(text: str | None) -> float | None:
         value = float(text.removesuffix("s"))
     except ValueError:
         value = -1.0
-    if not 0 < value <= 86400:
-        raise InvalidRequest(
-            Reason.FIELD_INVALID, f"max-latency is {text[:20]!r}; give seconds, such as 4s", field="max_latency"
-        )
+    if not 0 < value <= MAX_DEADLINE_S:
+        raise Reason.FIELD_INVALID.error(f"max-latency is {text[:20]!r}; give seconds, such as 4s", field="max_latency")
     return value
 
 

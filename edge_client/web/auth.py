@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edge_client.web.errors import MEDIA_TYPE, problem_of, respond
-from hybridsd.errors import AccessDenied, InvalidRequest, Reason
+from hybridsd.errors import Reason
 
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _HEADERS = {
@@ -72,8 +72,7 @@ class Access:
         owner = self._owners.get(hashlib.sha256(token.encode()).digest())  # equal hashes in equal time
         if owner is None:
             what = "wrong" if token else "missing"
-            raise AccessDenied(
-                Reason.UNAUTHENTICATED,
+            raise Reason.UNAUTHENTICATED.error(
                 f"the token is {what}; send 'Authorization: Bearer TOKEN', as the operator gave it",
             )
         return Caller(owner, host)
@@ -98,10 +97,9 @@ def read_tokens(path: Path | None) -> list[str]:
     try:
         tokens = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise InvalidRequest(Reason.FIELD_INVALID, f"cannot read {path}: {error}", field="client_tokens") from error
+        raise Reason.FIELD_INVALID.error(f"cannot read {path}: {error}", field="client_tokens") from error
     if not tokens or any(not (token.isascii() and token.isprintable()) for token in tokens):
-        raise InvalidRequest(
-            Reason.FIELD_INVALID,
+        raise Reason.FIELD_INVALID.error(
             f"{path} must have a token a line, of printable ASCII; see --client-tokens",
             field="client_tokens",
         )
@@ -178,7 +176,7 @@ def _too_large() -> Response:
 
 
 def _refuse(message: str) -> Response:
-    return respond(problem_of(AccessDenied(Reason.PERMISSION_DENIED, message)))
+    return respond(problem_of(Reason.PERMISSION_DENIED.error(message)))
 
 
 def _owner(token: str) -> str:

@@ -11,7 +11,6 @@ from fastapi import Depends, Request
 from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.client import Cloud
 from edge_client.cloud.types import Capabilities as CloudCapabilities
-from edge_client.generation.request import MAX_PROMPT_CHARS, MAX_SIZE
 from edge_client.inference.models import Models
 from edge_client.web.auth import Access, Caller
 from edge_client.web.jobs.queue import JobQueue
@@ -22,8 +21,7 @@ from edge_client.web.jobs.webhooks import Webhooks
 from edge_client.web.schemas.native import MAX_IMAGES, JobCreate
 from hybridsd import schedulers
 from hybridsd.errors import HybridSDError
-from hybridsd.noise import MAX_SEED
-from hybridsd.plan import MAX_STEPS
+from hybridsd.limits import MAX_GUIDANCE, MAX_PROMPT_CHARS, MAX_SEED, MAX_SIZE, MAX_STEPS, MIN_GUIDANCE
 
 LOOK_S = 3.0
 """For how long an answer of the cloud about itself is taken for new."""
@@ -145,7 +143,7 @@ class Gateway:
             ],
             "limits": {
                 "max_prompt_chars": MAX_PROMPT_CHARS, "max_n": MAX_IMAGES, "max_steps": MAX_STEPS,
-                "max_seed": MAX_SEED, "min_guidance": 1, "max_guidance": 30,
+                "max_seed": MAX_SEED, "min_guidance": MIN_GUIDANCE, "max_guidance": MAX_GUIDANCE,
                 "max_body_bytes": self.max_body_bytes, "max_queue": self.queue.max_waiting,
             },
             "quality": [

@@ -7,7 +7,7 @@ from fastapi import Request
 
 from edge_client.web.gateway import Gateway
 from edge_client.web.jobs.store import StoredJob
-from hybridsd.errors import Cancelled, Reason, WrongState
+from hybridsd.errors import Reason, WrongState
 
 LOOK_S = 0.25
 """How often it is looked whether the caller is still there."""
@@ -26,7 +26,7 @@ async def finished_or_gone(request: Request, gateway: Gateway, job: StoredJob) -
             if done:
                 return waiting.result()
             if await request.is_disconnected():
-                raise Cancelled(Reason.CANCELLED, f"the caller of job {job.id} is gone, so it was cancelled")
+                raise Reason.CANCELLED.error(f"the caller of job {job.id} is gone, so it was cancelled")
     finally:
         if not waiting.done():
             waiting.cancel()
@@ -44,7 +44,7 @@ def succeeded(job: StoredJob) -> StoredJob:
         reason = Reason[str(job.error["reason"])]
         raise reason.error(job.error["detail"], field=job.error["field"], retry_delay_s=job.error["retry_delay_s"])
     if job.state == "cancelled":
-        raise Cancelled(Reason.CANCELLED, f"job {job.id} was cancelled")
+        raise Reason.CANCELLED.error(f"job {job.id} was cancelled")
     if job.state != "completed":
         raise Reason.INTERNAL.error(f"job {job.id} could not be kept; the gateway's log says why")
     return job

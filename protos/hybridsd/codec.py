@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hybridsd.errors import InvalidRequest, Reason
+from hybridsd.errors import HybridSDError, Reason
 from hybridsd.plan import Plan, PlanRow
 from hybridsd.v1 import plan_pb2, tensor_pb2
 
@@ -42,7 +42,7 @@ def encode_tensor(array: NDArray[np.float32], encoding: tensor_pb2.Encoding.Valu
         InvalidRequest: TENSOR_INVALID if a value is not finite.
     """
     if not np.isfinite(array).all():
-        raise InvalidRequest(Reason.TENSOR_INVALID, "a tensor to send has values that are not finite")
+        raise Reason.TENSOR_INVALID.error("a tensor to send has values that are not finite")
     message = tensor_pb2.Tensor(encoding=encoding, shape=array.shape)
     if encoding == INT8:
         rows = array.reshape(array.shape[0], -1).astype(np.float32)
@@ -71,8 +71,8 @@ def decode_tensor(
         InvalidRequest: TENSOR_INVALID, naming the field, what it has and what it should have.
     """
 
-    def refuse(what: str) -> InvalidRequest:
-        return InvalidRequest(Reason.TENSOR_INVALID, f"{field}: {what}", field=field)
+    def refuse(what: str) -> HybridSDError:
+        return Reason.TENSOR_INVALID.error(f"{field}: {what}", field=field)
 
     dtype = _DTYPES.get(message.encoding)
     if dtype is None:
@@ -151,8 +151,7 @@ def decode_plan(message: plan_pb2.Plan) -> Plan:
     for index, row in enumerate(message.rows):
         n, m = len(row.unet_input), len(row.output)
         if n == 0 or len(row.transition) != n * m:
-            raise InvalidRequest(
-                Reason.PLAN_INVALID,
+            raise Reason.PLAN_INVALID.error(
                 f"plan row {index}: transition has {len(row.transition)} values; it must have {m} x {n}",
                 field="plan",
             )

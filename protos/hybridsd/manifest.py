@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from hybridsd.errors import InvalidRequest, Reason
+from hybridsd.errors import HybridSDError, InvalidRequest, Reason
 
 MANIFEST_NAME = "model.json"
 FORMAT = 1
@@ -135,8 +135,8 @@ class Manifest:
     format: int = field(default=FORMAT)
 
     def __post_init__(self) -> None:
-        def refuse(what: str) -> InvalidRequest:
-            return InvalidRequest(Reason.MANIFEST_INVALID, f"{MANIFEST_NAME}: {what}", field="bundle")
+        def refuse(what: str) -> HybridSDError:
+            return Reason.MANIFEST_INVALID.error(f"{MANIFEST_NAME}: {what}", field="bundle")
 
         if self.format != FORMAT:
             raise refuse(f"format is {self.format}; this version reads {FORMAT}")
@@ -178,8 +178,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
-        raise InvalidRequest(
-            Reason.MANIFEST_INVALID,
+        raise Reason.MANIFEST_INVALID.error(
             f"{folder} has no {MANIFEST_NAME}; give the folder of an edge bundle",
             field="bundle",
         )
@@ -193,7 +192,7 @@ def read_manifest(folder: Path) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InvalidRequest):
             raise
-        raise InvalidRequest(Reason.MANIFEST_INVALID, f"{path} is not a manifest: {error}", field="bundle") from error
+        raise Reason.MANIFEST_INVALID.error(f"{path} is not a manifest: {error}", field="bundle") from error
 
 
 def verify_files(manifest: Manifest, folder: Path) -> list[str]:

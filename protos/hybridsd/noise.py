@@ -16,8 +16,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_SEED = 2**53 - 1
-"""Seeds are integers that JavaScript can hold."""
+from hybridsd.limits import MAX_SEED
 
 _DOMAIN = 0x48534431  # "HSD1"
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))

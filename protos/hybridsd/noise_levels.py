@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from hybridsd.errors import InvalidRequest, Reason
+from hybridsd.errors import Reason
 from hybridsd.plan import A, Plan, PlanRow, combine
 
 SLACK = 1e-4
@@ -33,8 +33,7 @@ def noise_level(plan: Plan, call: int, prediction_type: str) -> tuple[float, flo
         return alpha, weight * alpha
     if prediction_type == "v_prediction" and 0.0 <= weight <= 1.0:
         return math.sqrt(1.0 - weight * weight), weight
-    raise InvalidRequest(
-        Reason.SPLIT_INVALID,
+    raise Reason.SPLIT_INVALID.error(
         f"the noise levels of a model that predicts {prediction_type!r} are not known; go on with the same step grid",
         field="segments",
     )
@@ -82,8 +81,7 @@ def entry_step(grid: Plan, level: tuple[float, float], prediction_type: str) -> 
         return noisy_enough[-1]
     if ratios[0] * (1.0 + TOP_SLACK) >= ratio:
         return 0
-    raise InvalidRequest(
-        Reason.SPLIT_INVALID,
+    raise Reason.SPLIT_INVALID.error(
         f"the latents are noisier (sigma/alpha {ratio:.3g}) than the first step of {grid.scheduler} in "
         f"{grid.num_inference_steps} steps ({ratios[0]:.3g}); let the model before it run more steps",
         field="segments",
@@ -125,8 +123,7 @@ def convert_output(output: A, latents: A, level: tuple[float, float], made: str,
     elif (made, wanted) == ("epsilon", "v_prediction"):
         result = (1.0 / alpha) * output - (sigma / alpha) * latents
     else:
-        raise InvalidRequest(
-            Reason.SPLIT_INVALID, f"a model that predicts {made!r} cannot go on with a plan for {wanted!r}",
+        raise Reason.SPLIT_INVALID.error(f"a model that predicts {made!r} cannot go on with a plan for {wanted!r}",
             field="segments",
         )  # fmt: skip
     converted: A = result

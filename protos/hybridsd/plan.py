@@ -19,13 +19,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar, cast
 
-from hybridsd.errors import InvalidRequest, Reason
+from hybridsd.errors import HybridSDError, Reason
+from hybridsd.limits import MAX_CALLS, MAX_STEPS
 
 A = TypeVar("A", bound=Any)
 """A latent-shaped array: `numpy.ndarray` or `torch.Tensor`, float32."""
 
-MAX_STEPS = 1000
-MAX_CALLS = 4 * MAX_STEPS
 MAX_ARRAYS = 8
 MAX_NAME = 64
 
@@ -183,8 +182,7 @@ def denoise(
     """
     arrays = list(state)
     if len(arrays) != plan.num_arrays(start):
-        raise InvalidRequest(
-            Reason.STATE_INVALID,
+        raise Reason.STATE_INVALID.error(
             f"the state before call {start} has {plan.num_arrays(start)} arrays, not {len(arrays)}",
             field="initial_state",
         )
@@ -249,12 +247,12 @@ def from_json(text: str) -> Plan:
             rows=rows,
         )
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise InvalidRequest(Reason.PLAN_INVALID, f"not a plan: {error!r}", field="plan") from error
+        raise Reason.PLAN_INVALID.error(f"not a plan: {error!r}", field="plan") from error
 
 
 def _check(plan: Plan) -> None:
-    def refuse(what: str) -> InvalidRequest:
-        return InvalidRequest(Reason.PLAN_INVALID, f"plan {plan.scheduler[:64]!r}: {what}", field="plan")
+    def refuse(what: str) -> HybridSDError:
+        return Reason.PLAN_INVALID.error(f"plan {plan.scheduler[:64]!r}: {what}", field="plan")
 
     if len(plan.scheduler) > MAX_NAME:
         raise refuse(f"its name has {len(plan.scheduler)} characters; at most {MAX_NAME} are allowed")

@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hybridsd.errors import InvalidRequest, Reason
-from hybridsd.plan import MAX_STEPS, Plan, PlanRow, denoise, initial_state
+from hybridsd.errors import HybridSDError, Reason
+from hybridsd.limits import MAX_STEPS
+from hybridsd.plan import Plan, PlanRow, denoise, initial_state
 
 Floats = NDArray[np.float64]
 
@@ -60,14 +61,12 @@ def compile_plan(
     """
     name = type(scheduler).__name__ if name is None else name
     if not 1 <= num_inference_steps <= MAX_STEPS:
-        raise InvalidRequest(
-            Reason.STEPS_INVALID,
+        raise Reason.STEPS_INVALID.error(
             f"num_inference_steps is {num_inference_steps}; choose 1 to {MAX_STEPS}",
             field="num_inference_steps",
         )
     if not 0 <= begin_step < num_inference_steps:
-        raise InvalidRequest(
-            Reason.STEPS_INVALID,
+        raise Reason.STEPS_INVALID.error(
             f"begin_step is {begin_step}; choose 0 to {num_inference_steps - 1}",
             field="begin_step",
         )
@@ -80,10 +79,10 @@ def compile_plan(
     steps = _steps_of_calls(scheduler, len(probe.timesteps), num_inference_steps, name)
     if begin_step > 0:
         if hasattr(scheduler, "prk_timesteps"):  # it counts its calls, and takes its second for a repetition
-            raise InvalidRequest(
-                Reason.STEPS_INVALID, f"scheduler {name} cannot begin at step {begin_step}; choose another scheduler",
+            raise Reason.STEPS_INVALID.error(
+                f"scheduler {name} cannot begin at step {begin_step}; choose another scheduler",
                 field="begin_step",
-            )  # fmt: skip
+            )
         probe.begin(steps.index(begin_step))
         steps = [step - begin_step for step in steps[steps.index(begin_step) :]]
     num_calls = len(probe.timesteps)
@@ -121,8 +120,8 @@ def compile_plan(
     return plan
 
 
-def _not_affine(name: str, why: str) -> InvalidRequest:
-    return InvalidRequest(Reason.SCHEDULER_NOT_AFFINE, f"scheduler {name} is not affine: {why}", field="scheduler")
+def _not_affine(name: str, why: str) -> HybridSDError:
+    return Reason.SCHEDULER_NOT_AFFINE.error(f"scheduler {name} is not affine: {why}", field="scheduler")
 
 
 class _Probe:
@@ -144,8 +143,7 @@ class _Probe:
         try:
             self._scheduler.set_timesteps(self._num_steps)
         except ValueError as error:
-            raise InvalidRequest(
-                Reason.STEPS_INVALID,
+            raise Reason.STEPS_INVALID.error(
                 f"scheduler {self._name} refuses {self._num_steps} steps: {error}",
                 field="num_inference_steps",
             ) from error
@@ -182,8 +180,7 @@ class _Probe:
                 if not (np.isfinite(fed).all() and np.isfinite(result).all()):
                     raise ZeroDivisionError("its weights are not finite")  # two equal timesteps, mostly
             except (ArithmeticError, IndexError, ValueError) as error:
-                raise InvalidRequest(
-                    Reason.STEPS_INVALID,
+                raise Reason.STEPS_INVALID.error(
                     f"scheduler {self._name} breaks down at call {i} of {self._num_steps} steps ({error}); "
                     "choose another number of steps",
                     field="num_inference_steps",

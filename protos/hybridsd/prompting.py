@@ -17,10 +17,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hybridsd.errors import InvalidRequest, Reason
+from hybridsd.errors import Reason
+from hybridsd.limits import MAX_CHUNKS
 
-MAX_CHUNKS = 4
-"""Chunks that a text may take; tokens beyond them are dropped."""
 MAX_WEIGHT = 4.0
 """Weights of words are in [0, 4], products of nested ones included."""
 BRACKET_WEIGHT = 1.1
@@ -197,8 +196,7 @@ def _match_brackets(parts: Sequence[re.Match[str]]) -> dict[int, float]:
 
 def _check_weight(weight: float, field: str) -> None:
     if not 0 <= weight <= MAX_WEIGHT:
-        raise InvalidRequest(
-            Reason.FIELD_INVALID,
+        raise Reason.FIELD_INVALID.error(
             f"a word's weight is {weight:g}, but weights are 0 to {MAX_WEIGHT:g}, nested ones multiplied; lower it, or "
             r"write \( and \) for brackets that are text",
             field=field,

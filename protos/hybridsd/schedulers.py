@@ -7,7 +7,7 @@ Knows nothing of diffusers itself: whoever has it (the cloud, the exporter) buil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from hybridsd.errors import InvalidRequest, Reason
+from hybridsd.errors import Reason
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,8 +102,7 @@ def find(name: str) -> SchedulerSpec:
     for spec in SCHEDULERS:
         if wanted == spec.diffusers_class.casefold():
             return spec
-    raise InvalidRequest(
-        Reason.SCHEDULER_UNKNOWN,
+    raise Reason.SCHEDULER_UNKNOWN.error(
         f"scheduler {name[:64]!r} is unknown; choose one of {', '.join(spec.name for spec in SCHEDULERS)}",
         field="scheduler",
     )

@@ -21,7 +21,7 @@ from edge_client.web.errors import problem_of
 from edge_client.web.jobs.store import Store, StoredJob
 from edge_client.web.jobs.worker import Told, Upload
 from edge_client.web.schemas.native import JobCreate, State
-from hybridsd.errors import HybridSDError, Reason, WrongState
+from hybridsd.errors import HybridSDError, Reason
 
 log = structlog.get_logger()
 
@@ -181,8 +181,8 @@ class JobQueue:
         """
         live = self._live.get(job.id)
         if live is None or live.is_finished:
-            raise WrongState(
-                Reason.JOB_FINISHED, f"job {job.id} is {job.state} and cannot be cancelled; delete it, or leave it"
+            raise Reason.JOB_FINISHED.error(
+                f"job {job.id} is {job.state} and cannot be cancelled; delete it, or leave it"
             )
         live.cancelled.set()
         if job.id in self._waiting:

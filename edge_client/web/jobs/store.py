@@ -18,7 +18,7 @@ from sqlalchemy.engine import Connection, Row
 
 from edge_client.web.jobs.worker import Upload
 from edge_client.web.schemas.native import State
-from hybridsd.errors import InvalidRequest, NotFound, Reason
+from hybridsd.errors import Reason
 
 UNFINISHED: tuple[State, ...] = ("queued", "running")
 _REMOVED = "removed"
@@ -92,8 +92,7 @@ class Store:
             sa.event.listen(self._engine, "connect", _configure)
             _meta.create_all(self._engine)
         except (OSError, sa.exc.SQLAlchemyError) as error:
-            raise InvalidRequest(
-                Reason.FIELD_INVALID, f"cannot keep jobs in {folder}: {error}; choose another --data-dir",
+            raise Reason.FIELD_INVALID.error(f"cannot keep jobs in {folder}: {error}; choose another --data-dir",
                 field="data_dir",
             ) from error  # fmt: skip
 
@@ -118,8 +117,8 @@ class Store:
                 number = connection.execute(_jobs.insert().values(values)).inserted_primary_key[0]  # type: ignore[index]
                 self._write_upload(number, upload)  # before the row counts: a job without its pictures cannot be run
         except sa.exc.IntegrityError as error:
-            raise InvalidRequest(
-                Reason.REQUEST_ID_REUSED, f"there was a job {job_id} already; choose another id", field="id"
+            raise Reason.REQUEST_ID_REUSED.error(
+                f"there was a job {job_id} already; choose another id", field="id"
             ) from error
         return self.get(job_id)
 
@@ -166,9 +165,9 @@ class Store:
         with self._begin() as connection:
             row = connection.execute(sa.select(_jobs).where(_jobs.c.id == job_id)).first()
             if row is None or owner not in (None, row.owner):
-                raise NotFound(Reason.NOT_FOUND, f"there is no job {job_id[:64]!r}; list the jobs, or make one")
+                raise Reason.NOT_FOUND.error(f"there is no job {job_id[:64]!r}; list the jobs, or make one")
             if row.state == _REMOVED:
-                raise NotFound(Reason.JOB_GONE, f"job {job_id[:64]} was deleted, or is too old; make it again")
+                raise Reason.JOB_GONE.error(f"job {job_id[:64]} was deleted, or is too old; make it again")
             return self._job(connection, row)
 
     def page(self, owner: str, *, limit: int, before: int | None = None, state: str | None = None) -> list[StoredJob]:

@@ -6,7 +6,7 @@ import binascii
 from edge_client.images.inputs import MAX_BYTES
 from edge_client.web.jobs.worker import Upload
 from edge_client.web.schemas.native import JobCreate
-from hybridsd.errors import InvalidRequest, Reason
+from hybridsd.errors import Reason
 
 
 def decode(text: str, field: str) -> bytes:
@@ -17,21 +17,19 @@ def decode(text: str, field: str) -> bytes:
     """
     payload = text.partition(",")[2] if text.startswith("data:") else text
     if len(payload) > MAX_BYTES * 4 // 3 + 4:
-        raise InvalidRequest(
-            Reason.FIELD_INVALID,
+        raise Reason.FIELD_INVALID.error(
             f"{field} has {len(payload)} characters of base64; at most {MAX_BYTES} bytes",
             field=field,
         )
     try:
         content = base64.b64decode("".join(payload.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise InvalidRequest(
-            Reason.FIELD_INVALID,
+        raise Reason.FIELD_INVALID.error(
             f"{field} is no base64 ({error}); send a PNG, JPEG or WebP picture in base64",
             field=field,
         ) from error
     if not content:
-        raise InvalidRequest(Reason.FIELD_INVALID, f"{field} is empty; send a picture, or leave it out", field=field)
+        raise Reason.FIELD_INVALID.error(f"{field} is empty; send a picture, or leave it out", field=field)
     return content
 
 

@@ -7,7 +7,7 @@ from PIL import Image as Pillow
 
 from edge_client.web.auth import Access
 from edge_client.web.jobs.store import Store, StoredJob
-from hybridsd.errors import NotFound, Reason
+from hybridsd.errors import Reason
 
 Format = Literal["png", "jpeg", "webp"]
 MEDIA_TYPES: dict[Format, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
@@ -44,8 +44,8 @@ class Views:
         try:
             content = self._store.image_path(job, index).read_bytes()
         except OSError as error:
-            raise NotFound(
-                Reason.NOT_FOUND, f"job {job.id} has no picture {index}; it has {len(job.images)}, from 0 on"
+            raise Reason.NOT_FOUND.error(
+                f"job {job.id} has no picture {index}; it has {len(job.images)}, from 0 on"
             ) from error
         return content if wanted == "png" else reencode(content, wanted, quality)
 

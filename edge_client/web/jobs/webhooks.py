@@ -9,7 +9,7 @@ import httpx
 import structlog
 
 from edge_client.web.jobs.store import Store, StoredJob
-from hybridsd.errors import AccessDenied, InvalidRequest, Reason
+from hybridsd.errors import Reason
 
 log = structlog.get_logger()
 
@@ -51,12 +51,9 @@ class Webhooks:
         except ValueError:
             host = netloc = scheme = ""
         if scheme not in ("http", "https") or not host or not url.isascii() or not url.isprintable():
-            raise InvalidRequest(
-                Reason.FIELD_INVALID, f"webhook is {url[:80]!r}; give a URL of http or https", field="webhook"
-            )
+            raise Reason.FIELD_INVALID.error(f"webhook is {url[:80]!r}; give a URL of http or https", field="webhook")
         if host not in self._hosts and netloc not in self._hosts:
-            raise AccessDenied(
-                Reason.PERMISSION_DENIED,
+            raise Reason.PERMISSION_DENIED.error(
                 f"webhook host {netloc[:80]!r} is not allowed; the operator allows it by --webhook-host",
                 field="webhook",
             )

@@ -28,8 +28,8 @@ from edge_client.split.auto_split import AutoSplit, choose_split
 from edge_client.split.handoff_policy import Goals
 from edge_client.types import Latents
 from edge_client.web.schemas.native import JobCreate
-from hybridsd.errors import InvalidRequest, Reason
-from hybridsd.noise import MAX_SEED
+from hybridsd.errors import Reason
+from hybridsd.limits import MAX_SEED
 from hybridsd.prompting import TextOptions
 
 TICK_S = 0.2
@@ -81,14 +81,12 @@ class Painter:
             resolve(request, self.bundle.manifest)
         goals = _goals(filled)
         if goals is not None and (filled.hybrid.split or filled.hybrid.cloud_steps is not None):
-            raise InvalidRequest(
-                Reason.SPLIT_INVALID,
+            raise Reason.SPLIT_INVALID.error(
                 "the split is given, and to be chosen too; leave out split and cloud_steps, or the goals",
                 field="hybrid",
             )
         if goals is not None and (filled.hybrid.segments or filled.hybrid.mode in ("edge", "cloud")):
-            raise InvalidRequest(
-                Reason.SPLIT_INVALID,
+            raise Reason.SPLIT_INVALID.error(
                 "mode and segments fix the split; leave them out, or the goals of an automatic one",
                 field="hybrid",
             )
@@ -177,9 +175,7 @@ class Painter:
         width, height, image_input = create.width, create.height, None
         for name, needs in (("mask", upload.mask), ("strength", create.strength)):
             if needs is not None and upload.image is None:
-                raise InvalidRequest(
-                    Reason.FIELD_INVALID, f"{name} goes with an image; give the image, too", field=name
-                )
+                raise Reason.FIELD_INVALID.error(f"{name} goes with an image; give the image, too", field=name)
         if upload.image is not None:
             width, height, image_input = read_image(
                 manifest, upload.image, width=width, height=height, strength=create.strength, fit=create.fit,
@@ -236,8 +232,7 @@ def _steps(create: JobCreate) -> tuple[int | None, int | None]:
         return cloud_steps, steps
     cloud, edge = map(int, create.hybrid.split.split(","))
     if cloud + edge == 0 or cloud_steps not in (None, cloud) or steps not in (None, cloud + edge):
-        raise InvalidRequest(
-            Reason.SPLIT_INVALID,
+        raise Reason.SPLIT_INVALID.error(
             f"split {create.hybrid.split} means {cloud} cloud steps of {cloud + edge}, which must be 1 or more; leave "
             "out cloud_steps and num_inference_steps, or say the same there",
             field="hybrid.split",

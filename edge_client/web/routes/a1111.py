@@ -29,9 +29,8 @@ from edge_client.web.openapi import answers
 from edge_client.web.schemas.native import JOB_ID, MAX_IMAGES, Hybrid, JobCreate, Lora, Prompt
 from edge_client.web.wait_for_job import finished_or_gone, succeeded
 from hybridsd import schedulers
-from hybridsd.errors import HybridSDError, InvalidRequest, Reason
-from hybridsd.noise import MAX_SEED
-from hybridsd.plan import MAX_STEPS
+from hybridsd.errors import HybridSDError, Reason
+from hybridsd.limits import MAX_GUIDANCE, MAX_PROMPT_CHARS, MAX_SEED, MAX_SIZE, MAX_STEPS, MIN_GUIDANCE
 
 router = APIRouter(prefix="/sdapi/v1", tags=["sdapi"])
 
@@ -53,7 +52,7 @@ class TextToImage(BaseModel):
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     prompt: Prompt
-    negative_prompt: str = Field("", max_length=4000)
+    negative_prompt: str = Field("", max_length=MAX_PROMPT_CHARS)
     seed: int = Field(-1, ge=-1, le=MAX_SEED, description="-1: random")
     sampler_name: str | None = Field(None, max_length=64)
     sampler_index: str | None = Field(None, max_length=64)
@@ -61,9 +60,9 @@ class TextToImage(BaseModel):
     batch_size: int = Field(1, ge=1, le=MAX_IMAGES)
     n_iter: int = Field(1, ge=1, le=MAX_IMAGES)
     steps: int | None = Field(None, ge=1, le=MAX_STEPS)
-    cfg_scale: float | None = Field(None, ge=1, le=30)
-    width: int | None = Field(None, ge=8, le=4096)
-    height: int | None = Field(None, ge=8, le=4096)
+    cfg_scale: float | None = Field(None, ge=MIN_GUIDANCE, le=MAX_GUIDANCE)
+    width: int | None = Field(None, ge=8, le=MAX_SIZE)
+    height: int | None = Field(None, ge=8, le=MAX_SIZE)
     refiner_switch_at: float | None = Field(None, ge=0, le=1, description="share of the steps in the cloud")
     refiner_checkpoint: str | None = Field(None, max_length=128)
     force_task_id: str | None = Field(None, pattern=JOB_ID)
@@ -307,15 +306,14 @@ def _create(body: TextToImage, fields: dict[str, Any], model: str) -> JobCreate:
     for name, nothing in _UNSUPPORTED.items():
         value = getattr(body, name, None) if name in TextToImage.model_fields else (body.model_extra or {}).get(name)
         if value is not None and value not in nothing:
-            raise InvalidRequest(
-                Reason.FIELD_INVALID,
+            raise Reason.FIELD_INVALID.error(
                 f"{name} is {str(value)[:40]!r}, which this server cannot do; leave it out",
                 field=name,
             )
     n = body.batch_size * body.n_iter
     if n > MAX_IMAGES:
-        raise InvalidRequest(
-            Reason.FIELD_INVALID, f"batch_size * n_iter is {n}; at most {MAX_IMAGES} are made at once", field="n_iter"
+        raise Reason.FIELD_INVALID.error(
+            f"batch_size * n_iter is {n}; at most {MAX_IMAGES} are made at once", field="n_iter"
         )
     settings = body.override_settings or {}
     hybrid = body.hybrid
@@ -325,8 +323,8 @@ def _create(body: TextToImage, fields: dict[str, Any], model: str) -> JobCreate:
     if body.refiner_switch_at is not None:
         steps = body.steps
         if steps is None:
-            raise InvalidRequest(
-                Reason.FIELD_INVALID, "refiner_switch_at needs steps, of which it is a share; give them", field="steps"
+            raise Reason.FIELD_INVALID.error(
+                "refiner_switch_at needs steps, of which it is a share; give them", field="steps"
             )
         hybrid = hybrid.model_copy(update={"cloud_steps": round(body.refiner_switch_at * steps)})
     try:

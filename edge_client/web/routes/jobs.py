@@ -13,7 +13,7 @@ from edge_client.web.jobs.store import UNFINISHED
 from edge_client.web.jobs.view import MEDIA_TYPES, Format
 from edge_client.web.openapi import answers
 from edge_client.web.schemas.native import Capabilities, Job, JobCreate, JobPage, State
-from hybridsd.errors import InvalidRequest, Reason, WrongState
+from hybridsd.errors import Reason
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
 
@@ -65,7 +65,7 @@ async def delete_job(job_id: JobId, gateway: SharedGateway, caller: AuthorizedCa
     """Deletes a finished job with its pictures."""
     job = gateway.store.get(job_id, caller.owner)
     if job.state in UNFINISHED:
-        raise WrongState(Reason.JOB_FINISHED, f"job {job.id} is {job.state}; cancel it first")
+        raise Reason.JOB_FINISHED.error(f"job {job.id} is {job.state}; cancel it first")
     gateway.store.remove(job)
     return Response(status_code=204)
 
@@ -93,8 +93,7 @@ async def watch_job(
     after = 0
     if last_event_id is not None:
         if not (last_event_id.isascii() and last_event_id.isdigit()):
-            raise InvalidRequest(
-                Reason.FIELD_INVALID,
+            raise Reason.FIELD_INVALID.error(
                 f"Last-Event-ID is {last_event_id!r}; give the id of an event",
                 field="last_event_id",
             )

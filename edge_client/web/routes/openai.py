@@ -26,9 +26,8 @@ from edge_client.web.jobs.view import Format, reencode
 from edge_client.web.openapi import answers
 from edge_client.web.schemas.native import MAX_IMAGES, Hybrid, JobCreate, Prompt
 from edge_client.web.wait_for_job import finished_or_gone, succeeded
-from hybridsd.errors import HybridSDError, InvalidRequest, Reason, WrongState
-from hybridsd.noise import MAX_SEED
-from hybridsd.plan import MAX_STEPS
+from hybridsd.errors import HybridSDError, Reason, WrongState
+from hybridsd.limits import MAX_GUIDANCE, MAX_PROMPT_CHARS, MAX_SEED, MAX_STEPS, MIN_GUIDANCE
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
@@ -57,9 +56,9 @@ class Generation(BaseModel):
     background: Literal["opaque", "auto"] | None = None
     stream: bool | None = None
     partial_images: int | None = Field(None, ge=0, le=3)
-    negative_prompt: str = Field("", max_length=4000)
+    negative_prompt: str = Field("", max_length=MAX_PROMPT_CHARS)
     num_inference_steps: int | None = Field(None, ge=1, le=MAX_STEPS)
-    guidance_scale: float | None = Field(None, ge=1, le=30)
+    guidance_scale: float | None = Field(None, ge=MIN_GUIDANCE, le=MAX_GUIDANCE)
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     scheduler: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
     strength: float | None = Field(None, gt=0, le=1, description="of an edit")
@@ -145,8 +144,8 @@ async def generate(body: Generation, request: Request, gateway: SharedGateway, c
 async def edit(request: Request, gateway: SharedGateway, caller: AuthorizedCaller) -> Any:
     """Redraws a picture, or what is transparent in a mask. The picture never leaves this device."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise InvalidRequest(
-            Reason.FIELD_INVALID, "an edit comes as multipart/form-data with image and prompt", field="content-type"
+        raise Reason.FIELD_INVALID.error(
+            "an edit comes as multipart/form-data with image and prompt", field="content-type"
         )
     async with request.form(max_files=3, max_part_size=64 * 1024) as form:
         files = {"image": b"", "mask": b""}
@@ -155,12 +154,12 @@ async def edit(request: Request, gateway: SharedGateway, caller: AuthorizedCalle
             plain = name.removesuffix("[]")
             if isinstance(value, UploadFile):
                 if files.get(plain):
-                    raise InvalidRequest(Reason.FIELD_INVALID, f"there is more than one {plain}; send one", field=plain)
+                    raise Reason.FIELD_INVALID.error(f"there is more than one {plain}; send one", field=plain)
                 files[plain] = await value.read(MAX_BYTES + 1)
             else:
                 _put(fields, name, value)
     if not files["image"]:
-        raise InvalidRequest(Reason.FIELD_INVALID, "image is missing; send a PNG, JPEG or WebP file", field="image")
+        raise Reason.FIELD_INVALID.error("image is missing; send a PNG, JPEG or WebP file", field="image")
     try:
         body = Generation.model_validate(fields)
     except ValidationError as error:
@@ -308,6 +307,6 @@ def _put(fields: dict[str, Any], name: str, value: str) -> None:
         try:
             fields[name] = json.loads(value)
         except ValueError as error:
-            raise InvalidRequest(Reason.FIELD_INVALID, f"hybrid is no JSON: {error}", field="hybrid") from error
+            raise Reason.FIELD_INVALID.error(f"hybrid is no JSON: {error}", field="hybrid") from error
         return
     fields[name] = value

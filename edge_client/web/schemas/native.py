@@ -8,10 +8,19 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from edge_client.generation.events import Mode, Place, SafetyAction
-from edge_client.generation.request import MAX_DEADLINE_S, MAX_LORAS, MAX_PROMPT_CHARS, MAX_SIZE
 from edge_client.images.inputs import Fit
-from hybridsd.noise import MAX_SEED
-from hybridsd.plan import MAX_STEPS
+from hybridsd.limits import (
+    MAX_DEADLINE_S,
+    MAX_GUIDANCE,
+    MAX_LORA_WEIGHT,
+    MAX_LORAS,
+    MAX_PROMPT_CHARS,
+    MAX_SEED,
+    MAX_SIZE,
+    MAX_STEPS,
+    MIN_GUIDANCE,
+    MIN_LORA_WEIGHT,
+)
 from hybridsd.prompting import LongPrompt
 
 MAX_IMAGES = 10
@@ -34,7 +43,7 @@ class Lora(_Given):
     """An adapter of the cloud's model."""
 
     name: Annotated[str, StringConstraints(min_length=1, max_length=64)]
-    weight: float = Field(1.0, ge=-4, le=4)
+    weight: float = Field(1.0, ge=MIN_LORA_WEIGHT, le=MAX_LORA_WEIGHT)
 
 
 class Hybrid(_Given):
@@ -72,7 +81,7 @@ class JobCreate(_Given):
     width: Side | None = Field(None, description="pixels; the bundle's, or the image's")
     height: Side | None = None
     num_inference_steps: int | None = Field(None, ge=1, le=MAX_STEPS)
-    guidance_scale: float | None = Field(None, ge=1, le=30, description="1 is none")
+    guidance_scale: float | None = Field(None, ge=MIN_GUIDANCE, le=MAX_GUIDANCE, description="1 is none")
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="the same seed is the same picture; null: random")
     consecutive_seeds: bool = Field(
         False, description="picture i is drawn with seed + i; else all with the seed, as pictures 0, 1, ... of it"

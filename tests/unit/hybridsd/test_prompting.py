@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hybridsd import prompting
 from hybridsd.errors import InvalidRequest, Reason
+from hybridsd.limits import MAX_CHUNKS
 from hybridsd.prompting import EncodedText, Encoder, TextOptions, count_chunks, encode, parse_weights
 
 BOS, EOS, PAD = 1, 2, 0
@@ -146,7 +146,7 @@ def test_chunks_are_limited() -> None:
     """Beyond four chunks, tokens are dropped and counted."""
     encoded = encode("10 " * 19, CHUNK, ENCODER)
 
-    assert encoded.embeds.shape == (prompting.MAX_CHUNKS * 6, 5)
+    assert encoded.embeds.shape == (MAX_CHUNKS * 6, 5)
     assert (encoded.num_dropped, encoded.num_chunks) == (3, 4)
 
 

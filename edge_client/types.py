@@ -1,5 +1,8 @@
 """The names of the array types that cross function boundaries. Knows nothing else."""
 
+from dataclasses import dataclass
+from typing import Literal
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,3 +12,50 @@ Embeds = NDArray[np.float32]
 """Text embeddings of one prompt, `[context_length, embed_dim]`, float32."""
 ImageU8 = NDArray[np.uint8]
 """A picture, `[height, width, 3]`, uint8, 0 to 255, RGB."""
+
+Place = Literal["cloud", "edge"]
+
+Mode = Literal["hybrid", "cloud", "edge", "auto"]
+
+SafetyAction = Literal["off", "report", "blank"]
+"""Of the edge's safety checker: not asked, its word reported, or a flagged picture made black as well."""
+
+MODES: tuple[Mode, ...] = ("auto", "hybrid", "cloud", "edge")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conditioning:
+    """What the U-Net is told to draw, `[n * context_length, embed_dim]` each, n chunks of text."""
+
+    prompt_embeds: Embeds
+    negative_prompt_embeds: Embeds | None
+    """Unconditional embeddings; None without guidance."""
+    pooled_prompt_embeds: Embeds | None = None
+    """The embedding of the whole text, `[pooled_dim]`; None where the model takes none."""
+    negative_pooled_prompt_embeds: Embeds | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CallSkipping:
+    """Calls that the cloud leaves out (EC-Diff, arXiv 2507.11980); see `hybridsd.v1.CallSkipping`."""
+
+    warm_up_calls: int = 4
+    """In [2, 1000]."""
+    skipped_calls: int = 1
+    """In [1, 8]."""
+    extrapolation: float = 0.3
+    """In [0, 1]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ImageInput:
+    """A picture to begin with, or of which to keep a part. It never leaves the device as pixels."""
+
+    image: NDArray[np.float32]
+    """`[3, H, W]` in [-1, 1]."""
+    strength: float
+    """How much of it is redrawn, in (0, 1]: that part of the steps is run."""
+    mask: NDArray[np.float32] | None = None
+    """`[1, H, W]` in [0, 1]: 1 is drawn, 0 kept. None redraws all."""
+    mask_cells: NDArray[np.float32] | None = None
+    """The same for latents, `[1, h, w]`."""

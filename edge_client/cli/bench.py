@@ -4,8 +4,6 @@ Knows click, the pipeline's events and how to name this machine; measures nothin
 """
 
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Sequence
@@ -16,11 +14,15 @@ from typing import Any
 import click
 
 from edge_client.cli.shared_options import CONTEXT, model_options, open_bundle, open_cloud, server_options
+from edge_client.cli.system_info import describe_machine
 from edge_client.cloud.client import Cloud
-from edge_client.generation.events import MODES, Finished, Result, StepDone
+from edge_client.generation.events import Finished, StepDone
 from edge_client.generation.pipeline import generate
-from edge_client.generation.request import Request, resolve
+from edge_client.generation.resolve import resolve
+from edge_client.generation.result import Result
 from edge_client.inference.models import Models
+from edge_client.request import Request
+from edge_client.types import MODES
 from hybridsd.errors import Reason
 
 PROMPT = "a fox to the left of a donut on a blue background"
@@ -125,14 +127,3 @@ def _time(request: Request, bundle: Any, models: Models, cloud: Cloud | None) ->
 def _lines(medians: dict[str, float]) -> Sequence[str]:
     lines = [f"  {label:<21}{1e3 * medians[name]:9.1f} ms" for name, label in PHASES.items()]
     return [*lines, f"  {'from the cloud':<21}{medians['received_bytes'] / 1024:9.1f} KiB"]
-
-
-def describe_machine(models: Models) -> str:
-    """Returns processor, cores and what runs the models."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{name}, {os.cpu_count()} cores, {platform.system()}; {models.choice.describe()}"

@@ -11,13 +11,19 @@ from typing import Any
 import click
 
 from edge_client.cli import output_files, prompt_files
-from edge_client.cli.generate_options import read_modes
+from edge_client.cli.generate_options import AUTO
 from edge_client.generation import saved_state
-from edge_client.generation.events import MODES, Mode
-from edge_client.generation.request import Request, SavedState, with_saved
-from edge_client.split.auto_split import AUTO
-from hybridsd.errors import InvalidRequest, Reason
+from edge_client.generation.resolve import with_saved
+from edge_client.generation.segments import parse_segments
+from edge_client.images import inputs
+from edge_client.images.inputs import read_image
+from edge_client.request import Request, SavedState
+from edge_client.split.handoff_policy import Goals
+from edge_client.types import MODES, CallSkipping, ImageInput, Mode
+from hybridsd.errors import HybridSDError, InvalidRequest, Reason
+from hybridsd.limits import MAX_DEADLINE_S
 from hybridsd.manifest import Manifest
+from hybridsd.prompting import TextOptions
 
 _FIXED_BY_STATE = (
     "prompt", "prompt_option", "negative_prompt", "prompts_file", "csv_file", "steps", "scheduler",
@@ -133,3 +139,114 @@ def _split(options: dict[str, Any]) -> tuple[int | None, int | None]:
 
 def _mode(name: str) -> Mode:
     return next(mode for mode in MODES if mode == name)
+
+
+def read_goals(options: dict[str, Any]) -> Goals | None:
+    """Returns what an automatic split is to reach; None where none is asked for.
+
+    Raises:
+        InvalidRequest: SPLIT_INVALID where the split is given as well; FIELD_INVALID for a latency that is none.
+    """
+    goals = Goals(
+        quality=options["quality"],
+        max_latency_s=_seconds(options["max_latency"]),
+        max_cloud_steps=options["max_cloud_steps"],
+    )
+    is_asked = options["cloud_steps"] == AUTO or goals != Goals() or options["explain_split"]
+    if not is_asked:
+        return None
+    fixed = isinstance(options["cloud_steps"], int) or options["mode"] in ("edge", "cloud")
+    others = [name for name in ("split", "segments", "load_latents") if options[name] is not None]
+    if fixed or others:
+        what = (
+            others[0].replace("_", "-")
+            if others
+            else "mode"
+            if options["cloud_steps"] in (None, AUTO)
+            else "cloud-steps"
+        )
+        raise Reason.SPLIT_INVALID.error(
+            f"--{what} fixes the split; leave it out, or the goals of an automatic one",
+            field="split",
+        )
+    return goals
+
+
+def _seconds(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        value = float(text.removesuffix("s"))
+    except ValueError:
+        value = -1.0
+    if not 0 < value <= MAX_DEADLINE_S:
+        raise Reason.FIELD_INVALID.error(f"max-latency is {text[:20]!r}; give seconds, such as 4s", field="max_latency")
+    return value
+
+
+def read_modes(options: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
+    """Returns what the options say, as fields of a `Request`.
+
+    Raises:
+        InvalidRequest: Where options contradict each other, or a file cannot be used.
+    """
+    width, height, image_input = _image(options, manifest)
+    return {
+        "segments": () if options["segments"] is None else parse_segments(options["segments"]),
+        "width": width,
+        "height": height,
+        "image_input": image_input,
+        "text_options": TextOptions(options["long_prompt"], options["prompt_weighting"]),
+        "loras": tuple(map(_lora, options["loras"])),
+        "call_skipping": _skipping(options["cloud_skip"]),
+        "state_every": options["state_every"],
+        "safety": options["safety_checker"],
+    }
+
+
+def _image(options: dict[str, Any], manifest: Manifest) -> tuple[int | None, int | None, ImageInput | None]:
+    """Returns width, height and the image to begin with."""
+    width, height = options["width"], options["height"]
+    area, multiple = manifest.defaults.width * manifest.defaults.height, manifest.size_multiple
+    if options["aspect"] is not None:
+        if width is not None or height is not None:
+            raise _refuse("aspect", "--aspect chooses width and height; leave --width and --height out")
+        ratio = inputs.parse_aspect(options["aspect"])
+        if manifest.sizes:
+            width, height = min(manifest.sizes, key=lambda size: abs(size[0] / size[1] - ratio))
+        else:
+            width, height = inputs.size_of_aspect(ratio, multiple, area)
+    if options["image"] is None:
+        for name in ("mask", "strength"):
+            if options[name] is not None:
+                raise _refuse(name, f"--{name} goes with --image; give the picture, too")
+        return width, height, None
+    return read_image(
+        manifest, options["image"], width=width, height=height, strength=options["strength"], how=options["fit"],
+        mask=options["mask"], mask_blur=options["mask_blur"],
+    )  # fmt: skip
+
+
+def _lora(text: str) -> tuple[str, float]:
+    name, colon, weight = text.rpartition(":")
+    if not colon:
+        return text, 1.0
+    try:
+        return name, float(weight)
+    except ValueError as error:
+        raise _refuse("loras", f"lora is {text[:80]!r}; give NAME or NAME:WEIGHT, such as style:0.8") from error
+
+
+def _skipping(text: str | None) -> CallSkipping | None:
+    if text is None:
+        return None
+    try:
+        warm_up, skipped, *rest = text.split(",")
+        (extrapolation,) = map(float, rest or ["0.3"])
+        return CallSkipping(warm_up_calls=int(warm_up), skipped_calls=int(skipped), extrapolation=extrapolation)
+    except ValueError as error:
+        raise _refuse("cloud_skip", f"cloud-skip is {text[:40]!r}; give WARMUP,SKIP or WARMUP,SKIP,A") from error
+
+
+def _refuse(field: str, message: str) -> HybridSDError:
+    return Reason.FIELD_INVALID.error(message, field=field)

@@ -8,7 +8,9 @@ from pathlib import Path
 import click
 
 from edge_client.bundles import bundle as bundles
+from edge_client.bundles import download
 from edge_client.cli.shared_options import CONTEXT, bundle_option, open_cloud, server_options
+from edge_client.paths import bundles_folder
 from hybridsd.errors import Reason
 
 
@@ -79,10 +81,10 @@ def fetch(
         if name not in offered:
             listed = ", ".join(offered) or "none"
             raise Reason.NOT_FOUND.error(f"{server} has no bundle {name!r}; it has: {listed}", field="name")
-        target = bundles.bundles_folder() / name if into is None else into
+        target = bundles_folder() / name if into is None else into
         if os.path.lexists(target):
             raise Reason.FIELD_INVALID.error(f"{target} is there already; remove it, or give --into", field="into")
-        for progress in bundles.fetch(cloud, name, offered[name], target):
+        for progress in download.fetch(cloud, name, offered[name], target):
             if progress.done_bytes == progress.size_bytes:
                 click.echo(f"{progress.path}: {progress.size_bytes} bytes", err=True)
     click.echo(str(target))

@@ -18,9 +18,9 @@ from edge_client.bundles.bundle import Bundle
 from edge_client.cli import system_info
 from edge_client.cli.shared_options import CONTEXT, model_options, open_cloud, server_options
 from edge_client.cloud.client import Cloud
-from edge_client.inference import cache
 from edge_client.inference.models import Models
 from edge_client.inference.providers import available_providers, openvino_installed
+from edge_client.paths import cache_folder
 from hybridsd import noise
 from hybridsd.errors import HybridSDError
 from hybridsd.plan import unet_input
@@ -62,7 +62,7 @@ def doctor(
         if not as_json:
             click.echo(f"{'ok   ' if check.ok else 'WRONG'}  {check.name:<9} {check.detail}")
 
-    note(check_cache(cache.default_folder()))
+    note(check_cache(cache_folder()))
     bundle: Bundle | None = None
     try:
         bundle = bundles.open_bundle(bundles.locate(bundle_name))
@@ -149,7 +149,7 @@ def _hints(models: Models) -> Iterator[Check]:
     needed = sum(
         file.size_bytes for role, file in models.manifest.files.items() if file.path.endswith((".onnx", ".data"))
     )
-    found = system_info.look()
+    found = system_info.read_device()
     enough = found.free_bytes > 2 * needed
     advice = "" if enough else "; use --low-memory, or a bundle of another precision"
     limited = ", as a container or an affinity allows" if found.is_limited else ""
@@ -168,7 +168,7 @@ def _hints(models: Models) -> Iterator[Check]:
 def check_cache(folder: Path) -> Check:
     """Looks whether embeddings and findings can be kept: without that pictures cost more bytes and time."""
     try:
-        free = system_info.room(folder)
+        free = system_info.free_disk_bytes(folder)
     except OSError as error:
         what = f"{folder} cannot be written ({error.strerror}); set HYBRIDSD_EDGE_CACHE to a folder that can"
         return Check("cache", False, what, 70)

@@ -1,7 +1,4 @@
-"""`hybridsd generate`: its options, events to the terminal, pictures to files.
-
-Knows click and files; how a picture is made is `edge_client.generation.pipeline`'s business.
-"""
+"""`hybridsd generate`: events to the terminal, pictures to files."""
 
 import contextlib
 import json
@@ -13,102 +10,33 @@ import click
 
 from edge_client.bundles.bundle import Bundle
 from edge_client.cli import output_files
-from edge_client.cli.build_requests import read_requests
-from edge_client.cli.generate_options import mode_options
+from edge_client.cli.build_requests import read_goals, read_requests
+from edge_client.cli.generate_options import generate_options
 from edge_client.cli.progress import Display, choose_display
 from edge_client.cli.shared_options import (
     CONTEXT,
-    model_options,
     open_bundle,
     open_cloud,
     open_edge_models,
-    server_options,
 )
 from edge_client.cli.side_outputs import Extras, read_extras
 from edge_client.cloud.client import Cloud
 from edge_client.generation.cloud_steps import Advisor
-from edge_client.generation.events import MODES, Finished, Result, StepDone
+from edge_client.generation.events import Finished, StepDone
 from edge_client.generation.pipeline import generate as run_pipeline
-from edge_client.generation.request import Request, Resolved, resolve
-from edge_client.generation.serialize import result_json
+from edge_client.generation.resolve import resolve
+from edge_client.generation.result import Result
+from edge_client.generation.serialize import png_text, result_json
 from edge_client.images import files
 from edge_client.inference.models import Models
-from edge_client.split.auto_split import AutoSplit, CloudSteps, choose_split, read_goals, split_options
+from edge_client.request import Request, Resolved
+from edge_client.split.auto_split import AutoSplit, choose_split
 from edge_client.split.handoff_policy import explain
-from hybridsd import schedulers
-from hybridsd.codec import ENCODINGS
 from hybridsd.errors import HybridSDError, Reason
 
 
 @click.command(context_settings=CONTEXT)
-@click.argument("prompt", required=False)
-@click.option(
-    "--prompt", "-p", "prompt_option", envvar="HYBRIDSD_EDGE_PROMPT", help="What to draw; the same as PROMPT."
-)
-@click.option("--negative-prompt", "-n", default="", help="What to draw away from. Needs guidance.")
-@click.option(
-    "--prompts-file", type=click.File(encoding="utf-8"),
-    help='Prompt and negative prompt in alternating lines, """ for none; - is standard input. '
-    "Row i is drawn with seed + i.",
-)  # fmt: skip
-@click.option(
-    "--csv", "csv_file", envvar="HYBRIDSD_EDGE_CSV", type=click.File(encoding="utf-8-sig"),
-    help="Rows of file name, caption and, optionally, negative prompt below a header; pictures go to OUTPUT/name. "
-    "Row i is drawn with seed + i.",
-)  # fmt: skip
-@click.option("--output", "-o", help="File or folder. Default: a free name made of prompt and seed.")
-@click.option("--overwrite", is_flag=True, help="Allow to write over files.")
-@server_options
-@click.option(
-    "--mode", type=click.Choice(MODES), default="auto", show_default=True,
-    help="hybrid: cloud, then edge. cloud: all steps there, decoded here. edge: offline. "
-    "auto: hybrid if a cloud answers, else edge.",
-)  # fmt: skip
-@click.option("--model", default="", help="The cloud's model. Default: the server's first.")
-@click.option("--split", metavar="CLOUD,EDGE", help="Steps there and here, such as 8,17; their sum is --steps.")
-@click.option(
-    "--cloud-steps", type=CloudSteps(),
-    help="Steps in the cloud; auto chooses by measured times and the bundle's quality. Default: the bundle's share.",
-)  # fmt: skip
-@split_options
-@click.option("--steps", "--num-inference-steps", type=int, help="Steps in all. Default: the bundle's.")
-@click.option(
-    "--scheduler", help=f"One of {', '.join(spec.name for spec in schedulers.SCHEDULERS)}. Default: the bundle's."
-)
-@click.option("--guidance-scale", "--cfg-scale", type=float, help="1 to 30; 1 is none. Default: the bundle's.")
-@click.option(
-    "--seed", type=int, default=-1, help="0 to 2^53-1; the same seed is the same picture. Default -1: random."
-)
-@click.option("--num-images", type=click.IntRange(1, 65536), default=1, show_default=True, help="Pictures a prompt.")
-@click.option("--width", type=int, help="In pixels. Default: the bundle's.")
-@click.option("--height", type=int, help="In pixels. Default: the bundle's.")
-@click.option(
-    "--codec", type=click.Choice(list(ENCODINGS)), default="fp16", show_default=True,
-    help="How the cloud's tensors travel: fp32 is exact, int8 small.",
-)  # fmt: skip
-@mode_options
-@click.option("--private", is_flag=True, help="Encode the text here: the prompt never leaves this device.")
-@click.option("--deadline", type=float, help="Seconds that the cloud may take; then the edge takes over.")
-@click.option("--no-fallback", is_flag=True, help="Fail, in mode auto too, rather than go on without the cloud.")
-@model_options
-@click.option("--preview-every", type=click.IntRange(0, 1000), default=0, help="Write a preview every N whole steps.")
-@click.option(
-    "--save-steps", type=click.Path(file_okay=False, path_type=Path),
-    help="Folder for pictures of every step: the latents as they are, and the final ones as predicted there.",
-)  # fmt: skip
-@click.option(
-    "--save-latents", type=click.Path(dir_okay=False, path_type=Path),
-    help="Write the final latents, or with --save-latents-at a state to continue, as .npz.",
-)  # fmt: skip
-@click.option("--save-latents-at", type=click.IntRange(1), metavar="STEP", help="Save the state before this step.")
-@click.option(
-    "--load-latents", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Start from unit normal latents, or continue a saved state.",
-)  # fmt: skip
-@click.option("--json", "as_json", envvar="HYBRIDSD_EDGE_JSON", is_flag=True, help="Print one JSON object at the end.")
-@click.option("--jsonl", is_flag=True, help="Print each event as a line of JSON.")
-@click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing.")
-@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+@generate_options
 @click.pass_context
 def generate(ctx: click.Context, /, **options: Any) -> None:
     """Draws pictures: the cloud begins each, this device finishes it.
@@ -160,7 +88,9 @@ def _generate(ctx: click.Context, options: dict[str, Any], done: list[dict[str, 
         for request, job, path in zip(requests, resolved, paths, strict=True):
             advisor = None if split is None else split.advisor(job, bundle)
             result, steps = _draw(request, bundle, models, others, cloud, advisor, display, extras, path)
-            output_files.write(path, files.encode_file(path, result.image_u8, result), overwrite=options["overwrite"])
+            output_files.write(
+                path, files.encode_file(path, result.image_u8, png_text(result)), overwrite=options["overwrite"]
+            )
             done.append({"path": str(path), **result_json(result)})
             if options["jsonl"]:
                 click.echo(json.dumps({"event": "finished", **done[-1]}, ensure_ascii=False))

@@ -1,7 +1,4 @@
-"""Options of `hybridsd generate` beyond prompt and split: segments, an image, long prompts, adapters, skipping, safety.
-
-Knows click's options and what a `Request` is made of; nothing of how a picture is made.
-"""
+"""The options of `hybridsd generate`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,138 +6,170 @@ from typing import Any, TypeVar, get_args
 
 import click
 
-from edge_client.generation.events import SafetyAction
-from edge_client.generation.request import CallSkipping, ImageInput
-from edge_client.generation.segments import parse_segments
+from edge_client.cli.shared_options import model_options, server_options
 from edge_client.images import inputs
-from edge_client.images.prepare import DEFAULT_STRENGTH, read_image
-from hybridsd.errors import HybridSDError, Reason
-from hybridsd.manifest import Manifest
-from hybridsd.prompting import LongPrompt, TextOptions
+from edge_client.images.inputs import DEFAULT_STRENGTH
+from edge_client.types import MODES, SafetyAction
+from hybridsd import schedulers
+from hybridsd.codec import ENCODINGS
+from hybridsd.prompting import LongPrompt
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
-def mode_options(command: F) -> F:
-    """Adds the options."""
-    for option in (
-        click.option(
-            "--safety-checker", type=click.Choice(get_args(SafetyAction)), default="off", show_default=True,
-            help="Let the bundle's checker look at each picture here: report what it says, or blank flagged ones too.",
-        ),
-        click.option(
-            "--state-every", type=click.IntRange(0, 1000), default=1, show_default=True,
-            help="Ask the cloud for a state every N steps; 0 only at the hand-off. Saves bytes on a slow link; when "
-            "the cloud is lost, more steps are lost with it.",
-        ),
-        click.option(
-            "--cloud-skip", metavar="WARMUP,SKIP[,A]",
-            help="Let the cloud run WARMUP calls, then skip SKIP after each that it runs, and extrapolate (A, 0.3). "
-            "Faster, at a price in quality; see docs/modes.md.",
-        ),
-        click.option(
-            "--lora", "loras", envvar="HYBRIDSD_EDGE_LORA", multiple=True, metavar="NAME[:WEIGHT]",
-            help="Adapter of the cloud's model. Repeatable.",
-        ),
-        click.option("--prompt-weighting", is_flag=True, help='Read "(fox:1.3)", "(fox)" and "[fox]" as weights.'),
-        click.option(
-            "--long-prompt", type=click.Choice(get_args(LongPrompt)), default="truncate", show_default=True,
-            help="What becomes of tokens beyond the context: dropped, and said so, or encoded in further chunks.",
-        ),
-        click.option("--mask-blur", type=float, default=0.0, show_default=True, help="Softens the mask, in pixels."),
-        click.option("--mask", type=_FILE, help="Picture of what to draw anew in --image: white, or transparent."),
-        click.option(
-            "--fit", type=click.Choice(get_args(inputs.Fit)), default="crop", show_default=True,
-            help="How --image and --mask come to the picture's size.",
-        ),
-        click.option(
-            "--strength", type=float,
-            help=f"How much of --image is redrawn, above 0 to 1. Default: {DEFAULT_STRENGTH}, or 1 with --mask.",
-        ),
-        click.option(
-            "--image", type=_FILE,
-            help="Picture to begin with. It is encoded here: its pixels never leave this device.",
-        ),
-        click.option("--aspect", metavar="W:H", help="Shape, such as 16:9, instead of width and height."),
-        click.option(
-            "--edge-model", "edge_models", envvar="HYBRIDSD_EDGE_EDGE_MODEL", multiple=True, metavar="NAME=DIR",
-            help="Another edge bundle, for segments that name it. Repeatable.",
-        ),
-        click.option(
-            "--segments", metavar="MODEL:STEPS@PLACE,...",
-            help="Which model runs which steps where, such as large:8@cloud,medium:6@cloud,small:11@edge, with options "
-            "as in small:*@edge(guidance=3,scheduler=euler,steps=25). See docs/modes.md.",
-        ),
-    ):  # fmt: skip
+AUTO = "auto"
+
+
+class CloudSteps(click.ParamType[int | str]):
+    """A number of steps, or "auto"."""
+
+    name = "INTEGER|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        """Returns the number, or "auto"."""
+        text = str(value)
+        if text != AUTO and not text.isdigit():
+            self.fail(f"{text!r} is no number from 0 on, nor auto", param, ctx)
+        return AUTO if text == AUTO else int(text)
+
+
+_OPTIONS: tuple[Callable[[Any], Any], ...] = (
+    click.argument("prompt", required=False),
+    click.option(
+        "--prompt", "-p", "prompt_option", envvar="HYBRIDSD_EDGE_PROMPT", help="What to draw; the same as PROMPT."
+    ),
+    click.option("--negative-prompt", "-n", default="", help="What to draw away from. Needs guidance."),
+    click.option(
+        "--prompts-file", type=click.File(encoding="utf-8"),
+        help='Prompt and negative prompt in alternating lines, """ for none; - is standard input. '
+        "Row i is drawn with seed + i.",
+    ),
+    click.option(
+        "--csv", "csv_file", envvar="HYBRIDSD_EDGE_CSV", type=click.File(encoding="utf-8-sig"),
+        help="Rows of file name, caption and, optionally, negative prompt below a header; pictures go to OUTPUT/name. "
+        "Row i is drawn with seed + i.",
+    ),
+    click.option("--output", "-o", help="File or folder. Default: a free name made of prompt and seed."),
+    click.option("--overwrite", is_flag=True, help="Allow to write over files."),
+    server_options,
+    click.option(
+        "--mode", type=click.Choice(MODES), default="auto", show_default=True,
+        help="hybrid: cloud, then edge. cloud: all steps there, decoded here. edge: offline. "
+        "auto: hybrid if a cloud answers, else edge.",
+    ),
+    click.option("--model", default="", help="The cloud's model. Default: the server's first."),
+    click.option("--split", metavar="CLOUD,EDGE", help="Steps there and here, such as 8,17; their sum is --steps."),
+    click.option(
+        "--cloud-steps", type=CloudSteps(),
+        help="Steps in the cloud; auto chooses by measured times and the bundle's quality. Default: the bundle's "
+        "share.",
+    ),
+    click.option(
+        "--quality", type=click.FloatRange(0, 1),
+        help="Choose the split: the fewest cloud steps for it; 0 is the edge's own picture, 1 the cloud's.",
+    ),
+    click.option(
+        "--max-latency", metavar="SECONDS", help="Choose the split: the best quality within so long, as in 4s."
+    ),
+    click.option("--max-cloud-steps", type=click.IntRange(0), help="Choose the split: at most so many steps."),
+    click.option("--explain-split", is_flag=True, help="Print the estimates of an automatic split."),
+    click.option("--steps", "--num-inference-steps", type=int, help="Steps in all. Default: the bundle's."),
+    click.option(
+        "--scheduler", help=f"One of {', '.join(spec.name for spec in schedulers.SCHEDULERS)}. Default: the bundle's."
+    ),
+    click.option("--guidance-scale", "--cfg-scale", type=float, help="1 to 30; 1 is none. Default: the bundle's."),
+    click.option(
+        "--seed", type=int, default=-1, help="0 to 2^53-1; the same seed is the same picture. Default -1: random."
+    ),
+    click.option(
+        "--num-images", type=click.IntRange(1, 65536), default=1, show_default=True, help="Pictures a prompt."
+    ),
+    click.option("--width", type=int, help="In pixels. Default: the bundle's."),
+    click.option("--height", type=int, help="In pixels. Default: the bundle's."),
+    click.option(
+        "--codec", type=click.Choice(list(ENCODINGS)), default="fp16", show_default=True,
+        help="How the cloud's tensors travel: fp32 is exact, int8 small.",
+    ),
+    click.option(
+        "--segments", metavar="MODEL:STEPS@PLACE,...",
+        help="Which model runs which steps where, such as large:8@cloud,medium:6@cloud,small:11@edge, with options "
+        "as in small:*@edge(guidance=3,scheduler=euler,steps=25). See docs/modes.md.",
+    ),
+    click.option(
+        "--edge-model", "edge_models", envvar="HYBRIDSD_EDGE_EDGE_MODEL", multiple=True, metavar="NAME=DIR",
+        help="Another edge bundle, for segments that name it. Repeatable.",
+    ),
+    click.option("--aspect", metavar="W:H", help="Shape, such as 16:9, instead of width and height."),
+    click.option(
+        "--image", type=_FILE,
+        help="Picture to begin with. It is encoded here: its pixels never leave this device.",
+    ),
+    click.option(
+        "--strength", type=float,
+        help=f"How much of --image is redrawn, above 0 to 1. Default: {DEFAULT_STRENGTH}, or 1 with --mask.",
+    ),
+    click.option(
+        "--fit", type=click.Choice(get_args(inputs.Fit)), default="crop", show_default=True,
+        help="How --image and --mask come to the picture's size.",
+    ),
+    click.option("--mask", type=_FILE, help="Picture of what to draw anew in --image: white, or transparent."),
+    click.option("--mask-blur", type=float, default=0.0, show_default=True, help="Softens the mask, in pixels."),
+    click.option(
+        "--long-prompt", type=click.Choice(get_args(LongPrompt)), default="truncate", show_default=True,
+        help="What becomes of tokens beyond the context: dropped, and said so, or encoded in further chunks.",
+    ),
+    click.option("--prompt-weighting", is_flag=True, help='Read "(fox:1.3)", "(fox)" and "[fox]" as weights.'),
+    click.option(
+        "--lora", "loras", envvar="HYBRIDSD_EDGE_LORA", multiple=True, metavar="NAME[:WEIGHT]",
+        help="Adapter of the cloud's model. Repeatable.",
+    ),
+    click.option(
+        "--cloud-skip", metavar="WARMUP,SKIP[,A]",
+        help="Let the cloud run WARMUP calls, then skip SKIP after each that it runs, and extrapolate (A, 0.3). "
+        "Faster, at a price in quality; see docs/modes.md.",
+    ),
+    click.option(
+        "--state-every", type=click.IntRange(0, 1000), default=1, show_default=True,
+        help="Ask the cloud for a state every N steps; 0 only at the hand-off. Saves bytes on a slow link; when "
+        "the cloud is lost, more steps are lost with it.",
+    ),
+    click.option(
+        "--safety-checker", type=click.Choice(get_args(SafetyAction)), default="off", show_default=True,
+        help="Let the bundle's checker look at each picture here: report what it says, or blank flagged ones too.",
+    ),
+    click.option("--private", is_flag=True, help="Encode the text here: the prompt never leaves this device."),
+    click.option("--deadline", type=float, help="Seconds that the cloud may take; then the edge takes over."),
+    click.option("--no-fallback", is_flag=True, help="Fail, in mode auto too, rather than go on without the cloud."),
+    model_options,
+    click.option(
+        "--preview-every", type=click.IntRange(0, 1000), default=0, help="Write a preview every N whole steps."
+    ),
+    click.option(
+        "--save-steps", type=click.Path(file_okay=False, path_type=Path),
+        help="Folder for pictures of every step: the latents as they are, and the final ones as predicted there.",
+    ),
+    click.option(
+        "--save-latents", type=click.Path(dir_okay=False, path_type=Path),
+        help="Write the final latents, or with --save-latents-at a state to continue, as .npz.",
+    ),
+    click.option("--save-latents-at", type=click.IntRange(1), metavar="STEP", help="Save the state before this step."),
+    click.option(
+        "--load-latents", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="Start from unit normal latents, or continue a saved state.",
+    ),
+    click.option(
+        "--json", "as_json", envvar="HYBRIDSD_EDGE_JSON", is_flag=True, help="Print one JSON object at the end."
+    ),
+    click.option("--jsonl", is_flag=True, help="Print each event as a line of JSON."),
+    click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing."),
+    click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
+)  # fmt: skip
+
+
+def generate_options(command: F) -> F:
+    """Adds every option of `hybridsd generate`, in the order of its help."""
+    for option in reversed(_OPTIONS):
         command = option(command)
     return command
-
-
-def read_modes(options: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
-    """Returns what the options say, as fields of a `Request`.
-
-    Raises:
-        InvalidRequest: Where options contradict each other, or a file cannot be used.
-    """
-    width, height, image_input = _image(options, manifest)
-    return {
-        "segments": () if options["segments"] is None else parse_segments(options["segments"]),
-        "width": width,
-        "height": height,
-        "image_input": image_input,
-        "text_options": TextOptions(options["long_prompt"], options["prompt_weighting"]),
-        "loras": tuple(map(_lora, options["loras"])),
-        "call_skipping": _skipping(options["cloud_skip"]),
-        "state_every": options["state_every"],
-        "safety": options["safety_checker"],
-    }
-
-
-def _image(options: dict[str, Any], manifest: Manifest) -> tuple[int | None, int | None, ImageInput | None]:
-    """Returns width, height and the image to begin with."""
-    width, height = options["width"], options["height"]
-    area, multiple = manifest.defaults.width * manifest.defaults.height, manifest.size_multiple
-    if options["aspect"] is not None:
-        if width is not None or height is not None:
-            raise _refuse("aspect", "--aspect chooses width and height; leave --width and --height out")
-        ratio = inputs.parse_aspect(options["aspect"])
-        if manifest.sizes:
-            width, height = min(manifest.sizes, key=lambda size: abs(size[0] / size[1] - ratio))
-        else:
-            width, height = inputs.size_of_aspect(ratio, multiple, area)
-    if options["image"] is None:
-        for name in ("mask", "strength"):
-            if options[name] is not None:
-                raise _refuse(name, f"--{name} goes with --image; give the picture, too")
-        return width, height, None
-    return read_image(
-        manifest, options["image"], width=width, height=height, strength=options["strength"], fit=options["fit"],
-        mask=options["mask"], mask_blur=options["mask_blur"],
-    )  # fmt: skip
-
-
-def _lora(text: str) -> tuple[str, float]:
-    name, colon, weight = text.rpartition(":")
-    if not colon:
-        return text, 1.0
-    try:
-        return name, float(weight)
-    except ValueError as error:
-        raise _refuse("loras", f"lora is {text[:80]!r}; give NAME or NAME:WEIGHT, such as style:0.8") from error
-
-
-def _skipping(text: str | None) -> CallSkipping | None:
-    if text is None:
-        return None
-    try:
-        warm_up, skipped, *rest = text.split(",")
-        (extrapolation,) = map(float, rest or ["0.3"])
-        return CallSkipping(warm_up_calls=int(warm_up), skipped_calls=int(skipped), extrapolation=extrapolation)
-    except ValueError as error:
-        raise _refuse("cloud_skip", f"cloud-skip is {text[:40]!r}; give WARMUP,SKIP or WARMUP,SKIP,A") from error
-
-
-def _refuse(field: str, message: str) -> HybridSDError:
-    return Reason.FIELD_INVALID.error(message, field=field)

@@ -11,18 +11,9 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from edge_client.generation.events import (
-    CloudStarted,
-    Event,
-    Finished,
-    HandedOver,
-    Planned,
-    Queued,
-    Result,
-    Retrying,
-    StepDone,
-    TookOver,
-)
+from edge_client.cloud.types import CloudStarted, Queued
+from edge_client.generation.events import Event, Finished, HandedOver, Planned, Retrying, StepDone, TookOver
+from edge_client.generation.result import Result
 from edge_client.generation.serialize import event_json
 
 

@@ -7,10 +7,11 @@ from typing import Any, TypeVar
 
 import click
 
+from edge_client import cache
 from edge_client.bundles import bundle as bundles
 from edge_client.cloud.client import Cloud
-from edge_client.inference import cache
 from edge_client.inference.models import Models
+from edge_client.paths import cache_folder
 from hybridsd.errors import Reason
 from hybridsd.manifest import Manifest
 
@@ -68,7 +69,7 @@ bundle_option = click.option(
 def open_bundle(name: str | None) -> bundles.Bundle:
     """Returns the bundle to use, its files checked."""
     bundle = bundles.open_bundle(bundles.locate(name))
-    bundle.verify_once(cache.default_folder())
+    bundle.verify_once(cache_folder())
     return bundle
 
 
@@ -108,4 +109,4 @@ def open_cloud(server: str, *, token_file: Path | None, tls_ca: Path | None, ins
             token = token_file.read_text(encoding="utf-8").strip()
         except (OSError, ValueError) as error:
             raise Reason.FIELD_INVALID.error(f"cannot read {token_file}: {error}", field="token_file") from error
-    return Cloud(server, token=token, tls_ca=tls_ca, insecure=insecure, cache=cache.Cache(cache.default_folder()))
+    return Cloud(server, token=token, tls_ca=tls_ca, insecure=insecure, cache=cache.Cache(cache_folder()))

@@ -14,10 +14,12 @@ import numpy as np
 
 from edge_client.cli import output_files
 from edge_client.generation import saved_state
-from edge_client.generation.events import Result, StepDone
-from edge_client.generation.request import Request, Resolved
+from edge_client.generation.events import StepDone
+from edge_client.generation.result import Result
 from edge_client.images import files
+from edge_client.images.pixels import to_u8
 from edge_client.inference.models import Models
+from edge_client.request import Request, Resolved
 from edge_client.types import Latents
 from hybridsd.errors import Reason
 from hybridsd.plan import Plan, unet_input
@@ -38,7 +40,7 @@ class Extras:
         """Writes a preview, if one is due after this call."""
         due = self.preview_every and event.ends_step and (event.step + 1) % self.preview_every == 0
         if due and event.x0_preview is not None:
-            picture = files.encode_png(files.to_u8(models.decode(event.x0_preview)))
+            picture = files.encode_png(to_u8(models.decode(event.x0_preview)))
             output_files.write(path.with_name(f"{path.stem}-preview-{event.step + 1:03}.png"), picture, overwrite=True)
 
     def write(self, path: Path, result: Result, steps: Sequence[StepDone], models: Models) -> None:
@@ -163,5 +165,5 @@ def _write_step(folder: Path, stem: str, event: StepDone, plan: Plan, models: Mo
         noisy = unet_input(plan.rows[event.call], list(event.state))
     for kind, array in (("noisy", noisy), ("x0", event.x0_preview)):
         if array is not None:
-            picture = files.encode_png(files.to_u8(models.decode(array.astype(np.float32))))
+            picture = files.encode_png(to_u8(models.decode(array.astype(np.float32))))
             output_files.write(folder / f"{stem}-{event.call:03}-{event.place}-{kind}.png", picture, overwrite=True)

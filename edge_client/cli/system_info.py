@@ -1,12 +1,15 @@
-"""What this device has: cores, memory, room on its disk, as far as a container lets us. Knows the operating system."""
+"""What this device has: cores, memory, room on its disk, as far as a container lets us."""
 
 import os
+import platform
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from edge_client.inference.models import Models
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -23,7 +26,7 @@ class Device:
     """Of memory, without swapping."""
 
 
-def look(cgroup: Path = _CGROUP) -> Device:
+def read_device(cgroup: Path = _CGROUP) -> Device:
     """Returns what this process may use.
 
     Args:
@@ -42,7 +45,7 @@ def look(cgroup: Path = _CGROUP) -> Device:
     return Device(num_cores, is_limited, free_bytes)
 
 
-def room(folder: Path) -> int:
+def free_disk_bytes(folder: Path) -> int:
     """Returns the free bytes where a folder is or would be made.
 
     Raises:
@@ -69,3 +72,14 @@ def _numbers(path: Path) -> list[int]:
         return [int(word) for word in path.read_text(encoding="ascii").split()]
     except (OSError, ValueError):
         return []
+
+
+def describe_machine(models: Models) -> str:
+    """Returns processor, cores and what runs the models."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {os.cpu_count()} cores, {platform.system()}; {models.choice.describe()}"

@@ -5,8 +5,6 @@ The only module of the edge that touches gRPC; `edge_client.cloud.conversion` kn
 
 import contextlib
 import ipaddress
-import queue
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,23 +12,20 @@ from pathlib import Path
 from typing import Any, Self
 
 import grpc
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
 
+from edge_client.cache import Cache
 from edge_client.cloud.conversion import Conversation, seconds
-from edge_client.cloud.types import Capabilities, CloudEvent, CloudModel, CloudState, Job, RemoteFile, printable
-from edge_client.generation.events import Usage, Waiting
-from edge_client.inference.cache import Cache
+from edge_client.cloud.status import translate
+from edge_client.cloud.stream import Inbox
+from edge_client.cloud.types import Capabilities, CloudEvent, CloudModel, CloudState, Job, Usage, Waiting, printable
 from hybridsd import codec
 from hybridsd.errors import (
-    DOMAIN,
-    AccessDenied,
     CloudUnreachable,
     HybridSDError,
     InvalidRequest,
     Reason,
-    reason_for_grpc_code,
 )
+from hybridsd.manifest import BundleFile
 from hybridsd.plan import Plan
 from hybridsd.v1 import (
     bundle_service_pb2,
@@ -48,7 +43,6 @@ PLAN_TIMEOUT_S = 30.0
 """The largest plans take seconds to compile."""
 USAGE_TIMEOUT_S = 2.0
 """How long the usage may come after the hand-off, heartbeats or not."""
-DEFAULT_RETRY_DELAY_S = 0.5
 
 
 class Cloud:
@@ -142,6 +136,10 @@ class Cloud:
             )
         return found
 
+    def inbox(self, call: Any) -> Inbox:
+        """Returns the messages of a stream."""
+        return Inbox(call, self.target, self.translate)
+
     def open(self, job: Job) -> "RemoteJob":
         """Prepares a job; nothing is sent before its `events` are asked for."""
         return RemoteJob(self, job)
@@ -173,7 +171,7 @@ class Cloud:
         )
         bundles = {
             printable(bundle.name): tuple(
-                RemoteFile(path=file.path, size_bytes=file.size_bytes, sha256=file.sha256.hex())
+                BundleFile(path=file.path, size_bytes=file.size_bytes, sha256=file.sha256.hex())
                 for file in bundle.files
             )
             for bundle in reply.bundles
@@ -220,9 +218,28 @@ class Cloud:
             HybridSDError: By the table of errors; CloudTimeout when nothing comes for `idle_timeout_s`.
         """
         request = bundle_service_pb2.DownloadFileRequest(bundle=bundle, path=path, offset_bytes=offset_bytes)
-        with _Inbox(self, self._bundles.DownloadFile(request, metadata=self.metadata())) as inbox:
+        with self.inbox(self._bundles.DownloadFile(request, metadata=self.metadata())) as inbox:
             while (message := inbox.get(self.idle_timeout_s)) is not None:
                 yield message.chunk
+
+
+def is_loopback(host: str) -> bool:
+    """Returns whether a host name or address is this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _read_ca(path: Path | None) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Reason.FIELD_INVALID.error(f"cannot read {path}: {error.strerror}", field="tls_ca") from error
 
 
 class RemoteJob:
@@ -256,7 +273,7 @@ class RemoteJob:
         message = self._conversation.request(resume_call=resume_call)
         call = self._cloud.stub.Denoise(message, timeout=timeout_s, metadata=self._cloud.metadata(self._request_id))
         usage_until: float | None = None
-        with _Inbox(self._cloud, call) as inbox:
+        with self._cloud.inbox(call) as inbox:
             while True:
                 wait_s = self._cloud.idle_timeout_s
                 if usage_until is not None:
@@ -296,110 +313,3 @@ class RemoteJob:
                 future.result(timeout=wait_s)
             except (grpc.RpcError, grpc.FutureTimeoutError, grpc.FutureCancelledError):
                 return
-
-
-def is_loopback(host: str) -> bool:
-    """Returns whether a host name or address is this machine."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-def translate(error: Any) -> HybridSDError:
-    """Returns the exception of the table for a failed call, from its `google.rpc.Status` where there is one.
-
-    `retry_delay_s` is set where the server itself said that coming again makes sense.
-    """
-    code: grpc.StatusCode = error.code()
-    text = printable(error.details() or code.name)
-    reason, field, delay_s = reason_for_grpc_code(code.name), None, None
-    try:
-        status = rpc_status.from_call(error)
-    except ValueError:  # details that contradict the status
-        status = None
-    told = False
-    for detail in () if status is None else status.details:
-        info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
-        if detail.Unpack(info) and info.domain == DOMAIN and info.reason in Reason.__members__:
-            reason, told = Reason[info.reason], True
-        elif detail.Unpack(bad) and bad.field_violations:
-            field = printable(bad.field_violations[0].field)
-        elif detail.Unpack(retry):
-            delay_s = seconds(retry.retry_delay)
-    if delay_s is None and (reason is Reason.QUEUE_FULL or (told and reason is Reason.UNAVAILABLE)):
-        delay_s = DEFAULT_RETRY_DELAY_S
-    if isinstance(kind := reason.error(text), AccessDenied):
-        text = f"{kind.message}; give the right --token-file"
-    return reason.error(text, field=field, retry_delay_s=delay_s)
-
-
-class _Inbox:
-    """The messages of a stream, read by a thread of its own, so that waiting for one has a limit."""
-
-    def __init__(self, cloud: Cloud, call: Any) -> None:
-        self._cloud, self._call = cloud, call
-        self._items: queue.Queue[Any] = queue.Queue(maxsize=4)  # small: the server drops stale states, not we
-        self._stop = threading.Event()
-        threading.Thread(target=self._read, name="hybridsd-stream", daemon=True).start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._call.cancel()
-
-    def get(self, timeout_s: float) -> Any:
-        """Returns the next message; None at the end of the stream.
-
-        Raises:
-            HybridSDError: CloudTimeout when none has come in time, else what the stream ended with.
-        """
-        try:
-            if timeout_s <= 0:
-                raise queue.Empty
-            item = self._items.get(timeout=timeout_s)
-        except queue.Empty:
-            raise Reason.DEADLINE_EXCEEDED.error(
-                f"{self._cloud.target} has sent nothing for {max(timeout_s, 0.0):.3g} s"
-            ) from None
-        if isinstance(item, grpc.RpcError):
-            raise self._cloud.translate(item) from item
-        return item
-
-    def wait(self, timeout_s: float) -> bool:
-        """Returns whether something is there within a time."""
-        until = time.monotonic() + timeout_s
-        while self._items.empty() and time.monotonic() < until:
-            time.sleep(min(0.01, timeout_s))
-        return not self._items.empty()
-
-    def _read(self) -> None:
-        try:
-            for message in self._call:
-                self._put(message)
-                if self._stop.is_set():
-                    return
-            self._put(None)
-        except grpc.RpcError as error:
-            self._put(error)
-
-    def _put(self, item: object) -> None:
-        while not self._stop.is_set():
-            try:
-                self._items.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return
-
-
-def _read_ca(path: Path | None) -> bytes | None:
-    if path is None:
-        return None
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise Reason.FIELD_INVALID.error(f"cannot read {path}: {error.strerror}", field="tls_ca") from error

@@ -10,9 +10,9 @@ from typing import Any, NoReturn
 import numpy as np
 from google.protobuf.duration_pb2 import Duration
 
-from edge_client.cloud.types import CloudEvent, CloudState, Job, printable
-from edge_client.generation.events import CloudStarted, Conditioning, Queued, Usage
-from edge_client.inference.cache import Cache
+from edge_client.cache import Cache
+from edge_client.cloud.types import CloudEvent, CloudStarted, CloudState, Job, Queued, Usage, printable
+from edge_client.types import Conditioning
 from hybridsd import codec
 from hybridsd.errors import InvalidRequest, Reason
 from hybridsd.limits import MAX_CHUNKS

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_client.generation.events import CloudStarted, Conditioning, Queued, Usage, Waiting
-from edge_client.generation.request import CallSkipping
-from edge_client.types import Latents
+from edge_client.types import CallSkipping, Conditioning, Latents
+from hybridsd.manifest import BundleFile
 from hybridsd.plan import Plan
 from hybridsd.prompting import DEFAULT_TEXT, TextOptions
 
@@ -86,9 +85,6 @@ class CloudState:
     is_handoff: bool
 
 
-CloudEvent = Queued | CloudStarted | CloudState | Usage | Waiting
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CloudModel:
     """A model that the cloud serves."""
@@ -105,23 +101,57 @@ class CloudModel:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RemoteFile:
-    """A file of a bundle that the cloud hands out."""
-
-    path: str
-    size_bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Capabilities:
     """What a cloud can do."""
 
     server_version: str
     models: tuple[CloudModel, ...]
-    bundles: dict[str, tuple[RemoteFile, ...]]
+    bundles: dict[str, tuple[BundleFile, ...]]
     num_running: int
     num_queued: int
     call_s: float = 0.0
     """Recent duration of a call of the U-Net there; 0 when none has run."""
     max_batch: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Usage:
+    """What the job took in the cloud, as the cloud counts it."""
+
+    queue_s: float
+    text_s: float
+    compute_s: float
+    num_calls: int
+    sent_bytes: int
+    num_skipped_calls: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Queued:
+    """The job waits in the cloud."""
+
+    position: int
+    """Jobs that begin before this one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Waiting:
+    """Nothing has come from the cloud for a moment: a good one to cancel."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CloudStarted:
+    """The cloud has begun; carries what the edge needs to go on by itself."""
+
+    request_id: str
+    model: str
+    plan: Plan
+    conditioning: Conditioning | None
+    """None when the cloud did not send any: the edge encodes the text itself."""
+    guidance_scale: float
+    num_dropped_tokens: int
+    prediction_type: str = ""
+    """Of the plan's e; empty from a server that does not say."""
+
+
+CloudEvent = Queued | CloudStarted | CloudState | Usage | Waiting

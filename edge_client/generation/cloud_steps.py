@@ -11,11 +11,10 @@ from typing import Protocol
 
 from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.client import Cloud, RemoteJob
-from edge_client.cloud.types import CloudState, Job, ModelChange
-from edge_client.generation.events import CloudStarted, Event, HandedOver, Queued, Retrying, Waiting
-from edge_client.generation.request import Request, Resolved
-from edge_client.generation.segments import Stage
+from edge_client.cloud.types import CloudStarted, CloudState, Job, ModelChange, Queued, Waiting
+from edge_client.generation.events import Event, HandedOver, Retrying
 from edge_client.generation.trajectory import Run
+from edge_client.request import Request, Resolved, Stage
 from hybridsd.errors import (
     Cancelled,
     CloudBusy,

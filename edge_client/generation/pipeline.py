@@ -14,14 +14,14 @@ import numpy as np
 from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.client import Cloud
 from edge_client.generation.cloud_steps import LOST, Advisor, make_job, replay_cloud
-from edge_client.generation.events import Conditioning, Event, Finished, SafetyReport
-from edge_client.generation.request import Request, Resolved, resolve, with_saved
-from edge_client.generation.segments import Grid, Stage
+from edge_client.generation.events import Event, Finished
+from edge_client.generation.resolve import resolve, with_saved
+from edge_client.generation.result import SafetyReport
 from edge_client.generation.trajectory import Run, planned, result
-from edge_client.images.files import to_u8
-from edge_client.images.inputs import composite
+from edge_client.images.pixels import composite, to_u8
 from edge_client.inference.models import Models
-from edge_client.types import Latents
+from edge_client.request import Grid, Request, Resolved, Stage
+from edge_client.types import Conditioning, Latents
 from hybridsd import noise, noise_levels
 from hybridsd.errors import HybridSDError, Reason
 from hybridsd.plan import Plan, PlanRow, denoise, initial_state

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_client.generation.events import Conditioning, Result, StepDone, count_cloud_steps
-from edge_client.generation.request import SavedState
-from edge_client.types import Latents
+from edge_client.generation.events import StepDone
+from edge_client.generation.result import Result, count_cloud_steps
+from edge_client.request import SavedState
+from edge_client.types import Conditioning, Latents
 from hybridsd import plan as plans
 from hybridsd.errors import HybridSDError, InvalidRequest, Reason
 

@@ -8,9 +8,9 @@ Knows the notation and its rules; nothing of models or plans.
 """
 
 import re
-from dataclasses import dataclass
 
-from edge_client.generation.events import Place
+from edge_client.request import Grid, Segment, Stage
+from edge_client.types import Place
 from hybridsd import schedulers
 from hybridsd.errors import HybridSDError, InvalidRequest, Reason
 from hybridsd.limits import MAX_GUIDANCE, MAX_STEPS, MIN_GUIDANCE
@@ -20,28 +20,6 @@ MAX_GRIDS = 4
 """Each draws noise of its own (`edge_client.generation.trajectory`)."""
 _SEGMENT = re.compile(r"(?P<model>[^:@(),]*):(?P<steps>\d+|\*)@(?P<place>cloud|edge)(?:\((?P<options>[^()]*)\))?")
 _EXAMPLE = "such as large:8@cloud,small:17@edge"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Segment:
-    """Some steps of one model at one place."""
-
-    place: Place
-    model: str = ""
-    """Of the cloud, or the name of an edge bundle; empty is the default there."""
-    steps: int | None = None
-    """How many; None is the rest of its grid."""
-    guidance_scale: float | None = None
-    """None is the picture's."""
-    scheduler: str | None = None
-    """Begins a step grid of its own; None goes on with that of the segment before."""
-    num_inference_steps: int | None = None
-    """Of that grid, counted from pure noise."""
-
-    @property
-    def begins_grid(self) -> bool:
-        """Whether it has a step grid of its own."""
-        return self.scheduler is not None or self.num_inference_steps is not None
 
 
 def parse_segments(text: str) -> tuple[Segment, ...]:
@@ -110,42 +88,6 @@ def _scheduler(text: str | None) -> str | None:
 
 def _refuse(what: str) -> HybridSDError:
     return Reason.SPLIT_INVALID.error(f"segments: {what}", field="segments")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Grid:
-    """A step grid: where the noise levels of the steps lie."""
-
-    scheduler: str
-    num_inference_steps: int
-    """Counted from pure noise."""
-    begin_step: int = 0
-    """Steps that are left out, since an image is begun with."""
-
-    @property
-    def num_steps(self) -> int:
-        """Steps that are run."""
-        return self.num_inference_steps - self.begin_step
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Stage:
-    """A segment with everything filled in."""
-
-    place: Place
-    model: str
-    steps: int | None
-    """None: from where it comes in to the end of its grid."""
-    guidance_scale: float
-    grid: Grid
-    begins_grid: bool
-    """Whether it comes in by its noise level (`hybridsd.noise_levels`), and not by the state of the stage before."""
-
-    def describe(self) -> str:
-        """Returns it as `--segments` writes it."""
-        grid = f",scheduler={self.grid.scheduler},steps={self.grid.num_inference_steps}" if self.begins_grid else ""
-        steps = "*" if self.steps is None else self.steps
-        return f"{self.model}:{steps}@{self.place}(guidance={self.guidance_scale:g}{grid})"
 
 
 def resolve_segments(segments: tuple[Segment, ...], first: Grid, guidance_scale: float) -> tuple[Stage, ...]:

@@ -1,24 +1,20 @@
-"""Events and results as plain values, for JSON: what `--jsonl`, `--json` and the web gateway tell.
+"""Events and results as plain values: the one way in which `--json`, PNG files and the web APIs tell of an image."""
 
-Knows events; nothing of terminals, files or web pages.
-"""
-
+import json
+from dataclasses import asdict
 from typing import Any
 
-from edge_client.generation.events import (
-    CloudStarted,
-    Event,
-    Finished,
-    HandedOver,
-    Planned,
-    Queued,
-    Result,
-    Retrying,
-    StepDone,
-    TookOver,
-    Waiting,
-)
-from edge_client.images.files import provenance
+from edge_client.cloud.types import CloudStarted, Queued, Waiting
+from edge_client.generation.events import Event, Finished, HandedOver, Planned, Retrying, StepDone, TookOver
+from edge_client.generation.result import Result
+from hybridsd import schedulers
+from hybridsd.errors import HybridSDError
+
+_REST_FIELDS = (
+    "prompt", "negative_prompt", "seed", "image_index", "width", "height", "scheduler", "num_inference_steps",
+    "guidance_scale", "mode", "cloud_model", "edge_model", "planned_cloud_steps", "actual_cloud_steps",
+    "fallback_message", "handed_over", "received_bytes", "decode_s", "elapsed_s",
+)  # fmt: skip
 
 
 def event_json(event: Event) -> dict[str, Any]:
@@ -64,23 +60,13 @@ def event_json(event: Event) -> dict[str, Any]:
 
 def result_json(result: Result) -> dict[str, Any]:
     """Returns a result as plain values: how the picture was made, and what it took."""
-    usage = result.usage
     return {
         **provenance(result),
         "fallback_message": result.fallback_message,
         "request_id": result.request_id,
         "num_dropped_tokens": result.num_dropped_tokens,
         "received_bytes": result.received_bytes,
-        "usage": None
-        if usage is None
-        else {
-            "queue_s": usage.queue_s,
-            "text_s": usage.text_s,
-            "compute_s": usage.compute_s,
-            "num_calls": usage.num_calls,
-            "sent_bytes": usage.sent_bytes,
-            "num_skipped_calls": usage.num_skipped_calls,
-        },
+        "usage": None if result.usage is None else asdict(result.usage),
         "steps": [
             {"step": record.step, "call": record.call, "place": record.place, "elapsed_s": round(record.elapsed_s, 6)}
             for record in result.steps
@@ -88,3 +74,95 @@ def result_json(result: Result) -> dict[str, Any]:
         "decode_s": round(result.decode_s, 6),
         "elapsed_s": round(result.elapsed_s, 6),
     }
+
+
+def provenance(result: Result) -> dict[str, Any]:
+    """Returns how a picture was made, as plain values: what the `hybridsd` chunk holds."""
+    return {
+        "prompt": result.prompt,
+        "negative_prompt": result.negative_prompt,
+        "seed": result.seed,
+        "image_index": result.image_index,
+        "scheduler": result.scheduler,
+        "num_inference_steps": result.num_inference_steps,
+        "guidance_scale": result.guidance_scale,
+        "width": result.width,
+        "height": result.height,
+        "mode": result.mode,
+        "cloud_model": result.cloud_model,
+        "edge_model": result.edge_model,
+        "first_step": result.first_step,  # of `steps`; those before it were run for a saved state
+        "earlier_cloud_steps": result.earlier_cloud_steps,
+        "handoff": {  # steps of the cloud, and why they differ
+            "planned": result.planned_cloud_steps,
+            "actual": result.actual_cloud_steps,
+            "reason": None if result.fallback_reason is None else result.fallback_reason.name,
+        },
+        "adapted": result.handed_over or None,  # why the cloud's part was shortened on purpose
+        "stages": list(result.stages),
+        "loras": dict(result.loras),
+        "image": None if result.strength is None else {"strength": result.strength, "mask": result.has_mask},
+        "safety_checker": asdict(result.safety),
+        "codec": result.codec,
+        "plan_digest": result.plan.digest().hex(),
+        "steps": [{"step": record.step, "call": record.call, "place": record.place} for record in result.steps],
+    }
+
+
+def parameters(result: Result) -> str:
+    """Returns how a picture was made in the form of AUTOMATIC1111."""
+    model = result.edge_model if result.mode == "edge" else result.cloud_model
+    fields = {
+        "Steps": result.num_inference_steps,
+        "Sampler": _sampler(result.scheduler),
+        "CFG scale": f"{result.guidance_scale:g}",
+        "Seed": result.seed,
+        "Size": f"{result.width}x{result.height}",
+        "Model": model,
+        "Image index": result.image_index,
+        "Hybrid mode": result.mode,
+        "Cloud steps": result.actual_cloud_steps,
+        "Edge model": result.edge_model,
+    }
+    if result.fallback_reason is not None:
+        fields |= {"Planned cloud steps": result.planned_cloud_steps, "Fallback": result.fallback_reason.name}
+    lines = [result.prompt]
+    if result.negative_prompt:
+        lines.append(f"Negative prompt: {result.negative_prompt}")
+    return "\n".join([*lines, ", ".join(f"{key}: {_quoted(value)}" for key, value in fields.items())])
+
+
+def png_text(result: Result) -> dict[str, str]:
+    """Returns the text chunks of a PNG file: `parameters` as AUTOMATIC1111 writes it, `hybridsd` with more, as JSON.
+
+    Neither holds times, so equal images are equal files.
+    """
+    return {"parameters": parameters(result), "hybridsd": json.dumps(provenance(result), ensure_ascii=False)}
+
+
+def rest_image(index: int, result: Result) -> dict[str, Any]:
+    """Returns an `Image` of the REST API, without its URL."""
+    return {
+        **{name: getattr(result, name) for name in _REST_FIELDS},
+        "index": index,
+        "fallback_reason": None if result.fallback_reason is None else result.fallback_reason.name,
+        "steps": [
+            {"step": record.step, "place": record.place, "elapsed_s": round(record.elapsed_s, 6)}
+            for record in result.steps
+        ],
+        "flagged": result.safety.flagged,
+        "parameters": parameters(result),
+    }
+
+
+def _quoted(value: object) -> str:
+    """Returns a value as AUTOMATIC1111 writes it: in quotes where it would read as more than one field."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",:\n") else text
+
+
+def _sampler(scheduler: str) -> str:
+    try:
+        return schedulers.find(scheduler).aliases[0]
+    except (HybridSDError, IndexError):  # a plan that was made elsewhere may have any name
+        return scheduler

@@ -8,21 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from edge_client.bundles.bundle import Bundle
-from edge_client.generation.events import (
-    CloudStarted,
-    Conditioning,
-    Mode,
-    Place,
-    Planned,
-    Result,
-    SafetyReport,
-    StepDone,
-    StepRecord,
-    TookOver,
-    Usage,
-)
-from edge_client.generation.request import Request, Resolved
-from edge_client.types import ImageU8, Latents
+from edge_client.cloud.types import CloudStarted, Usage
+from edge_client.generation.events import Planned, StepDone, TookOver
+from edge_client.generation.result import Result, SafetyReport, StepRecord
+from edge_client.request import Request, Resolved
+from edge_client.types import Conditioning, ImageU8, Latents, Mode, Place
 from hybridsd.errors import HybridSDError, Reason
 from hybridsd.plan import Plan
 

@@ -9,9 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 
-from edge_client.images.files import from_u8
-from edge_client.types import ImageU8
+from edge_client.images.pixels import from_u8, to_cells
+from edge_client.types import ImageInput
 from hybridsd.errors import HybridSDError, InvalidRequest, Reason
+from hybridsd.limits import MAX_SIZE
+from hybridsd.manifest import Manifest
 
 Fit = Literal["crop", "pad", "stretch"]
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -98,32 +100,6 @@ def load_mask(
     return np.asarray(resized, dtype=np.float32)[None] / np.float32(255.0)
 
 
-def to_cells(mask: NDArray[np.float32], cell: int) -> NDArray[np.float32]:
-    """Returns a mask for latents, `[1, H / cell, W / cell]`: a cell is drawn as far as any pixel of it is.
-
-    Args:
-        mask: `[1, H, W]`.
-        cell: Pixels that a latent spans.
-    """
-    _, height, width = mask.shape
-    blocks = mask.reshape(1, height // cell, cell, width // cell, cell)
-    return np.ascontiguousarray(blocks.max(axis=(2, 4)))
-
-
-def composite(generated: ImageU8, original: ImageU8, mask: NDArray[np.float32]) -> ImageU8:
-    """Returns the generated picture where the mask is 1, exactly the original where it is 0, a blend between.
-
-    Args:
-        generated: `[H, W, 3]`.
-        original: `[H, W, 3]`.
-        mask: `[1, H, W]` in [0, 1].
-    """
-    share = mask[0][..., None]
-    blended = share * generated.astype(np.float32) + (1.0 - share) * original.astype(np.float32)
-    composed: ImageU8 = np.rint(blended).astype(np.uint8)
-    return composed
-
-
 def natural_size(image: Image.Image, multiple: int, pixels: int) -> tuple[int, int]:
     """Returns width and height near a picture's own shape, multiples of `multiple`, of about `pixels` in all.
 
@@ -170,3 +146,69 @@ def _resize(image: Image.Image, width: int, height: int, how: Fit, fill: object)
 
 def _refuse(field: str, message: str) -> HybridSDError:
     return Reason.FIELD_INVALID.error(message, field=field)
+
+
+DEFAULT_STRENGTH = 0.75
+"""Of an image to begin with; one with a mask is redrawn whole."""
+
+Source = Path | bytes
+
+
+def read_image(
+    manifest: Manifest,
+    source: Source,
+    *,
+    width: int | None = None,
+    height: int | None = None,
+    strength: float | None = None,
+    how: Fit = "crop",
+    mask: Source | None = None,
+    mask_blur: float = 0.0,
+    invert_mask: bool = False,
+) -> tuple[int, int, ImageInput]:
+    """Returns width and height of the picture to be, and what it begins with.
+
+    Args:
+        manifest: Of the bundle that draws.
+        source: A picture.
+        width: Pixels; where neither is given the picture's own shape is kept, at about the bundle's area.
+        height: Pixels.
+        strength: How much is redrawn, in (0, 1]; None is `DEFAULT_STRENGTH`, or 1 with a mask.
+        how: How both come to that size.
+        mask: What to draw anew: white, or transparent.
+        mask_blur: Pixels, in [0, 256].
+        invert_mask: Draws what the mask keeps, and keeps what it draws.
+
+    Raises:
+        InvalidRequest: Where one of them cannot be used, naming the field.
+    """
+    multiple, defaults = manifest.size_multiple, manifest.defaults
+    if "vae_encoder" not in manifest.files:
+        raise Reason.FIELD_INVALID.error(
+            f"bundle {manifest.name} has no image encoder; leave the image out, or choose another bundle",
+            field="image",
+        )
+    image = load_image(source)
+    if width is None and height is None:
+        width, height = natural_size(image, multiple, defaults.width * defaults.height)
+    width, height = width or defaults.width, height or defaults.height
+    for name, side in (("width", width), ("height", height)):
+        if not multiple <= side <= MAX_SIZE or side % multiple:
+            raise Reason.SIZE_INVALID.error(
+                f"{name} is {side}; choose a multiple of {multiple} from {multiple} to {MAX_SIZE}",
+                field=name,
+            )
+    drawn = cells = None
+    if mask is not None:
+        drawn = load_mask(mask, width, height, how, blur_px=mask_blur)
+        drawn = 1 - drawn if invert_mask else drawn
+        if not drawn.any():
+            raise Reason.FIELD_INVALID.error(
+                "the mask is black all over, so nothing would be drawn; make what to draw white, or transparent",
+                field="mask",
+            )
+        cells = to_cells(drawn, manifest.vae_scale_factor)
+    if strength is None:
+        strength = DEFAULT_STRENGTH if drawn is None else 1.0
+    pixels = fit(image, width, height, how)
+    return width, height, ImageInput(image=pixels, strength=strength, mask=drawn, mask_cells=cells)

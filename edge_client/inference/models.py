@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_client.generation.events import Conditioning
-from edge_client.inference import cache, providers, safety_checker, self_test
+from edge_client.inference import providers, safety_checker, self_test
 from edge_client.inference import session as runtimes
 from edge_client.inference.networks import Network
 from edge_client.inference.safety_checker import SafetyVerdict
 from edge_client.inference.self_test import Report
 from edge_client.inference.text_encoder import TextEncoders
 from edge_client.inference.unet import UNet
-from edge_client.types import ImageU8, Latents
+from edge_client.paths import cache_folder
+from edge_client.types import Conditioning, ImageU8, Latents
 from hybridsd import noise
 from hybridsd.errors import HybridSDError, Reason
 from hybridsd.manifest import Manifest
@@ -63,7 +63,7 @@ class Models:
     ) -> None:
         self.folder, self.manifest, self.low_memory = folder, manifest, low_memory
         self.choice = providers.choose_provider(provider)
-        self._reports = cache.default_folder() / "self-tests" if reports is None else reports
+        self._reports = cache_folder() / "self-tests" if reports is None else reports
         self._threads = threads
         self._lock = threading.RLock()
         self._loaded: dict[str, Network] = {}

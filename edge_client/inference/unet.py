@@ -15,9 +15,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_client.generation.events import Conditioning
 from edge_client.inference.networks import Network
-from edge_client.types import Latents
+from edge_client.types import Conditioning, Latents
 from hybridsd.errors import HybridSDError, Reason
 from hybridsd.manifest import Manifest
 

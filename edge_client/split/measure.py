@@ -1,18 +1,27 @@
-"""How far the cloud is: a round trip, and bytes a second, timed on what the server hands out anyway.
-
-Knows the cloud as functions; nothing of pictures.
-"""
+"""Measures what the cost model needs: this device's models, the link, and the cloud's load."""
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
+
+from edge_client.bundles.bundle import Bundle
+from edge_client.cloud.client import Cloud
 from edge_client.cloud.types import Capabilities
+from edge_client.generation.cloud_steps import LOST
+from edge_client.inference.models import Models
+from edge_client.request import Request, Resolved
+from edge_client.split.cost_model import Costs
+from hybridsd import noise
 
 LINK_BYTES = 1 << 20
 LINK_S = 0.5
 """A download is timed up to so many bytes or seconds, whichever comes first."""
+LINK_BYTES_PER_S = 1e7
+"""Assumed of a link where the server has nothing to time it on."""
+_BYTES_PER_VALUE = {"fp32": 4, "fp16": 2, "int8": 1}
 
 
 class Reachable(Protocol):
@@ -60,3 +69,55 @@ def measure_link(cloud: Reachable) -> Link:
             break
     travelled_s = max(time.perf_counter() - begin - round_trip_s, 1e-6)
     return Link(round_trip_s, received / travelled_s, found)
+
+
+@dataclass(frozen=True, slots=True)
+class Notes:
+    """What is to be said of a measurement."""
+
+    texts: tuple[str, ...]
+    is_away: bool = False
+
+
+def measure(request: Request, job: Resolved, bundle: Bundle, models: Models, cloud: Cloud) -> tuple[Costs, Notes]:
+    """Returns the times of a step on this device, and of what the cloud says of itself."""
+    plan = bundle.find_plan(job.scheduler, job.num_inference_steps)
+    calls_a_step = 1.0 if plan is None else len(plan.rows) / plan.num_inference_steps  # 2 for Heun
+    models.warm_up()
+    latents = noise.initial_latents(0, 0, job.latent_shape)
+    begin = time.perf_counter()
+    conditioning, _ = models.encode_pair(request.prompt, "" if models.takes_negative else None, request.text_options)
+    text_s = time.perf_counter() - begin
+    begin = time.perf_counter()
+    models.predict_noise(latents, 500.0, conditioning, guidance_scale=job.guidance_scale)
+    edge_step_s = time.perf_counter() - begin
+    begin = time.perf_counter()
+    models.decode(latents)
+    decode_s = time.perf_counter() - begin
+    state_bytes = (
+        int(np.prod(job.latent_shape)) * _BYTES_PER_VALUE[request.codec] * 2
+    )  # most solvers carry one array along
+    edge_step_s *= calls_a_step
+    costs = Costs(
+        cloud_step_s=edge_step_s, edge_step_s=edge_step_s, text_s=text_s, decode_s=decode_s,
+        bytes_per_s=LINK_BYTES_PER_S, state_bytes=state_bytes,
+    )  # fmt: skip
+    try:
+        link = measure_link(cloud)
+    except LOST as error:
+        return costs, Notes((f"the cloud is away: {error.message}",), is_away=True)
+    found = link.capabilities
+    call_s = calls_a_step * found.call_s or edge_step_s
+    ahead = found.num_queued + max(0, found.num_running + 1 - found.max_batch)
+    rounds = -(-ahead // found.max_batch)
+    queue_s = rounds * job.num_inference_steps * call_s / 2  # on average half-way through theirs
+    bytes_per_s = link.bytes_per_s or LINK_BYTES_PER_S
+    how = "was measured to carry" if link.bytes_per_s else "has no bundle to be timed on, and is taken to carry"
+    texts = [f"the link {how} {bytes_per_s / 1e6:.3g} MB/s, {1e3 * link.round_trip_s:.1f} ms there and back"]
+    if not found.call_s:
+        texts.append("the cloud has not run a step yet, so its step is taken to last as long as one here")
+    texts.append(f"the cloud has {found.num_running} jobs running and {found.num_queued} waiting")
+    costs = replace(
+        costs, cloud_step_s=call_s, round_trip_s=link.round_trip_s, queue_s=queue_s, bytes_per_s=bytes_per_s
+    )
+    return costs, Notes(tuple(texts))

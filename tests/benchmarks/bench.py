@@ -32,13 +32,15 @@ from cloud_server.models.devices import place
 from cloud_server.models.load import Model, load_model
 from deploy.run_demo import running_cloud
 from edge_client.bundles.bundle import Bundle
+from edge_client.cache import Cache
 from edge_client.cloud.client import Cloud
-from edge_client.generation.events import CloudStarted, Conditioning, StepDone
+from edge_client.cloud.types import CloudStarted
 from edge_client.generation.events import Finished as EdgeFinished
+from edge_client.generation.events import StepDone
 from edge_client.generation.pipeline import generate
-from edge_client.generation.request import Request
-from edge_client.inference.cache import Cache
 from edge_client.inference.models import Models
+from edge_client.request import Request
+from edge_client.types import Conditioning
 from hybridsd import codec, noise
 from hybridsd.manifest import read_manifest
 from hybridsd.plan import denoise, initial_state

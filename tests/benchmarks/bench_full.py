@@ -51,12 +51,12 @@ def in_child(what: str, *words: str) -> Measured:
 def run_edge(folder: Path, address: str, *, steps: int, cloud_steps: int, provider: str | None) -> Measured:
     """Draws one picture in hybrid mode from this process; returns times by phase, bytes and peak memory."""
     from edge_client.bundles.bundle import Bundle
+    from edge_client.cache import Cache
     from edge_client.cloud.client import Cloud
     from edge_client.generation.events import Finished, StepDone
     from edge_client.generation.pipeline import generate
-    from edge_client.generation.request import Request
-    from edge_client.inference.cache import Cache
     from edge_client.inference.models import Models
+    from edge_client.request import Request
     from hybridsd.manifest import read_manifest
 
     manifest = read_manifest(folder)

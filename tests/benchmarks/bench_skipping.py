@@ -17,10 +17,9 @@ from cloud_server.engine.step import Trajectory
 from cloud_server.models.devices import place
 from cloud_server.models.load import load_model
 from edge_client.bundles.bundle import open_bundle
-from edge_client.generation.events import Conditioning
-from edge_client.images.files import to_u8
+from edge_client.images.pixels import to_u8
 from edge_client.inference.models import Models
-from edge_client.types import Latents
+from edge_client.types import Conditioning, Latents
 from hybridsd import noise
 from hybridsd.plan import Plan, denoise
 from hybridsd.prompting import TextOptions

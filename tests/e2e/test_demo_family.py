@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from deploy.run_demo import DEMO
-from edge_client.generation.events import Conditioning
 from edge_client.inference.models import Models
+from edge_client.types import Conditioning
 from hybridsd.manifest import read_manifest, verify_files
 from hybridsd.prompting import TextOptions
 from training.models.pruned_unet import load_unet

@@ -17,8 +17,8 @@ from cloud_server.models.load import Model, load_model
 from cloud_server.rpc.server import CloudServer
 from cloud_server.settings import Settings
 from edge_client.bundles.bundle import Bundle, open_bundle
+from edge_client.cache import Cache
 from edge_client.cloud.client import Cloud
-from edge_client.inference.cache import Cache
 from edge_client.inference.models import Models
 from tests.support.tiny_bundle import write_bundle
 from tests.support.tiny_pipeline import LATENT_SPACE, write_tiny_pipeline

@@ -18,12 +18,13 @@ from onnx import TensorProto
 from torch import Tensor, nn
 
 from edge_client.bundles.bundle import open_bundle
-from edge_client.generation.events import Finished, Result
+from edge_client.generation.events import Finished
 from edge_client.generation.pipeline import generate
-from edge_client.generation.request import Request
+from edge_client.generation.result import Result
 from edge_client.inference import providers
 from edge_client.inference import session as runtimes
 from edge_client.inference.models import Models
+from edge_client.request import Request
 from hybridsd.errors import InvalidRequest
 from hybridsd.manifest import describe_file, read_manifest, verify_files, write_manifest
 from tests.support.tiny_bundle import CHANNELS, CONTEXT_LENGTH, EMBED_DIM, write_bundle

@@ -14,10 +14,12 @@ from cloud_server.models.load import Model
 from cloud_server.rpc.server import CloudServer
 from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.client import Cloud
-from edge_client.generation.events import Conditioning, Finished, Result, StepDone, TookOver
+from edge_client.generation.events import Finished, StepDone, TookOver
 from edge_client.generation.pipeline import generate
-from edge_client.generation.request import Request
+from edge_client.generation.result import Result
 from edge_client.inference.models import Models
+from edge_client.request import Request
+from edge_client.types import Conditioning
 from hybridsd import codec, noise
 from hybridsd.errors import ModelMismatch, Reason
 from hybridsd.plan import denoise, initial_state

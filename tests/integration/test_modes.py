@@ -15,16 +15,17 @@ from cloud_server.models.devices import place
 from cloud_server.models.load import Model, load_model
 from cloud_server.rpc.server import CloudServer
 from edge_client.bundles.bundle import Bundle, open_bundle
+from edge_client.cache import Cache
 from edge_client.cloud.client import Cloud
-from edge_client.generation.events import Conditioning, Finished, Result, StepDone
+from edge_client.generation.events import Finished, StepDone
 from edge_client.generation.pipeline import generate
-from edge_client.generation.request import CallSkipping, ImageInput, Request, SavedState
+from edge_client.generation.result import Result
 from edge_client.generation.saved_state import dump, load, saved_state
 from edge_client.generation.segments import parse_segments
-from edge_client.images.files import to_u8
-from edge_client.images.inputs import to_cells
-from edge_client.inference.cache import Cache
+from edge_client.images.pixels import to_cells, to_u8
 from edge_client.inference.models import Models
+from edge_client.request import Request, SavedState
+from edge_client.types import CallSkipping, Conditioning, ImageInput
 from hybridsd import noise, noise_levels
 from hybridsd.errors import HybridSDError, InvalidRequest, Reason
 from hybridsd.plan import denoise, initial_state

@@ -16,14 +16,17 @@ from PIL import Image as Pillow
 
 from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.client import Cloud
-from edge_client.generation.events import Event, Finished, Planned, Queued, Result, StepDone, Waiting
+from edge_client.cloud.types import Queued, Waiting
+from edge_client.generation.events import Event, Finished, Planned, StepDone
 from edge_client.generation.pipeline import generate
-from edge_client.generation.request import Request, resolve
+from edge_client.generation.resolve import resolve
 from edge_client.generation.segments import parse_segments
-from edge_client.generation.serialize import event_json, result_json
-from edge_client.images.files import encode_png, parameters, to_u8
-from edge_client.images.prepare import read_image
+from edge_client.generation.serialize import event_json, png_text, rest_image
+from edge_client.images.files import encode_png
+from edge_client.images.inputs import read_image
+from edge_client.images.pixels import to_u8
 from edge_client.inference.models import Models
+from edge_client.request import Request
 from edge_client.split.auto_split import AutoSplit, choose_split
 from edge_client.split.handoff_policy import Goals
 from edge_client.types import Latents
@@ -36,11 +39,6 @@ TICK_S = 0.2
 """How long a cloud may be silent before cancelling is looked at again."""
 PREVIEW_SIDE = 512
 """Pixels of a preview, at most."""
-_FROM_RESULT = (
-    "prompt", "negative_prompt", "seed", "image_index", "width", "height", "scheduler", "num_inference_steps",
-    "guidance_scale", "mode", "cloud_model", "edge_model", "planned_cloud_steps", "actual_cloud_steps",
-    "fallback_message", "handed_over", "received_bytes", "decode_s", "elapsed_s",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +148,7 @@ class Painter:
                     yield Told("preview", {"image_index": index, "step": event.step, "image": picture})
             case Finished():
                 result = event.result
-                yield Told("image", _image(index, result), encode_png(result.image_u8, result))
+                yield Told("image", rest_image(index, result), encode_png(result.image_u8, png_text(result)))
             case _:
                 data = event_json(event)
                 yield Told(str(data["event"]), {**_without(data, "event", "request_id"), "image_index": index})
@@ -178,7 +176,7 @@ class Painter:
                 raise Reason.FIELD_INVALID.error(f"{name} goes with an image; give the image, too", field=name)
         if upload.image is not None:
             width, height, image_input = read_image(
-                manifest, upload.image, width=width, height=height, strength=create.strength, fit=create.fit,
+                manifest, upload.image, width=width, height=height, strength=create.strength, how=create.fit,
                 mask=upload.mask, mask_blur=create.mask_blur, invert_mask=create.invert_mask,
             )  # fmt: skip
         cloud_steps, steps = _steps(create)
@@ -243,20 +241,6 @@ def _steps(create: JobCreate) -> tuple[int | None, int | None]:
 def _preview_every(previews: int, num_steps: int) -> int:
     """Returns after how many steps each preview comes, so that they are spread evenly; 0 for none."""
     return math.ceil(num_steps / (previews + 1)) if previews else 0
-
-
-def _image(index: int, result: Result) -> dict[str, Any]:
-    """Returns an `Image` of the API, without its URL."""
-    known = result_json(result)
-    fields = {name: getattr(result, name) for name in _FROM_RESULT}
-    return {
-        **fields,
-        "index": index,
-        "fallback_reason": known["handoff"]["reason"],
-        "steps": [_without(step, "call") for step in known["steps"]],
-        "flagged": result.safety.flagged,
-        "parameters": parameters(result),
-    }
 
 
 def _without(data: Mapping[str, Any], *names: str) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from edge_client.generation.events import Mode, Place, SafetyAction
 from edge_client.images.inputs import Fit
+from edge_client.types import Mode, Place, SafetyAction
 from hybridsd.limits import (
     MAX_DEADLINE_S,
     MAX_GUIDANCE,

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edge_client.bundles.bundle import Bundle, open_bundle
+from edge_client.cache import Cache
 from edge_client.cloud.client import Cloud
-from edge_client.inference.cache import Cache
 from edge_client.inference.models import Models
 from edge_client.web.app import Settings, create_app
 from edge_client.web.gateway import Gateway

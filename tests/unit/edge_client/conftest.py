@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from edge_client.bundles.bundle import Bundle, open_bundle
+from edge_client.cache import Cache
 from edge_client.cloud.client import Cloud
-from edge_client.inference.cache import Cache
 from edge_client.inference.models import Models
 from tests.support.fake_cloud import FakeCloud, Running, serve
 from tests.support.tiny_bundle import write_bundle

@@ -12,8 +12,8 @@ import torch
 
 from cloud_server.models.devices import place
 from cloud_server.models.load import load_model
-from edge_client.generation.events import Conditioning
 from edge_client.inference.models import Models
+from edge_client.types import Conditioning
 from hybridsd.manifest import read_manifest, verify_files
 from hybridsd.prompting import TextOptions
 from tests.support.toy import TOY_SCENES, ToyFamily, run

@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 
-from edge_client.generation.events import Conditioning
 from edge_client.inference.models import Models
+from edge_client.types import Conditioning
 from hybridsd.manifest import read_manifest, verify_files
 from tests.support import chain
 from tests.support.toy import run

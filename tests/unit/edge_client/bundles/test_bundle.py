@@ -9,8 +9,10 @@ import pytest
 
 from edge_client.bundles import bundle as bundles
 from edge_client.bundles.bundle import Bundle
-from edge_client.cloud.types import RemoteFile
+from edge_client.bundles.download import fetch
+from edge_client.paths import bundles_folder
 from hybridsd.errors import InternalError, InvalidRequest, ModelMismatch, NotFound, Reason
+from hybridsd.manifest import BundleFile
 from tests.support.tiny_bundle import default_plans
 
 
@@ -32,10 +34,10 @@ class Source:
             self.left -= 1
             yield content[at : at + 100]
 
-    def files(self) -> tuple[RemoteFile, ...]:
+    def files(self) -> tuple[BundleFile, ...]:
         paths = sorted(self.folder.iterdir(), key=lambda path: path.name != "model.json")
         return tuple(
-            RemoteFile(
+            BundleFile(
                 path=path.name,
                 size_bytes=path.stat().st_size,
                 sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -57,13 +59,13 @@ def test_fetch_resumes(bundle_folder: Path, tmp_path: Path) -> None:
     target = tmp_path / "fetched"
     source = Source(bundle_folder, breaks_after=20)
     with pytest.raises(Exception, match="the line broke"):
-        list(bundles.fetch(source, "tiny-edge", source.files(), target))
+        list(fetch(source, "tiny-edge", source.files(), target))
     broken = source.offsets[-1][0]
     assert not target.exists()
 
     source.left = 10**9
     source.offsets.clear()
-    list(bundles.fetch(source, "tiny-edge", source.files(), target))
+    list(fetch(source, "tiny-edge", source.files(), target))
 
     assert source.offsets[0][0] == broken
     assert source.offsets[0][1] > 0
@@ -74,9 +76,9 @@ def test_fetch_checks_hashes(bundle_folder: Path, tmp_path: Path) -> None:
     """Content that does not match is thrown away, so that the next try can begin anew."""
     source = Source(bundle_folder, spoil=True)
     with pytest.raises(InternalError, match=r"model.json does not match its SHA-256"):
-        list(bundles.fetch(source, "tiny-edge", source.files(), tmp_path / "fetched"))
+        list(fetch(source, "tiny-edge", source.files(), tmp_path / "fetched"))
     source.spoil = False
-    list(bundles.fetch(source, "tiny-edge", source.files(), tmp_path / "fetched"))
+    list(fetch(source, "tiny-edge", source.files(), tmp_path / "fetched"))
 
     assert bundles.open_bundle(tmp_path / "fetched").verify() == []
 
@@ -84,9 +86,9 @@ def test_fetch_checks_hashes(bundle_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ["../evil", "/etc/evil", "a/../../evil", "a\\evil", "C:evil", "", "a\x1b[2J"])
 def test_fetch_stays_in_its_folder(path: str, tmp_path: Path, bundle_folder: Path) -> None:
     """A server cannot write outside the bundle."""
-    file = RemoteFile(path=path, size_bytes=1, sha256="0" * 64)
+    file = BundleFile(path=path, size_bytes=1, sha256="0" * 64)
     with pytest.raises(InternalError, match="leaves the bundle"):
-        list(bundles.fetch(Source(bundle_folder), "tiny-edge", (file,), tmp_path / "fetched"))
+        list(fetch(Source(bundle_folder), "tiny-edge", (file,), tmp_path / "fetched"))
 
 
 def test_fetch_into_what_is_no_folder(tmp_path: Path, bundle_folder: Path) -> None:
@@ -95,13 +97,13 @@ def test_fetch_into_what_is_no_folder(tmp_path: Path, bundle_folder: Path) -> No
     source = Source(bundle_folder)
     for into in (tmp_path / "file" / "fetched", tmp_path / ("x" * 300)):
         with pytest.raises(InvalidRequest, match=r"cannot write .* choose another --into"):
-            list(bundles.fetch(source, "tiny-edge", source.files(), into))
+            list(fetch(source, "tiny-edge", source.files(), into))
 
 
 def test_fetch_of_nothing(tmp_path: Path, bundle_folder: Path) -> None:
     """A bundle without files is not there."""
     with pytest.raises(NotFound):
-        list(bundles.fetch(Source(bundle_folder), "tiny-edge", (), tmp_path / "fetched"))
+        list(fetch(Source(bundle_folder), "tiny-edge", (), tmp_path / "fetched"))
 
 
 def test_hashes_are_checked_once(bundle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +136,7 @@ def test_locate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundle_folder: 
     with pytest.raises(InvalidRequest, match="hybridsd bundle fetch"):
         bundles.locate(None)
 
-    fetched = bundles.bundles_folder() / "tiny-edge"
+    fetched = bundles_folder() / "tiny-edge"
     fetched.parent.mkdir(parents=True)
     fetched.symlink_to(bundle_folder)
     assert bundles.locate(None) == fetched

@@ -9,14 +9,16 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
+from edge_client import cache as caches
 from edge_client.bundles import bundle as bundles
 from edge_client.bundles.bundle import Bundle
-from edge_client.cloud.client import Cloud, is_loopback, translate
+from edge_client.bundles.download import fetch
+from edge_client.cache import Cache
+from edge_client.cloud.client import Cloud, is_loopback
+from edge_client.cloud.status import translate
 from edge_client.generation.pipeline import generate
-from edge_client.generation.request import Request
-from edge_client.inference import cache as caches
-from edge_client.inference.cache import Cache
 from edge_client.inference.models import Models
+from edge_client.request import Request
 from hybridsd.errors import CloudTimeout, CloudUnreachable, InvalidRequest, Reason
 from tests.support.fake_cloud import FakeCloud, Running, serve
 
@@ -122,16 +124,16 @@ def test_stalled_downloads_are_given_up(running: Running, cloud: Cloud, bundle_f
     part = tmp_path / "fetched.partial" / "model.json"
     running.fake.download_hangs = True
     with pytest.raises(CloudTimeout, match="has sent nothing"):
-        list(bundles.fetch(cloud, "tiny-edge", files, tmp_path / "fetched"))
+        list(fetch(cloud, "tiny-edge", files, tmp_path / "fetched"))
     assert part.stat().st_size == 1000
 
     running.fake.download_hangs, running.fake.download_bytes = False, 100
     with pytest.raises(CloudUnreachable, match=r"model.json ended after 1100 of \d+ bytes"):
-        list(bundles.fetch(cloud, "tiny-edge", files, tmp_path / "fetched"))
+        list(fetch(cloud, "tiny-edge", files, tmp_path / "fetched"))
     assert part.stat().st_size == 1100
 
     running.fake.download_bytes = None
-    list(bundles.fetch(cloud, "tiny-edge", files, tmp_path / "fetched"))
+    list(fetch(cloud, "tiny-edge", files, tmp_path / "fetched"))
     assert bundles.open_bundle(tmp_path / "fetched").verify() == []
 
 

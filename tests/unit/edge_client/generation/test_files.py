@@ -10,11 +10,14 @@ from edge_client.bundles.bundle import Bundle
 from edge_client.cli import output_files, prompt_files
 from edge_client.cli.prompt_files import PromptPair
 from edge_client.generation import saved_state
-from edge_client.generation.events import Result
 from edge_client.generation.pipeline import generate
-from edge_client.generation.request import Request, SavedState, resolve
+from edge_client.generation.resolve import resolve
+from edge_client.generation.result import Result
+from edge_client.generation.serialize import parameters, png_text, provenance
 from edge_client.images import files
+from edge_client.images.pixels import from_u8, to_u8
 from edge_client.inference.models import Models
+from edge_client.request import Request, SavedState
 from hybridsd.errors import InternalError, InvalidRequest, ModelMismatch, Reason
 
 
@@ -28,22 +31,22 @@ def result(bundle: Bundle, models: Models) -> Result:
 def test_u8_covers_the_range() -> None:
     """-1 is 0, 1 is 255, what lies outside is cut; NaN is refused; and back again within half a level."""
     image = np.array([-2.0, -1.0, 0.0, 1.0, 3.0, 0.5], dtype=np.float32).reshape(3, 1, 2)
-    picture = files.to_u8(image)
+    picture = to_u8(image)
 
     assert picture.reshape(-1).tolist() == [0, 128, 255, 0, 255, 191]
-    assert np.abs(files.from_u8(picture) - np.clip(image, -1, 1)).max() < 1.01 / 255  # half a level, and rounding
+    assert np.abs(from_u8(picture) - np.clip(image, -1, 1)).max() < 1.01 / 255  # half a level, and rounding
     with pytest.raises(InternalError, match="not finite"):
-        files.to_u8(np.full((3, 1, 1), np.nan, dtype=np.float32))
+        to_u8(np.full((3, 1, 1), np.nan, dtype=np.float32))
 
 
 def test_png_tells_how_it_was_made(result: Result, tmp_path: Path) -> None:
     """Both text chunks come back, umlauts and line breaks included, and the pixels too."""
     path = tmp_path / "fox.png"
-    path.write_bytes(files.encode_png(result.image_u8, result))
+    path.write_bytes(files.encode_png(result.image_u8, png_text(result)))
     picture, chunk, parameters = files.read_png(path)
 
     assert np.array_equal(picture, result.image_u8)
-    assert chunk == files.provenance(result)
+    assert chunk == provenance(result)
     assert chunk["steps"][0] == {"step": 0, "call": 1, "place": "edge"}
     assert parameters == (
         "a red fox, Käse\n2\nNegative prompt: blurry\nSteps: 6, Sampler: DDIM, CFG scale: 3, Seed: 8, Size: 32x32, "
@@ -55,8 +58,8 @@ def test_fallback_is_written_down(result: Result) -> None:
     """A picture that fell back says so in itself."""
     fallen = dataclasses.replace(result, fallback_reason=Reason.UNAVAILABLE, planned_cloud_steps=3)
 
-    assert "Planned cloud steps: 3, Fallback: UNAVAILABLE" in files.parameters(fallen)
-    assert files.provenance(fallen)["handoff"] == {
+    assert "Planned cloud steps: 3, Fallback: UNAVAILABLE" in parameters(fallen)
+    assert provenance(fallen)["handoff"] == {
         "planned": 3,
         "actual": result.actual_cloud_steps,
         "reason": "UNAVAILABLE",
@@ -65,7 +68,7 @@ def test_fallback_is_written_down(result: Result) -> None:
 
 def test_unknown_schedulers_keep_their_name(result: Result) -> None:
     """A plan from elsewhere may have any name."""
-    assert "Sampler: mine," in files.parameters(dataclasses.replace(result, scheduler="mine"))
+    assert "Sampler: mine," in parameters(dataclasses.replace(result, scheduler="mine"))
 
 
 def test_not_a_picture(tmp_path: Path) -> None:

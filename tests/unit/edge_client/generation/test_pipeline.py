@@ -10,17 +10,20 @@ import numpy as np
 import pytest
 
 from edge_client.bundles.bundle import Bundle, open_bundle
+from edge_client.cache import Cache
 from edge_client.cloud import client
 from edge_client.cloud.client import Cloud
+from edge_client.cloud.types import CloudStarted, Queued
 from edge_client.generation import cloud_steps as cloud_leg
-from edge_client.generation.events import CloudStarted, Finished, Planned, Queued, Result, Retrying, StepDone, TookOver
+from edge_client.generation.events import Finished, Planned, Retrying, StepDone, TookOver
 from edge_client.generation.pipeline import generate
-from edge_client.generation.request import Request
+from edge_client.generation.result import Result
 from edge_client.generation.saved_state import saved_state
 from edge_client.generation.segments import parse_segments
-from edge_client.images.files import parameters, to_u8
-from edge_client.inference.cache import Cache
+from edge_client.generation.serialize import parameters
+from edge_client.images.pixels import to_u8
 from edge_client.inference.models import Models
+from edge_client.request import Request
 from hybridsd import noise
 from hybridsd.codec import FLOAT32, encode_plan, encode_tensor, tensor_digest
 from hybridsd.errors import (

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from edge_client.images import inputs
+from edge_client.images.pixels import composite, to_cells
 from hybridsd.errors import InvalidRequest
 
 
@@ -70,9 +71,9 @@ def test_masks_cover_whole_cells_and_pixels_outside_are_untouched() -> None:
     mask = inputs.load_mask(png(drawn), 16, 16)
     generated, original = np.full((2, 16, 16, 3), 10, dtype=np.uint8)
     original += 90
-    result = inputs.composite(generated, original, mask)
+    result = composite(generated, original, mask)
 
-    assert inputs.to_cells(mask, 8).tolist() == [[[0.0, 1.0], [0.0, 0.0]]]
+    assert to_cells(mask, 8).tolist() == [[[0.0, 1.0], [0.0, 0.0]]]
     assert result[1, 9].tolist() == [10, 10, 10]
     assert (result == original).sum() == 16 * 16 * 3 - 3
     holes = Image.new("RGBA", (16, 16), (0, 0, 0, 255))

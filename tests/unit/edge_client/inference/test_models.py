@@ -9,10 +9,10 @@ import pytest
 
 from edge_client.bundles.bundle import Bundle
 from edge_client.cli.doctor import check_device
-from edge_client.generation.events import Conditioning
 from edge_client.inference.models import Models
 from edge_client.inference.providers import available_providers, choose_provider
 from edge_client.inference.tokenizer import Tokenizer
+from edge_client.types import Conditioning
 from hybridsd.errors import InternalError, InvalidRequest, ModelMismatch
 from hybridsd.prompting import TextOptions
 from tests.support.tiny_bundle import CHANNELS, CONTEXT_LENGTH, EMBED_DIM, TinyUNet

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from edge_client.bundles.bundle import Bundle
-from edge_client.generation.events import Conditioning
 from edge_client.inference import providers
 from edge_client.inference import session as runtimes
 from edge_client.inference.models import Models
+from edge_client.types import Conditioning
 from hybridsd.errors import InvalidRequest
 from tests.support.tiny_bundle import CHANNELS, CONTEXT_LENGTH, EMBED_DIM
 

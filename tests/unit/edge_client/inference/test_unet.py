@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from edge_client.bundles.bundle import Bundle, open_bundle
-from edge_client.generation.events import Conditioning, Finished, Result
+from edge_client.generation.events import Finished
 from edge_client.generation.pipeline import generate
-from edge_client.generation.request import Request
+from edge_client.generation.result import Result
 from edge_client.inference.models import Models
+from edge_client.request import Request
+from edge_client.types import Conditioning
 from hybridsd.errors import InvalidRequest, Reason
 from tests.support.tiny_bundle import CHANNELS, CONTEXT_LENGTH, Kind, write_bundle
 

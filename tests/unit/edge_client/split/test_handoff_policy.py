@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from edge_client.split.handoff_policy import Advisor, Costs, Curve, Goals, choose, curve_of, explain, predict
+from edge_client.split.cost_model import Costs, Curve, curve_of, predict
+from edge_client.split.handoff_policy import Advisor, Goals, choose, explain
 from hybridsd.manifest import QualityPoint
 
 STEPS = 25

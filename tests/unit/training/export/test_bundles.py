@@ -18,8 +18,8 @@ from onnx import TensorProto, numpy_helper
 from transformers import CLIPTextModel
 
 from cloud_server.rpc.bundle_service import load_bundle
-from edge_client.generation.events import Conditioning
 from edge_client.inference.models import Models
+from edge_client.types import Conditioning
 from hybridsd.manifest import OPTIONAL_ROLES, REQUIRED_ROLES, Defaults, read_manifest, verify_files
 from hybridsd.plan import from_json
 from tests.support.halved import halve

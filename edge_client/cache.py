@@ -9,16 +9,8 @@ import os
 import tempfile
 from pathlib import Path
 
-import platformdirs
-
 MAX_OBJECTS = 512
 """The oldest objects beyond this many are dropped: 512 embeddings of SD 1.x in fp16 are 60 MB."""
-
-
-def default_folder() -> Path:
-    """Returns `HYBRIDSD_EDGE_CACHE`, or the user's cache folder."""
-    given = os.environ.get("HYBRIDSD_EDGE_CACHE")
-    return Path(given) if given else platformdirs.user_cache_path("hybridsd")
 
 
 class Cache:

@@ -1,17 +1,10 @@
-"""What to generate, and the rules that fill in what the user did not say.
+"""The rules that turn a request into a resolved one: defaults of the bundle, ranges, the split into stages."""
 
-Knows the manifest of a bundle; nothing of models, files or the network.
-"""
+from dataclasses import replace
 
-import uuid
-from dataclasses import dataclass, field, replace
-
-import numpy as np
-from numpy.typing import NDArray
-
-from edge_client.generation.events import Conditioning, Mode, SafetyAction
-from edge_client.generation.segments import Grid, Segment, Stage, resolve_segments
-from edge_client.types import Latents
+from edge_client.generation.segments import resolve_segments
+from edge_client.request import Grid, Request, Resolved, SavedState, Stage
+from edge_client.types import CallSkipping, ImageInput, Mode
 from hybridsd import schedulers
 from hybridsd.codec import ENCODINGS
 from hybridsd.errors import Reason
@@ -31,122 +24,6 @@ from hybridsd.limits import (
     MIN_LORA_WEIGHT,
 )
 from hybridsd.manifest import Manifest
-from hybridsd.plan import Plan
-from hybridsd.prompting import DEFAULT_TEXT, TextOptions
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CallSkipping:
-    """Calls that the cloud leaves out (EC-Diff, arXiv 2507.11980); see `hybridsd.v1.CallSkipping`."""
-
-    warm_up_calls: int = 4
-    """In [2, 1000]."""
-    skipped_calls: int = 1
-    """In [1, 8]."""
-    extrapolation: float = 0.3
-    """In [0, 1]."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class ImageInput:
-    """A picture to begin with, or of which to keep a part. It never leaves the device as pixels."""
-
-    image: NDArray[np.float32]
-    """`[3, H, W]` in [-1, 1]."""
-    strength: float
-    """How much of it is redrawn, in (0, 1]: that part of the steps is run."""
-    mask: NDArray[np.float32] | None = None
-    """`[1, H, W]` in [0, 1]: 1 is drawn, 0 kept. None redraws all."""
-    mask_cells: NDArray[np.float32] | None = None
-    """The same for latents, `[1, h, w]`."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SavedState:
-    """A trajectory that was stopped somewhere: everything needed to go on."""
-
-    plan: Plan
-    call: int
-    """The next call to run; `len(plan.rows)` when only the decoder is left to run."""
-    state: tuple[Latents, ...]
-    conditioning: Conditioning | None
-    guidance_scale: float
-    seed: int
-    image_index: int
-    latent_space: str
-    cloud_steps: int
-    """Of all steps those planned for the cloud."""
-    earlier_cloud_steps: int = 0
-    """Of the steps up to here those that the cloud has run."""
-    cloud_model: str = ""
-    """Which model ran them; empty when none did."""
-    prompt: str = ""
-    negative_prompt: str = ""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
-    """What to draw and how. None means: as the bundle's defaults say."""
-
-    prompt: str = ""
-    negative_prompt: str = ""
-    mode: Mode = "auto"
-    model: str = ""
-    """Id of the cloud's model; empty is the server's first."""
-    scheduler: str | None = None
-    num_inference_steps: int | None = None
-    cloud_steps: int | None = None
-    guidance_scale: float | None = None
-    seed: int = 0
-    image_index: int = 0
-    width: int | None = None
-    height: int | None = None
-    codec: str = "fp16"
-    """"fp32", "fp16" or "int8": how the cloud's tensors travel."""
-    deadline_s: float | None = None
-    """Seconds that the cloud's part may take; then the edge takes over. None: no limit."""
-    fallback: bool = True
-    """Whether the edge may take over when the cloud is lost, late or full."""
-    private: bool = False
-    """Encodes the text on this device and sends embeddings only."""
-    preview_every: int = 0
-    """Asks the cloud for a preview after every this many steps; 0 never. It may send more."""
-    initial_latents: Latents | None = None
-    """Unit normal noise to start from instead of the seed's."""
-    resume: SavedState | None = None
-    """A saved trajectory to continue; then what it fixes is taken from it."""
-    segments: tuple[Segment, ...] = ()
-    """Which model runs which steps where; empty: the cloud's default model, then the edge's."""
-    image_input: ImageInput | None = None
-    text_options: TextOptions = DEFAULT_TEXT
-    loras: tuple[tuple[str, float], ...] = ()
-    """Adapters of the cloud, with their weights."""
-    call_skipping: CallSkipping | None = None
-    safety: SafetyAction = "off"
-    state_every: int = 1
-    """Asks the cloud for a state after every this many steps; 0 only for that of the hand-off. Fewer save bytes on a
-    slow link, and lose more steps with it."""
-    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Resolved:
-    """A request with every default filled in and every range checked."""
-
-    mode: Mode
-    """"hybrid", "cloud" or "edge"."""
-    scheduler: str
-    num_inference_steps: int
-    cloud_steps: int
-    guidance_scale: float
-    width: int
-    height: int
-    latent_shape: tuple[int, int, int]
-    embed_shape: tuple[int, int]
-    """Tokens of one chunk of text, and features."""
-    stages: tuple[Stage, ...]
-    """All that is to be run, in order."""
-    pooled_dim: int = 0
 
 
 def with_saved(request: Request) -> Request:

@@ -1,0 +1,41 @@
+"""A failed call as an exception of the table of errors."""
+
+from typing import Any
+
+import grpc
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from edge_client.cloud.conversion import seconds
+from edge_client.cloud.types import printable
+from hybridsd.errors import DOMAIN, AccessDenied, HybridSDError, Reason, reason_for_grpc_code
+
+DEFAULT_RETRY_DELAY_S = 0.5
+
+
+def translate(error: Any) -> HybridSDError:
+    """Returns the exception of the table for a failed call, from its `google.rpc.Status` where there is one.
+
+    `retry_delay_s` is set where the server itself said that coming again makes sense.
+    """
+    code: grpc.StatusCode = error.code()
+    text = printable(error.details() or code.name)
+    reason, field, delay_s = reason_for_grpc_code(code.name), None, None
+    try:
+        status = rpc_status.from_call(error)
+    except ValueError:  # details that contradict the status
+        status = None
+    told = False
+    for detail in () if status is None else status.details:
+        info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+        if detail.Unpack(info) and info.domain == DOMAIN and info.reason in Reason.__members__:
+            reason, told = Reason[info.reason], True
+        elif detail.Unpack(bad) and bad.field_violations:
+            field = printable(bad.field_violations[0].field)
+        elif detail.Unpack(retry):
+            delay_s = seconds(retry.retry_delay)
+    if delay_s is None and (reason is Reason.QUEUE_FULL or (told and reason is Reason.UNAVAILABLE)):
+        delay_s = DEFAULT_RETRY_DELAY_S
+    if isinstance(kind := reason.error(text), AccessDenied):
+        text = f"{kind.message}; give the right --token-file"
+    return reason.error(text, field=field, retry_delay_s=delay_s)

@@ -1,0 +1,92 @@
+"""A finished image and how it came about."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from edge_client.cloud.types import Usage
+from edge_client.types import Conditioning, ImageU8, Latents, Mode, Place, SafetyAction
+from hybridsd.errors import Reason
+from hybridsd.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRecord:
+    """Where a step ran and how long it took."""
+
+    step: int
+    call: int
+    place: Place
+    elapsed_s: float
+
+
+def count_cloud_steps(steps: Iterable[StepRecord], first_step: int) -> int:
+    """Returns how many steps from `first_step` on the cloud has run, whole or in part; it may skip states."""
+    return max((record.step + 1 for record in steps if record.place == "cloud"), default=first_step) - first_step
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SafetyReport:
+    """What the safety checker was told to do, and said."""
+
+    action: SafetyAction = "off"
+    flagged: bool | None = None
+    """None when the picture was not checked."""
+    score: float | None = None
+    """Largest cosine similarity above its threshold; above 0 is flagged."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """A finished picture and how it came about."""
+
+    image_u8: ImageU8
+    latents: Latents
+    """Final latents, as the VAE decoder takes them."""
+    mode: Mode
+    """What happened: "hybrid", "cloud" or "edge"."""
+    first_step: int
+    """0, unless a saved state was continued; `steps` begins here."""
+    earlier_cloud_steps: int
+    """How many of the steps before `first_step` the cloud has run; the counts below include them."""
+    planned_cloud_steps: int
+    actual_cloud_steps: int
+    fallback_reason: Reason | None
+    """Why actual differs from planned; None when it does not."""
+    fallback_message: str
+    handed_over: str
+    """Why the cloud's part was shortened on purpose; empty when it was not."""
+    steps: tuple[StepRecord, ...]
+    prompt: str
+    negative_prompt: str
+    scheduler: str
+    num_inference_steps: int
+    guidance_scale: float
+    seed: int
+    image_index: int
+    width: int
+    height: int
+    codec: str
+    cloud_model: str
+    """Empty when no cloud took part."""
+    edge_model: str
+    request_id: str
+    plan: Plan
+    conditioning: Conditioning | None
+    """None when nothing here needed it and the cloud did not send it."""
+    num_dropped_tokens: int
+    received_bytes: int
+    """Bytes of all messages of the stream."""
+    usage: Usage | None
+    """None when the cloud did not get as far as to say."""
+    decode_s: float
+    elapsed_s: float
+    text_s: float = 0.0
+    """What encoding the texts here took."""
+    safety: SafetyReport = SafetyReport()
+    loras: tuple[tuple[str, float], ...] = ()
+    """Adapters that the cloud applied, with their weights."""
+    stages: tuple[str, ...] = ()
+    """What ran where by plan, as `--segments` writes it."""
+    strength: float | None = None
+    """How much of the given image was redrawn; None when none was given."""
+    has_mask: bool = False

@@ -1,0 +1,154 @@
+"""What to draw: a request as it is given, and the same with every default filled in by `generation.resolve`."""
+
+import uuid
+from dataclasses import dataclass, field
+
+from edge_client.types import CallSkipping, Conditioning, ImageInput, Latents, Mode, Place, SafetyAction
+from hybridsd.plan import Plan
+from hybridsd.prompting import DEFAULT_TEXT, TextOptions
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """Some steps of one model at one place."""
+
+    place: Place
+    model: str = ""
+    """Of the cloud, or the name of an edge bundle; empty is the default there."""
+    steps: int | None = None
+    """How many; None is the rest of its grid."""
+    guidance_scale: float | None = None
+    """None is the picture's."""
+    scheduler: str | None = None
+    """Begins a step grid of its own; None goes on with that of the segment before."""
+    num_inference_steps: int | None = None
+    """Of that grid, counted from pure noise."""
+
+    @property
+    def begins_grid(self) -> bool:
+        """Whether it has a step grid of its own."""
+        return self.scheduler is not None or self.num_inference_steps is not None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grid:
+    """A step grid: where the noise levels of the steps lie."""
+
+    scheduler: str
+    num_inference_steps: int
+    """Counted from pure noise."""
+    begin_step: int = 0
+    """Steps that are left out, since an image is begun with."""
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that are run."""
+        return self.num_inference_steps - self.begin_step
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """A segment with everything filled in."""
+
+    place: Place
+    model: str
+    steps: int | None
+    """None: from where it comes in to the end of its grid."""
+    guidance_scale: float
+    grid: Grid
+    begins_grid: bool
+    """Whether it comes in by its noise level (`hybridsd.noise_levels`), and not by the state of the stage before."""
+
+    def describe(self) -> str:
+        """Returns it as `--segments` writes it."""
+        grid = f",scheduler={self.grid.scheduler},steps={self.grid.num_inference_steps}" if self.begins_grid else ""
+        steps = "*" if self.steps is None else self.steps
+        return f"{self.model}:{steps}@{self.place}(guidance={self.guidance_scale:g}{grid})"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SavedState:
+    """A trajectory that was stopped somewhere: everything needed to go on."""
+
+    plan: Plan
+    call: int
+    """The next call to run; `len(plan.rows)` when only the decoder is left to run."""
+    state: tuple[Latents, ...]
+    conditioning: Conditioning | None
+    guidance_scale: float
+    seed: int
+    image_index: int
+    latent_space: str
+    cloud_steps: int
+    """Of all steps those planned for the cloud."""
+    earlier_cloud_steps: int = 0
+    """Of the steps up to here those that the cloud has run."""
+    cloud_model: str = ""
+    """Which model ran them; empty when none did."""
+    prompt: str = ""
+    negative_prompt: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What to draw and how. None means: as the bundle's defaults say."""
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    mode: Mode = "auto"
+    model: str = ""
+    """Id of the cloud's model; empty is the server's first."""
+    scheduler: str | None = None
+    num_inference_steps: int | None = None
+    cloud_steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int = 0
+    image_index: int = 0
+    width: int | None = None
+    height: int | None = None
+    codec: str = "fp16"
+    """"fp32", "fp16" or "int8": how the cloud's tensors travel."""
+    deadline_s: float | None = None
+    """Seconds that the cloud's part may take; then the edge takes over. None: no limit."""
+    fallback: bool = True
+    """Whether the edge may take over when the cloud is lost, late or full."""
+    private: bool = False
+    """Encodes the text on this device and sends embeddings only."""
+    preview_every: int = 0
+    """Asks the cloud for a preview after every this many steps; 0 never. It may send more."""
+    initial_latents: Latents | None = None
+    """Unit normal noise to start from instead of the seed's."""
+    resume: SavedState | None = None
+    """A saved trajectory to continue; then what it fixes is taken from it."""
+    segments: tuple[Segment, ...] = ()
+    """Which model runs which steps where; empty: the cloud's default model, then the edge's."""
+    image_input: ImageInput | None = None
+    text_options: TextOptions = DEFAULT_TEXT
+    loras: tuple[tuple[str, float], ...] = ()
+    """Adapters of the cloud, with their weights."""
+    call_skipping: CallSkipping | None = None
+    safety: SafetyAction = "off"
+    state_every: int = 1
+    """Asks the cloud for a state after every this many steps; 0 only for that of the hand-off. Fewer save bytes on a
+    slow link, and lose more steps with it."""
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resolved:
+    """A request with every default filled in and every range checked."""
+
+    mode: Mode
+    """"hybrid", "cloud" or "edge"."""
+    scheduler: str
+    num_inference_steps: int
+    cloud_steps: int
+    guidance_scale: float
+    width: int
+    height: int
+    latent_shape: tuple[int, int, int]
+    embed_shape: tuple[int, int]
+    """Tokens of one chunk of text, and features."""
+    stages: tuple[Stage, ...]
+    """All that is to be run, in order."""
+    pooled_dim: int = 0

@@ -16,23 +16,23 @@ class Segment:
     model: str = ""
     """Of the cloud, or the name of an edge bundle; empty is the default there."""
     steps: int | None = None
-    """How many; None is the rest of its grid."""
+    """How many; None is the rest of its schedule."""
     guidance_scale: float | None = None
     """None is the picture's."""
     scheduler: str | None = None
-    """Begins a step grid of its own; None goes on with that of the segment before."""
+    """Begins a timestep schedule of its own; None continues that of the segment before."""
     num_inference_steps: int | None = None
-    """Of that grid, counted from pure noise."""
+    """Of that schedule, counted from pure noise."""
 
     @property
-    def begins_grid(self) -> bool:
-        """Whether it has a step grid of its own."""
+    def begins_schedule(self) -> bool:
+        """Whether it has a timestep schedule of its own."""
         return self.scheduler is not None or self.num_inference_steps is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Grid:
-    """A step grid: where the noise levels of the steps lie."""
+class TimestepSchedule:
+    """A timestep schedule: where the noise levels of the steps lie."""
 
     scheduler: str
     num_inference_steps: int
@@ -53,22 +53,26 @@ class Stage:
     place: Place
     model: str
     steps: int | None
-    """None: from where it comes in to the end of its grid."""
+    """None: from where it enters to the end of its schedule."""
     guidance_scale: float
-    grid: Grid
-    begins_grid: bool
-    """Whether it comes in by its noise level (`hybridsd.noise_levels`), and not by the state of the stage before."""
+    schedule: TimestepSchedule
+    begins_schedule: bool
+    """Whether it enters by its noise level (`hybridsd.noise_levels`), and not by the state of the stage before."""
 
     def describe(self) -> str:
         """Returns it as `--segments` writes it."""
-        grid = f",scheduler={self.grid.scheduler},steps={self.grid.num_inference_steps}" if self.begins_grid else ""
+        schedule = (
+            f",scheduler={self.schedule.scheduler},steps={self.schedule.num_inference_steps}"
+            if self.begins_schedule
+            else ""
+        )
         steps = "*" if self.steps is None else self.steps
-        return f"{self.model}:{steps}@{self.place}(guidance={self.guidance_scale:g}{grid})"
+        return f"{self.model}:{steps}@{self.place}(guidance={self.guidance_scale:g}{schedule})"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SavedState:
-    """A trajectory that was stopped somewhere: everything needed to go on."""
+    """A trajectory that was stopped somewhere: everything needed to resume."""
 
     plan: Plan
     call: int
@@ -138,6 +142,8 @@ class Request:
 class Resolved:
     """A request with every default filled in and every range checked."""
 
+    request: Request
+    """As it was given, with what its saved state fixes."""
     mode: Mode
     """"hybrid", "cloud" or "edge"."""
     scheduler: str
@@ -149,6 +155,13 @@ class Resolved:
     latent_shape: tuple[int, int, int]
     embed_shape: tuple[int, int]
     """Tokens of one chunk of text, and features."""
+    pooled_dim: int
+    """Of the embedding of a whole text; 0 where the models take none."""
+    latent_space: str
     stages: tuple[Stage, ...]
     """All that is to be run, in order."""
-    pooled_dim: int = 0
+
+    @property
+    def planned_cloud_steps(self) -> int:
+        """Steps that the cloud is to run, without those of a saved state."""
+        return sum(stage.steps or 0 for stage in self.stages if stage.place == "cloud")

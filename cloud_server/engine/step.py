@@ -167,7 +167,7 @@ def _advance(device: torch.device, trajectory: Trajectory, guided: torch.Tensor)
     row = request.plan.rows[call]
     output = guided
     if trajectory.known is not None and trajectory.mask is not None:
-        output = noise_levels.steer(row, trajectory.state, guided, trajectory.known, trajectory.mask)
+        output = noise_levels.inpaint(row, trajectory.state, guided, trajectory.known, trajectory.mask)
     drawn = None
     if row.draws_noise:
         values = noise.call_noise(request.seed, request.image_index, call, request.latent_shape)

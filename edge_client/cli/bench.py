@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from edge_client.generation.pipeline import generate
 from edge_client.generation.resolve import resolve
 from edge_client.generation.result import Result
 from edge_client.inference.models import Models
-from edge_client.request import Request
+from edge_client.request import Request, Resolved
 from edge_client.types import MODES
 from hybridsd.errors import Reason
 
@@ -62,32 +63,31 @@ def bench(**options: Any) -> None:
     fields = {
         name: options[name] for name in ("prompt", "mode", "model", "scheduler", "width", "height", "cloud_steps")
     }
-    request = Request(**fields)
-    job = resolve(request, bundle.manifest)
+    request = Request(**fields, num_inference_steps=options["steps"], fallback=options["mode"] == "auto")
+    resolved = resolve(request, bundle.manifest)
     runs = []
     with ExitStack() as stack:
         cloud: Cloud | None = None
-        if job.cloud_steps:
+        if resolved.cloud_steps:
             access = {name: options[name] for name in ("token_file", "tls_ca", "insecure")}
             cloud = stack.enter_context(open_cloud(options["server"], **access))
         for seed in range(options["warm_up"] + options["runs"]):
-            fresh = Request(
-                **fields, num_inference_steps=options["steps"], fallback=options["mode"] == "auto", seed=seed
-            )
-            measured = _time(fresh, bundle, models, cloud)
+            fresh = replace(request, seed=seed, request_id=Request().request_id)
+            measured = _time(replace(resolved, request=fresh), bundle, models, cloud)
             if seed >= options["warm_up"]:
                 runs.append(measured)
     medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     machine = describe_machine(models)
     click.echo(f"machine: {machine}")
-    split = f"{job.cloud_steps} cloud and {job.num_inference_steps - job.cloud_steps} edge steps of {job.scheduler}"
-    click.echo(f"{job.width}x{job.height}, {split}, medians of {len(runs)} runs")
+    steps, cloud_steps = resolved.num_inference_steps, resolved.cloud_steps
+    split = f"{cloud_steps} cloud and {steps - cloud_steps} edge steps of {resolved.scheduler}"
+    click.echo(f"{resolved.width}x{resolved.height}, {split}, medians of {len(runs)} runs")
     for line in _lines(medians):
         click.echo(line)
     if options["output"] is not None:
         record = {
-            "machine": machine, "bundle": bundle.manifest.name, "width": job.width, "height": job.height,
-            "scheduler": job.scheduler, "cloud_steps": job.cloud_steps, "num_inference_steps": job.num_inference_steps,
+            "machine": machine, "bundle": bundle.manifest.name, "width": resolved.width, "height": resolved.height,
+            "scheduler": resolved.scheduler, "cloud_steps": cloud_steps, "num_inference_steps": steps,
             "medians": medians, "runs": runs,
         }  # fmt: skip
         try:
@@ -98,11 +98,11 @@ def bench(**options: Any) -> None:
             ) from error
 
 
-def _time(request: Request, bundle: Any, models: Models, cloud: Cloud | None) -> dict[str, float]:
+def _time(resolved: Resolved, bundle: Any, models: Models, cloud: Cloud | None) -> dict[str, float]:
     """Returns the phases of one picture, in seconds, and its bytes."""
     begin = handed_over = time.perf_counter()
     result: Result | None = None
-    for event in generate(request, bundle, models, cloud):
+    for event in generate(resolved, bundle, models, cloud):
         if isinstance(event, StepDone) and event.place == "cloud":
             handed_over = time.perf_counter()
         elif isinstance(event, Finished):

@@ -13,7 +13,6 @@ import click
 from edge_client.cli import output_files, prompt_files
 from edge_client.cli.generate_options import AUTO
 from edge_client.generation import saved_state
-from edge_client.generation.resolve import with_saved
 from edge_client.generation.segments import parse_segments
 from edge_client.images import inputs
 from edge_client.images.inputs import read_image
@@ -66,9 +65,7 @@ def read_requests(ctx: click.Context, options: dict[str, Any], manifest: Manifes
                 if _on_the_line(ctx, name):
                     flag = name.removesuffix("_option").removesuffix("_file").replace("_", "-")
                     raise Reason.FIELD_INVALID.error(f"the saved state fixes --{flag}; leave it out", field=name)
-            return [with_saved(replace(base, resume=loaded))], [
-                f"{output_files.slug(loaded.prompt)}-{loaded.seed}.png?"
-            ]
+            return [replace(base, resume=loaded)], [f"{output_files.slug(loaded.prompt)}-{loaded.seed}.png?"]
         base = replace(base, initial_latents=loaded)
     requests, names = [], []
     for row, pair in enumerate(_pairs(ctx, options)):

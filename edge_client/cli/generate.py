@@ -19,7 +19,7 @@ from edge_client.cli.shared_options import (
     open_cloud,
     open_edge_models,
 )
-from edge_client.cli.side_outputs import Extras, read_extras
+from edge_client.cli.side_outputs import SideOutputs, read_side_outputs
 from edge_client.cloud.client import Cloud
 from edge_client.generation.cloud_steps import Advisor
 from edge_client.generation.events import Finished, StepDone
@@ -29,7 +29,7 @@ from edge_client.generation.result import Result
 from edge_client.generation.serialize import png_text, result_json
 from edge_client.images import files
 from edge_client.inference.models import Models
-from edge_client.request import Request, Resolved
+from edge_client.request import Resolved
 from edge_client.split.auto_split import AutoSplit, choose_split
 from edge_client.split.handoff_policy import explain
 from hybridsd.errors import HybridSDError, Reason
@@ -65,29 +65,32 @@ def _generate(ctx: click.Context, options: dict[str, Any], done: list[dict[str, 
     split: AutoSplit | None = None
     if goals is not None:
         with _open_cloud(options) as asked:
-            split = choose_split(requests[0], goals, bundle, models, asked)
+            split = choose_split(resolve(requests[0], bundle.manifest), goals, bundle, models, asked)
         requests = [replace(request, cloud_steps=split.choice.cloud_steps) for request in requests]
         if options["explain_split"] and not options["quiet"]:
             click.echo(explain(split.choice), err=True)
     resolved = [resolve(request, bundle.manifest) for request in requests]
     paths = output_files.choose(options["output"], names, overwrite=options["overwrite"])
-    extras = read_extras(options, requests, resolved, paths)
+    side_outputs = read_side_outputs(options, resolved, paths)
     if options["dry_run"]:
-        plans = [_dry_json(*each) for each in zip(requests, resolved, paths, strict=True)]
+        plans = [_dry_json(*each) for each in zip(resolved, paths, strict=True)]
         edge = {"bundle": str(bundle.folder), "edge_model": bundle.manifest.name, "server": options["server"]}
         click.echo(json.dumps({**edge, "images": plans}, indent=2, ensure_ascii=False))
         return
-    also = [extras.save_latents, None if extras.save_steps is None else extras.save_steps / "step.png"]
+    also = [
+        side_outputs.save_latents,
+        None if side_outputs.save_steps is None else side_outputs.save_steps / "step.png",
+    ]
     output_files.probe([*paths, *(path for path in also if path is not None)])
     display = choose_display(quiet=options["quiet"] or options["as_json"], jsonl=options["jsonl"])
     with contextlib.ExitStack() as stack:
         stack.callback(display.close)
         cloud: Cloud | None = None
-        if any(stage.place == "cloud" for job in resolved for stage in job.stages):
+        if any(stage.place == "cloud" for each in resolved for stage in each.stages):
             cloud = stack.enter_context(_open_cloud(options))
-        for request, job, path in zip(requests, resolved, paths, strict=True):
-            advisor = None if split is None else split.advisor(job, bundle)
-            result, steps = _draw(request, bundle, models, others, cloud, advisor, display, extras, path)
+        for each, path in zip(resolved, paths, strict=True):
+            advisor = None if split is None else split.advisor(each, bundle)
+            result, steps = _draw(each, bundle, models, others, cloud, advisor, display, side_outputs, path)
             output_files.write(
                 path, files.encode_file(path, result.image_u8, png_text(result)), overwrite=options["overwrite"]
             )
@@ -95,7 +98,7 @@ def _generate(ctx: click.Context, options: dict[str, Any], done: list[dict[str, 
             if options["jsonl"]:
                 click.echo(json.dumps({"event": "finished", **done[-1]}, ensure_ascii=False))
             display.note(f"wrote {path}")
-            extras.write(path, result, steps, models)
+            side_outputs.write(path, result, steps, models)
             never_there = result.fallback_reason is Reason.UNAVAILABLE and result.received_bytes == 0
             if cloud is not None and never_there and cloud.away is None and len(done) < len(requests):
                 cloud.away = result.fallback_message
@@ -105,24 +108,24 @@ def _generate(ctx: click.Context, options: dict[str, Any], done: list[dict[str, 
 
 
 def _draw(
-    request: Request,
+    resolved: Resolved,
     bundle: Bundle,
     models: Models,
     others: dict[str, Models],
     cloud: Cloud | None,
     advisor: Advisor | None,
     display: Display,
-    extras: Extras,
+    side_outputs: SideOutputs,
     path: Path,
 ) -> tuple[Result, list[StepDone]]:
-    """Runs one picture, shows its events and writes previews; returns also the calls that the extras need."""
+    """Runs one picture, shows its events and writes previews; returns also the calls that the side_outputs need."""
     steps: list[StepDone] = []
-    with contextlib.closing(run_pipeline(request, bundle, models, cloud, others=others, advisor=advisor)) as events:
+    with contextlib.closing(run_pipeline(resolved, bundle, models, cloud, others=others, advisor=advisor)) as events:
         for event in events:
             display.show(event)
             if isinstance(event, StepDone):
-                extras.preview(event, path, models)
-                if extras.wants(event):
+                side_outputs.preview(event, path, models)
+                if side_outputs.wants(event):
                     steps.append(event)
             elif isinstance(event, Finished):
                 result = event.result
@@ -135,22 +138,23 @@ def _open_cloud(options: dict[str, Any]) -> Cloud:
     )
 
 
-def _dry_json(request: Request, job: Resolved, path: Path) -> dict[str, Any]:
+def _dry_json(resolved: Resolved, path: Path) -> dict[str, Any]:
+    request = resolved.request
     return {
         "path": str(path),
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
         "seed": request.seed,
         "image_index": request.image_index,
-        "mode": job.mode,
-        "scheduler": job.scheduler,
-        "num_inference_steps": job.num_inference_steps,
-        "cloud_steps": job.cloud_steps,
-        "edge_steps": job.num_inference_steps - job.cloud_steps,
-        "guidance_scale": job.guidance_scale,
-        "width": job.width,
-        "height": job.height,
-        "stages": [stage.describe() for stage in job.stages],
+        "mode": resolved.mode,
+        "scheduler": resolved.scheduler,
+        "num_inference_steps": resolved.num_inference_steps,
+        "cloud_steps": resolved.cloud_steps,
+        "edge_steps": resolved.num_inference_steps - resolved.cloud_steps,
+        "guidance_scale": resolved.guidance_scale,
+        "width": resolved.width,
+        "height": resolved.height,
+        "stages": [stage.describe() for stage in resolved.stages],
         "model": request.model,
         "codec": request.codec,
         "private": request.private,

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from edge_client.cloud.types import CloudStarted, Queued
-from edge_client.generation.events import Event, Finished, HandedOver, Planned, Retrying, StepDone, TookOver
+from edge_client.generation.events import EarlyHandoff, Event, Fallback, Finished, Planned, Retrying, StepDone
 from edge_client.generation.result import Result
 from edge_client.generation.serialize import event_json
 
@@ -90,7 +90,7 @@ class Bars(Silent):
             self._begin(event)
         elif isinstance(event, StepDone):
             self._advance(event)
-        elif isinstance(event, TookOver) and self._progress is not None:
+        elif isinstance(event, Fallback) and self._progress is not None:
             moved = event.planned - event.actual
             cloud, edge = self._bars["cloud"], self._bars["edge"]
             self._progress.update(cloud, total=event.actual)
@@ -158,9 +158,9 @@ def describe(event: Event) -> str | None:
             return f"cloud: {message}; asking again" + (f" in {delay_s:.1f} s" if delay_s else "")
         case CloudStarted(model=model, num_dropped_tokens=dropped):
             return f"cloud: {model} began" + (f"; {dropped} tokens of the text did not fit" if dropped else "")
-        case TookOver(planned=planned, actual=actual, reason=reason, message=message):
+        case Fallback(planned=planned, actual=actual, reason=reason, message=message):
             return f"edge takes over after {actual} of {planned} cloud steps ({reason.name}: {message})"
-        case HandedOver(planned=planned, actual=actual, reason=text):
+        case EarlyHandoff(planned=planned, actual=actual, reason=text):
             return f"edge goes on at step {actual} instead of {planned}: {text}"
         case Finished(result=result):
             return _summary(result)

@@ -1,7 +1,4 @@
-"""What is written beside a picture: previews, pictures of every step, a state to continue.
-
-Knows files, pictures and the decoder; nothing of how a run goes.
-"""
+"""What is written beside a picture: previews, pictures of every step, a state to resume."""
 
 import glob
 import re
@@ -19,14 +16,14 @@ from edge_client.generation.result import Result
 from edge_client.images import files
 from edge_client.images.pixels import to_u8
 from edge_client.inference.models import Models
-from edge_client.request import Request, Resolved
+from edge_client.request import Resolved
 from edge_client.types import Latents
 from hybridsd.errors import Reason
 from hybridsd.plan import Plan, unet_input
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Extras:
+class SideOutputs:
     """What to write beside each picture."""
 
     preview_every: int
@@ -71,62 +68,61 @@ class Extras:
         return self.save_steps is not None or (self.save_latents_at is not None and event.step < self.save_latents_at)
 
 
-def read_extras(
-    options: dict[str, Any], requests: Sequence[Request], resolved: Sequence[Resolved], paths: Sequence[Path]
-) -> Extras:
+def read_side_outputs(options: dict[str, Any], resolved: Sequence[Resolved], paths: Sequence[Path]) -> SideOutputs:
     """Returns what the options ask for.
 
     Raises:
         InvalidRequest: FIELD_INVALID where it cannot be written, or would be written over.
     """
-    extras = Extras(
+    first = resolved[0].request
+    outputs = SideOutputs(
         preview_every=options["preview_every"],
         save_steps=options["save_steps"],
         save_latents=options["save_latents"],
         save_latents_at=options["save_latents_at"],
         overwrite=options["overwrite"],
     )
-    if any(stage.begins_grid for job in resolved for stage in job.stages):
+    if any(stage.begins_schedule for each in resolved for stage in each.stages):
         for name in ("save_steps", "save_latents"):
             if options[name] is not None:
                 raise Reason.FIELD_INVALID.error(
-                    f"--{name.replace('_', '-')} holds one step grid; leave it out",
+                    f"--{name.replace('_', '-')} holds one timestep schedule; leave it out",
                     field=name,
                 )
-    if extras.save_latents_at is not None and (requests[0].image_input is not None or requests[0].segments):
+    if outputs.save_latents_at is not None and (first.image_input is not None or first.segments):
         raise Reason.FIELD_INVALID.error(
             "--save-latents-at keeps no image, mask or segments; leave them out, or it",
             field="save_latents_at",
         )
-    if extras.save_latents is not None:
-        if len(requests) > 1:
+    if outputs.save_latents is not None:
+        if len(resolved) > 1:
             raise Reason.FIELD_INVALID.error(
-                f"--save-latents holds one picture, not {len(requests)}", field="save_latents"
+                f"--save-latents holds one picture, not {len(resolved)}", field="save_latents"
             )
-        if extras.save_latents in paths:
+        if outputs.save_latents in paths:
             raise Reason.FIELD_INVALID.error(
-                f"--save-latents and --output are both {extras.save_latents}; choose another",
+                f"--save-latents and --output are both {outputs.save_latents}; choose another",
                 field="save_latents",
             )
-        output_files.check(extras.save_latents, overwrite=extras.overwrite)
-        _check_at(extras.save_latents_at, requests[0], resolved[0])
-    elif extras.save_latents_at is not None:
+        output_files.check(outputs.save_latents, overwrite=outputs.overwrite)
+        _check_at(outputs.save_latents_at, resolved[0])
+    elif outputs.save_latents_at is not None:
         raise Reason.FIELD_INVALID.error("--save-latents-at needs --save-latents FILE", field="save_latents")
-    if extras.save_steps is not None:
+    if outputs.save_steps is not None:
         _check_stems("--save-steps", [path.stem for path in paths])
-    if extras.preview_every:
+    if outputs.preview_every:
         stems = [str(path.with_suffix("")) for path in paths]
         shown = {re.sub(r"-preview-\d+$", "", stem) for stem in stems if re.search(r"-preview-\d+$", stem)}
         _check_stems("--preview-every", [*stems, *(stem for stem in shown if stem in stems)])
-    if not extras.overwrite:
-        _check_free(extras, paths)
-    return extras
+    if not outputs.overwrite:
+        _check_free(outputs, paths)
+    return outputs
 
 
-def _check_at(at: int | None, request: Request, job: Resolved) -> None:
-    saved = request.resume
+def _check_at(at: int | None, resolved: Resolved) -> None:
+    saved = resolved.request.resume
     first = 0 if saved is None else saved.plan.step_at(saved.call)
-    last = job.num_inference_steps - 1
+    last = resolved.num_inference_steps - 1
     if at is not None and not first < at <= last:
         allowed = f"choose {first + 1} to {last}, or leave it out" if first < last else "leave it out"
         raise Reason.FIELD_INVALID.error(
@@ -147,13 +143,13 @@ def _check_stems(option: str, stems: Iterable[str]) -> None:
         seen.add(stem.casefold())
 
 
-def _check_free(extras: Extras, paths: Sequence[Path]) -> None:
+def _check_free(outputs: SideOutputs, paths: Sequence[Path]) -> None:
     """Makes sure that no preview or picture of a step is there from an earlier run."""
     for path in paths:
         stem = glob.escape(path.stem)
-        found = list(path.parent.glob(f"{stem}-preview-*.png")) if extras.preview_every else []
-        if extras.save_steps is not None:
-            found += extras.save_steps.glob(f"{stem}-*.png")
+        found = list(path.parent.glob(f"{stem}-preview-*.png")) if outputs.preview_every else []
+        if outputs.save_steps is not None:
+            found += outputs.save_steps.glob(f"{stem}-*.png")
         if found:
             output_files.check(found[0], overwrite=False)
 

@@ -17,7 +17,16 @@ from edge_client.cache import Cache
 from edge_client.cloud.conversion import Conversation, seconds
 from edge_client.cloud.status import translate
 from edge_client.cloud.stream import Inbox
-from edge_client.cloud.types import Capabilities, CloudEvent, CloudModel, CloudState, Job, Usage, Waiting, printable
+from edge_client.cloud.types import (
+    Capabilities,
+    CloudEvent,
+    CloudModel,
+    CloudSegment,
+    CloudState,
+    Usage,
+    Waiting,
+    printable,
+)
 from hybridsd import codec
 from hybridsd.errors import (
     CloudUnreachable,
@@ -140,9 +149,9 @@ class Cloud:
         """Returns the messages of a stream."""
         return Inbox(call, self.target, self.translate)
 
-    def open(self, job: Job) -> "RemoteJob":
-        """Prepares a job; nothing is sent before its `events` are asked for."""
-        return RemoteJob(self, job)
+    def open(self, segment: CloudSegment) -> "RemoteJob":
+        """Prepares a segment; nothing is sent before its `events` are asked for."""
+        return RemoteJob(self, segment)
 
     def capabilities(self) -> Capabilities:
         """Returns what the server can do.
@@ -243,27 +252,27 @@ def _read_ca(path: Path | None) -> bytes | None:
 
 
 class RemoteJob:
-    """One job in the cloud, over as many streams as it takes.
+    """One segment as a job of the server, over as many streams as it takes.
 
     Attributes:
         received_bytes: Bytes of all messages so far.
         answered: Whether the server has sent anything at all.
     """
 
-    def __init__(self, cloud: Cloud, job: Job) -> None:
-        self._cloud, self._request_id = cloud, job.request_id
-        self._conversation = Conversation(job, cloud.cache)
+    def __init__(self, cloud: Cloud, segment: CloudSegment) -> None:
+        self._cloud, self._request_id = cloud, segment.request_id
+        self._conversation = Conversation(segment, cloud.cache)
         self.received_bytes, self.answered = 0, False
 
     def events(
-        self, *, timeout_s: float | None, resume_call: int = 0, tick_s: float | None = None
+        self, *, timeout_s: float | None, resume_call: int = 0, poll_interval_s: float | None = None
     ) -> Iterator[CloudEvent]:
         """Streams the job; called again with the same job, attaches to it.
 
         Args:
             timeout_s: Until when the job must be done, from now; None for no limit.
             resume_call: The call of the state that the caller holds; 0 for none.
-            tick_s: Yields `Waiting` when nothing has come for so long; None never does.
+            poll_interval_s: Yields `Waiting` when nothing has come for so long; None never does.
 
         Raises:
             HybridSDError: By the table of errors; what the server sent wrongly is INTERNAL.
@@ -278,8 +287,8 @@ class RemoteJob:
                 wait_s = self._cloud.idle_timeout_s
                 if usage_until is not None:
                     wait_s = min(wait_s, usage_until - time.monotonic())
-                while tick_s is not None and wait_s > tick_s and not inbox.wait(tick_s):
-                    wait_s -= tick_s
+                while poll_interval_s is not None and wait_s > poll_interval_s and not inbox.wait(poll_interval_s):
+                    wait_s -= poll_interval_s
                     yield Waiting()
                 item = inbox.get(wait_s)
                 if item is None:

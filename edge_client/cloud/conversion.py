@@ -1,7 +1,7 @@
-"""A job as protobuf messages, and what a cloud answers as our events.
+"""A cloud segment as protobuf messages, and what a cloud answers as our events.
 
-With `edge_client.cloud.client` the only place that sees messages. Nothing that arrives is trusted: tensors and plans
-are checked for size, shape, finite values and digest before anyone else sees them.
+Nothing that arrives is trusted: tensors and plans are checked for size, shape, finite values and digest before anyone
+else sees them.
 """
 
 from dataclasses import replace
@@ -11,7 +11,7 @@ import numpy as np
 from google.protobuf.duration_pb2 import Duration
 
 from edge_client.cache import Cache
-from edge_client.cloud.types import CloudEvent, CloudStarted, CloudState, Job, Queued, Usage, printable
+from edge_client.cloud.types import CloudEvent, CloudSegment, CloudStarted, CloudState, Queued, Usage, printable
 from edge_client.types import Conditioning
 from hybridsd import codec
 from hybridsd.errors import InvalidRequest, Reason
@@ -27,25 +27,25 @@ _EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds"
 
 
 class Conversation:
-    """The messages of one job. The request is made once: a retry must not differ from it.
+    """The messages of one segment. The request is made once: a retry must not differ from it.
 
     Args:
-        job: What to ask for.
+        segment: What to ask for.
         cache: What earlier conversations brought, to be named instead of sent again.
     """
 
-    def __init__(self, job: Job, cache: Cache) -> None:
-        self._job, self._cache = job, cache
-        self._plan: Plan | None = job.sent_plan
+    def __init__(self, segment: CloudSegment, cache: Cache) -> None:
+        self._segment, self._cache = segment, cache
+        self._plan: Plan | None = segment.sent_plan
         self._started_once = False
         self._conditioning: Conditioning | None = None
         self._texts: dict[bytes, pb.Conditioning] = {}
         self._plans: dict[bytes, Plan] = {}
-        for plan in (job.sent_plan, job.known_plan):
+        for plan in (segment.sent_plan, segment.known_plan):
             if plan is not None:
                 self._plans[plan.digest()] = plan
         self._load_known()
-        self._own_messages, self._own = _encode_own(job)
+        self._own_messages, self._own = _encode_own(segment)
         self._message = self._build()
 
     def request(self, *, resume_call: int) -> pb.DenoiseRequest:
@@ -56,18 +56,20 @@ class Conversation:
         return message
 
     def _keys(self, text: str) -> tuple[str, ...]:
-        options, loras = self._job.text_options, ",".join(f"{name}:{weight}" for name, weight in self._job.loras)
+        request = self._segment.request
+        options, loras = request.text_options, ",".join(f"{name}:{weight}" for name, weight in request.loras)
         kind = f"{options.long_prompt}:{options.weighting}:{loras}"
-        return ("conditioning", self._job.model, self._job.codec, kind, text)
+        return ("conditioning", self._segment.stages[0].model, request.codec, kind, text)
 
     def _plan_key(self) -> tuple[str, ...]:
-        return ("plan", self._job.model, self._job.scheduler, str(self._job.num_inference_steps))
+        stage = self._segment.stages[0]
+        return ("plan", stage.model, stage.schedule.scheduler, str(stage.schedule.num_inference_steps))
 
     def _load_known(self) -> None:
         """Reads from the cache what the server may send again; whatever is broken is dropped."""
-        job, cache = self._job, self._cache
-        if job.conditioning is None:
-            for text in {job.prompt, job.negative_prompt}:
+        segment, cache = self._segment, self._cache
+        if segment.conditioning is None:
+            for text in {segment.request.prompt, segment.negative_prompt}:
                 found = cache.find(*self._keys(text))
                 if found is None:
                     continue
@@ -85,50 +87,51 @@ class Conversation:
                 cache.drop(found[0])
 
     def _build(self) -> pb.DenoiseRequest:
-        job = self._job
-        encoding = codec.ENCODINGS[job.codec]
+        segment, resolved, request = self._segment, self._segment.resolved, self._segment.request
         message = pb.DenoiseRequest(
-            request_id=job.request_id,
-            model=job.model,
-            latent_space=job.latent_space,
-            guidance_scale=job.guidance_scale,
-            seed=job.seed,
-            image_index=job.image_index,
-            width=job.width,
-            height=job.height,
-            first_step=job.first_step,
-            handoff_step=job.handoff_step,
-            initial_state=[codec.encode_tensor(array, codec.FLOAT32) for array in job.initial_state],
-            state_every=job.state_every,
-            preview_every=job.preview_every,
-            encoding=encoding,
+            request_id=segment.request_id,
+            model=segment.stages[0].model,
+            latent_space=resolved.latent_space,
+            guidance_scale=segment.stages[0].guidance_scale,
+            seed=request.seed,
+            image_index=segment.image_index,
+            width=resolved.width,
+            height=resolved.height,
+            first_step=segment.first_step,
+            handoff_step=segment.handoff_step,
+            initial_state=[codec.encode_tensor(array, codec.FLOAT32) for array in segment.initial_state],
+            state_every=request.state_every,
+            preview_every=segment.preview_every,
+            encoding=codec.ENCODINGS[request.codec],
             known_digests=[*self._texts, *self._plans][:MAX_KNOWN_DIGESTS],
             reattach_grace=Duration(seconds=REATTACH_GRACE_S),
         )
         if self._own_messages is not None:
             message.embeddings.CopyFrom(self._own_messages)
         else:
-            message.text.prompt, message.text.negative_prompt = job.prompt, job.negative_prompt
-            message.text.prompt_weighting = job.text_options.weighting
-            if job.text_options.long_prompt == "chunk":
+            message.text.prompt, message.text.negative_prompt = request.prompt, segment.negative_prompt
+            message.text.prompt_weighting = request.text_options.weighting
+            if request.text_options.long_prompt == "chunk":
                 message.text.long_prompt = pb.LONG_PROMPT_CHUNK
-        for change in job.model_changes:
-            message.model_changes.add(step=change.step, model=change.model, guidance_scale=change.guidance_scale)
-        for name, weight in job.loras:
+        for step, stage in segment.model_changes:
+            message.model_changes.add(step=step, model=stage.model, guidance_scale=stage.guidance_scale)
+        for name, weight in request.loras:
             message.loras.add(name=name, weight=weight)
-        if job.known_latents is not None and job.mask is not None:
-            message.inpainting.latents.CopyFrom(codec.encode_tensor(job.known_latents, codec.FLOAT32))
-            message.inpainting.mask.CopyFrom(codec.encode_tensor(job.mask, codec.FLOAT32))
-        if job.call_skipping is not None:
-            message.call_skipping.warm_up_calls = job.call_skipping.warm_up_calls
-            message.call_skipping.skipped_calls = job.call_skipping.skipped_calls
-            message.call_skipping.extrapolation = job.call_skipping.extrapolation
-        if job.sent_plan is not None:
-            message.plan.CopyFrom(codec.encode_plan(job.sent_plan))
+        mask = None if request.image_input is None else request.image_input.mask_cells
+        if segment.image_latents is not None and mask is not None:
+            message.inpainting.latents.CopyFrom(codec.encode_tensor(segment.image_latents, codec.FLOAT32))
+            message.inpainting.mask.CopyFrom(codec.encode_tensor(mask, codec.FLOAT32))
+        if request.call_skipping is not None:
+            message.call_skipping.warm_up_calls = request.call_skipping.warm_up_calls
+            message.call_skipping.skipped_calls = request.call_skipping.skipped_calls
+            message.call_skipping.extrapolation = request.call_skipping.extrapolation
+        if segment.sent_plan is not None:
+            message.plan.CopyFrom(codec.encode_plan(segment.sent_plan))
         else:
-            message.scheduler.name, message.scheduler.num_inference_steps = job.scheduler, job.num_inference_steps
-        if job.initial_latents is not None:
-            message.initial_latents.CopyFrom(codec.encode_tensor(job.initial_latents, codec.FLOAT32))
+            message.scheduler.name = segment.schedule.scheduler
+            message.scheduler.num_inference_steps = segment.schedule.num_inference_steps
+        if request.initial_latents is not None and not segment.initial_state:
+            message.initial_latents.CopyFrom(codec.encode_tensor(request.initial_latents, codec.FLOAT32))
         return message
 
     def read(self, message: pb.DenoiseResponse) -> CloudEvent | None:
@@ -161,27 +164,28 @@ class Conversation:
         return None
 
     def _started(self, started: pb.Started) -> CloudStarted:
-        job = self._job
-        if job.latent_space and started.latent_space != job.latent_space:
+        segment, latent_space = self._segment, self._segment.resolved.latent_space
+        if latent_space and started.latent_space != latent_space:
             raise Reason.LATENT_SPACE_MISMATCH.error(
                 f"the cloud's model {started.model[:64]!r} is of latent space {started.latent_space[:64]!r}, "
-                f"the bundle of {job.latent_space!r}; choose another --model or --bundle",
+                f"the bundle of {latent_space!r}; choose another --model or --bundle",
                 field="latent_space",
             )
-        if not abs(started.guidance_scale - job.guidance_scale) <= 1e-9:  # NaN too
-            _refuse(f"guidance_scale {started.guidance_scale}, not {job.guidance_scale}")
+        guidance_scale = segment.stages[0].guidance_scale
+        if not abs(started.guidance_scale - guidance_scale) <= 1e-9:  # NaN too
+            _refuse(f"guidance_scale {started.guidance_scale}, not {guidance_scale}")
         if self._plan is not None and started.plan_digest != self._plan.digest():
             _refuse("another plan than the one that is followed already")
         plan = self._read_plan(started)
-        steps = job.num_inference_steps if job.sent_plan is None else job.sent_plan.num_inference_steps
+        steps = (segment.sent_plan or segment.schedule).num_inference_steps
         if plan.num_inference_steps != steps:
             _refuse(f"a plan of {plan.num_inference_steps} steps, not {steps}")
         conditioning = self._own
         if conditioning is None and started.HasField("prompt"):
-            prompt, pooled = self._embeds(started.prompt, job.prompt)
+            prompt, pooled = self._embeds(started.prompt, segment.request.prompt)
             negative = negative_pooled = None
             if started.HasField("negative_prompt"):  # none from a model that has guidance as an input
-                negative, negative_pooled = self._embeds(started.negative_prompt, job.negative_prompt)
+                negative, negative_pooled = self._embeds(started.negative_prompt, segment.negative_prompt)
                 if negative.shape != prompt.shape:
                     _refuse(f"embeddings {list(negative.shape)} beside {list(prompt.shape)}")
             conditioning = Conditioning(
@@ -209,7 +213,7 @@ class Conversation:
             plan = codec.decode_plan(started.plan)
             if plan.digest() != digest:
                 _refuse("a plan that does not match its digest")
-            if self._job.sent_plan is None:
+            if self._segment.sent_plan is None:
                 self._cache.store(digest, started.plan.SerializeToString(), self._plan_key())
             self._plans[digest] = replace(plan, scheduler=printable(plan.scheduler))
         if digest not in self._plans:
@@ -232,29 +236,30 @@ class Conversation:
         return self._decode(self._texts[digest])
 
     def _decode(self, message: pb.Conditioning) -> tuple[Any, Any]:
-        tokens, features = self._job.embed_shape
+        resolved = self._segment.resolved
+        tokens, features = resolved.embed_shape
         embeds = codec.decode_tensor(message.embeds, field="embeddings")
         chunks = len(embeds) // tokens
         if embeds.shape != (chunks * tokens, features) or not 1 <= chunks <= MAX_CHUNKS:
             _refuse(f"embeddings {list(embeds.shape)}; they must be [n * {tokens}, {features}], n 1 to {MAX_CHUNKS}")
-        if message.HasField("pooled") != bool(self._job.pooled_dim):
-            _refuse("embeddings of a model of another kind: " + ("no " if self._job.pooled_dim else "") + "pooled ones")
-        if not self._job.pooled_dim:
+        if message.HasField("pooled") != bool(resolved.pooled_dim):
+            _refuse("embeddings of a model of another kind: " + ("no " if resolved.pooled_dim else "") + "pooled ones")
+        if not resolved.pooled_dim:
             return embeds, None
-        return embeds, codec.decode_tensor(message.pooled, shape=(self._job.pooled_dim,), field="pooled")
+        return embeds, codec.decode_tensor(message.pooled, shape=(resolved.pooled_dim,), field="pooled")
 
     def _state(self, state: pb.State) -> CloudState:
         plan = self._plan
         if plan is None or not self._started_once:
             _refuse("a state before it said which plan it follows")
-        last = plan.first_call(self._job.handoff_step)
-        if not self._job.first_call < state.call <= last:
-            _refuse(f"a state before call {state.call}; it must be in [{self._job.first_call + 1}, {last}]")
+        last = plan.first_call(self._segment.handoff_step)
+        if not self._segment.first_call < state.call <= last:
+            _refuse(f"a state before call {state.call}; it must be in [{self._segment.first_call + 1}, {last}]")
         if len(state.arrays) != plan.num_arrays(state.call):
             _refuse(f"a state of {len(state.arrays)} arrays; it must have {plan.num_arrays(state.call)}")
         if state.is_handoff != (state.call == last):
             _refuse(f"is_handoff at call {state.call}; the hand-off is at {last}")
-        shape = self._job.latent_shape
+        shape = self._segment.resolved.latent_shape
         preview = state.x0_preview if state.HasField("x0_preview") else None
         return CloudState(
             call=state.call,
@@ -264,15 +269,15 @@ class Conversation:
         )
 
 
-def _encode_own(job: Job) -> tuple[pb.EmbeddingConditioning | None, Conditioning | None]:
+def _encode_own(segment: CloudSegment) -> tuple[pb.EmbeddingConditioning | None, Conditioning | None]:
     """Encodes the caller's embeddings, and returns them also as the cloud will see them."""
-    given = job.conditioning
+    given = segment.conditioning
     if given is None:
         return None, None
-    encoding, message, seen = codec.ENCODINGS[job.codec], pb.EmbeddingConditioning(), {}
+    encoding, message, seen = codec.ENCODINGS[segment.request.codec], pb.EmbeddingConditioning(), {}
     for name in _EMBEDDINGS:
         array = getattr(given, name)
-        if name.startswith("negative") and not job.takes_negative:
+        if name.startswith("negative") and not segment.takes_negative:
             seen[name] = array  # it stays here
         elif array is not None:
             getattr(message, name).CopyFrom(codec.encode_tensor(array, encoding))

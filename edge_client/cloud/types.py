@@ -1,19 +1,18 @@
-"""What the edge and the cloud talk about, in our own types.
+"""What the edge and the cloud talk about, in our own types; `conversion` turns them into messages."""
 
-`edge_client.cloud.client` and `edge_client.cloud.conversion` turn these into calls and messages.
-"""
-
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-from edge_client.types import CallSkipping, Conditioning, Latents
+from edge_client.request import Request, Resolved, Stage, TimestepSchedule
+from edge_client.types import Conditioning, Latents
+from hybridsd.errors import Cancelled, CloudBusy, CloudTimeout, CloudUnreachable, InternalError, Superseded
 from hybridsd.manifest import BundleFile
 from hybridsd.plan import Plan
-from hybridsd.prompting import DEFAULT_TEXT, TextOptions
 
 MAX_TEXT_CHARS = 500
+CLOUD_FAILURES = (CloudUnreachable, CloudBusy, CloudTimeout, Cancelled, Superseded, InternalError)
+"""What the edge takes over from; our own cancelling never comes here. Anything else means: you asked wrongly."""
 
 
 def printable(text: str) -> str:
@@ -22,34 +21,19 @@ def printable(text: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelChange:
-    """From a step on, another model of the cloud runs."""
+class CloudSegment:
+    """What the cloud is asked for: consecutive steps of one image on one timestep schedule."""
 
-    step: int
-    model: str
-    guidance_scale: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """What the cloud is asked to do for one picture."""
-
+    resolved: Resolved
+    """The image that the steps belong to."""
+    stages: tuple[Stage, ...]
+    """The cloud's models, one after another, and their steps."""
     request_id: str
-    model: str
-    latent_space: str
-    prompt: str
-    negative_prompt: str
+    image_index: int
     conditioning: Conditioning | None
     """Embeddings to send instead of the text."""
-    guidance_scale: float
-    seed: int
-    image_index: int
-    width: int
-    height: int
-    latent_shape: tuple[int, int, int]
-    embed_shape: tuple[int, int]
-    scheduler: str
-    num_inference_steps: int
+    takes_negative: bool
+    """Whether unconditional embeddings take part."""
     known_plan: Plan | None
     """The plan as we hold it already, to be named by its digest."""
     sent_plan: Plan | None
@@ -58,21 +42,34 @@ class Job:
     first_call: int
     handoff_step: int
     initial_state: tuple[Latents, ...]
-    initial_latents: Latents | None
+    """The solver state before `first_call`; empty: the cloud draws the noise."""
+    image_latents: Latents | None
+    """Latents to keep where the mask is 0."""
     preview_every: int
-    codec: str
-    text_options: TextOptions = DEFAULT_TEXT
-    takes_negative: bool = True
-    """Whether unconditional embeddings take part."""
-    pooled_dim: int = 0
-    state_every: int = 1
-    model_changes: tuple[ModelChange, ...] = ()
-    loras: tuple[tuple[str, float], ...] = ()
-    known_latents: Latents | None = None
-    """Latents to keep where `mask` is 0."""
-    mask: NDArray[np.float32] | None = None
-    """`[1, h, w]` in [0, 1]."""
-    call_skipping: CallSkipping | None = None
+
+    @property
+    def request(self) -> Request:
+        """What the user asked for."""
+        return self.resolved.request
+
+    @property
+    def schedule(self) -> TimestepSchedule:
+        """The schedule of every stage."""
+        return self.stages[0].schedule
+
+    @property
+    def negative_prompt(self) -> str:
+        """The negative prompt, where it takes part."""
+        return self.request.negative_prompt if self.takes_negative else ""
+
+    @property
+    def model_changes(self) -> Iterator[tuple[int, Stage]]:
+        """The first step and the stage of every model after the first, up to the hand-off."""
+        step = self.first_step
+        for before, stage in itertools.pairwise(self.stages):
+            step += before.steps or 0
+            if step < self.handoff_step:
+                yield step, stage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,6 +121,9 @@ class Usage:
     num_calls: int
     sent_bytes: int
     num_skipped_calls: int = 0
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(**{name: getattr(self, name) + getattr(other, name) for name in self.__slots__})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -56,7 +56,7 @@ class StepDone:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TookOver:
+class Fallback:
     """The cloud is lost, late or full: the edge goes on by itself from the last state it holds."""
 
     planned: int
@@ -68,7 +68,7 @@ class TookOver:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HandedOver:
+class EarlyHandoff:
     """The cloud's part was ended before its planned end, on purpose: the queue or the link turned bad."""
 
     planned: int
@@ -84,4 +84,4 @@ class Finished:
     result: Result
 
 
-Event = Planned | Queued | Waiting | Retrying | CloudStarted | StepDone | TookOver | HandedOver | Finished
+Event = Planned | Queued | Waiting | Retrying | CloudStarted | StepDone | Fallback | EarlyHandoff | Finished

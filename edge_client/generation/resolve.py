@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from edge_client.generation.segments import resolve_segments
-from edge_client.request import Grid, Request, Resolved, SavedState, Stage
+from edge_client.request import Request, Resolved, SavedState, Stage, TimestepSchedule
 from edge_client.types import CallSkipping, ImageInput, Mode
 from hybridsd import schedulers
 from hybridsd.codec import ENCODINGS
@@ -26,11 +26,8 @@ from hybridsd.limits import (
 from hybridsd.manifest import Manifest
 
 
-def with_saved(request: Request) -> Request:
-    """Returns the request with what its saved state fixes, if it has one."""
-    saved = request.resume
-    if saved is None:
-        return request
+def _with_saved(request: Request, saved: SavedState) -> Request:
+    """Returns the request with what its saved state fixes."""
     return replace(
         request,
         prompt=saved.prompt,
@@ -47,7 +44,7 @@ def resolve(request: Request, manifest: Manifest) -> Resolved:
         InvalidRequest: Naming the field, its value, the allowed range and what to do.
     """
     if request.resume is not None:
-        return _resolve_saved(request, request.resume, manifest)
+        return _resolve_saved(_with_saved(request, request.resume), request.resume, manifest)
     defaults = manifest.defaults
     if not request.prompt.strip():
         raise Reason.PROMPT_EMPTY.error("the prompt is empty; say what to draw", field="prompt")
@@ -69,15 +66,15 @@ def resolve(request: Request, manifest: Manifest) -> Resolved:
     width = defaults.width if request.width is None else request.width
     height = defaults.height if request.height is None else request.height
     _check_rest(request, manifest, width, height)
-    if request.segments:  # the first may have a grid of its own
+    if request.segments:  # the first may have a schedule of its own
         scheduler = request.segments[0].scheduler or scheduler
         steps = request.segments[0].num_inference_steps or steps
-    grid = Grid(scheduler=scheduler, num_inference_steps=steps, begin_step=_begin_step(request, steps))
+    schedule = TimestepSchedule(scheduler=scheduler, num_inference_steps=steps, begin_step=_begin_step(request, steps))
     if request.segments:
-        stages = _explicit_stages(request, grid, float(guidance))
+        stages = _explicit_stages(request, schedule, float(guidance))
     else:
-        count = _cloud_steps(request, grid.num_steps, defaults.cloud_steps / defaults.num_inference_steps)
-        stages = _two_stages(request, grid, count, float(guidance))
+        count = _cloud_steps(request, schedule.num_steps, defaults.cloud_steps / defaults.num_inference_steps)
+        stages = _two_stages(request, schedule, count, float(guidance))
     cell = manifest.vae_scale_factor
     shape = (manifest.latent_channels, height // cell, width // cell)
     if request.initial_latents is not None and request.initial_latents.shape != shape:
@@ -87,17 +84,19 @@ def resolve(request: Request, manifest: Manifest) -> Resolved:
             field="initial_latents",
         )
     return Resolved(
+        request=request,
         mode=_mode(stages),
         scheduler=scheduler,
-        num_inference_steps=grid.num_steps,
+        num_inference_steps=schedule.num_steps,
         cloud_steps=sum(stage.steps or 0 for stage in stages if stage.place == "cloud"),
         guidance_scale=float(guidance),
         width=width,
         height=height,
         latent_shape=shape,
         embed_shape=(manifest.context_length, manifest.embed_dim),
-        stages=stages,
         pooled_dim=manifest.pooled_dim,
+        latent_space=manifest.latent_space,
+        stages=stages,
     )
 
 
@@ -128,9 +127,12 @@ def _resolve_saved(request: Request, saved: SavedState, manifest: Manifest) -> R
     height, width = shape[1] * cell, shape[2] * cell
     _check_rest(request, manifest, width, height)
     cloud_steps = _cloud_steps(request, steps, saved.cloud_steps / steps)
-    grid = Grid(scheduler=saved.plan.scheduler, num_inference_steps=steps)
-    stages = _two_stages(request, grid, cloud_steps, saved.guidance_scale, first_step=saved.plan.step_at(saved.call))
+    schedule = TimestepSchedule(scheduler=saved.plan.scheduler, num_inference_steps=steps)
+    stages = _two_stages(
+        request, schedule, cloud_steps, saved.guidance_scale, first_step=saved.plan.step_at(saved.call)
+    )
     return Resolved(
+        request=request,
         mode="edge" if cloud_steps == 0 else "cloud" if cloud_steps == steps else "hybrid",
         scheduler=saved.plan.scheduler,
         num_inference_steps=steps,
@@ -140,8 +142,9 @@ def _resolve_saved(request: Request, saved: SavedState, manifest: Manifest) -> R
         height=height,
         latent_shape=(shape[0], shape[1], shape[2]),
         embed_shape=embed_shape,
-        stages=stages,
         pooled_dim=manifest.pooled_dim,
+        latent_space=manifest.latent_space,
+        stages=stages,
     )
 
 
@@ -264,11 +267,11 @@ def _mode(stages: tuple[Stage, ...]) -> Mode:
 
 
 def _two_stages(
-    request: Request, grid: Grid, cloud_steps: int, guidance_scale: float, *, first_step: int = 0
+    request: Request, schedule: TimestepSchedule, cloud_steps: int, guidance_scale: float, *, first_step: int = 0
 ) -> tuple[Stage, ...]:
     """Returns the stages of a plain split: the cloud up to `cloud_steps`, then the edge; none before `first_step`."""
-    cloud, edge = max(cloud_steps - first_step, 0), grid.num_steps - max(cloud_steps, first_step)
-    common = {"grid": grid, "guidance_scale": guidance_scale, "begins_grid": False}
+    cloud, edge = max(cloud_steps - first_step, 0), schedule.num_steps - max(cloud_steps, first_step)
+    common = {"schedule": schedule, "guidance_scale": guidance_scale, "begins_schedule": False}
     stages = (
         Stage(place="cloud", model=request.model, steps=cloud, **common),  # type: ignore[arg-type]
         Stage(place="edge", model="", steps=edge, **common),  # type: ignore[arg-type]
@@ -276,13 +279,13 @@ def _two_stages(
     return tuple(stage for stage in stages if stage.steps)
 
 
-def _explicit_stages(request: Request, grid: Grid, guidance_scale: float) -> tuple[Stage, ...]:
+def _explicit_stages(request: Request, schedule: TimestepSchedule, guidance_scale: float) -> tuple[Stage, ...]:
     if request.mode != "auto" or request.cloud_steps is not None or request.resume is not None:
         raise Reason.SPLIT_INVALID.error(
             "segments say what runs where; leave out --mode, --split, --cloud-steps and --load-latents of a state",
             field="segments",
         )
-    return resolve_segments(request.segments, grid, guidance_scale)
+    return resolve_segments(request.segments, schedule, guidance_scale)
 
 
 def _begin_step(request: Request, steps: int) -> int:

@@ -53,7 +53,7 @@ class Result:
     fallback_reason: Reason | None
     """Why actual differs from planned; None when it does not."""
     fallback_message: str
-    handed_over: str
+    early_handoff_reason: str
     """Why the cloud's part was shortened on purpose; empty when it was not."""
     steps: tuple[StepRecord, ...]
     prompt: str

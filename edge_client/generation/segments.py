@@ -1,22 +1,20 @@
 """Which model runs which steps where: `--segments` as data.
 
-    large:8@cloud,medium:6@cloud,small:11@edge
-    small:5@edge,large:20@cloud                                          the small model first (T-Stitch)
-    large-lcm:4@cloud(scheduler=lcm,steps=8),small:*@edge(scheduler=dpmpp_2m,steps=25)      two step grids
-
-Knows the notation and its rules; nothing of models or plans.
+large:8@cloud,medium:6@cloud,small:11@edge
+small:5@edge,large:20@cloud                                          the small model first (T-Stitch)
+large-lcm:4@cloud(scheduler=lcm,steps=8),small:*@edge(scheduler=dpmpp_2m,steps=25)      two timestep schedules
 """
 
 import re
 
-from edge_client.request import Grid, Segment, Stage
+from edge_client.request import Segment, Stage, TimestepSchedule
 from edge_client.types import Place
 from hybridsd import schedulers
 from hybridsd.errors import HybridSDError, InvalidRequest, Reason
 from hybridsd.limits import MAX_GUIDANCE, MAX_STEPS, MIN_GUIDANCE
 
 MAX_SEGMENTS = 8
-MAX_GRIDS = 4
+MAX_SCHEDULES = 4
 """Each draws noise of its own (`edge_client.generation.trajectory`)."""
 _SEGMENT = re.compile(r"(?P<model>[^:@(),]*):(?P<steps>\d+|\*)@(?P<place>cloud|edge)(?:\((?P<options>[^()]*)\))?")
 _EXAMPLE = "such as large:8@cloud,small:17@edge"
@@ -90,59 +88,64 @@ def _refuse(what: str) -> HybridSDError:
     return Reason.SPLIT_INVALID.error(f"segments: {what}", field="segments")
 
 
-def resolve_segments(segments: tuple[Segment, ...], first: Grid, guidance_scale: float) -> tuple[Stage, ...]:
+def resolve_segments(
+    segments: tuple[Segment, ...], first: TimestepSchedule, guidance_scale: float
+) -> tuple[Stage, ...]:
     """Returns the stages of segments.
 
     Args:
         segments: One or more.
-        first: The grid to begin with; that of the first segment, where it has one.
+        first: The schedule to begin with; that of the first segment, where it has one.
         guidance_scale: Of segments that do not say.
 
     Raises:
         InvalidRequest: SPLIT_INVALID, saying what does not fit.
     """
     stages: list[Stage] = []
-    grid, left, num_grids = first, first.num_steps, 1
+    schedule, left, num_schedules = first, first.num_steps, 1
     for index, segment in enumerate(segments):
-        if index and segment.begins_grid:
-            num_grids += 1
-            if segment.steps == 0 or num_grids > MAX_GRIDS:
+        if index and segment.begins_schedule:
+            num_schedules += 1
+            if segment.steps == 0 or num_schedules > MAX_SCHEDULES:
                 raise _refuse(
-                    f"segment {index + 1} begins step grid {num_grids}; give it steps, and at most {MAX_GRIDS}"
+                    f"segment {index + 1} begins timestep schedule {num_schedules}; give it steps, and have at most "
+                    f"{MAX_SCHEDULES} schedules"
                 )
-            grid = Grid(
-                scheduler=segment.scheduler or grid.scheduler,
-                num_inference_steps=segment.num_inference_steps or grid.num_inference_steps,
+            schedule = TimestepSchedule(
+                scheduler=segment.scheduler or schedule.scheduler,
+                num_inference_steps=segment.num_inference_steps or schedule.num_inference_steps,
             )
             if left == 0:
-                raise _refuse(f"segment {index + 1} has nothing to do: the one before ends its grid")
-            left = grid.num_steps
-        is_last_of_grid = index + 1 == len(segments) or segments[index + 1].begins_grid
+                raise _refuse(f"segment {index + 1} has nothing to do: the one before ends its schedule")
+            left = schedule.num_steps
+        is_last_of_schedule = index + 1 == len(segments) or segments[index + 1].begins_schedule
         rest = segment.steps is None
-        if rest and not is_last_of_grid:
-            raise _refuse(f"segment {index + 1} takes the rest of its grid, so none can follow in it; give its steps")
+        if rest and not is_last_of_schedule:
+            raise _refuse(
+                f"segment {index + 1} takes the rest of its schedule, so none can follow in it; give its steps"
+            )
         if rest and index + 1 < len(segments):
             raise _refuse(f"segment {index + 1} takes the rest, so segment {index + 2} has nothing to do")
         steps_here = left if segment.steps is None else segment.steps
         if steps_here > left:
             raise _refuse(f"segment {index + 1} has {steps_here} steps, but only {left} are left; give fewer")
         left -= steps_here
-        begins = bool(index) and segment.begins_grid
+        begins = bool(index) and segment.begins_schedule
         fixed = None if rest and begins else steps_here
         if steps_here or fixed is None:
             stages.append(
                 Stage(
-                    place=segment.place, model=segment.model, steps=fixed, grid=grid, begins_grid=begins,
+                    place=segment.place, model=segment.model, steps=fixed, schedule=schedule, begins_schedule=begins,
                     guidance_scale=guidance_scale if segment.guidance_scale is None else segment.guidance_scale,
                 )
             )  # fmt: skip
     if not stages:
         raise _refuse("they have no steps at all")
-    if left and num_grids == 1:
+    if left and num_schedules == 1:
         raise _refuse(f"they make {first.num_steps - left} of {first.num_steps} steps; add {left}, or give --steps")
-    if num_grids > 1 and segments[-1].steps is not None:
+    if num_schedules > 1 and segments[-1].steps is not None:
         raise _refuse(
-            f"where the last grid comes in is known only on the way; let segment {len(segments)} take its rest: "
+            f"where the last schedule is entered is known only on the way; let segment {len(segments)} take its rest: "
             "MODEL:*@PLACE"
         )
     return tuple(stages)

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from edge_client.cloud.types import CloudStarted, Queued, Waiting
-from edge_client.generation.events import Event, Finished, HandedOver, Planned, Retrying, StepDone, TookOver
+from edge_client.generation.events import EarlyHandoff, Event, Fallback, Finished, Planned, Retrying, StepDone
 from edge_client.generation.result import Result
 from hybridsd import schedulers
 from hybridsd.errors import HybridSDError
@@ -13,7 +13,7 @@ from hybridsd.errors import HybridSDError
 _REST_FIELDS = (
     "prompt", "negative_prompt", "seed", "image_index", "width", "height", "scheduler", "num_inference_steps",
     "guidance_scale", "mode", "cloud_model", "edge_model", "planned_cloud_steps", "actual_cloud_steps",
-    "fallback_message", "handed_over", "received_bytes", "decode_s", "elapsed_s",
+    "fallback_message", "early_handoff_reason", "received_bytes", "decode_s", "elapsed_s",
 )  # fmt: skip
 
 
@@ -45,14 +45,14 @@ def event_json(event: Event) -> dict[str, Any]:
                 "event": "step_done", "step": event.step, "call": event.call, "place": event.place,
                 "elapsed_s": round(event.elapsed_s, 6), "has_preview": event.x0_preview is not None,
             }  # fmt: skip
-        case TookOver():
+        case Fallback():
             return {
-                "event": "took_over", "planned": event.planned, "actual": event.actual,
+                "event": "fallback", "planned": event.planned, "actual": event.actual,
                 "reason": event.reason.name, "message": event.message,
             }  # fmt: skip
-        case HandedOver():
+        case EarlyHandoff():
             return {
-                "event": "handed_over", "planned": event.planned, "actual": event.actual, "reason": event.reason
+                "event": "early_handoff", "planned": event.planned, "actual": event.actual, "reason": event.reason
             }  # fmt: skip
         case Finished():
             return {"event": "finished", **result_json(event.result)}
@@ -98,7 +98,7 @@ def provenance(result: Result) -> dict[str, Any]:
             "actual": result.actual_cloud_steps,
             "reason": None if result.fallback_reason is None else result.fallback_reason.name,
         },
-        "adapted": result.handed_over or None,  # why the cloud's part was shortened on purpose
+        "early_handoff": result.early_handoff_reason or None,  # why the cloud's part was shortened on purpose
         "stages": list(result.stages),
         "loras": dict(result.loras),
         "image": None if result.strength is None else {"strength": result.strength, "mask": result.has_mask},

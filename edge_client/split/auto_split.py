@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 
 from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.client import Cloud
-from edge_client.generation.resolve import resolve
 from edge_client.inference.models import Models
-from edge_client.request import Request, Resolved
+from edge_client.request import Resolved
 from edge_client.split.cost_model import Costs, curve_of
 from edge_client.split.handoff_policy import Advisor, Choice, Goals, choose
 from edge_client.split.measure import measure
@@ -17,24 +16,22 @@ from edge_client.split.measure import measure
 class AutoSplit:
     """A chosen split, and what watches over it."""
 
-    request: Request
     choice: Choice
     costs: Costs
     goals: Goals
 
-    def advisor(self, job: Resolved, bundle: Bundle) -> Advisor:
+    def advisor(self, resolved: Resolved, bundle: Bundle) -> Advisor:
         """Returns what reconsiders the split while the cloud works; its clock begins now."""
         return Advisor(
-            num_steps=job.num_inference_steps, planned=self.choice.cloud_steps, costs=self.costs, goals=self.goals,
+            num_steps=resolved.num_inference_steps, planned=self.choice.cloud_steps, costs=self.costs, goals=self.goals,
             curve=curve_of(bundle.manifest.quality), began_s=time.perf_counter(),
         )  # fmt: skip
 
 
-def choose_split(request: Request, goals: Goals, bundle: Bundle, models: Models, cloud: Cloud) -> AutoSplit:
-    """Returns a request with its split chosen: this device is timed on one step and one decode, the cloud asked."""
-    job = resolve(request, bundle.manifest)
-    costs, notes = measure(request, job, bundle, models, cloud)
+def choose_split(resolved: Resolved, goals: Goals, bundle: Bundle, models: Models, cloud: Cloud) -> AutoSplit:
+    """Returns the split for a request: this device is timed on one step and one decode, the cloud asked."""
+    costs, notes = measure(resolved, bundle, models, cloud)
     goals_now = replace(goals, max_cloud_steps=0) if notes.is_away else goals
-    choice = choose(job.num_inference_steps, costs, goals_now, curve_of(bundle.manifest.quality))
+    choice = choose(resolved.num_inference_steps, costs, goals_now, curve_of(bundle.manifest.quality))
     choice = replace(choice, reasons=(*notes.texts, *choice.reasons))
-    return AutoSplit(replace(request, cloud_steps=choice.cloud_steps), choice, costs, goals)
+    return AutoSplit(choice, costs, goals)

@@ -1,18 +1,16 @@
 """Measures what the cost model needs: this device's models, the link, and the cloud's load."""
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
-
 from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.client import Cloud
-from edge_client.cloud.types import Capabilities
-from edge_client.generation.cloud_steps import LOST
+from edge_client.cloud.types import CLOUD_FAILURES, Capabilities
 from edge_client.inference.models import Models
-from edge_client.request import Request, Resolved
+from edge_client.request import Resolved
 from edge_client.split.cost_model import Costs
 from hybridsd import noise
 
@@ -79,24 +77,23 @@ class Notes:
     is_away: bool = False
 
 
-def measure(request: Request, job: Resolved, bundle: Bundle, models: Models, cloud: Cloud) -> tuple[Costs, Notes]:
+def measure(resolved: Resolved, bundle: Bundle, models: Models, cloud: Cloud) -> tuple[Costs, Notes]:
     """Returns the times of a step on this device, and of what the cloud says of itself."""
-    plan = bundle.find_plan(job.scheduler, job.num_inference_steps)
+    request = resolved.request
+    plan = bundle.find_plan(resolved.scheduler, resolved.num_inference_steps)
     calls_a_step = 1.0 if plan is None else len(plan.rows) / plan.num_inference_steps  # 2 for Heun
     models.warm_up()
-    latents = noise.initial_latents(0, 0, job.latent_shape)
+    latents = noise.initial_latents(0, 0, resolved.latent_shape)
     begin = time.perf_counter()
     conditioning, _ = models.encode_pair(request.prompt, "" if models.takes_negative else None, request.text_options)
     text_s = time.perf_counter() - begin
     begin = time.perf_counter()
-    models.predict_noise(latents, 500.0, conditioning, guidance_scale=job.guidance_scale)
+    models.predict_noise(latents, 500.0, conditioning, guidance_scale=resolved.guidance_scale)
     edge_step_s = time.perf_counter() - begin
     begin = time.perf_counter()
     models.decode(latents)
     decode_s = time.perf_counter() - begin
-    state_bytes = (
-        int(np.prod(job.latent_shape)) * _BYTES_PER_VALUE[request.codec] * 2
-    )  # most solvers carry one array along
+    state_bytes = 2 * _BYTES_PER_VALUE[request.codec] * math.prod(resolved.latent_shape)  # most solvers carry 2 arrays
     edge_step_s *= calls_a_step
     costs = Costs(
         cloud_step_s=edge_step_s, edge_step_s=edge_step_s, text_s=text_s, decode_s=decode_s,
@@ -104,13 +101,13 @@ def measure(request: Request, job: Resolved, bundle: Bundle, models: Models, clo
     )  # fmt: skip
     try:
         link = measure_link(cloud)
-    except LOST as error:
+    except CLOUD_FAILURES as error:
         return costs, Notes((f"the cloud is away: {error.message}",), is_away=True)
     found = link.capabilities
     call_s = calls_a_step * found.call_s or edge_step_s
     ahead = found.num_queued + max(0, found.num_running + 1 - found.max_batch)
     rounds = -(-ahead // found.max_batch)
-    queue_s = rounds * job.num_inference_steps * call_s / 2  # on average half-way through theirs
+    queue_s = rounds * resolved.num_inference_steps * call_s / 2  # on average half-way through theirs
     bytes_per_s = link.bytes_per_s or LINK_BYTES_PER_S
     how = "was measured to carry" if link.bytes_per_s else "has no bundle to be timed on, and is taken to carry"
     texts = [f"the link {how} {bytes_per_s / 1e6:.3g} MB/s, {1e3 * link.round_trip_s:.1f} ms there and back"]

@@ -130,7 +130,7 @@ def convert_output(output: A, latents: A, level: tuple[float, float], made: str,
     return converted
 
 
-def steer(row: PlanRow, state: Sequence[A], output: A, known: A, mask: A) -> A:
+def inpaint(row: PlanRow, state: Sequence[A], output: A, known: A, mask: A) -> A:
     """Returns the model output with which the preview of the final latents is `known` where the mask is 0.
 
     The solver then runs to `known` there, whichever solver it is, and ends in it exactly.
@@ -144,8 +144,8 @@ def steer(row: PlanRow, state: Sequence[A], output: A, known: A, mask: A) -> A:
     """
     from_state: Any = combine(row.x0_state, state)
     forced: Any = (known - from_state) / row.x0_output
-    steered: A = mask * output + (1.0 - mask) * forced
-    return steered
+    inpainted: A = mask * output + (1.0 - mask) * forced
+    return inpainted
 
 
 def _ratio(level: tuple[float, float]) -> float:

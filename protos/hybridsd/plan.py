@@ -163,7 +163,7 @@ def denoise(
     *,
     start: int = 0,
     stop: int | None = None,
-    steer: Callable[[PlanRow, Sequence[A], A], A] | None = None,
+    inpaint: Callable[[PlanRow, Sequence[A], A], A] | None = None,
 ) -> Iterator[Advance[A]]:
     """Runs the calls `[start, stop)` of a plan, one after each `next()`.
 
@@ -174,7 +174,7 @@ def denoise(
         draw_noise: `call -> unit normal noise` of the same shape; asked only where the plan draws any.
         start: The first call to run, in [0, len(plan.rows)].
         stop: The first call not to run; None for all.
-        steer: `(row, state, output) -> output`, changes a model output before the solver sees it
+        inpaint: `(row, state, output) -> output`, changes a model output before the solver sees it
             (`hybridsd.noise_levels`).
 
     Yields:
@@ -189,8 +189,8 @@ def denoise(
     for call in range(start, len(plan.rows) if stop is None else stop):
         row = plan.rows[call]
         output = predict(unet_input(row, arrays), row.timestep)
-        if steer is not None:
-            output = steer(row, arrays, output)
+        if inpaint is not None:
+            output = inpaint(row, arrays, output)
         preview = x0_preview(row, arrays, output)
         arrays = advance(row, arrays, output, draw_noise(call) if row.draws_noise else None)
         yield Advance(call + 1, arrays, preview)

@@ -38,6 +38,7 @@ from edge_client.cloud.types import CloudStarted
 from edge_client.generation.events import Finished as EdgeFinished
 from edge_client.generation.events import StepDone
 from edge_client.generation.pipeline import generate
+from edge_client.generation.resolve import resolve
 from edge_client.inference.models import Models
 from edge_client.request import Request
 from edge_client.types import Conditioning
@@ -273,7 +274,9 @@ def bench_hybrid(
         for repeat in range(repeats + 1):
             time.sleep(SETTLE_S)
             begin = time.perf_counter()
-            for event in generate(replace(request, request_id=f"bench{repeat}"), bundle, models, cloud):
+            for event in generate(
+                resolve(replace(request, request_id=f"bench{repeat}"), bundle.manifest), bundle, models, cloud
+            ):
                 if isinstance(event, CloudStarted):
                     conditioning = event.conditioning or conditioning
                 elif isinstance(event, StepDone) and event.place == "edge":
@@ -375,15 +378,16 @@ def bench_edge_memory(bundle_folder: Path) -> None:
     code = (
         "import re, sys\n"
         "from pathlib import Path\n"
-        "from edge_client.bundle import Bundle\n"
-        "from edge_client.onnx_models import Models\n"
-        "from edge_client.pipeline import generate\n"
+        "from edge_client.bundles.bundle import Bundle\n"
+        "from edge_client.inference.models import Models\n"
+        "from edge_client.generation.pipeline import generate\n"
+        "from edge_client.generation.resolve import resolve\n"
         "from edge_client.request import Request\n"
         "from hybridsd.manifest import read_manifest\n"
         "folder = Path(sys.argv[1]); manifest = read_manifest(folder)\n"
         "models = Models(folder, manifest, low_memory=sys.argv[2] == 'low')\n"
         f"request = Request(prompt={PROMPT!r}, mode='edge', seed=1, num_inference_steps=int(sys.argv[3]))\n"
-        "for event in generate(request, Bundle(folder, manifest), models): pass\n"
+        "for event in generate(resolve(request, manifest), Bundle(folder, manifest), models): pass\n"
         "print(int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1024)\n"
     )
     steps = str(read_manifest(bundle_folder).defaults.num_inference_steps)

@@ -55,6 +55,7 @@ def run_edge(folder: Path, address: str, *, steps: int, cloud_steps: int, provid
     from edge_client.cloud.client import Cloud
     from edge_client.generation.events import Finished, StepDone
     from edge_client.generation.pipeline import generate
+    from edge_client.generation.resolve import resolve
     from edge_client.inference.models import Models
     from edge_client.request import Request
     from hybridsd.manifest import read_manifest
@@ -67,7 +68,7 @@ def run_edge(folder: Path, address: str, *, steps: int, cloud_steps: int, provid
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         cloud = Cloud(address, cache=Cache(Path(scratch)))
-        for _ in generate(request, bundle, models, cloud):
+        for _ in generate(resolve(request, bundle.manifest), bundle, models, cloud):
             pass
         time.sleep(SETTLE_S)
         begin = handed_over = time.perf_counter()
@@ -78,7 +79,7 @@ def run_edge(folder: Path, address: str, *, steps: int, cloud_steps: int, provid
             cloud_steps=cloud_steps,
             request_id="timed",
         )
-        for event in generate(asked, bundle, models, cloud):
+        for event in generate(resolve(asked, bundle.manifest), bundle, models, cloud):
             if isinstance(event, StepDone) and event.place == "cloud":
                 handed_over = time.perf_counter()
             elif isinstance(event, Finished):

@@ -95,18 +95,18 @@ def test_killed_cloud_is_taken_over_and_the_picture_is_the_deliberate_split(tmp_
                 if events[-1]["event"] == "step_done" and events[-1]["step"] == 2:
                     os.kill(process.pid, signal.SIGKILL)
         assert edge.returncode == 0
-    took_over = next(event for event in events if event["event"] == "took_over")
+    fallback = next(event for event in events if event["event"] == "fallback")
     result = events[-1]
 
-    assert took_over["planned"] == 50
-    assert 3 <= took_over["actual"] < 50
+    assert fallback["planned"] == 50
+    assert 3 <= fallback["actual"] < 50
     assert result["event"] == "finished"
-    assert result["handoff"] == {"planned": 50, "actual": took_over["actual"], "reason": "UNAVAILABLE"}
+    assert result["handoff"] == {"planned": 50, "actual": fallback["actual"], "reason": "UNAVAILABLE"}
 
     with running_cloud(options, tmp_path / "second.log") as (address, _):
-        split = ("--cloud-steps", took_over["actual"], "--server", address, "--mode", "hybrid")
+        split = ("--cloud-steps", fallback["actual"], "--server", address, "--mode", "hybrid")
         deliberate = generate(*words, *split, "-o", tmp_path / "split.png", cache=cache)
-    assert deliberate["handoff"] == {"planned": took_over["actual"], "actual": took_over["actual"], "reason": None}
+    assert deliberate["handoff"] == {"planned": fallback["actual"], "actual": fallback["actual"], "reason": None}
     np.testing.assert_array_equal(pixels(tmp_path / "killed.png"), pixels(tmp_path / "split.png"))
 
 

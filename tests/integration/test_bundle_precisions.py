@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from edge_client.bundles.bundle import open_bundle
 from edge_client.generation.events import Finished
 from edge_client.generation.pipeline import generate
+from edge_client.generation.resolve import resolve
 from edge_client.generation.result import Result
 from edge_client.inference import providers
 from edge_client.inference import session as runtimes
@@ -129,7 +130,7 @@ def paint(folder: Path, **changes: Any) -> Result:
     fields: dict[str, Any] = {
         "prompt": "a red donut", "negative_prompt": "blurry", "mode": "edge", "seed": 5, "width": 64, "height": 64,
     }  # fmt: skip
-    *_, last = generate(Request(**{**fields, **changes}), bundle, models)
+    *_, last = generate(resolve(Request(**{**fields, **changes}), bundle.manifest), bundle, models)
     assert isinstance(last, Finished)
     return last.result
 

@@ -14,8 +14,9 @@ from cloud_server.models.load import Model
 from cloud_server.rpc.server import CloudServer
 from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.client import Cloud
-from edge_client.generation.events import Finished, StepDone, TookOver
+from edge_client.generation.events import Fallback, Finished, StepDone
 from edge_client.generation.pipeline import generate
+from edge_client.generation.resolve import resolve
 from edge_client.generation.result import Result
 from edge_client.inference.models import Models
 from edge_client.request import Request
@@ -44,7 +45,7 @@ def request(scheduler: str, k: int, **changes: Any) -> Request:
 
 
 def run(asked: Request, bundle: Bundle, models: Models, cloud: Cloud | None) -> tuple[Result, list[Any]]:
-    events = list(generate(asked, bundle, models, cloud))
+    events = list(generate(resolve(asked, bundle.manifest), bundle, models, cloud))
     assert isinstance(events[-1], Finished)
     return events[-1].result, events
 
@@ -128,14 +129,14 @@ def test_takeover_after_any_step_is_the_deliberate_split(
     asked = request(scheduler, STEPS, fallback=True)
     events: list[Any] = []
     with running_server(model, SteppingDenoiser(model.denoiser, j)) as dying:
-        for event in generate(asked, bundle, models, connect(dying)):
+        for event in generate(resolve(asked, bundle.manifest), bundle, models, connect(dying)):
             events.append(event)
             if isinstance(event, StepDone) and event.place == "cloud" and event.call == j:
                 stop_hard(dying)
     result = events[-1].result
     expected = one_process(model, models, scheduler, j, asked)
 
-    assert [e for e in events if isinstance(e, TookOver)][0].actual == j  # noqa: RUF015 - the list shows in a failure
+    assert [e for e in events if isinstance(e, Fallback)][0].actual == j  # noqa: RUF015 - the list shows in a failure
     assert (result.planned_cloud_steps, result.actual_cloud_steps) == (STEPS, j)
     assert result.fallback_reason is Reason.UNAVAILABLE
     np.testing.assert_allclose(expected, result.latents, rtol=0, atol=EXACT * max(1.0, float(np.abs(expected).max())))
@@ -183,7 +184,7 @@ def test_closing_the_generator_stops_the_job(model: Model, connect: Connect, bun
     with running_server(model) as server:
         cloud = connect(server)
         asked = request("ddim", 900, num_inference_steps=999)
-        events = generate(asked, bundle, models, cloud)
+        events = generate(resolve(asked, bundle.manifest), bundle, models, cloud)
         for event in events:
             if isinstance(event, StepDone) and event.step >= 3:
                 events.close()

@@ -19,6 +19,7 @@ from edge_client.cache import Cache
 from edge_client.cloud.client import Cloud
 from edge_client.generation.events import Finished, StepDone
 from edge_client.generation.pipeline import generate
+from edge_client.generation.resolve import resolve
 from edge_client.generation.result import Result
 from edge_client.generation.saved_state import dump, load, saved_state
 from edge_client.generation.segments import parse_segments
@@ -76,7 +77,7 @@ def ask(**changes: Any) -> Request:
 
 
 def run(request: Request, bundle: Bundle, models: Models, cloud: Cloud | None, **options: Any) -> Result:
-    last = list(generate(request, bundle, models, cloud, **options))[-1]
+    last = list(generate(resolve(request, bundle.manifest), bundle, models, cloud, **options))[-1]
     assert isinstance(last, Finished)
     return last.result
 
@@ -425,7 +426,7 @@ def test_strength_counts_the_steps_of_the_first_grid(
 def test_an_sdxl_state_is_saved_whole(tmp_path: Path, cloud: Cloud) -> None:
     """A state that was saved half-way goes on, from its file, to the same picture."""
     with edge(tmp_path / "xl", kind="sdxl") as (bundle, models):
-        events = list(generate(ask(model="xl", cloud_steps=3), bundle, models, cloud))
+        events = list(generate(resolve(ask(model="xl", cloud_steps=3), bundle.manifest), bundle, models, cloud))
         result = events[-1].result
         middle = next(event for event in events if isinstance(event, StepDone) and event.call == 4)
         path = tmp_path / "state.npz"

@@ -115,20 +115,20 @@ class Painter:
             if is_cancelled():
                 return
             if split is not None:
-                request = replace(request, cloud_steps=split.request.cloud_steps)
+                request = replace(request, cloud_steps=split.choice.cloud_steps)
                 yield Told("split", {"cloud_steps": split.choice.cloud_steps, "reasons": list(split.choice.reasons)})
-            job = resolve(request, self.bundle.manifest)
-            advisor = None if split is None else split.advisor(job, self.bundle)
-            every = _preview_every(create.previews, job.num_inference_steps)
+            resolved = resolve(request, self.bundle.manifest)
+            advisor = None if split is None else split.advisor(resolved, self.bundle)
+            every = _preview_every(create.previews, resolved.num_inference_steps)
             events = generate(
-                replace(request, preview_every=every), self.bundle, self.models, self.cloud, others=self.others,
-                advisor=advisor, tick_s=TICK_S,
+                replace(resolved, request=replace(request, preview_every=every)), self.bundle, self.models, self.cloud,
+                others=self.others, advisor=advisor, poll_interval_s=TICK_S,
             )  # fmt: skip
             with contextlib.closing(events):
                 for event in events:
                     if is_cancelled():
                         return
-                    yield from self._tell(event, index, job.num_inference_steps, every)
+                    yield from self._tell(event, index, resolved.num_inference_steps, every)
 
     def _tell(self, event: Event, index: int, num_steps: int, every: int) -> Iterator[Told]:
         match event:
@@ -165,7 +165,7 @@ class Painter:
         goals = _goals(create)
         if goals is None or self.cloud is None:
             return None
-        return choose_split(request, goals, self.bundle, self.models, self.cloud)
+        return choose_split(resolve(request, self.bundle.manifest), goals, self.bundle, self.models, self.cloud)
 
     def _requests(self, create: JobCreate, upload: Upload) -> list[Request]:
         """Returns a request for each picture."""

@@ -146,7 +146,7 @@ class Image(BaseModel):
     actual_cloud_steps: int
     fallback_reason: str | None
     fallback_message: str
-    handed_over: str
+    early_handoff_reason: str
     received_bytes: int
     decode_s: float
     elapsed_s: float

@@ -87,7 +87,7 @@ async function follow(run, onUpdate) {
   try {
     for await (const { name, data } of streamEvents(run.job.id)) {
       applyEvent(run, name, data);
-      if (name === "took_over") cloudWatch.tookOver(data);
+      if (name === "fallback") cloudWatch.tookOver(data);
       if (!isActive(run)) end(run);
       update(run);
       onUpdate?.(run);

@@ -220,7 +220,7 @@ function facts(job, image) {
     ["Who drew", splitWords(image)],
     ["Planned", planned === actual ? null : `${planned} steps in the cloud; it ran ${actual}`],
     ["Why", image.fallback_reason && [image.fallback_message, `(${image.fallback_reason})`].filter(Boolean).join(" ")],
-    ["Handed over early", image.handed_over],
+    ["Handed over early", image.early_handoff_reason],
     ["Large model", actual ? image.cloud_model : null],
     ["Small model", image.edge_model],
     ["Scheduler", image.scheduler],

@@ -78,11 +78,11 @@ const HANDLERS = {
   retrying(run, { delay_s }) {
     run.phase = `The cloud does not answer; asked again in ${Math.ceil(delay_s)} s`;
   },
-  took_over(run, data) {
+  fallback(run, data) {
     pictureAt(run, data.image_index).cloudSteps = data.actual;
     run.phase = "The cloud is away; this device goes on alone";
   },
-  handed_over(run, data) {
+  early_handoff(run, data) {
     if (data.actual !== undefined) pictureAt(run, data.image_index).cloudSteps = data.actual;
     run.phase = "The cloud hands over early";
   },

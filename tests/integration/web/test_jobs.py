@@ -454,8 +454,8 @@ def test_a_lost_cloud_does_not_lose_the_job(client: httpx.Client, fake: FakeClou
     events = events_of(client, job["id"])
     ended = events[-1].data["job"]
 
-    took_over = next(event for event in events if event.name == "took_over")
-    assert (took_over.data["planned"], took_over.data["actual"], took_over.data["reason"]) == (5, 2, "UNAVAILABLE")
+    fallback = next(event for event in events if event.name == "fallback")
+    assert (fallback.data["planned"], fallback.data["actual"], fallback.data["reason"]) == (5, 2, "UNAVAILABLE")
     assert ended["state"] == "completed"
     image = ended["images"][0]
     assert (image["planned_cloud_steps"], image["actual_cloud_steps"]) == (5, 2)

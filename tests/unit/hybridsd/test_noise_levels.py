@@ -77,12 +77,14 @@ def test_steering_ends_in_the_known_latents(name: str) -> None:
     known, mask = RNG.normal(size=SHAPE), np.zeros((1, 8, 8))
     mask[:, :, 4:] = 1.0
 
-    def final(steered: bool) -> np.ndarray:
+    def final(inpainted: bool) -> np.ndarray:
         rng = np.random.default_rng(8)
-        steer = (lambda row, state, output: noise_levels.steer(row, state, output, known, mask)) if steered else None
+        inpaint = (
+            (lambda row, state, output: noise_levels.inpaint(row, state, output, known, mask)) if inpainted else None
+        )
         start = initial_state(plan, np.random.default_rng(1).normal(size=SHAPE))
         *_, last = denoise(
-            plan, start, lambda x, _t: 0.9 * x, lambda _c: rng.normal(size=SHAPE), steer=steer
+            plan, start, lambda x, _t: 0.9 * x, lambda _c: rng.normal(size=SHAPE), inpaint=inpaint
         )  # fmt: skip
         return last.state[0]
 

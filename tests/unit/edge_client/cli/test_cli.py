@@ -87,9 +87,9 @@ def test_jsonl_is_an_event_a_line(shell: Shell, fake: FakeCloud) -> None:
     events = [json.loads(line) for line in result.stdout.splitlines()]
 
     names = ["planned", "queued", "cloud_started", "step_done", "step_done", "retrying", "queued", "cloud_started"]
-    assert [event["event"] for event in events] == [*names, "took_over", *["step_done"] * 4, "finished"]
-    took_over = events[8]
-    assert (took_over["planned"], took_over["actual"], took_over["reason"]) == (3, 2, "UNAVAILABLE")
+    assert [event["event"] for event in events] == [*names, "fallback", *["step_done"] * 4, "finished"]
+    fallback = events[8]
+    assert (fallback["planned"], fallback["actual"], fallback["reason"]) == (3, 2, "UNAVAILABLE")
     assert Path(events[-1]["path"]).is_file()
 
 

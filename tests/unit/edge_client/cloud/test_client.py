@@ -17,6 +17,7 @@ from edge_client.cache import Cache
 from edge_client.cloud.client import Cloud, is_loopback
 from edge_client.cloud.status import translate
 from edge_client.generation.pipeline import generate
+from edge_client.generation.resolve import resolve
 from edge_client.inference.models import Models
 from edge_client.request import Request
 from hybridsd.errors import CloudTimeout, CloudUnreachable, InvalidRequest, Reason
@@ -187,7 +188,7 @@ def test_silent_hosts_do_not_stop_a_picture(tmp_path: Path, bundle: Bundle, mode
     with socket.create_server(("127.0.0.1", 0)) as silent:
         target = f"127.0.0.1:{silent.getsockname()[1]}"
         with Cloud(target, cache=Cache(tmp_path), connect_timeout_s=0.3, idle_timeout_s=30) as cloud:
-            *_, last = generate(Request(prompt="a fox"), bundle, models, cloud)
+            *_, last = generate(resolve(Request(prompt="a fox"), bundle.manifest), bundle, models, cloud)
 
     assert last.result.fallback_reason is Reason.UNAVAILABLE
 

@@ -24,7 +24,7 @@ from hybridsd.errors import InternalError, InvalidRequest, ModelMismatch, Reason
 @pytest.fixture(scope="module")
 def result(bundle: Bundle, models: Models) -> Result:
     request = Request(prompt="a red fox, Käse\n2", negative_prompt="blurry", mode="edge", seed=8)
-    *_, last = generate(request, bundle, models)
+    *_, last = generate(resolve(request, bundle.manifest), bundle, models)
     return last.result
 
 

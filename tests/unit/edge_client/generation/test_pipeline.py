@@ -14,9 +14,9 @@ from edge_client.cache import Cache
 from edge_client.cloud import client
 from edge_client.cloud.client import Cloud
 from edge_client.cloud.types import CloudStarted, Queued
-from edge_client.generation import cloud_steps as cloud_leg
-from edge_client.generation.events import Finished, Planned, Retrying, StepDone, TookOver
+from edge_client.generation.events import Fallback, Finished, Planned, Retrying, StepDone
 from edge_client.generation.pipeline import generate
+from edge_client.generation.resolve import resolve
 from edge_client.generation.result import Result
 from edge_client.generation.saved_state import saved_state
 from edge_client.generation.segments import parse_segments
@@ -50,7 +50,9 @@ REQUEST = Request(prompt="a red fox", mode="hybrid", codec="fp32", seed=11, clou
 
 def run(request: Request, bundle: Bundle, models: Models, cloud: Cloud | None) -> tuple[Result, list[object]]:
     """Returns the result and all events before it."""
-    *events, last = generate(replace(request, request_id=Request().request_id), bundle, models, cloud)
+    *events, last = generate(
+        resolve(replace(request, request_id=Request().request_id), bundle.manifest), bundle, models, cloud
+    )
     assert isinstance(last, Finished)
     return last.result, list(events)
 
@@ -104,8 +106,8 @@ def test_takeover_equals_the_deliberate_split(
 
         assert np.array_equal(result.image_u8, expected.image_u8)
         assert np.array_equal(result.latents, expected.latents)
-        assert [e for e in events if isinstance(e, TookOver)] == [
-            TookOver(planned=steps, actual=step, reason=Reason.UNAVAILABLE, message="Socket closed")
+        assert [e for e in events if isinstance(e, Fallback)] == [
+            Fallback(planned=steps, actual=step, reason=Reason.UNAVAILABLE, message="Socket closed")
         ]
         assert (result.planned_cloud_steps, result.actual_cloud_steps) == (steps, step)
         assert (result.fallback_reason, result.mode) == (Reason.UNAVAILABLE, "hybrid")
@@ -300,7 +302,7 @@ def test_deadline_passes_to_the_edge(bundle: Bundle, models: Models, cloud: Clou
     assert result.fallback_reason is Reason.DEADLINE_EXCEEDED
     assert result.actual_cloud_steps == 2
     assert np.abs(result.latents - one_process("ddim", 6, 2)).max() < EXACT
-    assert any(isinstance(e, TookOver) for e in events)
+    assert any(isinstance(e, Fallback) for e in events)
 
 
 def test_a_silent_stream_is_lost(bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud) -> None:
@@ -357,7 +359,7 @@ def test_long_ids_stay_apart_in_every_part(bundle: Bundle, models: Models, cloud
     segments = parse_segments("e:2@edge,tiny:1@cloud,e:1@edge,tiny:1@cloud,e:1@edge")
     for name in ("a", "b"):
         request = replace(REQUEST, mode="auto", cloud_steps=None, segments=segments, request_id="x" * 63 + name)
-        list(generate(request, bundle, models, cloud))
+        list(generate(resolve(request, bundle.manifest), bundle, models, cloud))
     ids = [request.request_id for request in fake.requests]
 
     assert len(set(ids)) == 4
@@ -383,13 +385,13 @@ def test_lost_usage_costs_nothing(bundle: Bundle, models: Models, cloud: Cloud, 
     result, events = run(REQUEST, bundle, models, cloud)
 
     assert (result.fallback_reason, result.actual_cloud_steps, result.usage) == (None, 3, None)
-    assert not [e for e in events if isinstance(e, TookOver | Retrying)]
+    assert not [e for e in events if isinstance(e, Fallback | Retrying)]
 
 
 def test_closing_the_generator_cancels(bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud) -> None:
     """Whoever closes the generator in the middle of the cloud's part stops the cloud's job."""
     fake.hang_after_call = 2
-    with contextlib.closing(generate(REQUEST, bundle, models, cloud)) as events:
+    with contextlib.closing(generate(resolve(REQUEST, bundle.manifest), bundle, models, cloud)) as events:
         for event in events:
             if isinstance(event, StepDone) and event.call == 2:
                 break
@@ -634,7 +636,7 @@ def test_retries_end_with_their_budget(
     bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cloud that stays full is not asked for ever."""
-    monkeypatch.setattr(cloud_leg, "RETRY_BUDGET_S", 0.5)
+    monkeypatch.setattr("edge_client.generation.cloud_steps.RETRY_BUDGET_S", 0.5)
     fake.busy_times = 10**6
     result, events = run(REQUEST, bundle, models, cloud)
 

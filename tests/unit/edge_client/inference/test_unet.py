@@ -10,6 +10,7 @@ import pytest
 from edge_client.bundles.bundle import Bundle, open_bundle
 from edge_client.generation.events import Finished
 from edge_client.generation.pipeline import generate
+from edge_client.generation.resolve import resolve
 from edge_client.generation.result import Result
 from edge_client.inference.models import Models
 from edge_client.request import Request
@@ -80,7 +81,7 @@ def test_fused_guidance_draws_the_same_picture(plain: Kind, fused: Kind, schedul
     def draw(kind: Kind, **changes: Any) -> Result:
         fields: dict[str, Any] = {"guidance_scale": 3.0, "num_inference_steps": 4, "negative_prompt": "blurry text"}
         asked = Request(prompt="a red fox", mode="edge", scheduler=scheduler, seed=3, **{**fields, **changes})
-        *_, last = generate(asked, *edges[kind])
+        *_, last = generate(resolve(asked, edges[kind][0].manifest), *edges[kind])
         assert isinstance(last, Finished)
         return last.result
 

@@ -22,7 +22,7 @@ class Simulation:
     def __init__(self, costs: Costs, *, slow_after: int = 10**6, slowdown: float = 1.0) -> None:
         self.costs, self.slow_after, self.slowdown = costs, slow_after, slowdown
 
-    def run(self, planned: int, advisor: Advisor | None = None, *, tick_s: float = 0.5) -> tuple[float, int]:
+    def run(self, planned: int, advisor: Advisor | None = None, *, poll_interval_s: float = 0.5) -> tuple[float, int]:
         """Returns how long a picture takes, and how many steps the cloud ran."""
         costs, now, done = self.costs, self.costs.text_s, 0
         travel_s = costs.state_bytes / costs.bytes_per_s
@@ -35,8 +35,8 @@ class Simulation:
                 factor = self.slowdown if step > self.slow_after else 1.0
                 computed += costs.cloud_step_s * factor
                 arrived = max(computed, arrived) + travel_s if step > 1 else computed + travel_s + costs.round_trip_s
-                while advisor is not None and arrived - now > tick_s:
-                    now += tick_s
+                while advisor is not None and arrived - now > poll_interval_s:
+                    now += poll_interval_s
                     if advisor.on_wait(0, now) is not None:
                         return now + (STEPS - done) * costs.edge_step_s + costs.decode_s, done
                 now, done = arrived, step

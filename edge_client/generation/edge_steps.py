@@ -1,0 +1,79 @@
+"""The edge's steps of an image, and its text."""
+
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from edge_client.generation.components import Components
+from edge_client.generation.events import StepDone
+from edge_client.generation.schedules import find_plan
+from edge_client.generation.trajectory import Trajectory
+from edge_client.inference.models import Models
+from edge_client.request import Stage
+from edge_client.types import Latents
+from hybridsd import noise, noise_levels
+from hybridsd.plan import PlanRow, denoise, initial_state
+
+
+def run_edge_stage(stage: Stage, trajectory: Trajectory, components: Components) -> Iterator[StepDone]:
+    """Runs the steps of a stage with an edge model."""
+    resolved, request, models = trajectory.resolved, trajectory.resolved.request, components.edge_models(stage)
+    if trajectory.plan is None:
+        trajectory.plan = find_plan(stage.schedule, trajectory, components)
+    plan = trajectory.plan
+    stop = len(plan.rows) if stage.steps is None else plan.first_call(trajectory.step + stage.steps)
+    if trajectory.call >= stop:
+        return
+    encode_text(trajectory, components.models, negative=stage.guidance_scale > 1 and models.takes_negative)
+    if not trajectory.state:
+        latents = trajectory.initial_noise() if request.initial_latents is None else request.initial_latents
+        trajectory.state = tuple(initial_state(plan, latents))
+    conditioning, image_index = trajectory.conditioning, trajectory.image_index
+    image_latents, mask = (
+        trajectory.image_latents,
+        None if request.image_input is None else request.image_input.mask_cells,
+    )
+    assert conditioning is not None
+
+    def predict(latents: Latents, timestep: float) -> Latents:
+        sample = latents.astype(np.float32)
+        output = models.predict_noise(sample, timestep, conditioning, guidance_scale=stage.guidance_scale)
+        predicts, wanted = models.manifest.prediction_type, trajectory.prediction_type
+        if predicts == wanted:
+            return output
+        level = noise_levels.noise_level(plan, trajectory.call, wanted)
+        return noise_levels.convert_output(output, sample, level, predicts, wanted)
+
+    def draw_noise(call: int) -> Latents:
+        return noise.call_noise(request.seed, image_index, call, resolved.latent_shape)
+
+    def inpaint(row: PlanRow, state: Sequence[Latents], output: Latents) -> Latents:
+        if image_latents is None or mask is None:
+            return output
+        return noise_levels.inpaint(row, state, output, image_latents, mask)
+
+    last = time.perf_counter()
+    for done in denoise(plan, trajectory.state, predict, draw_noise, start=trajectory.call, stop=stop, inpaint=inpaint):
+        elapsed_s = time.perf_counter() - last
+        state = tuple(array.astype(np.float32, copy=False) for array in done.state)
+        yield trajectory.record(plan, done.call, "edge", elapsed_s, state, done.x0_preview)
+        last = time.perf_counter()
+
+
+def encode_text(trajectory: Trajectory, models: Models, *, negative: bool) -> None:
+    """Encodes the text here, unless the trajectory has its embeddings.
+
+    Args:
+        trajectory: Gets them.
+        models: The edge's.
+        negative: Whether unconditional embeddings are needed.
+    """
+    held, request = trajectory.conditioning, trajectory.resolved.request
+    if held is not None and (not negative or held.negative_prompt_embeds is not None):
+        return
+    begin = time.perf_counter()
+    trajectory.conditioning, trajectory.num_dropped_tokens = models.encode_pair(
+        request.prompt, request.negative_prompt if negative else None, request.text_options
+    )
+    trajectory.text_s += time.perf_counter() - begin

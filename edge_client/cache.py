@@ -1,7 +1,7 @@
 """A small content-addressed store on disk: embeddings and plans that a cloud sent once need not be sent again.
 
-Knows nothing of what it stores: whoever reads an entry checks it against its digest. Safe between processes: every file
-is written whole and renamed. A broken or missing entry is as good as none.
+Whoever reads an entry checks it against its digest. Safe between processes: every file is written whole and renamed. A
+broken or missing entry is as good as none.
 """
 
 import hashlib

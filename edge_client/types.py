@@ -1,4 +1,4 @@
-"""The names of the array types that cross function boundaries. Knows nothing else."""
+"""The types that cross the rooms of `edge_client`."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -18,14 +18,14 @@ Place = Literal["cloud", "edge"]
 Mode = Literal["hybrid", "cloud", "edge", "auto"]
 
 SafetyAction = Literal["off", "report", "blank"]
-"""Of the edge's safety checker: not asked, its word reported, or a flagged picture made black as well."""
+"""Of the edge's safety checker: not asked, its verdict reported, or a flagged picture made black as well."""
 
 MODES: tuple[Mode, ...] = ("auto", "hybrid", "cloud", "edge")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conditioning:
-    """What the U-Net is told to draw, `[n * context_length, embed_dim]` each, n chunks of text."""
+    """Text embeddings that condition the U-Net, `[n * context_length, embed_dim]` each, n chunks of text."""
 
     prompt_embeds: Embeds
     negative_prompt_embeds: Embeds | None

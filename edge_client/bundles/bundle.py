@@ -1,7 +1,4 @@
-"""An edge bundle on this device: where it is, whether it is whole, which plans it has.
-
-Knows files and the manifest; nothing of ONNX or of what a plan does. The manifest itself is `hybridsd.manifest`.
-"""
+"""An edge bundle on this device: where it is, whether it is whole, which plans it has."""
 
 import contextlib
 import hashlib

@@ -76,7 +76,7 @@ def _fetch_file(source: Downloads, name: str, file: BundleFile, path: Path) -> I
                 yield FetchProgress(path=file.path, done_bytes=done, size_bytes=file.size_bytes)
     if done < file.size_bytes:
         raise Reason.UNAVAILABLE.error(
-            f"{file.path} ended after {done} of {file.size_bytes} bytes; fetch again to go on from there",
+            f"{file.path} ended after {done} of {file.size_bytes} bytes; fetch again to resume from there",
         )
     with path.open("rb") as stream:
         actual = hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,7 +1,4 @@
-"""`hybridsd bench`: draws pictures and says where their time goes.
-
-Knows click, the pipeline's events and how to name this machine; measures nothing that a picture's result does not say.
-"""
+"""`hybridsd bench`: draws pictures and prints where their time goes."""
 
 import json
 import statistics

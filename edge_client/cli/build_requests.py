@@ -1,7 +1,4 @@
-"""The options of `hybridsd generate` as requests, and a name for each picture.
-
-Knows click's options and the files that they name; nothing of how a picture is made or where it goes.
-"""
+"""The options of `hybridsd generate` as requests, and a name for each picture."""
 
 import secrets
 from dataclasses import replace

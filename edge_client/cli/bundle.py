@@ -1,4 +1,4 @@
-"""`hybridsd bundle`: looks at bundles, checks them and gets them. The work is done in `edge_client.bundles`."""
+"""`hybridsd bundle`: inspects bundles, verifies and fetches them."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def verify(bundle_name: str | None) -> None:
 def fetch(
     name: str | None, into: Path | None, server: str, token_file: Path | None, tls_ca: Path | None, insecure: bool
 ) -> None:
-    """Gets a bundle from the cloud; without NAME lists those there are. A broken download goes on where it stopped."""
+    """Gets a bundle from the cloud; without NAME lists those there are. A broken download is resumed."""
     with open_cloud(server, token_file=token_file, tls_ca=tls_ca, insecure=insecure) as cloud:
         offered = cloud.capabilities().bundles
         if name is None:

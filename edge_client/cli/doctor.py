@@ -1,7 +1,4 @@
-"""`hybridsd doctor`: checks everything that a picture needs, and says what to do where something is wrong.
-
-Knows click and what the other modules check; it adds no rule of its own.
-"""
+"""`hybridsd doctor`: checks everything that a picture needs, and says what to do where something is wrong."""
 
 import json
 import time
@@ -28,7 +25,7 @@ from hybridsd.plan import unet_input
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What one look found."""
+    """The outcome of one check."""
 
     name: str
     ok: bool
@@ -166,7 +163,7 @@ def _hints(models: Models) -> Iterator[Check]:
 
 
 def check_cache(folder: Path) -> Check:
-    """Looks whether embeddings and findings can be kept: without that pictures cost more bytes and time."""
+    """Checks whether embeddings and self-tests can be kept; without that pictures cost more bytes and time."""
     try:
         free = system_info.free_disk_bytes(folder)
     except OSError as error:

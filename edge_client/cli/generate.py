@@ -41,7 +41,7 @@ from hybridsd.errors import HybridSDError, Reason
 def generate(ctx: click.Context, /, **options: Any) -> None:
     """Draws pictures: the cloud begins each, this device finishes it.
 
-    When the cloud is lost, late or full, this device goes on by itself from the last state it has, and says so.
+    When the cloud is lost, late or full, this device resumes from the last state it has, and says so.
     """
     done: list[dict[str, Any]] = []
     try:

@@ -118,7 +118,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--mask-blur", type=float, default=0.0, show_default=True, help="Softens the mask, in pixels."),
     click.option(
         "--long-prompt", type=click.Choice(get_args(LongPrompt)), default="truncate", show_default=True,
-        help="What becomes of tokens beyond the context: dropped, and said so, or encoded in further chunks.",
+        help="Tokens beyond the context: truncate drops them, with a note; chunk encodes them in further chunks.",
     ),
     click.option("--prompt-weighting", is_flag=True, help='Read "(fox:1.3)", "(fox)" and "[fox]" as weights.'),
     click.option(
@@ -141,7 +141,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option("--private", is_flag=True, help="Encode the text here: the prompt never leaves this device."),
     click.option("--deadline", type=float, help="Seconds that the cloud may take; then the edge takes over."),
-    click.option("--no-fallback", is_flag=True, help="Fail, in mode auto too, rather than go on without the cloud."),
+    click.option("--no-fallback", is_flag=True, help="Fail, in mode auto too, rather than continue without the cloud."),
     model_options,
     click.option(
         "--preview-every", type=click.IntRange(0, 1000), default=0, help="Write a preview every N whole steps."

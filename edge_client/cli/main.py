@@ -1,7 +1,4 @@
-"""The command line `hybridsd`: puts the commands together and turns errors into exit codes.
-
-Knows the table of errors; nothing of what the commands do.
-"""
+"""The command line `hybridsd`: puts the commands together and turns errors into exit codes."""
 
 import importlib.metadata
 import os

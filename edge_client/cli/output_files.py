@@ -1,7 +1,4 @@
-"""Where pictures go. Chooses names, and never writes over a file that it was not told to.
-
-Knows paths; nothing of pictures.
-"""
+"""Where pictures go. Chooses names, and never writes over a file unless asked to."""
 
 import errno
 import os
@@ -71,7 +68,7 @@ def check(path: Path, *, overwrite: bool) -> None:
     """
     try:
         str(path).encode("utf-8")
-    except UnicodeEncodeError as error:  # it could not be told in JSON where the picture is
+    except UnicodeEncodeError as error:  # JSON could not hold the path
         raise Reason.FIELD_INVALID.error(
             f"the name {str(path)!a} is not UTF-8 text; choose another", field="output"
         ) from error

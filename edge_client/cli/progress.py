@@ -1,7 +1,4 @@
-"""Events for people and for machines: bars on a terminal, short lines elsewhere, JSON where it was asked for.
-
-Knows events; nothing of how they come about.
-"""
+"""Events for people and for machines: bars on a terminal, short lines elsewhere, JSON where it was asked for."""
 
 import json
 import time
@@ -161,7 +158,7 @@ def describe(event: Event) -> str | None:
         case Fallback(planned=planned, actual=actual, reason=reason, message=message):
             return f"edge takes over after {actual} of {planned} cloud steps ({reason.name}: {message})"
         case EarlyHandoff(planned=planned, actual=actual, reason=text):
-            return f"edge goes on at step {actual} instead of {planned}: {text}"
+            return f"edge resumes at step {actual} instead of {planned}: {text}"
         case Finished(result=result):
             return _summary(result)
     return None

@@ -1,7 +1,4 @@
-"""Lists of prompts from files: alternating lines, and CSV.
-
-Knows text; nothing of pictures or models. Both formats are those of the Hybrid-SD reference, read forgivingly.
-"""
+"""Lists of prompts from files: alternating lines, and CSV, as in the Hybrid-SD reference, read forgivingly."""
 
 import csv
 from collections.abc import Iterable, Iterator

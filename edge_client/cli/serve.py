@@ -1,4 +1,4 @@
-"""`hybridsd serve`: the gateway as a process. Knows click and uvicorn; what it serves is `edge_client.web`."""
+"""`hybridsd serve`: the gateway of `edge_client.web` as a process."""
 
 import logging
 import os

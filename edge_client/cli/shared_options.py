@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they make. Knows click, the bundle and the cloud's address."""
+"""Options that several commands share, and the bundle, models and cloud that they name."""
 
 import os
 from collections.abc import Callable, Sequence

@@ -67,7 +67,7 @@ class Cloud:
         idle_timeout_s: How long a stream may bring nothing.
 
     Attributes:
-        away: Why no job is to be tried any more, for whoever has found that nobody answers; None at first.
+        away: Why the cloud is not to be asked any more, set by a caller that got no answer; None at first.
 
     Raises:
         InvalidRequest: If the target is not host:port, the token cannot be sent or the certificate not be read.
@@ -306,7 +306,7 @@ class RemoteJob:
                     return
 
     def cancel(self, *, wait_s: float = 0.0) -> None:
-        """Asks the server to stop the job; what comes of it does not matter.
+        """Asks the server to stop the job; the outcome does not matter.
 
         Args:
             wait_s: How long to wait for the answer; a process that is about to end must wait for it to be sent.

@@ -25,16 +25,16 @@ def translate(error: Any) -> HybridSDError:
         status = rpc_status.from_call(error)
     except ValueError:  # details that contradict the status
         status = None
-    told = False
+    has_info = False
     for detail in () if status is None else status.details:
         info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
         if detail.Unpack(info) and info.domain == DOMAIN and info.reason in Reason.__members__:
-            reason, told = Reason[info.reason], True
+            reason, has_info = Reason[info.reason], True
         elif detail.Unpack(bad) and bad.field_violations:
             field = printable(bad.field_violations[0].field)
         elif detail.Unpack(retry):
             delay_s = seconds(retry.retry_delay)
-    if delay_s is None and (reason is Reason.QUEUE_FULL or (told and reason is Reason.UNAVAILABLE)):
+    if delay_s is None and (reason is Reason.QUEUE_FULL or (has_info and reason is Reason.UNAVAILABLE)):
         delay_s = DEFAULT_RETRY_DELAY_S
     if isinstance(kind := reason.error(text), AccessDenied):
         text = f"{kind.message}; give the right --token-file"

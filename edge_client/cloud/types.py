@@ -136,12 +136,12 @@ class Queued:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Waiting:
-    """Nothing has come from the cloud for a moment: a good one to cancel."""
+    """Nothing has come from the cloud for a poll interval; callers may cancel here."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CloudStarted:
-    """The cloud has begun; carries what the edge needs to go on by itself."""
+    """The cloud has begun; carries what the edge needs to resume by itself."""
 
     request_id: str
     model: str
@@ -151,7 +151,7 @@ class CloudStarted:
     guidance_scale: float
     num_dropped_tokens: int
     prediction_type: str = ""
-    """Of the plan's e; empty from a server that does not say."""
+    """Of the plan's model outputs; empty from a server that does not send it."""
 
 
 CloudEvent = Queued | CloudStarted | CloudState | Usage | Waiting

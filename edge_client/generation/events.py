@@ -1,7 +1,4 @@
-"""What `generate` tells its caller: one frozen dataclass for each thing that can happen, and the result.
-
-Knows nothing of models, the network or how a command line or a browser shows these.
-"""
+"""The events that `generate` yields: one frozen dataclass for each thing that can happen."""
 
 from dataclasses import dataclass
 
@@ -16,7 +13,7 @@ class Planned:
     """The request is complete: every default is filled in. The first event."""
 
     mode: Mode
-    """As asked for; "auto" is "hybrid" here, and the result says what became of it."""
+    """As asked for; "auto" is "hybrid" here; the result has the outcome."""
     num_inference_steps: int
     cloud_steps: int
     """Steps `[first_step, cloud_steps)` are the cloud's, the others the edge's."""
@@ -57,7 +54,7 @@ class StepDone:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fallback:
-    """The cloud is lost, late or full: the edge goes on by itself from the last state it holds."""
+    """The cloud is lost, late or full: the edge resumes from the last state it holds."""
 
     planned: int
     """Steps that the cloud was to run."""

@@ -26,7 +26,7 @@ def count_cloud_steps(steps: Iterable[StepRecord], first_step: int) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SafetyReport:
-    """What the safety checker was told to do, and said."""
+    """What the safety checker was asked to do, and found."""
 
     action: SafetyAction = "off"
     flagged: bool | None = None
@@ -77,7 +77,7 @@ class Result:
     received_bytes: int
     """Bytes of all messages of the stream."""
     usage: Usage | None
-    """None when the cloud did not get as far as to say."""
+    """None when the cloud ended before it sent it."""
     decode_s: float
     elapsed_s: float
     text_s: float = 0.0

@@ -1,8 +1,7 @@
 """Latents and stopped trajectories as `.npz` files.
 
-Knows numpy's file format; nothing of models. Two kinds: a *state* (plan, call, arrays, conditioning: can be continued,
-or only decoded when all calls are done), and bare *latents* (one array named `latents`, unit normal noise to start
-from, with or without a batch axis of 1).
+Two kinds: a *state* (plan, call, arrays, conditioning: can be resumed, or only decoded when all calls are done), and
+bare *latents* (one array named `latents`, unit normal noise to start from, with or without a batch axis of 1).
 """
 
 import io

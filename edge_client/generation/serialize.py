@@ -1,4 +1,4 @@
-"""Events and results as plain values: the one way in which `--json`, PNG files and the web APIs tell of an image."""
+"""Events and results as plain values: for `--json`, PNG files and the web APIs alike."""
 
 import json
 from dataclasses import asdict

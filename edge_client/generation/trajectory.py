@@ -106,7 +106,7 @@ class Trajectory:
         )  # fmt: skip
 
     def cloud_started(self, started: CloudStarted) -> None:
-        """Notes what the cloud says of its segment.
+        """Takes over the plan, the model and the text of a cloud segment.
 
         Raises:
             ModelMismatch: MODEL_UNKNOWN if its model predicts something else than the plan that it was sent is for.

@@ -34,7 +34,7 @@ def encode_file(path: Path, image_u8: ImageU8, text: Mapping[str, str] = Mapping
 
 
 def read_png(path: Path) -> tuple[ImageU8, dict[str, Any] | None, str | None]:
-    """Returns the picture, what its `hybridsd` chunk says, and its `parameters`; None for what it does not have.
+    """Returns the picture, the content of its `hybridsd` chunk, and its `parameters`; None for what it does not have.
 
     Raises:
         InvalidRequest: FIELD_INVALID if it is no picture.

@@ -1,4 +1,4 @@
-"""Pictures that the user gives: to begin with, and masks of what is to be drawn anew. Knows Pillow and numpy."""
+"""Pictures that the user gives: to begin with, and masks of what is to be drawn anew."""
 
 import io
 import warnings

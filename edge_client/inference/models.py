@@ -1,7 +1,6 @@
 """The models of a bundle as functions from arrays to arrays, each loaded when it is first used.
 
-Knows which file plays which role and which provider may run it. Knows nothing of plans, steps, pictures on disk or the
-network. Names and shapes: `hybridsd.manifest.Manifest`.
+Names and shapes: `hybridsd.manifest.Manifest`.
 """
 
 import json
@@ -83,12 +82,12 @@ class Models:
     def encode_pair(
         self, prompt: str, negative_prompt: str | None, options: TextOptions = DEFAULT_TEXT
     ) -> tuple[Conditioning, int]:
-        """Returns what the U-Net is told to draw, both texts in one number of chunks, and how many tokens did not fit.
+        """Returns the conditioning of a prompt, both texts in one number of chunks, and how many tokens did not fit.
 
         Args:
             prompt: What to draw.
             negative_prompt: What not; None without guidance.
-            options: What becomes of long texts and of weights.
+            options: How long texts and weights are handled.
 
         Raises:
             InvalidRequest: FIELD_INVALID for weights out of range.
@@ -132,7 +131,7 @@ class Models:
         return "safety_checker" in self.manifest.files
 
     def check_safety(self, image_u8: ImageU8) -> SafetyVerdict:
-        """Returns what the safety checker says of a picture, `[H, W, 3]`.
+        """Returns the safety checker's verdict on a picture, `[H, W, 3]`.
 
         Raises:
             ModelMismatch: MODEL_UNKNOWN when the bundle has none.

@@ -1,8 +1,4 @@
-"""One ONNX file in a role: its inputs are checked by name when it is opened, its arrays converted when it runs.
-
-Knows the roles' inputs (`hybridsd.manifest.Manifest` describes them) and the seam of `runtimes`; nothing of bundles,
-guidance or text.
-"""
+"""One ONNX file in a role: its inputs are checked by name when it is opened, its arrays converted when it runs."""
 
 from collections.abc import Mapping
 from typing import Any

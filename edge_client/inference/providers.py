@@ -1,7 +1,5 @@
 """Which library and which device run the models here, and why: a name such as `openvino:gpu` becomes a choice.
 
-Knows what is installed and what it can do; nothing of files, sessions or models.
-
     NAME[:DEVICE][:PRECISION]     cpu, cuda, cuda:fp32, coreml, directml, qnn, tensorrt, openvino, openvino:gpu:fp32
 
 Every name but `openvino` is an execution provider of ONNX Runtime, and may be written as ONNX Runtime does.
@@ -94,7 +92,7 @@ def reference(reason: str) -> Choice:
 
 
 def exact(choice: Choice) -> Choice:
-    """Returns the choice in float32 where it can be told to compute in it, else the choice as it is."""
+    """Returns the choice in float32 where it can compute in it, else the choice as it is."""
     can = choice.device in ("CPU", "GPU", "CUDAExecutionProvider")
     return replace(choice, precision="fp32") if can else choice
 

@@ -1,7 +1,4 @@
-"""Pictures for the safety checker, and what it says of them.
-
-Knows CLIP's preprocessing; nothing of the model. A bundle has a safety checker only if one was exported with it.
-"""
+"""CLIP's preprocessing for the safety checker, and its verdict. A bundle has one only if it was exported with it."""
 
 from dataclasses import dataclass
 
@@ -18,7 +15,7 @@ _STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 
 @dataclass(frozen=True, slots=True)
 class SafetyVerdict:
-    """What the checker says of a picture."""
+    """The verdict on a picture."""
 
     flagged: bool
     score: float

@@ -1,7 +1,4 @@
-"""Does a provider compute what the CPU computes? Two models on a small fixed input, and a tolerance.
-
-Knows arrays, tolerances and where a finding is remembered; nothing of the libraries that run models, or of pictures.
-"""
+"""Does a provider compute what the CPU computes? Two models on a small fixed input, and a tolerance."""
 
 import hashlib
 import json

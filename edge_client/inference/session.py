@@ -1,7 +1,4 @@
-"""One seam over the libraries that run ONNX files: a session takes named arrays and gives arrays.
-
-Knows ONNX Runtime and OpenVINO; nothing of what the files compute, of pictures or of bundles.
-"""
+"""One interface over the libraries that run ONNX files: a session takes named arrays and returns arrays."""
 
 import threading
 from collections.abc import Mapping

@@ -1,7 +1,4 @@
-"""A bundle's tokenizers and text encoders as one function from texts to embeddings.
-
-Knows that SDXL has two encoders; nothing of U-Nets, or of how chunks and weights work (`hybridsd.prompting`).
-"""
+"""A bundle's tokenizers and text encoders (SDXL has two) as one function from texts to embeddings."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -41,7 +38,7 @@ class TextEncoders:
 
         Args:
             texts: One or more.
-            options: What becomes of long texts and of weights.
+            options: How long texts and weights are handled.
             num_chunks: Of the result; None takes what the longest text needs.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Text to token ids. Knows the `tokenizers` library; nothing of models, lengths or weights (`hybridsd.prompting`)."""
+"""Text to token ids, with the `tokenizers` library."""
 
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The U-Nets that a bundle may have, and how each is guided.
 
-Knows the inputs that tell the kinds apart; nothing of plans, text or the libraries that run models.
-
     "cfg"        encoder_hidden_states; two rows, unconditional first, and e_uncond + g (e_cond - e_uncond) outside
     "fused"      prompt_embeds, negative_prompt_embeds, guidance_scale; the same inside the file, in one row
     "embedded"   encoder_hidden_states, guidance_scale; made by LCM: one row, no negative prompt

@@ -78,7 +78,7 @@ class Notes:
 
 
 def measure(resolved: Resolved, bundle: Bundle, models: Models, cloud: Cloud) -> tuple[Costs, Notes]:
-    """Returns the times of a step on this device, and of what the cloud says of itself."""
+    """Returns the times of a step on this device, and what the cloud reports of itself."""
     request = resolved.request
     plan = bundle.find_plan(resolved.scheduler, resolved.num_inference_steps)
     calls_a_step = 1.0 if plan is None else len(plan.rows) / plan.num_inference_steps  # 2 for Heun

@@ -1,4 +1,4 @@
-"""Noise levels of a plan: where an image, or another plan's latents, can come in; and steering towards known latents.
+"""Noise levels of a plan: where an image, or the latents of another plan, can enter it; and inpainting.
 
 Works on numpy arrays and torch tensors alike. Knows plans; nothing of models or the network.
 
@@ -16,7 +16,7 @@ from hybridsd.plan import A, Plan, PlanRow, combine
 SLACK = 1e-4
 """Two noise levels, sigma / alpha, that differ by less than this part are one."""
 TOP_SLACK = 0.2
-"""By so much may latents be noisier than the first step of a plan that goes on with them."""
+"""By so much may latents be noisier than the first step of a plan that continues from them."""
 
 
 def noise_level(plan: Plan, call: int, prediction_type: str) -> tuple[float, float]:
@@ -34,7 +34,8 @@ def noise_level(plan: Plan, call: int, prediction_type: str) -> tuple[float, flo
     if prediction_type == "v_prediction" and 0.0 <= weight <= 1.0:
         return math.sqrt(1.0 - weight * weight), weight
     raise Reason.SPLIT_INVALID.error(
-        f"the noise levels of a model that predicts {prediction_type!r} are not known; go on with the same step grid",
+        f"the noise levels of a model that predicts {prediction_type!r} are not known; continue on the same "
+        "timestep schedule",
         field="segments",
     )
 
@@ -62,7 +63,7 @@ def vp_latents(plan: Plan, call: int, state: Sequence[A]) -> A:
     return result
 
 
-def entry_step(grid: Plan, level: tuple[float, float], prediction_type: str) -> int:
+def entry_step(plan: Plan, level: tuple[float, float], prediction_type: str) -> int:
     """Returns the last step of a whole plan that is at least as noisy as latents of `level`; 0 to the number of steps.
 
     The latents reach that step's level with a little more noise (`raise_level`), which is exact; there is no such way
@@ -73,17 +74,17 @@ def entry_step(grid: Plan, level: tuple[float, float], prediction_type: str) -> 
     """
     ratio = _ratio(level)
     if ratio == 0.0:
-        return grid.num_inference_steps
-    steps = range(grid.num_inference_steps)
-    ratios = [_ratio(noise_level(grid, grid.first_call(step), prediction_type)) for step in steps]
+        return plan.num_inference_steps
+    steps = range(plan.num_inference_steps)
+    ratios = [_ratio(noise_level(plan, plan.first_call(step), prediction_type)) for step in steps]
     noisy_enough = [step for step in steps if ratios[step] >= ratio * (1.0 - SLACK)]
     if noisy_enough:
         return noisy_enough[-1]
     if ratios[0] * (1.0 + TOP_SLACK) >= ratio:
         return 0
     raise Reason.SPLIT_INVALID.error(
-        f"the latents are noisier (sigma/alpha {ratio:.3g}) than the first step of {grid.scheduler} in "
-        f"{grid.num_inference_steps} steps ({ratios[0]:.3g}); let the model before it run more steps",
+        f"the latents are noisier (sigma/alpha {ratio:.3g}) than the first step of {plan.scheduler} in "
+        f"{plan.num_inference_steps} steps ({ratios[0]:.3g}); let the model before it run more steps",
         field="segments",
     )
 
@@ -123,27 +124,27 @@ def convert_output(output: A, latents: A, level: tuple[float, float], made: str,
     elif (made, wanted) == ("epsilon", "v_prediction"):
         result = (1.0 / alpha) * output - (sigma / alpha) * latents
     else:
-        raise Reason.SPLIT_INVALID.error(f"a model that predicts {made!r} cannot go on with a plan for {wanted!r}",
+        raise Reason.SPLIT_INVALID.error(f"a model that predicts {made!r} cannot continue a plan for {wanted!r}",
             field="segments",
         )  # fmt: skip
     converted: A = result
     return converted
 
 
-def inpaint(row: PlanRow, state: Sequence[A], output: A, known: A, mask: A) -> A:
-    """Returns the model output with which the preview of the final latents is `known` where the mask is 0.
+def inpaint(row: PlanRow, state: Sequence[A], output: A, keep: A, mask: A) -> A:
+    """Returns the model output with which the preview of the final latents is `keep` where the mask is 0.
 
-    The solver then runs to `known` there, whichever solver it is, and ends in it exactly.
+    The solver then runs to `keep` there, whichever solver it is, and ends in it exactly.
 
     Args:
         row: The call's row of the plan.
         state: The state before the call.
         output: The model output after guidance, `[C, h, w]`.
-        known: Clean latents to keep, `[C, h, w]`.
+        keep: Clean latents to keep, `[C, h, w]`.
         mask: `[1, h, w]` in [0, 1]; 1 draws freely, 0 keeps.
     """
     from_state: Any = combine(row.x0_state, state)
-    forced: Any = (known - from_state) / row.x0_output
+    forced: Any = (keep - from_state) / row.x0_output
     inpainted: A = mask * output + (1.0 - mask) * forced
     return inpainted
 

@@ -34,6 +34,7 @@ from tests.support.tiny_bundle import write_bundle
 WAIT_S = 30.0
 """Limit of every wait; no test waits for it to pass."""
 ENDS = ("completed", "failed", "cancelled")
+TOKENS = ("one-token", "two-token")
 
 
 class Gate:

@@ -22,6 +22,7 @@ from edge_client.web.schemas.native import Image, Job
 from hybridsd.errors import Reason
 from tests.integration.web.conftest import (
     ENDS,
+    TOKENS,
     WAIT_S,
     Event,
     Gate,
@@ -35,8 +36,6 @@ from tests.integration.web.conftest import (
     watching,
 )
 from tests.support.fake_cloud import FakeCloud
-
-TOKENS = ("one-token", "two-token")
 
 
 def bearer(token: str) -> dict[str, str]:

@@ -21,6 +21,7 @@ from edge_client.cloud.client import Cloud
 from edge_client.inference.models import Models
 from hybridsd import schedulers
 from tests.integration.web.conftest import (
+    TOKENS,
     WAIT_S,
     Gate,
     GatewayServer,
@@ -34,7 +35,6 @@ from tests.integration.web.conftest import (
 from tests.support.fake_cloud import FakeCloud
 
 WANTED = {"prompt": "a red fox", "seed": 5, "steps": 6, "cfg_scale": 3.0, "width": 32, "height": 32}
-TOKENS = ("one-token", "two-token")
 
 
 def webui(server: GatewayServer, token: str | None = None) -> WebUIApi:

@@ -22,7 +22,7 @@ from edge_client.web.jobs.view import preview_base64
 from edge_client.web.schemas.native import Format, Hybrid, JobCreate
 from edge_client.web.schemas.openai import Generation, ModelList, Pictures
 from edge_client.web.wait_for_job import finish_job, require_completed
-from hybridsd.errors import HybridSDError, Reason, WrongState
+from hybridsd.errors import HybridSDError, Reason
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
@@ -160,7 +160,7 @@ async def _stream(
                 )
                 yield JSONServerSentEvent({"type": "error", "error": openai_error(problem)}, event="error")
     finally:
-        with contextlib.suppress(WrongState, HybridSDError):
+        with contextlib.suppress(HybridSDError):
             gateway.queue.cancel(job)
 
 

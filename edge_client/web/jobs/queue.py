@@ -24,7 +24,7 @@ from hybridsd.errors import HybridSDError, Reason
 log = structlog.get_logger()
 
 MAX_ATTEMPTS = 3
-"""Starts of a job. One that never ended after so many fails: it may be what ends the gateway."""
+"""A job that was started this often and never ended fails: it may be what crashes the gateway."""
 KEPT_LOGS = 256
 """Finished jobs whose events can be replayed. Older jobs have only their last event."""
 ATTEMPT_EVENTS = 1_000_000
@@ -289,7 +289,7 @@ class JobQueue:
             self._job_s += 0.3 * (loop.time() - began - self._job_s)
 
     def _run_worker(self, job: StoredJob, live: _Live, loop: asyncio.AbstractEventLoop) -> None:
-        """Runs in a thread of the pool. Waits until the event loop has handled each event: its picture is stored then."""
+        """Runs in a thread of the pool. Each event waits until the event loop has stored it."""
         done = {int(record["index"]) for record in job.images}
         upload = self._store.upload(job)
         events = self._worker.run(live.create, upload, is_cancelled=live.cancelled.is_set, done=done)

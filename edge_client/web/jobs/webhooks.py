@@ -59,7 +59,7 @@ class Webhooks:
             )
 
     async def send(self, job: StoredJob) -> None:
-        """Calls the webhook of a finished job, if it has one. Attempts that a stop interrupts are repeated at the start."""
+        """Calls the webhook of a finished job, if it has one. The next start repeats interrupted attempts."""
         url, delay_s = job.request.get("webhook"), self._first_delay_s
         if not url:
             return

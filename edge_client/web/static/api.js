@@ -41,7 +41,7 @@ class Semaphore {
 
 const streams = new Semaphore(MAX_STREAMS);
 
-/** @param {boolean} [isPoll] whether nobody waits for it: then a missing token is not asked for */
+/** @param {boolean} [isPoll] whether it runs in the background: then the user is not asked for a missing token */
 export const getCapabilities = (isPoll = false) => getJson("/v1/capabilities", { asksToken: !isPoll });
 export const getJob = (id) => getJson(`/v1/jobs/${id}`);
 export const cancelJob = (id) => getJson(`/v1/jobs/${id}/cancel`, { method: "POST" });

@@ -51,7 +51,7 @@ document.addEventListener("keydown", (event) => {
 
 await cloudWatch.start();
 
-/** @returns {Promise<boolean>} whether the gateway has said what it can do; asks again where it has not */
+/** @returns {Promise<boolean>} whether the gateway has answered; asks again if not */
 async function isReady() {
   if (defaults === null) await cloudWatch.start();
   return defaults !== null;

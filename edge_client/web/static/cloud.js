@@ -52,7 +52,7 @@ export class CloudWatch {
     const { cloud, edge } = this.#capabilities;
     const isAway = cloud.configured && (!cloud.reachable || this.#lastLoss !== null);
     const reason = this.#lastLoss ?? cloud.message;
-    showBanner(isAway ? `The cloud is away; this device goes on alone${reason ? ` (${reason})` : ""}.` : "");
+    showBanner(isAway ? `The cloud is away; this device continues alone${reason ? ` (${reason})` : ""}.` : "");
     showPlaces(cloud, edge, isAway);
   }
 }

@@ -80,7 +80,7 @@ const HANDLERS = {
   },
   took_over(run, data) {
     pictureAt(run, data.image_index).cloudSteps = data.actual;
-    run.phase = "The cloud is away; this device goes on alone";
+    run.phase = "The cloud is away; this device continues alone";
   },
   handed_over(run, data) {
     if (data.actual !== undefined) pictureAt(run, data.image_index).cloudSteps = data.actual;

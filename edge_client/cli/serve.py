@@ -22,8 +22,9 @@ from edge_client.cli.shared_options import (
 )
 from edge_client.cloud.client import is_loopback
 from edge_client.inference.models import Models
-from edge_client.web.app import Settings, create_app
+from edge_client.web.app import create_app
 from edge_client.web.auth import read_tokens
+from edge_client.web.settings import Settings
 from hybridsd.errors import Reason
 
 log = structlog.get_logger()

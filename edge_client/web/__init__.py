@@ -1,1 +1,1 @@
-"""The gateway: this device's pipeline for web clients, by three faces of one job queue. No torch."""
+"""The gateway: three HTTP APIs and a page over one job queue."""

@@ -1,32 +1,32 @@
-"""A caller who waits for a job and goes away: nobody wants the job any more."""
+"""Waits for a job on behalf of a client, and cancels it when the client disconnects."""
 
 import asyncio
 import contextlib
 
 from fastapi import Request
 
-from edge_client.web.gateway import Gateway
+from edge_client.web.dependencies import Gateway
 from edge_client.web.jobs.store import StoredJob
 from hybridsd.errors import Reason, WrongState
 
-LOOK_S = 0.25
-"""How often it is looked whether the caller is still there."""
+POLL_INTERVAL_S = 0.25
+"""Seconds between checks whether the client is still connected."""
 
 
-async def finished_or_gone(request: Request, gateway: Gateway, job: StoredJob) -> StoredJob:
-    """Waits for the end of a job that a caller waits for; cancels it when the caller goes away.
+async def finish_job(request: Request, gateway: Gateway, job: StoredJob) -> StoredJob:
+    """Waits until a job has ended; cancels it when the client disconnects.
 
     Raises:
-        Cancelled: CANCELLED when the caller is gone.
+        Cancelled: CANCELLED when the client has disconnected.
     """
     waiting = asyncio.ensure_future(gateway.queue.finished(job))
     try:
         while True:
-            done, _ = await asyncio.wait((waiting,), timeout=LOOK_S)
+            done, _ = await asyncio.wait((waiting,), timeout=POLL_INTERVAL_S)
             if done:
                 return waiting.result()
             if await request.is_disconnected():
-                raise Reason.CANCELLED.error(f"the caller of job {job.id} is gone, so it was cancelled")
+                raise Reason.CANCELLED.error(f"the client of job {job.id} disconnected, so the job was cancelled")
     finally:
         if not waiting.done():
             waiting.cancel()
@@ -34,11 +34,11 @@ async def finished_or_gone(request: Request, gateway: Gateway, job: StoredJob) -
                 gateway.queue.cancel(job)
 
 
-def succeeded(job: StoredJob) -> StoredJob:
-    """Returns a job that was completed.
+def require_completed(job: StoredJob) -> StoredJob:
+    """Returns the job if it is completed.
 
     Raises:
-        HybridSDError: What it failed with; Cancelled where somebody cancelled it.
+        HybridSDError: Its error; CANCELLED if it was cancelled.
     """
     if job.error is not None:
         reason = Reason[str(job.error["reason"])]
@@ -46,5 +46,5 @@ def succeeded(job: StoredJob) -> StoredJob:
     if job.state == "cancelled":
         raise Reason.CANCELLED.error(f"job {job.id} was cancelled")
     if job.state != "completed":
-        raise Reason.INTERNAL.error(f"job {job.id} could not be kept; the gateway's log says why")
+        raise Reason.INTERNAL.error(f"job {job.id} could not be stored; see the gateway's log")
     return job

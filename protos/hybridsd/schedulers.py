@@ -21,6 +21,11 @@ class SchedulerSpec:
     aliases: tuple[str, ...] = ()
     """Names that other tools use for the same thing (AUTOMATIC1111, diffusers)."""
 
+    @property
+    def label(self) -> str:
+        """The name as AUTOMATIC1111 shows it."""
+        return self.aliases[0] if self.aliases else self.name
+
 
 _VP = {"clip_sample": False, "thresholding": False}  # the library's defaults for some classes are not affine
 _DPM = {"solver_order": 2, "algorithm_type": "dpmsolver++", "use_karras_sigmas": False, "thresholding": False}

@@ -1,7 +1,4 @@
-"""The one queue of jobs behind every face: who waits, who runs, what happened, and who is told.
-
-Knows the store and a painter; nothing of HTTP. All state changes happen on the event loop; painters run in threads.
-"""
+"""The job queue that all APIs share. All state changes happen on the event loop; workers run in threads."""
 
 import asyncio
 import bisect
@@ -19,37 +16,38 @@ import structlog
 
 from edge_client.web.errors import problem_of
 from edge_client.web.jobs.store import Store, StoredJob
-from edge_client.web.jobs.worker import Told, Upload
+from edge_client.web.jobs.uploads import Upload
+from edge_client.web.jobs.worker import WorkerEvent
 from edge_client.web.schemas.native import JobCreate, State
 from hybridsd.errors import HybridSDError, Reason
 
 log = structlog.get_logger()
 
 MAX_ATTEMPTS = 3
-"""How often a job is begun before it is taken for what ends the gateway."""
+"""A job that was started this often and never ended fails: it may be what crashes the gateway."""
 KEPT_LOGS = 256
-"""Finished jobs whose events can still be replayed; of older ones only the end is told."""
+"""Finished jobs whose events can be replayed. Older jobs have only their last event."""
 ATTEMPT_EVENTS = 1_000_000
-"""Events of the attempt a have numbers from a times this on, so that they grow across restarts."""
+"""Event numbers of attempt `a` start at `a` times this, so that they grow across restarts."""
 DEFAULT_JOB_S = 5.0
-"""Assumed duration of a job, for Retry-After, before one has run."""
+"""Estimated duration of a job, for Retry-After, until one has run."""
 
 
-class Painting(Protocol):
-    """Who makes the pictures; `edge_client.web.jobs.worker.Painter` does."""
+class Worker(Protocol):
+    """Runs jobs; see `edge_client.web.jobs.worker.JobWorker`."""
 
     def fill_in(self, create: JobCreate, upload: Upload) -> JobCreate:
-        """Returns the job with everything random fixed; raises what is wrong with it."""
+        """Checks a job and returns it with its seed."""
 
-    def paint(
+    def run(
         self, create: JobCreate, upload: Upload, *, is_cancelled: Callable[[], bool], done: Container[int] = ()
-    ) -> Generator[Told]:
-        """Yields what happens; ends early when cancelled."""
+    ) -> Generator[WorkerEvent]:
+        """Runs a job and yields its events; ends early when cancelled."""
 
 
 @dataclass(frozen=True, slots=True)
 class JobEvent:
-    """An event with its number: what Last-Event-ID is about."""
+    """An event with its number, the SSE id."""
 
     number: int
     name: str
@@ -58,7 +56,7 @@ class JobEvent:
 
 @dataclass(slots=True, eq=False)
 class _Live:
-    """A job that waits or runs, or has lately; and what happened in it."""
+    """A job that waits, runs or has ended recently, with its events."""
 
     create: JobCreate
     events: list[JobEvent] = field(default_factory=list)
@@ -67,8 +65,8 @@ class _Live:
     is_finished: bool = False
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def tell(self, name: str, data: dict[str, Any]) -> None:
-        """Appends an event and wakes whoever waits; of previews of one picture only the last is kept."""
+    def emit(self, name: str, data: dict[str, Any]) -> None:
+        """Appends an event and wakes all readers. Only the last preview of each picture is kept."""
         if name == "preview":
             index = data["image_index"]
             self.events = [e for e in self.events if e.name != "preview" or e.data["image_index"] != index]
@@ -77,37 +75,37 @@ class _Live:
         self.wake()
 
     def wake(self) -> None:
-        """Wakes whoever waits for a change."""
+        """Wakes all readers."""
         changed, self.changed = self.changed, asyncio.Event()
         changed.set()
 
 
 class JobQueue:
-    """Runs jobs in the order they came, a few at once.
+    """Runs jobs in order of arrival, several at once.
 
     Args:
-        store: Where jobs are kept.
-        painter: Who makes the pictures.
-        workers: Jobs that run at once: while one waits for the cloud, another computes here.
-        max_waiting: Jobs that may wait.
-        view: Turns a stored job into what clients see, with its position.
-        on_end: Called with each job that ended, for webhooks.
+        store: Keeps the jobs.
+        worker: Runs a job.
+        num_workers: Jobs that run at once. While one waits for the cloud, another computes here.
+        max_waiting: Limit of waiting jobs.
+        view: Turns a stored job and its queue position into the JSON that clients get.
+        on_end: Called with each finished job that has a webhook.
     """
 
     def __init__(
         self,
         store: Store,
-        painter: Painting,
+        worker: Worker,
         *,
-        workers: int,
+        num_workers: int,
         max_waiting: int,
         view: Callable[[StoredJob, int | None], dict[str, Any]],
         on_end: Callable[[StoredJob], Awaitable[None]],
     ) -> None:
         self.max_waiting = max_waiting
-        self._store, self._painter, self._view, self._on_end = store, painter, view, on_end
-        self._num_workers = workers
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="painter")
+        self._store, self._worker, self._view, self._on_end = store, worker, view, on_end
+        self._num_workers = num_workers
+        self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="worker")
         self._checks = ThreadPoolExecutor(2, thread_name_prefix="check")
         self._waiting: deque[str] = deque()
         self._num_admitted = 0
@@ -120,20 +118,20 @@ class JobQueue:
 
     @property
     def load(self) -> dict[str, int]:
-        """How many jobs run and wait."""
+        """The numbers of running and waiting jobs."""
         return {"num_running": len(self._running), "num_waiting": len(self._waiting)}
 
     def start(self) -> None:
-        """Begins to work, with what was left unfinished."""
+        """Starts the workers, first with the unfinished jobs of the last run."""
         for job in self._store.unfinished():
             self._admit(job, JobCreate.model_validate(_body(job.request)))
-        for job in self._store.untold():
+        for job in self._store.pending_webhooks():
             self._spawn(self._on_end(job))
         for _ in range(self._num_workers):
             self._spawn(self._work())
 
     async def stop(self) -> None:
-        """Stops; what runs is left to be begun again by the next start."""
+        """Stops the workers. The next start runs the unfinished jobs again."""
         self._stopping = True
         for live in self._live.values():
             live.cancelled.set()
@@ -144,11 +142,11 @@ class JobQueue:
         await asyncio.to_thread(self._pool.shutdown, wait=True)
         self._checks.shutdown(wait=False)
 
-    async def submit(self, create: JobCreate, upload: Upload, *, owner: str, face: str) -> StoredJob:
-        """Takes a job in; asked for twice with one id, it is one job.
+    async def submit(self, create: JobCreate, upload: Upload, *, owner: str, api: str) -> StoredJob:
+        """Adds a job. The same request with the same id is added once.
 
         Raises:
-            HybridSDError: What is wrong with it; TOO_MANY_JOBS with a delay when the queue is full.
+            HybridSDError: The request is invalid; TOO_MANY_JOBS with a delay when the queue is full.
         """
         digest = _digest(create, upload)
         if create.id is not None and (same := self._same(create.id, owner, digest)) is not None:
@@ -156,52 +154,50 @@ class JobQueue:
         if len(self._waiting) + self._num_admitted >= self.max_waiting:
             delay_s = round(max(1.0, self._job_s * len(self._waiting) / self._num_workers), 1)
             raise Reason.TOO_MANY_JOBS.error(
-                f"{len(self._waiting)} jobs wait, which is the limit; come again in {delay_s:g} s",
+                f"{len(self._waiting)} jobs wait, which is the limit; retry in {delay_s:g} s",
                 retry_delay_s=delay_s,
             )
-        self._num_admitted += 1  # while it is checked elsewhere, it has its place
+        self._num_admitted += 1  # reserves its place during the check
         try:
             loop = asyncio.get_running_loop()
-            filled = await loop.run_in_executor(self._checks, self._painter.fill_in, create, upload)
+            filled = await loop.run_in_executor(self._checks, self._worker.fill_in, create, upload)
             request = filled.model_dump(mode="json", exclude={"id"})
             request |= {"image": upload.image is not None, "mask": upload.mask is not None}
             if create.id is not None and (same := self._same(create.id, owner, digest)) is not None:
-                return same  # it was asked for once more while it was checked
-            job = self._store.add(create.id or uuid.uuid4().hex, owner, face, request, digest, upload)
+                return same  # the same request arrived again during the check
+            job = self._store.add(create.id or uuid.uuid4().hex, owner, api, request, digest, upload)
         finally:
             self._num_admitted -= 1
         self._admit(job, filled)
         return job
 
     def cancel(self, job: StoredJob) -> StoredJob:
-        """Cancels a job that waits or runs.
+        """Cancels a waiting or running job.
 
         Raises:
             WrongState: JOB_FINISHED.
         """
         live = self._live.get(job.id)
         if live is None or live.is_finished:
-            raise Reason.JOB_FINISHED.error(
-                f"job {job.id} is {job.state} and cannot be cancelled; delete it, or leave it"
-            )
+            raise Reason.JOB_FINISHED.error(f"job {job.id} is {job.state} and cannot be cancelled; delete it instead")
         live.cancelled.set()
         if job.id in self._waiting:
             self._waiting.remove(job.id)
             self._end(job.id, "cancelled")
-            self._tell_positions()
+            self._emit_positions()
         return self._store.get(job.id)
 
     def position(self, job_id: str) -> int | None:
-        """Returns how many jobs are before one that waits; None for others."""
+        """Returns the number of jobs ahead of a waiting job; None for other jobs."""
         return self._waiting.index(job_id) if job_id in self._waiting else None
 
     def last(self, job: StoredJob, name: str) -> dict[str, Any] | None:
-        """Returns the last event of a name in a job that waits or runs; None where there is none."""
+        """Returns the data of the last event with this name; None without one."""
         live = self._live.get(job.id)
         return None if live is None else next((e.data for e in reversed(live.events) if e.name == name), None)
 
     async def events(self, job: StoredJob, after: int = 0) -> AsyncIterator[JobEvent]:
-        """Yields what happened after an event, then what happens, up to the end of the job."""
+        """Yields the events after number `after`, past and future, until the job ends."""
         live = self._live.get(job.id)
         if live is None:
             number = ATTEMPT_EVENTS * (job.attempts + 1) - 1
@@ -214,21 +210,21 @@ class JobQueue:
                 after = event.number
                 yield event
             if live.changed is not changed:
-                continue  # more has happened while a slow reader had the last one
+                continue  # new events arrived while the reader handled the last one
             if live.is_finished or self._stopping:
                 return
             await changed.wait()
 
     async def finished(self, job: StoredJob) -> StoredJob:
-        """Waits for the end of a job; returns it.
+        """Waits until a job has ended; returns it.
 
         Raises:
-            CloudUnreachable: UNAVAILABLE when the gateway stops meanwhile.
+            CloudUnreachable: UNAVAILABLE when the gateway stops first.
         """
         live = self._live.get(job.id)
         while live is not None and not live.is_finished:
             if self._stopping:
-                raise Reason.UNAVAILABLE.error("the gateway stops; the job goes on when it is started again")
+                raise Reason.UNAVAILABLE.error("the gateway stops; the job continues after its next start")
             await live.changed.wait()
         return self._store.get(job.id)
 
@@ -240,7 +236,7 @@ class JobQueue:
                 return None
             raise
         if (job.owner, job.digest) != (owner, digest):
-            raise Reason.REQUEST_ID_REUSED.error(f"there was another job {job_id}; choose another id", field="id")
+            raise Reason.REQUEST_ID_REUSED.error(f"id {job_id} belongs to another job; choose another id", field="id")
         return job
 
     def _admit(self, job: StoredJob, create: JobCreate) -> None:
@@ -248,7 +244,7 @@ class JobQueue:
         live.number = ATTEMPT_EVENTS * (job.attempts + 1)
         self._live[job.id] = live
         self._waiting.append(job.id)
-        live.tell("queued", {"position": len(self._waiting) - 1})
+        live.emit("queued", {"position": len(self._waiting) - 1})
         self._has_work.set()
 
     async def _work(self) -> None:
@@ -257,11 +253,11 @@ class JobQueue:
                 self._has_work.clear()
                 await self._has_work.wait()
             job_id = self._waiting.popleft()
-            self._tell_positions()
+            self._emit_positions()
             self._running.add(job_id)
             try:
                 await self._run(job_id)
-            except Exception:  # the store fails: nothing can be noted, and the next start finds the job unfinished
+            except Exception:  # the store failed; the next start finds the job unfinished
                 log.exception("job_lost", job=job_id)
                 self._live[job_id].is_finished = True
                 self._live[job_id].wake()
@@ -271,20 +267,19 @@ class JobQueue:
     async def _run(self, job_id: str) -> None:
         live, loop = self._live[job_id], asyncio.get_running_loop()
         job = self._store.begin(job_id)
-        live.tell("started", {"attempt": job.attempts})
+        live.emit("started", {"attempt": job.attempts})
         if job.attempts > MAX_ATTEMPTS:
-            often = Reason.INTERNAL.error(f"the gateway ended {MAX_ATTEMPTS} times while it ran; look into its log")
-            self._end(job_id, "failed", problem_of(often))
+            stops = Reason.INTERNAL.error(f"the gateway stopped {MAX_ATTEMPTS} times during this job; see its log")
+            self._end(job_id, "failed", problem_of(stops))
             return
         began = loop.time()
-        told = _Channel(loop, lambda each: self._take(job, live, each))
         try:
-            await loop.run_in_executor(self._pool, self._paint, job, live, told)
+            await loop.run_in_executor(self._pool, self._run_worker, job, live, loop)
         except HybridSDError as error:
             self._end(job_id, "failed", problem_of(error))
         except Exception:
             log.exception("job_failed", job=job_id)
-            bug = Reason.INTERNAL.error(f"a bug; the gateway's log has the details under job {job_id}")
+            bug = Reason.INTERNAL.error(f"internal error; see job {job_id} in the gateway's log")
             self._end(job_id, "failed", problem_of(bug))
         else:
             is_whole = len(self._store.get(job_id).images) == live.create.n
@@ -293,38 +288,37 @@ class JobQueue:
             self._end(job_id, "completed" if is_whole else "cancelled")
             self._job_s += 0.3 * (loop.time() - began - self._job_s)
 
-    def _paint(self, job: StoredJob, live: _Live, told: "_Channel") -> None:
-        """Runs in a thread of the pool."""
+    def _run_worker(self, job: StoredJob, live: _Live, loop: asyncio.AbstractEventLoop) -> None:
+        """Runs in a thread of the pool. Each event waits until the event loop has stored it."""
         done = {int(record["index"]) for record in job.images}
         upload = self._store.upload(job)
-        events = self._painter.paint(live.create, upload, is_cancelled=live.cancelled.is_set, done=done)
+        events = self._worker.run(live.create, upload, is_cancelled=live.cancelled.is_set, done=done)
         with contextlib.closing(events):
-            for each in events:
-                told.put(each)
+            for event in events:
+                asyncio.run_coroutine_threadsafe(self._handle(job, live, event), loop).result()
 
-    def _take(self, job: StoredJob, live: _Live, told: Told) -> None:
-        """Takes up what a painter told; on the event loop."""
-        data = told.data
-        if told.png is not None:
-            self._store.add_image(job, data, told.png)
+    async def _handle(self, job: StoredJob, live: _Live, event: WorkerEvent) -> None:
+        data = event.data
+        if event.png is not None:
+            self._store.add_image(job, data, event.png)
             views = self._view(self._store.get(job.id), None)["images"]
-            data = {"image": next(view for view in views if view["index"] == told.data["index"])}
-        live.tell(told.name, data)
+            data = {"image": next(view for view in views if view["index"] == event.data["index"])}
+        live.emit(event.name, data)
 
     def _end(self, job_id: str, state: State, error: dict[str, Any] | None = None) -> None:
         job = self._store.finish(job_id, state, error)
         live = self._live[job_id]
         live.is_finished = True
-        live.tell(state, {"job": self._view(job, None)})
-        log.info("job_ended", job=job_id, state=state, reason=error and error["reason"], face=job.face)
+        live.emit(state, {"job": self._view(job, None)})
+        log.info("job_ended", job=job_id, state=state, reason=error and error["reason"], api=job.api)
         for old in [key for key, each in self._live.items() if each.is_finished][:-KEPT_LOGS]:
             del self._live[old]
         if job.webhook_due:
             self._spawn(self._on_end(job))
 
-    def _tell_positions(self) -> None:
+    def _emit_positions(self) -> None:
         for position, job_id in enumerate(self._waiting):
-            self._live[job_id].tell("queued", {"position": position})
+            self._live[job_id].emit("queued", {"position": position})
 
     def _spawn(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)
@@ -332,23 +326,8 @@ class JobQueue:
         task.add_done_callback(self._tasks.discard)
 
 
-class _Channel:
-    """Hands what a thread tells to the event loop, in order, and waits until it was taken: a picture is kept then."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, take: Callable[[Told], None]) -> None:
-        self._loop, self._take = loop, take
-
-    def put(self, told: Told) -> None:
-        """Waits until the loop has taken it; raises what that raised."""
-
-        async def take() -> None:
-            self._take(told)
-
-        asyncio.run_coroutine_threadsafe(take(), self._loop).result()
-
-
 def _digest(create: JobCreate, upload: Upload) -> str:
-    """Returns a name for what is asked for, whoever asks."""
+    """Returns a hash of the request without its id."""
     sha = hashlib.sha256(create.model_dump_json(exclude={"id", "image", "mask"}).encode())
     for content in (upload.image, upload.mask):
         sha.update(b"-" if content is None else hashlib.sha256(content).digest())
@@ -356,5 +335,5 @@ def _digest(create: JobCreate, upload: Upload) -> str:
 
 
 def _body(request: dict[str, Any]) -> dict[str, Any]:
-    """Returns a kept body as it can be read again: the pictures themselves are files."""
+    """Returns a stored request as a valid `JobCreate`: its pictures are files."""
     return {**request, "image": None, "mask": None}

@@ -1,7 +1,6 @@
 """Jobs and their pictures on disk, so that they survive a restart: rows in SQLite, pictures as files beside it.
 
-Knows SQLAlchemy and paths; nothing of how jobs are run or shown. Each call is one short transaction, in a few
-milliseconds at most, and may be made from the event loop.
+Each call is one short transaction of a few milliseconds and may be made from the event loop.
 """
 
 import secrets
@@ -16,13 +15,13 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 
-from edge_client.web.jobs.worker import Upload
+from edge_client.web.jobs.uploads import Upload
 from edge_client.web.schemas.native import State
 from hybridsd.errors import Reason
 
 UNFINISHED: tuple[State, ...] = ("queued", "running")
 _REMOVED = "removed"
-"""A state that clients never see: the row says that there was such a job."""
+"""Not visible to clients: the row remembers that the job existed."""
 
 _meta = sa.MetaData()
 _jobs = sa.Table(
@@ -30,7 +29,7 @@ _jobs = sa.Table(
     sa.Column("number", sa.Integer, primary_key=True),
     sa.Column("id", sa.Text, nullable=False, unique=True),
     sa.Column("owner", sa.Text, nullable=False),
-    sa.Column("face", sa.Text, nullable=False),
+    sa.Column("api", sa.Text, nullable=False),
     sa.Column("state", sa.Text, nullable=False, index=True),
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("started_at", sa.Float),
@@ -51,23 +50,23 @@ _images = sa.Table(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredJob:
-    """A job as it is kept."""
+    """A job as it is stored."""
 
     number: int
-    """Grows with each job; what pages are cut by."""
+    """Grows with each job; the cursor of pages."""
     id: str
     owner: str
-    """Whose it is; empty where the gateway asks for no token."""
-    face: str
+    """Hash of its token; empty where no token is needed."""
+    api: str
     state: State
     created_at: float
     started_at: float | None
     finished_at: float | None
     attempts: int
     request: dict[str, Any]
-    """The body of the native API, the seed filled in, pictures as true or false."""
+    """The `JobCreate` with its seed; pictures as true or false."""
     digest: str
-    """Of the body as it came, to tell a repeated request from another one."""
+    """Hash of the original request, to recognize a repeated one."""
     error: dict[str, Any] | None
     webhook_due: bool
     images: list[dict[str, Any]] = field(default_factory=list)
@@ -77,11 +76,11 @@ class Store:
     """The jobs of one gateway.
 
     Args:
-        folder: Where they are kept; made if missing.
+        folder: Where they are stored; created if missing.
         max_jobs: Finished jobs beyond this many are deleted, the oldest first.
 
     Raises:
-        InvalidRequest: FIELD_INVALID if it cannot be opened.
+        InvalidRequest: FIELD_INVALID if the folder cannot be used.
     """
 
     def __init__(self, folder: Path, *, max_jobs: int) -> None:
@@ -92,44 +91,42 @@ class Store:
             sa.event.listen(self._engine, "connect", _configure)
             _meta.create_all(self._engine)
         except (OSError, sa.exc.SQLAlchemyError) as error:
-            raise Reason.FIELD_INVALID.error(f"cannot keep jobs in {folder}: {error}; choose another --data-dir",
+            raise Reason.FIELD_INVALID.error(f"cannot store jobs in {folder}: {error}; choose another --data-dir",
                 field="data_dir",
             ) from error  # fmt: skip
 
     def close(self) -> None:
-        """Ends the connections."""
+        """Closes the connections."""
         self._engine.dispose()
 
-    def add(
-        self, job_id: str, owner: str, face: str, request: dict[str, Any], digest: str, upload: Upload
-    ) -> StoredJob:
-        """Keeps a new job.
+    def add(self, job_id: str, owner: str, api: str, request: dict[str, Any], digest: str, upload: Upload) -> StoredJob:
+        """Stores a new job.
 
         Raises:
-            InvalidRequest: REQUEST_ID_REUSED where there is, or was, another one with that id.
+            InvalidRequest: REQUEST_ID_REUSED if the id is taken, also by a deleted job.
         """
         values = {
-            "id": job_id, "owner": owner, "face": face, "state": "queued", "created_at": time.time(),
+            "id": job_id, "owner": owner, "api": api, "state": "queued", "created_at": time.time(),
             "request": request, "digest": digest, "webhook_due": request.get("webhook") is not None,
         }  # fmt: skip
         try:
             with self._begin() as connection:
                 number = connection.execute(_jobs.insert().values(values)).inserted_primary_key[0]  # type: ignore[index]
-                self._write_upload(number, upload)  # before the row counts: a job without its pictures cannot be run
+                self._write_upload(number, upload)  # before the commit: a job cannot run without its pictures
         except sa.exc.IntegrityError as error:
             raise Reason.REQUEST_ID_REUSED.error(
-                f"there was a job {job_id} already; choose another id", field="id"
+                f"id {job_id} belongs to another job; choose another id", field="id"
             ) from error
         return self.get(job_id)
 
     def begin(self, job_id: str) -> StoredJob:
-        """Notes that a job runs, once more."""
+        """Marks a job as running and counts the attempt."""
         now = time.time()
         self._update(job_id, state="running", started_at=now, attempts=_jobs.c.attempts + 1)
         return self.get(job_id)
 
     def add_image(self, job: StoredJob, record: dict[str, Any], png: bytes) -> None:
-        """Keeps a finished picture; one with its index that an earlier try made is replaced."""
+        """Stores a finished picture; replaces the one of an earlier attempt."""
         path = self.image_path(job, int(record["index"]))
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
@@ -141,15 +138,15 @@ class Store:
             connection.execute(_images.insert().values(job=job.number, index=record["index"], record=record))
 
     def finish(self, job_id: str, state: State, error: dict[str, Any] | None = None) -> StoredJob:
-        """Notes how a job ended, and deletes the oldest beyond the limit."""
+        """Marks a job as finished, and deletes the oldest beyond the limit."""
         self._update(job_id, state=state, error=error, finished_at=time.time())
         job = self.get(job_id)
         shutil.rmtree(self._upload(job.number, "image").parent, ignore_errors=True)
         self._prune()
         return job
 
-    def told_webhook(self, job_id: str) -> None:
-        """Notes that nobody waits for word of a job any more."""
+    def finish_webhook(self, job_id: str) -> None:
+        """Marks the webhook of a job as done."""
         self._update(job_id, webhook_due=False)
 
     def get(self, job_id: str, owner: str | None = None) -> StoredJob:
@@ -157,21 +154,21 @@ class Store:
 
         Args:
             job_id: Its id.
-            owner: Who asks; None is the gateway itself.
+            owner: Owner of the request; None for the gateway itself.
 
         Raises:
-            NotFound: NOT_FOUND, also for a job of somebody else; JOB_GONE for one that was deleted.
+            NotFound: NOT_FOUND, also for a job of another owner; JOB_GONE for a deleted one.
         """
         with self._begin() as connection:
             row = connection.execute(sa.select(_jobs).where(_jobs.c.id == job_id)).first()
             if row is None or owner not in (None, row.owner):
-                raise Reason.NOT_FOUND.error(f"there is no job {job_id[:64]!r}; list the jobs, or make one")
+                raise Reason.NOT_FOUND.error(f"there is no job {job_id[:64]!r}; list the jobs")
             if row.state == _REMOVED:
-                raise Reason.JOB_GONE.error(f"job {job_id[:64]} was deleted, or is too old; make it again")
+                raise Reason.JOB_GONE.error(f"job {job_id[:64]} was deleted; create it again with a new id")
             return self._job(connection, row)
 
     def page(self, owner: str, *, limit: int, before: int | None = None, state: str | None = None) -> list[StoredJob]:
-        """Returns jobs of an owner, the newest first."""
+        """Returns jobs of an owner, newest first."""
         query = sa.select(_jobs).where(_jobs.c.owner == owner, _jobs.c.state != _REMOVED)
         if before is not None:
             query = query.where(_jobs.c.number < before)
@@ -182,24 +179,24 @@ class Store:
             return [self._job(connection, row) for row in rows]
 
     def unfinished(self) -> list[StoredJob]:
-        """Returns what was not finished when the gateway ended last, the oldest first."""
+        """Returns waiting and running jobs, oldest first."""
         query = sa.select(_jobs).where(_jobs.c.state.in_(UNFINISHED)).order_by(_jobs.c.number)
         with self._begin() as connection:
             return [self._job(connection, row) for row in connection.execute(query)]
 
-    def untold(self) -> list[StoredJob]:
-        """Returns finished jobs whose webhook has not been told."""
+    def pending_webhooks(self) -> list[StoredJob]:
+        """Returns finished jobs whose webhook has not been called."""
         query = sa.select(_jobs).where(_jobs.c.webhook_due, _jobs.c.state.in_(("completed", "failed", "cancelled")))
         with self._begin() as connection:
             return [self._job(connection, row) for row in connection.execute(query)]
 
     def remove(self, job: StoredJob) -> None:
-        """Deletes a finished job with its pictures; that there was one is remembered."""
+        """Deletes a finished job with its pictures; its id stays taken."""
         with self._begin() as connection:
             self._remove(connection, job.number)
 
     def upload(self, job: StoredJob) -> Upload:
-        """Returns the pictures that came with a job."""
+        """Returns the uploaded pictures of a job."""
         image, mask = (self._upload(job.number, name) for name in ("image", "mask"))
         return Upload(
             image.read_bytes() if job.request.get("image") else None,
@@ -207,18 +204,18 @@ class Store:
         )
 
     def image_path(self, job: StoredJob, index: int) -> Path:
-        """Returns where a picture of a job is or will be, a PNG file."""
+        """Returns the path of a finished picture, a PNG file."""
         return self._folder / "images" / str(job.number) / f"{index}.png"
 
     def secret(self) -> bytes:
-        """Returns the key that addresses of pictures are signed with; made once."""
+        """Returns the key that signs URLs of pictures; created once."""
         path = self._folder / "secret"
         if not path.exists():
             partial = path.with_suffix(".partial")
             partial.unlink(missing_ok=True)
             partial.touch(mode=0o600)
             partial.write_bytes(secrets.token_bytes(32))
-            partial.replace(path)  # all of it or nothing: a part could be guessed
+            partial.replace(path)  # all or nothing: a part could be guessed
         return path.read_bytes()
 
     def _write_upload(self, number: int, upload: Upload) -> None:
@@ -258,12 +255,12 @@ class Store:
         try:
             with self._engine.begin() as connection:
                 yield connection
-        except (sa.exc.OperationalError, OSError) as error:  # the disk is full, or the file is locked
+        except (sa.exc.OperationalError, OSError) as error:  # such as a full disk or a locked file
             what = getattr(error, "orig", error)
-            raise Reason.INTERNAL.error(f"the job store fails: {what}; look at the disk of --data-dir") from error
+            raise Reason.INTERNAL.error(f"the job store fails: {what}; check the disk of --data-dir") from error
 
 
 def _configure(connection: Any, _record: object) -> None:
-    """Lets readers and one writer work at once; a crash of the machine takes the last moment, never the file."""
+    """Lets readers and one writer work at once. A power loss may cost the last transactions, never the file."""
     for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", "busy_timeout=5000"):
         connection.execute(f"PRAGMA {pragma}")

@@ -1,62 +1,73 @@
-"""What clients see of a job and its pictures, and pictures in the format that they want. Knows the store."""
+"""Jobs and pictures as clients get them."""
 
+import base64
 import io
-from typing import Any, Literal
+from typing import Any
 
 from PIL import Image as Pillow
 
 from edge_client.web.auth import Access
 from edge_client.web.jobs.store import Store, StoredJob
+from edge_client.web.schemas.native import Format
 from hybridsd.errors import Reason
 
-Format = Literal["png", "jpeg", "webp"]
 MEDIA_TYPES: dict[Format, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 
 
 class Views:
-    """Makes what clients see.
+    """Turns stored jobs into JSON and reads their pictures.
 
     Args:
-        access: Signs addresses of pictures where tokens are needed: an <img> sends none.
-        store: Where pictures are.
+        access: Signs URLs of pictures where tokens are needed: an <img> sends no token.
+        store: Holds the pictures.
     """
 
     def __init__(self, access: Access, store: Store) -> None:
         self._access, self._store = access, store
 
     def job(self, job: StoredJob, position: int | None) -> dict[str, Any]:
-        """Returns a `schemas.Job`."""
-        fields = ("id", "state", "face", "created_at", "started_at", "finished_at", "attempts", "request", "error")
+        """Returns a `schemas.native.Job`."""
+        fields = ("id", "state", "api", "created_at", "started_at", "finished_at", "attempts", "request", "error")
         images = [{**record, "url": self.image_url(job, record["index"])} for record in job.images]
         return {name: getattr(job, name) for name in fields} | {"queue_position": position, "images": images}
 
     def image_url(self, job: StoredJob, index: int) -> str:
-        """Returns the path of a picture, with a key where one is needed."""
+        """Returns the path of a picture, signed where tokens are needed."""
         path = f"/v1/jobs/{job.id}/images/{index}"
         return path if self._access.is_open else f"{path}?key={self._access.sign(path)}"
 
     def image(self, job: StoredJob, index: int, wanted: Format = "png", quality: int = 95) -> bytes:
-        """Returns a picture as a file; a PNG says how it was made, the others do not.
+        """Returns a picture as a file. Only a PNG holds its parameters.
 
         Raises:
-            NotFound: NOT_FOUND where there is none of that number, or not yet.
+            NotFound: NOT_FOUND if it does not exist, or not yet.
         """
         try:
             content = self._store.image_path(job, index).read_bytes()
         except OSError as error:
             raise Reason.NOT_FOUND.error(
-                f"job {job.id} has no picture {index}; it has {len(job.images)}, from 0 on"
+                f"job {job.id} has no picture {index}; it has {len(job.images)}, counted from 0"
             ) from error
-        return content if wanted == "png" else reencode(content, wanted, quality)
+        return content if wanted == "png" else _reencode(content, wanted, quality)
+
+    def image_base64(self, job: StoredJob, index: int, wanted: Format = "png", quality: int = 95) -> str:
+        """Returns a picture as `image` does, in base64."""
+        return base64.b64encode(self.image(job, index, wanted, quality)).decode("ascii")
 
 
-def reencode(content: bytes, wanted: Format, quality: int = 95) -> bytes:
-    """Returns a picture in another format.
+def preview_base64(data_url: str, wanted: Format = "png") -> str:
+    """Returns the preview of a "preview" event in another format, in base64."""
+    content = base64.b64decode(data_url.partition(",")[2])
+    return base64.b64encode(_reencode(content, wanted)).decode("ascii")
+
+
+def _reencode(content: bytes, wanted: Format, quality: int = 95) -> bytes:
+    """Converts a picture to another format.
 
     Args:
-        content: A picture that Pillow reads.
+        content: A picture file.
         wanted: Its format.
-        quality: 0 to 100, of JPEG and WebP; 100 of WebP is lossless.
+        quality: 0 to 100, for JPEG and WebP. 100 makes WebP lossless.
     """
     stream = io.BytesIO()
     with Pillow.open(io.BytesIO(content)) as picture:

@@ -1,4 +1,4 @@
-"""Tells other servers when a job has ended. Only hosts that the operator named are called. Knows httpx."""
+"""Webhooks: calls a URL with each finished job. Only hosts that the operator allows are called."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -18,13 +18,13 @@ TIMEOUT_S = 10.0
 
 
 class Webhooks:
-    """Tells the ends of jobs.
+    """Sends finished jobs to their webhooks.
 
     Args:
-        hosts: Which may be told, as host or host:port.
-        store: Where it is noted who has been told.
-        view: What is sent.
-        first_delay_s: Before the second try; twice as long before each further one.
+        hosts: Allowed hosts, as host or host:port.
+        store: Remembers which webhooks are done.
+        view: Returns the JSON to send.
+        first_delay_s: Seconds before the second attempt; doubled before each further one.
     """
 
     def __init__(
@@ -37,11 +37,11 @@ class Webhooks:
         self._hosts, self._store, self._view, self._first_delay_s = frozenset(hosts), store, view, first_delay_s
 
     def check(self, url: str | None) -> None:
-        """Refuses what may not be told.
+        """Checks a webhook URL.
 
         Raises:
-            InvalidRequest: FIELD_INVALID for what is no URL of http or https.
-            AccessDenied: PERMISSION_DENIED for a host that the operator has not named.
+            InvalidRequest: FIELD_INVALID if it is not an http or https URL.
+            AccessDenied: PERMISSION_DENIED if its host is not allowed.
         """
         if url is None:
             return
@@ -51,19 +51,20 @@ class Webhooks:
         except ValueError:
             host = netloc = scheme = ""
         if scheme not in ("http", "https") or not host or not url.isascii() or not url.isprintable():
-            raise Reason.FIELD_INVALID.error(f"webhook is {url[:80]!r}; give a URL of http or https", field="webhook")
+            raise Reason.FIELD_INVALID.error(f"webhook is {url[:80]!r}; give an http or https URL", field="webhook")
         if host not in self._hosts and netloc not in self._hosts:
             raise Reason.PERMISSION_DENIED.error(
-                f"webhook host {netloc[:80]!r} is not allowed; the operator allows it by --webhook-host",
+                f"webhook host {netloc[:80]!r} is not allowed; the operator allows it with --webhook-host",
                 field="webhook",
             )
 
-    async def tell(self, job: StoredJob) -> None:
-        """Tells the end of a job, if somebody wants to know; tries several times, and again after a restart."""
+    async def send(self, job: StoredJob) -> None:
+        """Calls the webhook of a finished job, if it has one. The next start repeats interrupted attempts."""
         url, delay_s = job.request.get("webhook"), self._first_delay_s
         if not url:
             return
-        async with httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False) as client:  # no redirects: hosts are a promise
+        # without redirects, which could leave the allowed hosts
+        async with httpx.AsyncClient(timeout=TIMEOUT_S, trust_env=False) as client:
             for attempt in range(TRIES):
                 try:
                     answer = await client.post(url, json=self._view(job), headers={"X-HybridSD-Job": job.id})
@@ -75,4 +76,4 @@ class Webhooks:
                         delay_s *= 2
                 else:
                     break
-        self._store.told_webhook(job.id)
+        self._store.finish_webhook(job.id)

@@ -1,7 +1,4 @@
-"""A body of the API as requests of the pipeline, and a job as the events that it leads to. Runs in a worker's thread.
-
-Knows the pipeline and what clients may ask for; nothing of HTTP, queues or where pictures are kept.
-"""
+"""Runs a job in a thread: turns `JobCreate` into requests of the pipeline, and the pipeline's events into the job's."""
 
 import base64
 import contextlib
@@ -30,38 +27,31 @@ from edge_client.request import Request
 from edge_client.split.auto_split import AutoSplit, choose_split
 from edge_client.split.handoff_policy import Goals
 from edge_client.types import Latents
+from edge_client.web.jobs.uploads import Upload
 from edge_client.web.schemas.native import JobCreate
 from hybridsd.errors import Reason
 from hybridsd.limits import MAX_SEED
 from hybridsd.prompting import TextOptions
 
 TICK_S = 0.2
-"""How long a cloud may be silent before cancelling is looked at again."""
+"""Seconds between checks for cancellation while the cloud is silent."""
 PREVIEW_SIDE = 512
-"""Pixels of a preview, at most."""
+"""Maximum pixels per side of a preview."""
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """Something that happened in a job."""
+class WorkerEvent:
+    """An event of a job."""
 
     name: str
     data: dict[str, Any]
     png: bytes | None = None
-    """The finished picture, where the name is "image"."""
-
-
-@dataclass(frozen=True, slots=True)
-class Upload:
-    """The pictures that came with a job, as files."""
-
-    image: bytes | None = None
-    mask: bytes | None = None
+    """The finished picture of an "image" event."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Painter:
-    """Everything that pictures are made with; several threads may use one."""
+class JobWorker:
+    """Runs jobs with one set of models. Thread-safe."""
 
     bundle: Bundle
     models: Models
@@ -69,10 +59,10 @@ class Painter:
     others: Mapping[str, Models] = field(default_factory=dict)
 
     def fill_in(self, create: JobCreate, upload: Upload) -> JobCreate:
-        """Returns the job with a seed, so that running it again makes the same pictures; checks all of it.
+        """Checks a job and returns it with a seed, so that a second run makes the same pictures.
 
         Raises:
-            HybridSDError: What is wrong, naming the field.
+            HybridSDError: The job is invalid; names the field.
         """
         filled = create if create.seed is not None else create.model_copy(update={"seed": secrets.randbelow(2**32)})
         for request in self._requests(filled, upload)[:1]:
@@ -80,32 +70,32 @@ class Painter:
         goals = _goals(filled)
         if goals is not None and (filled.hybrid.split or filled.hybrid.cloud_steps is not None):
             raise Reason.SPLIT_INVALID.error(
-                "the split is given, and to be chosen too; leave out split and cloud_steps, or the goals",
+                "a split and goals for an automatic one exclude each other; omit split and cloud_steps, or the goals",
                 field="hybrid",
             )
         if goals is not None and (filled.hybrid.segments or filled.hybrid.mode in ("edge", "cloud")):
             raise Reason.SPLIT_INVALID.error(
-                "mode and segments fix the split; leave them out, or the goals of an automatic one",
+                "mode or segments fix the split; omit them, or the goals of an automatic split",
                 field="hybrid",
             )
         return filled
 
-    def paint(
+    def run(
         self, create: JobCreate, upload: Upload, *, is_cancelled: Callable[[], bool], done: Container[int] = ()
-    ) -> Generator[Told]:
-        """Makes the pictures of a job, one after another.
+    ) -> Generator[WorkerEvent]:
+        """Makes the pictures of a job one after another.
 
         Args:
-            create: The job, filled in.
-            upload: Its pictures.
-            is_cancelled: Looked at after each event.
-            done: Indices of pictures that need not be made again.
+            create: The job, with its seed.
+            upload: Its uploaded pictures.
+            is_cancelled: Checked after each event.
+            done: Indices of finished pictures, which are skipped.
 
         Yields:
-            What happens. Ends early when the job is cancelled.
+            Events. Ends early when the job is cancelled.
 
         Raises:
-            HybridSDError: By the table of errors.
+            HybridSDError: See the table of errors.
         """
         requests = self._requests(create, upload)
         split = self._split(requests[0], create)
@@ -116,7 +106,8 @@ class Painter:
                 return
             if split is not None:
                 request = replace(request, cloud_steps=split.choice.cloud_steps)
-                yield Told("split", {"cloud_steps": split.choice.cloud_steps, "reasons": list(split.choice.reasons)})
+                chosen = {"cloud_steps": split.choice.cloud_steps, "reasons": list(split.choice.reasons)}
+                yield WorkerEvent("split", chosen)
             resolved = resolve(request, self.bundle.manifest)
             advisor = None if split is None else split.advisor(resolved, self.bundle)
             every = _preview_every(create.previews, resolved.num_inference_steps)
@@ -128,33 +119,35 @@ class Painter:
                 for event in events:
                     if is_cancelled():
                         return
-                    yield from self._tell(event, index, resolved.num_inference_steps, every)
+                    yield from self._events(event, index, resolved.num_inference_steps, every)
 
-    def _tell(self, event: Event, index: int, num_steps: int, every: int) -> Iterator[Told]:
+    def _events(self, event: Event, index: int, num_steps: int, every: int) -> Iterator[WorkerEvent]:
         match event:
             case Waiting():
                 return
             case Queued():
-                yield Told("waiting", {"position": event.position})
+                yield WorkerEvent("waiting", {"position": event.position})
             case Planned():
-                yield Told("planned", {**_without(event_json(event), "event", "request_id"), "image_index": index})
+                yield WorkerEvent(
+                    "planned", {**_without(event_json(event), "event", "request_id"), "image_index": index}
+                )
             case StepDone():
                 step = {"step": event.step, "place": event.place, "elapsed_s": round(event.elapsed_s, 6)}
-                yield Told("step", {"image_index": index, "num_inference_steps": num_steps, **step})
+                yield WorkerEvent("step", {"image_index": index, "num_inference_steps": num_steps, **step})
                 done = event.step + 1
                 is_due = every > 0 and event.ends_step and done % every == 0 and done < num_steps
                 if is_due and event.x0_preview is not None:
                     picture = self.preview(event.x0_preview)
-                    yield Told("preview", {"image_index": index, "step": event.step, "image": picture})
+                    yield WorkerEvent("preview", {"image_index": index, "step": event.step, "image": picture})
             case Finished():
                 result = event.result
-                yield Told("image", rest_image(index, result), encode_png(result.image_u8, png_text(result)))
+                yield WorkerEvent("image", rest_image(index, result), encode_png(result.image_u8, png_text(result)))
             case _:
                 data = event_json(event)
-                yield Told(str(data["event"]), {**_without(data, "event", "request_id"), "image_index": index})
+                yield WorkerEvent(str(data["event"]), {**_without(data, "event", "request_id"), "image_index": index})
 
     def preview(self, latents: Latents) -> str:
-        """Returns predicted latents as a small picture, a data URL."""
+        """Returns latents as a small picture, a data URL."""
         picture = Pillow.fromarray(to_u8(self.models.decode(latents)))
         picture.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
         stream = io.BytesIO()
@@ -168,12 +161,12 @@ class Painter:
         return choose_split(resolve(request, self.bundle.manifest), goals, self.bundle, self.models, self.cloud)
 
     def _requests(self, create: JobCreate, upload: Upload) -> list[Request]:
-        """Returns a request for each picture."""
+        """Returns one request per picture."""
         manifest, hybrid = self.bundle.manifest, create.hybrid
         width, height, image_input = create.width, create.height, None
         for name, needs in (("mask", upload.mask), ("strength", create.strength)):
             if needs is not None and upload.image is None:
-                raise Reason.FIELD_INVALID.error(f"{name} goes with an image; give the image, too", field=name)
+                raise Reason.FIELD_INVALID.error(f"{name} needs an image; give both", field=name)
         if upload.image is not None:
             width, height, image_input = read_image(
                 manifest, upload.image, width=width, height=height, strength=create.strength, how=create.fit,
@@ -213,7 +206,7 @@ class Painter:
 
 
 def _goals(create: JobCreate) -> Goals | None:
-    """Returns what an automatic split is to reach; None where none is asked for."""
+    """Returns the goals of an automatic split; None if there are none."""
     hybrid = create.hybrid
     goals = Goals(
         quality=hybrid.quality,
@@ -224,22 +217,22 @@ def _goals(create: JobCreate) -> Goals | None:
 
 
 def _steps(create: JobCreate) -> tuple[int | None, int | None]:
-    """Returns cloud steps and steps, from whichever fields say so."""
+    """Returns cloud steps and steps, from `split` or their own fields."""
     cloud_steps, steps = create.hybrid.cloud_steps, create.num_inference_steps
     if create.hybrid.split is None:
         return cloud_steps, steps
     cloud, edge = map(int, create.hybrid.split.split(","))
     if cloud + edge == 0 or cloud_steps not in (None, cloud) or steps not in (None, cloud + edge):
         raise Reason.SPLIT_INVALID.error(
-            f"split {create.hybrid.split} means {cloud} cloud steps of {cloud + edge}, which must be 1 or more; leave "
-            "out cloud_steps and num_inference_steps, or say the same there",
+            f"split {create.hybrid.split} means {cloud} cloud steps of {cloud + edge}, which must be 1 or more; omit "
+            "cloud_steps and num_inference_steps, or make them agree",
             field="hybrid.split",
         )
     return cloud, cloud + edge
 
 
 def _preview_every(previews: int, num_steps: int) -> int:
-    """Returns after how many steps each preview comes, so that they are spread evenly; 0 for none."""
+    """Returns the number of steps between evenly spread previews; 0 for none."""
     return math.ceil(num_steps / (previews + 1)) if previews else 0
 
 

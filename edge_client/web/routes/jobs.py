@@ -1,4 +1,4 @@
-"""The native API: jobs that are asked for, watched and cancelled, their pictures, and what this gateway can do."""
+"""The native API: jobs, their events and pictures, and the gateway's capabilities."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -7,12 +7,12 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Header, Path, Query, Request, Response, status
 from sse_starlette import EventSourceResponse, JSONServerSentEvent
 
-from edge_client.web.auth import AuthorizedCaller
-from edge_client.web.gateway import SharedGateway
+from edge_client.web.capabilities import capabilities
+from edge_client.web.dependencies import AuthorizedCaller, SharedGateway
+from edge_client.web.errors import answers
 from edge_client.web.jobs.store import UNFINISHED
-from edge_client.web.jobs.view import MEDIA_TYPES, Format
-from edge_client.web.openapi import answers
-from edge_client.web.schemas.native import Capabilities, Job, JobCreate, JobPage, State
+from edge_client.web.jobs.view import MEDIA_TYPES
+from edge_client.web.schemas.native import Capabilities, Format, Job, JobCreate, JobPage, State
 from hybridsd.errors import Reason
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
@@ -22,9 +22,9 @@ JobId = Annotated[str, Path(min_length=1, max_length=64)]
 
 
 @router.get("/capabilities", response_model=Capabilities, responses=answers(401))
-async def capabilities(gateway: SharedGateway, _caller: AuthorizedCaller) -> Any:
-    """What this device, its models and the cloud can do now."""
-    return await gateway.capabilities()
+async def read_capabilities(gateway: SharedGateway, _caller: AuthorizedCaller) -> Any:
+    """Returns what this device, its models and the cloud can do now."""
+    return await capabilities(gateway)
 
 
 @router.post(
@@ -32,7 +32,7 @@ async def capabilities(gateway: SharedGateway, _caller: AuthorizedCaller) -> Any
     responses=answers(401, 403, 409, 410, 413, 422, 429),
 )  # fmt: skip
 async def create_job(create: JobCreate, gateway: SharedGateway, caller: AuthorizedCaller, response: Response) -> Any:
-    """Asks for pictures; they are made in the order of asking. The answer comes at once."""
+    """Adds a job to the queue and returns at once."""
     job = await gateway.submit(create, caller, "native")
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     return gateway.view(job)
@@ -43,10 +43,10 @@ async def list_jobs(
     gateway: SharedGateway,
     caller: AuthorizedCaller,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
-    before: Annotated[str | None, Query(pattern=r"^\d{1,18}$", description="`next` of the page before")] = None,
+    before: Annotated[str | None, Query(pattern=r"^\d{1,18}$", description="`next` of the previous page")] = None,
     state: Annotated[State | None, Query()] = None,
 ) -> Any:
-    """Lists the caller's jobs, the newest first."""
+    """Lists the caller's jobs, newest first."""
     number = None if before is None else int(before)
     jobs = gateway.store.page(caller.owner, limit=limit + 1, before=number, state=state)
     more = len(jobs) > limit
@@ -56,7 +56,7 @@ async def list_jobs(
 
 @router.get("/jobs/{job_id}", response_model=Job, responses=answers(401, 404, 410, 422))
 async def read_job(job_id: JobId, gateway: SharedGateway, caller: AuthorizedCaller) -> Any:
-    """How a job stands."""
+    """Returns a job."""
     return gateway.view(gateway.store.get(job_id, caller.owner))
 
 
@@ -72,7 +72,7 @@ async def delete_job(job_id: JobId, gateway: SharedGateway, caller: AuthorizedCa
 
 @router.post("/jobs/{job_id}/cancel", response_model=Job, responses=answers(401, 404, 409, 410, 422))
 async def cancel_job(job_id: JobId, gateway: SharedGateway, caller: AuthorizedCaller) -> Any:
-    """Cancels a job that waits or runs; one that runs stops after its present step."""
+    """Cancels a waiting or running job. A running job stops after its current step."""
     return gateway.view(gateway.queue.cancel(gateway.store.get(job_id, caller.owner)))
 
 
@@ -86,15 +86,15 @@ async def watch_job(
     caller: AuthorizedCaller,
     last_event_id: Annotated[str | None, Header(max_length=20)] = None,
 ) -> EventSourceResponse:
-    """Streams what happens: queued, started, planned, waiting, step, preview, image, and how it ends.
+    """Streams the events of a job: queued, started, planned, waiting, step, preview, image, and its end.
 
-    Send the last `id` as Last-Event-ID to go on where a connection broke.
+    To resume after a broken connection, send the last `id` as Last-Event-ID.
     """
     after = 0
     if last_event_id is not None:
         if not (last_event_id.isascii() and last_event_id.isdigit()):
             raise Reason.FIELD_INVALID.error(
-                f"Last-Event-ID is {last_event_id!r}; give the id of an event",
+                f"Last-Event-ID is {last_event_id!r}; send the id of an event",
                 field="last_event_id",
             )
         after = int(last_event_id)
@@ -121,10 +121,10 @@ async def read_image(
     gateway: SharedGateway,
     wanted: Annotated[Format, Query(alias="format")] = "png",
     quality: Annotated[int, Query(ge=1, le=100)] = 95,
-    key: Annotated[str, Query(max_length=64, description="of the address in a job, in place of a token")] = "",
+    key: Annotated[str, Query(max_length=64, description="from the URL in a job; replaces the token")] = "",
     download: Annotated[Literal["0", "1"], Query()] = "0",
 ) -> Response:
-    """A picture; as PNG it says how it was made."""
+    """Returns an image. A PNG file holds its parameters."""
     if key and gateway.access.is_signed(request.url.path, key):
         job = gateway.store.get(job_id)
     else:

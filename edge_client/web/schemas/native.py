@@ -1,7 +1,4 @@
-"""What the native API takes and gives, as pydantic models: they check bodies and are the OpenAPI document.
-
-Knows names and ranges; nothing of how jobs are run or kept. The other faces translate into `JobCreate`.
-"""
+"""The native API: requests and responses. The other APIs translate into `JobCreate`."""
 
 from typing import Annotated, Any, Literal
 
@@ -30,95 +27,98 @@ JOB_ID = r"^[A-Za-z0-9_-]{1,64}$"
 
 State = Literal["queued", "running", "completed", "failed", "cancelled"]
 Prompt = Annotated[str, StringConstraints(min_length=1, max_length=MAX_PROMPT_CHARS, pattern=r"\S")]
+Format = Literal["png", "jpeg", "webp"]
 Side = Annotated[int, Field(ge=8, le=MAX_SIZE)]
 
 
-class _Given(BaseModel):
-    """What a client sends: an unknown name is an error, for it would be ignored silently."""
+class _RequestModel(BaseModel):
+    """Part of a request. Unknown fields are errors, so that none is ignored silently."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-class Lora(_Given):
-    """An adapter of the cloud's model."""
+class Lora(_RequestModel):
+    """A LoRA adapter of the cloud's model."""
 
     name: Annotated[str, StringConstraints(min_length=1, max_length=64)]
     weight: float = Field(1.0, ge=MIN_LORA_WEIGHT, le=MAX_LORA_WEIGHT)
 
 
-class Hybrid(_Given):
-    """What runs where."""
+class Hybrid(_RequestModel):
+    """Which steps run in the cloud and which on this device."""
 
-    mode: Mode = Field("auto", description="auto: hybrid if a cloud answers, else this device alone")
+    mode: Mode = Field("auto", description="auto: hybrid if the cloud answers, else edge")
     split: Annotated[str, StringConstraints(pattern=r"^\d{1,4},\d{1,4}$")] | None = Field(
-        None, description="steps there and here, such as 8,17; their sum is num_inference_steps", examples=["8,17"]
+        None, description="cloud steps, edge steps; their sum is num_inference_steps", examples=["8,17"]
     )
     cloud_steps: int | None = Field(None, ge=0, le=MAX_STEPS, description="steps in the cloud")
-    max_latency_ms: int | None = Field(None, ge=1, le=86_400_000, description="choose the split: the best within it")
-    quality: float | None = Field(None, ge=0, le=1, description="choose the split: the fewest cloud steps for it")
-    max_cloud_steps: int | None = Field(None, ge=0, le=MAX_STEPS, description="choose the split: at most so many")
+    max_latency_ms: int | None = Field(None, ge=1, le=86_400_000, description="automatic split: time limit")
+    quality: float | None = Field(None, ge=0, le=1, description="automatic split: the quality to reach")
+    max_cloud_steps: int | None = Field(None, ge=0, le=MAX_STEPS, description="automatic split: limit of cloud steps")
     segments: Annotated[str, StringConstraints(min_length=1, max_length=1000)] | None = Field(
-        None, description="which model runs which steps where; docs/modes.md", examples=["large:8@cloud,small:*@edge"]
+        None,
+        description="model, steps and place of each part; docs/modes.md",
+        examples=["large:8@cloud,small:*@edge"],
     )
-    model: Annotated[str, StringConstraints(max_length=64)] = Field("", description="the cloud's model; its first")
-    codec: Literal["fp32", "fp16", "int8"] = Field("fp16", description="how the cloud's tensors travel")
-    private: bool = Field(False, description="encode the text here: the prompt does not reach the cloud")
-    fallback: bool = Field(True, description="whether this device goes on when the cloud is lost, late or full")
+    model: Annotated[str, StringConstraints(max_length=64)] = Field("", description="the cloud's model; else its first")
+    codec: Literal["fp32", "fp16", "int8"] = Field("fp16", description="format of the cloud's tensors on the wire")
+    private: bool = Field(False, description="encode the prompt on this device, so that the cloud does not see it")
+    fallback: bool = Field(True, description="continue on this device if the cloud fails, is busy or too slow")
     deadline_ms: int | None = Field(
-        None, ge=1, le=MAX_DEADLINE_S * 1000, description="what the cloud's part may take; then this device goes on"
+        None, ge=1, le=MAX_DEADLINE_S * 1000, description="time limit of the cloud's part; then this device continues"
     )
 
 
-class JobCreate(_Given):
-    """What to draw."""
+class JobCreate(_RequestModel):
+    """A request for images."""
 
     id: Annotated[str, StringConstraints(pattern=JOB_ID)] | None = Field(
-        None, description="chosen by the client, so that asking twice is one job; else the server chooses"
+        None, description="chosen by the client, which makes the request idempotent; default: random"
     )
     prompt: Prompt
     negative_prompt: Annotated[str, StringConstraints(max_length=MAX_PROMPT_CHARS)] = ""
-    n: int = Field(1, ge=1, le=MAX_IMAGES, description="pictures")
-    width: Side | None = Field(None, description="pixels; the bundle's, or the image's")
+    n: int = Field(1, ge=1, le=MAX_IMAGES, description="number of images")
+    width: Side | None = Field(None, description="pixels; default: of the image, else of the bundle")
     height: Side | None = None
     num_inference_steps: int | None = Field(None, ge=1, le=MAX_STEPS)
-    guidance_scale: float | None = Field(None, ge=MIN_GUIDANCE, le=MAX_GUIDANCE, description="1 is none")
-    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="the same seed is the same picture; null: random")
+    guidance_scale: float | None = Field(None, ge=MIN_GUIDANCE, le=MAX_GUIDANCE, description="1: no guidance")
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="the same seed gives the same image; null: random")
     consecutive_seeds: bool = Field(
-        False, description="picture i is drawn with seed + i; else all with the seed, as pictures 0, 1, ... of it"
+        False, description="image i uses seed + i; else all use the seed, with image_index i"
     )
     scheduler: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
     hybrid: Hybrid = Field(default_factory=Hybrid)
-    image: str | None = Field(None, description="picture to begin with: base64, or a data URL")
-    mask: str | None = Field(None, description="picture of what to draw anew: white, or transparent")
+    image: str | None = Field(None, description="initial image: base64 or a data URL")
+    mask: str | None = Field(None, description="area to redraw: white, or transparent")
     strength: float | None = Field(None, gt=0, le=1, description="how much of the image is redrawn")
-    fit: Fit = Field("crop", description="how image and mask come to the picture's size")
+    fit: Fit = Field("crop", description="how image and mask are resized to width and height")
     mask_blur: float = Field(0.0, ge=0, le=256, description="pixels")
     invert_mask: bool = False
     long_prompt: LongPrompt = "truncate"
     prompt_weighting: bool = False
     loras: list[Lora] = Field([], max_length=MAX_LORAS)
     safety_checker: SafetyAction = "off"
-    previews: int = Field(DEFAULT_PREVIEWS, ge=0, le=MAX_PREVIEWS, description="previews a picture, at most")
+    previews: int = Field(DEFAULT_PREVIEWS, ge=0, le=MAX_PREVIEWS, description="maximum number of previews per image")
     webhook: Annotated[str, StringConstraints(max_length=2000)] | None = Field(
-        None, description="URL that gets the job as JSON when it ends; its host must be allowed by the operator"
+        None, description="URL that receives the finished job as JSON; the operator must allow its host"
     )
 
 
 class Problem(BaseModel):
-    """What is wrong, as RFC 9457 says it: `application/problem+json`."""
+    """An error as problem details (RFC 9457), `application/problem+json`."""
 
-    type: str = Field(description="urn:hybridsd:problem: and the reason")
+    type: str = Field(description="urn:hybridsd:problem: followed by the reason")
     title: str
     status: int
-    detail: str = Field(description="the value, the allowed range, the next action")
-    reason: str = Field(description="a row of the table of errors; docs/protocol.md")
-    field: str | None = Field(None, description="what is at fault in the request")
+    detail: str = Field(description="the value, the allowed range and the next action")
+    reason: str = Field(description="see the table of errors in docs/protocol.md")
+    field: str | None = Field(None, description="the invalid field of the request")
     retry_delay_s: float | None = None
-    error: dict[str, Any] | None = Field(None, description="the same as OpenAI's clients read it")
+    error: dict[str, Any] | None = Field(None, description="the same error as OpenAI's clients read it")
 
 
 class Step(BaseModel):
-    """A call of the U-Net that is done."""
+    """A finished call of the U-Net."""
 
     step: int
     place: Place
@@ -126,7 +126,7 @@ class Step(BaseModel):
 
 
 class Image(BaseModel):
-    """A picture and how it came about."""
+    """A finished image and how it was made."""
 
     index: int
     url: str
@@ -151,22 +151,22 @@ class Image(BaseModel):
     decode_s: float
     elapsed_s: float
     steps: list[Step]
-    flagged: bool | None = Field(None, description="by the safety checker; null: not asked")
-    parameters: str = Field("", description="as AUTOMATIC1111 writes it into a picture")
+    flagged: bool | None = Field(None, description="by the safety checker; null: not checked")
+    parameters: str = Field("", description="text that AUTOMATIC1111 writes into PNG files")
 
 
 class Job(BaseModel):
-    """A job as it stands."""
+    """A job."""
 
     id: str
     state: State
-    face: Literal["native", "openai", "sdapi"] = Field(description="the API by which it came")
+    api: Literal["native", "openai", "sdapi"] = Field(description="the API that the job was created with")
     created_at: float = Field(description="seconds since 1970")
     started_at: float | None
     finished_at: float | None
-    queue_position: int | None = Field(description="jobs before it; null unless it waits")
-    attempts: int = Field(description="how often it was begun: more than once after a restart of the gateway")
-    request: dict[str, Any] = Field(description="as it was asked for; the seed filled in, pictures as true or false")
+    queue_position: int | None = Field(description="number of jobs ahead; null unless it waits")
+    attempts: int = Field(description="number of starts; more than 1 after a restart of the gateway")
+    request: dict[str, Any] = Field(description="the request with its seed; image and mask as true or false")
     images: list[Image]
     error: Problem | None
 
@@ -175,7 +175,7 @@ class JobPage(BaseModel):
     """Jobs, newest first."""
 
     jobs: list[Job]
-    next: str | None = Field(description="what to give as `before` for the next page; null: there is none")
+    next: str | None = Field(description="`before` of the next page; null: this is the last")
 
 
 class EdgeInfo(BaseModel):
@@ -187,7 +187,7 @@ class EdgeInfo(BaseModel):
     size_multiple: int
     sizes: list[tuple[int, int]]
     max_size: int
-    offline: list[dict[str, Any]] = Field(description="scheduler and steps that need no cloud")
+    offline: list[dict[str, Any]] = Field(description="schedulers and numbers of steps that need no cloud")
     guidance: str
     has_image_encoder: bool
     has_safety_checker: bool
@@ -203,7 +203,7 @@ class CloudModelInfo(BaseModel):
 
 
 class CloudInfo(BaseModel):
-    """The cloud, as it answered a moment ago."""
+    """The cloud, at the last poll."""
 
     configured: bool
     reachable: bool
@@ -216,7 +216,7 @@ class CloudInfo(BaseModel):
 
 
 class Capabilities(BaseModel):
-    """What this gateway can do."""
+    """Capabilities of this gateway and its cloud."""
 
     version: str
     edge: EdgeInfo

@@ -1,10 +1,10 @@
-/** The gateway: requests, its token, its events and pictures. Of the page it knows the dialog for the token. */
+/** The gateway's API: requests, token, events and pictures. */
 
 import { ask, byId } from "/static/dom.js";
 
 const TOKEN_KEY = "hybridsd.token";
 const LAST_EVENTS = new Set(["completed", "failed", "cancelled"]);
-const MAX_STREAMS = 3;  // browsers keep 6 connections to a server, and other requests need some
+const MAX_STREAMS = 3;  // browsers open 6 connections to a server; other requests need some
 const FIRST_BACKOFF_MS = 500;
 const LONGEST_BACKOFF_MS = 8000;
 
@@ -18,8 +18,8 @@ export class ProblemError extends Error {
   }
 }
 
-/** A few places, given in the order of asking. */
-class Places {
+/** A semaphore; waiters are served in order. */
+class Semaphore {
   #numFree;
   #waiting = [];
 
@@ -27,21 +27,21 @@ class Places {
     this.#numFree = count;
   }
 
-  async take() {
+  async acquire() {
     if (this.#numFree > 0) this.#numFree -= 1;
     else await new Promise((resolve) => this.#waiting.push(resolve));
   }
 
-  giveBack() {
+  release() {
     const next = this.#waiting.shift();
     if (next) next();
     else this.#numFree += 1;
   }
 }
 
-const streams = new Places(MAX_STREAMS);
+const streams = new Semaphore(MAX_STREAMS);
 
-/** @param {boolean} [isPoll] whether nobody waits for it: then a missing token is not asked for */
+/** @param {boolean} [isPoll] whether it runs in the background: then the user is not asked for a missing token */
 export const getCapabilities = (isPoll = false) => getJson("/v1/capabilities", { asksToken: !isPoll });
 export const getJob = (id) => getJson(`/v1/jobs/${id}`);
 export const cancelJob = (id) => getJson(`/v1/jobs/${id}/cancel`, { method: "POST" });
@@ -64,7 +64,7 @@ export function listJobs(before = null, limit = 24) {
 }
 
 /**
- * Yields a job's events up to its last one, through broken connections.
+ * Yields a job's events up to its last one; reconnects when a connection breaks.
  * @param {string} id
  * @returns {AsyncGenerator<{name: string, data: object}>}
  */
@@ -90,14 +90,14 @@ export async function* streamEvents(id) {
 async function* connect(id, lastId) {
   const headers = { Accept: "text/event-stream", ...(lastId === null ? {} : { "Last-Event-ID": lastId }) };
   let reader;
-  await streams.take();
+  await streams.acquire();
   try {
     const response = await send(`/v1/jobs/${id}/events`, { headers, cache: "no-store" });
     reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
     yield* parseEvents(reader);
   } finally {
     reader?.cancel().catch(() => {});
-    streams.giveBack();
+    streams.release();
   }
 }
 
@@ -127,7 +127,7 @@ function parseEvent(block) {
   return event.data.length ? { ...event, data: event.data.join("\n") } : null;
 }
 
-/** Shows a picture of the gateway in an `<img>`; with a token it is fetched, for an `<img>` sends none. */
+/** Shows a picture of the gateway in an `<img>`; with a token it is fetched, since an `<img>` sends none. */
 export async function showPicture(img, url) {
   img.dataset.url = url;
   if (!token()) {
@@ -136,7 +136,7 @@ export async function showPicture(img, url) {
   }
   const blobUrl = URL.createObjectURL(await getPicture(url));
   const revoke = () => URL.revokeObjectURL(blobUrl);
-  if (img.dataset.url !== url) return revoke();  // it shows another one by now
+  if (img.dataset.url !== url) return revoke();  // it shows another picture by now
   img.addEventListener("load", revoke, { once: true });
   img.addEventListener("error", revoke, { once: true });
   img.src = blobUrl;
@@ -163,7 +163,7 @@ async function getJson(path, options) {
 async function send(path, { asksToken = true, ...options } = {}) {
   const used = token();
   const headers = { ...options.headers, ...(used ? { Authorization: `Bearer ${used}` } : {}) };
-  // credentials: else browsers ask for a password by themselves when the gateway asks for its token
+  // credentials: otherwise the browser shows its own password dialog when the token is missing
   const response = await fetch(path, { credentials: "omit", ...options, headers }).catch(() => {
     throw new ProblemError({ status: 0, detail: "The gateway on this device does not answer. Is it running?" });
   });
@@ -185,7 +185,7 @@ function token() {
 let asking = null;
 
 /**
- * Asks for the token, once for all requests that wait for it.
+ * Asks the user for the token, once for all waiting requests.
  * @param {string|null} refused the token that was refused
  * @returns {Promise<boolean>} whether there is another one
  */

@@ -1,4 +1,4 @@
-/** The page's wiring: the form makes jobs, jobs become runs, runs are shown, and end in the gallery. */
+/** Connects the page's parts: the form creates jobs, the stage shows their runs, the gallery the results. */
 
 import { cancelJob, createJob, getJob, ProblemError, streamEvents } from "/static/api.js";
 import { CloudWatch } from "/static/cloud.js";
@@ -51,7 +51,7 @@ document.addEventListener("keydown", (event) => {
 
 await cloudWatch.start();
 
-/** @returns {Promise<boolean>} whether the gateway has said what it can do; asks again where it has not */
+/** @returns {Promise<boolean>} whether the gateway has answered; asks again if not */
 async function isReady() {
   if (defaults === null) await cloudWatch.start();
   return defaults !== null;
@@ -61,7 +61,7 @@ async function generate() {
   form.clearProblems();
   if (!(await isReady())) return;
   const button = byId("generate");
-  button.disabled = true;  // until the gateway has answered: one press, one job
+  button.disabled = true;  // until the gateway has answered, so that a double click makes one job
   try {
     await launch(form.request(), { isShown: true });
     if (!isInView(byId("pictures"))) byId("stage").scrollIntoView();
@@ -104,7 +104,7 @@ function end(run) {
   if (run.job.state === "failed" && run.job.error) form.showProblem(new ProblemError(run.job.error));
 }
 
-/** The events of a job are gone; whether it has ended the gateway may still know. */
+/** The event stream failed; asks the gateway whether the job has ended. */
 async function giveUp(run, error) {
   const job = await getJob(run.job.id).catch(() => null);
   if (job && !isActive({ job })) {
@@ -130,12 +130,12 @@ function showRun(run) {
 async function cancel(run) {
   try {
     const job = await cancelJob(run.job.id);
-    if (isActive({ job })) return;  // it stops after its present step, which its events tell
+    if (isActive({ job })) return;  // it stops after its current step, and its events say so
     applyEvent(run, job.state, { job });
     end(run);
     update(run);
   } catch (error) {
-    if (error.status !== 409) form.showProblem(error);  // 409: it has finished meanwhile
+    if (error.status !== 409) form.showProblem(error);  // 409: it has already finished
   }
 }
 

@@ -1,4 +1,4 @@
-/** Whether the cloud is there: polls what the gateway can do, and tells when this device is on its own. */
+/** Polls the gateway's capabilities and shows whether the cloud is reachable. */
 
 import { getCapabilities } from "/static/api.js";
 import { byId, make, setText } from "/static/dom.js";
@@ -17,13 +17,13 @@ export class CloudWatch {
     document.addEventListener("visibilitychange", () => this.#schedule(0));
   }
 
-  /** Asks now, and from then on while the page is visible. */
+  /** Polls now, and from then on while the page is visible. */
   async start() {
     await this.#ask(false).catch((error) => showBanner(error.message));
     this.#schedule(POLL_MS);
   }
 
-  /** Tells that a job went on without the cloud; forgotten when the cloud answers again. */
+  /** Shows that a job continued without the cloud, until the cloud answers again. */
   tookOver({ message, reason }) {
     this.#lastLoss = message || reason;
     this.#show();
@@ -42,7 +42,7 @@ export class CloudWatch {
   async #ask(isPoll) {
     const lossBefore = this.#lastLoss;
     this.#capabilities = await getCapabilities(isPoll);
-    const isNewLoss = this.#lastLoss !== lossBefore;  // later than the question
+    const isNewLoss = this.#lastLoss !== lossBefore;  // newer than the request
     if (this.#capabilities.cloud.reachable && !isNewLoss) this.#lastLoss = null;
     this.#show();
     this.#onCapabilities(this.#capabilities);
@@ -52,7 +52,7 @@ export class CloudWatch {
     const { cloud, edge } = this.#capabilities;
     const isAway = cloud.configured && (!cloud.reachable || this.#lastLoss !== null);
     const reason = this.#lastLoss ?? cloud.message;
-    showBanner(isAway ? `The cloud is away; this device goes on alone${reason ? ` (${reason})` : ""}.` : "");
+    showBanner(isAway ? `The cloud is away; this device continues alone${reason ? ` (${reason})` : ""}.` : "");
     showPlaces(cloud, edge, isAway);
   }
 }

@@ -1,4 +1,4 @@
-/** "Compare splits": one prompt and seed by the large model, a hybrid and the small one, side by side. */
+/** "Compare splits": one prompt and seed with the large model, a hybrid and the small model, side by side. */
 
 import { showPicture } from "/static/api.js";
 import { byId, closeOnBackdrop, make, plural, seconds, setText } from "/static/dom.js";
@@ -42,7 +42,7 @@ export class Compare {
       try {
         column.run = await this.#launch(column.request, (run) => this.#update(columns, column, run));
       } catch (error) {
-        if (error.field) {  // the same for all of them: it is said next to that field
+        if (error.field) {  // the same for all columns: shown next to that field
           this.#dialog.close();
           throw error;
         }
@@ -54,7 +54,7 @@ export class Compare {
   #update(columns, column, run) {
     column.run = run;
     column.update();
-    if (columns !== this.#columns) return;  // another comparison has begun
+    if (columns !== this.#columns) return;  // another comparison has started
     const numDone = columns.filter((each) => each.image).length;
     byId("compare-cancel").hidden = !columns.some((each) => each.run && isActive(each.run));
     setText(byId("compare-status"), numDone ? `${numDone} of ${columns.length} pictures are ready` : "");
@@ -86,7 +86,7 @@ export class Compare {
   }
 }
 
-/** One way of drawing the picture. */
+/** One split of the comparison. */
 class Column {
   run = null;
   #img = make("img", { alt: "", hidden: true });

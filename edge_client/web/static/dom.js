@@ -1,4 +1,4 @@
-/** Elements and words: what every module of the page needs. Knows nothing of jobs or the gateway. */
+/** DOM helpers. */
 
 /** @param {string} id @returns {HTMLElement} the element with that id, which must be in index.html */
 export function byId(id) {

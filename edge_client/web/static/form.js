@@ -1,4 +1,4 @@
-/** The form: fills itself from what the gateway can do, becomes a request, and shows what is wrong with one. */
+/** The form: offers the gateway's capabilities, makes requests, and shows their errors. */
 
 import { byId, make, setText } from "/static/dom.js";
 import { readImage } from "/static/pictures.js";
@@ -39,7 +39,7 @@ export class Form {
     });
   }
 
-  /** Takes over what the gateway can do; the first time also its defaults, and what was kept of the last visit. */
+  /** Applies the gateway's capabilities; the first time also its defaults and the saved values of the last visit. */
   setCapabilities(capabilities) {
     const isFirst = this.#capabilities === null;
     this.#capabilities = capabilities;
@@ -65,7 +65,7 @@ export class Form {
       height,
       num_inference_steps: byId("steps").valueAsNumber,
       guidance_scale: byId("guidance").valueAsNumber,
-      consecutive_seeds: true,  // each picture can be made again by itself
+      consecutive_seeds: true,  // so that each picture can be made again alone
       seed: byId("random-seed").checked || byId("seed").value === "" ? null : byId("seed").valueAsNumber,
       scheduler: byId("scheduler").value,
       hybrid: this.#split.request(),

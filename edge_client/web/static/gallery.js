@@ -1,4 +1,4 @@
-/** Finished pictures, newest first, and the dialog that shows one with all that is known of it. */
+/** Finished pictures, newest first, and the dialog with a picture's details. */
 
 import { deleteJob, downloadPicture, listJobs, showPicture } from "/static/api.js";
 import { ask, bytes, byId, closeOnBackdrop, isDialogOpen, make, plural, seconds, setText } from "/static/dom.js";
@@ -46,7 +46,7 @@ export class Gallery {
     this.#show();
   }
 
-  /** Takes a job's pictures away. */
+  /** Removes a job's pictures. */
   remove(jobId) {
     this.#entries = this.#entries.filter(({ job }) => job.id !== jobId);
     for (const tile of [...byId("gallery").children]) if (tile.dataset.job === jobId) tile.remove();
@@ -173,7 +173,7 @@ export class Detail {
     byId("detail-facts").replaceChildren(...facts(job, image).map(([name, value]) => make(
       "tr", {}, make("th", { scope: "row" }, name), make("td", {}, String(value)),
     )));
-    byId("detail-compare").hidden = Boolean(job.request.image);  // it would begin from noise
+    byId("detail-compare").hidden = Boolean(job.request.image);  // a comparison would start from noise
     for (const id of ["detail-previous", "detail-next"]) byId(id).hidden = this.#gallery.entries.length < 2;
     const { entries } = this.#gallery;
     setText(byId("detail-title"), `Picture ${entries.indexOf(entry) + 1} of ${entries.length}`);

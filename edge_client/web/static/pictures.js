@@ -1,9 +1,9 @@
-/** Picture files that the user chooses. Knows nothing of the gateway. */
+/** Picture files that the user selects. */
 
 const LONGEST_SIDE = 1536;
 
 /**
- * Reads a picture file; one that is too large is drawn smaller.
+ * Reads a picture file; scales down one that is too large.
  * @param {File} file
  * @param {number} maxChars how long the data URL may be
  * @returns {Promise<string>} a data URL

@@ -1,4 +1,4 @@
-/** What a job looks like, told by its events. Pure: knows nothing of the page or the gateway. */
+/** The state of a job, updated by its events. Pure functions. */
 
 /**
  * @typedef {object} PictureRun one picture of a job, as far as it is
@@ -21,7 +21,7 @@
 /** @param {object} job @returns {Run} */
 export function beginRun(job) {
   const { num_inference_steps: asked, hybrid } = job.request;
-  const numSteps = asked ?? 0;  // of other clients: the default, which "planned" tells
+  const numSteps = asked ?? 0;  // other clients may omit it; "planned" has the default
   const cloudSteps = { edge: 0, cloud: numSteps }[hybrid?.mode] ?? hybrid?.cloud_steps ?? 0;
   const pictures = Array.from({ length: job.request.n ?? 1 }, (_, index) => ({
     index, numSteps, cloudSteps, steps: new Map(), preview: null, image: null,
@@ -57,7 +57,7 @@ const HANDLERS = {
     run.current = picture.index;
     picture.numSteps = data.num_inference_steps;
     picture.cloudSteps = data.cloud_steps;
-    picture.steps.clear();  // told again after a reload of the page
+    picture.steps.clear();  // sent again after a reload of the page
     const where = data.cloud_steps ? "The cloud begins" : "This device draws";
     run.phase = `${where}${run.pictures.length > 1 ? ` picture ${picture.index + 1}` : ""}`;
   },
@@ -80,7 +80,7 @@ const HANDLERS = {
   },
   fallback(run, data) {
     pictureAt(run, data.image_index).cloudSteps = data.actual;
-    run.phase = "The cloud is away; this device goes on alone";
+    run.phase = "The cloud is away; this device continues alone";
   },
   early_handoff(run, data) {
     if (data.actual !== undefined) pictureAt(run, data.image_index).cloudSteps = data.actual;
@@ -94,7 +94,7 @@ const HANDLERS = {
   cancelled: endRun,
 };
 
-/** Changes a run by one of its events; names that are not known are no harm. */
+/** Applies an event to a run; unknown names are ignored. */
 export function applyEvent(run, name, data) {
   HANDLERS[name]?.(run, data);
 }

@@ -1,4 +1,4 @@
-/** The split slider, in words and colours, and the measured curve of quality against it. */
+/** The split slider with its text, and the measured curve of quality over split. */
 
 import { byId, make, makeSvg, plural, setText, stepRange } from "/static/dom.js";
 
@@ -34,7 +34,7 @@ export class Split {
     new ResizeObserver(() => this.#showCurve()).observe(byId("quality-curve"));
   }
 
-  /** Takes over what the gateway can do. */
+  /** Applies the gateway's capabilities. */
   setCapabilities({ cloud, quality }) {
     this.#hasCloud = cloud.configured;
     this.#cloudModel = cloud.models[0]?.id ?? "";
@@ -73,7 +73,7 @@ export class Split {
     if (!this.isAuto) return splitRequest(this.cloudSteps, model);
     const maxS = this.#maxSeconds.valueAsNumber;
     const goal = maxS > 0 ? { max_latency_ms: Math.round(1000 * maxS) } : { max_cloud_steps: this.numSteps };
-    return { mode: "auto", cloud_steps: null, model, ...goal };  // a goal is what makes the gateway choose
+    return { mode: "auto", cloud_steps: null, model, ...goal };  // with a goal the gateway chooses the split
   }
 
   /** Fixes a split. */
@@ -83,7 +83,7 @@ export class Split {
     this.cloudSteps = cloudSteps;
   }
 
-  /** Draws everything anew. */
+  /** Renders everything again. */
   show() {
     this.#slider.disabled = this.isAuto || !this.#hasCloud;
     this.#auto.disabled = !this.#hasCloud;
@@ -130,8 +130,8 @@ export class Split {
 }
 
 /**
- * Makes the `hybrid` of a request with that split. With any cloud steps the mode is "auto": this device goes on when
- * the cloud is lost.
+ * Makes the `hybrid` object of a request with this split. With cloud steps the mode is "auto": this device continues
+ * when the cloud fails.
  */
 export function splitRequest(cloudSteps, model = "") {
   return { mode: cloudSteps ? "auto" : "edge", cloud_steps: cloudSteps, model };

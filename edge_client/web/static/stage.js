@@ -1,4 +1,4 @@
-/** The large picture area, and the list of jobs that run at once. */
+/** The large picture area, and the list of running jobs. */
 
 import { showPicture } from "/static/api.js";
 import { byId, make, seconds, setText } from "/static/dom.js";
@@ -34,7 +34,7 @@ export class Stage {
     this.update();
   }
 
-  /** Shows what has changed since. */
+  /** Shows the changes of the run. */
   update() {
     const run = this.#run;
     const active = isActive(run);
@@ -105,7 +105,7 @@ class Frame {
   }
 }
 
-/** The list of running jobs; there only while there are several. */
+/** The list of running jobs; hidden unless there are several. */
 export class RunList {
   #rows = new Map();
   #onShow;

@@ -1,4 +1,4 @@
-/** A row of segments, one for each step of a picture: where it ran, and how long it took by its width. */
+/** A row of segments, one per step: colour shows the place, width the duration. */
 
 import { bytes, make, plural, seconds, setText } from "/static/dom.js";
 

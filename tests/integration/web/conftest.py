@@ -1,11 +1,11 @@
-"""The gateway as a real server: uvicorn on a free loopback port, a tiny bundle, and a fake cloud with a valve."""
+"""The gateway as a real server: uvicorn on a free loopback port, a tiny bundle, and a fake cloud with a gate."""
 
 import base64
 import io
 import json
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,19 +24,21 @@ from edge_client.bundles.bundle import Bundle, open_bundle
 from edge_client.cache import Cache
 from edge_client.cloud.client import Cloud
 from edge_client.inference.models import Models
-from edge_client.web.app import Settings, create_app
-from edge_client.web.gateway import Gateway
+from edge_client.web.app import create_app
+from edge_client.web.dependencies import Gateway
+from edge_client.web.settings import Settings
 from hybridsd.v1 import denoising_service_pb2 as pb
 from tests.support.fake_cloud import FakeCloud, Running, serve
 from tests.support.tiny_bundle import write_bundle
 
 WAIT_S = 30.0
-"""How long anything may take before a test gives up on it; nothing waits for it to pass."""
+"""Limit of every wait; no test waits for it to pass."""
 ENDS = ("completed", "failed", "cancelled")
+TOKENS = ("one-token", "two-token")
 
 
-class Valve:
-    """Holds the cloud's states back from some call on, until it is opened: a job that runs for as long as one likes."""
+class Gate:
+    """Holds back the cloud's states from a given call on until it is opened, which keeps a job running."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -73,8 +75,8 @@ class Valve:
 
 
 @dataclass(frozen=True)
-class Door:
-    """A gateway that serves."""
+class GatewayServer:
+    """A running gateway."""
 
     url: str
     app: FastAPI
@@ -82,12 +84,12 @@ class Door:
 
     @property
     def gateway(self) -> Gateway:
-        """What its request handlers get."""
+        """What its request handlers share."""
         gateway: Gateway = self.app.state.gateway
         return gateway
 
     def client(self, **options: Any) -> httpx.Client:
-        """Returns a client that knows nothing of proxies."""
+        """Returns a client that ignores proxies."""
         return httpx.Client(**{"base_url": self.url, "timeout": WAIT_S, "trust_env": False, "verify": False, **options})
 
 
@@ -154,18 +156,15 @@ def fake(running_cloud: Running) -> Iterator[FakeCloud]:
 
 
 @pytest.fixture
-def valve(fake: FakeCloud) -> Iterator[Valve]:
-    valve = Valve()
-    fake.mangle = valve
-    yield valve
-    valve.open()
-
-
-OpenDoor = Callable[..., Door]
+def gate(fake: FakeCloud) -> Iterator[Gate]:
+    gate = Gate()
+    fake.mangle = gate
+    yield gate
+    gate.open()
 
 
 @contextmanager
-def opened(
+def serving(
     data_dir: Path,
     bundle: Bundle,
     models: Models,
@@ -173,23 +172,25 @@ def opened(
     *,
     others: Mapping[str, Models] = MappingProxyType({}),
     **settings: Any,
-) -> Iterator[Door]:
-    """Runs a gateway."""
+) -> Iterator[GatewayServer]:
+    """Runs a gateway on a free port."""
     app = create_app(Settings(data_dir=data_dir, **settings), bundle, models, cloud, others=others)
     with listening(app) as url:
-        yield Door(url, app, data_dir)
+        yield GatewayServer(url, app, data_dir)
 
 
 @pytest.fixture(scope="module")
-def door(tmp_path_factory: pytest.TempPathFactory, bundle: Bundle, models: Models, cloud: Cloud) -> Iterator[Door]:
-    """A gateway that lets everybody in, one for the tests of a file."""
-    with opened(tmp_path_factory.mktemp("data"), bundle, models, cloud) as door:
-        yield door
+def server(
+    tmp_path_factory: pytest.TempPathFactory, bundle: Bundle, models: Models, cloud: Cloud
+) -> Iterator[GatewayServer]:
+    """A gateway without tokens, shared by the tests of a file."""
+    with serving(tmp_path_factory.mktemp("data"), bundle, models, cloud) as server:
+        yield server
 
 
 @pytest.fixture
-def client(door: Door) -> Iterator[httpx.Client]:
-    with door.client() as client:
+def client(server: GatewayServer) -> Iterator[httpx.Client]:
+    with server.client() as client:
         yield client
 
 

@@ -22,21 +22,20 @@ from edge_client.web.schemas.native import Image, Job
 from hybridsd.errors import Reason
 from tests.integration.web.conftest import (
     ENDS,
+    TOKENS,
     WAIT_S,
-    Door,
     Event,
-    Valve,
+    Gate,
+    GatewayServer,
     ask,
     finish,
-    opened,
     pixels,
+    serving,
     submit,
     wait_for,
     watching,
 )
 from tests.support.fake_cloud import FakeCloud
-
-TOKENS = ("one-token", "two-token")
 
 
 def bearer(token: str) -> dict[str, str]:
@@ -44,10 +43,10 @@ def bearer(token: str) -> dict[str, str]:
 
 
 @pytest.fixture
-def narrow(tmp_path: Path, bundle: Bundle, models: Models, cloud: Cloud) -> Iterator[Door]:
+def narrow(tmp_path: Path, bundle: Bundle, models: Models, cloud: Cloud) -> Iterator[GatewayServer]:
     """A gateway with one worker, two places to wait, and room for three finished jobs."""
-    with opened(tmp_path / "data", bundle, models, cloud, workers=1, max_queue=2, max_jobs=3) as door:
-        yield door
+    with serving(tmp_path / "data", bundle, models, cloud, workers=1, max_queue=2, max_jobs=3) as server:
+        yield server
 
 
 def problem(response: httpx.Response, status: int, reason: Reason) -> dict[str, Any]:
@@ -90,14 +89,14 @@ def test_what_is_left_out_is_filled_in_so_that_it_can_be_repeated(client: httpx.
     assert np.array_equal(*(pixels(client.get(job["images"][0]["url"]).content) for job in (first, again)))
 
 
-def test_events_tell_the_story_in_order(client: httpx.Client, valve: Valve) -> None:
+def test_events_tell_the_story_in_order(client: httpx.Client, gate: Gate) -> None:
     """Numbers grow, every step comes once, the picture before the end, and nothing after it."""
-    valve.close(call=1)
+    gate.close(call=1)
     job = submit(client, n=2, previews=2)
-    valve.wait()
+    gate.wait()
     with watching(client, job["id"]) as stream:
         first = next(stream)
-        valve.open()
+        gate.open()
         events = [first, *stream]
 
     names = [event.name for event in events]
@@ -118,11 +117,11 @@ def is_step(event: Event) -> bool:
     return event.name == "step"
 
 
-def test_a_broken_connection_goes_on_where_it_broke(client: httpx.Client, valve: Valve) -> None:
+def test_a_broken_connection_goes_on_where_it_broke(client: httpx.Client, gate: Gate) -> None:
     """Cut anywhere and taken up by Last-Event-ID, no event is lost or doubled; only previews may be replaced."""
-    valve.close(call=3)
+    gate.close(call=3)
     job = submit(client)
-    valve.wait()
+    gate.wait()
     for cut in (1, 2, 3, 4, 5):
         with watching(client, job["id"]) as stream:
             before = list(islice(stream, cut))
@@ -132,7 +131,7 @@ def test_a_broken_connection_goes_on_where_it_broke(client: httpx.Client, valve:
             assert following.number > before[-1].number
     with watching(client, job["id"]) as stream:
         before = list(islice(stream, 4))
-    valve.open()
+    gate.open()
     with watching(client, job["id"], after=before[-1].number) as stream:
         after = list(stream)
     with watching(client, job["id"]) as stream:
@@ -153,27 +152,27 @@ def test_a_last_event_id_that_is_none_is_refused(given: str, client: httpx.Clien
     assert problem(response, 422, Reason.FIELD_INVALID)["field"] == "last_event_id"
 
 
-def test_a_silent_stream_is_kept_alive(client: httpx.Client, valve: Valve, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_stream_is_kept_alive(client: httpx.Client, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     """A comment comes while nothing happens, so that nobody between takes the connection for dead."""
     monkeypatch.setattr(jobs_api, "KEEP_ALIVE_S", 0.05)
-    valve.close()
+    gate.close()
     job = submit(client)
-    valve.wait()
+    gate.wait()
     with watching(client, job["id"]) as stream:
         comments = list(islice((event for event in stream if not event.name), 2))
-        valve.open()
+        gate.open()
         rest = list(stream)
 
     assert all(event.comment.startswith("ping") for event in comments)
     assert rest[-1].name == "completed"
 
 
-def test_cancelling_what_waits_and_what_runs(narrow: Door, valve: Valve, fake: FakeCloud) -> None:
+def test_cancelling_what_waits_and_what_runs(narrow: GatewayServer, gate: Gate, fake: FakeCloud) -> None:
     """What waits never begins; what runs ends after its step, and the cloud is told."""
     with narrow.client() as client:
-        valve.close(call=2)
+        gate.close(call=2)
         running, waiting, last = (submit(client, seed=seed) for seed in range(3))
-        valve.wait()
+        gate.wait()
         assert [client.get(f"/v1/jobs/{job['id']}").json()["state"] for job in (running, waiting, last)] == [
             "running", "queued", "queued",
         ]  # fmt: skip
@@ -190,7 +189,7 @@ def test_cancelling_what_waits_and_what_runs(narrow: Door, valve: Valve, fake: F
         ended = wait_for(client, running["id"])  # though the cloud still holds its state back
         assert (ended.name, ended.data["job"]["images"]) == ("cancelled", [])
         assert fake.cancel_seen.wait(WAIT_S)
-        valve.open()
+        gate.open()
         assert wait_for(client, last["id"]).name == "completed"
         for job, state in ((running, "cancelled"), (waiting, "cancelled"), (last, "completed")):
             assert client.get(f"/v1/jobs/{job['id']}").json()["state"] == state
@@ -204,7 +203,7 @@ def events_of(client: httpx.Client, job_id: str) -> list[Event]:
         return list(stream)
 
 
-def test_a_job_in_the_middle_of_its_edge_steps_stops_within_one(client: httpx.Client, door: Door) -> None:
+def test_a_job_in_the_middle_of_its_edge_steps_stops_within_one(client: httpx.Client, server: GatewayServer) -> None:
     """A job of many steps here is cancelled at the first one that is seen, long before its end."""
     job = submit(client, hybrid={"split": "1,999"}, num_inference_steps=None, n=10, previews=0)
     with watching(client, job["id"]) as stream:
@@ -233,7 +232,7 @@ def test_what_is_not_there(client: httpx.Client) -> None:
     problem(client.post("/v1/jobs", json=ask(id=job["id"])), 410, Reason.JOB_GONE)
 
 
-def test_the_oldest_are_pruned(narrow: Door) -> None:
+def test_the_oldest_are_pruned(narrow: GatewayServer) -> None:
     """Of five finished jobs three are kept; the others are gone with their files, and said to be."""
     with narrow.client() as client:
         jobs = [finish(client, seed=seed) for seed in range(5)]
@@ -246,19 +245,19 @@ def test_the_oldest_are_pruned(narrow: Door) -> None:
     assert len(list((narrow.data_dir / "images").rglob("*.png"))) == 3
 
 
-def test_a_full_queue_says_when_to_come_again(narrow: Door, valve: Valve) -> None:
+def test_a_full_queue_says_when_to_come_again(narrow: GatewayServer, gate: Gate) -> None:
     """One runs, two wait, the next is told to come again; and later it may."""
     with narrow.client() as client:
-        valve.close()
+        gate.close()
         first = submit(client)
-        valve.wait()
+        gate.wait()
         others = [submit(client, seed=seed) for seed in (6, 7)]
         response = client.post("/v1/jobs", json=ask(seed=8))
 
         said = problem(response, 429, Reason.TOO_MANY_JOBS)
         assert int(response.headers["retry-after"]) >= said["retry_delay_s"] >= 1
         assert client.post("/v1/jobs", json=ask(seed=6, id="x")).status_code == 429
-        valve.open()
+        gate.open()
         assert {wait_for(client, job["id"]).name for job in (first, *others)} == {"completed"}
         assert client.post("/v1/jobs", json=ask(seed=8)).status_code == 202
 
@@ -279,7 +278,7 @@ def test_asking_twice_with_one_id_is_one_job(client: httpx.Client, fake: FakeClo
         assert said["field"] == "id"
 
 
-def test_asking_twice_at_the_same_time_is_one_job(door: Door, fake: FakeCloud) -> None:
+def test_asking_twice_at_the_same_time_is_one_job(server: GatewayServer, fake: FakeCloud) -> None:
     """Clients that repeat a request before the first one is answered make one job, too."""
     barrier = threading.Barrier(8)
 
@@ -289,7 +288,7 @@ def test_asking_twice_at_the_same_time_is_one_job(door: Door, fake: FakeCloud) -
         return client.post("/v1/jobs", json=ask(id="at-once"))
 
     with ExitStack() as stack, ThreadPoolExecutor(8) as pool:
-        clients = [stack.enter_context(door.client()) for _ in range(8)]
+        clients = [stack.enter_context(server.client()) for _ in range(8)]
         answers = list(pool.map(post, clients))
 
         assert {answer.status_code for answer in answers} == {202}, [answer.text for answer in answers]
@@ -297,13 +296,13 @@ def test_asking_twice_at_the_same_time_is_one_job(door: Door, fake: FakeCloud) -
     assert len(fake.requests) == 1
 
 
-def test_pages_of_jobs(tmp_path: Path, bundle: Bundle, models: Models, valve: Valve, cloud: Cloud) -> None:
+def test_pages_of_jobs(tmp_path: Path, bundle: Bundle, models: Models, gate: Gate, cloud: Cloud) -> None:
     """The newest first; the pages together are all of them; a state picks."""
-    with opened(tmp_path, bundle, models, cloud, workers=1) as door, door.client() as client:
+    with serving(tmp_path, bundle, models, cloud, workers=1) as server, server.client() as client:
         done = [finish(client, seed=seed)["id"] for seed in range(4)]
-        valve.close()
+        gate.close()
         running = submit(client)["id"]
-        valve.wait()
+        gate.wait()
         seen, before = [], None
         for _ in range(3):
             query: dict[str, Any] = {"limit": 2} | ({} if before is None else {"before": before})
@@ -317,7 +316,7 @@ def test_pages_of_jobs(tmp_path: Path, bundle: Bundle, models: Models, valve: Va
         assert [job["id"] for job in picked] == [running]
         for query in ({"limit": 0}, {"limit": 201}, {"before": "x"}, {"state": "lost"}):
             problem(client.get("/v1/jobs", params=query), 422, Reason.FIELD_INVALID)
-        valve.open()
+        gate.open()
         assert wait_for(client, running).name == "completed"
 
 
@@ -346,8 +345,8 @@ def test_a_lower_quality_is_smaller(client: httpx.Client) -> None:
 
 def test_jobs_belong_to_their_token(tmp_path: Path, bundle: Bundle, models: Models, cloud: Cloud) -> None:
     """Another token's job is not there; its picture is for whoever has its signed address, and for no other path."""
-    with opened(tmp_path, bundle, models, cloud, tokens=TOKENS) as door, door.client() as nobody:
-        with door.client(headers=bearer(TOKENS[0])) as owner, door.client(headers=bearer(TOKENS[1])) as other:
+    with serving(tmp_path, bundle, models, cloud, tokens=TOKENS) as server, server.client() as nobody:
+        with server.client(headers=bearer(TOKENS[0])) as owner, server.client(headers=bearer(TOKENS[1])) as other:
             job = finish(owner, id="mine", n=2)
             path = f"/v1/jobs/{job['id']}"
             for method, what in (("GET", ""), ("DELETE", ""), ("POST", "/cancel"), ("GET", "/events")):
@@ -408,11 +407,11 @@ def test_webhooks_are_told_the_end(
 ) -> None:  # fmt: skip
     """Once; again where the other side failed; after a restart nobody is told a second time."""
     with listener(*failures) as (host, came, done):
-        with opened(tmp_path, bundle, models, cloud, webhook_hosts=[host]) as door, door.client() as client:
-            monkeypatch.setattr(door.gateway.webhooks, "_first_delay_s", 0.01)
+        with serving(tmp_path, bundle, models, cloud, webhook_hosts=[host]) as server, server.client() as client:
+            monkeypatch.setattr(server.gateway.webhooks, "_first_delay_s", 0.01)
             job = finish(client, webhook=f"http://{host}/told?x=1", n=2)
             assert done.wait(WAIT_S)
-        with opened(tmp_path, bundle, models, cloud, webhook_hosts=[host]) as door, door.client() as client:
+        with serving(tmp_path, bundle, models, cloud, webhook_hosts=[host]) as server, server.client() as client:
             assert finish(client)["state"] == "completed"
             assert client.get(f"/v1/jobs/{job['id']}").json() == job
     assert len(came) == len(failures) + 1
@@ -437,8 +436,8 @@ def test_only_hosts_that_the_operator_named_are_told(
     url: str, status: int, reason: Reason, tmp_path: Path, bundle: Bundle, models: Models
 ) -> None:
     with (
-        opened(tmp_path, bundle, models, None, webhook_hosts=["allowed.test:80"]) as door,
-        door.client() as client,
+        serving(tmp_path, bundle, models, None, webhook_hosts=["allowed.test:80"]) as server,
+        server.client() as client,
     ):
         said = problem(client.post("/v1/jobs", json=ask(webhook=url)), status, reason)
 

@@ -1,4 +1,4 @@
-"""Two hundred clients at once, of all faces: each gets its own picture, nobody is lost, and nobody waits for ever."""
+"""Two hundred clients at once, of all APIs: each gets its own picture, nobody is lost, and nobody waits for ever."""
 
 import asyncio
 import base64
@@ -15,7 +15,7 @@ from PIL import Image
 from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.client import Cloud
 from edge_client.inference.models import Models
-from tests.integration.web.conftest import Door, finish, opened, pixels
+from tests.integration.web.conftest import GatewayServer, finish, pixels, serving
 
 NUM_CLIENTS = 200
 BOUND_S = 120.0
@@ -81,13 +81,13 @@ async def sdapi(client: httpx.AsyncClient, seed: int) -> bytes:
     return base64.b64decode(response.json()["images"][0])
 
 
-FACES = (native, openai, sdapi)
+APIS = (native, openai, sdapi)
 
 
 @pytest.fixture
-def door(tmp_path: Path, bundle: Bundle, models: Models, cloud: Cloud) -> Iterator[Door]:
-    with opened(tmp_path, bundle, models, cloud, max_queue=NUM_CLIENTS, workers=2) as door:
-        yield door
+def server(tmp_path: Path, bundle: Bundle, models: Models, cloud: Cloud) -> Iterator[GatewayServer]:
+    with serving(tmp_path, bundle, models, cloud, max_queue=NUM_CLIENTS, workers=2) as server:
+        yield server
 
 
 async def everybody(url: str) -> list[bytes]:
@@ -95,10 +95,10 @@ async def everybody(url: str) -> list[bytes]:
     limits = httpx.Limits(max_connections=2 * NUM_CLIENTS, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=url, timeout=BOUND_S, limits=limits, trust_env=False, verify=False) as client:
         async with asyncio.timeout(BOUND_S):
-            return await asyncio.gather(*(FACES[seed % 3](client, seed) for seed in range(NUM_CLIENTS)))
+            return await asyncio.gather(*(APIS[seed % 3](client, seed) for seed in range(NUM_CLIENTS)))
 
 
-def test_two_hundred_clients(door: Door, client: httpx.Client) -> None:
+def test_two_hundred_clients(server: GatewayServer, client: httpx.Client) -> None:
     """Each picture is that of its own seed and prompt: it says so, and is like no other; some are drawn again."""
     alone = {
         seed: finish(
@@ -107,7 +107,7 @@ def test_two_hundred_clients(door: Door, client: httpx.Client) -> None:
         for seed in range(0, NUM_CLIENTS, 23)
     }  # fmt: skip
     expected = {seed: pixels(client.get(url).content).tobytes() for seed, url in alone.items()}
-    pictures = asyncio.run(everybody(door.url))
+    pictures = asyncio.run(everybody(server.url))
 
     assert len({pixels(each).tobytes() for each in pictures}) == NUM_CLIENTS
     for seed, content in enumerate(pictures):

@@ -5,7 +5,7 @@ from pathlib import Path
 from edge_client.bundles.bundle import Bundle, open_bundle
 from edge_client.cloud.client import Cloud
 from edge_client.inference.models import Models
-from tests.integration.web.conftest import finish, opened, pixels, submit, wait_for
+from tests.integration.web.conftest import finish, pixels, serving, submit, wait_for
 from tests.support.tiny_bundle import write_bundle
 
 
@@ -16,7 +16,7 @@ def test_segments_may_name_other_models_of_the_device(
     write_bundle(tmp_path / "other", seed=1)
     other = open_bundle(tmp_path / "other")
     others = {"other": Models(other.folder, other.manifest, provider="cpu", threads=1)}
-    with opened(tmp_path / "data", bundle, models, cloud, others=others) as door, door.client() as client:
+    with serving(tmp_path / "data", bundle, models, cloud, others=others) as server, server.client() as client:
         jobs = [
             finish(client, hybrid={"segments": f"cloud:2@cloud,{name}:4@edge"})
             for name in (bundle.manifest.name, "other")
@@ -32,7 +32,7 @@ def test_segments_may_name_other_models_of_the_device(
 
 def test_a_split_is_chosen_for_a_goal(tmp_path: Path, bundle: Bundle, models: Models, cloud: Cloud) -> None:
     """Full quality is the cloud's picture, none the edge's own; the reasons are told."""
-    with opened(tmp_path, bundle, models, cloud) as door, door.client() as client:
+    with serving(tmp_path, bundle, models, cloud) as server, server.client() as client:
         best, least = (finish(client, hybrid={"quality": quality}) for quality in (1.0, 0.0))
         events = client.get(f"/v1/jobs/{best['id']}/events").text
         both = client.post("/v1/jobs", json={"prompt": "a fox", "hybrid": {"quality": 1, "split": "2,4"}})

@@ -23,20 +23,20 @@ from PIL import Image
 from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.client import Cloud
 from edge_client.inference.models import Models
-from tests.integration.web.conftest import WAIT_S, Door, Valve, opened, picture, pixels, wait_for, watching
+from tests.integration.web.conftest import WAIT_S, Gate, GatewayServer, picture, pixels, serving, wait_for, watching
 from tests.support.fake_cloud import FakeCloud
 
 MORE = {"seed": 5, "scheduler": "ddim", "num_inference_steps": 6, "hybrid": {"split": "2,4"}}
 """What this gateway takes beside OpenAI's own fields."""
 
 
-def sdk(door: Door, key: str = "none", **options: Any) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{door.url}/v1", api_key=key, timeout=WAIT_S, max_retries=0, **options)
+def sdk(server: GatewayServer, key: str = "none", **options: Any) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, timeout=WAIT_S, max_retries=0, **options)
 
 
 @pytest.fixture
-def ai(door: Door) -> Iterator[openai.OpenAI]:
-    with sdk(door) as client:
+def ai(server: GatewayServer) -> Iterator[openai.OpenAI]:
+    with sdk(server) as client:
         yield client
 
 
@@ -65,7 +65,7 @@ def test_models(ai: openai.OpenAI) -> None:
     assert [model.id for model in ai.models.list()] == ["hybrid", "fake-large", "tiny-edge"]
 
 
-def test_a_picture_as_base64_and_by_address(ai: openai.OpenAI, door: Door) -> None:
+def test_a_picture_as_base64_and_by_address(ai: openai.OpenAI, server: GatewayServer) -> None:
     """One seed is one picture, however it comes; with the SDK's bare call, too."""
     response = draw(ai)
     by_address = draw(ai, response_format="url")
@@ -75,7 +75,7 @@ def test_a_picture_as_base64_and_by_address(ai: openai.OpenAI, door: Door) -> No
     assert by_address.data is not None
     assert by_address.data[0].b64_json is None
     url = by_address.data[0].url or ""
-    assert url.startswith(f"{door.url}/v1/jobs/")
+    assert url.startswith(f"{server.url}/v1/jobs/")
     fetched = httpx.get(url, trust_env=False, verify=False).content
     assert np.array_equal(pixels(first(response)), pixels(fetched))
     assert np.array_equal(pixels(first(response)), pixels(first(draw(ai))))
@@ -225,32 +225,30 @@ def test_an_unknown_model(ai: openai.OpenAI) -> None:
 
 def test_tokens(tmp_path: Path, bundle: Bundle, models: Models, cloud: Cloud) -> None:
     """The SDK's key is the token; an address of a picture needs none."""
-    with opened(tmp_path, bundle, models, cloud, tokens=["right"]) as door:
-        with sdk(door, "wrong") as ai, pytest.raises(openai.AuthenticationError) as caught:
+    with serving(tmp_path, bundle, models, cloud, tokens=["right"]) as server:
+        with sdk(server, "wrong") as ai, pytest.raises(openai.AuthenticationError) as caught:
             ai.models.list()
         assert caught.value.code == "UNAUTHENTICATED"
-        with sdk(door, "wrong") as ai, pytest.raises(openai.AuthenticationError):
+        with sdk(server, "wrong") as ai, pytest.raises(openai.AuthenticationError):
             draw(ai)
-        with sdk(door, "right") as ai:
+        with sdk(server, "right") as ai:
             url = (draw(ai, response_format="url", output_format="jpeg").data or [])[0].url or ""
             assert len(list(ai.models.list())) == 3
     assert "key=" in url
     assert "format=jpeg" in url
 
 
-def test_a_full_queue_is_a_rate_limit(
-    tmp_path: Path, bundle: Bundle, models: Models, cloud: Cloud, valve: Valve
-) -> None:
+def test_a_full_queue_is_a_rate_limit(tmp_path: Path, bundle: Bundle, models: Models, cloud: Cloud, gate: Gate) -> None:
     """Which the SDK waits for by itself, as Retry-After says, unless it is told not to."""
-    with opened(tmp_path, bundle, models, cloud, workers=1, max_queue=1) as door, sdk(door) as ai:
-        valve.close()
+    with serving(tmp_path, bundle, models, cloud, workers=1, max_queue=1) as server, sdk(server) as ai:
+        gate.close()
         streams = [ai.images.generate(prompt="a fox", stream=True, extra_body=MORE) for _ in range(1)]
-        valve.wait()
+        gate.wait()
         streams.append(ai.images.generate(prompt="a cat", stream=True, extra_body=MORE))
         with pytest.raises(openai.RateLimitError) as caught:
             draw(ai)
         assert int(caught.value.response.headers["retry-after"]) >= 1
-        valve.open()
+        gate.open()
         assert [[event.type for event in stream] for stream in streams] == [["image_generation.completed"]] * 2
 
 
@@ -269,10 +267,10 @@ def test_the_cloud_is_lost_and_nobody_takes_over(ai: openai.OpenAI, fake: FakeCl
 
 
 def test_closing_a_stream_early_cancels_the_job(
-    ai: openai.OpenAI, client: httpx.Client, valve: Valve, fake: FakeCloud
+    ai: openai.OpenAI, client: httpx.Client, gate: Gate, fake: FakeCloud
 ) -> None:
     """Nobody wants the picture any more, so neither this device nor the cloud goes on."""
-    valve.close(call=4)
+    gate.close(call=4)
     stream = ai.images.generate(
         prompt="a red fox", stream=True, partial_images=2, extra_body={**MORE, "hybrid": {"split": "6,0"}}
     )
@@ -286,10 +284,10 @@ def test_closing_a_stream_early_cancels_the_job(
     assert fake.cancel_seen.wait(WAIT_S)
 
 
-def test_a_caller_who_goes_away_cancels_the_job(door: Door, client: httpx.Client, valve: Valve) -> None:
+def test_a_caller_who_goes_away_cancels_the_job(server: GatewayServer, client: httpx.Client, gate: Gate) -> None:
     """The same without a stream: the SDK gives up, and the job ends though the cloud still holds it."""
-    valve.close(call=2)
-    with sdk(door).with_options(timeout=0.5) as hurried, pytest.raises(openai.APITimeoutError):
+    gate.close(call=2)
+    with sdk(server).with_options(timeout=0.5) as hurried, pytest.raises(openai.APITimeoutError):
         hurried.images.generate(prompt="a red fox", extra_body=MORE)
     job_id = client.get("/v1/jobs", params={"limit": 1}).json()["jobs"][0]["id"]
 

@@ -20,7 +20,7 @@ from schemathesis.specs.openapi.checks import (
 from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.client import Cloud
 from edge_client.inference.models import Models
-from tests.integration.web.conftest import Door, ask, finish, opened, picture
+from tests.integration.web.conftest import GatewayServer, ask, finish, picture, serving
 
 MAX_EXAMPLES = 5
 """Of each operation and kind of data."""
@@ -33,10 +33,12 @@ CAPS = {"num_inference_steps": 4, "steps": 4, "n": 2, "batch_size": 1, "n_iter":
 
 
 @pytest.fixture(scope="module")
-def door(tmp_path_factory: pytest.TempPathFactory, bundle: Bundle, models: Models, cloud: Cloud) -> Iterator[Door]:
+def server(
+    tmp_path_factory: pytest.TempPathFactory, bundle: Bundle, models: Models, cloud: Cloud
+) -> Iterator[GatewayServer]:
     """A gateway with room for everything that is asked for."""
-    with opened(tmp_path_factory.mktemp("data"), bundle, models, cloud, max_queue=10_000) as door:
-        yield door
+    with serving(tmp_path_factory.mktemp("data"), bundle, models, cloud, max_queue=10_000) as server:
+        yield server
 
 
 def cap(value: Any) -> Any:
@@ -81,11 +83,11 @@ def try_out(operation: Any, mode: GenerationMode, job_id: str | None) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # of schemathesis and hypothesis about each other
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.name)
-def test_the_document_and_the_server_agree(mode: GenerationMode, door: Door, client: httpx.Client) -> None:
+def test_the_document_and_the_server_agree(mode: GenerationMode, server: GatewayServer, client: httpx.Client) -> None:
     """Every status, media type, header and body is a documented one, for right and wrong requests of each operation."""
     failures: dict[str, BaseException] = {}
     seen = []
-    for operation in operations(door.url):
+    for operation in operations(server.url):
         takes_id = "{job_id}" in operation.path
         for job_id in (None, finish(client)["id"]) if takes_id else (None,):
             try:
@@ -100,7 +102,7 @@ def test_the_document_and_the_server_agree(mode: GenerationMode, door: Door, cli
 
 
 def test_every_problem_of_the_document_is_a_problem(client: httpx.Client) -> None:
-    """Each answer that is no success has the one schema; the document names all operations of the faces."""
+    """Each answer that is no success has the one schema; the document names all operations of the APIs."""
     document = client.get("/openapi.json").json()
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
@@ -149,7 +151,7 @@ def mutate(content: bytes, rng: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_bytes_that_are_nearly_right(path: str, door: Door, client: httpx.Client) -> None:
+def test_bytes_that_are_nearly_right(path: str, server: GatewayServer, client: httpx.Client) -> None:
     """Forty small changes to a good body: only documented statuses, never a bug; and it still serves good ones."""
     rng = random.Random(path)
     kind = "multipart/form-data; boundary=x" if path.endswith("edits") else "application/json"

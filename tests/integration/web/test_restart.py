@@ -18,7 +18,7 @@ from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.client import Cloud
 from edge_client.inference.models import Models
 from edge_client.web.jobs.store import Store
-from tests.integration.web.conftest import WAIT_S, Valve, ask, finish, opened, pixels, submit, wait_for, watching
+from tests.integration.web.conftest import WAIT_S, Gate, ask, finish, pixels, serving, submit, wait_for, watching
 from tests.support.fake_cloud import FakeCloud, Running
 
 
@@ -81,7 +81,7 @@ def alone(
     tmp_path_factory: pytest.TempPathFactory, bundle: Bundle, models: Models, cloud: Cloud
 ) -> dict[tuple[int, int], np.ndarray[Any, Any]]:
     """Pictures by seed and index, as an undisturbed gateway draws them."""
-    with opened(tmp_path_factory.mktemp("alone"), bundle, models, cloud) as door, door.client() as client:
+    with serving(tmp_path_factory.mktemp("alone"), bundle, models, cloud) as server, server.client() as client:
         return {
             (seed, image["index"]): pixels(client.get(image["url"]).content)
             for seed in range(4)
@@ -93,7 +93,7 @@ def drawn(client: httpx.Client, job: dict[str, Any]) -> dict[tuple[int, int], np
     return {(image["seed"], image["index"]): pixels(client.get(image["url"]).content) for image in job["images"]}
 
 
-def test_killed_in_the_middle(start: Any, alone: Any, valve: Valve, fake: FakeCloud, tmp_path: Path) -> None:
+def test_killed_in_the_middle(start: Any, alone: Any, gate: Gate, fake: FakeCloud, tmp_path: Path) -> None:
     """What ran is begun again, what waited waits again, what was drawn is kept: all are what they would have been.
 
     One job is done; of the next one the first picture is drawn and the second one runs; two wait. Then comes kill -9.
@@ -104,15 +104,15 @@ def test_killed_in_the_middle(start: Any, alone: Any, valve: Valve, fake: FakeCl
         kept = [client.get(image["url"]).content for image in done["images"]]
         running = submit(client, seed=1, n=2, id="running")
         first = wait_for(client, running["id"], "image").data["image"]
-        valve.close()  # before the second picture, or in it, or between this job and the next
+        gate.close()  # before the second picture, or in it, or between this job and the next
         waiting = [submit(client, seed=seed, n=2) for seed in (2, 3)]
-        valve.wait()
+        gate.wait()
         states = [client.get(f"/v1/jobs/{job['id']}").json()["state"] for job in (running, *waiting)]
         gateway.end(signal.SIGKILL)
     assert states[-1] == "queued"
     png = next((tmp_path / "data" / "images").glob(f"*/{first['index']}.png"))
     assert png.stat().st_size > 0
-    valve.open()
+    gate.open()
 
     with start() as (gateway, client):
         assert client.get(f"/v1/jobs/{done['id']}").json() == done
@@ -133,17 +133,17 @@ def test_killed_in_the_middle(start: Any, alone: Any, valve: Valve, fake: FakeCl
 
 
 def test_a_watcher_goes_on_across_a_restart(
-    tmp_path: Path, bundle: Bundle, models: Models, cloud: Cloud, alone: Any, valve: Valve
+    tmp_path: Path, bundle: Bundle, models: Models, cloud: Cloud, alone: Any, gate: Gate
 ) -> None:
     """Numbers grow across it: with the last one from before, the events of the new attempt come, and the end."""
-    valve.close(call=2)
-    with opened(tmp_path, bundle, models, cloud) as door, door.client() as client:
+    gate.close(call=2)
+    with serving(tmp_path, bundle, models, cloud) as server, server.client() as client:
         job = submit(client, seed=2, n=2)
         with watching(client, job["id"]) as events:
             seen = next(event for event in events if event.name == "step")
-    valve.open()
+    gate.open()
 
-    with opened(tmp_path, bundle, models, cloud) as door, door.client() as client:
+    with serving(tmp_path, bundle, models, cloud) as server, server.client() as client:
         with watching(client, job["id"], after=seen.number) as events:
             after = list(events)
         pictures = drawn(client, after[-1].data["job"])
@@ -157,11 +157,11 @@ def test_a_watcher_goes_on_across_a_restart(
 
 
 def test_what_ends_the_gateway_is_not_begun_for_ever(
-    tmp_path: Path, bundle: Bundle, models: Models, valve: Valve, cloud: Cloud
+    tmp_path: Path, bundle: Bundle, models: Models, gate: Gate, cloud: Cloud
 ) -> None:
     """A job that was begun three times and never ended fails at the next start; the one behind it is drawn."""
-    valve.close()
-    with opened(tmp_path, bundle, models, cloud, workers=1) as door, door.client() as client:
+    gate.close()
+    with serving(tmp_path, bundle, models, cloud, workers=1) as server, server.client() as client:
         submit(client, id="deadly")
         submit(client, id="behind")
         wait_for(client, "deadly", "started")
@@ -169,9 +169,9 @@ def test_what_ends_the_gateway_is_not_begun_for_ever(
     for _ in range(2):  # what two more gateways note that are killed
         assert store.begin("deadly").state == "running"
     store.close()
-    valve.open()
+    gate.open()
 
-    with opened(tmp_path, bundle, models, cloud, workers=1) as door, door.client() as client:
+    with serving(tmp_path, bundle, models, cloud, workers=1) as server, server.client() as client:
         ended = wait_for(client, "deadly").data["job"]
         assert (ended["state"], ended["error"]["reason"]) == ("failed", "INTERNAL")
         assert wait_for(client, "behind").name == "completed"

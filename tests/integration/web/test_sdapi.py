@@ -20,15 +20,25 @@ from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.client import Cloud
 from edge_client.inference.models import Models
 from hybridsd import schedulers
-from tests.integration.web.conftest import WAIT_S, Door, Valve, finish, opened, picture, pixels, wait_for, watching
+from tests.integration.web.conftest import (
+    TOKENS,
+    WAIT_S,
+    Gate,
+    GatewayServer,
+    finish,
+    picture,
+    pixels,
+    serving,
+    wait_for,
+    watching,
+)
 from tests.support.fake_cloud import FakeCloud
 
 WANTED = {"prompt": "a red fox", "seed": 5, "steps": 6, "cfg_scale": 3.0, "width": 32, "height": 32}
-TOKENS = ("one-token", "two-token")
 
 
-def webui(door: Door, token: str | None = None) -> WebUIApi:
-    where = urlsplit(door.url)
+def webui(server: GatewayServer, token: str | None = None) -> WebUIApi:
+    where = urlsplit(server.url)
     user = None if token is None else "anybody"
     api = WebUIApi(host=where.hostname, port=where.port, sampler="DDIM", steps=6, username=user, password=token)
     api.session.trust_env = False
@@ -36,19 +46,21 @@ def webui(door: Door, token: str | None = None) -> WebUIApi:
 
 
 @pytest.fixture
-def api(door: Door) -> Iterator[WebUIApi]:
-    api = webui(door)
+def api(server: GatewayServer) -> Iterator[WebUIApi]:
+    api = webui(server)
     with api.session:
         yield api
 
 
 @pytest.fixture
-def two(tmp_path: Path, bundle: Bundle, models: Models, cloud: Cloud) -> Iterator[tuple[Door, WebUIApi, WebUIApi]]:
+def two(
+    tmp_path: Path, bundle: Bundle, models: Models, cloud: Cloud
+) -> Iterator[tuple[GatewayServer, WebUIApi, WebUIApi]]:
     """Two callers of one gateway, each with a token of its own."""
-    with opened(tmp_path, bundle, models, cloud, tokens=TOKENS) as door:
-        first, second = (webui(door, token) for token in TOKENS)
+    with serving(tmp_path, bundle, models, cloud, tokens=TOKENS) as server:
+        first, second = (webui(server, token) for token in TOKENS)
         with first.session, second.session:
-            yield door, first, second
+            yield server, first, second
 
 
 def array(image: Image.Image) -> np.ndarray[Any, Any]:
@@ -184,7 +196,7 @@ def test_force_task_id_is_the_id_of_the_job(api: WebUIApi, client: httpx.Client)
 
     assert info["task_id"] == "task-7"
     job = client.get("/v1/jobs/task-7").json()
-    assert (job["face"], job["state"], job["images"][0]["seed"]) == ("sdapi", "completed", 5)
+    assert (job["api"], job["state"], job["images"][0]["seed"]) == ("sdapi", "completed", 5)
     progress = api.session.get(f"{api.baseurl}/progress", params={"id_task": "task-7"}).json()
     assert (progress["progress"], progress["current_task"]) == (0.0, None)
 
@@ -210,13 +222,13 @@ def test_what_cannot_be_done_is_refused(more: dict[str, Any], api: WebUIApi, cli
     assert client.get("/v1/jobs", params={"limit": 1}).json()["jobs"] == before
 
 
-def test_progress_and_interrupt(api: WebUIApi, door: Door, client: httpx.Client, valve: Valve) -> None:
+def test_progress_and_interrupt(api: WebUIApi, server: GatewayServer, client: httpx.Client, gate: Gate) -> None:
     """Progress says how far the picture is and shows it; interrupt ends it with what there is."""
     assert api.get_progress()["progress"] == 0.0
-    valve.close(call=4)
-    with ThreadPoolExecutor(1) as pool, webui(door).session:
+    gate.close(call=4)
+    with ThreadPoolExecutor(1) as pool, webui(server).session:
         drawing = pool.submit(post, api, steps=6, hybrid={"split": "6,0"}, force_task_id="watched")
-        valve.wait()
+        gate.wait()
         wait_for_step(client, "watched", step=2)
         progress = api.get_progress()
         api.interrupt()
@@ -237,17 +249,19 @@ def wait_for_step(client: httpx.Client, job_id: str, step: int) -> None:
         next(event for event in events if event.name == "step" and event.data["step"] == step)
 
 
-def test_two_callers_have_nothing_to_do_with_each_other(two: tuple[Door, WebUIApi, WebUIApi], valve: Valve) -> None:
+def test_two_callers_have_nothing_to_do_with_each_other(
+    two: tuple[GatewayServer, WebUIApi, WebUIApi], gate: Gate
+) -> None:
     """Each sees its own progress and interrupts its own picture, though neither names it."""
-    door, first, second = two
-    valve.close(call=3)
-    clients = [door.client(auth=("anybody", token)) for token in TOKENS]
+    server, first, second = two
+    gate.close(call=3)
+    clients = [server.client(auth=("anybody", token)) for token in TOKENS]
     with ThreadPoolExecutor(2) as pool, clients[0] as one, clients[1] as other:
         drawings = [
             pool.submit(post, api, prompt=prompt, force_task_id=name, hybrid={"split": "6,0"})
             for api, prompt, name in ((first, "a red fox", "first"), (second, "a blue cat", "second"))
         ]
-        valve.wait(jobs=2)
+        gate.wait(jobs=2)
         for caller, name in ((one, "first"), (other, "second")):
             wait_for_step(caller, name, step=1)
         assert [webui.get_progress()["current_task"] for webui in (first, second)] == ["first", "second"]
@@ -256,7 +270,7 @@ def test_two_callers_have_nothing_to_do_with_each_other(two: tuple[Door, WebUIAp
         first.interrupt()
         assert wait_for(one, "first").name == "cancelled"
         assert second.get_progress()["current_task"] == "second"
-        valve.open()
+        gate.open()
         infos = [drawing.result(WAIT_S) for drawing in drawings]
 
     assert [info["interrupted"] for info in infos] == [True, False]
@@ -268,10 +282,10 @@ def get_progress(api: WebUIApi, task: str) -> dict[str, Any]:
     return answer
 
 
-def test_a_wrong_password(two: tuple[Door, WebUIApi, WebUIApi]) -> None:
+def test_a_wrong_password(two: tuple[GatewayServer, WebUIApi, WebUIApi]) -> None:
     """Is refused, in the way that such clients understand; any name goes with the right one."""
-    door, first, _ = two
-    api = webui(door, "wrong")
+    server, first, _ = two
+    api = webui(server, "wrong")
     with api.session:
         response = api.session.get(f"{api.baseurl}/samplers")
     assert response.status_code == 401
@@ -279,9 +293,9 @@ def test_a_wrong_password(two: tuple[Door, WebUIApi, WebUIApi]) -> None:
     assert first.session.get(f"{first.baseurl}/samplers").status_code == 200
 
 
-def test_a_caller_who_goes_away(api: WebUIApi, client: httpx.Client, valve: Valve) -> None:
+def test_a_caller_who_goes_away(api: WebUIApi, client: httpx.Client, gate: Gate) -> None:
     """Cancels its job, for nobody waits for the picture."""
-    valve.close(call=2)
+    gate.close(call=2)
     with pytest.raises(OSError, match="timed out"):
         api.session.post(f"{api.baseurl}/txt2img", json={**WANTED, "force_task_id": "left"}, timeout=0.5)
 

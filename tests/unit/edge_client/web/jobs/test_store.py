@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from edge_client.web.jobs.store import Store
-from edge_client.web.jobs.worker import Upload
+from edge_client.web.jobs.uploads import Upload
 from hybridsd.errors import HybridSDError, Reason
 
 

@@ -1,4 +1,4 @@
-"""What the door keeps out: too much, what is no request, pictures that are none or bombs, and pages of other sites."""
+"""What the gateway refuses: large bodies, malformed requests, invalid or huge pictures, and pages of other sites."""
 
 import base64
 import io
@@ -17,7 +17,7 @@ from edge_client.bundles.bundle import Bundle
 from edge_client.inference.models import Models
 from edge_client.web.jobs import uploads
 from edge_client.web.schemas.native import Problem
-from tests.integration.web.conftest import WAIT_S, Door, ask, finish, opened, picture
+from tests.integration.web.conftest import WAIT_S, GatewayServer, ask, finish, picture, serving
 
 LIMIT = 1 << 20
 """Bytes of a body, here."""
@@ -26,13 +26,13 @@ FRIEND = "https://friend.test"
 
 
 @pytest.fixture(scope="module")
-def door(tmp_path_factory: pytest.TempPathFactory, bundle: Bundle, models: Models) -> Iterator[Door]:
+def server(tmp_path_factory: pytest.TempPathFactory, bundle: Bundle, models: Models) -> Iterator[GatewayServer]:
     """A gateway with everything that can be closed, closed."""
     settings: dict[str, Any] = {
         "hosts": ("127.0.0.1", "gateway.test"), "cors_origins": (FRIEND,), "max_body_bytes": LIMIT,
     }  # fmt: skip
-    with opened(tmp_path_factory.mktemp("data"), bundle, models, None, **settings) as door:
-        yield door
+    with serving(tmp_path_factory.mktemp("data"), bundle, models, None, **settings) as server:
+        yield server
 
 
 def problem(response: httpx.Response, status: int, field: str | None = None) -> dict[str, Any]:
@@ -77,9 +77,9 @@ def test_a_body_beyond_the_limit(path: str, client: httpx.Client) -> None:
     problem(client.post(path, content=iter([content[:1000], content[1000:]]), headers=headers), 413)
 
 
-def test_a_length_that_lies(door: Door) -> None:
+def test_a_length_that_lies(server: GatewayServer) -> None:
     """A client that announces gigabytes is told at once, before it sends them."""
-    where = urlsplit(door.url)
+    where = urlsplit(server.url)
     head = "POST /v1/jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"
     with socket.create_connection((where.hostname, where.port), timeout=WAIT_S) as connection:
         connection.sendall(head.format(1 << 40).encode())
@@ -180,7 +180,7 @@ NO_PICTURES = {
 
 @pytest.mark.parametrize("name", NO_PICTURES)
 def test_what_is_no_picture(name: str, client: httpx.Client) -> None:
-    """Refused at once by every face, with the field that has it, and nothing is unpacked for it."""
+    """Refused at once by every API, with the field that has it, and nothing is unpacked for it."""
     content = NO_PICTURES[name]
     text = base64.b64encode(content).decode()
     sent = {"image": ("a.png", content, "image/png")}
@@ -220,9 +220,9 @@ def test_a_page_of_another_site_is_refused(origin: str, path: str, client: httpx
     assert "access-control-allow-origin" not in read.headers
 
 
-def test_this_page_and_a_friend_are_let_in(client: httpx.Client, door: Door) -> None:
+def test_this_page_and_a_friend_are_let_in(client: httpx.Client, server: GatewayServer) -> None:
     """Pages of this gateway, by the name that they were fetched from, and of sites that the operator named."""
-    for origin in (door.url, FRIEND):
+    for origin in (server.url, FRIEND):
         assert client.post("/sdapi/v1/interrupt", headers={"Origin": origin}).status_code == 200
     answer = client.get("/v1/jobs", headers={"Origin": FRIEND})
     assert answer.headers["access-control-allow-origin"] == FRIEND
@@ -235,7 +235,7 @@ def test_this_page_and_a_friend_are_let_in(client: httpx.Client, door: Door) -> 
 
 
 def test_without_cors_nobody_is_allowed(tmp_path: Path, bundle: Bundle, models: Models) -> None:
-    with opened(tmp_path, bundle, models, None) as door, door.client() as client:
+    with serving(tmp_path, bundle, models, None) as server, server.client() as client:
         asked = {"Origin": FRIEND, "Access-Control-Request-Method": "POST"}
         answer = client.options("/v1/jobs", headers=asked)
         assert answer.status_code >= 400

@@ -1,0 +1,45 @@
+"""The cloud's capabilities, polled."""
+
+import asyncio
+import time
+
+from edge_client.cloud.client import Cloud
+from edge_client.cloud.types import Capabilities as CloudCapabilities
+from hybridsd.errors import HybridSDError
+
+POLL_INTERVAL_S = 3.0
+"""An answer of the cloud is used for this long."""
+POLL_TIMEOUT_S = 2.0
+"""How long a client waits for a new answer: a cloud that drops packets must not block the page."""
+
+
+class CloudWatch:
+    """Polls the cloud, at most every `POLL_INTERVAL_S` seconds for all clients together."""
+
+    def __init__(self, cloud: Cloud | None) -> None:
+        self._cloud = cloud
+        self._task: asyncio.Task[None] | None = None
+        self._polled_s = -POLL_INTERVAL_S
+        self._capabilities: CloudCapabilities | None = None
+        self._message = "no cloud is configured; start the gateway with --server" if cloud is None else "not asked yet"
+
+    async def poll(self, wait_s: float = POLL_TIMEOUT_S) -> tuple[CloudCapabilities | None, str | None]:
+        """Returns the cloud's capabilities; None and the reason where it cannot be reached.
+
+        Args:
+            wait_s: How long to wait for a new answer. After that the last one is returned.
+        """
+        is_due = self._task is None and time.monotonic() - self._polled_s >= POLL_INTERVAL_S
+        if self._cloud is not None and is_due:
+            self._task = asyncio.create_task(self._ask(self._cloud))
+        if self._task is not None:
+            await asyncio.wait((self._task,), timeout=wait_s)
+        return self._capabilities, None if self._capabilities is not None else self._message
+
+    async def _ask(self, cloud: Cloud) -> None:
+        try:
+            self._capabilities = await asyncio.to_thread(cloud.capabilities)
+        except HybridSDError as error:
+            self._capabilities, self._message = None, error.message
+        finally:
+            self._polled_s, self._task = time.monotonic(), None

@@ -1,0 +1,71 @@
+"""What request handlers get: the gateway and the caller."""
+
+import asyncio
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+
+from edge_client.bundles.bundle import Bundle
+from edge_client.cloud.client import Cloud
+from edge_client.cloud.types import Capabilities as CloudCapabilities
+from edge_client.cloud.types import CloudModel
+from edge_client.inference.models import Models
+from edge_client.web.auth import Access, Caller
+from edge_client.web.cloud_watch import CloudWatch
+from edge_client.web.jobs.queue import JobQueue
+from edge_client.web.jobs.store import Store, StoredJob
+from edge_client.web.jobs.uploads import split_uploads
+from edge_client.web.jobs.view import Views
+from edge_client.web.jobs.webhooks import Webhooks
+from edge_client.web.schemas.native import JobCreate
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gateway:
+    """Everything that request handlers share."""
+
+    bundle: Bundle
+    models: Models
+    cloud: Cloud | None
+    watch: CloudWatch
+    store: Store
+    queue: JobQueue
+    access: Access
+    views: Views
+    webhooks: Webhooks
+    max_body_bytes: int
+
+    async def submit(self, create: JobCreate, caller: Caller, api: str) -> StoredJob:
+        """Adds a job to the queue.
+
+        Raises:
+            HybridSDError: The request is invalid; TOO_MANY_JOBS.
+        """
+        self.webhooks.check(create.webhook)
+        create, upload = await asyncio.to_thread(split_uploads, create)
+        return await self.queue.submit(create, upload, owner=caller.owner, api=api)
+
+    def compatible_models(self, found: CloudCapabilities | None) -> list[CloudModel]:
+        """Returns the cloud's models in this device's latent space."""
+        models = found.models if found is not None else ()
+        return [model for model in models if model.latent_space == self.bundle.manifest.latent_space]
+
+    def view(self, job: StoredJob) -> dict[str, Any]:
+        """Returns a job as clients get it, a `schemas.native.Job`."""
+        return self.views.job(job, self.queue.position(job.id))
+
+
+async def _gateway(request: Request) -> Gateway:
+    gateway: Gateway = request.app.state.gateway
+    return gateway
+
+
+SharedGateway = Annotated[Gateway, Depends(_gateway)]
+
+
+async def _caller(request: Request, gateway: SharedGateway) -> Caller:
+    return gateway.access.caller(request)
+
+
+AuthorizedCaller = Annotated[Caller, Depends(_caller)]

@@ -1,0 +1,68 @@
+"""OpenAI's images API: requests and responses."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from edge_client.web.schemas.native import MAX_IMAGES, Format, Hybrid, Prompt
+from hybridsd.limits import MAX_GUIDANCE, MAX_PROMPT_CHARS, MAX_SEED, MAX_STEPS, MIN_GUIDANCE
+
+
+class Generation(BaseModel):
+    """Request of OpenAI's `images.generate` with our additional fields. Unknown fields are ignored."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    prompt: Prompt
+    model: Annotated[str, StringConstraints(max_length=128)] | None = Field(None, description="see GET /v1/models")
+    n: int | None = Field(None, ge=1, le=MAX_IMAGES)
+    size: Annotated[str, StringConstraints(pattern=r"^(auto|\d{1,4}x\d{1,4})$")] | None = Field(
+        None, description="WIDTHxHEIGHT; auto: of the bundle"
+    )
+    response_format: Literal["b64_json", "url"] | None = None
+    output_format: Format | None = None
+    output_compression: int | None = Field(None, ge=0, le=100, description="quality of JPEG and WebP")
+    background: Literal["opaque", "auto"] | None = None
+    stream: bool | None = None
+    partial_images: int | None = Field(None, ge=0, le=3)
+    negative_prompt: str = Field("", max_length=MAX_PROMPT_CHARS)
+    num_inference_steps: int | None = Field(None, ge=1, le=MAX_STEPS)
+    guidance_scale: float | None = Field(None, ge=MIN_GUIDANCE, le=MAX_GUIDANCE)
+    seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    scheduler: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
+    strength: float | None = Field(None, gt=0, le=1, description="how much an edit changes the image")
+    hybrid: Hybrid = Field(default_factory=Hybrid)
+
+
+class Model(BaseModel):
+    """A model in OpenAI's list."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "hybridsd"
+
+
+class ModelList(BaseModel):
+    """OpenAI's list of models."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Picture(BaseModel):
+    """An image in OpenAI's response."""
+
+    b64_json: str | None = None
+    url: str | None = None
+
+
+class Pictures(BaseModel):
+    """Response of OpenAI's images API. `hybrid` has our own `Image` of each image."""
+
+    created: int
+    data: list[Picture]
+    output_format: Format
+    size: str
+    background: Literal["opaque"] = "opaque"
+    hybrid: dict[str, Any]

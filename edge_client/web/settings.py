@@ -1,0 +1,28 @@
+"""How the gateway serves."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """How a gateway serves."""
+
+    data_dir: Path
+    """Folder of the jobs and their pictures."""
+    tokens: Sequence[str] = ()
+    """Tokens that are accepted; none: no token is needed."""
+    hosts: Sequence[str] = ("*",)
+    """Accepted Host names. Others are refused, which prevents DNS rebinding."""
+    cors_origins: Sequence[str] = ()
+    """Other sites whose pages may use the gateway."""
+    webhook_hosts: Sequence[str] = ()
+    """Hosts that webhooks may call."""
+    workers: int = 2
+    """Jobs that run at once."""
+    max_queue: int = 256
+    """Limit of waiting jobs."""
+    max_jobs: int = 1000
+    """Limit of finished jobs; the oldest are deleted."""
+    max_body_bytes: int = 32 << 20

@@ -25,8 +25,9 @@ import structlog
 import torch
 
 from cloud_server.engine.engine import Engine
-from cloud_server.engine.event_buffer import Mailbox
-from cloud_server.engine.request import Failed, Finished, JobRequest, Snapshot
+from cloud_server.engine.event_buffer import EventBuffer
+from cloud_server.engine.events import Failed, Finished, Snapshot
+from cloud_server.engine.request import JobRequest
 from cloud_server.models.denoiser import Conditions
 from cloud_server.models.devices import place
 from cloud_server.models.load import Model, load_model
@@ -122,9 +123,9 @@ def bare_loop_s(model: Model, jobs: Sequence[JobRequest], num_calls: int) -> flo
         return time.perf_counter() - begin
 
 
-async def _drain(mailbox: Mailbox, on_state: Callable[[], None] | None = None) -> None:
+async def _drain(buffer: EventBuffer, on_state: Callable[[], None] | None = None) -> None:
     while True:
-        event = await mailbox.next(600.0)
+        event = await buffer.next(600.0)
         if isinstance(event, Snapshot) and on_state is not None:
             on_state()
             on_state = None
@@ -137,7 +138,7 @@ async def _drain(mailbox: Mailbox, on_state: Callable[[], None] | None = None) -
 async def engine_s(model: Model, jobs: Sequence[JobRequest], threads: int) -> float:
     """Times the engine on the same jobs, from its start to the last hand-off."""
     engine = Engine({model.info.id: model.denoiser}, max_batch=8, num_threads=threads)
-    boxes = [Mailbox() for _ in jobs]
+    boxes = [EventBuffer() for _ in jobs]
     for job, box in zip(jobs, boxes, strict=True):
         engine.submit(job, box)
     begin = time.perf_counter()
@@ -156,14 +157,14 @@ async def first_step_of_eighth(model: Model, tries: int, num_calls: int, threads
         engine = Engine({model.info.id: model.denoiser}, max_batch=8, num_threads=threads)
         *seven, eighth = mixed_jobs(model, num_calls, first_id=100 * attempt)
         running = asyncio.Event()
-        boxes = [Mailbox() for _ in seven]
+        boxes = [EventBuffer() for _ in seven]
         for job, box in zip(seven, boxes, strict=True):
             engine.submit(job, box)
         engine.start()
         readers = [asyncio.create_task(_drain(box, running.set)) for box in boxes]
         await running.wait()
         await asyncio.sleep(float(rng.uniform(0, 1)) * engine.load().call_s)
-        box, begin = Mailbox(), time.perf_counter()
+        box, begin = EventBuffer(), time.perf_counter()
         engine.submit(eighth, box)
         reader = asyncio.create_task(_drain(box, lambda begin=begin: times.append(time.perf_counter() - begin)))
         await asyncio.gather(reader, *readers)

@@ -25,7 +25,8 @@ from hybridsd import codec, noise
 from hybridsd.errors import ModelMismatch, Reason
 from hybridsd.plan import denoise, initial_state
 from hybridsd.prompting import TextOptions
-from tests.integration.conftest import Connect, SteppingDenoiser, running_server
+from tests.integration.conftest import Connect, running_server
+from tests.support.engine_fakes import GatedDenoiser
 
 PROMPT = "a fox under a donut"
 GUIDANCE = 3.0
@@ -128,7 +129,7 @@ def test_takeover_after_any_step_is_the_deliberate_split(
     """A cloud that stops after step j leaves the picture that was split at j on purpose."""
     asked = request(scheduler, STEPS, fallback=True)
     events: list[Any] = []
-    with running_server(model, SteppingDenoiser(model.denoiser, j)) as dying:
+    with running_server(model, GatedDenoiser(model.denoiser, calls=j)) as dying:
         for event in generate(resolve(asked, bundle.manifest), bundle, models, connect(dying)):
             events.append(event)
             if isinstance(event, StepDone) and event.place == "cloud" and event.call == j:
@@ -228,7 +229,7 @@ def test_private_sends_no_prompt(
 ) -> None:
     """With `private` the cloud never encodes, because it never gets, the text."""
     seen: list[str] = []
-    inner = server.engine._denoisers["tiny"]
+    inner = server.engine._executor._denoisers["tiny"]
     monkeypatch.setattr(inner, "encode", lambda text, *_: seen.append(text))
     result, _ = run(request("ddim", 3, private=True), bundle, models, connect(server))
 

@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from cloud_server.engine.request import Encoded
+from cloud_server.models.denoiser import Encoded
 from cloud_server.models.devices import place
 from cloud_server.models.load import Model, load_model
 from cloud_server.rpc.server import CloudServer

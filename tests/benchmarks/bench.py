@@ -1,7 +1,8 @@
 """`make bench`: what the product costs on this machine, as ratios inside one run.
 
 Not a test: nothing here passes or fails. Each line names the aim. The default is the demo family; `--full` takes
-full-size shapes with random weights: SD 1.4's 860M U-Net in the cloud, a 224M one at the edge, 512x512.
+full-size shapes with random weights: SD 1.4's 860M U-Net in the cloud, a 224M one at the edge, 512x512. `--smoke` runs
+everything at its smallest size: its numbers say nothing, but all of it has run.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from cloud_server.engine.engine import Engine
 from cloud_server.engine.event_buffer import EventBuffer
 from cloud_server.engine.events import Failed, Finished, Snapshot
 from cloud_server.engine.request import JobRequest
-from cloud_server.models.denoiser import Conditions
+from cloud_server.models.denoiser import Conditions, Encoded
 from cloud_server.models.devices import place
 from cloud_server.models.load import Model, load_model
 from deploy.run_demo import running_cloud
@@ -94,8 +95,8 @@ def mixed_jobs(model: Model, num_calls: int, first_id: int = 0) -> list[JobReque
             JobRequest(
                 request_id=f"bench-{first_id + index}",
                 model=info.id,
-                prompt=embeds[1],
-                negative_prompt=embeds[0] if guided else None,
+                prompt=Encoded(embeds[1]),
+                negative_prompt=Encoded(embeds[0]) if guided else None,
                 guidance_scale=4.0 if guided else 1.0,
                 seed=index,
                 latent_shape=(info.latent_channels, side, side),
@@ -207,10 +208,10 @@ def child(what: str, large: Path, dtype: str, repeats: int, num_calls: int) -> l
     return times
 
 
-def bench_engine(large: Path, dtype: str, *, repeats: int, num_calls: int) -> None:
+def bench_engine(large: Path, dtype: str, *, pairs: int, repeats: int, num_calls: int) -> None:
     """Prints throughput and admission latency of the engine."""
     ratios, steps = [], []
-    for _ in range(3):  # bare and engine take turns, since the machine's speed drifts
+    for _ in range(pairs):  # bare and engine take turns, since the machine's speed drifts
         bare = statistics.median(in_child("bare", large, dtype, repeats, num_calls))
         engine = statistics.median(in_child("engine", large, dtype, repeats, num_calls))
         ratios.append(bare / engine)
@@ -218,7 +219,7 @@ def bench_engine(large: Path, dtype: str, *, repeats: int, num_calls: int) -> No
     step_s = statistics.median(steps)
     say(
         f"engine throughput / bare batched U-Net loop, 8 mixed jobs: {statistics.median(ratios):.3f} "
-        f"(aim 0.97; 3 pairs of medians of {repeats}: {min(ratios):.3f} to {max(ratios):.3f}; "
+        f"(aim 0.97; {pairs} pairs of medians of {repeats}: {min(ratios):.3f} to {max(ratios):.3f}; "
         f"bare step {1e3 * step_s:.0f} ms)"
     )
     times = in_child("first", large, dtype, repeats, num_calls)
@@ -406,6 +407,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["engine", "hybrid", "wire", "codec", "memory"], action="append")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--smoke", action="store_true", help="the smallest size of everything: does it run?")
     parser.add_argument("--child", choices=["bare", "engine", "first"], help=argparse.SUPPRESS)
     parser.add_argument("--calls", type=int, default=12, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -414,7 +416,9 @@ def main() -> None:
         say(json.dumps(child(options.child, options.family / "large", options.dtype, options.repeats, options.calls)))
         return
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(30))
-    family, steps, k, calls = options.family, 25, 8, 12
+    family, steps, k, calls, pairs, images = options.family, 25, 8, 12, 3, 8
+    if options.smoke:
+        options.repeats, steps, k, calls, pairs, images = 1, 4, 2, 2, 1, 1
     with tempfile.TemporaryDirectory() as folder:
         if options.full:
             from tests.support.full_size import write_full_size
@@ -431,14 +435,14 @@ def main() -> None:
         )
         wanted = options.only or ["engine", "hybrid", "wire", "codec", "memory"]
         if "engine" in wanted:
-            bench_engine(family / "large", options.dtype, repeats=options.repeats, num_calls=calls)
+            bench_engine(family / "large", options.dtype, pairs=pairs, repeats=options.repeats, num_calls=calls)
         if "hybrid" in wanted:
             cloud = ["--model", f"bench={family / 'large'}", "--dtype", options.dtype]
             bench_hybrid(model, family / "edge", cloud, steps=steps, k=k, repeats=options.repeats)
         if "wire" in wanted:
             bench_wire(Path(folder))
         if "codec" in wanted and not options.full:  # random weights say nothing about errors
-            bench_codec(model, family / "edge", steps=steps, k=k)
+            bench_codec(model, family / "edge", steps=steps, k=k, num_pictures=images)
         if "memory" in wanted:
             bench_edge_memory(family / "edge")
 

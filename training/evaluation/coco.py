@@ -37,10 +37,10 @@ from training.evaluation.sampling import (
     decode_latents,
     denoise_splits,
     initial_noise,
-    make_plan,
     predictor,
 )
 from training.models import components
+from training.models.plan_table import make_plan
 from training.models.pruned_unet import load_unet
 
 DPM_SPLITS: tuple[Split, ...] = ((25, 0), (20, 5), (10, 15), (5, 20), (0, 25))

@@ -38,7 +38,8 @@ from training.data.scenes import Scene, caption, from_model_range, render, sampl
 from training.data.text import embed, load_text_encoder, load_tokenizer
 from training.evaluation.classifier import Classifier, labels_of, load_classifier
 from training.evaluation.metrics import Flags, Floats, Found, similarity
-from training.evaluation.sampling import Context, call_noise, decode_latents, denoise_splits, make_plan, predictor
+from training.evaluation.sampling import Context, call_noise, decode_latents, denoise_splits, predictor
+from training.models.plan_table import make_plan
 from training.models.pruned_unet import load_unet
 
 Decoder = Literal["tiny", "kl"]

@@ -23,9 +23,9 @@ from training.evaluation.sampling import (
     decode_latents,
     denoise_splits,
     initial_noise,
-    make_plan,
     predictor,
 )
+from training.models.plan_table import make_plan
 
 SEED = 77
 

@@ -23,10 +23,7 @@ from torch import Tensor, nn
 
 from hybridsd import noise as product_noise
 from hybridsd.plan import Plan, denoise, initial_state
-from hybridsd.plan_compiler import compile_plan
-from hybridsd.schedulers import find
 from training.distillation.lcm import guidance_embedding
-from training.models.plan_table import make_scheduler
 
 DECODED_AT_ONCE = 8  # pictures; on a CPU their activations stay in the cache
 
@@ -36,17 +33,6 @@ Predict = Callable[[Tensor, float], Tensor]
 """(latents float32 [B, C, h, w], timestep) => the model's output after guidance, the same shape."""
 Context = Callable[[], AbstractContextManager[Any]]
 """What the networks run under, such as `partial(torch.autocast, "cpu", dtype=torch.bfloat16)`."""
-
-
-def make_plan(base_config: Mapping[str, Any], scheduler: str, steps: int) -> Plan:
-    """Compiles the plan of a scheduler of `hybridsd.schedulers` with a model's noise schedule, as the cloud does.
-
-    Args:
-        base_config: The configuration of the model's own scheduler: betas, prediction type, spacing.
-        scheduler: "dpmpp_2m", "lcm" or another name.
-        steps: num_inference_steps.
-    """
-    return compile_plan(make_scheduler(base_config, scheduler), steps, torch.from_numpy, name=find(scheduler).name)
 
 
 def _call(

@@ -22,14 +22,13 @@ from hybridsd import schedulers
 from hybridsd.manifest import MANIFEST_NAME, Defaults, Manifest, QualityPoint, describe_file, write_manifest
 from hybridsd.plan import Plan
 from training.core.folders import written_whole
-from training.evaluation.sampling import make_plan
 from training.export.graphs import VAE_SCALE_FACTOR, Graph, decoder_graph, encoder_graph, unet_graph
 from training.export.onnx_export import DATA_LIMIT, Parity, data_path, export_graph
 from training.export.quantize import export_quantized
 from training.export.safety import safety_graph
 from training.export.sdxl_bundle import SecondText, TextXL, bundle_sizes, check_text, pooled_dim, text_graphs
 from training.export.trajectories import Drawing, caption_drawings, caption_encoder
-from training.models.plan_table import EMBEDDED_SCHEDULERS, PLAN_STEPS, compile_plans, write_plans
+from training.models.plan_table import EMBEDDED_SCHEDULERS, PLAN_STEPS, compile_plans, make_plan, write_plans
 
 HELD_OUT = 4  # one in so many captions measures
 CLIP_PADDING = "<|endoftext|>"

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
@@ -20,8 +20,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from training.core.conditioning import ClipText, ClipTextXL, Text
 from training.core.task import freeze
 from training.models.pruned_unet import load_unet
+from training.models.small_autoencoder import SmallVAE
 from training.models.tiny_vae_layouts import read_tiny_vae
-from training.vae.small_vae import load_small_vae
 
 VAE = "vae"  # the subfolder of a pipeline
 VAE_WEIGHTS = ("*.safetensors", "*.bin", "*.pth")
@@ -99,6 +99,11 @@ def load_decoder(source: str) -> Any:
             return load_small_vae(path)
         case other:
             raise ValueError(f"{source} holds a {other}; give the folder of an AutoencoderKL or AutoencoderTiny")
+
+
+def load_small_vae(directory: Path) -> SmallVAE:
+    """Loads a small VAE, ours or the reference's, frozen, in evaluation mode."""
+    return freeze(cast(SmallVAE, SmallVAE.from_pretrained(directory)))
 
 
 def _vae_path(source: str) -> Path:

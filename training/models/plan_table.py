@@ -46,6 +46,19 @@ def make_scheduler(base_config: Mapping[str, Any], name: str) -> Any:
     return kind.from_config(config, **spec.overrides)
 
 
+def make_plan(base_config: Mapping[str, Any], scheduler: str, steps: int) -> plans.Plan:
+    """Compiles the plan of a scheduler of `hybridsd.schedulers` with a model's noise schedule, as the cloud does.
+
+    Args:
+        base_config: The configuration of the model's own scheduler: betas, prediction type, spacing.
+        scheduler: "dpmpp_2m", "lcm" or another name.
+        steps: num_inference_steps.
+    """
+    return compile_plan(
+        make_scheduler(base_config, scheduler), steps, torch.from_numpy, name=schedulers.find(scheduler).name
+    )
+
+
 def compile_plans(
     scheduler_config: Mapping[str, Any],
     step_counts: Sequence[int] = PLAN_STEPS,

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Protocol, cast
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from training.core.checkpoints import read_weights
 from training.core.task import freeze
 
 VGG_FILES = ("vgg16-397923af.pth", "vgg16-397923af.safetensors")
@@ -133,13 +133,6 @@ class LaplacianLoss(nn.Module):
         channels = images.shape[1]
         kernel = cast(Tensor, self.kernel).expand(channels, 1, 5, 5)
         return F.conv2d(F.pad(images, (2,) * 4, mode="reflect"), kernel, groups=channels)
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Reads a state dict from .safetensors or from torch's format, without running what is in it."""
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    return cast(dict[str, Tensor], torch.load(path, map_location="cpu", weights_only=True))
 
 
 def lpips_linear_file() -> Path | None:

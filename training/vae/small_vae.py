@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from training.core.task import Batch, Group, Task, freeze, trainable
+from training.core.task import Batch, Group, Task, trainable
 from training.models.small_autoencoder import SmallVAE
 from training.vae.reconstruction import DecoderLoss, Lessons, Turns, learnt_parts
 
@@ -232,8 +232,3 @@ class SmallVAETask(Task):
     def save(self, directory: Path) -> None:
         """Saves a folder that diffusers' AutoModel loads with `trust_remote_code=True`."""
         self.vae.save_pretrained(directory)
-
-
-def load_small_vae(directory: Path) -> SmallVAE:
-    """Loads a small VAE, ours or the reference's, frozen, in evaluation mode."""
-    return freeze(cast(SmallVAE, SmallVAE.from_pretrained(directory)))

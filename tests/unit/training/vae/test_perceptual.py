@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from training.core.checkpoints import read_weights
 from training.vae.perceptual import (
     LPIPS,
     VGG16,
@@ -15,7 +16,6 @@ from training.vae.perceptual import (
     find_lpips,
     find_perceptual,
     lpips_linear_file,
-    read_weights,
 )
 
 

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from training.core.task import Batch
+from training.models.components import load_small_vae
 from training.models.small_autoencoder import SmallVAE
 from training.vae.discriminator import PatchDiscriminator
 from training.vae.perceptual import LaplacianLoss
@@ -23,7 +24,6 @@ from training.vae.small_vae import (
     SmallVAETask,
     build_small_vae,
     decoder_axes,
-    load_small_vae,
     prune_decoder,
 )
 

@@ -10,8 +10,7 @@ from typing import Any, cast
 
 import click
 
-from training.cli.stages import FILE, FOLDER, say
-from training.core.loop import make_accelerator
+from training.cli.shared_options import FILE, FOLDER, say
 
 _SPACES = {0.18215: "sd1", 0.13025: "sdxl"}
 
@@ -70,6 +69,7 @@ def export_bundle_command(
     """
     from hybridsd.manifest import Defaults
     from training.core.conditioning import ClipText, ClipTextXL
+    from training.core.loop import make_accelerator
     from training.core.task import freeze
     from training.data.sources import Source, in_diffusers_layout, load_edge_unet
     from training.evaluation import coco, quality

@@ -6,14 +6,14 @@ import json
 import time
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import numpy as np
 
-from training.cli.stages import FILE, FOLDER, OUT, numbers, say
-from training.core.checkpoints import write_text
-from training.core.conditioning import Text
-from training.core.loop import make_accelerator
+from training.cli.shared_options import FILE, FOLDER, OUT, numbers, say
+
+if TYPE_CHECKING:
+    from training.core.conditioning import Text
 
 SCORES_FOLDER = "scores"
 
@@ -46,9 +46,12 @@ def score_command(
 
     Every resnet, self- and cross-attention is cut to 25, 50 and 75 percent, one at a time.
     """
+    import numpy as np
     import torch
 
+    from training.core.checkpoints import write_text
     from training.core.diffusion import SCHEDULER_CONFIG
+    from training.core.loop import make_accelerator
     from training.core.task import freeze
     from training.data.scenes import caption, sample_scene
     from training.evaluation import coco
@@ -132,6 +135,7 @@ def prune_command(
     The middle block goes and one layer a block stays unless told otherwise. By default the budget is 35% of the
     parameters.
     """
+    from training.core.loop import make_accelerator
     from training.cost.cost import compare, costs, unet_inputs
     from training.cost.cost_report import as_csv, comparison_markdown
     from training.models.pruned_unet import layers, load_unet, save_unet

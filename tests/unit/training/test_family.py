@@ -217,10 +217,10 @@ def test_text_encoder_reports_what_its_heads_read(family: ToyFamily) -> None:
     assert all(0 <= share <= 1 for share in scores.values())
 
 
-@pytest.mark.parametrize("name", list(recipes.scenes_recipes()))
+@pytest.mark.parametrize("name", list(recipes.SCENES))
 def test_recipes_leave_curve_and_checkpoint(family: ToyFamily, name: str) -> None:
     """All steps are in the curve, and it is drawn."""
-    folder = family.folder / recipes.scenes_recipes()[name]("toy").folder
+    folder = family.folder / recipes.find(name)("toy").folder
 
     assert family.curve(name)[-1]["step"] == 30
     assert (folder / "loss.png").stat().st_size > 1000

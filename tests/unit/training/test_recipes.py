@@ -125,11 +125,11 @@ def test_the_lora_is_loaded_into_its_base(runs: tuple[Path, dict[str, chain.Loss
     assert not torch.equal(before, after)
 
 
-@pytest.mark.parametrize("name", list(recipes.sd_recipes()))
+@pytest.mark.parametrize("name", list(recipes.SD))
 def test_what_is_not_there_is_named(runs: tuple[Path, dict[str, chain.Losses]], name: str) -> None:
     """A teacher that cannot be read, and data that were not given: the message says what to give."""
     out, _ = runs
-    published = recipes.sd_recipes()[name]()
+    published = recipes.find(name)()
     with pytest.raises(ValueError, match=r"(?s)/nowhere.*give"):
         override(published, ["teacher=/nowhere"]).build(out)
     with pytest.raises(ValueError, match=r"data.spec is not set; give --set data.spec=imagefolder:DIRECTORY"):

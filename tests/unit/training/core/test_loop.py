@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from training.cli.stages import say
+from training.cli.shared_options import say
 from training.core import checkpoints
 from training.core.loop import CURVE_NAME, Run, Schedule, make_accelerator, train
 from training.core.task import Batch, Drawn, Group, Task, normal
@@ -400,8 +400,8 @@ SPLIT = """
 import sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from tests.unit.training.test_loop import POINTS, SCHEDULE, Line
-from training.loop import Run, train
+from tests.unit.training.core.test_loop import POINTS, SCHEDULE, Line
+from training.core.loop import Run, train
 run = Run(Line(), POINTS, SCHEDULE)
 losses = [record.loss for record in train(run, Path(sys.argv[1]))]
 said = f"{{run.workers}} {{run.rank}} {{float(run.task.linear.weight)}} {{losses[-1] < losses[0] / 10}}"

@@ -23,7 +23,7 @@ import click
 from training import recipes
 from training.cli.bundle import export_bundle_command, rewrite_plans_command
 from training.cli.demo import demo_command
-from training.cli.evaluate import evaluate_coco_command, evaluate_command, evaluate_vae_command
+from training.cli.evaluate import evaluate_coco_command, evaluate_command, evaluate_vae_command, noise_levels_command
 from training.cli.prune import prune_command, score_command
 from training.cli.shared_options import OUT, SCALE, say
 from training.cli.stages import cost_command, export_command, latents_command
@@ -141,6 +141,7 @@ for _command in (
     evaluate_command,
     evaluate_coco_command,
     evaluate_vae_command,
+    noise_levels_command,
     export_command,
     export_bundle_command,
     rewrite_plans_command,

@@ -80,11 +80,13 @@ def test_table_and_file_say_the_same(tmp_path: Path) -> None:
     assert written["levels"][0]["ratio"] == pytest.approx(0.9416, abs=1e-4)
 
 
-def test_the_command_refuses_a_family_whose_large_model_does_not_lead(family: ToyFamily) -> None:
+def test_the_command_refuses_a_family_whose_large_model_does_not_lead(family: ToyFamily, tmp_path: Path) -> None:
     """It measures what the recipes wrote, and says which noise levels are behind; a gate of 0 lets all pass."""
-    arguments = ["noise-levels", "--out", str(family.folder), "--scenes", "2", "--timesteps", "801,101"]
+    for name in ("vae", "text", "unet", "small_unet"):
+        (tmp_path / name).symlink_to(family.folder / name)
+    arguments = ["noise-levels", "--out", str(tmp_path), "--scenes", "2", "--timesteps", "801,101"]
     open_, shut = (CliRunner().invoke(main, [*arguments, "--gate", gate]) for gate in ("0", "1000"))
-    written = json.loads((family.folder / "noise_levels" / "noise_levels.json").read_text())
+    written = json.loads((tmp_path / "noise_levels" / "noise_levels.json").read_text())
 
     assert open_.exit_code == 0, open_.output
     assert "| t | 801 | 101 |" in open_.output

@@ -57,7 +57,7 @@ def _is_done(out: Path, stage: str, scale: recipes.Scale, target: Path) -> bool:
             return False
         raise click.ClickException(
             f"stage {stage} of {out} was made with other settings than scale {scale}'s; choose another --out, or"
-            f" remove {path} to go on with what there is, and the stage's folder too to make it again"
+            f" remove {path} to continue with what there is, and the stage's folder too to make it again"
         )
     return True
 
@@ -65,13 +65,13 @@ def _is_done(out: Path, stage: str, scale: recipes.Scale, target: Path) -> bool:
 @click.command("demo")
 @OUT
 @SCALE
-@click.option("--to", "target", type=FOLDER, help="Where the models go; OUT/models unless told.")
+@click.option("--to", "target", type=FOLDER, help="Where the models go; OUT/models by default.")
 @click.option("--dry-run", is_flag=True, help="Show the stages, which are done, and their settings.")
 @click.pass_context
 def demo_command(ctx: click.Context, out: Path, scale: recipes.Scale, target: Path | None, dry_run: bool) -> None:
     """Make the whole demo family: train, score, prune, distil, judge and export it.
 
-    Stop it whenever you like; the same command goes on from there.
+    Stop it whenever you like; the same command continues from there.
     """
     from training.core.checkpoints import write_text
     from training.core.loop import make_accelerator

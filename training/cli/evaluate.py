@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 @click.option("--guidance", type=click.FloatRange(min=1), default=4.0, show_default=True)
 @click.option("--decoder", type=click.Choice(["tiny", "kl"]), default="tiny", show_default=True)
 @click.option("--renders", type=click.IntRange(min=1), default=4, show_default=True, help="Of each caption's scene.")
-@click.option("--grid", "picture", type=FILE, help="Also draw a grid of pictures.")
+@click.option("--grid", "grid", type=FILE, help="Also draw a grid of images.")
 @click.option("--bundle", type=FOLDER, help="Also put the curve into this bundle.")
 def evaluate_command(
     out: Path, captions: int, seed: int, steps: int, splits: str, lcm_steps: int, lcm_splits: str, guidance: float,
-    decoder: str, renders: int, picture: Path | None, bundle: Path | None,
+    decoder: str, renders: int, grid: Path | None, bundle: Path | None,
 ) -> None:  # fmt: skip
-    """Measure the demo family by split: what pictures show, how close they are to renders and to the large model's."""
+    """Measure the demo family by split: what images show, how close they are to renders and to the large model's."""
     from training.core.loop import make_accelerator
     from training.evaluation import evaluate, judging, quality
 
@@ -60,8 +60,8 @@ def evaluate_command(
     if not accelerator.is_main_process:
         return
     results, judged = evaluate.collect(out, settings=(dpm, few), seed=seed, workers=accelerator.num_processes)
-    if picture is not None:
-        evaluate.grid(judged, picture, columns=10)
+    if grid is not None:
+        evaluate.grid(judged, grid, columns=10)
         click.echo("\n".join(judged.captions[:10]))
     click.echo(f"{captions} captions, seed {seed}, guidance {guidance}, decoder {decoder}; dpmpp_2m, {steps} steps:\n")
     click.echo(evaluate.markdown(results))
@@ -82,14 +82,14 @@ def evaluate_command(
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first so many captions.")
 @click.option("--vae", help="Folder of another VAE, full or tiny.")
 @click.option("--scheduler", type=click.Choice(["dpmpp_2m", "lcm"]), default="dpmpp_2m", show_default=True)
-@click.option("--splits", help="Steps of the large model, such as 25,20,10,5,0; the protocol's unless told.")
-@click.option("--steps", type=click.IntRange(min=1), help="25, or 8 with lcm, unless told.")
+@click.option("--splits", help="Steps of the large model, such as 25,20,10,5,0; the protocol's by default.")
+@click.option("--steps", type=click.IntRange(min=1), help="25, or 8 with lcm, by default.")
 @click.option("--guidance", type=click.FloatRange(min=1), default=7.0, show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), help="The protocol's unless told.")
+@click.option("--seed", type=click.IntRange(min=0), help="The protocol's by default.")
 @click.option("--size", type=click.IntRange(min=8), default=512, show_default=True, help="Pixels as generated.")
 @click.option("--judged-size", type=click.IntRange(min=8), default=256, show_default=True, help="Pixels as judged.")
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True)
-@click.option("--reference", type=click.Path(exists=True, path_type=Path), help="Statistics (.npz) or real pictures.")
+@click.option("--reference", type=click.Path(exists=True, path_type=Path), help="Statistics (.npz) or real images.")
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
 @click.option("--bundle", type=FOLDER, help="Also put the curve into this bundle.")
 def evaluate_coco_command(
@@ -97,9 +97,9 @@ def evaluate_coco_command(
     splits: str | None, steps: int | None, guidance: float, seed: int | None, size: int, judged_size: int, batch: int,
     reference: Path | None, precision: str, bundle: Path | None,
 ) -> None:  # fmt: skip
-    """Make and judge pictures by the COCO-30K protocol: FID, IS and CLIP score by split, and likeness to the large.
+    """Make and judge images by the COCO-30K protocol: FID, IS and CLIP score by split, and likeness to the large.
 
-    Give the same command again to go on with pictures that are missing. Metrics whose networks are not on this machine
+    Give the same command again to continue with images that are missing. Metrics whose networks are not on this machine
     are left out, saying which file to fetch.
     """
     import torch
@@ -142,12 +142,12 @@ def evaluate_coco_command(
 
 @click.command("evaluate-vae")
 @click.option("--vae", required=True, help="Folder of the VAE: full, small or tiny.")
-@click.option("--data", "spec", required=True, help="Pictures: imagefolder:DIRECTORY, csv:FILE, webdataset:SHARDS ...")
-@click.option("--limit", type=click.IntRange(min=2), default=5000, show_default=True, help="At most so many pictures.")
+@click.option("--data", "spec", required=True, help="Images: imagefolder:DIRECTORY, csv:FILE, webdataset:SHARDS ...")
+@click.option("--limit", type=click.IntRange(min=2), default=5000, show_default=True, help="At most so many images.")
 @click.option("--size", type=click.IntRange(min=8), default=512, show_default=True, help="Centre crops of this side.")
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True)
 def evaluate_vae_command(vae: str, spec: str, limit: int, size: int, batch: int) -> None:
-    """Measure what a VAE makes of pictures: PSNR, SSIM, LPIPS and FID; the reference takes 5K of COCO val2017."""
+    """Measure what a VAE makes of images: PSNR, SSIM, LPIPS and FID; the reference takes 5K of COCO val2017."""
     from training.core.loop import make_accelerator
     from training.data.batches import open_data
     from training.evaluation import backbones
@@ -167,21 +167,21 @@ def evaluate_vae_command(vae: str, spec: str, limit: int, size: int, batch: int)
     data = open_data(spec, resolution=size, flip=False, captions=False)
     count = min(limit, len(data.source)) if isinstance(data.source, Sized) else limit
 
-    def pictures() -> Iterator[Tensor]:
+    def crops() -> Iterator[Tensor]:
         batches = data.batches(batch_size=batch, start=0, rank=0, workers=1)
         for start, one in zip(range(0, count, batch), batches, strict=False):
             yield cast("Tensor", one.images)[: count - start].to(accelerator.device)
 
     scores = measure_reconstruction(
         reconstruct,
-        pictures(),
+        crops(),
         perceptual=backbones.find_lpips(device=accelerator.device),
         inception=backbones.find_inception(device=accelerator.device),
     )
     for score in scores:
         value = f"not measured: {score.note}" if score.value is None else f"{score.value:.4f}"
         click.echo(f"{score.metric} {value}")
-    say(f"evaluate-vae: {count} pictures")
+    say(f"evaluate-vae: {count} images")
 
 
 @click.command("noise-levels")

@@ -88,7 +88,7 @@ def _training_options(command: Command) -> Command:
         ),
         click.option(
             "--track", "trackers", type=click.Choice(["tensorboard", "wandb", "none"]), multiple=True,
-            default=("tensorboard",), show_default=True, help="Where curves and pictures go.",
+            default=("tensorboard",), show_default=True, help="Where curves and images go.",
         ),
         click.option("--dry-run", is_flag=True, help="Show the resolved recipe and stop."),
     )  # fmt: skip

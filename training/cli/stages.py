@@ -97,7 +97,7 @@ def cost_command(
 ) -> None:
     """Count parameters and MACs, per model and per split, in two conventions: the reference's, and the real ones.
 
-    The reference counts two pictures and leaves the attention products out; the real ones count what one picture takes.
+    The reference counts two images and leaves the attention products out; the real ones count what one image takes.
     """
     from training.cost import cost_report
     from training.models import shapes

@@ -83,7 +83,7 @@ def run_recipe(name: str, recipe: recipes.Recipe, out: Path, names: Sequence[str
     say(f"{name}: {accelerator.device}, {accelerator.num_processes} process(es), {recipe.schedule.precision}")
     run = Run(*recipe.build(out), recipe.schedule, accelerator)
     if run.resume(directory):
-        say(f"{name}: going on at step {run.step}")
+        say(f"{name}: resuming at step {run.step}")
     if trackers and run.step < recipe.schedule.steps:
         accelerator.init_trackers("curves", init_kwargs={"wandb": {"name": name, "dir": str(directory)}})
     with _stopping_on_signals(run):
@@ -91,7 +91,7 @@ def run_recipe(name: str, recipe: recipes.Recipe, out: Path, names: Sequence[str
     if trackers:
         accelerator.end_training()
     if run.stop or run.step < recipe.schedule.steps:
-        say(f"{name}: stopped at step {run.step}; the same command goes on from there")
+        say(f"{name}: stopped at step {run.step}; the same command continues from there")
         sys.exit(130)
     if run.curve and accelerator.is_main_process:
         plot_losses(run.curve, directory / "loss.png", name)

@@ -1,7 +1,4 @@
-"""Writes files and folders so that a reader finds the old one or the new one, never half of one.
-
-Knows files, folders and safetensors. Knows nothing about what is trained.
-"""
+"""Writes files and folders so that a reader finds the old one or the new one, never half of one."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """Writes the edge's bundle: ONNX files, tokenizers, plans, reports, licence and the manifest that holds their hashes.
 
-Knows networks, files and the manifest. Knows nothing about how the networks were trained. What SDXL has beside is
-`training.export.sdxl_bundle`, the plans are `training.models.plan_table`.
+What SDXL has beside is `training.export.sdxl_bundle`, the plans are `training.models.plan_table`.
 """
 
 from __future__ import annotations
@@ -156,7 +155,7 @@ def export_bundle(
         latent_space: See `Manifest`; the cloud model's must be equal.
         defaults: What to do when the user does not say. Their plan is always in the bundle.
         second_text: The second text encoder, of SDXL.
-        safety_checker: Flags pictures at the edge; None leaves it out.
+        safety_checker: Flags images at the edge; None leaves it out.
         scaling_factor: Of the VAE that spans the latent space, for information; the decoder's when None.
         plan_steps: Numbers of steps to compile plans for.
         quality: What was measured.

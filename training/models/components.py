@@ -1,7 +1,4 @@
-"""Loads what a Stable Diffusion model consists of, in diffusers layout, from a folder or a hub id.
-
-Knows SD 1.x, 2.x and SDXL. Knows nothing of what is done with the parts.
-"""
+"""Loads the parts of a Stable Diffusion model (1.x, 2.x, XL) in diffusers layout, from a folder or a hub id."""
 
 from __future__ import annotations
 
@@ -70,7 +67,7 @@ def forces_zeros(source: str) -> bool:
 
 
 def load_vae(source: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
-    """Loads the VAE of a pipeline folder or hub id, frozen; a folder of a VAE alone will do."""
+    """Loads the VAE of a pipeline folder or hub id, frozen; a folder of a VAE alone is enough."""
     alone = (Path(source) / "config.json").is_file()
     with _readable(source):
         return freeze(AutoencoderKL.from_pretrained(source, subfolder=None if alone else VAE, torch_dtype=dtype))
@@ -89,11 +86,11 @@ def load_decoder(source: str) -> Any:
     config = path / "config.json"
     if not config.is_file():
         return read_tiny_vae(path)
-    kind = json.loads(config.read_text(encoding="utf-8"))
-    match kind.get("_class_name"):
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    match settings.get("_class_name"):
         case "AutoencoderTiny" | "AutoencoderTinyWS":
             return read_tiny_vae(path)
-        case "AutoencoderKL" if not kind.get("decoder_block_out_channels"):
+        case "AutoencoderKL" if not settings.get("decoder_block_out_channels"):
             return load_vae(str(path))
         case "AutoencoderKL" | "SmallVAE":
             return load_small_vae(path)

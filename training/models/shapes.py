@@ -1,7 +1,4 @@
-"""The published networks at full size, by name, on the meta device: they take no memory and hold no weights.
-
-Knows configurations. Knows nothing of weights, of what is counted, or of anybody's folders but to read a U-Net from.
-"""
+"""The published networks at full size, by name, on the meta device: they take no memory and hold no weights."""
 
 from __future__ import annotations
 

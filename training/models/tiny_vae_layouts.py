@@ -8,11 +8,10 @@ One network, TAESD's (Bohan, 2023), goes round in these layouts:
 - Hybrid SD's: config.json of an `AutoencoderTinyWS` with diffusers' names, or a training checkpoint without
   config.json, `ema_vae.bin` beside `vae.bin`; the average is read.
 
-Scales. Inside, pictures are in [0, 1] in all of them. TAESD and AutoencoderTinyWS ("without scaling") take and give
+Scales. Inside, images are in [0, 1] in all of them. TAESD and AutoencoderTinyWS ("without scaling") take and give
 them so; AutoencoderTiny, what is made here, takes and gives [-1, 1] with the same weights. Latents are as the U-Net
 sees them (raw latents of the KL VAE times its scaling factor), so `scaling_factor` is 1 unless config.json says
 otherwise.
-Knows file layouts. Knows nothing of training.
 """
 
 from __future__ import annotations

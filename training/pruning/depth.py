@@ -5,8 +5,7 @@ first ones and the last, so that each skip connection that is left ends at the l
 block goes; then the innermost levels may go. With SD 1.x that gives BK-SDM-Base (`mid=True`), -Small, and -Tiny
 (`levels=3`). SDXL's stacks of transformer blocks may become shorter, as in KOALA (Lee et al., 2023): the first ones
 stay. A layer is a resnet and, where the block has attention, the attention after it. A level is a resolution, level 0
-the outermost. Knows the naming of diffusers' down and up blocks. Knows nothing of widths, which
-`training.pruning.widths` cuts afterwards, or of training.
+the outermost.
 """
 
 from __future__ import annotations

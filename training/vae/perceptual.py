@@ -1,6 +1,6 @@
-"""How different two pictures look: LPIPS where VGG's weights are at hand, a pyramid of bands where they are not.
+"""How different two images look: LPIPS where VGG's weights are available, a pyramid of bands where they are not.
 
-Nothing is downloaded. Knows pictures in [-1, 1] and weight files. Knows nothing of what is trained.
+Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BURT_ADELSON = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
 
 
 class Perceptual(Protocol):
-    """A distance between pictures that gradients pass through."""
+    """A distance between images that gradients pass through."""
 
     def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
         """Gives the mean over a batch, a float32 scalar: two float32 [B, 3, H, W] in [-1, 1]."""
@@ -62,7 +62,7 @@ class VGG16(nn.Module):
 class LPIPS(nn.Module):
     """The learned perceptual distance (Zhang et al., 2018, eq. 1) on VGG-16, version 0.1.
 
-    Squared distances of unit features, weighted by channel, averaged over the picture, summed over five layers.
+    Squared distances of unit features, weighted by channel, averaged over the image, summed over five layers.
 
     Args:
         vgg: A state dict with torchvision's names `features.N.weight`; others, the classifier's, are left aside.
@@ -90,7 +90,7 @@ class LPIPS(nn.Module):
             ValueError: If a side is shorter than 16 pixels.
         """
         if min(images.shape[-2:]) < SMALLEST:
-            raise ValueError(f"pictures are {tuple(images.shape[-2:])}; LPIPS needs at least {SMALLEST} pixels a side")
+            raise ValueError(f"images are {tuple(images.shape[-2:])}; LPIPS needs at least {SMALLEST} pixels a side")
         pairs = self.vgg((torch.cat([images, targets]) - self.mean) / self.std)
         layers = []
         for index, both in enumerate(pairs):
@@ -109,7 +109,7 @@ class LaplacianLoss(nn.Module):
     It compares bands, not what a network recognizes: it does not forgive a texture that is right but elsewhere.
 
     Args:
-        levels: At most so many, the last included; fewer for pictures that would get smaller than 4 pixels.
+        levels: At most so many, the last included; fewer for images that would get smaller than 4 pixels.
     """
 
     def __init__(self, levels: int = 5) -> None:
@@ -120,7 +120,7 @@ class LaplacianLoss(nn.Module):
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """See `Perceptual`."""
-        rest = (images - targets).float()  # the pyramid is linear: that of the difference will do
+        rest = (images - targets).float()  # the pyramid is linear: so that of the difference suffices
         bands: list[Tensor] = []
         with torch.autocast(rest.device.type, enabled=False):  # bands are small differences
             while len(bands) < self.levels - 1 and min(rest.shape[-2:]) >= 8:

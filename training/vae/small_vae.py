@@ -4,7 +4,7 @@ Narrowing drops the channels with the least L2 norm of all convolution and atten
 et al., 2017, take those that write, and L1). Channels that are added to each other or share a normalization are dropped
 together. Each group of a GroupNorm loses the same number, so that no channel is normalized with others than before.
 
-Knows VAEs and pictures. Knows nothing of optimizers. The network itself is `training.models.small_autoencoder`.
+The network itself is `training.models.small_autoencoder`.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class SmallVAETask(Task):
         lessons: What it learns from; holds the teacher.
         loss: The decoder's terms; holds the judge, if there is one.
         turns: Who learns when; only with a judge.
-        preview_images: The pictures of `preview`, float32 [B, 3, H, W] in [-1, 1].
+        preview_images: The images of `preview`, float32 [B, 3, H, W] in [-1, 1].
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 Scales: the tiny VAE works on latents as the U-Net sees them (the KL VAE's raw latents times its `scaling_factor`), so
 its own `scaling_factor` is 1. Its images are in [-1, 1] at the boundary; diffusers' AutoencoderTiny moves them to [0,
-1] inside the encoder and back inside the decoder. Knows images and latents. Knows nothing about text or noise.
+1] inside the encoder and back inside the decoder.
 
 The architecture is TAESD's (Bohan, 2023); `AutoencoderTiny()` has its size, 2,445,063 parameters.
 """
@@ -38,7 +38,7 @@ def build_tiny_vae(width: int, *, blocks: int) -> AutoencoderTiny:
 
 
 class TinyVAETask(Task):
-    """Distils a KL VAE: the encoder must give its latents, the decoder must give the picture from its latents.
+    """Distils a KL VAE: the encoder must give its latents, the decoder must give the image from its latents.
 
     Without a judge both learn in every step, as the one group "vae". With one there are the groups "decoder",
     "encoder" and "discriminator", which take turns (`Turns`); the loop clips the gradients of each by themselves.
@@ -49,7 +49,7 @@ class TinyVAETask(Task):
         loss: The decoder's terms; holds the judge, if there is one.
         latent_weight: Of the encoder's term, the mean squared difference of latents.
         turns: Who learns when; only with a judge.
-        preview_images: The pictures of `preview`, float32 [B, 3, H, W] in [-1, 1].
+        preview_images: The images of `preview`, float32 [B, 3, H, W] in [-1, 1].
     """
 
     def __init__(

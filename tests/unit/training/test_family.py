@@ -199,7 +199,7 @@ def test_tiny_vae_speaks_the_same_latents(family: ToyFamily) -> None:
 
 
 def test_the_judge_answers_within_its_classes(family: ToyFamily) -> None:
-    """One answer a question for every picture; labels are within the classes too."""
+    """One answer a question for every image; labels are within the classes too."""
     labels, images = scenes_and_images(np.random.default_rng(0), 6)
     answers = load_classifier(family.folder / "classifier").read(images)
 

@@ -91,7 +91,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path: Path) -> None:
     (checkpoint,) = (tmp_path / "vae").glob("checkpoint-*")
 
     assert process.returncode == 130, said + rest
-    assert "the same command goes on from there" in rest
+    assert "the same command continues from there" in rest
     assert not (tmp_path / "vae" / "finished.json").exists()
     assert (checkpoint / "learnt.safetensors").is_file()
 

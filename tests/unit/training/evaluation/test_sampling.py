@@ -1,4 +1,4 @@
-"""Denoising with several models is the product's, shares what can be shared, and gives each picture its own noise."""
+"""Denoising with several models is the product's, shares what can be shared, and gives each image its own noise."""
 
 from collections.abc import Callable
 from typing import Any
@@ -158,7 +158,7 @@ def test_a_stochastic_plan_needs_noise() -> None:
 
 
 def test_noise_belongs_to_the_picture() -> None:
-    """A picture's noise does not depend on who shares its batch; calls, seeds and pictures all differ."""
+    """An image's noise does not depend on who shares its batch; calls, seeds and images all differ."""
     together = sampling.call_noise(9, [3, 4], 0, SHAPE)
     draws = [
         sampling.initial_noise(9, [4], SHAPE),
@@ -260,7 +260,7 @@ def test_timesteps_are_those_of_the_reference() -> None:
 
 
 def test_a_decoder_gets_raw_latents_in_its_own_dtype() -> None:
-    """The scaling factor is divided out; pictures come back as float32 in [-1, 1]."""
+    """The scaling factor is divided out; images come back as float32 in [-1, 1]."""
 
     class Decoder(nn.Module):
         def __init__(self) -> None:

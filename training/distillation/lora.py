@@ -191,18 +191,8 @@ def _fuse(unet: UNet2DConditionModel, text_encoders: Sequence[nn.Module], source
     loader = StableDiffusionXLLoraLoaderMixin if len(text_encoders) > 1 else StableDiffusionLoraLoaderMixin
     path = source if source.is_file() else source / "pytorch_lora_weights.safetensors"
     with safe_open(path, framework="pt") as file:
-        raw = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 -- no mapping
-        given = lora_files.scaled(raw, file.metadata() or {})
-    lora_files.check_width(given, int(unet.config.cross_attention_dim))
-    state, _ = loader.lora_state_dict(dict(given), unet_config=unet.config)
-    if any(key.startswith("unet.") for key in state):
-        loader.load_lora_into_unet(state, network_alphas=None, unet=unet, adapter_name=ADAPTER)
-    for index, encoder in enumerate(text_encoders):
-        prefix = "text_encoder" if index == 0 else f"text_encoder_{index + 1}"
-        if any(key.startswith(f"{prefix}.") for key in state):
-            loader.load_lora_into_text_encoder(
-                state, network_alphas=None, text_encoder=encoder, prefix=prefix, adapter_name=ADAPTER
-            )
+        state = lora_files.read(file, int(unet.config.cross_attention_dim))
+    lora_files.load_into(unet, text_encoders, state, loader, ADAPTER)
     changed = 0
     for network in (unet, *text_encoders):
         for name, layer in list(network.named_modules()):
@@ -215,7 +205,5 @@ def _fuse(unet: UNet2DConditionModel, text_encoders: Sequence[nn.Module], source
         if hasattr(network, "peft_config"):
             del network.peft_config
             network._hf_peft_config_loaded = False
-    wanted = lora_files.count_layers(given)
-    if changed != wanted:
-        raise ValueError(f"only {changed} of its {wanted} layers are here")
+    lora_files.check_complete(changed, state)
     return changed

@@ -16,7 +16,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[cloud,edge,training,dev]'
 	touch $@
 
-demo: $(INSTALLED)  ## start a cloud and an edge on this machine, make a picture, say where it is
+demo: $(INSTALLED)  ## start a cloud and an edge on this machine, make an image, say where it is
 	$(BIN)/python deploy/run_demo.py
 
 test: lint  ## everything that needs no GPU and no real weights; ends with pytest's own closing line
@@ -46,7 +46,7 @@ golden: $(INSTALLED)  ## rewrite the golden files after a deliberate change
 docs: $(INSTALLED)  ## regenerate docs/cli.md
 	$(BIN)/python docs/generate_cli.py
 
-screenshots: $(INSTALLED)  ## take the pictures of the page again; needs chromium
+screenshots: $(INSTALLED)  ## take the images of the page again; needs chromium
 	$(BIN)/python -m tests.e2e.screenshots
 
 bench: $(INSTALLED)  ## ratios inside one run, with the machine named; BENCH="--full" for full-size shapes

@@ -39,7 +39,7 @@ class Skipping:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class JobRequest:
-    """One picture to begin: everything resolved and checked, nothing left to look up."""
+    """One image to begin: everything resolved and checked, nothing left to look up."""
 
     request_id: str
     content: bytes = b""

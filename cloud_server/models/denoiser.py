@@ -102,7 +102,7 @@ class Denoiser(Protocol):
 
         Args:
             rows: Negative prompt and prompt, or the prompt alone; equally many tokens.
-            size: Width and height of the picture in pixels.
+            size: Width and height of the image in pixels.
             guidance_scale: In [1, 30]; an input of the U-Net where `guidance` is "embedded", else not used.
 
         Raises:

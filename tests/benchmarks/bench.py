@@ -316,7 +316,7 @@ def bench_wire(folder: Path) -> None:
 
 
 def bench_codec(model: Model, bundle_folder: Path, *, steps: int, k: int, num_pictures: int = 8) -> None:
-    """Prints what fp16 and int8, of embeddings and state, cost in latents and in the final picture, against fp32."""
+    """Prints what fp16 and int8, of embeddings and state, cost in latents and in the final image, against fp32."""
     manifest = read_manifest(bundle_folder)
     models = Models(bundle_folder, manifest)
     plan = model.plans.plan("dpmpp_2m", steps)
@@ -359,7 +359,7 @@ def bench_codec(model: Model, bundle_folder: Path, *, steps: int, k: int, num_pi
             psnr = 10 * np.log10(4.0 / mse) if mse > 0 else float("inf")  # values span 2
             errors[name].append((state_error, float(np.sqrt(np.mean((latents - exact) ** 2))), psnr))
     say(
-        f"codec of state and embeddings, against fp32 ({num_pictures} pictures, {k} + {steps - k} steps, "
+        f"codec of state and embeddings, against fp32 ({num_pictures} images, {k} + {steps - k} steps, "
         f"DPM-Solver++ 2M):"
     )
     for name, rows_of_errors in errors.items():
@@ -367,7 +367,7 @@ def bench_codec(model: Model, bundle_folder: Path, *, steps: int, k: int, num_pi
         say(
             f"  {name}: largest error of the state {max(state):.1e}; of the final latents rms "
             f"{statistics.mean(final):.1e}; "
-            f"picture PSNR mean {statistics.mean(psnrs):.1f} dB, worst {min(psnrs):.1f} dB"
+            f"image PSNR mean {statistics.mean(psnrs):.1f} dB, worst {min(psnrs):.1f} dB"
         )
 
 
@@ -376,7 +376,7 @@ def _no_noise(call: int) -> Any:
 
 
 def bench_edge_memory(bundle_folder: Path) -> None:
-    """Prints the peak memory of an edge process that draws one picture alone."""
+    """Prints the peak memory of an edge process that draws one image alone."""
     code = (
         "import re, sys\n"
         "from pathlib import Path\n"
@@ -396,7 +396,7 @@ def bench_edge_memory(bundle_folder: Path) -> None:
     for mode in ("normal", "low"):
         command = [sys.executable, "-c", code, str(bundle_folder), mode, steps]
         peak = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        say(f"edge process, one picture alone, {mode} memory mode: peak {peak:.0f} MiB")
+        say(f"edge process, one image alone, {mode} memory mode: peak {peak:.0f} MiB")
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """What skipped calls cost in quality, on the demo family: `python -m tests.bench_skipping [--captions N]`.
 
 Runs the engine's own steps (`cloud_server.engine.step`) for a split of 18 cloud steps of 25 and the demo's edge model
-for the rest, with and without skipping, and prints the PSNR of the picture to the one without. Held-out captions. Reads
+for the rest, with and without skipping, and prints the PSNR of the image to the one without. Held-out captions. Reads
 deploy/demo; writes nothing.
 """
 
@@ -93,7 +93,7 @@ def main() -> None:
             picture = to_u8(models.decode(last)).astype(np.float64)
             reference = picture if reference is None else reference
             errors[variant].append(float(np.mean((picture - reference) ** 2)))
-    print("| warm-up, skipped, extrapolation | cloud calls of 18 | PSNR to the picture without (dB) | worst (dB) |")  # noqa: T201
+    print("| warm-up, skipped, extrapolation | cloud calls of 18 | PSNR to the image without (dB) | worst (dB) |")  # noqa: T201
     print("| --- | --- | --- | --- |")  # noqa: T201
     for variant in VARIANTS:
         if variant is not None:

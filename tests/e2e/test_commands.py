@@ -151,7 +151,7 @@ def test_bench() -> None:
     printed = run([sys.executable, "-m", "tests.benchmarks.bench", "--smoke"], ROOT)
 
     for words in ("machine: ", "engine throughput", "first step of the 8th job", "hybrid over gRPC", "edge step",
-                  "fp16   known", "picture PSNR", "low memory mode"):  # fmt: skip
+                  "fp16   known", "image PSNR", "low memory mode"):  # fmt: skip
         assert words in printed
 
 
@@ -170,7 +170,7 @@ def test_bench_full_options() -> None:
 
 @pytest.mark.slow
 def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
-    """Cloud, pictures, doctor: as they stand there, but on a free port."""
+    """Cloud, images, doctor: as they stand there, but on a free port."""
     lines = [words for words in map(shlex.split, commands(ROOT / "README.md")) if words[0] == "hybridsd"]
     folder = Path(sys.executable).parent
     with running_cloud(["--model", ROOT / "deploy/demo/large"], tmp_path / "cloud.log") as (address, _):

@@ -103,7 +103,7 @@ async def test_a_batch_does_not_change_its_jobs(
             plan=tiny_model.plans.plan(name, steps),
             handoff_call=handoff,
             seed=seed,
-            prompt=f"picture {seed}",
+            prompt=f"image {seed}",
             guidance_scale=2.0 + seed,
             negative_prompt=None if seed % 2 else "bad",
         )

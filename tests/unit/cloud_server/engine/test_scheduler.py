@@ -91,7 +91,7 @@ def test_positions_count_the_jobs_ahead() -> None:
 
 
 def test_a_finished_job_is_remembered_and_a_failed_one_is_not() -> None:
-    """A late retry finds the pictures of a finished job, and starts a failed one again; the oldest are forgotten."""
+    """A late retry finds the images of a finished job, and starts a failed one again; the oldest are forgotten."""
     scheduler = make_scheduler()
     jobs = [make_job(str(index)) for index in range(4)]
     add(scheduler, *jobs)

@@ -27,7 +27,7 @@ def test_png_tells_how_it_was_made(result: Result, tmp_path: Path) -> None:
 
 
 def test_fallback_is_written_down(result: Result) -> None:
-    """A picture that fell back says so in itself."""
+    """An image that fell back says so in itself."""
     fallen = dataclasses.replace(result, fallback_reason=Reason.UNAVAILABLE, planned_cloud_steps=3)
 
     assert "Planned cloud steps: 3, Fallback: UNAVAILABLE" in parameters(fallen)

@@ -41,7 +41,7 @@ protos: $(INSTALLED)  ## regenerate the stubs from the .proto files
 	$(BIN)/python protos/generate.py
 
 golden: $(INSTALLED)  ## rewrite the golden files after a deliberate change
-	$(BIN)/python tests/contract/golden.py
+	$(BIN)/python -m tests.contract.golden
 
 docs: $(INSTALLED)  ## regenerate docs/cli.md
 	$(BIN)/python docs/generate_cli.py

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from hybridsd import noise
-from hybridsd.plan import denoise, initial_state, to_json
+from hybridsd.plan import to_json
 from hybridsd.plan_compiler import compile_plan
 from hybridsd.schedulers import find
+from tests.support.reference import run_from_seed
 
 FOLDER = Path(__file__).parents[2] / "protos/hybridsd/golden"
 SD1 = {
@@ -59,18 +60,18 @@ def golden_plan(name: str, steps: int) -> dict[str, Any]:
     return {**json.loads(to_json(plan)), "sha256": plan.digest().hex()}
 
 
+def predict(x: np.ndarray, t: float) -> np.ndarray:
+    """A model that any language has."""
+    return (0.9 * np.tanh(x) + t / 10000).astype(np.float32)
+
+
 def golden_trajectory(name: str, steps: int) -> dict[str, Any]:
     """A whole run: every state, from the noise of a seed, with a model that any language has."""
     spec = find(name)
     scheduler = getattr(diffusers, spec.diffusers_class).from_config({**SD1, **spec.overrides})
     plan = compile_plan(scheduler, steps, torch.from_numpy, name=name)
     shape, seed, image_index = (2, 2, 2), 42, 3
-    run = denoise(
-        plan,
-        initial_state(plan, noise.initial_latents(seed, image_index, shape)),
-        lambda x, t: (0.9 * np.tanh(x) + t / 10000).astype(np.float32),
-        lambda call: noise.call_noise(seed, image_index, call, shape),
-    )
+    run = run_from_seed(plan, predict, seed=seed, image_index=image_index, shape=shape)
     return {
         "plan": json.loads(to_json(plan)),
         "model": "0.9 * tanh(unet_input) + timestep / 10000",

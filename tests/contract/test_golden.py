@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hybridsd import noise
-from hybridsd.plan import denoise, from_json, initial_state
+from hybridsd.plan import from_json
+from tests.support.reference import run_from_seed
 
 _spec = importlib.util.spec_from_file_location("golden", Path(__file__).parent / "golden.py")
 assert _spec is not None
@@ -52,18 +52,7 @@ def test_committed_plan_runs_like_a_fresh_one(name: str) -> None:
     text = (golden.FOLDER / name).read_text()
     committed = from_json(text)
     fresh = from_json(json.dumps(golden.golden_plan(committed.scheduler, committed.num_inference_steps)))
-    latents = noise.initial_latents(5, 0, (4, 4, 4))
-    runs = [
-        list(
-            denoise(
-                plan,
-                initial_state(plan, latents),
-                lambda x, t: (0.9 * np.tanh(x) + t / 10000).astype(np.float32),
-                lambda call: noise.call_noise(5, 0, call, (4, 4, 4)),
-            )
-        )
-        for plan in (committed, fresh)
-    ]
+    runs = [list(run_from_seed(plan, golden.predict, seed=5, shape=(4, 4, 4))) for plan in (committed, fresh)]
 
     assert committed.digest().hex() == json.loads(text)["sha256"]
     for a, b in zip(*runs, strict=True):
@@ -78,12 +67,7 @@ def test_committed_trajectory_is_reproduced(name: str) -> None:
     content = json.loads((golden.FOLDER / name).read_text())
     plan, shape = from_json(json.dumps(content["plan"])), tuple(content["shape"])
     seed, image_index = content["seed"], content["image_index"]
-    run = denoise(
-        plan,
-        initial_state(plan, noise.initial_latents(seed, image_index, shape)),
-        lambda x, t: (0.9 * np.tanh(x) + t / 10000).astype(np.float32),
-        lambda call: noise.call_noise(seed, image_index, call, shape),
-    )
+    run = run_from_seed(plan, golden.predict, seed=seed, image_index=image_index, shape=shape)
 
     for expected, actual in zip(content["states"], run, strict=True):
         assert expected["call"] == actual.call

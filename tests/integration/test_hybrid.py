@@ -21,12 +21,12 @@ from edge_client.generation.result import Result
 from edge_client.inference.models import Models
 from edge_client.request import Request
 from edge_client.types import Conditioning
-from hybridsd import codec, noise
+from hybridsd import codec
 from hybridsd.errors import ModelMismatch, Reason
-from hybridsd.plan import denoise, initial_state
 from hybridsd.prompting import TextOptions
 from tests.integration.conftest import Connect, running_server
 from tests.support.engine_fakes import GatedDenoiser
+from tests.support.reference import predict_by, run_from_seed
 
 PROMPT = "a fox under a donut"
 GUIDANCE = 3.0
@@ -61,6 +61,7 @@ def one_process(model: Model, models: Models, scheduler: str, call: int, asked: 
     guided = guidance != 1
     rows = torch.from_numpy(np.stack([negative, prompt] if guided else [prompt]))
     conditioning = Conditioning(prompt_embeds=prompt, negative_prompt_embeds=negative if guided else None)
+    predict_there = predict_by(model.denoiser, Conditions(rows), guidance)
     done = 0
 
     def predict(x: np.ndarray, t: float) -> np.ndarray:
@@ -68,14 +69,9 @@ def one_process(model: Model, models: Models, scheduler: str, call: int, asked: 
         done += 1
         if done > call:
             return models.predict_noise(x, t, conditioning, guidance_scale=guidance)
-        sample = torch.from_numpy(np.stack([x] * len(rows)))
-        with torch.inference_mode():
-            output = model.denoiser.predict(sample, torch.full((len(rows),), t), Conditions(rows)).numpy()
-        return output[0] if not guided else output[0] + np.float32(guidance) * (output[1] - output[0])
+        return predict_there(x, t)
 
-    state = initial_state(plan, noise.initial_latents(asked.seed, asked.image_index, SHAPE))
-    draw = lambda c: noise.call_noise(asked.seed, asked.image_index, c, SHAPE)  # noqa: E731 - read it in one place
-    *_, last = denoise(plan, state, predict, draw)
+    *_, last = run_from_seed(plan, predict, seed=asked.seed, image_index=asked.image_index, shape=SHAPE)
     return last.state[0]
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
-import torch
 
 from cloud_server.models.denoiser import Encoded
 from cloud_server.models.devices import place
@@ -27,11 +26,11 @@ from edge_client.images.pixels import to_cells, to_u8
 from edge_client.inference.models import Models
 from edge_client.request import Request, SavedState
 from edge_client.types import CallSkipping, Conditioning, ImageInput
-from hybridsd import noise, noise_levels
+from hybridsd import noise_levels
 from hybridsd.errors import HybridSDError, InvalidRequest, Reason
-from hybridsd.plan import denoise, initial_state
 from hybridsd.prompting import TextOptions
 from tests.integration.conftest import serving
+from tests.support.reference import guided, predict_by, run_from_seed
 from tests.support.tiny_bundle import write_bundle
 from tests.support.tiny_pipeline import LATENT_SPACE, Kind, write_tiny_pipeline
 
@@ -115,8 +114,7 @@ def test_segments_in_any_order_are_one_run(
             said = stage.model
         return predict_there(served.loaded[stage.model], sample, timestep, guidance)
 
-    start = [np.float32(plan.init_noise_sigma) * noise.initial_latents(4, 0, (4, 8, 8))]
-    *_, last = denoise(plan, start, predict, lambda _: pytest.fail("no noise"))
+    *_, last = run_from_seed(plan, predict, seed=4, shape=(4, 8, 8))
 
     assert np.abs(result.latents - last.state[0]).max() < EXACT
     assert [record.place for record in result.steps] == [stage.place for stage in stages]
@@ -132,11 +130,7 @@ def predict_there(model: Model, sample: np.ndarray, timestep: float, guidance: f
     texts = ("", "a fox") if guidance > 1 else ("a fox",)
     rows = [model.denoiser.encode(text, TextOptions()) for text in texts]
     conditions = model.denoiser.conditions(rows, size=(64, 64), guidance_scale=guidance)
-    with torch.inference_mode():
-        output = model.denoiser.predict(
-            torch.from_numpy(np.stack([sample] * len(rows))), torch.full((len(rows),), timestep), conditions
-        ).numpy()
-    return output[0] if guidance == 1 else output[0] + np.float32(guidance) * (output[1] - output[0])
+    return predict_by(model.denoiser, conditions, guidance)(sample, timestep)
 
 
 def test_a_lost_cloud_is_replaced_in_every_part(bundle: Bundle, models: Models, tmp_path: Path) -> None:
@@ -219,6 +213,7 @@ def one_process(model: Model, unet: Path, conditioning: Conditioning, request: R
         negative = conditioning.negative_prompt_embeds
         rows.insert(0, Encoded(negative, pooled=conditioning.negative_pooled_prompt_embeds))
     conditions = model.denoiser.conditions(rows, size=(64, 96), guidance_scale=guidance)
+    predict_there = predict_by(model.denoiser, conditions, guidance)
     session = ort.InferenceSession(str(unet), providers=["CPUExecutionProvider"])
     told = {
         "encoder_hidden_states": [row.embeds for row in rows],
@@ -231,17 +226,13 @@ def one_process(model: Model, unet: Path, conditioning: Conditioning, request: R
     first_of_edge, calls = plan.first_call(request.cloud_steps), iter(range(len(plan.rows)))
 
     def predict(sample: np.ndarray, timestep: float) -> np.ndarray:
+        if next(calls) < first_of_edge:
+            return predict_there(sample, timestep)
         samples = np.stack([sample.astype(np.float32)] * len(rows))
         times = np.full(len(rows), timestep, dtype=np.float32)
-        if next(calls) >= first_of_edge:
-            made: np.ndarray = session.run(None, {"sample": samples, "timestep": times, **fed})[0]
-        else:
-            with torch.inference_mode():
-                made = model.denoiser.predict(torch.from_numpy(samples), torch.from_numpy(times), conditions).numpy()
-        return made[0] if len(rows) == 1 else made[0] + np.float32(guidance) * (made[1] - made[0])
+        return guided(session.run(None, {"sample": samples, "timestep": times, **fed})[0], guidance)
 
-    state = initial_state(plan, noise.initial_latents(request.seed, 0, shape))
-    *_, last = denoise(plan, state, predict, lambda call: noise.call_noise(request.seed, 0, call, shape))
+    *_, last = run_from_seed(plan, predict, seed=request.seed, shape=shape)
     latents: np.ndarray = last.state[0]
     return latents
 

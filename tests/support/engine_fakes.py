@@ -18,11 +18,11 @@ from cloud_server.engine.request import JobRequest, new_request_id
 from cloud_server.models.denoiser import Conditions, Denoiser, Encoded, Loras
 from cloud_server.models.load import Model
 from cloud_server.rpc.server import CloudServer
-from hybridsd import noise
-from hybridsd.plan import Advance, Plan, denoise, initial_state
+from hybridsd.plan import Advance
 from hybridsd.prompting import TextOptions
 from hybridsd.v1 import bundle_service_pb2_grpc, denoising_service_pb2_grpc
 from hybridsd.v1 import denoising_service_pb2 as pb
+from tests.support.reference import predict_by, run_from_seed
 
 SHAPE = (4, 8, 8)
 PROMPT = "a fox on a blue hill"
@@ -36,7 +36,6 @@ class GatedDenoiser:
         self.inner, self.device, self.dtype, self.guidance = inner, inner.device, inner.dtype, inner.guidance
         self.rows: list[int] = []
         self._permits = threading.Semaphore(calls)
-        self._is_open = False
         self.entered = threading.Semaphore(0)
         """One permit for each call that has begun."""
 
@@ -44,7 +43,6 @@ class GatedDenoiser:
         self._permits.release(calls)
 
     def open(self) -> None:
-        self._is_open = True
         self._permits.release(10_000)
 
     def encode(self, text: str, options: TextOptions, loras: Loras = (), num_chunks: int | None = None) -> Encoded:
@@ -151,20 +149,10 @@ def reference(model: Model, request: JobRequest) -> dict[int, Advance[torch.Tens
     texts = [request.prompt] if request.negative_prompt is None else [request.negative_prompt, request.prompt]
     encoded = [model.denoiser.encode(text, TextOptions()) for text in texts]  # type: ignore[arg-type]
     conditions = model.denoiser.conditions(encoded, size=(64, 64), guidance_scale=request.guidance_scale)
-    num_rows = len(encoded)
-    plan: Plan = request.plan
-
-    def predict(latents: torch.Tensor, timestep: float) -> torch.Tensor:
-        rows = latents[None].repeat(num_rows, 1, 1, 1)
-        output = model.denoiser.predict(rows, torch.full((num_rows,), timestep), conditions)
-        return output[0] if len(output) == 1 else output[0] + request.guidance_scale * (output[1] - output[0])
-
-    def draw(call: int) -> torch.Tensor:
-        return torch.from_numpy(noise.call_noise(request.seed, request.image_index, call, SHAPE))
-
-    latents = torch.from_numpy(noise.initial_latents(request.seed, request.image_index, SHAPE))
-    with torch.inference_mode():
-        return {done.call: done for done in denoise(plan, initial_state(plan, latents), predict, draw)}
+    predict = predict_by(model.denoiser, conditions, request.guidance_scale)
+    seed, index = request.seed, request.image_index
+    run = run_from_seed(request.plan, predict, seed=seed, image_index=index, shape=SHAPE, array=torch.from_numpy)
+    return {done.call: done for done in run}
 
 
 class Client:

@@ -15,6 +15,7 @@ from hybridsd import noise
 from hybridsd.plan import advance, initial_state, unet_input
 from hybridsd.prompting import TextOptions
 from tests.support.engine_fakes import PROMPT, SHAPE, GatedDenoiser, events_of, job_request, states
+from tests.support.reference import predict_by
 
 MakeEngine = Callable[..., Engine]
 SIZE = (64, 64)
@@ -25,6 +26,7 @@ def skipped_by_hand(model: Model, request: Any) -> tuple[Any, int]:
     denoiser, skipping = model.denoiser, request.skipping
     rows = [denoiser.encode(text, TextOptions()) for text in (request.negative_prompt, request.prompt)]
     conditions = denoiser.conditions(rows, size=SIZE, guidance_scale=request.guidance_scale)
+    predict = predict_by(denoiser, conditions, request.guidance_scale)
     state = initial_state(request.plan, torch.from_numpy(noise.initial_latents(request.seed, 0, SHAPE)))
     outputs: list[Any] = []
     left = 0
@@ -32,10 +34,7 @@ def skipped_by_hand(model: Model, request: Any) -> tuple[Any, int]:
         if left and len(outputs) >= skipping.warm_up_calls:
             output, left = outputs[-1] + skipping.extrapolation * (outputs[-1] - outputs[-2]), left - 1
         else:
-            sample = torch.stack([unet_input(row, state)] * 2)
-            with torch.inference_mode():
-                pair = denoiser.predict(sample, torch.full((2,), row.timestep), conditions)
-            output = pair[0] + request.guidance_scale * (pair[1] - pair[0])
+            output = predict(unet_input(row, state), row.timestep)
             outputs.append(output)
             left = skipping.skipped_calls
         state = advance(row, state, output, None)

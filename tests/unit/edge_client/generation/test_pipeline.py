@@ -24,7 +24,6 @@ from edge_client.generation.serialize import parameters
 from edge_client.images.pixels import to_u8
 from edge_client.inference.models import Models
 from edge_client.request import Request
-from hybridsd import noise
 from hybridsd.codec import FLOAT32, encode_plan, encode_tensor, tensor_digest
 from hybridsd.errors import (
     AccessDenied,
@@ -37,9 +36,9 @@ from hybridsd.errors import (
     ModelMismatch,
     Reason,
 )
-from hybridsd.plan import denoise, initial_state
 from hybridsd.v1 import denoising_service_pb2 as pb
 from tests.support.fake_cloud import FakeCloud, Running, text_embeds
+from tests.support.reference import run_from_seed
 from tests.support.tiny_bundle import CHANNELS, Floats, TinyUNet, make_plan, write_bundle
 
 EXACT = 1e-5
@@ -62,14 +61,13 @@ def one_process(kind: str, steps: int, cloud_calls: int, *, guidance: float = 3.
     plan, large, small = make_plan(kind, steps), TinyUNet(seed=7), TinyUNet(seed=0)
     shape = (CHANNELS, 4, 4)
     embeds, negative = text_embeds("a red fox"), text_embeds("")
-    state = initial_state(plan, noise.initial_latents(seed, 0, shape))
     calls = iter(range(len(plan.rows)))
 
     def predict(sample: Floats, timestep: float) -> Floats:
         unet = large if next(calls) < cloud_calls else small
         return unet.guided(sample, timestep, embeds, negative, guidance)
 
-    *_, last = denoise(plan, state, predict, lambda call: noise.call_noise(seed, 0, call, shape))
+    *_, last = run_from_seed(plan, predict, seed=seed, shape=shape)
     return last.state[0]
 
 

@@ -27,7 +27,7 @@ TRAINING_HEAD = f"""# The command line of training
 {MADE}
 
 What it is for, in order: [training.md](training.md). Exit codes: 0 done, 1 it cannot be done, 2 wrong usage, 130
-stopped (the same command goes on).
+stopped (the same command continues).
 """
 PAGES = {
     "cli.md": (PRODUCT_HEAD, (("hybridsd", "edge_client.cli.main"), ("hybridsd-cloud", "cloud_server.cli"))),

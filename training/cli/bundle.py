@@ -1,4 +1,4 @@
-"""`python -m training export-bundle` and `rewrite-plans`: an edge bundle of a Stable Diffusion model of one's own."""
+"""The commands export-bundle and rewrite-plans: edge bundles of your own Stable Diffusion models."""
 
 from __future__ import annotations
 
@@ -32,30 +32,30 @@ class LoraType(click.ParamType["tuple[str, float]"]):
 
 
 @click.command("export-bundle")
-@click.option("--model", required=True, help="Folder, hub id or .safetensors of the large model: text, scheduler.")
-@click.option("--unet", "unet_source", required=True, help="The edge's U-Net, the same: pruned, LCM, stock.")
-@click.option("--vae", "vae_source", required=True, help="The edge's VAE: folder, hub id or file; tiny, small or full.")
+@click.option("--model", required=True, help="Large model (folder, hub id or .safetensors): text encoder, scheduler.")
+@click.option("--unet", "unet_source", required=True, help="The edge's U-Net, likewise: stock, pruned or LCM.")
+@click.option("--vae", "vae_source", required=True, help="The edge's VAE, tiny, small or full: folder, hub id or file.")
 @click.option("--to", "target", type=FOLDER, required=True, help="The bundle; an older one is replaced.")
 @click.option("--config", help="Folder or hub id with configurations and tokenizers, for a .safetensors file.")
 @click.option("--variant", help="Which weights of --model and --unet, such as fp16.")
-@click.option("--name", help="Of the bundle; the folder's name by default.")
-@click.option("--latent-space", help="Must equal that of the cloud's model; sd1 or sdxl, by the scaling, by default.")
+@click.option("--name", help="Name of the bundle; the folder's by default.")
+@click.option("--latent-space", help="The latent space of the cloud's model; sd1 or sdxl by default.")
 @click.option(
     "--precision", type=click.Choice(["fp32", "half-storage", "fp16", "int8"]), default="half-storage",
-    show_default=True, help="Of the U-Net.",
+    show_default=True, help="Precision of the U-Net.",
 )  # fmt: skip
-@click.option("--lora", "loras", type=LoraType(), multiple=True, help="Adapter to fuse, and its weight; repeatable.")
+@click.option("--lora", "loras", type=LoraType(), multiple=True, help="LoRA to fuse, and its weight; repeatable.")
 @click.option("--safety-checker", help="Folder or hub id of a safety checker, to flag images at the edge.")
-@click.option("--captions", "metadata", type=FILE, help="metadata.csv: name, caption; for int8, to calibrate with.")
+@click.option("--captions", "metadata", type=FILE, help="metadata.csv (name, caption) to calibrate int8 with.")
 @click.option("--num-captions", type=click.IntRange(min=2), default=16, show_default=True)
-@click.option("--fused-guidance", is_flag=True, help="Guidance in the graph; for run times of your own.")
-@click.option("--scheduler", help="The edge's default; dpmpp_2m, of an LCM lcm, by default.")
-@click.option("--steps", type=click.IntRange(1, 1000), help="25, of an LCM 8, by default.")
-@click.option("--guidance", type=click.FloatRange(1, 30), default=7.0, show_default=True)
-@click.option("--size", type=click.IntRange(min=8), help="Pixels of a side; what the U-Net was made for by default.")
-@click.option("--cloud-steps", type=click.IntRange(min=0), help="10, of an LCM 4, by default.")
+@click.option("--fused-guidance", is_flag=True, help="Put guidance into the graph, for other runtimes.")
+@click.option("--scheduler", help="Default scheduler; dpmpp_2m, or lcm for an LCM.")
+@click.option("--steps", type=click.IntRange(1, 1000), help="Default steps; 25, or 8 for an LCM.")
+@click.option("--guidance", type=click.FloatRange(1, 30), default=7.0, show_default=True, help="Default guidance.")
+@click.option("--size", type=click.IntRange(min=8), help="Default width and height; the U-Net's own size by default.")
+@click.option("--cloud-steps", type=click.IntRange(min=0), help="Default cloud steps; 10, or 4 for an LCM.")
 @click.option("--quality", "curve", type=FILE, help="quality.csv of evaluate-coco, to put into the manifest.")
-@click.option("--licence", default="", help="A word on the weights' licence.")
+@click.option("--licence", default="", help="Licence of the weights.")
 def export_bundle_command(
     model: str, unet_source: str, vae_source: str, target: Path, config: str | None, variant: str | None,
     name: str | None, latent_space: str | None, precision: str, loras: Sequence[tuple[str, float]],
@@ -164,7 +164,7 @@ def _latent_space(scaling: float) -> str:
 
 
 def _check_vae(vae: Any, source: str, scaling: float) -> None:
-    """Refuses a KL VAE of another latent space; a tiny one, whose scaling is 1, cannot be told apart."""
+    """Refuses a KL VAE of another latent space; a tiny one has a scaling of 1 and passes."""
     own = float(vae.config.scaling_factor)
     if own not in (1.0, scaling):
         raise click.BadParameter(

@@ -1,4 +1,4 @@
-"""`python -m training demo --out DIR`: every stage of the demo family, in order, each from where it was left."""
+"""The command demo: runs every stage of the demo family in order; each resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STAGES = (
     "vae", "text", "latents", "classifier", "unet", "score", "prune", "small-unet", "tiny-vae", "lcm", "lcm-small",
     "evaluate", "export",
 )  # fmt: skip
-# What the stages that are no recipes take, where that is not their own default.
+# Options of the stages that are not recipes, where they differ from the defaults.
 SETTINGS: Mapping[recipes.Scale, Mapping[str, Mapping[str, Any]]] = {
     "demo": {"export": {"lcm": True}},
     "quick": {
@@ -42,7 +42,7 @@ def _marker(out: Path, stage: str) -> Path:
 
 
 def _settings(stage: str, scale: recipes.Scale, target: Path) -> dict[str, Any]:
-    """Gives what a stage is made with, to compare it with what it was made with."""
+    """Gives the settings of a stage, to compare them with those it was run with."""
     if stage in recipes.SCENES:
         return {"recipe": repr(recipes.find(stage)(scale))}
     return {**SETTINGS[scale].get(stage, {}), **({"target": str(target)} if stage == "export" else {})}
@@ -65,13 +65,13 @@ def _is_done(out: Path, stage: str, scale: recipes.Scale, target: Path) -> bool:
 @click.command("demo")
 @OUT
 @SCALE
-@click.option("--to", "target", type=FOLDER, help="Where the models go; OUT/models by default.")
-@click.option("--dry-run", is_flag=True, help="Show the stages, which are done, and their settings.")
+@click.option("--to", "target", type=FOLDER, help="Where to write the models; OUT/models by default.")
+@click.option("--dry-run", is_flag=True, help="Show the stages, whether they are done, and their settings.")
 @click.pass_context
 def demo_command(ctx: click.Context, out: Path, scale: recipes.Scale, target: Path | None, dry_run: bool) -> None:
     """Make the whole demo family: train, score, prune, distil, judge and export it.
 
-    Stop it whenever you like; the same command continues from there.
+    You can stop it at any time; the same command continues from there.
     """
     from training.core.checkpoints import write_text
     from training.core.loop import make_accelerator

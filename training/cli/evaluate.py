@@ -21,19 +21,23 @@ if TYPE_CHECKING:
 @click.option("--captions", type=click.IntRange(min=1), default=200, show_default=True, help="Held-out captions.")
 @click.option("--seed", type=click.IntRange(min=0), default=1000, show_default=True)
 @click.option("--steps", type=click.IntRange(min=1), default=25, show_default=True)
-@click.option("--splits", default="25,18,12,8,5,3,0", show_default=True, help="Steps of the large model.")
+@click.option(
+    "--splits", default="25,18,12,8,5,3,0", show_default=True, help="Splits to measure: steps of the large model."
+)
 @click.option("--lcm-steps", type=click.IntRange(min=1), default=8, show_default=True)
-@click.option("--lcm-splits", default="8,4,0", show_default=True, help="Steps of the large LCM, if there is one.")
+@click.option("--lcm-splits", default="8,4,0", show_default=True, help="Splits of the LCMs, if there are any.")
 @click.option("--guidance", type=click.FloatRange(min=1), default=4.0, show_default=True)
 @click.option("--decoder", type=click.Choice(["tiny", "kl"]), default="tiny", show_default=True)
-@click.option("--renders", type=click.IntRange(min=1), default=4, show_default=True, help="Of each caption's scene.")
-@click.option("--grid", "grid", type=FILE, help="Also draw a grid of images.")
+@click.option(
+    "--renders", type=click.IntRange(min=1), default=4, show_default=True, help="Renders of each caption's scene."
+)
+@click.option("--grid", type=FILE, help="Also draw a grid of images into this file.")
 @click.option("--bundle", type=FOLDER, help="Also put the curve into this bundle.")
 def evaluate_command(
     out: Path, captions: int, seed: int, steps: int, splits: str, lcm_steps: int, lcm_splits: str, guidance: float,
     decoder: str, renders: int, grid: Path | None, bundle: Path | None,
 ) -> None:  # fmt: skip
-    """Measure the demo family by split: what images show, how close they are to renders and to the large model's."""
+    """Measure the demo family by split: accuracy, distance to renders, likeness to the large model's images."""
     from training.core.loop import make_accelerator
     from training.evaluation import evaluate, judging, quality
 
@@ -77,15 +81,15 @@ def evaluate_command(
 @click.command("evaluate-coco")
 @OUT
 @click.option("--model", required=True, help="Folder or hub id of the large pipeline: text, VAE and scheduler.")
-@click.option("--unets", required=True, help="Folders of the large and the small U-Net, with a comma between.")
+@click.option("--unets", required=True, help="Folders of the large and the small U-Net, separated by a comma.")
 @click.option("--captions", "metadata", type=FILE, required=True, help="metadata.csv: name, caption[, negative].")
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many captions.")
+@click.option("--limit", type=click.IntRange(min=1), help="Use only the first captions.")
 @click.option("--vae", help="Folder of another VAE, full or tiny.")
 @click.option("--scheduler", type=click.Choice(["dpmpp_2m", "lcm"]), default="dpmpp_2m", show_default=True)
 @click.option("--splits", help="Steps of the large model, such as 25,20,10,5,0; the protocol's by default.")
-@click.option("--steps", type=click.IntRange(min=1), help="25, or 8 with lcm, by default.")
+@click.option("--steps", type=click.IntRange(min=1), help="Total steps; 25, or 8 with lcm.")
 @click.option("--guidance", type=click.FloatRange(min=1), default=7.0, show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), help="The protocol's by default.")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed of the noise; the protocol's by default.")
 @click.option("--size", type=click.IntRange(min=8), default=512, show_default=True, help="Pixels as generated.")
 @click.option("--judged-size", type=click.IntRange(min=8), default=256, show_default=True, help="Pixels as judged.")
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True)
@@ -99,8 +103,8 @@ def evaluate_coco_command(
 ) -> None:  # fmt: skip
     """Make and judge images by the COCO-30K protocol: FID, IS and CLIP score by split, and likeness to the large.
 
-    Give the same command again to continue with images that are missing. Metrics whose networks are not on this machine
-    are left out, saying which file to fetch.
+    The same command makes the images that are still missing. A metric whose network is not on this machine is left
+    out, and the output names the file to fetch.
     """
     import torch
 
@@ -143,11 +147,11 @@ def evaluate_coco_command(
 @click.command("evaluate-vae")
 @click.option("--vae", required=True, help="Folder of the VAE: full, small or tiny.")
 @click.option("--data", "spec", required=True, help="Images: imagefolder:DIRECTORY, csv:FILE, webdataset:SHARDS ...")
-@click.option("--limit", type=click.IntRange(min=2), default=5000, show_default=True, help="At most so many images.")
+@click.option("--limit", type=click.IntRange(min=2), default=5000, show_default=True, help="Largest number of images.")
 @click.option("--size", type=click.IntRange(min=8), default=512, show_default=True, help="Centre crops of this side.")
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True)
 def evaluate_vae_command(vae: str, spec: str, limit: int, size: int, batch: int) -> None:
-    """Measure what a VAE makes of images: PSNR, SSIM, LPIPS and FID; the reference takes 5K of COCO val2017."""
+    """Measure how well a VAE reconstructs images: PSNR, SSIM, LPIPS and FID; the reference has 5,000 of COCO."""
     from training.core.loop import make_accelerator
     from training.data.batches import open_data
     from training.evaluation import backbones
@@ -191,7 +195,7 @@ def evaluate_vae_command(vae: str, spec: str, limit: int, size: int, batch: int)
 @click.option("--scenes", type=click.IntRange(min=1), default=40, show_default=True, help="Held-out scenes.")
 @click.option("--seed", type=click.IntRange(min=0), default=1000, show_default=True, help="Of scenes and noise.")
 @click.option("--timesteps", default="961,881,801,721,641,521,301,101", show_default=True, help="The noise levels.")
-@click.option("--gate", type=float, default=1.0, show_default=True, help="What small / large must exceed everywhere.")
+@click.option("--gate", type=float, default=1.0, show_default=True, help="The ratio small / large must be above this.")
 def noise_levels_command(
     out: Path, large: Path | None, small: Path | None, scenes: int, seed: int, timesteps: str, gate: float
 ) -> None:

@@ -32,7 +32,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class Friendly(click.Group):
-    """Shows the errors that a user can mend as one line, and keeps tracebacks for bugs."""
+    """Shows errors that a user can fix as one line, without a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs a command."""
@@ -47,19 +47,19 @@ class Friendly(click.Group):
 
 
 def _leave_together() -> None:
-    """Lets no process go while the first one is at work: its going would end the others' connections."""
+    """Waits for all processes: one that exits early would end the others' connections."""
     if "torch" not in sys.modules:
         return
     import torch.distributed as dist
 
     if dist.is_initialized():
         if dist.get_backend() == "gloo":
-            dist.monitored_barrier(timeout=timedelta(days=1))  # unlike barrier, nobody is needed after having left it
+            dist.monitored_barrier(timeout=timedelta(days=1))  # unlike barrier, no process must stay afterwards
         dist.destroy_process_group()
 
 
 @click.group(cls=Friendly)
-@click.option("--processes", type=click.IntRange(min=1), help="Start so many processes on this machine.")
+@click.option("--processes", type=click.IntRange(min=1), help="Number of processes to start on this machine.")
 def main(processes: int | None) -> None:
     """Train, prune, distil, judge and export: the demo family, or Stable Diffusion models of your own."""
     if processes is not None and "WORLD_SIZE" not in os.environ:
@@ -68,7 +68,7 @@ def main(processes: int | None) -> None:
 
 
 def _start(processes: int) -> None:
-    """Becomes torchrun, with so many copies of this command."""
+    """Replaces this process with torchrun, which starts `processes` copies of the command."""
     rest = [word for word in sys.argv[1:] if not word.startswith("--processes=")]
     if "--processes" in rest:
         at = rest.index("--processes")
@@ -81,8 +81,8 @@ def _start(processes: int) -> None:
 
 def _training_options(command: Command) -> Command:
     options = (
-        click.option("--steps", type=click.IntRange(min=1), help="Learn for so many steps instead of the recipe's."),
-        click.option("--seed", type=click.IntRange(min=0), help="Another seed than the recipe's."),
+        click.option("--steps", type=click.IntRange(min=1), help="Number of steps, instead of the recipe's."),
+        click.option("--seed", type=click.IntRange(min=0), help="Seed, instead of the recipe's."),
         click.option(
             "--set", "settings", multiple=True, metavar="NAME=VALUE", help="Change a field, such as schedule.lr=1e-5."
         ),

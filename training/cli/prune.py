@@ -1,4 +1,4 @@
-"""The commands that make a U-Net smaller: score, and prune by what was scored. Each wires options to its module."""
+"""The commands that make a U-Net smaller: score its layers, and prune by the scores."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def _scores(out: Path) -> dict[tuple[str, float], float]:
 @click.command("score")
 @OUT
 @click.option("--model", help="Folder or hub id of a pipeline; the demo's large model in OUT by default.")
-@click.option("--unet", "unet_source", help="Another U-Net than the model's.")
-@click.option("--captions", "metadata", type=FILE, help="metadata.csv, with --model: name, caption.")
+@click.option("--unet", "unet_source", help="U-Net to score instead of the model's.")
+@click.option("--captions", "metadata", type=FILE, help="metadata.csv (name, caption); needed with --model.")
 @click.option("--num-captions", type=click.IntRange(min=2), default=16, show_default=True, help="The reference has 50.")
 @click.option("--steps", type=click.IntRange(min=1), default=8, show_default=True, help="The reference has 25.")
 @click.option("--scheduler", default="dpmpp_2m", show_default=True)
 @click.option("--guidance", type=click.FloatRange(min=1), default=4.0, show_default=True, help="The reference has 7.5.")
 @click.option("--size", type=click.IntRange(min=8), default=128, show_default=True, help="Pixels of a side.")
-@click.option("--compat", is_flag=True, help="As the published code scores: other noise for each variant, and more.")
+@click.option("--compat", is_flag=True, help="Score as the published code does: other noise for each variant.")
 def score_command(
     out: Path, model: str | None, unet_source: str | None, metadata: Path | None, num_captions: int, steps: int,
     scheduler: str, guidance: float, size: int, compat: bool,
 ) -> None:  # fmt: skip
-    """Score how much the final latents change when each layer is cut; OUT/scores. The same command continues.
+    """Score how much the final latents change when each layer is cut; writes OUT/scores, and resumes from there.
 
     Every resnet, self- and cross-attention is cut to 25, 50 and 75 percent, one at a time.
     """
@@ -114,23 +114,25 @@ def score_command(
 @OUT
 @click.option("--unet", "unet_source", help="Folder or hub id of the scored U-Net; OUT/unet by default.")
 @click.option("--to", "target", type=FOLDER, help="Where to write; OUT/pruned_unet by default.")
-@click.option("--keep-mid", is_flag=True, help="Keep the middle block, which goes otherwise if there is one.")
-@click.option("--layers-per-block", type=click.IntRange(min=1), default=1, show_default=True, help="Layers that stay.")
-@click.option("--levels", type=click.IntRange(min=1), help="Levels that stay, from the outermost; all by default.")
-@click.option("--transformer-layers", help="Transformer blocks that stay, by level, such as 1,2,5 (SDXL).")
+@click.option("--keep-mid", is_flag=True, help="Keep the middle block, which is dropped by default.")
+@click.option(
+    "--layers-per-block", type=click.IntRange(min=1), default=1, show_default=True, help="Layers to keep in each block."
+)
+@click.option("--levels", type=click.IntRange(min=1), help="Levels to keep, from the outermost; all by default.")
+@click.option("--transformer-layers", help="Transformer blocks to keep, by level, such as 1,2,5 (SDXL).")
 @click.option("--thresholds", help="a,b: 25% of the a least significant layers, 50% of those up to b, 75% of the rest.")
-@click.option("--parameters", type=click.FloatRange(min=0, min_open=True), help="Budget: so many million parameters.")
-@click.option("--gmacs", type=click.FloatRange(min=0, min_open=True), help="Budget: so many GMAC a call of one sample.")
-@click.option("--ratio", type=click.FloatRange(0, 1, min_open=True), help="Budget: this part of the parameters.")
-@click.option("--compat", is_flag=True, help="By the published rule, quirks included; with --thresholds.")
+@click.option("--parameters", type=click.FloatRange(min=0, min_open=True), help="Budget in million parameters.")
+@click.option("--gmacs", type=click.FloatRange(min=0, min_open=True), help="Budget in GMAC for one call of one sample.")
+@click.option("--ratio", type=click.FloatRange(0, 1, min_open=True), help="Budget as a share of the parameters.")
+@click.option("--compat", is_flag=True, help="Use the published rule exactly; with --thresholds.")
 @click.option("--size", type=click.IntRange(min=8), default=128, show_default=True, help="Pixels of a side, for MACs.")
-@click.option("--tokens", type=click.IntRange(min=1), default=32, show_default=True, help="For MACs.")
+@click.option("--tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Text tokens, for MACs.")
 def prune_command(
     out: Path, unet_source: str | None, target: Path | None, keep_mid: bool, layers_per_block: int, levels: int | None,
     transformer_layers: str | None, thresholds: str | None, parameters: float | None, gmacs: float | None,
     ratio: float | None, compat: bool, size: int, tokens: int,
 ) -> None:  # fmt: skip
-    """Drop layers, then cut inner channels and heads, by thresholds or to a budget; says what became of every layer.
+    """Drop layers, then cut inner channels and heads, by thresholds or to a budget, and report every layer.
 
     By default the middle block is dropped, one layer a block stays, and the budget is 35% of the parameters.
     """

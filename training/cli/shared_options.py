@@ -11,7 +11,7 @@ from training import recipes
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
-OUT = click.option("--out", type=FOLDER, required=True, help="The folder of all stages.")
+OUT = click.option("--out", type=FOLDER, required=True, help="Folder of all stages.")
 SCALE = click.option(
     "--scale", type=click.Choice(recipes.SCALES), default="demo", show_default=True,
     help="demo: the published family, hours on two cores, minutes on an accelerator. quick: a fifth. toy: seconds.",

@@ -40,7 +40,7 @@ def latents_command(out: Path, scenes: int) -> None:
 @click.option("--to", "target", type=FOLDER, required=True, help="Where to write.")
 @click.option(
     "--precision", type=click.Choice(["fp32", "half-storage", "fp16", "int8"]), default="half-storage",
-    show_default=True, help="Of the edge's U-Net.",
+    show_default=True, help="Precision of the edge's U-Net.",
 )  # fmt: skip
 @click.option("--cloud-steps", type=click.IntRange(min=0, max=25), default=8, show_default=True)
 @click.option("--lcm", is_flag=True, help="Also write the two LCMs, as large_lcm/ and edge_lcm/.")
@@ -87,7 +87,7 @@ def export_command(out: Path, target: Path, precision: str, cloud_steps: int, lc
 )  # fmt: skip
 @click.option("--vae", default="tiny", show_default=True, help="The edge's decoder: tiny, sd, or a folder.")
 @click.option("--steps", type=click.IntRange(min=1), default=25, show_default=True)
-@click.option("--splits", default="0,5,10,15,20,25", show_default=True, help="Steps of the large model.")
+@click.option("--splits", default="0,5,10,15,20,25", show_default=True, help="Splits: steps of the large model.")
 @click.option("--guidance/--no-guidance", default=True, show_default=True, help="Off for LCMs.")
 @click.option("--size", type=click.IntRange(min=64), default=512, show_default=True, help="Pixels of a side.")
 @click.option("--tokens", type=click.IntRange(min=1), default=77, show_default=True)
@@ -95,9 +95,9 @@ def export_command(out: Path, target: Path, precision: str, cloud_steps: int, lc
 def cost_command(
     large: str, small: str, vae: str, steps: int, splits: str, guidance: bool, size: int, tokens: int, style: str
 ) -> None:
-    """Count parameters and MACs, per model and per split, in two conventions: the reference's, and the real ones.
+    """Count parameters and MACs of models and splits, in the reference's convention and in a real one.
 
-    The reference counts two images and leaves the attention products out; the real ones count what one image takes.
+    The reference convention counts two images without attention products; the real one counts one image in full.
     """
     from training.cost import cost_report
     from training.models import shapes

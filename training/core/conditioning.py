@@ -1,4 +1,4 @@
-"""The seam between data and U-Nets: makes latents and text conditions of a batch of images and captions."""
+"""Turns a batch of images and captions into latents and text conditions for a U-Net."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one training loop: step, average the weights, checkpoint, resume, and write the loss curve down.
+"""The one training loop: step, average the weights, checkpoint, resume, and write the loss curve.
 
 A task gives the networks and the losses of one step; its data give the batches.
 
@@ -6,7 +6,7 @@ All randomness of a step comes from generators seeded with its number and the pr
 resumed by the same command reaches the same state as one that was not.
 
 Several processes (`--processes`, `torchrun`, `accelerate launch`) split each batch and average their gradients once a
-step, in one message. That, and not DistributedDataParallel, because tasks call parts of their networks and take turns.
+step, in one message. DistributedDataParallel does not fit: tasks call parts of their networks and take turns.
 """
 
 from __future__ import annotations

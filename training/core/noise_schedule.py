@@ -1,7 +1,7 @@
-"""Mixes latents with noise, and reads clean latents and noise back out of what a U-Net says.
+"""Mixes latents with noise, and reads clean latents and noise back out of a U-Net's prediction.
 
-Symbols: `x0` clean latents, `eps` noise of variance 1, `t` the timestep, `abar` the cumulated product of 1 - beta, `x_t
-= sqrt(abar_t) x0 + sqrt(1 - abar_t) eps` (Ho et al., 2020, eq. 4), `SNR = abar / (1 - abar)`.
+Symbols: `x0` clean latents, `eps` noise of variance 1, `t` the timestep, `abar` the cumulated product of 1 - beta,
+`x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps` (Ho et al., 2020, eq. 4), `SNR = abar / (1 - abar)`.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class NoiseSchedule:
         return alpha * eps - sigma * x0
 
     def target(self, x0: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
-        """Gives what a U-Net of this prediction type should say."""
+        """Gives what a U-Net of this prediction type should predict."""
         match self.prediction_type:
             case "epsilon":
                 return eps

@@ -1,8 +1,7 @@
 """Image-caption records in an order that is the same every time, from tables that can be entered anywhere.
 
-A record is met once in an epoch, by one process. The place of one that cannot be decoded is taken by a spare, which has
-its own place as well, so that batch `i` always is of the same records and a run resumes without decoding what it has
-seen.
+Each record occurs once in an epoch, in one process. A spare replaces a record that cannot be decoded, and keeps its own
+place as well. So batch `i` always has the same records, and a run resumes without decoding what it has seen.
 """
 
 from __future__ import annotations

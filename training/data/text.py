@@ -1,6 +1,6 @@
-"""The text side of the family: a byte-pair tokenizer, and a CLIP text encoder that was taught what captions mean.
+"""The text side of the family: a byte-pair tokenizer, and a CLIP text encoder trained on captions alone.
 
-The encoder is learnt before any image is: throw-away heads must read the scene off the tokens that follow the last
+The encoder is trained before any image model: throw-away heads must read the scene off the tokens that follow the last
 word. From each of them: layout, first object, second object, background; and from the token at position `p` the object
 in quadrant `p % 4` of the image. Which object stands where is thus plain in the embeddings before the U-Net sees
 them. Embeddings are float32 [B, T, D], T = `max_position_embeddings`.

@@ -1,4 +1,4 @@
-"""Teaches a U-Net to predict noise: by itself, or from a larger one, whose answers and features it also learns.
+"""Trains a U-Net to predict noise: alone, or distilled from a larger one's predictions and features.
 
 The three terms and their weights are those of BK-SDM (Kim et al., 2023, eqs. 1 to 3).
 """

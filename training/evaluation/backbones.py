@@ -1,4 +1,4 @@
-"""Finds the pretrained networks that evaluation sees with, and says which file is missing where there is none.
+"""Finds the pretrained networks of the metrics, or says which file is missing.
 
 Nothing is downloaded: a network is looked for in a folder (`weights_folder`), and in the caches that torch and Hugging
 Face keep. Every `find_...` gives (network, its name) or (None, which file to fetch and where to put it).

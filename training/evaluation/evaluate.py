@@ -1,8 +1,7 @@
 """Measures the demo family by split, over processes, and writes the quality-versus-split curve.
 
-Each process judges its part of the captions (`judge_part`); one then joins them (`collect`). Of the numbers,
-`judge_fid_of_renders`, what one more render gets in the images' place, is the floor of `judge_fid`; see
-`training.evaluation.judging` for what is measured.
+Each process judges its part of the captions (`judge_part`); one then joins them (`collect`). `judge_fid_of_renders`,
+the distance of one more render, is the floor of `judge_fid`. `training.evaluation.judging` says what is measured.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Makes images of held-out captions with the demo family by split, and reads off them what can be read.
+"""Makes images of held-out captions with the demo family by split, and measures them.
 
 Every caption is of a pair of objects that no training image showed. All configurations start from the same noise, so
 their differences are paired. Three questions are asked of an image: does it show what its caption says (semantic

@@ -1,7 +1,7 @@
-"""What evaluation measures: distances between sets of images, between two images, and how sure a number is.
+"""The metrics: distances between sets of images and between two images, with confidence intervals.
 
-The formulas are torchmetrics'; the networks that see for them come from `training.evaluation.backbones`, or are the
-caller's own. A number that cannot be had is a `Score` without a value that says why.
+The formulas are torchmetrics'; the networks come from `training.evaluation.backbones` or from the caller. A number
+that cannot be measured is a `Score` without a value, with the reason.
 
     FID   |m - m'|^2 + tr(S + S' - 2 (S S')^(1/2)) of two sets' mean features m and covariances S (Heusel et al., 2017)
     IS    exp E KL(p(y|x) | p(y)), the mean over ten parts of the images in random order (Salimans et al., 2016)

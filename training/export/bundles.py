@@ -1,6 +1,6 @@
 """Writes the edge's bundle: ONNX files, tokenizers, plans, reports, licence and the manifest that holds their hashes.
 
-What SDXL has beside is `training.export.sdxl_bundle`, the plans are `training.models.plan_table`.
+The additional parts of SDXL are in `training.export.sdxl_bundle`, the plans in `training.models.plan_table`.
 """
 
 from __future__ import annotations

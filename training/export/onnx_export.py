@@ -24,6 +24,7 @@ from torch import nn
 from training.export.graphs import Graph
 
 OPSET = 23  # its Attention keeps the matrix of attention out of memory
+STACK_TRACE = "pkg.torch.onnx.stack_trace"  # paths of the machine that exported; hundreds of kilobytes
 SMALLEST_HALF = 16  # initializers with fewer elements stay as they are: constants of the graph
 DATA_LIMIT = 2_000_000_000
 """Bytes of weights that one ONNX file holds; protobuf reads no file above 2 GiB."""
@@ -123,7 +124,11 @@ def trace(graph: Graph) -> onnx.ModelProto:
         )
     if program is None:
         raise RuntimeError(f"torch.onnx.export gave nothing for {graph.role}; is torch older than 2.8?")
-    return program.model_proto
+    model = program.model_proto
+    for node in model.graph.node:
+        for entry in [entry for entry in node.metadata_props if entry.key == STACK_TRACE]:
+            node.metadata_props.remove(entry)
+    return model
 
 
 def prepared(graph: Graph, precision: str) -> Graph:

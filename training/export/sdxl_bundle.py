@@ -1,4 +1,4 @@
-"""What an edge bundle of SDXL has that one of SD 1.x has not: a second text encoder, summaries of texts, and sizes.
+"""The additional parts of an SDXL edge bundle: a second text encoder, pooled text, and sizes.
 
 Notation as in `training.export.graphs`. time_ids are (height, width, 0, 0, height, width) of the image, in pixels,
 for the unconditional row as well.

@@ -1,4 +1,4 @@
-"""Denoises images as the product does, call by call, so that what a U-Net is really fed can be looked at.
+"""Denoises images as the product does, call by call, to record what a U-Net is really fed.
 
 The U-Net is a function from named arrays to its output, an ONNX file for example. Latents are float32 [C, h, w] as the
 U-Net sees them.

@@ -1,4 +1,4 @@
-"""The plans of an edge bundle, which it needs where there is no cloud to compile one."""
+"""The plans of an edge bundle, which it needs when no cloud compiles one."""
 
 from __future__ import annotations
 

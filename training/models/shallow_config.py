@@ -1,4 +1,4 @@
-"""The configuration of a U-Net without some of its layers: what `training.pruning.depth.drop` makes, as a shape."""
+"""The configuration of a U-Net without some of its layers, as `training.pruning.depth.drop` makes it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The layouts in which tiny VAEs are published, read into diffusers' AutoencoderTiny.
 
-One network, TAESD's (Bohan, 2023), goes round in these layouts:
+One network, TAESD's (Bohan, 2023), is published in these layouts:
 
 - diffusers: config.json, weights named `encoder.layers.1.conv.0.weight`;
 - TAESD's own: a file for the encoder and one for the decoder, `1.conv.0.weight`, or both in one file under `encoder.`

@@ -1,4 +1,4 @@
-"""Scores how much the images change when one layer of a U-Net is cut: the fewer, the more can be cut there.
+"""Scores how much the images change when one layer of a U-Net is cut: the less, the more can be cut there.
 
 A score compares final latents of many captions, x with the layer cut and x0 with nothing cut: the distance of their
 means plus that of their standard deviations, |mean(x) - mean(x0)| + |std(x) - std(x0)|, both over captions, for every

@@ -1,7 +1,7 @@
-"""The recipes: dated, named choices of shapes and schedules.
+"""The recipes: named choices of shapes and schedules.
 
-The methods they use stand beside this package. A recipe is a function that returns a frozen dataclass, complete: what
-is learnt, from what, how long. The recipes of the demo family take a scale; those for Stable Diffusion (`sd`) name
+A recipe is a function that returns a complete, frozen dataclass: what is learnt, from what, for how long. The methods
+are in the other packages. The recipes of the demo family take a scale; those for Stable Diffusion (`sd`) name
 their teacher and data. Any field can be changed on the command line (`--set`).
 """
 

@@ -33,7 +33,7 @@ class ClassifierRecipe:
 
 
 def classifier(scale: Scale) -> ClassifierRecipe:
-    """The judge: half of its images are fresh renders, half from a pool that went through the VAE; all augmented."""
+    """Train the judge: half of its images are fresh renders, half went through the VAE; all are augmented."""
     toy = scale == "toy"
     schedule = Schedule(
         steps=30 if toy else 800,

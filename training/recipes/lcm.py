@@ -48,7 +48,7 @@ class LCMRecipe:
 
 
 def lcm(scale: Scale) -> LCMRecipe:
-    """The large LCM: the large U-Net, taught to draw in 4 to 8 steps with the guidance as an input."""
+    """Distil the large U-Net into the large LCM, which draws in 4 to 8 steps and takes the guidance as an input."""
     toy = scale == "toy"
     schedule = Schedule(
         steps=30 if toy else 300,
@@ -65,6 +65,6 @@ def lcm(scale: Scale) -> LCMRecipe:
 
 
 def lcm_small(scale: Scale) -> LCMRecipe:
-    """The small LCM: the same for the small U-Net, with the same teacher, so that the two can take turns."""
+    """Distil the small U-Net into the small LCM, with the large one's teacher, so that the two can take turns."""
     large = lcm(scale)
     return replace(large, student="small_unet", folder="lcm_small")

@@ -50,7 +50,7 @@ class SmallUNetRecipe:
 
 
 def small_unet(scale: Scale) -> SmallUNetRecipe:
-    """The small U-Net: what score and prune left, distilled from the large one by answers and features."""
+    """Distil the pruned U-Net from the large one, by predictions and features."""
     toy = scale == "toy"
     schedule = Schedule(
         steps=30 if toy else 900,

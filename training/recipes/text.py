@@ -33,7 +33,7 @@ class TextRecipe:
 
 
 def text(scale: Scale) -> TextRecipe:
-    """The text encoder: three layers of 256, 32 tokens, learnt on captions alone, then frozen."""
+    """Train tokenizer and text encoder (three layers of 256, 32 tokens) on captions alone; they stay frozen later."""
     toy = scale == "toy"
     schedule = Schedule(
         steps=30 if toy else 1500,

@@ -50,7 +50,7 @@ class TinyVAERecipe:
 
 
 def tiny_vae(scale: Scale) -> TinyVAERecipe:
-    """The tiny VAE: width 32 in place of 64, on 64x64 crops as its teacher; no GAN, which takes five steps of seven."""
+    """Distil the tiny VAE, of width 32, on 64x64 crops, without a GAN, which would take five steps of seven."""
     toy = scale == "toy"
     schedule = Schedule(
         steps=30 if toy else 6000,

@@ -82,7 +82,7 @@ class UNetRecipe:
 
 
 def unet(scale: Scale) -> UNetRecipe:
-    """The large U-Net: 22M parameters, min-SNR weighting, averaged weights; the text is frozen."""
+    """Train the large U-Net (22M parameters) with min-SNR weighting and averaged weights; the text is frozen."""
     toy = scale == "toy"
     schedule = Schedule(
         steps=30 if toy else 1850,

@@ -40,7 +40,7 @@ class VAERecipe:
 
 
 def vae(scale: Scale) -> VAERecipe:
-    """The KL VAE, 2.6M parameters, on 64x64 crops of scenes; small batches: at first, steps count and not images."""
+    """Train the KL VAE (2.6M parameters) on 64x64 crops of scenes, in small batches: many steps matter more."""
     toy = scale == "toy"
     schedule = Schedule(
         steps=30 if toy else 9200,

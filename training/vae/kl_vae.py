@@ -1,4 +1,4 @@
-"""The VAE of the family: what it is, what it is trained on and how it is judged.
+"""The KL VAE of the demo family: shape, data and loss.
 
 Learns on random crops of scenes: the network is convolutional and works at any size afterwards. Images are float32 [B,
 3, H, W] in [-1, 1]; raw latents are float32 [B, 4, H/8, W/8]; latents as the U-Net sees them are raw latents times

@@ -2,7 +2,7 @@
 
     z       the teacher's latents of an image, as the U-Net sees them (raw latents times `scaling_factor`)
     L_rec   the sum of the pixel terms and the perceptual term
-    L_adv   the adversarial term, hinge (training.discriminator)
+    L_adv   the adversarial term, hinge (training.vae.discriminator)
 
 Images are float32 [B, 3, H, W] in [-1, 1], latents float32 [B, C, h, w].
 """

@@ -214,7 +214,7 @@ def test_a_bundle_of_ones_own_models(runs: tuple[Path, dict[str, chain.Losses]],
 def test_a_vae_is_measured(runs: tuple[Path, dict[str, chain.Losses]]) -> None:
     """PSNR and SSIM are numbers; what lacks its network says which file to fetch."""
     out, _ = runs
-    pictures = f"csv:{out / 'images' / 'metadata.csv'}"
+    pictures = f"csv:{out / 'pictures' / 'metadata.csv'}"
     output = run(
         "evaluate-vae", "--vae", str(out / "vae"), "--data", pictures, "--size", "64", "--limit", "4", "--batch", "2"
     ).stdout

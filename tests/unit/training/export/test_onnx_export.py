@@ -133,6 +133,13 @@ def small_model(*weights: np.ndarray) -> onnx.ModelProto:  # type: ignore[type-a
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
+def test_a_file_does_not_show_where_it_was_made(tmp_path: Path) -> None:
+    """The exporter's stack traces, with paths of this machine, are left out."""
+    export_graph(unet_graph(tiny_unet(), context_length=5), tmp_path / "unet.onnx")
+
+    assert b"site-packages" not in (tmp_path / "unet.onnx").read_bytes()
+
+
 def test_only_lossless_weights_are_halved() -> None:
     """A weight that float16 cannot hold stays in float32; the result computes the same."""
     exact = np.linspace(0, 1, 33, dtype=np.float32)[:32]

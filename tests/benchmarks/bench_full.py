@@ -23,7 +23,6 @@ import structlog
 
 from deploy.run_demo import DEMO, running_cloud
 from tests.benchmarks.common import PROMPT, SETTLE_S, machine, peak_mib, say
-from tests.support.full_size import DEFAULTS, SCHEDULER, materialize, write_full_size
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache" / "bench"
@@ -54,8 +53,8 @@ def run_edge(folder: Path, address: str, *, steps: int, cloud_steps: int, provid
     manifest = read_manifest(folder)
     bundle, models = Bundle(folder, manifest), Models(folder, manifest, provider=provider)
     request = Request(
-        prompt=PROMPT, mode="hybrid", scheduler="dpmpp_2m", guidance_scale=manifest.defaults.guidance_scale, fallback=False,
-        num_inference_steps=WARM_STEPS, cloud_steps=1, request_id="warm",
+        prompt=PROMPT, mode="hybrid", scheduler="dpmpp_2m", num_inference_steps=WARM_STEPS, cloud_steps=1,
+        guidance_scale=manifest.defaults.guidance_scale, fallback=False, request_id="warm",
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         cloud = Cloud(address, cache=Cache(Path(scratch)))
@@ -102,6 +101,7 @@ def run_diffusers(large: Path, *, steps: int, dtype_name: str, smoke: bool) -> M
     from transformers import CLIPTextModel, CLIPTokenizer
 
     from cloud_server.models.devices import place
+    from tests.support.full_size import DEFAULTS, SCHEDULER, materialize
     from training.models import shapes
 
     placement = place(dtype=dtype_name)
@@ -224,6 +224,8 @@ def main() -> None:
     steps = {"steps": options.steps, "cloud_steps": options.cloud_steps}
     match options.child:
         case "prepare":
+            from tests.support.full_size import write_full_size
+
             write_full_size(Path(options.words[0]))
             say(json.dumps({}))
         case "edge":

@@ -5,8 +5,6 @@ import platform
 import sys
 from pathlib import Path
 
-import torch
-
 PROMPT = "a fox to the left of a donut on a yellow background"
 SETTLE_S = 1.0
 """Before each timing: threads of what ran before spin for a while, and two cores have none to spare."""
@@ -20,6 +18,8 @@ def say(text: str = "") -> None:
 
 def machine() -> str:
     """Names the machine: processor, cores, memory, GPU, load."""
+    import torch  # here: the peak memory of an edge process must not have it
+
     cpu = next(
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),

@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint format protos golden docs screenshots bench bench-full clean
+.PHONY: demo test test-quick lint format protos golden docs screenshots bench bench-full clean
 .DEFAULT_GOAL := demo
 
 # torch first and alone: a wheel for this machine's CPU or GPU, in the one version we test with.
@@ -16,11 +16,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[cloud,edge,training,dev]'
 	touch $@
 
-demo: $(INSTALLED)  ## start a cloud and an edge on this machine, make a picture, say where it is
+demo: $(INSTALLED)  ## start a cloud and an edge on this machine, make an image, say where it is
 	$(BIN)/python deploy/run_demo.py
 
 test: lint  ## everything that needs no GPU and no real weights; ends with pytest's own closing line
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-quick: lint  ## lint and every test that takes under 5 s: 90 seconds on 2 cores
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 lint: $(INSTALLED)  ## style, types, who may import whom, generated files
 	$(BIN)/ruff check .
@@ -43,7 +46,7 @@ golden: $(INSTALLED)  ## rewrite the golden files after a deliberate change
 docs: $(INSTALLED)  ## regenerate docs/cli.md
 	$(BIN)/python docs/generate_cli.py
 
-screenshots: $(INSTALLED)  ## take the pictures of the page again; needs chromium
+screenshots: $(INSTALLED)  ## take the images of the page again; needs chromium
 	$(BIN)/python -m tests.e2e.screenshots
 
 bench: $(INSTALLED)  ## ratios inside one run, with the machine named; BENCH="--full" for full-size shapes

@@ -87,7 +87,7 @@ def _options(*options: Callable[[Any], Any]) -> Callable[[F], F]:
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="hybridsd")
 def main() -> None:
-    """Hybrid SD, the cloud side: begins pictures that edge devices finish."""
+    """Hybrid SD, the cloud side: begins images that edge devices finish."""
 
 
 @main.command()

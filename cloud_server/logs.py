@@ -1,6 +1,6 @@
 """Logging of the process: structlog through the standard library, so that every library's lines look alike.
 
-Console on a terminal, one JSON object a line elsewhere. Prompts and pictures never go in.
+Console on a terminal, one JSON object a line elsewhere. Prompts and images never go in.
 """
 
 import logging

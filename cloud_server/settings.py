@@ -46,7 +46,7 @@ class Settings:
         if self.tls_cert is None and not self.insecure and not is_loopback(self.host):
             raise ValueError(
                 f"host {self.host} is not a loopback address, and there is no certificate:"
-                " give --tls-cert and --tls-key, or --insecure to send pictures in the clear"
+                " give --tls-cert and --tls-key, or --insecure to send images in the clear"
             )
 
 

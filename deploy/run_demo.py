@@ -1,4 +1,4 @@
-"""`make demo`: a cloud and an edge as two processes on this machine, one picture from both.
+"""`make demo`: a cloud and an edge as two processes on this machine, one image from both.
 
 Knows only the commands that a user types; nothing of what is inside them.
 """
@@ -53,8 +53,8 @@ def running_cloud(options: Sequence[str | Path], log: Path) -> Iterator[tuple[st
 
 
 def main() -> int:
-    """Makes the picture. Returns the exit status."""
-    parser = argparse.ArgumentParser(description="Runs a cloud and an edge on this machine and makes a picture.")
+    """Makes the image. Returns the exit status."""
+    parser = argparse.ArgumentParser(description="Runs a cloud and an edge on this machine and makes an image.")
     parser.add_argument("prompt", nargs="?", default=PROMPT)
     parser.add_argument("--split", default="8,17", help="cloud steps, edge steps (default: 8,17)")
     parser.add_argument("--seed", default="7")
@@ -88,7 +88,7 @@ def main() -> int:
         f"cloud: {cloud_steps} steps of the large U-Net, at {address}\n"
         f"edge:  {edge_steps} steps of the small U-Net, and the tiny VAE\n"
         f"{image['received_bytes']:,} bytes came over the wire; {image['elapsed_s']:.1f} s in all\n"
-        f"picture: {arguments.output}\n"
+        f"image: {arguments.output}\n"
     )
     return 0
 

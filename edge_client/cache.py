@@ -39,7 +39,7 @@ class Cache:
             for key in keys:
                 _write(self._folder / "index" / _name(key), digest.hex().encode("ascii"))
             self._prune()
-        except OSError:  # a full or read-only disk costs bytes on the wire, not the picture
+        except OSError:  # a full or read-only disk costs bytes on the wire, not the image
             return
 
     def point(self, digest: bytes, *keys: tuple[str, ...]) -> None:

@@ -18,7 +18,7 @@ class Segment:
     steps: int | None = None
     """How many; None is the rest of its schedule."""
     guidance_scale: float | None = None
-    """None is the picture's."""
+    """None is the image's."""
     scheduler: str | None = None
     """Begins a timestep schedule of its own; None continues that of the segment before."""
     num_inference_steps: int | None = None

@@ -11,14 +11,14 @@ Latents = NDArray[np.float32]
 Embeds = NDArray[np.float32]
 """Text embeddings of one prompt, `[context_length, embed_dim]`, float32."""
 ImageU8 = NDArray[np.uint8]
-"""A picture, `[height, width, 3]`, uint8, 0 to 255, RGB."""
+"""An image, `[height, width, 3]`, uint8, 0 to 255, RGB."""
 
 Place = Literal["cloud", "edge"]
 
 Mode = Literal["hybrid", "cloud", "edge", "auto"]
 
 SafetyAction = Literal["off", "report", "blank"]
-"""Of the edge's safety checker: not asked, its verdict reported, or a flagged picture made black as well."""
+"""Of the edge's safety checker: not asked, its verdict reported, or a flagged image made black as well."""
 
 MODES: tuple[Mode, ...] = ("auto", "hybrid", "cloud", "edge")
 
@@ -49,7 +49,7 @@ class CallSkipping:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ImageInput:
-    """A picture to begin with, or of which to keep a part. It never leaves the device as pixels."""
+    """An image to begin with, or of which to keep a part. It never leaves the device as pixels."""
 
     image: NDArray[np.float32]
     """`[3, H, W]` in [-1, 1]."""

@@ -8,14 +8,14 @@ import asyncio
 import contextlib
 import threading
 
-from cloud_server.engine.request import Event, Failed, Queued, Snapshot
+from cloud_server.engine.events import Event, Failed, Queued, Snapshot
 from hybridsd.errors import Reason
 
 MAX_STATES = 8
 """States that wait for a reader; one more, and all but the newest are dropped."""
 
 
-class Mailbox:
+class EventBuffer:
     """Holds what one stream has still to send. Made on the event loop that reads it; posted to from any thread."""
 
     def __init__(self) -> None:

@@ -6,8 +6,9 @@ Knows nothing of models or messages. Times are `time.monotonic()` seconds.
 import threading
 import time
 
-from cloud_server.engine.event_buffer import Mailbox
-from cloud_server.engine.request import Event, Failed, Finished, JobRequest, Queued, Snapshot, Started, Usage
+from cloud_server.engine.event_buffer import EventBuffer
+from cloud_server.engine.events import Event, Failed, Finished, Queued, Snapshot, Started, Usage
+from cloud_server.engine.request import JobRequest
 from cloud_server.engine.step import Trajectory
 from hybridsd.errors import HybridSDError, Reason
 
@@ -29,7 +30,7 @@ class Job:
         self.num_skipped_calls = 0
         # Shared; under the lock.
         self._lock = threading.Lock()
-        self._mailbox: Mailbox | None = None
+        self._buffer: EventBuffer | None = None
         self._queued: Queued | None = None
         self._started: Started | None = None
         self._newest: Snapshot | None = None
@@ -48,23 +49,23 @@ class Job:
         request = self.request
         return request.handoff_call - request.first_call - self.num_calls - self.num_skipped_calls
 
-    def attach(self, mailbox: Mailbox, deadline_s: float | None) -> None:
-        """Makes `mailbox` the one reader, from the newest state on; a reader before it ends with SUPERSEDED."""
+    def attach(self, buffer: EventBuffer, deadline_s: float | None) -> None:
+        """Makes `buffer` the one reader, from the newest state on; a reader before it ends with SUPERSEDED."""
         with self._lock:
-            if self._mailbox is not None:
-                self._mailbox.supersede()
-            self._mailbox = mailbox
+            if self._buffer is not None:
+                self._buffer.supersede()
+            self._buffer = buffer
             self._lost_s = None
             self._deadline_s = None if deadline_s is None else deadline_s + self.request.reattach_grace_s
             for event in (self._queued, self._started, self._newest, self.outcome):
                 if event is not None:
-                    mailbox.post(event)
+                    buffer.post(event)
 
-    def detach(self, mailbox: Mailbox) -> None:
-        """Says that the stream of `mailbox` has ended. From now on the grace period runs."""
+    def detach(self, buffer: EventBuffer) -> None:
+        """Says that the stream of `buffer` has ended. From now on the grace period runs."""
         with self._lock:
-            if self._mailbox is mailbox:
-                self._mailbox = None
+            if self._buffer is buffer:
+                self._buffer = None
                 self._lost_s = time.monotonic()
 
     def post(self, event: Event) -> None:
@@ -81,8 +82,8 @@ class Job:
                     self._newest = event
                 case Finished() | Failed():
                     self._queued, self.outcome = None, event
-            if self._mailbox is not None:
-                self._mailbox.post(event)
+            if self._buffer is not None:
+                self._buffer.post(event)
 
     def stop(self, error: HybridSDError) -> None:
         """Asks the job to stop with an error at its next step boundary."""

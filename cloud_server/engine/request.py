@@ -1,7 +1,4 @@
-"""What a job is: the request as our own types, and the events that a job leads to.
-
-Knows nothing of messages, the network or torch: arrays are numpy, everything is immutable.
-"""
+"""What a job is asked to do, as our own types: arrays are numpy, everything is immutable."""
 
 import uuid
 from dataclasses import dataclass, field
@@ -9,29 +6,17 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from hybridsd.errors import HybridSDError
+from cloud_server.models.denoiser import Encoded
 from hybridsd.plan import Plan
 from hybridsd.prompting import DEFAULT_TEXT, TextOptions
 
 Latents = NDArray[np.float32]
 """`[channels, height / vae_scale_factor, width / vae_scale_factor]`, VP scale at the input of the U-Net."""
-Embeds = NDArray[np.float32]
-"""`[context_length, embed_dim]`."""
 
 
 def new_request_id() -> str:
     """Returns an id for a job, or a call, whose caller did not choose one."""
     return uuid.uuid4().hex
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Encoded:
-    """A text as the model sees it."""
-
-    embeds: Embeds
-    num_dropped_tokens: int = 0
-    pooled: Embeds | None = None
-    """The embedding of the whole text, `[pooled_dim]`; None where the model has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +39,7 @@ class Skipping:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class JobRequest:
-    """One picture to begin: everything resolved and checked, nothing left to look up."""
+    """One image to begin: everything resolved and checked, nothing left to look up."""
 
     request_id: str
     content: bytes = b""
@@ -114,58 +99,3 @@ class JobRequest:
 
 def _is_due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
-
-
-@dataclass(frozen=True, slots=True)
-class Queued:
-    """The job waits."""
-
-    position: int
-    """Jobs that begin before it."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Started:
-    """The job has begun."""
-
-    prompt: Encoded
-    negative_prompt: Encoded | None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Snapshot:
-    """A complete solver state that a reader can go on from."""
-
-    call: int
-    """The next call to run."""
-    arrays: tuple[Latents, ...]
-    x0_preview: Latents | None
-    is_handoff: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What a job took, in seconds."""
-
-    queue_s: float
-    text_s: float
-    compute_s: float
-    num_calls: int
-    num_skipped_calls: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The job is done."""
-
-    usage: Usage
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The stream ends with an error."""
-
-    error: HybridSDError
-
-
-Event = Queued | Started | Snapshot | Finished | Failed

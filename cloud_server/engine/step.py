@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from cloud_server.engine.request import Encoded, JobRequest, Latents, Stage
-from cloud_server.models.denoiser import Conditions, Denoiser, Loras
+from cloud_server.engine.request import JobRequest, Latents, Stage
+from cloud_server.models.denoiser import Conditions, Denoiser, Encoded, Loras
 from hybridsd import noise, noise_levels
 from hybridsd.plan import advance, initial_state, unet_input, x0_preview
 

@@ -1,7 +1,4 @@
-"""Says from its configuration files what kind of model it is, and refuses the kinds that cannot be served.
-
-Knows the options of diffusers' configurations. Knows nothing of files, weights or requests.
-"""
+"""Detects a model's architecture from its configuration files, and refuses what cannot be served."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ NUM_TIME_IDS = 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Kind:
+class Architecture:
     """What a model takes beside latents, a time and text."""
 
     embed_dim: int
@@ -40,8 +37,8 @@ def is_sdxl(unet: Config) -> bool:
     return unet.get("addition_embed_type") == "text_time"
 
 
-def tell(name: str, unet: Config, texts: Sequence[Config], scheduler: Config, index: Config) -> Kind:
-    """Tells the kind of a model.
+def detect(name: str, unet: Config, texts: Sequence[Config], scheduler: Config, index: Config) -> Architecture:
+    """Detects the architecture of a model.
 
     Args:
         name: Its id, for messages.
@@ -69,7 +66,7 @@ def tell(name: str, unet: Config, texts: Sequence[Config], scheduler: Config, in
     lengths = {text["max_position_embeddings"] for text in texts}
     if len(lengths) != 1:
         raise ModelError(f"model {name}: its text encoders take {lengths} tokens; they must take equally many")
-    return Kind(
+    return Architecture(
         embed_dim=embed_dim,
         context_length=lengths.pop(),
         pooled_dim=_pooled_dim(name, unet, texts, index) if is_sdxl(unet) else 0,

@@ -15,8 +15,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from cloud_server.engine.request import Encoded
 from hybridsd.prompting import TextOptions
 
 MAX_TEXTS = 128
@@ -28,6 +28,20 @@ Guidance = Literal["cfg", "embedded"]
 """How a model takes guidance: by a second, unconditional row, or as an input of the U-Net."""
 
 _PLAIN = TextOptions()
+
+
+Embeds = NDArray[np.float32]
+"""`[context_length, embed_dim]`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """A text as the model sees it."""
+
+    embeds: Embeds
+    num_dropped_tokens: int = 0
+    pooled: Embeds | None = None
+    """The embedding of the whole text, `[pooled_dim]`; None where the model has none."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -88,7 +102,7 @@ class Denoiser(Protocol):
 
         Args:
             rows: Negative prompt and prompt, or the prompt alone; equally many tokens.
-            size: Width and height of the picture in pixels.
+            size: Width and height of the image in pixels.
             guidance_scale: In [1, 30]; an input of the U-Net where `guidance` is "embedded", else not used.
 
         Raises:

@@ -1,7 +1,7 @@
 """Loads Stable Diffusion models of every kind, and says what they are.
 
-Puts together what `sources` finds, `kinds` tells and the loaders load. Knows nothing of jobs or messages. The VAE is
-only described, never loaded: the edge decodes.
+Joins what `sources` finds, `architecture` detects and the loaders load. The VAE is only described, never loaded: the
+edge decodes.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from cloud_server.models import architecture, single_file
-from cloud_server.models.architecture import Kind
+from cloud_server.models import single_file
+from cloud_server.models.architecture import Architecture, detect, is_sdxl
 from cloud_server.models.denoiser import Denoiser, DiffusersDenoiser, Guidance
 from cloud_server.models.devices import Placement
 from cloud_server.models.plans import PlanCompiler, default_scheduler
 from cloud_server.models.pruned_unet import build_unet, load_unet
 from cloud_server.models.sources import (
-    EXTRAS_NAME,
+    METADATA_NAME,
     VAE_WEIGHTS,
     Files,
     ModelError,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Model", "ModelError", "ModelInfo", "load_model"]
 
-_EXTRAS: dict[str, type | tuple[type, ...]] = {
+_METADATA: dict[str, type | tuple[type, ...]] = {
     "latent_space": str,
     "default_size": int,
     "default_guidance_scale": (int, float),
@@ -127,18 +127,19 @@ def load_model(
 
 def _load(files: Files, placement: Placement, latent_space: str | None, loras: Sequence[LoraSource]) -> Model:
     name, unet_config = files.source.id, read_json(files.unet / "config.json")
-    parts = ["text_encoder", "text_encoder_2"][: 2 if architecture.is_sdxl(unet_config) else 1]
+    parts = ["text_encoder", "text_encoder_2"][: 2 if is_sdxl(unet_config) else 1]
     texts = [files.read(f"{part}/config.json") for part in parts]
     scheduler_config = files.read("scheduler/scheduler_config.json")
     index = files.read("model_index.json") if files.find("model_index.json") else {}
-    kind = architecture.tell(name, unet_config, texts, scheduler_config, index)
+    architecture = detect(name, unet_config, texts, scheduler_config, index)
     compiler = PlanCompiler(scheduler_config)
-    info = _describe(files, kind, unet_config, scheduler_config, compiler, latent_space)
+    info = _describe(files, architecture, unet_config, scheduler_config, compiler, latent_space)
     tensors = None if files.checkpoint is None else single_file.read_checkpoint(files.checkpoint)
     unet = _load_unet(files, unet_config, tensors, placement)
     encoders = load_text_encoders(
         name, files, parts, tensors,
-        device=placement.device, has_zeros_for_empty=bool(index.get("force_zeros_for_empty_prompt")) and kind.is_sdxl,
+        device=placement.device,
+        has_zeros_for_empty=architecture.is_sdxl and bool(index.get("force_zeros_for_empty_prompt")),
     )  # fmt: skip
     info = replace(info, num_parameters=sum(parameter.numel() for parameter in unet.parameters()))
     num_text_parameters = encoders.num_parameters  # before adapters
@@ -148,8 +149,8 @@ def _load(files: Files, placement: Placement, latent_space: str | None, loras: S
         texts=encoders,
         device=placement.device,
         dtype=placement.dtype,
-        takes_pooled=kind.is_sdxl,
-        guidance_dim=kind.guidance_dim,
+        takes_pooled=architecture.is_sdxl,
+        guidance_dim=architecture.guidance_dim,
         adapters=adapters,
     )
     return Model(replace(info, loras=adapters.infos if adapters else ()), denoiser, compiler, num_text_parameters)
@@ -163,41 +164,41 @@ def _install(unet: Any, text_encoders: Sequence[Any], loras: Sequence[LoraSource
 
 def _describe(
     files: Files,
-    kind: Kind,
+    architecture: Architecture,
     unet: dict[str, Any],
     scheduler: dict[str, Any],
     compiler: PlanCompiler,
     latent_space: str | None,
 ) -> ModelInfo:
     """Says all of a model that its configurations say."""
-    name, vae, extras = files.source.id, files.read("vae/config.json"), _read_extras(files)
-    num_steps = extras.get("default_num_inference_steps", 8 if kind.guidance_dim else 25)
+    name, vae, metadata = files.source.id, files.read("vae/config.json"), _read_extras(files)
+    num_steps = metadata.get("default_num_inference_steps", 8 if architecture.guidance_dim else 25)
     usable = compiler.usable(num_steps)
-    if kind.guidance_dim:
+    if architecture.guidance_dim:
         usable = [found for found in usable if found == _CONSISTENCY_SCHEDULER]
-    first = _default_scheduler(name, extras, scheduler, usable)
+    first = _default_scheduler(name, metadata, scheduler, usable)
     vae_scale_factor = 2 ** (len(vae["block_out_channels"]) - 1)
     size_multiple = vae_scale_factor * 2 ** (len(unet["block_out_channels"]) - 1)
-    default_size = extras.get("default_size", _trained_size(unet) * vae_scale_factor)
+    default_size = metadata.get("default_size", _trained_size(unet) * vae_scale_factor)
     info = ModelInfo(
         id=name,
-        latent_space=latent_space or extras.get("latent_space") or _latent_space(files, vae),
+        latent_space=latent_space or metadata.get("latent_space") or _latent_space(files, vae),
         latent_channels=unet["in_channels"],
         vae_scale_factor=vae_scale_factor,
         size_multiple=size_multiple,
         default_size=default_size,
-        context_length=kind.context_length,
-        embed_dim=kind.embed_dim,
+        context_length=architecture.context_length,
+        embed_dim=architecture.embed_dim,
         prediction_type=scheduler.get("prediction_type", "epsilon"),
         num_parameters=0,  # known when it is loaded
         schedulers=tuple(sorted(usable, key=lambda other: other != first)),
         default_num_inference_steps=num_steps,
-        default_guidance_scale=float(extras.get("default_guidance_scale", _default_guidance_scale(kind))),
-        guidance="embedded" if kind.guidance_dim else "cfg",
-        pooled_dim=kind.pooled_dim,
+        default_guidance_scale=float(metadata.get("default_guidance_scale", _default_guidance_scale(architecture))),
+        guidance="embedded" if architecture.guidance_dim else "cfg",
+        pooled_dim=architecture.pooled_dim,
     )
     _check_defaults(info)
-    return replace(info, sizes=aspect_buckets.buckets(default_size, size_multiple)) if kind.is_sdxl else info
+    return replace(info, sizes=aspect_buckets.buckets(default_size, size_multiple)) if architecture.is_sdxl else info
 
 
 def _config_for(name: str, configs: Sequence[str]) -> str | None:
@@ -216,12 +217,12 @@ def _read_extras(files: Files) -> dict[str, Any]:
     """Returns what the model's own folder says, and of one that it takes parts from, the latent space of its VAE."""
     said: dict[str, Any] = {}
     for root in files.roots:
-        path = root / EXTRAS_NAME
-        extras = read_json(path) if path.is_file() else {}
-        for key, value in extras.items():
-            if key in _EXTRAS and not isinstance(value, _EXTRAS[key]):
+        path = root / METADATA_NAME
+        metadata = read_json(path) if path.is_file() else {}
+        for key, value in metadata.items():
+            if key in _METADATA and not isinstance(value, _METADATA[key]):
                 raise ModelError(f"{path}: {key} is {value!r}; it has the wrong type")
-            if key in _EXTRAS and value and (root == files.roots[0] or key == "latent_space"):
+            if key in _METADATA and value and (root == files.roots[0] or key == "latent_space"):
                 said.setdefault(key, value)
     return said
 
@@ -232,11 +233,11 @@ def _trained_size(unet: dict[str, Any]) -> int:
     return size if isinstance(size, int) else 0
 
 
-def _default_guidance_scale(kind: Kind) -> float:
-    """Returns what diffusers' pipeline of this kind takes, to the nearest half."""
-    if kind.guidance_dim:
+def _default_guidance_scale(architecture: Architecture) -> float:
+    """Returns what diffusers' pipeline of this architecture takes, to the nearest half."""
+    if architecture.guidance_dim:
         return 8.0
-    return 5.0 if kind.is_sdxl else 7.5
+    return 5.0 if architecture.is_sdxl else 7.5
 
 
 def _check_defaults(info: ModelInfo) -> None:
@@ -244,7 +245,7 @@ def _check_defaults(info: ModelInfo) -> None:
     if info.default_size <= 0 or info.default_size % info.size_multiple:
         raise ModelError(
             f"model {info.id}: default_size is {info.default_size}; it must be a multiple of {info.size_multiple}"
-            f" (say it in {EXTRAS_NAME})"
+            f" (say it in {METADATA_NAME})"
         )
     if not MIN_GUIDANCE <= info.default_guidance_scale <= MAX_GUIDANCE:
         raise ModelError(
@@ -258,16 +259,16 @@ def _check_defaults(info: ModelInfo) -> None:
         )
 
 
-def _default_scheduler(name: str, extras: dict[str, Any], config: dict[str, Any], usable: list[str]) -> str:
-    if "default_scheduler" not in extras:
+def _default_scheduler(name: str, metadata: dict[str, Any], config: dict[str, Any], usable: list[str]) -> str:
+    if "default_scheduler" not in metadata:
         found = default_scheduler(config)
         return found if found in usable or not usable else usable[0]
     try:
-        found = known_schedulers.find(extras["default_scheduler"]).name
+        found = known_schedulers.find(metadata["default_scheduler"]).name
     except HybridSDError as error:
-        raise ModelError(f"model {name}: {EXTRAS_NAME}: {error.message}") from error
+        raise ModelError(f"model {name}: {METADATA_NAME}: {error.message}") from error
     if found not in usable:
-        raise ModelError(f"model {name}: {EXTRAS_NAME}: scheduler {found} is not one of {', '.join(usable)}")
+        raise ModelError(f"model {name}: {METADATA_NAME}: scheduler {found} is not one of {', '.join(usable)}")
     return found
 
 

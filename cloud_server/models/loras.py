@@ -1,7 +1,6 @@
 """LoRA adapters within a model's networks: several at once, with weights, chosen anew before each call.
 
-Reads the files of diffusers, peft and kohya through diffusers' own conversion. Knows networks and files; nothing of
-jobs.
+Reads the files of diffusers, peft and kohya through diffusers' own conversion.
 """
 
 from __future__ import annotations
@@ -128,29 +127,17 @@ def _load(source: LoraSource, name: str, unet: Any, text_encoders: Sequence[Any]
     """
     from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
 
-    kind = StableDiffusionXLLoraLoaderMixin if len(text_encoders) > 1 else StableDiffusionLoraLoaderMixin
+    loader = StableDiffusionXLLoraLoaderMixin if len(text_encoders) > 1 else StableDiffusionLoraLoaderMixin
     with safe_open(_find(source), framework="pt") as file:
-        raw = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 -- no mapping
-        given = lora_files.scaled(raw, file.metadata() or {})
-    lora_files.check_width(given, int(unet.config.cross_attention_dim))
-    state, _ = kind.lora_state_dict(dict(given), unet_config=unet.config)
+        state = lora_files.read(file, int(unet.config.cross_attention_dim))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant
-        if any(key.startswith("unet.") for key in state):
-            kind.load_lora_into_unet(state, network_alphas=None, unet=unet, adapter_name=name)
-        for index, encoder in enumerate(text_encoders):
-            prefix = "text_encoder" if index == 0 else f"text_encoder_{index + 1}"
-            if any(key.startswith(f"{prefix}.") for key in state):
-                kind.load_lora_into_text_encoder(
-                    state, network_alphas=None, text_encoder=encoder, prefix=prefix, adapter_name=name
-                )
+        lora_files.load_into(unet, text_encoders, state, loader, name)
     loaded = sum(
         isinstance(layer, BaseTunerLayer) and name in layer.scaling
         for network in (unet, *text_encoders) for layer in network.modules()
     )  # fmt: skip
-    wanted = lora_files.count_layers(given)
-    if loaded != wanted:
-        raise ValueError(f"only {loaded} of its {wanted} layers are here")
+    lora_files.check_complete(loaded, state)
 
 
 def _find(source: LoraSource) -> Path:

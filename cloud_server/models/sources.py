@@ -15,7 +15,7 @@ import structlog
 
 log = structlog.get_logger()
 
-EXTRAS_NAME = "hybridsd.json"
+METADATA_NAME = "hybridsd.json"
 """Optional file of a model folder: what a user says of the model (`cloud_server.models.load`)."""
 UNET_STEM, TEXT_STEM = "diffusion_pytorch_model", "model"
 """Names of weights, without variant and suffix."""
@@ -23,7 +23,7 @@ VAE_WEIGHTS = f"vae/{UNET_STEM}.safetensors"
 
 _TEXT_PARTS = ("text_encoder", "text_encoder_2")
 _DESCRIPTIONS = [
-    "model_index.json", EXTRAS_NAME, "config.json", "scheduler/scheduler_config.json", "vae/config.json",
+    "model_index.json", METADATA_NAME, "config.json", "scheduler/scheduler_config.json", "vae/config.json",
     "unet/config.json", "tokenizer/*", "tokenizer_2/*", *(f"{part}/config.json" for part in _TEXT_PARTS),
 ]  # fmt: skip
 _USUAL_VARIANT = "fp16"

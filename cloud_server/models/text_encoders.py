@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cloud_server.engine.request import Encoded
 from cloud_server.models import single_file
+from cloud_server.models.denoiser import Encoded
 from cloud_server.models.sources import TEXT_STEM, Files, ModelError, weights_of
 from hybridsd import prompting
 from hybridsd.prompting import TextOptions

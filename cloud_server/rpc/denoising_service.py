@@ -10,8 +10,9 @@ from typing import Any
 import grpc
 
 from cloud_server.engine.engine import Engine
-from cloud_server.engine.event_buffer import Mailbox
-from cloud_server.engine.request import Failed, Finished, JobRequest, Snapshot
+from cloud_server.engine.event_buffer import EventBuffer
+from cloud_server.engine.events import Failed, Finished, Snapshot
+from cloud_server.engine.request import JobRequest
 from cloud_server.logs import note
 from cloud_server.models.load import Model
 from cloud_server.rpc import write_response
@@ -58,34 +59,34 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
             handoff_call=job_request.handoff_call,
             size=f"{job_request.latent_shape[2]}x{job_request.latent_shape[1]}",
         )
-        mailbox = Mailbox()
-        job = self._engine.submit(job_request, mailbox, deadline_s=deadline_s, arrived_s=arrived_s)
+        buffer = EventBuffer()
+        job = self._engine.submit(job_request, buffer, deadline_s=deadline_s, arrived_s=arrived_s)
         self.num_streams += 1
         try:
-            await self._relay(mailbox, job_request, style, context)
+            await self._relay(buffer, job_request, style, context)
         finally:
             self.num_streams -= 1
-            self._engine.detach(job, mailbox)
+            self._engine.detach(job, buffer)
             usage = job.usage()
             note(
                 num_calls=usage.num_calls,
                 queue_ms=round(1e3 * usage.queue_s, 3),
                 text_ms=round(1e3 * usage.text_s, 3),
                 compute_ms=round(1e3 * usage.compute_s, 3),
-                states_dropped=mailbox.num_dropped,
+                states_dropped=buffer.num_dropped,
             )
 
     async def _relay(
         self,
-        mailbox: Mailbox,
+        buffer: EventBuffer,
         request: JobRequest,
         style: AnswerStyle,
         context: "grpc.aio.ServicerContext[Any, Any]",
     ) -> None:
-        """Sends what comes into the mailbox until the job has ended."""
+        """Sends what comes into the buffer until the job has ended."""
         sent_bytes, sent_s = 0, time.monotonic()
         while True:
-            event = await mailbox.next(max(0.0, sent_s + self._heartbeat_s - time.monotonic()))
+            event = await buffer.next(max(0.0, sent_s + self._heartbeat_s - time.monotonic()))
             if isinstance(event, Failed):
                 raise event.error
             if isinstance(event, Snapshot) and not write_response.is_wanted(event, style):

@@ -19,7 +19,7 @@ from grpc_status import rpc_status
 
 from cloud_server.engine.request import new_request_id
 from cloud_server.logs import collect_notes
-from cloud_server.rpc.write_response import duration
+from hybridsd.durations import to_duration
 from hybridsd.errors import DOMAIN, HybridSDError, Reason
 
 log = structlog.get_logger()
@@ -39,7 +39,7 @@ def rich_status(error: HybridSDError) -> grpc.Status:
         violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message[:1000])
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if error.retry_delay_s is not None:
-        details.append(error_details_pb2.RetryInfo(retry_delay=duration(error.retry_delay_s)))
+        details.append(error_details_pb2.RetryInfo(retry_delay=to_duration(error.retry_delay_s)))
     packed = []
     for detail in details:
         packed.append(any_pb2.Any())

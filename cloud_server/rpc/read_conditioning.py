@@ -5,7 +5,7 @@ Knows the messages and the models' descriptions. Knows nothing of the engine or 
 
 from collections.abc import Sequence
 
-from cloud_server.engine.request import Encoded
+from cloud_server.models.denoiser import Encoded
 from cloud_server.models.load import ModelInfo
 from hybridsd import codec
 from hybridsd.errors import HybridSDError, Reason

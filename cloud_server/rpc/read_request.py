@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from google.protobuf.duration_pb2 import Duration
-
 from cloud_server.engine.request import JobRequest, Latents, Stage, new_request_id
 from cloud_server.models.load import Model, ModelInfo
 from cloud_server.rpc.read_conditioning import (
@@ -25,6 +23,7 @@ from cloud_server.rpc.read_conditioning import (
 )
 from cloud_server.rpc.read_features import check_solver, read_inpainting, read_loras, read_skipping
 from hybridsd import codec
+from hybridsd.durations import to_seconds
 from hybridsd.errors import HybridSDError, Reason
 from hybridsd.limits import MAX_EVERY, MAX_GUIDANCE, MAX_IMAGE_INDEX, MAX_SEED, MAX_STEPS, MIN_GUIDANCE
 from hybridsd.plan import Plan
@@ -110,7 +109,7 @@ class RequestReader:
             initial_latents=initial_latents,
             state_every=request.state_every,
             preview_every=request.preview_every,
-            reattach_grace_s=_seconds(request.reattach_grace),
+            reattach_grace_s=to_seconds(request.reattach_grace),
         )
         embeddings = request.embeddings if request.HasField("embeddings") else None
         guided = negative_prompt is not None
@@ -226,7 +225,7 @@ def _check_scalars(request: pb.DenoiseRequest) -> None:
         ("image_index", request.image_index, MAX_IMAGE_INDEX),
         ("state_every", request.state_every, MAX_EVERY),
         ("preview_every", request.preview_every, MAX_EVERY),
-        ("reattach_grace", _seconds(request.reattach_grace), MAX_GRACE_S),
+        ("reattach_grace", to_seconds(request.reattach_grace), MAX_GRACE_S),
         ("known_digests", len(request.known_digests), MAX_KNOWN_DIGESTS),
     )
     for field, value, largest in ranges:
@@ -350,8 +349,3 @@ def _content(request: pb.DenoiseRequest) -> bytes:
     for field in ("request_id", "resume_call", "known_digests", "reattach_grace"):
         content.ClearField(field)
     return hashlib.sha256(content.SerializeToString(deterministic=True)).digest()
-
-
-def _seconds(duration: Duration) -> float:
-    seconds = duration.seconds + duration.nanos / 1e9
-    return seconds if math.isfinite(seconds) else -1.0

@@ -5,22 +5,17 @@ Knows nothing of the engine or the network.
 
 from collections.abc import Iterable
 
-from google.protobuf.duration_pb2 import Duration
-
-from cloud_server.engine.engine import Load
-from cloud_server.engine.request import Encoded, Finished, JobRequest, Latents, Queued, Snapshot, Started
+from cloud_server.engine.events import Finished, Queued, Snapshot, Started
+from cloud_server.engine.request import JobRequest, Latents
+from cloud_server.engine.scheduler import Load
+from cloud_server.models.denoiser import Encoded
 from cloud_server.models.load import ModelInfo
 from cloud_server.rpc.read_request import AnswerStyle
 from hybridsd import codec
+from hybridsd.durations import to_duration
 from hybridsd.limits import MAX_PROMPT_CHARS, MAX_STEPS
 from hybridsd.v1 import denoising_service_pb2 as pb
 from hybridsd.v1 import tensor_pb2
-
-
-def duration(seconds: float) -> Duration:
-    """Returns a span of time, to the microsecond."""
-    micros = round(seconds * 1e6)
-    return Duration(seconds=micros // 1_000_000, nanos=micros % 1_000_000 * 1000)
 
 
 def is_wanted(event: Snapshot, style: AnswerStyle) -> bool:
@@ -48,9 +43,9 @@ def response(
             return pb.DenoiseResponse(state=_state(event, style))
         case Finished():
             usage = pb.Usage(
-                queue_duration=duration(event.usage.queue_s),
-                text_duration=duration(event.usage.text_s),
-                compute_duration=duration(event.usage.compute_s),
+                queue_duration=to_duration(event.usage.queue_s),
+                text_duration=to_duration(event.usage.text_s),
+                compute_duration=to_duration(event.usage.compute_s),
                 num_calls=event.usage.num_calls,
                 sent_bytes=sent_bytes,
                 num_skipped_calls=event.usage.num_skipped_calls,
@@ -125,7 +120,7 @@ def capabilities(
         models=[_model(info) for info in models],
         bundles=bundles,
         limits=limits,
-        load=pb.Load(num_running=load.num_running, num_queued=load.num_queued, call_duration=duration(load.call_s)),
+        load=pb.Load(num_running=load.num_running, num_queued=load.num_queued, call_duration=to_duration(load.call_s)),
     )
 
 

@@ -1,4 +1,4 @@
-"""`hybridsd bench`: draws pictures and prints where their time goes."""
+"""`hybridsd bench`: draws images and prints where their time goes."""
 
 import json
 import statistics
@@ -47,11 +47,11 @@ PHASES = {
 @click.option("--scheduler", help="Default: the bundle's.")
 @click.option("--width", type=int, help="In pixels. Default: the bundle's.")
 @click.option("--height", type=int, help="In pixels. Default: the bundle's.")
-@click.option("--runs", type=click.IntRange(1, 1000), default=3, show_default=True, help="Pictures that are timed.")
-@click.option("--warm-up", type=click.IntRange(0, 100), default=1, show_default=True, help="Pictures before them.")
+@click.option("--runs", type=click.IntRange(1, 1000), default=3, show_default=True, help="Images that are timed.")
+@click.option("--warm-up", type=click.IntRange(0, 100), default=1, show_default=True, help="Images before them.")
 @click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="JSON file for all numbers.")
 def bench(**options: Any) -> None:
-    """Draws pictures and prints where the time goes: medians over the runs, and this machine's name."""
+    """Draws images and prints where the time goes: medians over the runs, and this machine's name."""
     bundle = open_bundle(options["bundle_name"])
     models = Models(
         bundle.folder, bundle.manifest, provider=options["provider"], threads=options["threads"],
@@ -96,7 +96,7 @@ def bench(**options: Any) -> None:
 
 
 def _time(resolved: Resolved, bundle: Any, models: Models, cloud: Cloud | None) -> dict[str, float]:
-    """Returns the phases of one picture, in seconds, and its bytes."""
+    """Returns the phases of one image, in seconds, and its bytes."""
     begin = handed_over = time.perf_counter()
     result: Result | None = None
     for event in generate(resolved, bundle, models, cloud):

@@ -1,4 +1,4 @@
-"""The options of `hybridsd generate` as requests, and a name for each picture."""
+"""The options of `hybridsd generate` as requests, and a name for each image."""
 
 import secrets
 from dataclasses import replace
@@ -28,7 +28,7 @@ _FIXED_BY_STATE = (
 
 
 def read_requests(ctx: click.Context, options: dict[str, Any], manifest: Manifest) -> tuple[list[Request], list[str]]:
-    """Returns what to draw, and a name for each picture.
+    """Returns what to draw, and a name for each image.
 
     Raises:
         InvalidRequest: Where options contradict each other, or a file cannot be used.
@@ -213,7 +213,7 @@ def _image(options: dict[str, Any], manifest: Manifest) -> tuple[int | None, int
     if options["image"] is None:
         for name in ("mask", "strength"):
             if options[name] is not None:
-                raise _refuse(name, f"--{name} goes with --image; give the picture, too")
+                raise _refuse(name, f"--{name} goes with --image; give the image, too")
         return width, height, None
     return read_image(
         manifest, options["image"], width=width, height=height, strength=options["strength"], how=options["fit"],

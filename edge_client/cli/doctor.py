@@ -1,4 +1,4 @@
-"""`hybridsd doctor`: checks everything that a picture needs, and says what to do where something is wrong."""
+"""`hybridsd doctor`: checks everything that an image needs, and says what to do where something is wrong."""
 
 import json
 import time
@@ -159,11 +159,11 @@ def _hints(models: Models) -> Iterator[Check]:
     if models.choice.is_reference and system_info.cpu_flags() & {"amx_bf16", "avx512_bf16"}:
         how = "--provider openvino computes in bf16, which this CPU has in hardware"
         what = how if openvino_installed() else f"{how}; pip install 'hybridsd[edge,openvino]'"
-        yield Check("speed", True, f"{what} (slightly different pictures)")
+        yield Check("speed", True, f"{what} (slightly different images)")
 
 
 def check_cache(folder: Path) -> Check:
-    """Checks whether embeddings and self-tests can be kept; without that pictures cost more bytes and time."""
+    """Checks whether embeddings and self-tests can be kept; without that images cost more bytes and time."""
     try:
         free = system_info.free_disk_bytes(folder)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""`hybridsd generate`: events to the terminal, pictures to files."""
+"""`hybridsd generate`: events to the terminal, images to files."""
 
 import contextlib
 import json
@@ -39,7 +39,7 @@ from hybridsd.errors import HybridSDError, Reason
 @generate_options
 @click.pass_context
 def generate(ctx: click.Context, /, **options: Any) -> None:
-    """Draws pictures: the cloud begins each, this device finishes it.
+    """Draws images: the cloud begins each, this device finishes it.
 
     When the cloud is lost, late or full, this device resumes from the last state it has, and says so.
     """
@@ -55,7 +55,7 @@ def generate(ctx: click.Context, /, **options: Any) -> None:
 
 
 def _generate(ctx: click.Context, options: dict[str, Any], done: list[dict[str, Any]]) -> None:
-    """Draws what the options say; `done` grows with each picture that is written."""
+    """Draws what the options say; `done` grows with each image that is written."""
     bundle = open_bundle(options["bundle_name"])
     goals = read_goals(options)
     requests, names = read_requests(ctx, options, bundle.manifest)
@@ -102,7 +102,7 @@ def _generate(ctx: click.Context, options: dict[str, Any], done: list[dict[str, 
             never_there = result.fallback_reason is Reason.UNAVAILABLE and result.received_bytes == 0
             if cloud is not None and never_there and cloud.away is None and len(done) < len(requests):
                 cloud.away = result.fallback_message
-                display.note("cloud: away; the other pictures are drawn here without asking again")
+                display.note("cloud: away; the other images are drawn here without asking again")
     if options["as_json"]:
         click.echo(json.dumps({"images": done}, ensure_ascii=False))
 
@@ -118,7 +118,7 @@ def _draw(
     side_outputs: SideOutputs,
     path: Path,
 ) -> tuple[Result, list[StepDone]]:
-    """Runs one picture, shows its events and writes previews; returns also the calls that the side_outputs need."""
+    """Runs one image, shows its events and writes previews; returns also the calls that the side_outputs need."""
     steps: list[StepDone] = []
     with contextlib.closing(run_pipeline(resolved, bundle, models, cloud, others=others, advisor=advisor)) as events:
         for event in events:

@@ -48,7 +48,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--csv", "csv_file", envvar="HYBRIDSD_EDGE_CSV", type=click.File(encoding="utf-8-sig"),
-        help="Rows of file name, caption and, optionally, negative prompt below a header; pictures go to OUTPUT/name. "
+        help="Rows of file name, caption and, optionally, negative prompt below a header; images go to OUTPUT/name. "
         "Row i is drawn with seed + i.",
     ),
     click.option("--output", "-o", help="File or folder. Default: a free name made of prompt and seed."),
@@ -68,7 +68,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--quality", type=click.FloatRange(0, 1),
-        help="Choose the split: the fewest cloud steps for it; 0 is the edge's own picture, 1 the cloud's.",
+        help="Choose the split: the fewest cloud steps for it; 0 is the edge's own image, 1 the cloud's.",
     ),
     click.option(
         "--max-latency", metavar="SECONDS", help="Choose the split: the best quality within so long, as in 4s."
@@ -81,10 +81,10 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option("--guidance-scale", "--cfg-scale", type=float, help="1 to 30; 1 is none. Default: the bundle's."),
     click.option(
-        "--seed", type=int, default=-1, help="0 to 2^53-1; the same seed is the same picture. Default -1: random."
+        "--seed", type=int, default=-1, help="0 to 2^53-1; the same seed is the same image. Default -1: random."
     ),
     click.option(
-        "--num-images", type=click.IntRange(1, 65536), default=1, show_default=True, help="Pictures a prompt."
+        "--num-images", type=click.IntRange(1, 65536), default=1, show_default=True, help="Images a prompt."
     ),
     click.option("--width", type=int, help="In pixels. Default: the bundle's."),
     click.option("--height", type=int, help="In pixels. Default: the bundle's."),
@@ -104,7 +104,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--aspect", metavar="W:H", help="Shape, such as 16:9, instead of width and height."),
     click.option(
         "--image", type=_FILE,
-        help="Picture to begin with. It is encoded here: its pixels never leave this device.",
+        help="Image to begin with. It is encoded here: its pixels never leave this device.",
     ),
     click.option(
         "--strength", type=float,
@@ -112,9 +112,9 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--fit", type=click.Choice(get_args(inputs.Fit)), default="crop", show_default=True,
-        help="How --image and --mask come to the picture's size.",
+        help="How --image and --mask come to the image's size.",
     ),
-    click.option("--mask", type=_FILE, help="Picture of what to draw anew in --image: white, or transparent."),
+    click.option("--mask", type=_FILE, help="Image of what to draw anew in --image: white, or transparent."),
     click.option("--mask-blur", type=float, default=0.0, show_default=True, help="Softens the mask, in pixels."),
     click.option(
         "--long-prompt", type=click.Choice(get_args(LongPrompt)), default="truncate", show_default=True,
@@ -137,7 +137,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--safety-checker", type=click.Choice(get_args(SafetyAction)), default="off", show_default=True,
-        help="Let the bundle's checker look at each picture here: report what it says, or blank flagged ones too.",
+        help="Let the bundle's checker look at each image here: report what it says, or blank flagged ones too.",
     ),
     click.option("--private", is_flag=True, help="Encode the text here: the prompt never leaves this device."),
     click.option("--deadline", type=float, help="Seconds that the cloud may take; then the edge takes over."),
@@ -148,7 +148,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--save-steps", type=click.Path(file_okay=False, path_type=Path),
-        help="Folder for pictures of every step: the latents as they are, and the final ones as predicted there.",
+        help="Folder for images of every step: the latents as they are, and the final ones as predicted there.",
     ),
     click.option(
         "--save-latents", type=click.Path(dir_okay=False, path_type=Path),

@@ -40,7 +40,7 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(importlib.metadata.version("hybridsd"), prog_name="hybridsd")
 def main() -> None:
-    """Edge-cloud Stable Diffusion: the cloud begins the picture, this device finishes it.
+    """Edge-cloud Stable Diffusion: the cloud begins the image, this device finishes it.
 
     Every option can also be given in the environment, as HYBRIDSD_EDGE_ and its name: HYBRIDSD_EDGE_SERVER. A flag wins
     over the environment, the environment over the default.

@@ -1,4 +1,4 @@
-"""Where pictures go. Chooses names, and never writes over a file unless asked to."""
+"""Where images go. Chooses names, and never writes over a file unless asked to."""
 
 import errno
 import os
@@ -9,30 +9,30 @@ from pathlib import Path
 
 from hybridsd.errors import HybridSDError, Reason
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def is_folder(output: str) -> bool:
-    """Returns whether an --output means a folder: it is one, ends like one, or has no ending of a picture."""
+    """Returns whether an --output means a folder: it is one, ends like one, or has no ending of an image."""
     return output.endswith(("/", os.sep)) or os.path.isdir(output) or Path(output).suffix.lower() == ""
 
 
 def slug(prompt: str) -> str:
     """Returns a few words of a prompt as a part of a file name."""
     words = re.sub(r"[^a-z0-9]+", "-", prompt.casefold()).strip("-")
-    return words[:40].rstrip("-") or "picture"
+    return words[:40].rstrip("-") or "image"
 
 
 def choose(output: str | None, names: Sequence[str], *, overwrite: bool) -> list[Path]:
-    """Returns where to write each picture.
+    """Returns where to write each image.
 
     Args:
         output: What the user said: a file, a folder, or None for the current folder.
-        names: For each picture a name with an ending, or (ending in ".png?") one that may be changed to be free.
+        names: For each image a name with an ending, or (ending in ".png?") one that may be changed to be free.
         overwrite: Allows to write over files.
 
     Raises:
-        InvalidRequest: FIELD_INVALID when a file is there already or the ending is not a picture's.
+        InvalidRequest: FIELD_INVALID when a file is there already or the ending is not an image's.
     """
     paths: list[Path] = []
     if output is not None and not is_folder(output):
@@ -52,10 +52,10 @@ def choose(output: str | None, names: Sequence[str], *, overwrite: bool) -> list
             wanted.append(free)
     for path in wanted:
         if path in paths:
-            raise Reason.FIELD_INVALID.error(f"two pictures would be {path}; rename one", field="output")
+            raise Reason.FIELD_INVALID.error(f"two images would be {path}; rename one", field="output")
         check(path, overwrite=overwrite)
-        if path.suffix.lower() not in PICTURE_SUFFIXES:
-            raise Reason.FIELD_INVALID.error(f"{path} does not end in {', '.join(PICTURE_SUFFIXES)}", field="output")
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            raise Reason.FIELD_INVALID.error(f"{path} does not end in {', '.join(IMAGE_SUFFIXES)}", field="output")
         paths.append(path)
     return paths
 

@@ -44,7 +44,7 @@ class JsonLines(Silent):
     """One JSON object a line on standard output."""
 
     def show(self, event: Event) -> None:
-        """Prints an event; the picture itself is announced by whoever writes it."""
+        """Prints an event; the image itself is announced by whoever writes it."""
         if not isinstance(event, Finished):
             click.echo(json.dumps(event_json(event), ensure_ascii=False))
 

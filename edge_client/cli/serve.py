@@ -62,7 +62,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 )  # fmt: skip
 @click.option(
     "--data-dir", type=click.Path(file_okay=False, path_type=Path),
-    help="Folder of jobs and pictures. Default: in the data folder of this user.",
+    help="Folder of jobs and images. Default: in the data folder of this user.",
 )  # fmt: skip
 @click.option("--max-jobs", type=click.IntRange(1), default=1000, show_default=True, help="Finished jobs to keep.")
 @click.option("--max-queue", type=click.IntRange(1), default=256, show_default=True, help="Jobs that may wait.")

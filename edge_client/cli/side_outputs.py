@@ -1,4 +1,4 @@
-"""What is written beside a picture: previews, pictures of every step, a state to resume."""
+"""What is written beside an image: previews, images of every step, a state to resume."""
 
 import glob
 import re
@@ -24,7 +24,7 @@ from hybridsd.plan import Plan, unet_input
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SideOutputs:
-    """What to write beside each picture."""
+    """What to write beside each image."""
 
     preview_every: int
     """In steps; 0 never."""
@@ -37,14 +37,14 @@ class SideOutputs:
         """Writes a preview, if one is due after this call."""
         due = self.preview_every and event.ends_step and (event.step + 1) % self.preview_every == 0
         if due and event.x0_preview is not None:
-            picture = files.encode_png(to_u8(models.decode(event.x0_preview)))
-            output_files.write(path.with_name(f"{path.stem}-preview-{event.step + 1:03}.png"), picture, overwrite=True)
+            image = files.encode_png(to_u8(models.decode(event.x0_preview)))
+            output_files.write(path.with_name(f"{path.stem}-preview-{event.step + 1:03}.png"), image, overwrite=True)
 
     def write(self, path: Path, result: Result, steps: Sequence[StepDone], models: Models) -> None:
-        """Writes the rest, when the picture itself is safe.
+        """Writes the rest, when the image itself is safe.
 
         Args:
-            path: Of the picture.
+            path: Of the image.
             result: The finished run.
             steps: Its calls, in order; see `wants`.
             models: For their decoder.
@@ -97,7 +97,7 @@ def read_side_outputs(options: dict[str, Any], resolved: Sequence[Resolved], pat
     if outputs.save_latents is not None:
         if len(resolved) > 1:
             raise Reason.FIELD_INVALID.error(
-                f"--save-latents holds one picture, not {len(resolved)}", field="save_latents"
+                f"--save-latents holds one image, not {len(resolved)}", field="save_latents"
             )
         if outputs.save_latents in paths:
             raise Reason.FIELD_INVALID.error(
@@ -132,19 +132,19 @@ def _check_at(at: int | None, resolved: Resolved) -> None:
 
 
 def _check_stems(option: str, stems: Iterable[str]) -> None:
-    """Makes sure that files named after the pictures do not get in each other's way."""
+    """Makes sure that files named after the images do not get in each other's way."""
     seen: set[str] = set()
     for stem in stems:
         if stem.casefold() in seen:
             raise Reason.FIELD_INVALID.error(
-                f"{option} names its files after the pictures, and two are called {stem}; give them different names",
+                f"{option} names its files after the images, and two are called {stem}; give them different names",
                 field="csv",
             )
         seen.add(stem.casefold())
 
 
 def _check_free(outputs: SideOutputs, paths: Sequence[Path]) -> None:
-    """Makes sure that no preview or picture of a step is there from an earlier run."""
+    """Makes sure that no preview or image of a step is there from an earlier run."""
     for path in paths:
         stem = glob.escape(path.stem)
         found = list(path.parent.glob(f"{stem}-preview-*.png")) if outputs.preview_every else []
@@ -155,11 +155,11 @@ def _check_free(outputs: SideOutputs, paths: Sequence[Path]) -> None:
 
 
 def _write_step(folder: Path, stem: str, event: StepDone, plan: Plan, models: Models) -> None:
-    """Writes the noisy picture after a call, in VP scale, and the final one as the call predicts it."""
+    """Writes the noisy image after a call, in VP scale, and the final one as the call predicts it."""
     noisy: Latents = event.state[0]
     if event.call < len(plan.rows):
         noisy = unet_input(plan.rows[event.call], list(event.state))
     for kind, array in (("noisy", noisy), ("x0", event.x0_preview)):
         if array is not None:
-            picture = files.encode_png(to_u8(models.decode(array.astype(np.float32))))
-            output_files.write(folder / f"{stem}-{event.call:03}-{event.place}-{kind}.png", picture, overwrite=True)
+            image = files.encode_png(to_u8(models.decode(array.astype(np.float32))))
+            output_files.write(folder / f"{stem}-{event.call:03}-{event.place}-{kind}.png", image, overwrite=True)

@@ -14,7 +14,7 @@ from typing import Any, Self
 import grpc
 
 from edge_client.cache import Cache
-from edge_client.cloud.conversion import Conversation, seconds
+from edge_client.cloud.conversion import Conversation
 from edge_client.cloud.status import translate
 from edge_client.cloud.stream import Inbox
 from edge_client.cloud.types import (
@@ -28,6 +28,7 @@ from edge_client.cloud.types import (
     printable,
 )
 from hybridsd import codec
+from hybridsd.durations import to_seconds
 from hybridsd.errors import (
     CloudUnreachable,
     HybridSDError,
@@ -191,7 +192,7 @@ class Cloud:
             bundles=bundles,
             num_running=reply.load.num_running,
             num_queued=reply.load.num_queued,
-            call_s=seconds(reply.load.call_duration),
+            call_s=to_seconds(reply.load.call_duration),
             max_batch=max(1, reply.limits.max_batch),
         )
 

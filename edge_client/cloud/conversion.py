@@ -14,6 +14,7 @@ from edge_client.cache import Cache
 from edge_client.cloud.types import CloudEvent, CloudSegment, CloudStarted, CloudState, Queued, Usage, printable
 from edge_client.types import Conditioning
 from hybridsd import codec
+from hybridsd.durations import to_seconds
 from hybridsd.errors import InvalidRequest, Reason
 from hybridsd.limits import MAX_CHUNKS
 from hybridsd.plan import Plan
@@ -154,9 +155,9 @@ class Conversation:
         if kind == "finished":
             usage = message.finished.usage
             return Usage(
-                queue_s=seconds(usage.queue_duration),
-                text_s=seconds(usage.text_duration),
-                compute_s=seconds(usage.compute_duration),
+                queue_s=to_seconds(usage.queue_duration),
+                text_s=to_seconds(usage.text_duration),
+                compute_s=to_seconds(usage.compute_duration),
                 num_calls=usage.num_calls,
                 sent_bytes=usage.sent_bytes,
                 num_skipped_calls=usage.num_skipped_calls,
@@ -292,11 +293,6 @@ def _same(one: Conditioning, other: Conditioning) -> bool:
 
 def _digest(message: pb.Conditioning) -> bytes:
     return codec.conditioning_digest(message.embeds, message.pooled if message.HasField("pooled") else None)
-
-
-def seconds(duration: Duration) -> float:
-    """Returns a protobuf duration in seconds."""
-    return duration.seconds + duration.nanos / 1e9
 
 
 def _refuse(what: str) -> NoReturn:

@@ -6,8 +6,8 @@ import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from edge_client.cloud.conversion import seconds
 from edge_client.cloud.types import printable
+from hybridsd.durations import to_seconds
 from hybridsd.errors import DOMAIN, AccessDenied, HybridSDError, Reason, reason_for_grpc_code
 
 DEFAULT_RETRY_DELAY_S = 0.5
@@ -33,7 +33,7 @@ def translate(error: Any) -> HybridSDError:
         elif detail.Unpack(bad) and bad.field_violations:
             field = printable(bad.field_violations[0].field)
         elif detail.Unpack(retry):
-            delay_s = seconds(retry.retry_delay)
+            delay_s = to_seconds(retry.retry_delay)
     if delay_s is None and (reason is Reason.QUEUE_FULL or (has_info and reason is Reason.UNAVAILABLE)):
         delay_s = DEFAULT_RETRY_DELAY_S
     if isinstance(kind := reason.error(text), AccessDenied):

@@ -45,7 +45,7 @@ class Components:
                 )
         if request.negative_prompt and resolved.stages and not any(map(self.takes_negative, resolved.stages)):
             raise Reason.GUIDANCE_INVALID.error(
-                "no model of this picture takes a negative prompt: consistency models have guidance as an input, and "
+                "no model of this image takes a negative prompt: consistency models have guidance as an input, and "
                 "without guidance there is nothing to draw away from; leave the negative prompt out",
                 field="negative_prompt",
             )

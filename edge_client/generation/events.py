@@ -76,7 +76,7 @@ class EarlyHandoff:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finished:
-    """The picture is done; nothing follows."""
+    """The image is done; nothing follows."""
 
     result: Result
 

@@ -235,7 +235,7 @@ def _check_image(given: ImageInput | None, width: int, height: int) -> None:
     for name, array in (("image", given.image), ("mask", given.mask)):
         if array is not None and array.shape[1:] != (height, width):
             raise Reason.SIZE_INVALID.error(
-                f"{name} has {array.shape[2]}x{array.shape[1]} pixels, the picture {width}x{height}; fit it before",
+                f"{name} has {array.shape[2]}x{array.shape[1]} pixels, the image {width}x{height}; fit it before",
                 field=name,
             )
 

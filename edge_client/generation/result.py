@@ -30,14 +30,14 @@ class SafetyReport:
 
     action: SafetyAction = "off"
     flagged: bool | None = None
-    """None when the picture was not checked."""
+    """None when the image was not checked."""
     score: float | None = None
     """Largest cosine similarity above its threshold; above 0 is flagged."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """A finished picture and how it came about."""
+    """A finished image and how it came about."""
 
     image_u8: ImageU8
     latents: Latents

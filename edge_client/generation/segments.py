@@ -1,8 +1,10 @@
 """Which model runs which steps where: `--segments` as data.
 
-large:8@cloud,medium:6@cloud,small:11@edge
-small:5@edge,large:20@cloud                                          the small model first (T-Stitch)
-large-lcm:4@cloud(scheduler=lcm,steps=8),small:*@edge(scheduler=dpmpp_2m,steps=25)      two timestep schedules
+    large:8@cloud,medium:6@cloud,small:11@edge
+    small:5@edge,large:20@cloud                                          the small model first (T-Stitch)
+    large-lcm:4@cloud(scheduler=lcm,steps=8),small:*@edge(scheduler=dpmpp_2m,steps=25)      two timestep schedules
+
+`resolve_segments` checks them and fills in what they leave out.
 """
 
 import re

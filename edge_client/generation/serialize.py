@@ -59,7 +59,7 @@ def event_json(event: Event) -> dict[str, Any]:
 
 
 def result_json(result: Result) -> dict[str, Any]:
-    """Returns a result as plain values: how the picture was made, and what it took."""
+    """Returns a result as plain values: how the image was made, and what it took."""
     return {
         **provenance(result),
         "fallback_message": result.fallback_message,
@@ -77,7 +77,7 @@ def result_json(result: Result) -> dict[str, Any]:
 
 
 def provenance(result: Result) -> dict[str, Any]:
-    """Returns how a picture was made, as plain values: what the `hybridsd` chunk holds."""
+    """Returns how an image was made, as plain values: what the `hybridsd` chunk holds."""
     return {
         "prompt": result.prompt,
         "negative_prompt": result.negative_prompt,
@@ -110,7 +110,7 @@ def provenance(result: Result) -> dict[str, Any]:
 
 
 def parameters(result: Result) -> str:
-    """Returns how a picture was made in the form of AUTOMATIC1111."""
+    """Returns how an image was made in the form of AUTOMATIC1111."""
     model = result.edge_model if result.mode == "edge" else result.cloud_model
     fields = {
         "Steps": result.num_inference_steps,

@@ -25,7 +25,7 @@ def encode_png(image_u8: ImageU8, text: Mapping[str, str] = MappingProxyType({})
 
 
 def encode_file(path: Path, image_u8: ImageU8, text: Mapping[str, str] = MappingProxyType({})) -> bytes:
-    """Returns the picture in the format of the path's ending: PNG with some text chunks, or JPEG without."""
+    """Returns the image in the format of the path's ending: PNG with some text chunks, or JPEG without."""
     if path.suffix.lower() in (".jpg", ".jpeg"):
         stream = io.BytesIO()
         Image.fromarray(image_u8).save(stream, format="JPEG", quality=95, subsampling=0)
@@ -34,10 +34,10 @@ def encode_file(path: Path, image_u8: ImageU8, text: Mapping[str, str] = Mapping
 
 
 def read_png(path: Path) -> tuple[ImageU8, dict[str, Any] | None, str | None]:
-    """Returns the picture, the content of its `hybridsd` chunk, and its `parameters`; None for what it does not have.
+    """Returns the image, the content of its `hybridsd` chunk, and its `parameters`; None for what it does not have.
 
     Raises:
-        InvalidRequest: FIELD_INVALID if it is no picture.
+        InvalidRequest: FIELD_INVALID if it is no image.
     """
     try:
         with Image.open(path) as image:
@@ -45,5 +45,5 @@ def read_png(path: Path) -> tuple[ImageU8, dict[str, Any] | None, str | None]:
             pixels = np.asarray(image.convert("RGB"), dtype=np.uint8)
         chunk = json.loads(text["hybridsd"]) if "hybridsd" in text else None
     except (OSError, ValueError) as error:
-        raise Reason.FIELD_INVALID.error(f"{path} is not a picture: {error}", field="image") from error
+        raise Reason.FIELD_INVALID.error(f"{path} is not an image: {error}", field="image") from error
     return pixels, chunk, text.get("parameters")

@@ -1,4 +1,4 @@
-"""Pictures that the user gives: to begin with, and masks of what is to be drawn anew."""
+"""Images that the user gives: to begin with, and masks of what is to be drawn anew."""
 
 import io
 import warnings
@@ -22,7 +22,7 @@ MAX_BYTES = 64 << 20
 
 
 def load_image(source: Path | bytes, *, field: str = "image", keep_alpha: bool = False) -> Image.Image:
-    """Returns a PNG, JPEG or WebP picture, upright, as RGB; transparent parts are white.
+    """Returns a PNG, JPEG or WebP image, upright, as RGB; transparent parts are white.
 
     Args:
         source: A file, or its content.
@@ -30,7 +30,7 @@ def load_image(source: Path | bytes, *, field: str = "image", keep_alpha: bool =
         keep_alpha: Gives RGBA where the file has transparency.
 
     Raises:
-        InvalidRequest: FIELD_INVALID where it is no such picture, or larger than MAX_PIXELS or MAX_BYTES.
+        InvalidRequest: FIELD_INVALID where it is no such image, or larger than MAX_PIXELS or MAX_BYTES.
     """
     name = str(source) if isinstance(source, Path) else "the upload"
     try:
@@ -47,7 +47,7 @@ def load_image(source: Path | bytes, *, field: str = "image", keep_alpha: bool =
         if isinstance(error, InvalidRequest):
             raise
         known = isinstance(error, OSError) and not isinstance(error, UnidentifiedImageError)
-        what = f"unreadable ({error})" if known else "no picture that can be read"
+        what = f"unreadable ({error})" if known else "no image that can be read"
         raise _refuse(field, f"{name} is {what}; give a PNG, JPEG or WebP file") from error
     upright = ImageOps.exif_transpose(opened)
     if upright.mode.startswith("I"):  # 16 bits of grey, which Pillow's convert() would clip at 255
@@ -62,7 +62,7 @@ def load_image(source: Path | bytes, *, field: str = "image", keep_alpha: bool =
 
 
 def fit(image: Image.Image, width: int, height: int, how: Fit = "crop") -> NDArray[np.float32]:
-    """Returns a picture in a size, float32 `[3, height, width]` in [-1, 1].
+    """Returns an image in a size, float32 `[3, height, width]` in [-1, 1].
 
     Args:
         image: RGB.
@@ -80,10 +80,10 @@ def load_mask(
     """Returns a mask in a size, float32 `[1, height, width]` in [0, 1]: 1 is drawn anew, 0 kept.
 
     Args:
-        source: A picture: white is drawn. One with transparency: what is transparent is drawn.
+        source: An image: white is drawn. One with transparency: what is transparent is drawn.
         width: Pixels.
         height: Pixels.
-        how: As the picture that it belongs to is fitted.
+        how: As the image that it belongs to is fitted.
         blur_px: Softens its edge, in [0, 256].
 
     Raises:
@@ -101,10 +101,10 @@ def load_mask(
 
 
 def natural_size(image: Image.Image, multiple: int, pixels: int) -> tuple[int, int]:
-    """Returns width and height near a picture's own shape, multiples of `multiple`, of about `pixels` in all.
+    """Returns width and height near an image's own shape, multiples of `multiple`, of about `pixels` in all.
 
     Args:
-        image: The picture.
+        image: The image.
         multiple: Of both sides.
         pixels: The area that the models were made for.
     """
@@ -166,12 +166,12 @@ def read_image(
     mask_blur: float = 0.0,
     invert_mask: bool = False,
 ) -> tuple[int, int, ImageInput]:
-    """Returns width and height of the picture to be, and what it begins with.
+    """Returns width and height of the image to be, and what it begins with.
 
     Args:
         manifest: Of the bundle that draws.
-        source: A picture.
-        width: Pixels; where neither is given the picture's own shape is kept, at about the bundle's area.
+        source: An image.
+        width: Pixels; where neither is given the image's own shape is kept, at about the bundle's area.
         height: Pixels.
         strength: How much is redrawn, in (0, 1]; None is `DEFAULT_STRENGTH`, or 1 with a mask.
         how: How both come to that size.

@@ -8,7 +8,7 @@ from hybridsd.errors import Reason
 
 
 def to_u8(image: NDArray[np.float32]) -> ImageU8:
-    """Returns a picture, `[3, H, W]` in [-1, 1], as `[H, W, 3]` in 0 to 255; what lies outside is cut off.
+    """Returns an image, `[3, H, W]` in [-1, 1], as `[H, W, 3]` in 0 to 255; what lies outside is cut off.
 
     Raises:
         InternalError: If a value is not finite.
@@ -20,7 +20,7 @@ def to_u8(image: NDArray[np.float32]) -> ImageU8:
 
 
 def from_u8(image_u8: ImageU8) -> NDArray[np.float32]:
-    """Returns a picture, `[H, W, 3]` in 0 to 255, as `[3, H, W]` in [-1, 1]."""
+    """Returns an image, `[H, W, 3]` in 0 to 255, as `[3, H, W]` in [-1, 1]."""
     floats: NDArray[np.float32] = image_u8.astype(np.float32).transpose(2, 0, 1) / np.float32(127.5) - np.float32(1)
     return floats
 
@@ -38,7 +38,7 @@ def to_cells(mask: NDArray[np.float32], cell: int) -> NDArray[np.float32]:
 
 
 def composite(generated: ImageU8, original: ImageU8, mask: NDArray[np.float32]) -> ImageU8:
-    """Returns the generated picture where the mask is 1, exactly the original where it is 0, a blend between.
+    """Returns the generated image where the mask is 1, exactly the original where it is 0, a blend between.
 
     Args:
         generated: `[H, W, 3]`.

@@ -26,7 +26,7 @@ from hybridsd.manifest import Manifest
 from hybridsd.prompting import DEFAULT_TEXT, EncodedText, TextOptions
 
 _REDUCED_ROLES = ("unet", "vae_decoder", "vae_encoder")
-"""What may run in reduced precision. Text and safety run once a picture, and their thresholds and digests are exact."""
+"""What may run in reduced precision. Text and safety run once an image, and their thresholds and digests are exact."""
 _SMALL_SIDE = 8
 """Latent cells of the small input that warms up and tests a provider, at least."""
 
@@ -112,12 +112,12 @@ class Models:
         return self._unet()(latents, timestep, conditioning, guidance_scale=guidance_scale)
 
     def decode(self, latents: Latents) -> NDArray[np.float32]:
-        """Returns a picture, `[3, H, W]`, in [-1, 1], of latents as the U-Net sees them, `[C, h, w]`."""
+        """Returns an image, `[3, H, W]`, in [-1, 1], of latents as the U-Net sees them, `[C, h, w]`."""
         image: NDArray[np.float32] = self._open("vae_decoder").single(latents=latents[None])[0]
         return image
 
     def encode_image(self, image: NDArray[np.float32]) -> Latents:
-        """Returns latents as the U-Net sees them, `[C, h, w]`, of a picture, `[3, H, W]`, in [-1, 1].
+        """Returns latents as the U-Net sees them, `[C, h, w]`, of an image, `[3, H, W]`, in [-1, 1].
 
         Raises:
             ModelMismatch: MODEL_UNKNOWN when the bundle has no encoder.
@@ -131,7 +131,7 @@ class Models:
         return "safety_checker" in self.manifest.files
 
     def check_safety(self, image_u8: ImageU8) -> SafetyVerdict:
-        """Returns the safety checker's verdict on a picture, `[H, W, 3]`.
+        """Returns the safety checker's verdict on an image, `[H, W, 3]`.
 
         Raises:
             ModelMismatch: MODEL_UNKNOWN when the bundle has none.

@@ -63,7 +63,7 @@ class Choice:
 def choose_provider(requested: str | None = None) -> Choice:
     """Returns what to run the models with.
 
-    Nothing but ONNX Runtime is chosen without being named: another library makes slightly different pictures, and a
+    Nothing but ONNX Runtime is chosen without being named: another library makes slightly different images, and a
     package that happens to be installed should not change them.
 
     Args:

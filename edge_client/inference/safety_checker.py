@@ -15,7 +15,7 @@ _STD = np.array([0.26862954, 0.26130258, 0.27577711], dtype=np.float32)
 
 @dataclass(frozen=True, slots=True)
 class SafetyVerdict:
-    """The verdict on a picture."""
+    """The verdict on an image."""
 
     flagged: bool
     score: float
@@ -23,7 +23,7 @@ class SafetyVerdict:
 
 
 def clip_input(image_u8: ImageU8) -> NDArray[np.float32]:
-    """Returns a picture as CLIP sees it.
+    """Returns an image as CLIP sees it.
 
     Args:
         image_u8: `[H, W, 3]`, uint8, RGB.

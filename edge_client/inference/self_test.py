@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from edge_client.inference.providers import Choice
 
 ROLES = ("unet", "vae_decoder")
-"""What is compared: the two models that make the picture."""
+"""What is compared: the two models that make the image."""
 TOLERANCE = 1e-3
 """Of results in float32. Sums in another order give 1e-5 to 1e-4; a wrong kernel gives 1e-1 and more."""
 HALF_TOLERANCE = 6e-2

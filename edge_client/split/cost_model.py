@@ -1,9 +1,9 @@
 """What a split costs in time, and what it gives in quality.
 
-With k of N steps in the cloud a picture takes
+With k of N steps in the cloud an image takes
     queue + text + k * cloud_step + wire + (N - k) * edge_step + decode,
 where the wire is one round trip and the bytes of the states at the link's rate, as far as they do not travel while the
-cloud computes the next one. Quality is 0 for a picture of the edge alone and 1 for one of the cloud alone.
+cloud computes the next one. Quality is 0 for an image of the edge alone and 1 for one of the cloud alone.
 """
 
 import bisect
@@ -58,9 +58,9 @@ class Curve:
 
 
 def curve_of(points: Sequence[QualityPoint]) -> Curve:
-    """Returns the curve of a bundle's measured points: how much nearer than the edge's own picture is to the cloud's.
+    """Returns the curve of a bundle's measured points: how much nearer than the edge's own image is to the cloud's.
 
-    From points of metric "psnr" (to the picture of the large model): 1 - rmse(k) / rmse(0), made to rise. Without them
+    From points of metric "psnr" (to the image of the large model): 1 - rmse(k) / rmse(0), made to rise. Without them
     a plain assumption: 1 - (1 - share)^2, since early steps count most.
     """
     psnr = sorted((p.cloud_steps / p.num_inference_steps, p.value) for p in points if p.metric == "psnr")

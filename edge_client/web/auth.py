@@ -1,4 +1,4 @@
-"""Access to the gateway: tokens and signed URLs of pictures."""
+"""Access to the gateway: tokens and signed URLs of images."""
 
 import base64
 import binascii
@@ -28,7 +28,7 @@ class Access:
 
     Args:
         tokens: One for each user, who sees only the jobs created with it. Without tokens everybody has access.
-        secret: Signs the URLs of pictures.
+        secret: Signs the URLs of images.
     """
 
     def __init__(self, tokens: Sequence[str], secret: bytes) -> None:

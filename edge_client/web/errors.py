@@ -103,7 +103,7 @@ def install(app: FastAPI) -> None:
         field = ".".join(where) or "body"
         if field == "prompt" and first["type"] in _EMPTY:
             return respond(
-                problem_of(Reason.PROMPT_EMPTY.error("the prompt is empty; describe the picture", field=field))
+                problem_of(Reason.PROMPT_EMPTY.error("the prompt is empty; describe the image", field=field))
             )
         return respond(problem_of(Reason.FIELD_INVALID.error(_describe(field, first), field=field)))
 

@@ -10,7 +10,7 @@ class Settings:
     """How a gateway serves."""
 
     data_dir: Path
-    """Folder of the jobs and their pictures."""
+    """Folder of the jobs and their images."""
     tokens: Sequence[str] = ()
     """Tokens that are accepted; none: no token is needed."""
     hosts: Sequence[str] = ("*",)

@@ -1,6 +1,6 @@
 """LoRA files in the formats of peft, diffusers and kohya: their scales, and what is not one that we can apply.
 
-Works on any library's tensors. Knows names and shapes; nothing of networks, torch or how adapters act.
+Works on any library's tensors; files, networks and loaders are passed in.
 
 A layer with rank r is W + alpha / r * B A. kohya writes alpha beside each layer, diffusers into the file's header, and
 many files nowhere: then it is r. `scaled` puts it into B, so that whoever loads the result needs no alpha at all.
@@ -9,7 +9,7 @@ many files nowhere: then it is r. `scaled` puts it into B, so that whoever loads
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 METADATA_KEY = "lora_adapter_metadata"
@@ -17,6 +17,55 @@ _DOWN = ("lora_A.weight", "lora_down.weight", "lora.down.weight", "_lora.down.we
 _UP = {"lora_A.weight": "lora_B.weight", "lora_down.weight": "lora_up.weight", "lora.down.weight": "lora.up.weight"}
 _OTHERS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_": "LoHa", "lokr_": "LoKr"}
 _BASES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
+
+
+def read(file: Any, width: int) -> dict[str, Any]:
+    """Returns the tensors of an adapter, `scaled`.
+
+    Args:
+        file: An open safetensors file.
+        width: Of the text that the model's cross-attention reads; see `check_width`.
+
+    Raises:
+        ValueError: If it is no LoRA, or one of another base model.
+    """
+    state = scaled({name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {})  # noqa: SIM118
+    check_width(state, width)
+    return state
+
+
+def load_into(
+    unet: Any, text_encoders: Sequence[Any], state: Mapping[str, Any], loader: Any, adapter_name: str
+) -> None:
+    """Puts an adapter into networks.
+
+    Args:
+        unet: Of diffusers.
+        text_encoders: Of transformers; two for SDXL.
+        state: From `read`.
+        loader: The class of `diffusers.loaders` for this base model.
+        adapter_name: What peft is to call it.
+    """
+    tensors, _ = loader.lora_state_dict(dict(state), unet_config=unet.config)
+    if any(name.startswith("unet.") for name in tensors):
+        loader.load_lora_into_unet(tensors, network_alphas=None, unet=unet, adapter_name=adapter_name)
+    for index, encoder in enumerate(text_encoders):
+        prefix = "text_encoder" if index == 0 else f"text_encoder_{index + 1}"
+        if any(name.startswith(f"{prefix}.") for name in tensors):
+            loader.load_lora_into_text_encoder(
+                tensors, network_alphas=None, text_encoder=encoder, prefix=prefix, adapter_name=adapter_name
+            )
+
+
+def check_complete(num_loaded: int, state: Mapping[str, Any]) -> None:
+    """Refuses an adapter of which some layers are not in the networks.
+
+    Raises:
+        ValueError: With both numbers.
+    """
+    wanted = count_layers(state)
+    if num_loaded != wanted:
+        raise ValueError(f"only {num_loaded} of its {wanted} layers are here")
 
 
 def count_layers(names: Iterable[str]) -> int:

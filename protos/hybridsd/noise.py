@@ -1,4 +1,4 @@
-"""The noise of a picture: the same numbers for the same seed on every machine and in every language.
+"""The noise of an image: the same numbers for the same seed on every machine and in every language.
 
 Knows nothing of solvers. Specified in docs/numerics.md, pinned by golden/noise.json.
 
@@ -49,7 +49,7 @@ def normal(seed: int, image_index: int, draw: int, shape: tuple[int, ...]) -> ND
 
     Args:
         seed: In [0, 2^53).
-        image_index: The number of the picture among several of one seed, in [0, 65535].
+        image_index: The number of the image among several of one seed, in [0, 65535].
         draw: 0 for the initial latents, call + 1 for the noise of a call.
         shape: Usually [channels, height / 8, width / 8].
 
@@ -71,7 +71,7 @@ def normal(seed: int, image_index: int, draw: int, shape: tuple[int, ...]) -> ND
 
 
 def initial_latents(seed: int, image_index: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Returns the unit normal latents that a picture starts from."""
+    """Returns the unit normal latents that an image starts from."""
     return normal(seed, image_index, 0, shape)
 
 

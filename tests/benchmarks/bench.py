@@ -1,7 +1,8 @@
 """`make bench`: what the product costs on this machine, as ratios inside one run.
 
 Not a test: nothing here passes or fails. Each line names the aim. The default is the demo family; `--full` takes
-full-size shapes with random weights: SD 1.4's 860M U-Net in the cloud, a 224M one at the edge, 512x512.
+full-size shapes with random weights: SD 1.4's 860M U-Net in the cloud, a 224M one at the edge, 512x512. `--smoke` runs
+everything at its smallest size: its numbers say nothing, but all of it has run.
 """
 
 import argparse
@@ -23,9 +24,10 @@ import structlog
 import torch
 
 from cloud_server.engine.engine import Engine
-from cloud_server.engine.event_buffer import Mailbox
-from cloud_server.engine.request import Failed, Finished, JobRequest, Snapshot
-from cloud_server.models.denoiser import Conditions
+from cloud_server.engine.event_buffer import EventBuffer
+from cloud_server.engine.events import Failed, Finished, Snapshot
+from cloud_server.engine.request import JobRequest
+from cloud_server.models.denoiser import Conditions, Encoded
 from cloud_server.models.devices import place
 from cloud_server.models.load import Model, load_model
 from deploy.run_demo import BIN, DEMO, ENVIRONMENT, running_cloud
@@ -95,9 +97,9 @@ def bare_loop_s(model: Model, jobs: Sequence[JobRequest], num_calls: int) -> flo
         return time.perf_counter() - begin
 
 
-async def _drain(mailbox: Mailbox, on_state: Callable[[], None] | None = None) -> None:
+async def _drain(buffer: EventBuffer, on_state: Callable[[], None] | None = None) -> None:
     while True:
-        event = await mailbox.next(600.0)
+        event = await buffer.next(600.0)
         if isinstance(event, Snapshot) and on_state is not None:
             on_state()
             on_state = None
@@ -110,7 +112,7 @@ async def _drain(mailbox: Mailbox, on_state: Callable[[], None] | None = None) -
 async def engine_s(model: Model, jobs: Sequence[JobRequest], threads: int) -> float:
     """Times the engine on the same jobs, from its start to the last hand-off."""
     engine = Engine({model.info.id: model.denoiser}, max_batch=8, num_threads=threads)
-    boxes = [Mailbox() for _ in jobs]
+    boxes = [EventBuffer() for _ in jobs]
     for job, box in zip(jobs, boxes, strict=True):
         engine.submit(job, box)
     begin = time.perf_counter()
@@ -129,14 +131,14 @@ async def first_step_of_eighth(model: Model, tries: int, num_calls: int, threads
         engine = Engine({model.info.id: model.denoiser}, max_batch=8, num_threads=threads)
         *seven, eighth = mixed_jobs(model, num_calls, first_id=100 * attempt)
         running = asyncio.Event()
-        boxes = [Mailbox() for _ in seven]
+        boxes = [EventBuffer() for _ in seven]
         for job, box in zip(seven, boxes, strict=True):
             engine.submit(job, box)
         engine.start()
         readers = [asyncio.create_task(_drain(box, running.set)) for box in boxes]
         await running.wait()
         await asyncio.sleep(float(rng.uniform(0, 1)) * engine.load().call_s)
-        box, begin = Mailbox(), time.perf_counter()
+        box, begin = EventBuffer(), time.perf_counter()
         engine.submit(eighth, box)
         reader = asyncio.create_task(_drain(box, lambda begin=begin: times.append(time.perf_counter() - begin)))
         await asyncio.gather(reader, *readers)
@@ -330,7 +332,7 @@ def bench_codec(model: Model, bundle_folder: Path, *, steps: int, k: int, num_pi
             psnr = 10 * np.log10(4.0 / mse) if mse > 0 else float("inf")  # values span 2
             errors[name].append((state_error, float(np.sqrt(np.mean((latents - exact) ** 2))), psnr))
     say(
-        f"codec of state and embeddings, against fp32 ({num_pictures} pictures, {k} + {steps - k} steps, "
+        f"codec of state and embeddings, against fp32 ({num_pictures} images, {k} + {steps - k} steps, "
         f"DPM-Solver++ 2M):"
     )
     for name, rows_of_errors in errors.items():
@@ -338,7 +340,7 @@ def bench_codec(model: Model, bundle_folder: Path, *, steps: int, k: int, num_pi
         say(
             f"  {name}: largest error of the state {max(state):.1e}; of the final latents rms "
             f"{statistics.mean(final):.1e}; "
-            f"picture PSNR mean {statistics.mean(psnrs):.1f} dB, worst {min(psnrs):.1f} dB"
+            f"image PSNR mean {statistics.mean(psnrs):.1f} dB, worst {min(psnrs):.1f} dB"
         )
 
 
@@ -376,6 +378,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["engine", "hybrid", "wire", "codec", "memory"], action="append")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--smoke", action="store_true", help="the smallest size of everything: does it run?")
     parser.add_argument("--child", choices=["bare", "engine", "first"], help=argparse.SUPPRESS)
     parser.add_argument("--calls", type=int, default=12, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -1,6 +1,6 @@
 """`make bench-full`: Hybrid SD at real sizes against diffusers' own pipeline, on this machine, in the same run.
 
-Random weights: right for time, memory and bytes, not for pictures. The cloud has SD 1.4's U-Net (860M), the edge the
+Random weights: right for time, memory and bytes, not for images. The cloud has SD 1.4's U-Net (860M), the edge the
 synthetic 224M one and the tiny VAE as ONNX files; diffusers runs the same SD 1.4 U-Net for all steps and the full KL
 VAE. 512x512, guidance (two rows a step), DPM-Solver++ 2M. Each side is a process of its own, so that its peak memory is
 its own; each is warm before it is timed. Not a test: nothing passes or fails.
@@ -39,7 +39,7 @@ def in_child(what: str, *words: str) -> Measured:
 
 
 def run_edge(folder: Path, address: str, *, steps: int, cloud_steps: int, provider: str | None) -> Measured:
-    """Draws one picture in hybrid mode from this process; returns times by phase, bytes and peak memory."""
+    """Draws one image in hybrid mode from this process; returns times by phase, bytes and peak memory."""
     from edge_client.bundles.bundle import Bundle
     from edge_client.cache import Cache
     from edge_client.cloud.client import Cloud

@@ -48,7 +48,7 @@ def test_every_golden_file_is_current() -> None:
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("plan_")])
 def test_committed_plan_runs_like_a_fresh_one(name: str) -> None:
-    """The committed plan and the one compiled now take the same latents to the same picture; its digest is right."""
+    """The committed plan and the one compiled now take the same latents to the same image; its digest is right."""
     text = (golden.FOLDER / name).read_text()
     committed = from_json(text)
     fresh = from_json(json.dumps(golden.golden_plan(committed.scheduler, committed.num_inference_steps)))

@@ -1,4 +1,4 @@
-"""`make screenshots`: the pictures of the page in README and docs, from the real page with the demo models."""
+"""`make screenshots`: the images of the page in README and docs, from the real page with the demo models."""
 
 import io
 import shutil
@@ -22,7 +22,7 @@ PROMPTS = (
 
 
 def main() -> None:
-    """Draws a few pictures and photographs the page: wide, on a phone, and a comparison."""
+    """Draws a few images and photographs the page: wide, on a phone, and a comparison."""
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         with running_cloud_and_gateway(Path(folder)) as (_, gateway):
@@ -33,7 +33,7 @@ def main() -> None:
             page.evaluate("scrollTo(0, 0)")
             _shoot(page, "page")
             page.get_by_test_id("compare-form").click()
-            expect(page.locator("#compare-status")).to_have_text("3 of 3 pictures are ready", timeout=60_000)
+            expect(page.locator("#compare-status")).to_have_text("3 of 3 images are ready", timeout=60_000)
             _shoot(page, "page-compare")
             page.keyboard.press("Escape")
             page.emulate_media(color_scheme="dark")

@@ -1,19 +1,39 @@
 """The committed demo models are what they say, fit together, and fit into the repository."""
 
+import ast
 import json
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from deploy.run_demo import DEMO
 from edge_client.inference.models import Models
 from edge_client.types import Conditioning
 from hybridsd.manifest import read_manifest, verify_files
 from hybridsd.prompting import TextOptions
-from training.models.pruned_unet import load_unet
+from training.models.pruned_unet import build, load_unet
+from training.models.shallow_config import shallow_config
 
-LARGEST_MB = 96
+LARGEST_MB = 80
+
+
+@pytest.fixture(scope="module")
+def small_unet() -> UNet2DConditionModel:
+    """The bundle's U-Net for torch: weights from its ONNX file, the shape of the large one without its middle block."""
+    graph = onnx.load(DEMO / "edge/unet.onnx").graph
+    stored = {tensor.name.removesuffix(".half"): onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    weights = {name.removeprefix("unet."): value for name, value in stored.items() if name.startswith("unet.")}
+    for node in graph.node:  # linear layers without bias are products with a transposed matrix that has no name
+        if node.op_type == "MatMul" and node.input[1] in stored:
+            metadata = {entry.key: entry.value for entry in node.metadata_props}
+            module = ast.literal_eval(metadata["pkg.torch.onnx.name_scopes"])[-2]
+            weights[f"{module.removeprefix('unet.')}.weight"] = stored[node.input[1]].T
+    large = json.loads((DEMO / "large/unet/config.json").read_text())
+    config = shallow_config(large, layers_per_block=1, mid=False, levels=None, transformer_layers=None)
+    return build(config, {name: torch.tensor(value, dtype=torch.float32) for name, value in weights.items()})
 
 
 def test_bundle_is_whole() -> None:
@@ -22,7 +42,7 @@ def test_bundle_is_whole() -> None:
 
 
 def test_family_is_small_enough() -> None:
-    """All demo models together stay under 96 MB."""
+    """All demo models together stay under 80 MB."""
     total = sum(path.stat().st_size for path in DEMO.rglob("*") if path.is_file())
 
     assert total < LARGEST_MB * 1e6
@@ -45,20 +65,18 @@ def test_large_model_is_a_diffusers_pipeline() -> None:
     assert image.shape == (128, 128, 3)
 
 
-def test_small_model_is_a_third() -> None:
+def test_small_model_is_a_third(small_unet: UNet2DConditionModel) -> None:
     """The pruned U-Net has 30 to 36 percent of the large one's parameters, and no middle block."""
-    small, large = load_unet(DEMO / "small_unet"), load_unet(DEMO / "large/unet")
-    counts = [sum(p.numel() for p in unet.parameters()) for unet in (small, large)]
+    counts = [sum(p.numel() for p in unet.parameters()) for unet in (small_unet, load_unet(DEMO / "large/unet"))]
 
     assert 0.30 <= counts[0] / counts[1] <= 0.36
-    assert small.mid_block is None
+    assert small_unet.mid_block is None
     assert read_manifest(DEMO / "edge").num_parameters["unet"] == counts[0]
 
 
 @pytest.mark.parametrize("cells", [16, 24])
-def test_edge_unet_is_the_small_unet(cells: int) -> None:
-    """The ONNX file computes what the committed torch weights compute, at any size and fractional timesteps."""
-    unet = load_unet(DEMO / "small_unet")
+def test_edge_unet_is_the_small_unet(cells: int, small_unet: UNet2DConditionModel) -> None:
+    """The ONNX file computes what torch computes with its weights, at any size and fractional timesteps."""
     manifest = read_manifest(DEMO / "edge")
     models = Models(DEMO / "edge", manifest, threads=1)
     rng = np.random.default_rng(0)
@@ -67,7 +85,9 @@ def test_edge_unet_is_the_small_unet(cells: int) -> None:
     conditioning = Conditioning(prompt_embeds=embeds[1], negative_prompt_embeds=embeds[0])
     actual = models.predict_noise(latents, 957.375, conditioning, guidance_scale=3.0)
     with torch.inference_mode():
-        both = unet(torch.from_numpy(np.stack([latents, latents])), torch.full((2,), 957.375), torch.from_numpy(embeds))
+        both = small_unet(
+            torch.from_numpy(np.stack([latents, latents])), torch.full((2,), 957.375), torch.from_numpy(embeds)
+        )
     expected = (both.sample[0] + 3.0 * (both.sample[1] - both.sample[0])).numpy()
 
     np.testing.assert_allclose(expected, actual, rtol=0, atol=1e-4)

@@ -17,7 +17,7 @@ HEAVY = ("torch", "diffusers", "transformers", "safetensors", "scipy", "onnx")
 
 @pytest.mark.timeout(600)
 def test_edge_installs_and_runs_without_torch(tmp_path: Path) -> None:
-    """`pip install .[edge]` brings no torch, and what it installs draws a picture and finds itself healthy."""
+    """`pip install .[edge]` brings no torch, and what it installs draws an image and finds itself healthy."""
     home = tmp_path / "venv"
     venv.create(home, with_pip=True)
     python, program = str(home / "bin" / "python"), str(home / "bin" / "hybridsd")

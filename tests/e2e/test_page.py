@@ -75,13 +75,13 @@ def fill_in(page: Page, *, steps: int, cloud_steps: int, seed: int | None = 7, p
 
 
 def finish(page: Page) -> None:
-    """Waits until the picture is there."""
+    """Waits until the image is there."""
     expect(page.get_by_test_id("result")).to_be_visible()
     expect(page.get_by_test_id("status")).to_have_text("Ready")
 
 
 def facts(page: Page) -> dict[str, str]:
-    """Returns what the opened dialog says of its picture."""
+    """Returns what the opened dialog says of its image."""
     rows = page.locator("#detail-facts tr").all()
     return {row.locator("th").inner_text(): row.locator("td").inner_text() for row in rows}
 
@@ -93,7 +93,7 @@ def api(page: Page, path: str) -> Any:
 
 
 def test_a_picture_comes_with_previews_and_a_timeline(page: Page) -> None:
-    """Previews appear while it is drawn, then the picture; the timeline has every step in its place."""
+    """Previews appear while it is drawn, then the image; the timeline has every step in its place."""
     fill_in(page, steps=40, cloud_steps=12)
     page.get_by_test_id("generate").click()
     expect(page.get_by_test_id("preview")).to_be_visible()
@@ -146,7 +146,7 @@ def test_compare_shows_three_splits_of_one_seed(page: Page) -> None:
     columns = page.get_by_test_id("compare-view").get_by_test_id("compare-column")
     expect(columns).to_have_count(3)
     expect(columns.locator("img")).to_have_count(3)
-    expect(page.locator("#compare-status")).to_have_text("3 of 3 pictures are ready")
+    expect(page.locator("#compare-status")).to_have_text("3 of 3 images are ready")
     page.wait_for_function("() => [...document.querySelectorAll('.column img')].every(i => i.naturalWidth === 128)")
     jobs = api(page, "/v1/jobs?limit=3")["jobs"]
 
@@ -155,7 +155,7 @@ def test_compare_shows_three_splits_of_one_seed(page: Page) -> None:
 
 
 def test_the_gallery_survives_a_reload_and_fills_the_form(page: Page) -> None:
-    """A picture is found again after a reload, with how it was made; "again with this" brings that back."""
+    """An image is found again after a reload, with how it was made; "again with this" brings that back."""
     fill_in(page, steps=6, cloud_steps=2, seed=4242)
     page.get_by_test_id("prompt").press("Control+Enter")
     finish(page)
@@ -174,7 +174,7 @@ def test_the_gallery_survives_a_reload_and_fills_the_form(page: Page) -> None:
 
 
 def test_deleting_asks_and_deletes(page: Page) -> None:
-    """One picture less in the gallery, and on the device."""
+    """One image less in the gallery, and on the device."""
     expect(page.get_by_test_id("gallery-item").first).to_be_visible()
     before, shown = len(api(page, "/v1/jobs?state=completed")["jobs"]), page.get_by_test_id("gallery-item").count()
     page.get_by_test_id("gallery-item").first.click()
@@ -260,7 +260,7 @@ def test_a_cloud_that_dies_is_said_and_the_picture_is_finished(page: Page, serve
 
 
 def test_a_token_is_asked_for_and_kept(playwright: Playwright, browser: Browser, tmp_path: Path) -> None:
-    """With tokens nothing is shown before one is given; then pictures are drawn and shown."""
+    """With tokens nothing is shown before one is given; then images are drawn and shown."""
     (tmp_path / "tokens").write_text("let-me-in\n")
     with running_gateway(tmp_path, "--no-cloud", "--client-tokens", str(tmp_path / "tokens")) as gateway:
         context = browser.new_context(base_url=f"http://127.0.0.1:{gateway.port}")

@@ -34,7 +34,7 @@ def hybridsd(*words: object, cache: Path, check: bool = True) -> subprocess.Comp
 
 
 def generate(*words: object, cache: Path) -> dict[str, Any]:
-    """Runs `hybridsd generate --json`; returns what it says of its one picture."""
+    """Runs `hybridsd generate --json`; returns what it says of its one image."""
     output = hybridsd("generate", *words, "--bundle", DEMO / "edge", "--json", cache=cache).stdout
     (image,) = json.loads(output)["images"]
     return dict(image)
@@ -46,14 +46,14 @@ def pixels(path: str | Path) -> np.ndarray:
 
 
 def test_demo_command(tmp_path: Path) -> None:
-    """The script behind `make demo` makes a picture from both processes and says where it is."""
+    """The script behind `make demo` makes an image from both processes and says where it is."""
     output = tmp_path / "demo.png"
     command = [sys.executable, str(ROOT / "deploy/run_demo.py"), "--output", str(output), "--split", "3,5"]
     environment = {**os.environ, "HYBRIDSD_EDGE_CACHE": str(tmp_path / "cache")}
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=environment)
 
     assert result.returncode == 0, result.stdout + result.stderr
-    assert f"picture: {output}" in result.stdout
+    assert f"image: {output}" in result.stdout
     assert "cloud: 3 steps" in result.stdout
     assert "edge:  5 steps" in result.stdout
     with Image.open(output) as picture:
@@ -62,7 +62,7 @@ def test_demo_command(tmp_path: Path) -> None:
 
 
 def test_same_seed_is_the_same_picture_in_every_mode_that_runs_the_same_models(server: str, tmp_path: Path) -> None:
-    """Offline and with a dead cloud the edge draws one picture; hybrid repeats itself; other models draw others."""
+    """Offline and with a dead cloud the edge draws one image; hybrid repeats itself; other models draw others."""
     cache = tmp_path / "cache"
     common = (PROMPT, "--steps", 8, "--seed", 3, "--codec", "fp32")
     dead = ("--mode", "hybrid", "--cloud-steps", 4, "--server", "127.0.0.1:9")
@@ -80,7 +80,7 @@ def test_same_seed_is_the_same_picture_in_every_mode_that_runs_the_same_models(s
 
 
 def test_killed_cloud_is_taken_over_and_the_picture_is_the_deliberate_split(tmp_path: Path) -> None:
-    """A cloud that is killed in mid-picture leaves the picture that a split at that step makes."""
+    """A cloud that is killed in mid-image leaves the image that a split at that step makes."""
     cache, words = tmp_path / "cache", (PROMPT, "--seed", "5", "--codec", "fp32", "--steps", "60")
     options = ["--model", f"demo={DEMO / 'large'}", "--dtype", "fp32", "--threads", "1"]
     with running_cloud(options, tmp_path / "first.log") as (address, process):

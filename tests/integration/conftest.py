@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from cloud_server.models.denoiser import Denoiser
 from cloud_server.models.devices import place
 from cloud_server.models.load import Model, load_model
 from cloud_server.rpc.server import CloudServer
@@ -20,6 +19,7 @@ from edge_client.bundles.bundle import Bundle, open_bundle
 from edge_client.cache import Cache
 from edge_client.cloud.client import Cloud
 from edge_client.inference.models import Models
+from tests.support.engine_fakes import GatedDenoiser
 from tests.support.tiny_bundle import write_bundle
 from tests.support.tiny_pipeline import LATENT_SPACE, write_tiny_pipeline
 
@@ -49,22 +49,6 @@ def models(bundle: Bundle) -> Models:
     return Models(bundle.folder, bundle.manifest, provider="cpu", threads=1)
 
 
-class SteppingDenoiser:
-    """The large model with a valve: runs so many calls, then waits for the test's end."""
-
-    def __init__(self, inner: Denoiser, calls: int) -> None:
-        self.inner, self.device, self.dtype, self.guidance = inner, inner.device, inner.dtype, inner.guidance
-        self.encode, self.conditions = inner.encode, inner.conditions
-        self._left = calls
-        self.released = threading.Event()
-
-    def predict(self, *arrays: Any) -> torch.Tensor:
-        if self._left == 0:
-            self.released.wait(30)
-        self._left -= 1
-        return self.inner.predict(*arrays)
-
-
 @contextmanager
 def serving(models: Mapping[str, Model], **options: Any) -> Iterator[CloudServer]:
     """Runs a cloud on an event loop of its own; yields it when it listens."""
@@ -89,7 +73,7 @@ def serving(models: Mapping[str, Model], **options: Any) -> Iterator[CloudServer
 
 
 @contextmanager
-def running_server(model: Model, denoiser: Any = None, **options: Any) -> Iterator[CloudServer]:
+def running_server(model: Model, denoiser: GatedDenoiser | None = None, **options: Any) -> Iterator[CloudServer]:
     """Runs a cloud with one model, and perhaps another denoiser in its place."""
     served = model if denoiser is None else replace(model, denoiser=denoiser)
     with serving({"tiny": served}, **options) as server:
@@ -97,7 +81,7 @@ def running_server(model: Model, denoiser: Any = None, **options: Any) -> Iterat
             yield server
         finally:
             if denoiser is not None:
-                denoiser.released.set()
+                denoiser.open()
 
 
 Connect = Callable[[CloudServer], Cloud]

@@ -38,7 +38,7 @@ WIDTH = 16
 CAPTIONS = ("a red fox", "a blue cat", "the green donut", "a dog under the fox")
 REQUESTS: tuple[dict[str, Any], ...] = ({}, {"guidance_scale": 1.0, "negative_prompt": ""}, {"width": 96})
 LEAST_PSNR = {"fp16": 60.0, "half inputs": 60.0, "int8": 36.0}
-"""Of a picture, in dB. Measured: 66.7 or more in float16, which is a level of rounding here and there; 42.0 in 8 bits,
+"""Of an image, in dB. Measured: 66.7 or more in float16, which is a level of rounding here and there; 42.0 in 8 bits,
 on a processor without VNNI. Another text gives 27 at most."""
 LARGEST_ERROR = {"fp16": 1.5e-3, "half inputs": 1.5e-3, "int8": 0.08}
 """Of the final latents, divided by the largest of them. Measured: 4.4e-4 and 0.029."""
@@ -136,7 +136,7 @@ def paint(folder: Path, **changes: Any) -> Result:
 
 
 def psnr(one: Result, other: Result) -> float:
-    """Returns the peak signal-to-noise ratio of two pictures, in dB; infinite for equal ones."""
+    """Returns the peak signal-to-noise ratio of two images, in dB; infinite for equal ones."""
     error = float(np.square(one.image_u8.astype(np.float64) - other.image_u8).mean())
     return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))
 

@@ -25,7 +25,8 @@ from hybridsd import codec, noise
 from hybridsd.errors import ModelMismatch, Reason
 from hybridsd.plan import denoise, initial_state
 from hybridsd.prompting import TextOptions
-from tests.integration.conftest import Connect, SteppingDenoiser, running_server
+from tests.integration.conftest import Connect, running_server
+from tests.support.engine_fakes import GatedDenoiser
 
 PROMPT = "a fox under a donut"
 GUIDANCE = 3.0
@@ -96,7 +97,7 @@ def test_hybrid_equals_one_process_at_every_split(
 def test_without_guidance(
     scheduler: str, server: CloudServer, connect: Connect, model: Model, bundle: Bundle, models: Models
 ) -> None:
-    """guidance_scale 1 runs one row on both sides, and is the same picture as in one process."""
+    """guidance_scale 1 runs one row on both sides, and is the same image as in one process."""
     asked = request(scheduler, 3, guidance_scale=1.0)
     result, _ = run(asked, bundle, models, connect(server))
     expected = one_process(model, models, scheduler, 3, asked)
@@ -125,10 +126,10 @@ def test_codec_error_is_small_and_ordered(
 def test_takeover_after_any_step_is_the_deliberate_split(
     scheduler: str, j: int, connect: Connect, model: Model, bundle: Bundle, models: Models
 ) -> None:
-    """A cloud that stops after step j leaves the picture that was split at j on purpose."""
+    """A cloud that stops after step j leaves the image that was split at j on purpose."""
     asked = request(scheduler, STEPS, fallback=True)
     events: list[Any] = []
-    with running_server(model, SteppingDenoiser(model.denoiser, j)) as dying:
+    with running_server(model, GatedDenoiser(model.denoiser, calls=j)) as dying:
         for event in generate(resolve(asked, bundle.manifest), bundle, models, connect(dying)):
             events.append(event)
             if isinstance(event, StepDone) and event.place == "cloud" and event.call == j:
@@ -153,7 +154,7 @@ def stop_hard(server: CloudServer) -> None:
 def test_eight_different_pictures_at_once_equal_themselves_alone(
     server: CloudServer, connect: Connect, bundle: Bundle, models: Models
 ) -> None:
-    """Mixed schedulers, splits, seeds and guidance share U-Net calls, and no picture notices."""
+    """Mixed schedulers, splits, seeds and guidance share U-Net calls, and no image notices."""
     names = ["ddim", "dpmpp_2m", "pndm", "euler_ancestral", "heun", "unipc", "lms", "deis"]
     asked = [
         request(name, 1 + index % STEPS, seed=index, guidance_scale=1.0 if index % 3 == 0 else 2.0 + index)
@@ -228,7 +229,7 @@ def test_private_sends_no_prompt(
 ) -> None:
     """With `private` the cloud never encodes, because it never gets, the text."""
     seen: list[str] = []
-    inner = server.engine._denoisers["tiny"]
+    inner = server.engine._executor._denoisers["tiny"]
     monkeypatch.setattr(inner, "encode", lambda text, *_: seen.append(text))
     result, _ = run(request("ddim", 3, private=True), bundle, models, connect(server))
 

@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from cloud_server.engine.request import Encoded
+from cloud_server.models.denoiser import Encoded
 from cloud_server.models.devices import place
 from cloud_server.models.load import Model, load_model
 from cloud_server.rpc.server import CloudServer
@@ -312,7 +312,7 @@ def test_an_image_to_begin_with(
 
 @pytest.mark.parametrize("mode", ["edge", "hybrid", "cloud"])
 def test_a_mask_keeps_the_rest(mode: Any, bundle: Bundle, models: Models, cloud: Cloud) -> None:
-    """What the mask does not cover is the given picture, in latents and to the pixel; the rest is drawn."""
+    """What the mask does not cover is the given image, in latents and to the pixel; the rest is drawn."""
     image = np.tanh(RNG.normal(size=(3, 64, 64))).astype(np.float32)
     mask = np.zeros((1, 64, 64), dtype=np.float32)
     mask[:, :, 32:] = 1.0
@@ -363,14 +363,14 @@ def test_skipped_calls_are_counted(bundle: Bundle, models: Models, cloud: Cloud)
 
 
 def test_an_unknown_adapter_is_refused(bundle: Bundle, models: Models, cloud: Cloud) -> None:
-    """A name that the model does not offer is an error, and not a picture without it."""
+    """A name that the model does not offer is an error, and not an image without it."""
     with pytest.raises(HybridSDError, match="has no lora") as caught:
         run(ask(cloud_steps=3, loras=(("style", 1.0),)), bundle, models, cloud)
     assert caught.value.reason is Reason.LORA_UNKNOWN
 
 
 def test_fewer_states_are_sent_on_request(bundle: Bundle, models: Models, cloud: Cloud) -> None:
-    """With state_every 0 only the hand-off travels, and the picture is the same."""
+    """With state_every 0 only the hand-off travels, and the image is the same."""
     every, last = (run(ask(cloud_steps=4, state_every=n), bundle, models, cloud) for n in (1, 0))
 
     assert np.array_equal(every.latents, last.latents)
@@ -391,7 +391,7 @@ def test_fewer_states_are_sent_on_request(bundle: Bundle, models: Models, cloud:
     ],
 )
 def test_segments_that_do_not_end_are_refused(text: str, says: str, bundle: Bundle, models: Models) -> None:
-    """A picture is never decoded half-way."""
+    """An image is never decoded half-way."""
     with pytest.raises(InvalidRequest, match=says):
         run(ask(segments=parse_segments(text)), bundle, models, None)
 
@@ -424,7 +424,7 @@ def test_strength_counts_the_steps_of_the_first_grid(
 
 
 def test_an_sdxl_state_is_saved_whole(tmp_path: Path, cloud: Cloud) -> None:
-    """A state that was saved half-way goes on, from its file, to the same picture."""
+    """A state that was saved half-way goes on, from its file, to the same image."""
     with edge(tmp_path / "xl", kind="sdxl") as (bundle, models):
         events = list(generate(resolve(ask(model="xl", cloud_steps=3), bundle.manifest), bundle, models, cloud))
         result = events[-1].result

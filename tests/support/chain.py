@@ -50,7 +50,7 @@ SHARED = [
 
 def scenes_order() -> list[str]:
     """The recipes of the demo family."""
-    return list(recipes.scenes_recipes())
+    return list(recipes.SCENES)
 
 
 def sd_order() -> list[str]:
@@ -62,9 +62,9 @@ def make(name: str, out: Path) -> Any:
     """Gives a recipe, made small."""
     general = [f"schedule.steps={STEPS}", "schedule.precision=no", "schedule.preview_every=0"]
     if name not in SD_SETTINGS:
-        return override(recipes.scenes_recipes()[name]("toy"), general)
+        return override(recipes.find(name)("toy"), general)
     data = ["data.spec=csv:" + str(out / "pictures" / "metadata.csv"), "teacher=" + str(out / "pipeline")]
-    recipe = override(recipes.sd_recipes()[name](), [*general, *SHARED, *data, *SD_SETTINGS[name]])
+    recipe = override(recipes.find(name)(), [*general, *SHARED, *data, *SD_SETTINGS[name]])
     return replace(recipe, folder=f"{name}-{recipe.folder}")  # the demo's recipes write here, too
 
 

@@ -12,9 +12,10 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from cloud_server.engine.engine import Engine
-from cloud_server.engine.event_buffer import Mailbox
-from cloud_server.engine.request import Encoded, Event, Failed, Finished, JobRequest, Snapshot, new_request_id
-from cloud_server.models.denoiser import Conditions, Denoiser, Loras
+from cloud_server.engine.event_buffer import EventBuffer
+from cloud_server.engine.events import Event, Failed, Finished, Snapshot
+from cloud_server.engine.request import JobRequest, new_request_id
+from cloud_server.models.denoiser import Conditions, Denoiser, Encoded, Loras
 from cloud_server.models.load import Model
 from cloud_server.rpc.server import CloudServer
 from hybridsd import noise
@@ -30,10 +31,11 @@ PROMPT = "a fox on a blue hill"
 class GatedDenoiser:
     """A denoiser whose `predict` takes a permit for each call, and remembers how many rows each had."""
 
-    def __init__(self, inner: Denoiser) -> None:
+    def __init__(self, inner: Denoiser, calls: int = 0) -> None:
+        """Takes the denoiser behind the gate, and how many calls may pass at first."""
         self.inner, self.device, self.dtype, self.guidance = inner, inner.device, inner.dtype, inner.guidance
         self.rows: list[int] = []
-        self._permits = threading.Semaphore(0)
+        self._permits = threading.Semaphore(calls)
         self._is_open = False
         self.entered = threading.Semaphore(0)
         """One permit for each call that has begun."""
@@ -112,10 +114,10 @@ def job_request(model: Model, /, **changes: Any) -> JobRequest:
 
 async def events_of(engine: Engine, request: JobRequest) -> list[Event]:
     """Runs a job to its end and returns all that happened."""
-    mailbox = Mailbox()
-    job = engine.submit(request, mailbox)
-    events = await read_to_end(mailbox)
-    engine.detach(job, mailbox)
+    buffer = EventBuffer()
+    job = engine.submit(request, buffer)
+    events = await read_to_end(buffer)
+    engine.detach(job, buffer)
     return events
 
 
@@ -128,11 +130,11 @@ async def until(is_true: Callable[[], bool] | Callable[[], Awaitable[bool]]) -> 
         await asyncio.sleep(0.01)
 
 
-async def read_to_end(mailbox: Mailbox) -> list[Event]:
-    """Returns the events of a mailbox up to the last."""
+async def read_to_end(buffer: EventBuffer) -> list[Event]:
+    """Returns the events of a buffer up to the last."""
     events: list[Event] = []
     while not events or not isinstance(events[-1], Finished | Failed):
-        event = await mailbox.next(30.0)
+        event = await buffer.next(30.0)
         assert event is not None, f"nothing came for 30 s after {events}"
         events.append(event)
     return events

@@ -1,6 +1,6 @@
 """Full-size models with random weights, for `make bench BENCH=--full` and `make bench-full`.
 
-They are right for speed, memory and bytes, not for pictures. The cloud's U-Net is SD 1.4's (859,520,964 parameters),
+They are right for speed, memory and bytes, not for images. The cloud's U-Net is SD 1.4's (859,520,964 parameters),
 the edge's the synthetic 224M one (224,490,116) of `training.models.shapes`, the text encoder is CLIP ViT-L/14's but for
 its vocabulary, and the edge's decoder the tiny VAE's (1,222,531).
 """

@@ -3,7 +3,7 @@
     python tests/support/tiny_bundle.py DIR [--latent-space NAME]
 
 The U-Net is one 3x3 convolution plus what the text and the time add to each channel; `TinyUNet` is the same in numpy,
-so that a test can say what a picture must be. Plans are made by hand: one state, two states, noise, two calls a step.
+so that a test can say what an image must be. Plans are made by hand: one state, two states, noise, two calls a step.
 """
 
 import argparse
@@ -339,7 +339,7 @@ def write_bundle(
     prediction_type: str = "epsilon",
     safety_score: float | None = None,
 ) -> manifests.Manifest:
-    """Writes a bundle; returns its manifest. The default picture is 32x32, 6 steps of ddim, 3 of them the cloud's.
+    """Writes a bundle; returns its manifest. The default image is 32x32, 6 steps of ddim, 3 of them the cloud's.
 
     Args:
         folder: Where to; made if missing.
@@ -350,7 +350,7 @@ def write_bundle(
         more_plans: Beside `default_plans`, by "scheduler/steps".
         kind: What the U-Net takes: text, both texts and the guidance too, or the pooled text and sizes of SDXL.
         prediction_type: What the manifest says.
-        safety_score: What a safety checker says of every picture; None leaves it out.
+        safety_score: What a safety checker says of every image; None leaves it out.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _save_models(folder, seed, cell, kind)

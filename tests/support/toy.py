@@ -21,7 +21,7 @@ class ToyFamily:
 
     def curve(self, recipe: str) -> list[dict[str, float]]:
         """Gives the rows of a recipe's loss.csv."""
-        folder = recipes.scenes_recipes()[recipe]("toy").folder
+        folder = recipes.find(recipe)("toy").folder
         with (self.folder / folder / "loss.csv").open() as file:
             return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
 

@@ -10,8 +10,7 @@ from typing import Any, cast
 
 import click
 
-from training.cli.stages import FILE, FOLDER, say
-from training.core.loop import make_accelerator
+from training.cli.shared_options import FILE, FOLDER, say
 
 _SPACES = {0.18215: "sd1", 0.13025: "sdxl"}
 
@@ -22,7 +21,7 @@ class LoraType(click.ParamType["tuple[str, float]"]):
     name = "path[:weight]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
-        """Gives path and weight; 1 unless told."""
+        """Gives path and weight; 1 by default."""
         if isinstance(value, tuple):
             return value
         head, _, tail = str(value).rpartition(":")
@@ -39,22 +38,22 @@ class LoraType(click.ParamType["tuple[str, float]"]):
 @click.option("--to", "target", type=FOLDER, required=True, help="The bundle; an older one is replaced.")
 @click.option("--config", help="Folder or hub id with configurations and tokenizers, for a .safetensors file.")
 @click.option("--variant", help="Which weights of --model and --unet, such as fp16.")
-@click.option("--name", help="Of the bundle; the folder's name unless told.")
-@click.option("--latent-space", help="Must equal that of the cloud's model; sd1 or sdxl, by the scaling, unless told.")
+@click.option("--name", help="Of the bundle; the folder's name by default.")
+@click.option("--latent-space", help="Must equal that of the cloud's model; sd1 or sdxl, by the scaling, by default.")
 @click.option(
     "--precision", type=click.Choice(["fp32", "half-storage", "fp16", "int8"]), default="half-storage",
     show_default=True, help="Of the U-Net.",
 )  # fmt: skip
 @click.option("--lora", "loras", type=LoraType(), multiple=True, help="Adapter to fuse, and its weight; repeatable.")
-@click.option("--safety-checker", help="Folder or hub id of a safety checker, to flag pictures at the edge.")
+@click.option("--safety-checker", help="Folder or hub id of a safety checker, to flag images at the edge.")
 @click.option("--captions", "metadata", type=FILE, help="metadata.csv: name, caption; for int8, to calibrate with.")
 @click.option("--num-captions", type=click.IntRange(min=2), default=16, show_default=True)
 @click.option("--fused-guidance", is_flag=True, help="Guidance in the graph; for run times of your own.")
-@click.option("--scheduler", help="The edge's default; dpmpp_2m, of an LCM lcm, unless told.")
-@click.option("--steps", type=click.IntRange(1, 1000), help="25, of an LCM 8, unless told.")
+@click.option("--scheduler", help="The edge's default; dpmpp_2m, of an LCM lcm, by default.")
+@click.option("--steps", type=click.IntRange(1, 1000), help="25, of an LCM 8, by default.")
 @click.option("--guidance", type=click.FloatRange(1, 30), default=7.0, show_default=True)
-@click.option("--size", type=click.IntRange(min=8), help="Pixels of a side; what the U-Net was made for unless told.")
-@click.option("--cloud-steps", type=click.IntRange(min=0), help="10, of an LCM 4, unless told.")
+@click.option("--size", type=click.IntRange(min=8), help="Pixels of a side; what the U-Net was made for by default.")
+@click.option("--cloud-steps", type=click.IntRange(min=0), help="10, of an LCM 4, by default.")
 @click.option("--quality", "curve", type=FILE, help="quality.csv of evaluate-coco, to put into the manifest.")
 @click.option("--licence", default="", help="A word on the weights' licence.")
 def export_bundle_command(
@@ -70,6 +69,7 @@ def export_bundle_command(
     """
     from hybridsd.manifest import Defaults
     from training.core.conditioning import ClipText, ClipTextXL
+    from training.core.loop import make_accelerator
     from training.core.task import freeze
     from training.data.sources import Source, in_diffusers_layout, load_edge_unet
     from training.evaluation import coco, quality

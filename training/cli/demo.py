@@ -11,9 +11,7 @@ from typing import Any
 import click
 
 from training import recipes
-from training.cli.stages import FOLDER, OUT, say
-from training.core.checkpoints import write_text
-from training.core.loop import make_accelerator
+from training.cli.shared_options import FOLDER, OUT, SCALE, say
 
 STAGES = (
     "vae", "text", "latents", "classifier", "unet", "score", "prune", "small-unet", "tiny-vae", "lcm", "lcm-small",
@@ -45,9 +43,8 @@ def _marker(out: Path, stage: str) -> Path:
 
 def _settings(stage: str, scale: recipes.Scale, target: Path) -> dict[str, Any]:
     """Gives what a stage is made with, to compare it with what it was made with."""
-    made = recipes.scenes_recipes().get(stage)
-    if made is not None:
-        return {"recipe": repr(made(scale))}
+    if stage in recipes.SCENES:
+        return {"recipe": repr(recipes.find(stage)(scale))}
     return {**SETTINGS[scale].get(stage, {}), **({"target": str(target)} if stage == "export" else {})}
 
 
@@ -60,25 +57,25 @@ def _is_done(out: Path, stage: str, scale: recipes.Scale, target: Path) -> bool:
             return False
         raise click.ClickException(
             f"stage {stage} of {out} was made with other settings than scale {scale}'s; choose another --out, or"
-            f" remove {path} to go on with what there is, and the stage's folder too to make it again"
+            f" remove {path} to continue with what there is, and the stage's folder too to make it again"
         )
     return True
 
 
 @click.command("demo")
 @OUT
-@click.option(
-    "--scale", type=click.Choice(recipes.SCALES), default="demo", show_default=True,
-    help="demo: the published family, hours on two cores, minutes on an accelerator. quick: a fifth. toy: seconds.",
-)  # fmt: skip
-@click.option("--to", "target", type=FOLDER, help="Where the models go; OUT/models unless told.")
+@SCALE
+@click.option("--to", "target", type=FOLDER, help="Where the models go; OUT/models by default.")
 @click.option("--dry-run", is_flag=True, help="Show the stages, which are done, and their settings.")
 @click.pass_context
 def demo_command(ctx: click.Context, out: Path, scale: recipes.Scale, target: Path | None, dry_run: bool) -> None:
     """Make the whole demo family: train, score, prune, distil, judge and export it.
 
-    Stop it whenever you like; the same command goes on from there.
+    Stop it whenever you like; the same command continues from there.
     """
+    from training.core.checkpoints import write_text
+    from training.core.loop import make_accelerator
+
     group = ctx.parent.command if ctx.parent is not None else None
     if not isinstance(group, click.Group):
         raise RuntimeError("demo is a command of the group")
@@ -94,7 +91,7 @@ def demo_command(ctx: click.Context, out: Path, scale: recipes.Scale, target: Pa
             continue
         command = group.commands[stage]
         given: dict[str, Any] = {"out": out, **SETTINGS[scale].get(stage, {})}
-        if stage in recipes.scenes_recipes():
+        if stage in recipes.SCENES:
             given["scale"] = scale
         if stage == "export":
             given["target"] = models

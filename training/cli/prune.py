@@ -6,14 +6,14 @@ import json
 import time
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import numpy as np
 
-from training.cli.stages import FILE, FOLDER, OUT, numbers, say
-from training.core.checkpoints import write_text
-from training.core.conditioning import Text
-from training.core.loop import make_accelerator
+from training.cli.shared_options import FILE, FOLDER, OUT, numbers, say
+
+if TYPE_CHECKING:
+    from training.core.conditioning import Text
 
 SCORES_FOLDER = "scores"
 
@@ -29,7 +29,7 @@ def _scores(out: Path) -> dict[tuple[str, float], float]:
 
 @click.command("score")
 @OUT
-@click.option("--model", help="Folder or hub id of a pipeline; the demo's large model in OUT unless told.")
+@click.option("--model", help="Folder or hub id of a pipeline; the demo's large model in OUT by default.")
 @click.option("--unet", "unet_source", help="Another U-Net than the model's.")
 @click.option("--captions", "metadata", type=FILE, help="metadata.csv, with --model: name, caption.")
 @click.option("--num-captions", type=click.IntRange(min=2), default=16, show_default=True, help="The reference has 50.")
@@ -42,13 +42,16 @@ def score_command(
     out: Path, model: str | None, unet_source: str | None, metadata: Path | None, num_captions: int, steps: int,
     scheduler: str, guidance: float, size: int, compat: bool,
 ) -> None:  # fmt: skip
-    """Score how much the final latents change when each layer is cut; OUT/scores. The same command goes on.
+    """Score how much the final latents change when each layer is cut; OUT/scores. The same command continues.
 
     Every resnet, self- and cross-attention is cut to 25, 50 and 75 percent, one at a time.
     """
+    import numpy as np
     import torch
 
+    from training.core.checkpoints import write_text
     from training.core.diffusion import SCHEDULER_CONFIG
+    from training.core.loop import make_accelerator
     from training.core.task import freeze
     from training.data.scenes import caption, sample_scene
     from training.evaluation import coco
@@ -95,7 +98,7 @@ def score_command(
     mine = dict(done) if rank == 0 else {}
     accelerator.wait_for_everyone()  # nobody writes before all have read
     if rank == 0:
-        save_scores(path, mine)  # first, so that none is lost when others begin their files anew
+        save_scores(path, mine)  # first, so that none is lost when others start their files
         write_text(known, json.dumps(settings) + "\n")
     accelerator.wait_for_everyone()
     total = sum(len(variant.keys) for variant in variants(unet, compat=compat))
@@ -109,11 +112,11 @@ def score_command(
 
 @click.command("prune")
 @OUT
-@click.option("--unet", "unet_source", help="Folder or hub id of the scored U-Net; OUT/unet unless told.")
-@click.option("--to", "target", type=FOLDER, help="Where to write; OUT/pruned_unet unless told.")
+@click.option("--unet", "unet_source", help="Folder or hub id of the scored U-Net; OUT/unet by default.")
+@click.option("--to", "target", type=FOLDER, help="Where to write; OUT/pruned_unet by default.")
 @click.option("--keep-mid", is_flag=True, help="Keep the middle block, which goes otherwise if there is one.")
 @click.option("--layers-per-block", type=click.IntRange(min=1), default=1, show_default=True, help="Layers that stay.")
-@click.option("--levels", type=click.IntRange(min=1), help="Levels that stay, from the outermost; all unless told.")
+@click.option("--levels", type=click.IntRange(min=1), help="Levels that stay, from the outermost; all by default.")
 @click.option("--transformer-layers", help="Transformer blocks that stay, by level, such as 1,2,5 (SDXL).")
 @click.option("--thresholds", help="a,b: 25% of the a least significant layers, 50% of those up to b, 75% of the rest.")
 @click.option("--parameters", type=click.FloatRange(min=0, min_open=True), help="Budget: so many million parameters.")
@@ -129,9 +132,9 @@ def prune_command(
 ) -> None:  # fmt: skip
     """Drop layers, then cut inner channels and heads, by thresholds or to a budget; says what became of every layer.
 
-    The middle block goes and one layer a block stays unless told otherwise. By default the budget is 35% of the
-    parameters.
+    By default the middle block is dropped, one layer a block stays, and the budget is 35% of the parameters.
     """
+    from training.core.loop import make_accelerator
     from training.cost.cost import compare, costs, unet_inputs
     from training.cost.cost_report import as_csv, comparison_markdown
     from training.models.pruned_unet import layers, load_unet, save_unet

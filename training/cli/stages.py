@@ -1,40 +1,15 @@
-"""The commands that learn nothing: latents, score, prune, evaluate, export, cost. Each wires options to its module."""
+"""The commands latents, export and cost."""
 
 from __future__ import annotations
 
-import os
+import json
 import time
-from collections.abc import Iterator, Sized
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import click
-import numpy as np
-from torch import Tensor
 
-from training.core.loop import make_accelerator
-
-FOLDER = click.Path(file_okay=False, path_type=Path)
-FILE = click.Path(dir_okay=False, path_type=Path)
-OUT = click.option("--out", type=FOLDER, required=True, help="The folder of all stages.")
-
-
-def say(text: str) -> None:
-    """Says something to people: on standard error, once for all processes."""
-    if os.environ.get("RANK", "0") == "0":  # asking accelerate would reset a run's precision
-        click.echo(text, err=True)
-
-
-def numbers(text: str, name: str, least: int, most: int) -> tuple[int, ...]:
-    """Reads the list of an option, such as 25,10,0."""
-    try:
-        found = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is not a list such as 25,10,0", param_hint=name) from None
-    if not all(least <= number <= most for number in found):
-        raise click.BadParameter(f"{text} is not within {least} to {most}", param_hint=name)
-    return found
+from training.cli.shared_options import FOLDER, OUT, numbers, say
 
 
 @click.command("latents")
@@ -42,6 +17,7 @@ def numbers(text: str, name: str, least: int, most: int) -> tuple[int, ...]:
 @click.option("--scenes", type=click.IntRange(min=1), default=50_000, show_default=True)
 def latents_command(out: Path, scenes: int) -> None:
     """Encode the scenes that the demo's U-Nets learn from, once."""
+    from training.core.loop import make_accelerator
     from training.data.latents import encode_part, save_part
     from training.recipes.unet import SCENES_SEED
     from training.vae.kl_vae import load_vae
@@ -59,171 +35,6 @@ def latents_command(out: Path, scenes: int) -> None:
     say(f"latents: {scenes} scenes after {time.monotonic() - started:.0f} s")
 
 
-@click.command("evaluate")
-@OUT
-@click.option("--captions", type=click.IntRange(min=1), default=200, show_default=True, help="Held-out captions.")
-@click.option("--seed", type=click.IntRange(min=0), default=1000, show_default=True)
-@click.option("--steps", type=click.IntRange(min=1), default=25, show_default=True)
-@click.option("--splits", default="25,18,12,8,5,3,0", show_default=True, help="Steps of the large model.")
-@click.option("--lcm-steps", type=click.IntRange(min=1), default=8, show_default=True)
-@click.option("--lcm-splits", default="8,4,0", show_default=True, help="Steps of the large LCM, if there is one.")
-@click.option("--guidance", type=click.FloatRange(min=1), default=4.0, show_default=True)
-@click.option("--decoder", type=click.Choice(["tiny", "kl"]), default="tiny", show_default=True)
-@click.option("--renders", type=click.IntRange(min=1), default=4, show_default=True, help="Of each caption's scene.")
-@click.option("--grid", "picture", type=FILE, help="Also draw a grid of pictures.")
-@click.option("--bundle", type=FOLDER, help="Also put the curve into this bundle.")
-def evaluate_command(
-    out: Path, captions: int, seed: int, steps: int, splits: str, lcm_steps: int, lcm_splits: str, guidance: float,
-    decoder: str, renders: int, picture: Path | None, bundle: Path | None,
-) -> None:  # fmt: skip
-    """Measure the demo family by split: what pictures show, how close they are to renders and to the large model's."""
-    from training.evaluation import evaluate, judging, quality
-
-    dpm = replace(judging.DPM, steps=steps, splits=numbers(splits, "--splits", 0, steps), guidance=guidance)
-    few_splits = numbers(lcm_splits, "--lcm-splits", 0, lcm_steps)
-    few = replace(judging.LCM, steps=lcm_steps, splits=few_splits, guidance=guidance)
-    accelerator, started = make_accelerator(), time.monotonic()
-    for setting in (dpm, few):
-        if judging.absent(out, setting) and setting is few:
-            continue
-        evaluate.judge_part(
-            out,
-            setting=setting,
-            captions=captions,
-            seed=seed,
-            decoder=cast(judging.Decoder, decoder),
-            keep=10,
-            renders=renders,
-            rank=accelerator.process_index,
-            workers=accelerator.num_processes,
-            device=accelerator.device,
-        )
-    accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        return
-    results, judged = evaluate.collect(out, settings=(dpm, few), seed=seed, workers=accelerator.num_processes)
-    if picture is not None:
-        evaluate.grid(judged, picture, columns=10)
-        click.echo("\n".join(judged.captions[:10]))
-    click.echo(f"{captions} captions, seed {seed}, guidance {guidance}, decoder {decoder}; dpmpp_2m, {steps} steps:\n")
-    click.echo(evaluate.markdown(results))
-    for other in results["others"]:
-        click.echo(f"{other['scheduler']}, {other['steps']} steps:\n\n{evaluate.markdown(other)}")
-    for scheduler, reason in results["absent"].items():
-        click.echo(f"{scheduler}: not measured: {reason}")
-    if bundle is not None:
-        quality.write_into_bundle(bundle, quality.points(quality.measured_of(results), scheduler=dpm.scheduler))
-    say(f"evaluate: {out / evaluate.FOLDER} after {time.monotonic() - started:.0f} s")
-
-
-@click.command("evaluate-coco")
-@OUT
-@click.option("--model", required=True, help="Folder or hub id of the large pipeline: text, VAE and scheduler.")
-@click.option("--unets", required=True, help="Folders of the large and the small U-Net, with a comma between.")
-@click.option("--captions", "metadata", type=FILE, required=True, help="metadata.csv: name, caption[, negative].")
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many captions.")
-@click.option("--vae", help="Folder of another VAE, full or tiny.")
-@click.option("--scheduler", type=click.Choice(["dpmpp_2m", "lcm"]), default="dpmpp_2m", show_default=True)
-@click.option("--splits", help="Steps of the large model, such as 25,20,10,5,0; the protocol's unless told.")
-@click.option("--steps", type=click.IntRange(min=1), help="25, or 8 with lcm, unless told.")
-@click.option("--guidance", type=click.FloatRange(min=1), default=7.0, show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), help="The protocol's unless told.")
-@click.option("--size", type=click.IntRange(min=8), default=512, show_default=True, help="Pixels as generated.")
-@click.option("--judged-size", type=click.IntRange(min=8), default=256, show_default=True, help="Pixels as judged.")
-@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True)
-@click.option("--reference", type=click.Path(exists=True, path_type=Path), help="Statistics (.npz) or real pictures.")
-@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp32", show_default=True)
-@click.option("--bundle", type=FOLDER, help="Also put the curve into this bundle.")
-def evaluate_coco_command(
-    out: Path, model: str, unets: str, metadata: Path, limit: int | None, vae: str | None, scheduler: str,
-    splits: str | None, steps: int | None, guidance: float, seed: int | None, size: int, judged_size: int, batch: int,
-    reference: Path | None, precision: str, bundle: Path | None,
-) -> None:  # fmt: skip
-    """Make and judge pictures by the COCO-30K protocol: FID, IS and CLIP score by split, and likeness to the large.
-
-    Give the same command again to go on with pictures that are missing. Metrics whose networks are not on this machine
-    are left out, saying which file to fetch.
-    """
-    import torch
-
-    from training.evaluation import backbones, coco, coco_scores, quality
-
-    accelerator, started = make_accelerator(), time.monotonic()
-    count = steps or (8 if scheduler == "lcm" else 25)
-    chosen = coco.LCM_SPLITS if scheduler == "lcm" else coco.DPM_SPLITS
-    if splits is not None:
-        chosen = tuple((number, count - number) for number in numbers(splits, "--splits", 0, count))
-    listed = coco.read_captions(metadata, limit)
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    models = coco.load_models(model, unets.split(","), vae=vae, device=accelerator.device, dtype=dtype)
-    for done in coco.generate(
-        models, listed, out, splits=chosen, scheduler=scheduler, guidance=guidance,
-        seed=coco.SEED if seed is None else seed, sizes=(size, judged_size), batch=batch,
-        rank=accelerator.process_index, workers=accelerator.num_processes,
-    ):  # fmt: skip
-        say(f"{done} captions of this process's are done, {time.monotonic() - started:.0f} s")
-    accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        return
-    inception = backbones.find_inception(device=accelerator.device)
-    found = []
-    for one in coco_scores.measure(
-        out, listed, splits=chosen, scheduler=scheduler, inception=inception,
-        clip=backbones.find_clip(device=accelerator.device), perceptual=backbones.find_lpips(device=accelerator.device),
-        reference=coco_scores.find_reference(reference, inception), sizes=(size, judged_size),
-    ):  # fmt: skip
-        found.append(one)
-        value = f"not measured: {one.score.note}" if one.score.value is None else f"{one.score.value:.4f}"
-        click.echo(f"{one.cloud_steps},{one.num_inference_steps - one.cloud_steps} {one.score.metric} {value}")
-    for path in quality.publish(found, out):
-        say(str(path))
-    if bundle is not None:
-        quality.write_into_bundle(bundle, quality.points(found, scheduler=scheduler))
-
-
-@click.command("evaluate-vae")
-@click.option("--vae", required=True, help="Folder of the VAE: full, small or tiny.")
-@click.option("--data", "spec", required=True, help="Pictures: imagefolder:DIRECTORY, csv:FILE, webdataset:SHARDS ...")
-@click.option("--limit", type=click.IntRange(min=2), default=5000, show_default=True, help="At most so many pictures.")
-@click.option("--size", type=click.IntRange(min=8), default=512, show_default=True, help="Centre crops of this side.")
-@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True)
-def evaluate_vae_command(vae: str, spec: str, limit: int, size: int, batch: int) -> None:
-    """Measure what a VAE makes of pictures: PSNR, SSIM, LPIPS and FID; the reference takes 5K of COCO val2017."""
-    from training.data.batches import open_data
-    from training.evaluation import backbones
-    from training.evaluation.metrics import measure_reconstruction
-    from training.models.components import load_decoder
-
-    accelerator = make_accelerator()
-    if not accelerator.is_main_process:
-        return
-    network = load_decoder(vae).to(accelerator.device)
-
-    def reconstruct(images: Tensor) -> Tensor:
-        found = network.encode(images)
-        latents = found.latents if hasattr(found, "latents") else found.latent_dist.mean
-        return cast(Tensor, network.decode(latents).sample)
-
-    data = open_data(spec, resolution=size, flip=False, captions=False)
-    count = min(limit, len(data.source)) if isinstance(data.source, Sized) else limit
-
-    def pictures() -> Iterator[Tensor]:
-        batches = data.batches(batch_size=batch, start=0, rank=0, workers=1)
-        for start, one in zip(range(0, count, batch), batches, strict=False):
-            yield cast(Tensor, one.images)[: count - start].to(accelerator.device)
-
-    scores = measure_reconstruction(
-        reconstruct,
-        pictures(),
-        perceptual=backbones.find_lpips(device=accelerator.device),
-        inception=backbones.find_inception(device=accelerator.device),
-    )
-    for score in scores:
-        value = f"not measured: {score.note}" if score.value is None else f"{score.value:.4f}"
-        click.echo(f"{score.metric} {value}")
-    say(f"evaluate-vae: {count} pictures")
-
-
 @click.command("export")
 @OUT
 @click.option("--to", "target", type=FOLDER, required=True, help="Where to write.")
@@ -235,9 +46,10 @@ def evaluate_vae_command(vae: str, spec: str, limit: int, size: int, batch: int)
 @click.option("--lcm", is_flag=True, help="Also write the two LCMs, as large_lcm/ and edge_lcm/.")
 def export_command(out: Path, target: Path, precision: str, cloud_steps: int, lcm: bool) -> None:
     """Write the demo's cloud pipeline and edge bundle, with the curve that `evaluate` measured."""
-    import json
+    import numpy as np
 
     from training.core.diffusion import SCHEDULER_CONFIG
+    from training.core.loop import make_accelerator
     from training.data.scenes import caption, sample_scene
     from training.evaluation import evaluate, quality
     from training.export.family import export_family
@@ -285,7 +97,7 @@ def cost_command(
 ) -> None:
     """Count parameters and MACs, per model and per split, in two conventions: the reference's, and the real ones.
 
-    The reference counts two pictures and leaves the attention products out; the real ones count what one picture takes.
+    The reference counts two images and leaves the attention products out; the real ones count what one image takes.
     """
     from training.cost import cost_report
     from training.models import shapes

@@ -1,7 +1,4 @@
-"""Writes files and folders so that a reader finds the old one or the new one, never half of one.
-
-Knows files, folders and safetensors. Knows nothing about what is trained.
-"""
+"""Writes files and folders so that a reader finds the old one or the new one, never half of one."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -120,3 +118,10 @@ def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
     """Reads one group of tensors of a checkpoint, on the CPU; empty if it has none of that name."""
     path = checkpoint / _file(name)
     return load_file(path) if path.is_file() else {}
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Reads a state dict from .safetensors or from torch's format, without running what is in it."""
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return cast(dict[str, Tensor], torch.load(path, map_location="cpu", weights_only=True))

@@ -1,7 +1,4 @@
-"""The seam between data and U-Nets: makes latents and text conditions of a batch of pictures and captions.
-
-Knows VAEs, text encoders and what U-Nets are called with. Knows nothing of noise, losses or what is trained.
-"""
+"""The seam between data and U-Nets: makes latents and text conditions of a batch of images and captions."""
 
 from __future__ import annotations
 
@@ -53,7 +50,7 @@ class Text(Protocol):
         ...
 
     def unet_kwargs(self, embeds: Sequence[Tensor], size: tuple[int, int]) -> dict[str, Any]:
-        """Gives the keyword arguments for embeddings of B captions, and pictures of `size` (height, width) pixels."""
+        """Gives the keyword arguments for embeddings of B captions, and images of `size` (height, width) pixels."""
         ...
 
 
@@ -93,7 +90,7 @@ class ClipTextXL:
     """The text side of SDXL: the last but one hidden states of two encoders side by side, and the second's summary.
 
     An empty caption has embeddings of zeros, as in SDXL's own training (Podell et al., 2023) and its pipeline. The
-    pictures are said to be uncropped.
+    images are said to be uncropped.
     """
 
     def __init__(
@@ -131,7 +128,7 @@ class LatentsAndText:
         vae: Encodes `batch.images`; not needed where every batch has latents.
         empty: The probability, in [0, 1], that a caption is replaced by the empty one, so that the U-Net can be guided
             (Ho and Salimans, 2022).
-        chunk: How many pictures the VAE sees at once.
+        chunk: How many images the VAE sees at once.
     """
 
     def __init__(self, text: Text, vae: AutoencoderKL | None = None, *, empty: float = 0.0, chunk: int = 8) -> None:

@@ -1,7 +1,4 @@
-"""The U-Net and the solver of the demo family: SD 1.x's noise schedule, and a shape that trains fast on a CPU.
-
-Knows shapes. Knows nothing of weights, data or training.
-"""
+"""The U-Net and the solver of the demo family: SD 1.x's noise schedule, and a shape that trains fast on a CPU."""
 
 from __future__ import annotations
 

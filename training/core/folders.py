@@ -1,4 +1,4 @@
-"""Folders that are whole or not there. Knows files; nothing of what is in them."""
+"""Folders that are whole or not there."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The one training loop: step, average the weights, checkpoint, resume, and write the loss curve down.
 
-Knows optimization, processes (through accelerate) and files. Knows nothing about what is learnt: a task gives the
-networks and the losses of one step, its data give the batches. All randomness of a step comes from generators seeded
-with its number and the process's, so a run that was stopped and resumed by the same command reaches the same state as
-one that was not.
+A task gives the networks and the losses of one step; its data give the batches.
+
+All randomness of a step comes from generators seeded with its number and the process's, so a run that was stopped and
+resumed by the same command reaches the same state as one that was not.
 
 Several processes (`--processes`, `torchrun`, `accelerate launch`) split each batch and average their gradients once a
 step, in one message. That, and not DistributedDataParallel, because tasks call parts of their networks and take turns.
@@ -69,7 +69,7 @@ class Schedule:
     precision: Precision = "bf16"
     """Of forward and backward passes; weights, losses and the optimizer are float32."""
     preview_every: int = 0
-    """Steps between two validation pictures; 0 draws none."""
+    """Steps between two validation images; 0 draws none."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -249,29 +249,29 @@ class Run:
         self.accelerator.log(self.curve[-1], step=self.step)
 
     def use_average(self) -> None:
-        """Puts the averaged weights into the networks, if the schedule averages; the run cannot go on after that."""
+        """Puts the averaged weights into the networks, if the schedule averages; the run cannot continue after that."""
         if self._ema is not None:
             self._ema.copy_to(self.task.learnt.parameters())
 
     def preview(self, path: Path) -> None:
-        """Draws the task's validation picture with the averaged weights, and shows it in the trackers."""
+        """Draws the task's validation image with the averaged weights, and shows it in the trackers."""
         parameters = list(self.task.learnt.parameters())
         if self._ema is not None:
             self._ema.store(parameters)
             self._ema.copy_to(parameters)
         self.task.learnt.eval()
         with torch.inference_mode(), self.accelerator.autocast():
-            picture = self.task.preview()
+            image = self.task.preview()
         self.task.learnt.train()
         if self._ema is not None:
             self._ema.restore(parameters)
-        if picture is None:
+        if image is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(path)
+        Image.fromarray(image).save(path)
         for tracker in self.accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({"preview": picture[None]}, step=self.step, **layout)
+            tracker.log_images({"preview": image[None]}, step=self.step, **layout)
 
     def save(self, directory: Path) -> None:
         """Writes the checkpoint and the loss curve. Only the first process writes."""
@@ -319,7 +319,7 @@ class Run:
         changed = [f"{name} {before[name]} (now {now[name]})" for name in now if now[name] != before[name]]
         if changed:
             raise ValueError(
-                f"{path} was made with {', '.join(changed)}; give the same to go on, or choose another --out"
+                f"{path} was made with {', '.join(changed)}; give the same to continue, or choose another --out"
             )
         try:
             self.task.learnt.load_state_dict(checkpoints.read_tensors(path, "learnt"))

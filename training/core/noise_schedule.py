@@ -1,8 +1,7 @@
 """Mixes latents with noise, and reads clean latents and noise back out of what a U-Net says.
 
-Symbols: `x0` clean latents, `eps` noise of variance 1, `t` the timestep, `abar` the cumulated product of 1 - beta,
-`x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps` (Ho et al., 2020, eq. 4), `SNR = abar / (1 - abar)`. Knows numbers.
-Knows nothing of networks, captions or solvers.
+Symbols: `x0` clean latents, `eps` noise of variance 1, `t` the timestep, `abar` the cumulated product of 1 - beta, `x_t
+= sqrt(abar_t) x0 + sqrt(1 - abar_t) eps` (Ho et al., 2020, eq. 4), `SNR = abar / (1 - abar)`.
 """
 
 from __future__ import annotations
@@ -121,9 +120,9 @@ def stratified_timesteps(rng: np.random.Generator, batch_size: int, num_timestep
 
 
 def offset_noise(rng: np.random.Generator, shape: Sequence[int], offset: float, device: torch.device) -> Tensor:
-    """Draws noise float32 `shape` whose mean over each channel of each picture varies by `offset` more than chance.
+    """Draws noise float32 `shape` whose mean over each channel of each image varies by `offset` more than chance.
 
-    SD 1.x's schedule leaves a trace of the picture's mean colour at the last timestep. Without the offset a U-Net reads
+    SD 1.x's schedule leaves a trace of the image's mean colour at the last timestep. Without the offset a U-Net reads
     the background there and not in the text, and draws a random one from pure noise.
     """
     noise = normal(rng, shape, device)

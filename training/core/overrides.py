@@ -1,4 +1,4 @@
-"""Changes fields of a recipe from text such as "schedule.lr=1e-5". Knows frozen dataclasses only."""
+"""Changes fields of a recipe from text such as "schedule.lr=1e-5"."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What the loop trains: a task with its networks, the batches it learns from, and the losses of one step.
-
-Knows shapes and names. Knows nothing of optimizers, files, processes or what is learnt.
-"""
+"""What the loop trains: a task with its networks, the batches it learns from, and the losses of one step."""
 
 from __future__ import annotations
 
@@ -130,7 +127,7 @@ class Task(ABC):
         """Is called when the optimizer has stepped; `step` is the number of finished steps."""
 
     def preview(self) -> NDArray[np.uint8] | None:
-        """Draws a validation picture, a grid as uint8 [H, W, 3], with the networks as they are; None if there is none.
+        """Draws a validation image, a grid as uint8 [H, W, 3], with the networks as they are; None if there is none.
 
         Must not draw from torch's global generator.
         """

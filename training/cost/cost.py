@@ -2,8 +2,7 @@
 
 MACs are those of convolutions and linear layers, and, kept apart from them, those of the two matrix products of
 attention (queries by keys, weights by values). Normalizations, activations and biases are left out: they are less than
-0.2% of a U-Net. Knows modules and shapes. Knows nothing of splits (see `training.cost.cost_report`), of files, or of
-how networks were made small.
+0.2% of a U-Net.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ class Cost:
 def costs(module: nn.Module, inputs: Inputs) -> dict[str, Cost]:
     """Counts the cost of a module, at path `WHOLE`, and of every module in it, by path.
 
-    Runs the module once on the meta device, so that size takes no memory and a module on any device will do.
+    Runs the module once on the meta device, so that size takes no memory and the module may be on any device.
     """
     tensors = {name: value.to("meta") for name, value in (*module.named_parameters(), *module.named_buffers())}
     args, kwargs = _arguments(tree_map_only(torch.Tensor, lambda value: value.to("meta"), inputs))
@@ -188,8 +187,8 @@ def unet_inputs(
 
     Args:
         config: The U-Net's.
-        batch: 2 for one guided picture.
-        height: Of the latents, which are 8 times smaller than pictures.
+        batch: 2 for one guided image.
+        height: Of the latents, which are 8 times smaller than images.
         width: Of the latents.
         tokens: How many embeddings of text there are.
         device: Where the U-Net is.

@@ -3,13 +3,10 @@
 Every row says which convention its MACs follow:
 
 * "reference": that of Hybrid SD's published figures. No attention products; always guidance (a U-Net call of batch 2),
-  a picture of 512x512 (64x64 latents), 77 tokens, two pictures to decode; the text encoder is free. The published
+  an image of 512x512 (64x64 latents), 77 tokens, two images to decode; the text encoder is free. The published
   FLOPs are 2 MACs and the operations of normalizations, activations and biases, which add less than 0.2%.
-* "real": what one picture takes. Attention included, the batch that is run, the size that is asked for, one picture to
+* "real": what one image takes. Attention included, the batch that is run, the size that is asked for, one image to
   decode, the text encoder once.
-
-Knows U-Nets, decoders and text encoders, and which place runs them. Knows nothing of how they are counted
-(`training.cost.cost`) or of files.
 """
 
 from __future__ import annotations
@@ -35,7 +32,7 @@ class Convention:
     attention: bool
     batch: int
     """Of a call of the U-Net."""
-    pictures: int
+    images: int
     """To decode."""
     height: int
     """Of the latents, like `width`."""
@@ -60,7 +57,7 @@ class Convention:
     def decoder_macs(self, decoder: nn.Module) -> int:
         """Counts one call of the `decoder` of an AutoencoderKL or AutoencoderTiny."""
         latent_channels = next(part for part in decoder.modules() if isinstance(part, nn.Conv2d)).in_channels
-        return self.macs(decoder, [torch.zeros(self.pictures, latent_channels, self.height, self.width, device="meta")])
+        return self.macs(decoder, [torch.zeros(self.images, latent_channels, self.height, self.width, device="meta")])
 
     def text_macs(self, text_encoders: Sequence[nn.Module]) -> int:
         """Counts one call of each CLIP text encoder, for the prompt and, where the U-Net is guided, the empty one."""
@@ -68,9 +65,7 @@ class Convention:
         return sum(self.macs(encoder, {"input_ids": ids}) for encoder in text_encoders) if self.text else 0
 
 
-REFERENCE = Convention(
-    name="reference", attention=False, batch=2, pictures=2, height=64, width=64, tokens=77, text=False
-)
+REFERENCE = Convention(name="reference", attention=False, batch=2, images=2, height=64, width=64, tokens=77, text=False)
 
 
 def conventions(*, guidance: bool, height: int = 64, width: int = 64, tokens: int = 77) -> list[Convention]:
@@ -78,7 +73,7 @@ def conventions(*, guidance: bool, height: int = 64, width: int = 64, tokens: in
 
     Args:
         guidance: Whether U-Nets are run with classifier-free guidance; latent consistency models are not.
-        height: Of the latents, which are 8 times smaller than the picture.
+        height: Of the latents, which are 8 times smaller than the image.
         width: Of the latents.
         tokens: How many embeddings of text a U-Net sees.
     """
@@ -86,7 +81,7 @@ def conventions(*, guidance: bool, height: int = 64, width: int = 64, tokens: in
         name="real",
         attention=True,
         batch=2 if guidance else 1,
-        pictures=1,
+        images=1,
         height=height,
         width=width,
         tokens=tokens,
@@ -119,7 +114,7 @@ def model_costs(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SplitCost:
-    """What one picture costs at either place when the cloud runs the first steps, in one convention."""
+    """What one image costs at either place when the cloud runs the first steps, in one convention."""
 
     convention: str
     cloud_steps: int
@@ -229,7 +224,7 @@ def models_markdown(rows: Sequence[ModelCost]) -> str:
 
 
 def splits_markdown(rows: Sequence[SplitCost]) -> str:
-    """Gives a table for people of what splits cost a picture; "relative" is to the cloud doing everything."""
+    """Gives a table for people of what splits cost an image; "relative" is to the cloud doing everything."""
     return _markdown(
         [
             "MACs are",

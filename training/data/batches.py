@@ -1,8 +1,7 @@
-"""Batches of real pictures with captions, for the loop: what is opened by a spec such as "imagefolder:/data/cats".
+"""Batches of real images with captions, for the loop: what is opened by a spec such as "imagefolder:/data/cats".
 
-Knows which kinds of data there are, how records become batches, and how those that cannot be used are counted. Knows
-nothing about training. Decoding runs in threads: Pillow and numpy release the interpreter's lock in it, and threads
-need no shared memory (a container often has 64 MB of it) and count in one place.
+Decoding runs in threads: Pillow and numpy release the interpreter's lock in it, and threads need no shared memory (a
+container often has 64 MB of it) and count in one place.
 
 The same arguments give the same batches, whatever the number of threads; batch `n` is the same when a run enters there.
 """
@@ -37,7 +36,7 @@ LOG_EVERY_S = 60.0
 
 Kind = Literal["imagefolder", "datasets", "webdataset", "csv"]
 FORMS = """\
-imagefolder:DIR          pictures with a metadata.csv or metadata.jsonl (file_name, text), or with .txt files beside
+imagefolder:DIR          images with a metadata.csv or metadata.jsonl (file_name, text), or with .txt files beside
 datasets:NAME_OR_DIR     a data set of the Hugging Face hub, one saved on disk, or a folder or file of parquet
 webdataset:SHARDS        a folder of .tar files, a pattern such as /data/{000..012}.tar, a URL, or pipe:COMMAND
 csv:FILE                 a list with a header, then rows of file name and caption, as the reference's metadata.csv"""
@@ -84,19 +83,19 @@ def open_data(
 
     Args:
         spec: See `FORMS`.
-        resolution: Side of the pictures, in pixels; see `training.data.transforms.Framing`, also for the next options.
+        resolution: Side of the images, in pixels; see `training.data.transforms.Framing`, also for the next options.
         seed: Of the order, crops and flips.
         loader_workers: Threads that decode ahead; 0 decodes when a batch is asked for.
         crop: "center" or "random" (the reference's LCM).
-        flip: Mirrors every other picture.
-        min_side: Skips pictures whose shorter side is less; half the resolution if None.
+        flip: Mirrors every other image.
+        min_side: Skips images whose shorter side is less; half the resolution if None.
         captions: Whether records need captions; without, batches have none.
         split: Of imagefolder and datasets.
         image_column: Of imagefolder and datasets, if it cannot be guessed.
         caption_column: Likewise.
-        images: The folder of csv's pictures, if it is not the list's own.
+        images: The folder of csv's images, if it is not the list's own.
         keep: Skips records of webdataset by their metadata.
-        cache_dir: Where imagefolder (paths and captions, not pictures) and datasets (everything that is not saved on
+        cache_dir: Where imagefolder (paths and captions, not images) and datasets (everything that is not saved on
             disk already) write their tables; ~/.cache/huggingface/datasets if None.
 
     Raises:
@@ -156,11 +155,11 @@ def _open_dataset(spec: DataSpec, split: str, cache_dir: Path | None) -> Any:
 
 
 _Begun = tuple[Draw, NDArray[np.float32], Iterator[str | Unusable]]
-"""Records, their pictures, and a result for each when it is decoded."""
+"""Records, their images, and a result for each when it is decoded."""
 
 
 class ImageCaptions:
-    """Batches of pictures and captions: a `training.core.task.Data`.
+    """Batches of images and captions: a `training.core.task.Data`.
 
     Attributes:
         source: The records in their order, undecoded.
@@ -168,7 +167,7 @@ class ImageCaptions:
 
     Args:
         source: Where the records come from.
-        framing: How they become pictures of one size.
+        framing: How they become images of one size.
         captions: Whether they need captions.
         loader_workers: Threads that decode ahead.
     """
@@ -190,11 +189,11 @@ class ImageCaptions:
         draws = self.source.draws(batch_size=batch_size, start=start, rank=rank, workers=workers, skip=self._skip)
         begun = self._decoded(draws) if self._loader_workers == 0 else self._decoded_ahead(draws, batch_size)
         try:
-            for draw, pictures, results in begun:
+            for draw, images, results in begun:
                 captions = tuple(
-                    self._settle(draw, *row) for row in zip(draw.records, pictures, results, strict=True)
+                    self._settle(draw, *row) for row in zip(draw.records, images, results, strict=True)
                 )  # fmt: skip
-                yield Batch(captions=captions if self._captions else (), images=torch.from_numpy(pictures))
+                yield Batch(captions=captions if self._captions else (), images=torch.from_numpy(images))
         except DataError as error:
             counts = ", ".join(f"{reason}: {number}" for reason, number in self.skipped.items())
             raise DataError(f"{error}; skipped so far: {counts or 'nothing'}") from error
@@ -222,20 +221,20 @@ class ImageCaptions:
 
     def _begin(self, draw: Draw, run: Callable[..., Iterator[str | Unusable]]) -> _Begun:
         side = self._framing.resolution
-        pictures = np.empty((len(draw.records), 3, side, side), dtype=np.float32)
-        return draw, pictures, run(self._fill, draw.records, pictures)
+        images = np.empty((len(draw.records), 3, side, side), dtype=np.float32)
+        return draw, images, run(self._fill, draw.records, images)
 
-    def _fill(self, record: Record, picture: NDArray[np.float32]) -> str | Unusable:
-        """Decodes a record into `picture`; gives its caption, or the reason why it cannot be used."""
+    def _fill(self, record: Record, image: NDArray[np.float32]) -> str | Unusable:
+        """Decodes a record into `image`; gives its caption, or the reason why it cannot be used."""
         rng = np.random.default_rng(record.seed)
         try:
             caption = _caption(record.caption, rng) if self._captions else ""
-            self._framing.read(_image(record.image), rng, picture)
+            self._framing.read(_image(record.image), rng, image)
         except Unusable as reason:
             return reason
         return caption
 
-    def _settle(self, draw: Draw, record: Record, picture: NDArray[np.float32], result: str | Unusable) -> str:
+    def _settle(self, draw: Draw, record: Record, image: NDArray[np.float32], result: str | Unusable) -> str:
         """Gives the caption; if the record cannot be used, that of the first spare that can."""
         spares = islice(draw.spares, draw.spare_count)
         while isinstance(result, Unusable):
@@ -243,7 +242,7 @@ class ImageCaptions:
             spare = next(spares, None)
             if spare is None:
                 raise DataError(f"{self.source.name}: none of the records can be used")
-            record, result = spare, self._fill(spare, picture)
+            record, result = spare, self._fill(spare, image)
         return result
 
     def _skip(self, reason: str, name: str) -> None:

@@ -1,10 +1,10 @@
-"""Spoils pictures as cameras and the web do, and shifts their colours: blur, noise, JPEG; a colour matrix.
+"""Spoils images as cameras and the web do, and shifts their colours: blur, noise, JPEG; a colour matrix.
 
 The ranges are those of the reference's tiny VAE; the order (blur, noise, JPEG) is the first-order model of Real-ESRGAN
-(Wang et al., 2021). Knows pictures and a random generator. Knows nothing of networks or of what the results are for;
-gradients do not pass.
+(Wang et al., 2021).
 
-Every function takes float32 [B, 3, H, W] in [-1, 1] on any device, gives the same, and draws anew for each picture.
+Every function takes float32 [B, 3, H, W] in [-1, 1] on any device, gives the same, and draws again for each image.
+Gradients do not pass.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def gaussian_kernel(sigma_x: float, sigma_y: float, angle: float) -> NDArray[np.
 
 
 def blur(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Blurs by a 7x7 Gaussian of sigma 0.1 to 1 pixels: round for half of the pictures, of two widths for the others.
+    """Blurs by a 7x7 Gaussian of sigma 0.1 to 1 pixels: round for half of the images, of two widths for the others.
 
     Raises:
         ValueError: If a side is shorter than 4 pixels, which the kernel's mirrored border needs.
     """
     batch, channels, height, width = images.shape
     if min(height, width) <= KERNEL // 2:
-        raise ValueError(f"pictures are {height}x{width}; blurring needs at least {KERNEL // 2 + 1} pixels a side")
+        raise ValueError(f"images are {height}x{width}; blurring needs at least {KERNEL // 2 + 1} pixels a side")
     kernels = []
     for _ in range(batch):
         sigma_x, sigma_y = rng.uniform(*BLUR_SIGMA, size=2)
@@ -61,21 +61,21 @@ def noise(images: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def jpeg(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Writes and reads each picture as a JPEG of quality 60 to 100."""
+    """Writes and reads each image as a JPEG of quality 60 to 100."""
     pixels = ((images.detach().float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
     read = np.empty_like(pixels)
-    for index, picture in enumerate(pixels):
+    for index, image in enumerate(pixels):
         buffer = io.BytesIO()
         quality = int(rng.integers(JPEG_QUALITY[0], JPEG_QUALITY[1] + 1))
-        Image.fromarray(picture).save(buffer, format="JPEG", quality=quality)
+        Image.fromarray(image).save(buffer, format="JPEG", quality=quality)
         read[index] = np.asarray(Image.open(buffer))
     return (torch.from_numpy(read).permute(0, 3, 1, 2).to(images) / 127.5 - 1).contiguous()
 
 
 def shift_colours(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Mixes the channels by a random matrix, and blends the result with the picture.
+    """Mixes the channels by a random matrix, and blends the result with the image.
 
-    With the picture in [0, 1], channels x: x + t (clamp(M x) - x), where M is 3x3 of N(0.5, 1) and t is U[0, 1] for
+    With the image in [0, 1], channels x: x + t (clamp(M x) - x), where M is 3x3 of N(0.5, 1) and t is U[0, 1] for
     each channel.
     """
     matrices = torch.from_numpy(rng.normal(0.5, 1.0, size=(len(images), 3, 3)).astype(np.float32)).to(images)
@@ -91,5 +91,5 @@ def degrade(images: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def chosen(probability: float, count: int, rng: np.random.Generator) -> NDArray[np.bool_]:
-    """Chooses each of `count` pictures with a probability in [0, 1]: bool [B]."""
+    """Chooses each of `count` images with a probability in [0, 1]: bool [B]."""
     return rng.random(count) < probability

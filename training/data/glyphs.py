@@ -1,7 +1,8 @@
 """Makes the font of the scenes: a subset of Noto Color Emoji with just our objects, under another name.
 
-Knows fonttools and the table of objects. Knows nothing about scenes: at run time only the made file is read,
-so neither fonttools' source font nor a system package is needed. Make the file again with::
+Only the committed font is read at run time: neither the source font nor a system package is needed.
+
+Make the file again with::
 
     python -m training.data.glyphs /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 

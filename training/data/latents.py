@@ -20,7 +20,7 @@ from training.core.checkpoints import write_atomically
 from training.core.task import Batch
 from training.data.scenes import Scene, caption, render, sample_scene, to_model_range
 
-CHUNK = 8  # pictures at once: on a CPU their activations stay in the cache, which is nearly twice as fast as 64
+CHUNK = 8  # images at once: on a CPU their activations stay in the cache, which is nearly twice as fast as 64
 
 
 def scene_of(seed: int, index: int) -> Scene:

@@ -1,8 +1,8 @@
 """Image-caption records in an order that is the same every time, from tables that can be entered anywhere.
 
-Knows orders, shares of processes, and the tables of the `datasets` library. Knows nothing about decoding. A record is
-met once in an epoch, by one process. The place of one that cannot be decoded is taken by a spare, which has its own
-place as well, so that batch `i` always is of the same records and a run resumes without decoding what it has seen.
+A record is met once in an epoch, by one process. The place of one that cannot be decoded is taken by a spare, which has
+its own place as well, so that batch `i` always is of the same records and a run resumes without decoding what it has
+seen.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
-    """Records in the rows of a `datasets.Dataset`, shuffled anew each epoch.
+    """Records in the rows of a `datasets.Dataset`, shuffled again each epoch.
 
     Attributes:
         name: For messages.

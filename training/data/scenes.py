@@ -1,9 +1,8 @@
 """Scenes of one or two emoji on a coloured background, with captions that say what is where.
 
-Knows the objects, the backgrounds, the layouts, how a scene is drawn and which pairs of objects are never trained on.
-Knows nothing about tokens, latents or models. Everything random comes from the `numpy.random.Generator` passed in, so
-that scene number `i` of seed `s` is the same on every machine. Images are uint8 [128, 128, 3], sRGB. "first" is the
-object on the left or on top, "second" the one on the right or below.
+Everything random comes from the `numpy.random.Generator` passed in, so that scene number `i` of seed `s` is the same on
+every machine. Images are uint8 [128, 128, 3], sRGB. "first" is the object on the left or on top, "second" the one on
+the right or below.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ BACKGROUND_TEMPLATES: tuple[str, ...] = (
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. `second` is None exactly when `layout` is "single"."""
+    """What an image shows. `second` is None exactly when `layout` is "single"."""
 
     layout: Layout
     first: str
@@ -151,7 +150,7 @@ def caption(scene: Scene, rng: np.random.Generator, *, free: float = 0.0) -> str
 
 
 def place(scene: Scene, rng: np.random.Generator) -> tuple[Placed, ...]:
-    """Chooses where the objects stand and how large they are; no two overlap and none leaves the picture."""
+    """Chooses where the objects stand and how large they are; no two overlap and none leaves the image."""
     if scene.second is None:
         x, y = SIZE / 2 + rng.uniform(-9, 9, size=2)
         return (Placed(scene.first, x, y, rng.uniform(74, 98)),)

@@ -1,8 +1,8 @@
 """Image-caption records from webdataset shards: tar files, local or from a URL, read from front to back.
 
-Knows tar files, their keys and LAION's metadata. Knows nothing about decoding. Each epoch the shards are shuffled and
-dealt out to the processes; a buffer mixes the records of the shards that one process reads. One reader per process
-reads ahead of the threads that decode, so that no record is lost or met twice and the order does not depend on them.
+Each epoch the shards are shuffled and dealt out to the processes; a buffer mixes the records of the shards that one
+process reads. One reader per process reads ahead of the threads that decode, so that no record is lost or met twice and
+the order does not depend on them.
 
 A stream can only be entered by reading it. Resuming reads the shards until it knows how many records they have, and
 from there the epoch that it enters up to the place, some thousand records a second; it decodes nothing.

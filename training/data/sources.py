@@ -1,7 +1,4 @@
-"""Where a user's model lies: a folder or hub id in diffusers layout, one of its variants, or a checkpoint in one file.
-
-Knows diffusers' own readers. Knows nothing of what is made of the parts.
-"""
+"""Finds a user's model: a folder or hub id in diffusers layout, one of its variants, or a checkpoint in one file."""
 
 from __future__ import annotations
 
@@ -73,10 +70,14 @@ def in_diffusers_layout(source: Source) -> Iterator[str]:
         yield source.where
         return
     index = DiffusionPipeline.load_config(source.config)
-    kind: Any = StableDiffusionXLPipeline if "text_encoder_2" in index else StableDiffusionPipeline
-    others = ("unet", "vae", *(() if kind is StableDiffusionXLPipeline else ("safety_checker", "feature_extractor")))
+    pipeline_class: Any = StableDiffusionXLPipeline if "text_encoder_2" in index else StableDiffusionPipeline
+    others = (
+        "unet",
+        "vae",
+        *(() if pipeline_class is StableDiffusionXLPipeline else ("safety_checker", "feature_extractor")),
+    )
     try:
-        pipeline = kind.from_single_file(
+        pipeline = pipeline_class.from_single_file(
             source.where, config=source.config, torch_dtype=torch.float32, **dict.fromkeys(others)
         )
     except (KeyError, OSError, RuntimeError, ValueError) as error:

@@ -1,10 +1,9 @@
 """The text side of the family: a byte-pair tokenizer, and a CLIP text encoder that was taught what captions mean.
 
-The encoder is learnt before any picture is: throw-away heads must read the scene off the tokens that follow the last
-word. From each of them: layout, first object, second object, background; and from the token at position `p` the
-object in quadrant `p % 4` of the picture. Which object stands where is thus plain in the embeddings before the U-Net
-sees them. Knows captions and tokens. Knows nothing about images. Embeddings are float32 [B, T, D], T =
-`max_position_embeddings`.
+The encoder is learnt before any image is: throw-away heads must read the scene off the tokens that follow the last
+word. From each of them: layout, first object, second object, background; and from the token at position `p` the object
+in quadrant `p % 4` of the image. Which object stands where is thus plain in the embeddings before the U-Net sees
+them. Embeddings are float32 [B, T, D], T = `max_position_embeddings`.
 """
 
 from __future__ import annotations
@@ -174,7 +173,7 @@ class TextTask(Task):
     def accuracy(self, rng: np.random.Generator, captions: int, *, held_out: bool) -> float:
         """Measures how often layout, objects and background are all read right from the end-of-text token.
 
-        Only canonical captions, as in the evaluation of pictures.
+        Only canonical captions, as in the evaluation of images.
         """
         scenes = [sample_scene(rng, held_out=held_out) for _ in range(captions)]
         texts = [caption(scene, rng) for scene in scenes]

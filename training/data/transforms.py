@@ -1,7 +1,6 @@
-"""Makes the picture that a network sees from the bytes of an image file: upright, RGB, cropped, flipped, in [-1, 1].
+"""Makes the image that a network sees from the bytes of an image file: upright, RGB, cropped, flipped, in [-1, 1].
 
-Knows image formats and their defects. Knows nothing of captions or of where the bytes come from. Everything random
-comes from the generator passed in.
+Everything random comes from the generator passed in.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ class Unusable(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Framing:
-    """How a picture becomes a square: the shorter side is resized to `resolution`, what is left over is cut off."""
+    """How an image becomes a square: the shorter side is resized to `resolution`, what is left over is cut off."""
 
     resolution: int
     crop: Crop = "center"
     flip: bool = True
-    """Whether every other picture is mirrored. Captions that say left or right need False."""
+    """Whether every other image is mirrored. Captions that say left or right need False."""
     min_side: int | None = None
-    """Pictures whose shorter side is less are refused; if None half the resolution: what is enlarged, at most twice."""
+    """Images whose shorter side is less are refused; if None half the resolution: what is enlarged, at most twice."""
 
     def __post_init__(self) -> None:
         if self.resolution < 8:

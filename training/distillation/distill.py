@@ -1,7 +1,6 @@
 """Teaches a U-Net to predict noise: by itself, or from a larger one, whose answers and features it also learns.
 
-The three terms and their weights are those of BK-SDM (Kim et al., 2023, eqs. 1 to 3). Knows latents and modules. Knows
-nothing of captions, optimizers, files or how the student was made.
+The three terms and their weights are those of BK-SDM (Kim et al., 2023, eqs. 1 to 3).
 """
 
 from __future__ import annotations
@@ -85,7 +84,7 @@ class DistillTask(Task):
         conditioner: Makes latents and embeddings of a batch.
         schedule: The noise, and the prediction type of both U-Nets.
         save: Writes the student to a directory.
-        preview: Draws the validation picture; see `Task.preview`.
+        preview: Draws the validation image; see `Task.preview`.
         teacher: Is frozen.
         feature_map: Which modules should give the same; needs a teacher.
         lambda_task: The weight of term "task", the squared error against the data.

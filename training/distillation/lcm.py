@@ -7,7 +7,7 @@ step down to x_s, and the student learns to say of x_t what a slow copy of itsel
 (2023), "Latent Consistency Models", algorithm 1.
 
 Students of any size, distilled from the same teacher, approximate the same f, and can thus take turns within one
-trajectory. Knows U-Nets and schedules. Knows nothing of how the student was made, of data or of optimizers.
+trajectory.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class LCMTask(Task):
         conditioner: Makes latents and embeddings of a batch. It should drop no captions: guidance is learnt here.
         solver: The grid and the scalings.
         save: Writes a U-Net to a directory.
-        preview: Draws the validation picture; see `Task.preview`.
+        preview: Draws the validation image; see `Task.preview`.
         w_min: The least w that is learnt, 0 or more.
         w_max: The largest, `w_min` or more.
         ema_decay: How much of itself the target keeps at each step, in [0, 1).
@@ -227,8 +227,8 @@ class LCMTask(Task):
         drawn = rng.uniform(self.w_min, self.w_max, size=len(given.x0)).astype(np.float32)
         w = torch.from_numpy(drawn).to(given.x0.device)
         jump = self.solver.jump(self.teacher, given, rng, w)
-        told = guidance_embedding(w, int(self.student.config.time_cond_proj_dim))
-        kwargs = {**given.unet_kwargs, "timestep_cond": told}
+        guidance = guidance_embedding(w, int(self.student.config.time_cond_proj_dim))
+        kwargs = {**given.unet_kwargs, "timestep_cond": guidance}
         with torch.no_grad():
             target = self.solver.consistency(self.target, jump.x_s, jump.s, kwargs)
         predicted = self.solver.consistency(self.student, jump.x_t, jump.t, kwargs)

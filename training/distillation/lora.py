@@ -1,9 +1,9 @@
 """Distils a U-Net into a latent consistency model by a low-rank adapter alone: LCM-LoRA.
 
 The loss is that of `training.distillation.lcm`, without an embedding of w: one fixed w is distilled in, and the
-pictures are then drawn without guidance. The target is the student itself without gradients, as in diffusers' LCM-LoRA
+images are then drawn without guidance. The target is the student itself without gradients, as in diffusers' LCM-LoRA
 script; an average of it would only add delay (Song and Dhariwal, 2023, section 3.2, for consistency training). Source:
-Luo et al. (2023), "LCM-LoRA". Knows adapters and their file format. Knows nothing of data or optimizers.
+Luo et al. (2023), "LCM-LoRA".
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class LCMLoRATask(Task):
         unet: From `add_lora`. Its own weights stay as they are.
         conditioner: Makes latents and embeddings of a batch. It should drop no captions.
         solver: The grid and the scalings.
-        preview: Draws the validation picture; see `Task.preview`.
+        preview: Draws the validation image; see `Task.preview`.
         teacher: Is frozen; None is `unet` without its adapter. Give a pruned U-Net the large one's teacher, so that
             both can take turns within one trajectory.
         w: The guidance that is distilled, in the convention guidance_scale = 1 + w.
@@ -188,21 +188,11 @@ def fuse_files(
 
 
 def _fuse(unet: UNet2DConditionModel, text_encoders: Sequence[nn.Module], source: Path, weight: float) -> int:
-    kind = StableDiffusionXLLoraLoaderMixin if len(text_encoders) > 1 else StableDiffusionLoraLoaderMixin
+    loader = StableDiffusionXLLoraLoaderMixin if len(text_encoders) > 1 else StableDiffusionLoraLoaderMixin
     path = source if source.is_file() else source / "pytorch_lora_weights.safetensors"
     with safe_open(path, framework="pt") as file:
-        raw = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 -- no mapping
-        given = lora_files.scaled(raw, file.metadata() or {})
-    lora_files.check_width(given, int(unet.config.cross_attention_dim))
-    state, _ = kind.lora_state_dict(dict(given), unet_config=unet.config)
-    if any(key.startswith("unet.") for key in state):
-        kind.load_lora_into_unet(state, network_alphas=None, unet=unet, adapter_name=ADAPTER)
-    for index, encoder in enumerate(text_encoders):
-        prefix = "text_encoder" if index == 0 else f"text_encoder_{index + 1}"
-        if any(key.startswith(f"{prefix}.") for key in state):
-            kind.load_lora_into_text_encoder(
-                state, network_alphas=None, text_encoder=encoder, prefix=prefix, adapter_name=ADAPTER
-            )
+        state = lora_files.read(file, int(unet.config.cross_attention_dim))
+    lora_files.load_into(unet, text_encoders, state, loader, ADAPTER)
     changed = 0
     for network in (unet, *text_encoders):
         for name, layer in list(network.named_modules()):
@@ -215,7 +205,5 @@ def _fuse(unet: UNet2DConditionModel, text_encoders: Sequence[nn.Module], source
         if hasattr(network, "peft_config"):
             del network.peft_config
             network._hf_peft_config_loaded = False
-    wanted = lora_files.count_layers(given)
-    if changed != wanted:
-        raise ValueError(f"only {changed} of its {wanted} layers are here")
+    lora_files.check_complete(changed, state)
     return changed

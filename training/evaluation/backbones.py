@@ -1,10 +1,9 @@
 """Finds the pretrained networks that evaluation sees with, and says which file is missing where there is none.
 
 Nothing is downloaded: a network is looked for in a folder (`weights_folder`), and in the caches that torch and Hugging
-Face keep. Every `find_...` gives (network, its name) or (None, which file to fetch and where to put it). Knows files
-and how each network wants its pictures. Knows nothing about metrics.
+Face keep. Every `find_...` gives (network, its name) or (None, which file to fetch and where to put it).
 
-Pictures are uint8 [B, 3, H, W], RGB.
+Images are uint8 [B, 3, H, W], RGB.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ INCEPTION_SIZE = 299
 
 def weights_folder() -> Path:
     """Gives the folder that evaluation weights belong in: $HYBRIDSD_EVAL_WEIGHTS, or hybridsd/eval of the cache."""
-    told = os.environ.get(WEIGHTS_VARIABLE)
-    if told:
-        return Path(told)
+    folder = os.environ.get(WEIGHTS_VARIABLE)
+    if folder:
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hybridsd" / "eval"
 
 
@@ -42,7 +41,7 @@ class Inception(Protocol):
     """The network of FID and of the Inception score."""
 
     name: str
-    """With what was done to the pictures: distances are comparable where it is the same."""
+    """With what was done to the images: distances are comparable where it is the same."""
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Sees uint8 [B, 3, H, W]; gives pool3 features [B, 2048] and logits without bias [B, 1008], float32."""
@@ -52,8 +51,8 @@ class Inception(Protocol):
 class ScriptInception(nn.Module):
     """TensorFlow's network of 2015 in TorchScript, as StyleGAN's and clean-fid's evaluations load it.
 
-    Features are of pictures resized as pytorch-fid resizes them, so that its statistics can be compared with. Logits
-    are of pictures resized inside the network as TensorFlow did, and without the last layer's bias: torch-fidelity's.
+    Features are of images resized as pytorch-fid resizes them, so that its statistics can be compared with. Logits
+    are of images resized inside the network as TensorFlow did, and without the last layer's bias: torch-fidelity's.
     """
 
     name = f"{INCEPTION_FILE}, resized as by pytorch-fid"
@@ -152,7 +151,7 @@ class Clip(nn.Module):
         self.config: Any = None  # has no length to cut texts to: `prepare_texts` does that
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """Prepared pictures => embeddings [B, D]."""
+        """Prepared images => embeddings [B, D]."""
         return self.embed_images(pixel_values)
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -162,7 +161,7 @@ class Clip(nn.Module):
     def process(
         self, text: list[str] | None = None, images: Sequence[Tensor] | None = None, **options: Any
     ) -> dict[str, Tensor]:
-        """Prepares texts (cut to the model's length), or pictures uint8 [3, H, W] each."""
+        """Prepares texts (cut to the model's length), or images uint8 [3, H, W] each."""
         del options  # tensors, padded: always
         if images is not None:
             return {"pixel_values": self.prepare_images(images)}
@@ -225,12 +224,12 @@ def _open_clip(repository: str, folder: Path) -> Clip | None:
         network,
         embed_images=network.encode_image,
         embed_texts=lambda ids, mask: cast(Tensor, network.encode_text(ids)),
-        prepare_images=lambda images: torch.stack([preprocess(_picture(image)) for image in images]),
+        prepare_images=lambda images: torch.stack([preprocess(_pil_image(image)) for image in images]),
         prepare_texts=prepare_texts,
     )
 
 
-def _picture(image: Tensor) -> Any:
+def _pil_image(image: Tensor) -> Any:
     """Turns uint8 [3, H, W] into a PIL image."""
     from PIL import Image
 
@@ -260,7 +259,7 @@ def _transformers_clip(repository: str, folder: Path) -> Clip | None:
         embed_images=lambda pixels: cast(Tensor, network.get_image_features(pixels).pooler_output),
         embed_texts=lambda ids, mask: cast(Tensor, network.get_text_features(ids, mask).pooler_output),
         prepare_images=lambda images: cast(
-            Tensor, image_processor([_picture(image) for image in images], return_tensors="pt").pixel_values
+            Tensor, image_processor([_pil_image(image) for image in images], return_tensors="pt").pixel_values
         ),
         prepare_texts=prepare_texts,
     )

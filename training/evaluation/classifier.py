@@ -1,8 +1,7 @@
-"""A classifier that reads layout, objects and background off a picture: the judge of semantic accuracy.
+"""A classifier that reads layout, objects and background off an image: the judge of semantic accuracy.
 
 Learns on renders, on renders that went through the KL VAE, and on blurred, noisy and recoloured ones, so that soft
-pictures are judged by what they show. Knows images. Knows nothing about captions, latents or the models it judges.
-Images are float32 [B, 3, 128, 128] in [-1, 1].
+images are judged by what they show. Images are float32 [B, 3, 128, 128] in [-1, 1].
 """
 
 from __future__ import annotations
@@ -62,13 +61,13 @@ class Classifier(nn.Module):
 
     @torch.inference_mode()
     def read(self, images: Tensor) -> Tensor:
-        """Reads pictures: float32 [B, 3, 128, 128] in [-1, 1] => int64 [B, 4], as `labels_of`."""
+        """Reads images: float32 [B, 3, 128, 128] in [-1, 1] => int64 [B, 4], as `labels_of`."""
         parts = [self(chunk) for chunk in torch.split(images.clamp(-1, 1), 64)]
         return torch.cat([torch.stack([logits.argmax(-1) for logits in part], dim=1) for part in parts])
 
 
 def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Blurs, tints and adds noise to a batch, each at random strength: what a generated picture may look like."""
+    """Blurs, tints and adds noise to a batch, each at random strength: what a generated image may look like."""
     if rng.random() < 0.6:
         radius = 3
         sigma = rng.uniform(0.3, 1.8)
@@ -84,23 +83,23 @@ def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def scenes_and_images(rng: np.random.Generator, count: int, *, held_out: bool = False) -> tuple[Tensor, Tensor]:
-    """Draws labels int64 [B, 4] and pictures float32 [B, 3, 128, 128]; one pair in ten is of the held-out ones."""
+    """Draws labels int64 [B, 4] and images float32 [B, 3, 128, 128]; one pair in ten is of the held-out ones."""
     scenes = [sample_scene(rng, held_out=held_out or rng.random() < 0.1) for _ in range(count)]
     images = np.stack([render(scene, rng) for scene in scenes])
     return torch.tensor([labels_of(scene) for scene in scenes]), torch.from_numpy(to_model_range(images))
 
 
 def round_trip(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Encodes and decodes pictures with the VAE: float32 [B, 3, H, W] in [-1, 1] => the same."""
+    """Encodes and decodes images with the VAE: float32 [B, 3, H, W] in [-1, 1] => the same."""
     return decode(vae, encode(vae, images)).clamp(-1, 1)
 
 
-class JudgedPictures:
+class JudgedImages:
     """Draws what the judge learns from: half fresh renders, half from a pool that went through the VAE; all augmented.
 
     Args:
         vae: The VAE.
-        pool: How many pictures go through it.
+        pool: How many images go through it.
         seed: Of the pool.
     """
 
@@ -109,7 +108,7 @@ class JudgedPictures:
 
     @cached_property
     def pool(self) -> tuple[Tensor, Tensor]:
-        """Labels int64 [N, 4] and pictures float16 [N, 3, 128, 128]; made at the first batch, where the VAE then is."""
+        """Labels int64 [N, 4] and images float16 [N, 3, 128, 128]; made at the first batch, where the VAE then is."""
         labels, images = [], []
         for start in range(0, self.size, 64):
             rng = np.random.default_rng((self.seed, 2**31 + 2, start))
@@ -144,7 +143,7 @@ class ClassifierTask(Task):
         return {name: F.cross_entropy(logits[i].float(), labels[:, i]) for i, name in enumerate(names)}
 
     def accuracy(self, *, through_vae: bool, count: int) -> float:
-        """Measures how often all four answers are right on fresh pictures, half of them of held-out pairs."""
+        """Measures how often all four answers are right on fresh images, half of them of held-out pairs."""
         right = 0
         for start in range(0, count, 64):
             rng = np.random.default_rng((8, 2**31 + 3, start))

@@ -1,14 +1,11 @@
-"""The COCO-30K protocol, the pictures: one of each of 30,000 captions, by every split.
+"""The COCO-30K protocol, the images: one of each of 30,000 captions, by every split.
 
-The protocol is that of BK-SDM and Hybrid SD: captions of MS-COCO val2014 from a metadata.csv, 512x512 pictures as JPEG
+The protocol is that of BK-SDM and Hybrid SD: captions of MS-COCO val2014 from a metadata.csv, 512x512 images as JPEG
 of quality 75, each then opened, resized to 256x256 (bicubic) and saved as JPEG of quality 75 again.
 
-What is better here: picture number i, counted in metadata.csv, depends on (seed, i) alone, so it is the same in any
-order, batch and process, while the reference draws all noise from one stream; a run goes on where it was stopped; and
+What is better here: image number i, counted in metadata.csv, depends on (seed, i) alone, so it is the same in any
+order, batch and process, while the reference draws all noise from one stream; a run continues where it was stopped; and
 all splits are made in one pass that shares the large model's steps (25 calls of it instead of 60 for the five splits).
-
-Knows the files, and models as `training.models.components` loads them. Knows nothing of scores:
-`training.evaluation.coco_scores` does.
 """
 
 from __future__ import annotations
@@ -37,10 +34,10 @@ from training.evaluation.sampling import (
     decode_latents,
     denoise_splits,
     initial_noise,
-    make_plan,
     predictor,
 )
 from training.models import components
+from training.models.plan_table import make_plan
 from training.models.pruned_unet import load_unet
 
 DPM_SPLITS: tuple[Split, ...] = ((25, 0), (20, 5), (10, 15), (5, 20), (0, 25))
@@ -58,7 +55,7 @@ class Caption:
     """A line of metadata.csv."""
 
     name: str
-    """The picture's file name."""
+    """The image's file name."""
     text: str
     negative: str = ""
 
@@ -89,13 +86,13 @@ def read_captions(path: Path, limit: int | None = None) -> list[Caption]:
             names.add(name)
             captions.append(Caption(name, row[1].strip(), row[2].strip() if len(row) > 2 else ""))
     if not captions:
-        raise ValueError(f"{path} has no captions; it needs a header and a row for each picture")
+        raise ValueError(f"{path} has no captions; it needs a header and a row for each image")
     return captions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Models:
-    """What makes the pictures."""
+    """What makes the images."""
 
     unets: tuple[nn.Module, ...]
     """In the order in which they take over: large, small."""
@@ -152,12 +149,12 @@ def load_models(
 
 
 def split_folder(out: Path, split: Split) -> Path:
-    """Gives the folder of a split's pictures, such as 10-15; im512 and im256 are in it."""
+    """Gives the folder of a split's images, such as 10-15; im512 and im256 are in it."""
     return out / "-".join(map(str, split))
 
 
-def picture_paths(out: Path, split: Split, name: str, sizes: tuple[int, int] = (SIZE, SMALL_SIZE)) -> tuple[Path, Path]:
-    """Gives where a caption's large and small picture are."""
+def image_paths(out: Path, split: Split, name: str, sizes: tuple[int, int] = (SIZE, SMALL_SIZE)) -> tuple[Path, Path]:
+    """Gives where a caption's large and small image are."""
     large, small = (split_folder(out, split) / f"im{size}" / name for size in sizes)
     return large, small
 
@@ -182,13 +179,13 @@ def _describe(
 
 
 def _claim(out: Path, description: Mapping[str, Any], *, first: bool) -> None:
-    """Checks that the pictures that are there already are of the same run; the first process writes what it is."""
+    """Checks that the images that are there already are of the same run; the first process writes what it is."""
     path = out / DESCRIPTION_NAME
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else description
     different = [key for key, value in description.items() if before.get(key) != value]
     if different:
         raise ValueError(
-            f"{out} holds pictures of another run: {', '.join(different)} differ from its {DESCRIPTION_NAME}; "
+            f"{out} holds images of another run: {', '.join(different)} differ from its {DESCRIPTION_NAME}; "
             "choose another folder, or remove this one"
         )
     if first:
@@ -224,7 +221,7 @@ def _paint(
     seed: int,
     size: int,
 ) -> Iterator[tuple[Split, Tensor]]:
-    """Makes the pictures of some captions by every split: uint8 [B, 3, size, size] each."""
+    """Makes the images of some captions by every split: uint8 [B, 3, size, size] each."""
     with torch.inference_mode():
         texts = [caption.negative for caption in captions] + [caption.text for caption in captions]
         kwargs = models.text.unet_kwargs(models.text.embed(texts), (size, size))
@@ -256,7 +253,7 @@ def generate(
     rank: int = 0,
     workers: int = 1,
 ) -> Iterator[int]:
-    """Makes the pictures of this process's captions that are not there yet, and describes them in description.json.
+    """Makes the images of this process's captions that are not there yet, and describes them in description.json.
 
     Args:
         models: The networks.
@@ -266,7 +263,7 @@ def generate(
         scheduler: "dpmpp_2m" for `DPM_SPLITS`, "lcm" for `LCM_SPLITS`.
         guidance: The guidance scale; of an LCM, w + 1.
         seed: Of the noise.
-        sizes: The side of a picture as it is generated, and as it is judged.
+        sizes: The side of an image as it is generated, and as it is judged.
         batch: Captions at once.
         rank: This process, which makes the captions rank, rank + workers, ...
         workers: How many processes there are.
@@ -275,7 +272,7 @@ def generate(
         The number of this process's captions that are done, after each batch.
 
     Raises:
-        ValueError: If a split does not fit, or the folder holds pictures of another run.
+        ValueError: If a split does not fit, or the folder holds images of another run.
     """
     steps = sum(splits[0])
     plan = make_plan(models.scheduler_config, scheduler, steps)
@@ -286,9 +283,7 @@ def generate(
     missing = [
         index
         for index in mine
-        if not all(
-            path.is_file() for split in splits for path in picture_paths(out, split, captions[index].name, sizes)
-        )
+        if not all(path.is_file() for split in splits for path in image_paths(out, split, captions[index].name, sizes))
     ]
     done = len(mine) - len(missing)
     for start in range(0, len(missing), batch):
@@ -297,7 +292,7 @@ def generate(
         painted = _paint(models, plan, splits, chosen, indices, guidance=guidance, seed=seed, size=sizes[0])
         for split, images in painted:
             for caption, image in zip(chosen, images, strict=True):
-                large, small = picture_paths(out, split, caption.name, sizes)
+                large, small = image_paths(out, split, caption.name, sizes)
                 if not (large.is_file() and small.is_file()):
                     _save(image, large, small, sizes[1])
         done += len(indices)

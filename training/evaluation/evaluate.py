@@ -1,9 +1,8 @@
 """Measures the demo family by split, over processes, and writes the quality-versus-split curve.
 
 Each process judges its part of the captions (`judge_part`); one then joins them (`collect`). Of the numbers,
-`judge_fid_of_renders`, what one more render gets in the pictures' place, is the floor of `judge_fid`; see
-`training.evaluation.judging` for what is measured. Knows numbers and the family's folder "evaluation". Knows nothing of
-networks.
+`judge_fid_of_renders`, what one more render gets in the images' place, is the floor of `judge_fid`; see
+`training.evaluation.judging` for what is measured.
 """
 
 from __future__ import annotations
@@ -76,7 +75,7 @@ def judge_part(
         seed: Of captions and noise.
         decoder: See `judge_captions`.
         keep: See `judge_captions`; the first worker keeps them.
-        renders: How many real pictures of each caption's scene to compare with.
+        renders: How many real images of each caption's scene to compare with.
         rank: This worker, in [0, workers).
         workers: How many there are.
         device: Where to run.
@@ -99,7 +98,7 @@ def judge_part(
     for name, found in judged.similar.items():
         arrays |= {f"similar/{name}/{metric}": value for metric, value in found.items()}
     arrays["captions"] = np.array(judged.captions)
-    # one more than to compare with stands in for the pictures, to show what a perfect model would get
+    # one more than to compare with stands in for the images, to show what a perfect model would get
     arrays["renders"] = render_features(loaded.judge, _slice(captions, rank, workers), seed, renders + 1)
     arrays["missing"] = np.array(json.dumps(dict(judged.missing)))
 

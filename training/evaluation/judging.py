@@ -1,20 +1,18 @@
-"""Makes pictures of held-out captions with the demo family by split, and reads off them what can be read.
+"""Makes images of held-out captions with the demo family by split, and reads off them what can be read.
 
-Every caption is of a pair of objects that no training picture showed. All configurations start from the same noise, so
-their differences are paired. Three questions are asked of a picture: does it show what its caption says (semantic
-accuracy), how far are such pictures from renders of such scenes in the judge's own feature space (`judge_fid`), and how
-like is it to the large model's picture (PSNR, SSIM, `judge_distance`, LPIPS where its weights are at hand).
+Every caption is of a pair of objects that no training image showed. All configurations start from the same noise, so
+their differences are paired. Three questions are asked of an image: does it show what its caption says (semantic
+accuracy), how far are such images from renders of such scenes in the judge's own feature space (`judge_fid`), and how
+like is it to the large model's image (PSNR, SSIM, `judge_distance`, LPIPS where its weights are available).
 
-`judge_fid` is the Frechet distance between the judge's last hidden features, 256 numbers a picture, of the pictures
-and of fresh renders of the same held-out scenes, several of each, placed anew. It sees blur that accuracy does not, if
+`judge_fid` is the Frechet distance between the judge's last hidden features, 256 numbers an image, of the images
+and of fresh renders of the same held-out scenes, several of each, placed again. It sees blur that accuracy does not, if
 there is enough of it: at a quarter of the resolution the judge reads renders just as it reads sharp ones, and of 240 of
 them the distance was 49 +- 6, of sharp ones 31 +- 5; at half the resolution, 32 +- 6, it cannot tell. (Against renders
 of other scenes, what the scenes happen to show outweighs all that: 164 of sharp ones, 161 at half the resolution.) It
 is not comparable to Inception's FID and, being biased, only between equal numbers of captions. `judge_distance` is
 LPIPS's recipe (Zhang et al., 2018, eq. 1, without learnt weights) on the judge's convolutions; it is of pairs of
-pictures, and so tells splits apart with few captions.
-
-Knows the family's folders, the judge and the plan. Knows nothing of statistics, or how anything was trained.
+images, and so tells splits apart with few captions.
 """
 
 from __future__ import annotations
@@ -38,13 +36,14 @@ from training.data.scenes import Scene, caption, from_model_range, render, sampl
 from training.data.text import embed, load_text_encoder, load_tokenizer
 from training.evaluation.classifier import Classifier, labels_of, load_classifier
 from training.evaluation.metrics import Flags, Floats, Found, similarity
-from training.evaluation.sampling import Context, call_noise, decode_latents, denoise_splits, make_plan, predictor
+from training.evaluation.sampling import Context, call_noise, decode_latents, denoise_splits, predictor
+from training.models.plan_table import make_plan
 from training.models.pruned_unet import load_unet
 
 Decoder = Literal["tiny", "kl"]
 LATENT_SHAPE = (4, 16, 16)
 PARTS = ("layout", "first", "second", "background")
-AT_ONCE = 64  # pictures that the judge sees
+AT_ONCE = 64  # images that the judge sees
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +70,7 @@ LCM = Setting(scheduler="lcm", steps=8, splits=(8, 4, 0), guidance=4.0, large="l
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judged:
-    """The pictures of some captions in every configuration, and what was read off them."""
+    """The images of some captions in every configuration, and what was read off them."""
 
     captions: tuple[str, ...]
     right: Mapping[str, Flags]
@@ -81,7 +80,7 @@ class Judged:
     features: Mapping[str, Floats] = field(default_factory=dict)
     """By configuration: the judge's last hidden features, float32 [N, 256]."""
     similar: Mapping[str, Mapping[str, Floats]] = field(default_factory=dict)
-    """By configuration and metric: float32 [N], each picture against the large model's."""
+    """By configuration and metric: float32 [N], each image against the large model's."""
     renders: Floats | None = None
     """The judge's features of renders of each caption's scene, float32 [N, K, 256]."""
     missing: Mapping[str, str] = field(default_factory=dict)
@@ -146,7 +145,7 @@ def judge_features(judge: Classifier, images: Tensor) -> Floats:
 
 @torch.inference_mode()
 def judge_distance(judge: Classifier, images: Tensor, targets: Tensor) -> Floats:
-    """Gives how different pictures look to the judge: float32 [B, 3, 128, 128] in [-1, 1], twice => [B], 0 to 4.
+    """Gives how different images look to the judge: float32 [B, 3, 128, 128] in [-1, 1], twice => [B], 0 to 4.
 
     The squared distance of its activations after every SiLU, normalized over channels, averaged over places and layers.
     """
@@ -196,7 +195,7 @@ def judge_captions(
     """Generates and judges the held-out captions `indices` of `seed`.
 
     Caption and initial noise of index `i` come from `default_rng((seed, i))`, the noise of a call from (seed, i, call).
-    Pictures are decoded with the tiny VAE, as on the edge, and those of the large model once more with the KL VAE; or
+    Images are decoded with the tiny VAE, as on the edge, and those of the large model once more with the KL VAE; or
     all with the KL VAE.
 
     Args:
@@ -205,7 +204,7 @@ def judge_captions(
         setting: The solver and the splits.
         seed: Of captions and noise.
         decoder: Which VAE decodes.
-        keep: How many pictures of each configuration to give back.
+        keep: How many images of each configuration to give back.
         batch: Captions at once.
         perceptual: From `backbones.find_lpips`.
         context: What U-Nets and VAEs run under.
@@ -240,18 +239,18 @@ def judge_captions(
         )
         latents = {configuration(split[0], setting.steps): value for split, value in finished.items()}
         vae = family.tiny if decoder == "tiny" else family.vae
-        pictures = {name: decode_latents(vae, value, context=context) for name, value in latents.items()}
+        decoded = {name: decode_latents(vae, value, context=context) for name, value in latents.items()}
         if "large" in latents and decoder == "tiny":
-            pictures["large, KL decoder"] = decode_latents(family.vae, latents["large"], context=context)
+            decoded["large, KL decoder"] = decode_latents(family.vae, latents["large"], context=context)
         truth = torch.tensor(labels)
         room = max(0, keep - len(captions))
-        for name, picture in pictures.items():
-            right.setdefault(name, []).append((family.judge.read(picture).cpu() == truth).numpy())
-            features.setdefault(name, []).append(judge_features(family.judge, picture))
-            images.setdefault(name, []).append(from_model_range(picture[:room].cpu().numpy()))
-            if name != "large" and "large" in pictures:
-                found = similarity(picture, pictures["large"], perceptual)
-                found["judge_distance"] = judge_distance(family.judge, picture, pictures["large"])
+        for name, image in decoded.items():
+            right.setdefault(name, []).append((family.judge.read(image).cpu() == truth).numpy())
+            features.setdefault(name, []).append(judge_features(family.judge, image))
+            images.setdefault(name, []).append(from_model_range(image[:room].cpu().numpy()))
+            if name != "large" and "large" in decoded:
+                found = similarity(image, decoded["large"], perceptual)
+                found["judge_distance"] = judge_distance(family.judge, image, decoded["large"])
                 for metric, values in found.items():
                     similar.setdefault(name, {}).setdefault(metric, []).append(values)
         captions += texts

@@ -1,13 +1,12 @@
-"""What evaluation measures: distances between sets of pictures, between two pictures, and how sure a number is.
+"""What evaluation measures: distances between sets of images, between two images, and how sure a number is.
 
 The formulas are torchmetrics'; the networks that see for them come from `training.evaluation.backbones`, or are the
-caller's own. A number that cannot be had is a `Score` without a value that says why. Knows features and pictures. Knows
-nothing of models, files of pictures or splits.
+caller's own. A number that cannot be had is a `Score` without a value that says why.
 
     FID   |m - m'|^2 + tr(S + S' - 2 (S S')^(1/2)) of two sets' mean features m and covariances S (Heusel et al., 2017)
-    IS    exp E KL(p(y|x) | p(y)), the mean over ten parts of the pictures in random order (Salimans et al., 2016)
-    CLIP  cosine between a picture's and its caption's embedding, in [-1, 1] as the reference publishes it
-    PSNR  in dB, SSIM and LPIPS: of one picture against another
+    IS    exp E KL(p(y|x) | p(y)), the mean over ten parts of the images in random order (Salimans et al., 2016)
+    CLIP  cosine between an image's and its caption's embedding, in [-1, 1] as the reference publishes it
+    PSNR  in dB, SSIM and LPIPS: of one image against another
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ Floats = NDArray[np.float32]
 Found = tuple[Any | None, str]
 """A network and its name, or None and the reason: what `training.evaluation.backbones.find_...` give."""
 Z95 = 1.96
-IDENTICAL_DB = 100.0  # the PSNR of equal pictures, which is infinite, and JSON has no infinity
+IDENTICAL_DB = 100.0  # the PSNR of equal images, which is infinite, and JSON has no infinity
 GROUPS = 10  # of the jackknife
 HIGHER_IS_BETTER = {"fid": False, "judge_fid": False, "lpips": False, "judge_distance": False}
 """Of the metrics that are not: higher is better where a name does not stand here."""
@@ -73,7 +72,7 @@ def paired_difference(a: Flags, b: Flags, *, draws: int = 10_000) -> tuple[float
 
 
 def mean_score(metric: str, values: NDArray[Any], note: str = "") -> Score:
-    """Gives the mean of one number a picture, [N], with the interval of its standard error where N is above 1."""
+    """Gives the mean of one number an image, [N], with the interval of its standard error where N is above 1."""
     mean = float(np.mean(values))
     if len(values) < 2:
         return Score(metric=metric, value=mean, note=note)
@@ -83,7 +82,7 @@ def mean_score(metric: str, values: NDArray[Any], note: str = "") -> Score:
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Mean and covariance of the features of a set of pictures, as pytorch-fid keeps them in .npz files."""
+    """Mean and covariance of the features of a set of images, as pytorch-fid keeps them in .npz files."""
 
     mu: NDArray[np.float64]
     """[d]"""
@@ -146,7 +145,7 @@ class Frechet:
         self.metric.real_features_num_samples = torch.tensor(count)
 
     def statistics(self, *, real: bool) -> Statistics:
-        """Gives mean and covariance of one of the sets, which must have two pictures or more."""
+        """Gives mean and covariance of one of the sets, which must have two images or more."""
         side = "real" if real else "fake"
         count = int(getattr(self.metric, f"{side}_features_num_samples"))
         mu = getattr(self.metric, f"{side}_features_sum").numpy() / count
@@ -154,7 +153,7 @@ class Frechet:
         return Statistics(mu, (products - count * np.outer(mu, mu)) / (count - 1))
 
     def distance(self) -> float:
-        """Gives the distance, 0 or more; both sets must have two pictures or more."""
+        """Gives the distance, 0 or more; both sets must have two images or more."""
         return max(0.0, float(self.metric.compute()))
 
 
@@ -174,8 +173,8 @@ def frechet_score(metric: str, features: Floats, reference: Floats, note: str = 
 
     Args:
         metric: Its name.
-        features: Of one picture a caption, [N, d].
-        reference: Of K real pictures of each caption's content, [N, K, d]: what is left out here is left out there.
+        features: Of one image a caption, [N, d].
+        reference: Of K real images of each caption's content, [N, K, d]: what is left out here is left out there.
         note: See `Score`.
     """
     real = reference.reshape(-1, reference.shape[-1])
@@ -191,11 +190,11 @@ def frechet_score(metric: str, features: Floats, reference: Floats, note: str = 
 def inception_score(logits: Sequence[Tensor], *, parts: int = 10) -> tuple[float, float]:
     """Gives the Inception score and its standard deviation over `parts`: float32 [B, classes] each => two numbers.
 
-    With fewer than 2 pictures a part there are fewer parts. The order is drawn from a fixed seed.
+    With fewer than 2 images a part there are fewer parts. The order is drawn from a fixed seed.
     """
     total = sum(len(batch) for batch in logits)
     if total < 2:
-        raise ValueError(f"there are {total} pictures; the Inception score needs 2 or more")
+        raise ValueError(f"there are {total} images; the Inception score needs 2 or more")
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", UserWarning)  # that it keeps all logits; they are ours
         torch.manual_seed(2020)
@@ -207,7 +206,7 @@ def inception_score(logits: Sequence[Tensor], *, parts: int = 10) -> tuple[float
 
 
 def psnr(images: Tensor, targets: Tensor) -> Floats:
-    """Gives the peak signal-to-noise ratio of each picture, 100 dB at most: float32 [B, 3, H, W] in [-1, 1] => [B]."""
+    """Gives the peak signal-to-noise ratio of each image, 100 dB at most: float32 [B, 3, H, W] in [-1, 1] => [B]."""
     values = peak_signal_noise_ratio(
         _checked(images), _checked(targets), data_range=(-1.0, 1.0), reduction="none", dim=(1, 2, 3)
     )
@@ -215,7 +214,7 @@ def psnr(images: Tensor, targets: Tensor) -> Floats:
 
 
 def ssim(images: Tensor, targets: Tensor) -> Floats:
-    """Gives the structural similarity of each picture (Wang et al., 2004): float32 [B, 3, H, W] in [-1, 1] => [B]."""
+    """Gives the structural similarity of each image (Wang et al., 2004): float32 [B, 3, H, W] in [-1, 1] => [B]."""
     values = structural_similarity_index_measure(
         _checked(images), _checked(targets), data_range=(-1.0, 1.0), reduction="none"
     )
@@ -223,7 +222,7 @@ def ssim(images: Tensor, targets: Tensor) -> Floats:
 
 
 def lpips(network: Callable[[Tensor, Tensor], Tensor], images: Tensor, targets: Tensor) -> Floats:
-    """Gives the LPIPS of each picture: float32 [B, 3, H, W] in [-1, 1] => [B]."""
+    """Gives the LPIPS of each image: float32 [B, 3, H, W] in [-1, 1] => [B]."""
     pairs = zip(_checked(images), _checked(targets), strict=True)
     with torch.inference_mode():  # one by one: what the network gives of several is their mean
         values = [float(network(image[None], target[None])) for image, target in pairs]
@@ -231,26 +230,26 @@ def lpips(network: Callable[[Tensor, Tensor], Tensor], images: Tensor, targets: 
 
 
 def _checked(images: Tensor) -> Tensor:
-    """Refuses bytes and pictures beyond [-1, 1], which would be measured on a wrong scale."""
+    """Refuses bytes and images beyond [-1, 1], which would be measured on a wrong scale."""
     if not images.is_floating_point() or float(images.abs().max()) > 1 + 1e-6:
         raise ValueError(
-            f"pictures are {images.dtype} in [{float(images.min()):g}, {float(images.max()):g}]; give floats in [-1, 1]"
+            f"images are {images.dtype} in [{float(images.min()):g}, {float(images.max()):g}]; give floats in [-1, 1]"
         )
     return images.float()
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Moves pictures from uint8 to float32 in [-1, 1]."""
+    """Moves images from uint8 to float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Moves pictures from float in [-1, 1] to uint8, rounding."""
+    """Moves images from float in [-1, 1] to uint8, rounding."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def similarity(images: Tensor, targets: Tensor, perceptual: Found) -> dict[str, Floats]:
-    """Gives "psnr", "ssim" and, given a network, "lpips" of pictures against others: each [B]."""
+    """Gives "psnr", "ssim" and, given a network, "lpips" of images against others: each [B]."""
     found = {"psnr": psnr(images, targets), "ssim": ssim(images, targets)}
     network = perceptual[0]
     return found if network is None else {**found, "lpips": lpips(network, images, targets)}
@@ -258,32 +257,32 @@ def similarity(images: Tensor, targets: Tensor, perceptual: Found) -> dict[str, 
 
 @torch.inference_mode()
 def reference_statistics(batches: Iterable[Tensor], inception: Inception) -> Statistics:
-    """Gives the statistics of real pictures, uint8 [B, 3, H, W] each."""
+    """Gives the statistics of real images, uint8 [B, 3, H, W] each."""
     meter: Frechet | None = None
     for images in batches:
         features, _ = inception(images)
         meter = meter or Frechet(features.shape[1])
         meter.add(features, real=True)
     if meter is None:
-        raise ValueError("there are no pictures to take statistics of")
+        raise ValueError("there are no images to take statistics of")
     return meter.statistics(real=True)
 
 
 @torch.inference_mode()
-def measure_pictures(
+def measure_images(
     batches: Iterable[tuple[Tensor, Sequence[str]]],
     *,
     inception: Found,
     clip: Found,
     reference: tuple[Statistics | None, str],
 ) -> list[Score]:
-    """Gives "fid", "inception_score" and "clip_score" of pictures; those without network or reference say why.
+    """Gives "fid", "inception_score" and "clip_score" of images; those without network or reference say why.
 
     Args:
-        batches: Pictures, uint8 [B, 3, H, W], with their captions.
+        batches: Images, uint8 [B, 3, H, W], with their captions.
         inception: From `backbones.find_inception`.
         clip: From `backbones.find_clip`.
-        reference: The statistics of real pictures, and where they are from; or None and the reason.
+        reference: The statistics of real images, and where they are from; or None and the reason.
     """
     eyes = cast(Inception | None, inception[0])
     reader = cast(Clip | None, clip[0])
@@ -303,13 +302,13 @@ def measure_pictures(
     enough = total >= 2
     results = []
     if eyes is None or meter is None or reference[0] is None or not enough:
-        reason = inception[1] if eyes is None else reference[1] if reference[0] is None else f"{total} pictures"
+        reason = inception[1] if eyes is None else reference[1] if reference[0] is None else f"{total} images"
         results.append(Score(metric="fid", value=None, note=reason))
     else:
         meter.set_reference(reference[0])
         results.append(Score(metric="fid", value=meter.distance(), note=f"{eyes.name}; against {reference[1]}"))
     if eyes is None or not enough:
-        reason = inception[1] if eyes is None else f"{total} pictures"
+        reason = inception[1] if eyes is None else f"{total} images"
         results.append(Score(metric="inception_score", value=None, note=reason))
     else:
         mean, deviation = inception_score(logits)
@@ -317,7 +316,7 @@ def measure_pictures(
             Score(metric="inception_score", value=mean, note=f"{eyes.name}; deviation of parts {deviation:.3f}")
         )
     if alignment is None or total == 0:
-        results.append(Score(metric="clip_score", value=None, note=clip[1] if reader is None else "0 pictures"))
+        results.append(Score(metric="clip_score", value=None, note=clip[1] if reader is None else "0 images"))
     else:
         results.append(Score(metric="clip_score", value=float(alignment.compute()) / 100, note=clip[1]))
     return results
@@ -330,11 +329,11 @@ def measure_reconstruction(
     perceptual: Found,
     inception: Found,
 ) -> list[Score]:
-    """Gives "psnr", "ssim", "lpips" and "fid" of what a VAE makes of pictures, against the pictures themselves.
+    """Gives "psnr", "ssim", "lpips" and "fid" of what a VAE makes of images, against the images themselves.
 
     Args:
         reconstruct: Encodes and decodes: float32 [B, 3, H, W] in [-1, 1] => the same.
-        batches: Pictures, float32 [B, 3, H, W] in [-1, 1]. The reference takes 512x512 crops of COCO val2017.
+        batches: Images, float32 [B, 3, H, W] in [-1, 1]. The reference takes 512x512 crops of COCO val2017.
         perceptual: From `backbones.find_lpips`.
         inception: From `backbones.find_inception`.
     """
@@ -347,17 +346,17 @@ def measure_reconstruction(
             for name, part in similarity(made, images, perceptual).items():
                 values.setdefault(name, []).append(part)
             if eyes is not None:
-                for pictures, real in ((made, False), (images, True)):
-                    features, _ = eyes(to_bytes(pictures))
+                for shown, real in ((made, False), (images, True)):
+                    features, _ = eyes(to_bytes(shown))
                     meter = meter or Frechet(features.shape[1])
                     meter.add(features, real=real)
     if not values:
-        raise ValueError("there are no pictures to reconstruct")
+        raise ValueError("there are no images to reconstruct")
     scores = [mean_score(name, np.concatenate(parts)) for name, parts in values.items()]
     if "lpips" not in values:
         scores.append(Score(metric="lpips", value=None, note=perceptual[1]))
     if meter is None or sum(map(len, values["psnr"])) < 2:
-        scores.append(Score(metric="fid", value=None, note=inception[1] if eyes is None else "1 picture"))
+        scores.append(Score(metric="fid", value=None, note=inception[1] if eyes is None else "1 image"))
     else:
         scores.append(Score(metric="fid", value=meter.distance(), note=inception[1]))
     return scores

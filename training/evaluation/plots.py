@@ -1,4 +1,4 @@
-"""Draws curves of training. Knows matplotlib and numbers."""
+"""Draws curves of training."""
 
 from __future__ import annotations
 

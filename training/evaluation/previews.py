@@ -1,7 +1,4 @@
-"""Draws fixed captions with any U-Net: final latents for significance, a row of pictures for validation.
-
-Knows the conditioner's text, a VAE and the product's sampler. Knows nothing of training.
-"""
+"""Draws fixed captions with any U-Net: final latents for significance, a row of images for validation."""
 
 from __future__ import annotations
 
@@ -23,9 +20,9 @@ from training.evaluation.sampling import (
     decode_latents,
     denoise_splits,
     initial_noise,
-    make_plan,
     predictor,
 )
+from training.models.plan_table import make_plan
 
 SEED = 77
 
@@ -36,7 +33,7 @@ class CaptionSampler:
     Args:
         text: Turns captions into embeddings.
         scheduler_config: The model's noise schedule.
-        captions: One picture each.
+        captions: One image each.
         size: Height and width in pixels.
         scheduler: A name of `hybridsd.schedulers`.
         steps: num_inference_steps.
@@ -88,14 +85,14 @@ class CaptionSampler:
 
 
 class Preview:
-    """Is called for the validation picture, uint8 [H, B W, 3].
+    """Is called for the validation image, uint8 [H, B W, 3].
 
     Args:
         unet: What is trained; a U-Net with a guidance embedding is run as an LCM in 4 steps, others in 12.
         text: Turns captions into embeddings.
         vae: Decodes; an AutoencoderKL or an AutoencoderTiny.
         scheduler_config: The model's noise schedule.
-        captions: One picture each.
+        captions: One image each.
         size: Height and width in pixels.
         guidance: The guidance scale.
     """

@@ -1,7 +1,4 @@
-"""The quality-versus-split curve: what was measured, by how many steps the cloud does, as CSV, plot and manifest.
-
-Knows numbers, files and the manifest of an edge bundle. Knows nothing of how a number was measured.
-"""
+"""The quality-versus-split curve: what was measured, by how many steps the cloud does, as CSV, plot and manifest."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """Denoises with several torch U-Nets along one plan, as the product does: the first model's steps, the next one's.
 
 The plan and its executor are the product's (`hybridsd.plan`), so the solver's memory crosses at every hand-over exactly
-as it does between cloud and edge, and so is the noise that a call draws (`hybridsd.noise`): a picture depends on its
-seed and number, and not on the batch or the process that makes it. Knows U-Nets, VAEs and plans. Knows nothing about
-captions, files or judges.
+as it does between cloud and edge, and so is the noise that a call draws (`hybridsd.noise`): an image depends on its
+seed and number, and not on the batch or the process that makes it.
 
 Latents are float32 [B, C, h, w] as the U-Net sees them (VP scale, variance near 1); guidance_scale = 1 + w of Ho and
 Salimans (2022), and pairs are ordered unconditional first. The networks may be on any device and of any dtype; the
@@ -23,12 +22,9 @@ from torch import Tensor, nn
 
 from hybridsd import noise as product_noise
 from hybridsd.plan import Plan, denoise, initial_state
-from hybridsd.plan_compiler import compile_plan
-from hybridsd.schedulers import find
 from training.distillation.lcm import guidance_embedding
-from training.models.plan_table import make_scheduler
 
-DECODED_AT_ONCE = 8  # pictures; on a CPU their activations stay in the cache
+DECODED_AT_ONCE = 8  # images; on a CPU their activations stay in the cache
 
 Split = tuple[int, ...]
 """How many steps each model does, in order; 0 leaves a model out."""
@@ -36,17 +32,6 @@ Predict = Callable[[Tensor, float], Tensor]
 """(latents float32 [B, C, h, w], timestep) => the model's output after guidance, the same shape."""
 Context = Callable[[], AbstractContextManager[Any]]
 """What the networks run under, such as `partial(torch.autocast, "cpu", dtype=torch.bfloat16)`."""
-
-
-def make_plan(base_config: Mapping[str, Any], scheduler: str, steps: int) -> Plan:
-    """Compiles the plan of a scheduler of `hybridsd.schedulers` with a model's noise schedule, as the cloud does.
-
-    Args:
-        base_config: The configuration of the model's own scheduler: betas, prediction type, spacing.
-        scheduler: "dpmpp_2m", "lcm" or another name.
-        steps: num_inference_steps.
-    """
-    return compile_plan(make_scheduler(base_config, scheduler), steps, torch.from_numpy, name=find(scheduler).name)
 
 
 def _call(
@@ -95,7 +80,7 @@ def predict_guided(
         unet: The U-Net.
         latents: Noisy latents, float32 [B, C, h, w].
         timestep: Training time in [0, 1000], the same for all.
-        embeds: [2B, T, D], the first B rows unconditional; with a guidance of 1, [B, T, D] will do.
+        embeds: [2B, T, D], the first B rows unconditional; with a guidance of 1, [B, T, D] is enough.
         guidance: The guidance scale, 1 or more. 1 turns guidance off and halves the work.
         added: SDXL's `added_cond_kwargs`, as many rows as `embeds`.
 
@@ -151,12 +136,12 @@ def predictor(unet: nn.Module, embeds: Tensor, guidance: float, added: Mapping[s
 
 
 def initial_noise(seed: int, indices: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
-    """Draws what pictures number `indices` of `seed` start from: float32 [B, *shape], variance 1."""
+    """Draws what images number `indices` of `seed` start from: float32 [B, *shape], variance 1."""
     return torch.from_numpy(np.stack([product_noise.initial_latents(seed, index, shape) for index in indices]))
 
 
 def call_noise(seed: int, indices: Sequence[int], call: int, shape: tuple[int, int, int]) -> Tensor:
-    """Draws what call number `call` of a plan adds to pictures `indices` of `seed`: float32 [B, *shape], variance 1."""
+    """Draws what call number `call` of a plan adds to images `indices` of `seed`: float32 [B, *shape], variance 1."""
     return torch.from_numpy(np.stack([product_noise.call_noise(seed, index, call, shape) for index in indices]))
 
 

@@ -1,7 +1,6 @@
 """Writes the edge's bundle: ONNX files, tokenizers, plans, reports, licence and the manifest that holds their hashes.
 
-Knows networks, files and the manifest. Knows nothing about how the networks were trained. What SDXL has beside is
-`training.export.sdxl_bundle`, the plans are `training.models.plan_table`.
+What SDXL has beside is `training.export.sdxl_bundle`, the plans are `training.models.plan_table`.
 """
 
 from __future__ import annotations
@@ -22,14 +21,13 @@ from hybridsd import schedulers
 from hybridsd.manifest import MANIFEST_NAME, Defaults, Manifest, QualityPoint, describe_file, write_manifest
 from hybridsd.plan import Plan
 from training.core.folders import written_whole
-from training.evaluation.sampling import make_plan
 from training.export.graphs import VAE_SCALE_FACTOR, Graph, decoder_graph, encoder_graph, unet_graph
 from training.export.onnx_export import DATA_LIMIT, Parity, data_path, export_graph
 from training.export.quantize import export_quantized
 from training.export.safety import safety_graph
 from training.export.sdxl_bundle import SecondText, TextXL, bundle_sizes, check_text, pooled_dim, text_graphs
 from training.export.trajectories import Drawing, caption_drawings, caption_encoder
-from training.models.plan_table import EMBEDDED_SCHEDULERS, PLAN_STEPS, compile_plans, write_plans
+from training.models.plan_table import EMBEDDED_SCHEDULERS, PLAN_STEPS, compile_plans, make_plan, write_plans
 
 HELD_OUT = 4  # one in so many captions measures
 CLIP_PADDING = "<|endoftext|>"
@@ -157,7 +155,7 @@ def export_bundle(
         latent_space: See `Manifest`; the cloud model's must be equal.
         defaults: What to do when the user does not say. Their plan is always in the bundle.
         second_text: The second text encoder, of SDXL.
-        safety_checker: Flags pictures at the edge; None leaves it out.
+        safety_checker: Flags images at the edge; None leaves it out.
         scaling_factor: Of the VAE that spans the latent space, for information; the decoder's when None.
         plan_steps: Numbers of steps to compile plans for.
         quality: What was measured.

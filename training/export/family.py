@@ -1,7 +1,6 @@
 """Exports what was trained: the cloud's pipeline in diffusers layout, and the demo family with its edge bundle.
 
-Knows networks, files and where the family's parts lie. Knows nothing about how they were trained. The bundle itself is
-`training.export.bundles`.
+The bundle itself is `training.export.bundles`.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ FAMILY_NAME = "scenes"
 FAMILY_SIZE = 128
 DEFAULT_CLOUD_STEPS = 8
 FAMILY_LICENCE = (
-    "Weights: Apache-2.0. Trained on pictures drawn from Noto Color Emoji (SIL Open Font License 1.1; the licence\n"
-    "does not extend to pictures made with the font).\n"
+    "Weights: Apache-2.0. Trained on images drawn from Noto Color Emoji (SIL Open Font License 1.1; the licence\n"
+    "does not extend to images made with the font).\n"
 )
 
 

@@ -1,8 +1,7 @@
 """The networks as the edge calls them: their inputs and outputs by name and shape, role by role.
 
 A `Graph` is a network with the names and shapes that `hybridsd.manifest.Manifest` promises of one role. The scaling
-factor, the guidance embedding and, if wanted, classifier-free guidance are inside. Knows tensors and shapes. Knows
-nothing about files or ONNX.
+factor, the guidance embedding and, if wanted, classifier-free guidance are inside.
 
 Notation: B rows, C latent channels, h x w latent cells, H x W pixels, T tokens, D features of a token, P of a whole
 text. Latents are "as the U-Net sees them": raw VAE latents times the scaling factor.

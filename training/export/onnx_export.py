@@ -1,8 +1,8 @@
 """Writes networks as ONNX files, and measures how far each file is from the network it was made of.
 
-Weights may be stored as float16 with a Cast to float32 behind them ("half-storage"): they are rounded first and
-then both written and used in torch, so that the two agree to the rounding of float32 arithmetic; ONNX Runtime folds
-the casts when it loads the file. Knows graphs and files. Knows nothing about bundles or training.
+Weights may be stored as float16 with a Cast to float32 behind them ("half-storage"): they are rounded first and then
+both written and used in torch, so that the two agree to the rounding of float32 arithmetic; ONNX Runtime folds the
+casts when it loads the file.
 """
 
 from __future__ import annotations

@@ -6,10 +6,9 @@ theirs at run time: as fast and as accurate as fixed ones here, and with nothing
 each output channel. What a network really sees decides the ranges: so calibration runs whole trajectories.
 
 Errors of layers add up nearly like independent noise, and a few layers make most of it: those that read what no norm
-has scaled (the latents, the residual stream) and the last one. They hold few weights and stay in float: `SENSITIVE`.
-On the demo family's U-Net that takes the error of a call from 4.3 % to 1.7 %. On an x86 processor without VNNI, ONNX
+has scaled (the latents, the residual stream) and the last one. They hold few weights and stay in float: `SENSITIVE`. On
+the demo family's U-Net that takes the error of a call from 4.3 % to 1.7 %. On an x86 processor without VNNI, ONNX
 Runtime's 8-bit products can saturate; this was not measured.
-Knows feeds and files. Knows nothing about captions or bundles.
 """
 
 from __future__ import annotations
@@ -162,7 +161,7 @@ def measure_quantization(source: Path, target: Path, plan: Plan, drawings: Seque
         source: The float32 file.
         target: The quantized file.
         plan: Of the solver.
-        drawings: Pictures that were not calibrated with.
+        drawings: Images that were not calibrated with.
     """
     exact, quantized = open_unet(source), open_unet(target)
     calls: list[tuple[Floats, Floats]] = []

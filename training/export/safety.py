@@ -1,9 +1,8 @@
-"""The safety checker of Stable Diffusion as a graph: how near a picture is to each concept that it should not show.
+"""The safety checker of Stable Diffusion as a graph: how near an image is to each concept that it should not show.
 
 It is CLIP's vision model, and a cosine to the embedding of each concept with a threshold of its own (Rando et al.,
-2022, take it apart). Where a picture is near one of the concepts of "special care", every other threshold is 0.01
-lower. Knows the checker and its layouts on disk. Knows nothing of how a picture is made ready for CLIP, or of what
-happens to one that is flagged.
+2022, take it apart). Where an image is near one of the concepts of "special care", every other threshold is 0.01
+lower.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ ROUNDING = 0.0005
 
 
 class SafetyScores(nn.Module):
-    """Scores of pictures: clip_input float32 [B, 3, S, S] => float32 [B, n], above 0 where a concept is shown.
+    """Scores of images: clip_input float32 [B, 3, S, S] => float32 [B, n], above 0 where a concept is shown.
 
-    A picture is flagged if any of its scores is above 0: exactly when diffusers' own module flags it.
+    An image is flagged if any of its scores is above 0: exactly when diffusers' own module flags it.
     """
 
     def __init__(self, checker: StableDiffusionSafetyChecker) -> None:

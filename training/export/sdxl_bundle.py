@@ -1,9 +1,6 @@
 """What an edge bundle of SDXL has that one of SD 1.x has not: a second text encoder, summaries of texts, and sizes.
 
-Knows text encoders, tokenizers and how their outputs are put together. Knows nothing of files but a tokenizer's, or of
-U-Nets but what they are fed.
-
-Notation as in `training.export.graphs`. time_ids are (height, width, 0, 0, height, width) of the picture, in pixels,
+Notation as in `training.export.graphs`. time_ids are (height, width, 0, 0, height, width) of the image, in pixels,
 for the unconditional row as well.
 """
 
@@ -101,7 +98,7 @@ def bundle_sizes(default_side: int, size_multiple: int) -> tuple[tuple[int, int]
 
 
 def time_ids(height: int, width: int) -> Floats:
-    """Gives the six numbers of a picture that was not cropped: float32 [1, 6]."""
+    """Gives the six numbers of an image that was not cropped: float32 [1, 6]."""
     return np.array([[height, width, 0, 0, height, width]], dtype=np.float32)
 
 

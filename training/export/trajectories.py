@@ -1,7 +1,7 @@
-"""Denoises pictures as the product does, call by call, so that what a U-Net is really fed can be looked at.
+"""Denoises images as the product does, call by call, so that what a U-Net is really fed can be looked at.
 
-The U-Net is a function from named arrays to its output, an ONNX file for example. Knows plans, feeds and captions.
-Knows nothing about what the feeds are for. Latents are float32 [C, h, w] as the U-Net sees them.
+The U-Net is a function from named arrays to its output, an ONNX file for example. Latents are float32 [C, h, w] as the
+U-Net sees them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Predict = Callable[[Feed], Floats]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drawing:
-    """One picture to denoise."""
+    """One image to denoise."""
 
     seed: int
     shape: tuple[int, int, int]
@@ -53,7 +53,7 @@ def follow(plan: Plan, predict: Predict, drawing: Drawing) -> Iterator[tuple[Fee
     Args:
         plan: Of the solver.
         predict: The U-Net.
-        drawing: The picture; its noise is the product's (`hybridsd.noise`).
+        drawing: The image; its noise is the product's (`hybridsd.noise`).
 
     Yields:
         After every call what the U-Net was fed, and the latents it led to; the last ones are the final latents.

@@ -1,7 +1,4 @@
-"""Loads what a Stable Diffusion model consists of, in diffusers layout, from a folder or a hub id.
-
-Knows SD 1.x, 2.x and SDXL. Knows nothing of what is done with the parts.
-"""
+"""Loads the parts of a Stable Diffusion model (1.x, 2.x, XL) in diffusers layout, from a folder or a hub id."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
@@ -20,8 +17,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from training.core.conditioning import ClipText, ClipTextXL, Text
 from training.core.task import freeze
 from training.models.pruned_unet import load_unet
+from training.models.small_autoencoder import SmallVAE
 from training.models.tiny_vae_layouts import read_tiny_vae
-from training.vae.small_vae import load_small_vae
 
 VAE = "vae"  # the subfolder of a pipeline
 VAE_WEIGHTS = ("*.safetensors", "*.bin", "*.pth")
@@ -70,7 +67,7 @@ def forces_zeros(source: str) -> bool:
 
 
 def load_vae(source: str, dtype: torch.dtype = torch.float32) -> AutoencoderKL:
-    """Loads the VAE of a pipeline folder or hub id, frozen; a folder of a VAE alone will do."""
+    """Loads the VAE of a pipeline folder or hub id, frozen; a folder of a VAE alone is enough."""
     alone = (Path(source) / "config.json").is_file()
     with _readable(source):
         return freeze(AutoencoderKL.from_pretrained(source, subfolder=None if alone else VAE, torch_dtype=dtype))
@@ -89,16 +86,21 @@ def load_decoder(source: str) -> Any:
     config = path / "config.json"
     if not config.is_file():
         return read_tiny_vae(path)
-    kind = json.loads(config.read_text(encoding="utf-8"))
-    match kind.get("_class_name"):
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    match settings.get("_class_name"):
         case "AutoencoderTiny" | "AutoencoderTinyWS":
             return read_tiny_vae(path)
-        case "AutoencoderKL" if not kind.get("decoder_block_out_channels"):
+        case "AutoencoderKL" if not settings.get("decoder_block_out_channels"):
             return load_vae(str(path))
         case "AutoencoderKL" | "SmallVAE":
             return load_small_vae(path)
         case other:
             raise ValueError(f"{source} holds a {other}; give the folder of an AutoencoderKL or AutoencoderTiny")
+
+
+def load_small_vae(directory: Path) -> SmallVAE:
+    """Loads a small VAE, ours or the reference's, frozen, in evaluation mode."""
+    return freeze(cast(SmallVAE, SmallVAE.from_pretrained(directory)))
 
 
 def _vae_path(source: str) -> Path:

@@ -1,7 +1,4 @@
-"""The plans of an edge bundle, which it needs where there is no cloud to compile one.
-
-Knows schedulers, plans and the bundle's files of them. Knows nothing of networks.
-"""
+"""The plans of an edge bundle, which it needs where there is no cloud to compile one."""
 
 from __future__ import annotations
 
@@ -40,10 +37,23 @@ def make_scheduler(base_config: Mapping[str, Any], name: str) -> Any:
         InvalidRequest: SCHEDULER_UNKNOWN.
     """
     spec = schedulers.find(name)
-    kind = getattr(diffusers, spec.diffusers_class)
-    known = inspect.signature(kind.__init__).parameters  # what only other classes take would be warned of
+    scheduler_class = getattr(diffusers, spec.diffusers_class)
+    known = inspect.signature(scheduler_class.__init__).parameters  # what only other classes take would be warned of
     config = {name: value for name, value in base_config.items() if name in known or name.startswith("_")}
-    return kind.from_config(config, **spec.overrides)
+    return scheduler_class.from_config(config, **spec.overrides)
+
+
+def make_plan(base_config: Mapping[str, Any], scheduler: str, steps: int) -> plans.Plan:
+    """Compiles the plan of a scheduler of `hybridsd.schedulers` with a model's noise schedule, as the cloud does.
+
+    Args:
+        base_config: The configuration of the model's own scheduler: betas, prediction type, spacing.
+        scheduler: "dpmpp_2m", "lcm" or another name.
+        steps: num_inference_steps.
+    """
+    return compile_plan(
+        make_scheduler(base_config, scheduler), steps, torch.from_numpy, name=schedulers.find(scheduler).name
+    )
 
 
 def compile_plans(
@@ -62,7 +72,7 @@ def compile_plans(
         step_counts: Numbers of steps.
         names: Of the schedulers; all of `hybridsd.schedulers` when None.
         default: Scheduler and steps of the bundle: that scheduler's plans are compiled from every later begin as well,
-            which is what drawing over a picture takes (img2img).
+            which is what drawing over an image takes (img2img).
     """
     table: Table = {}
 
@@ -102,7 +112,7 @@ def write_plans(path: Path, table: Table) -> None:
 def rewrite_plans(folder: Path, scheduler_config: Mapping[str, Any]) -> Table:
     """Compiles the plans of an existing bundle again, for the step counts it has, and puts them in their place.
 
-    The networks stay as they are; plans.json and its hash in the manifest are written anew.
+    The networks stay as they are; plans.json and its hash in the manifest are written again.
 
     Args:
         folder: The bundle.

@@ -1,8 +1,7 @@
 """Loads and saves U-Nets in Hybrid SD's pruned format, which is described in `hybridsd.pruned_unet`.
 
 A pruned U-Net is a `UNet2DConditionModel` whose inner layers are narrower than its configuration says. What is not
-pruned is loaded and saved by the same functions, and stays what stock diffusers reads. Knows files and modules. Knows
-nothing of how layers are chosen (see `training.pruning.widths`).
+pruned is loaded and saved by the same functions, and stays what stock diffusers reads.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
-"""The published networks at full size, by name, on the meta device: they take no memory and hold no weights.
-
-Knows configurations. Knows nothing of weights, of what is counted, or of anybody's folders but to read a U-Net from.
-"""
+"""The published networks at full size, by name, on the meta device: they take no memory and hold no weights."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +12,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from training.pruning.depth import drop
+from training.models.shallow_config import shallow_config
 
 LCM_DIM = 256
 """Features of the guidance embedding of every published latent consistency model (Luo et al., 2023)."""
@@ -125,6 +122,21 @@ def text_encoder_2() -> CLIPTextModelWithProjection:
     )  # fmt: skip
 
 
+def shallow(
+    unet: UNet2DConditionModel,
+    *,
+    mid: bool = False,
+    levels: int | None = None,
+    transformer_layers: Sequence[int] | None = None,
+) -> UNet2DConditionModel:
+    """Gives the shape of `unet` with one layer in each block; see `training.pruning.depth.drop`."""
+    config = shallow_config(
+        unet.config, layers_per_block=1, mid=mid, levels=levels, transformer_layers=transformer_layers
+    )
+    with torch.device("meta"):
+        return cast(UNet2DConditionModel, UNet2DConditionModel.from_config(config).eval())
+
+
 def narrow(tiny: UNet2DConditionModel) -> UNet2DConditionModel:
     """Narrows BK-SDM-Tiny to the synthetic configuration of 224,490,116 parameters, in place.
 
@@ -154,25 +166,25 @@ def narrow(tiny: UNet2DConditionModel) -> UNet2DConditionModel:
 
 def hybrid_224m(time_cond_proj_dim: int | None = None) -> UNet2DConditionModel:
     """The synthetic 224M U-Net: BK-SDM-Tiny, narrowed; with `LCM_DIM` that of its latent consistency model."""
-    return narrow(drop(sd14(time_cond_proj_dim), levels=3))
+    return narrow(shallow(sd14(time_cond_proj_dim), levels=3))
 
 
 UNETS: dict[str, Callable[[], UNet2DConditionModel]] = {
     "sd14": sd14,
     "sd21": sd21,
-    "bk-sdm-base": lambda: drop(sd14(), mid=True),
-    "bk-sdm-small": lambda: drop(sd14()),
-    "bk-sdm-tiny": lambda: drop(sd14(), levels=3),
-    "small-sd": lambda: drop(sd14(), mid=True),  # laid out like bk-sdm-base, whatever its name says
-    "tiny-sd": lambda: drop(sd14(), levels=3),
+    "bk-sdm-base": lambda: shallow(sd14(), mid=True),
+    "bk-sdm-small": lambda: shallow(sd14()),
+    "bk-sdm-tiny": lambda: shallow(sd14(), levels=3),
+    "small-sd": lambda: shallow(sd14(), mid=True),  # laid out like bk-sdm-base, whatever its name says
+    "tiny-sd": lambda: shallow(sd14(), levels=3),
     "hybrid-224m": hybrid_224m,
     "lcm-sd14": lambda: sd14(LCM_DIM),
     "lcm-hybrid-224m": lambda: hybrid_224m(LCM_DIM),
     "sdxl": sdxl,
     "lcm-sdxl": lambda: sdxl(LCM_DIM),
     "ssd-1b": ssd_1b,
-    "koala-1b": lambda: drop(sdxl(), mid=True, transformer_layers=(1, 2, 6)),
-    "koala-700m": lambda: drop(sdxl(), transformer_layers=(1, 2, 5)),
+    "koala-1b": lambda: shallow(sdxl(), mid=True, transformer_layers=(1, 2, 6)),
+    "koala-700m": lambda: shallow(sdxl(), transformer_layers=(1, 2, 5)),
 }
 
 

@@ -4,8 +4,6 @@ This one file needs nothing but diffusers. `save_pretrained` puts a copy of it b
 config.json, so that anybody can load the folder without the package that made it:
 
     diffusers.AutoModel.from_pretrained(folder, trust_remote_code=True)
-
-It knows nothing of how such a network is trained.
 """
 
 from __future__ import annotations

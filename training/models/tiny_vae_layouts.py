@@ -8,11 +8,10 @@ One network, TAESD's (Bohan, 2023), goes round in these layouts:
 - Hybrid SD's: config.json of an `AutoencoderTinyWS` with diffusers' names, or a training checkpoint without
   config.json, `ema_vae.bin` beside `vae.bin`; the average is read.
 
-Scales. Inside, pictures are in [0, 1] in all of them. TAESD and AutoencoderTinyWS ("without scaling") take and give
+Scales. Inside, images are in [0, 1] in all of them. TAESD and AutoencoderTinyWS ("without scaling") take and give
 them so; AutoencoderTiny, what is made here, takes and gives [-1, 1] with the same weights. Latents are as the U-Net
 sees them (raw latents of the KL VAE times its scaling factor), so `scaling_factor` is 1 unless config.json says
 otherwise.
-Knows file layouts. Knows nothing of training.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from __future__ import annotations
 import inspect
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
 from diffusers import AutoencoderTiny
 from torch import Tensor
 
+from training.core.checkpoints import read_weights
 from training.core.task import freeze
-from training.vae.perceptual import read_weights
-from training.vae.tiny_vae import from_taesd
 
 CLASSES = ("AutoencoderTiny", "AutoencoderTinyWS")
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
@@ -121,3 +120,47 @@ def _read(file: Path) -> Mapping[str, Tensor]:
     if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"{file} is no state dict: it holds more than named tensors; save it as .safetensors")
     return tensors
+
+
+def from_taesd(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor]) -> AutoencoderTiny:
+    """Builds an AutoencoderTiny from the state dicts of TAESD's encoder and decoder.
+
+    Both are one nn.Sequential, `1.conv.0.weight`; so are diffusers', but TAESD's decoder begins with a clamp, which
+    diffusers has outside. Layers are therefore matched by their order among those that have weights.
+
+    Raises:
+        ValueError: If these are not convolutions and residual blocks in TAESD's order.
+    """
+    try:
+        encoder_layers, decoder_layers = _layers(encoder), _layers(decoder)
+        encoder_blocks, decoder_blocks = _blocks(encoder_layers), _blocks(decoder_layers)
+        tiny = AutoencoderTiny(
+            encoder_block_out_channels=(len(encoder_layers[0]["weight"]),) * len(encoder_blocks),
+            decoder_block_out_channels=(len(decoder_layers[0]["weight"]),) * len(decoder_blocks),
+            num_encoder_blocks=encoder_blocks,
+            num_decoder_blocks=decoder_blocks,
+            latent_channels=len(encoder_layers[-1]["weight"]),
+        )
+        for network, layers in ((tiny.encoder, encoder_layers), (tiny.decoder, decoder_layers)):
+            ours = [layer for layer in network.layers if list(layer.parameters())]
+            for layer, weights in zip(ours, layers, strict=True):
+                layer.load_state_dict(weights)
+    except (IndexError, KeyError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise ValueError(f"these weights are not a TAESD encoder and decoder ({reason}); name other files") from error
+    return tiny
+
+
+def _layers(state: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Gives the state dict of each layer that has weights, in order: `3.conv.0.weight` is one of layer 3."""
+    layers: dict[int, dict[str, Tensor]] = {}
+    for name, value in state.items():
+        index, _, rest = name.partition(".")
+        layers.setdefault(int(index), {})[rest] = value
+    return [layers[index] for index in sorted(layers)]
+
+
+def _blocks(layers: Sequence[Mapping[str, Tensor]]) -> tuple[int, ...]:
+    """Counts the residual blocks between each convolution and the next: (1, 3, 3, 3) of TAESD's encoder."""
+    convolutions = [index for index, weights in enumerate(layers) if "weight" in weights]
+    return tuple(after - before - 1 for before, after in pairwise(convolutions))

@@ -1,10 +1,10 @@
-"""Scores how much the pictures change when one layer of a U-Net is cut: the fewer, the more can be cut there.
+"""Scores how much the images change when one layer of a U-Net is cut: the fewer, the more can be cut there.
 
 A score compares final latents of many captions, x with the layer cut and x0 with nothing cut: the distance of their
 means plus that of their standard deviations, |mean(x) - mean(x0)| + |std(x) - std(x0)|, both over captions, for every
 value of a latent (Hybrid SD, Yan et al., 2024, section 3.1). Every variant sees the same noise, so that only the cut
 makes a difference. `compat` scores as the published code does: other noise for every variant, variants that change
-nothing, and a tenth resnet that there is not. Knows how to cut. Knows nothing of sampling, which the caller brings.
+nothing, and a tenth resnet that there is not.
 """
 
 from __future__ import annotations

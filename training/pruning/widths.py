@@ -12,8 +12,7 @@ head's output and value matrices, which bounds what it adds to the stream whatev
 
 `compat` everywhere is the rule of the published code, quirks included, for the U-Nets that it was made for: the first
 heads stay, 0.25 of 8 heads changes nothing, nothing is cut to 64 channels or fewer. Ratios are of what a layer has now.
-Layers are named by their module paths. `training.pruning.depth` drops whole layers, and is for before. Knows weights,
-and the scores that `training.pruning.significance` gives. Knows nothing about training or files.
+Layers are named by their module paths. `training.pruning.depth` drops whole layers, and is for before.
 """
 
 from __future__ import annotations

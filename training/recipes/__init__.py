@@ -7,18 +7,41 @@ their teacher and data. Any field can be changed on the command line (`--set`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ast
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from training.core.loop import Schedule
-from training.core.task import Data, Task
+if TYPE_CHECKING:
+    from training.core.loop import Schedule
+    from training.core.task import Data, Task
 
 Scale = Literal["demo", "quick", "toy"]
 """How much: "demo" makes the published family (hours on two cores, minutes on an accelerator), "quick" the same shapes
 in a fifth of the steps, "toy" runs the very same code in seconds, which is what the tests do."""
 SCALES: tuple[Scale, ...] = ("demo", "quick", "toy")
+
+SCENES: Mapping[str, str] = {
+    "vae": "vae.vae",
+    "text": "text.text",
+    "classifier": "classifier.classifier",
+    "unet": "unet.unet",
+    "small-unet": "small_unet.small_unet",
+    "tiny-vae": "tiny_vae.tiny_vae",
+    "lcm": "lcm.lcm",
+    "lcm-small": "lcm.lcm_small",
+}
+"""The recipes of the demo family, in the order in which they are to be run: module and function, by name."""
+SD: Mapping[str, str] = {
+    "sd-distill": "sd.distill",
+    "sd-tiny-vae": "sd.tiny_vae",
+    "sd-small-vae": "sd.small_vae",
+    "sd-lcm": "sd.lcm",
+    "sd-lcm-lora": "sd.lcm_lora",
+}
+"""The recipes for Stable Diffusion models and data of your own."""
 
 
 class Recipe(Protocol):
@@ -51,30 +74,19 @@ def scaled(schedule: Schedule, scale: Scale) -> Schedule:
     return replace(schedule, steps=max(1, schedule.steps // 5), warmup=max(1, schedule.warmup // 2))
 
 
-def scenes_recipes() -> dict[str, Callable[[Scale], Any]]:
-    """Gives the recipes of the demo family, in the order in which they are to be run."""
-    from training.recipes import classifier, lcm, small_unet, text, tiny_vae, unet, vae
-
-    return {
-        "vae": vae.vae,
-        "text": text.text,
-        "classifier": classifier.classifier,
-        "unet": unet.unet,
-        "small-unet": small_unet.small_unet,
-        "tiny-vae": tiny_vae.tiny_vae,
-        "lcm": lcm.lcm,
-        "lcm-small": lcm.lcm_small,
-    }
+def find(name: str) -> Callable[..., Any]:
+    """Gives the function that makes a recipe of `SCENES` or `SD`."""
+    module, _, function = {**SCENES, **SD}[name].partition(".")
+    made: Callable[..., Any] = getattr(import_module(f"{__name__}.{module}"), function)
+    return made
 
 
-def sd_recipes() -> dict[str, Callable[[], Any]]:
-    """Gives the recipes for Stable Diffusion models and data of your own."""
-    from training.recipes import sd
-
-    return {
-        "sd-distill": sd.distill,
-        "sd-tiny-vae": sd.tiny_vae,
-        "sd-small-vae": sd.small_vae,
-        "sd-lcm": sd.lcm,
-        "sd-lcm-lora": sd.lcm_lora,
-    }
+def description(name: str) -> str:
+    """Reads a recipe's docstring from its source, without importing the recipe, and so torch."""
+    module, _, function = {**SCENES, **SD}[name].partition(".")
+    source = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
+    return next(
+        ast.get_docstring(node) or ""
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef) and node.name == function
+    )

@@ -1,4 +1,4 @@
-"""The judge of the demo family. Knows its size and schedule; the method is `training.evaluation.classifier`."""
+"""The judge of the demo family. The method is `training.evaluation.classifier`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from training.core.loop import Schedule
 from training.core.task import Drawn
-from training.evaluation.classifier import Classifier, ClassifierTask, JudgedPictures
+from training.evaluation.classifier import Classifier, ClassifierTask, JudgedImages
 from training.recipes import Scale, scaled
 from training.vae.kl_vae import load_vae
 
@@ -28,12 +28,12 @@ class ClassifierRecipe:
         """Builds an untrained classifier; needs the stage vae."""
         torch.manual_seed(self.schedule.seed)
         vae = load_vae(out / "vae")
-        pictures = JudgedPictures(vae, pool=self.pool, seed=self.schedule.seed)
-        return ClassifierTask(Classifier(self.width), vae, judged=self.judged), Drawn(pictures, self.schedule.seed)
+        images = JudgedImages(vae, pool=self.pool, seed=self.schedule.seed)
+        return ClassifierTask(Classifier(self.width), vae, judged=self.judged), Drawn(images, self.schedule.seed)
 
 
 def classifier(scale: Scale) -> ClassifierRecipe:
-    """The judge: half of its pictures are fresh renders, half from a pool that went through the VAE; all augmented."""
+    """The judge: half of its images are fresh renders, half from a pool that went through the VAE; all augmented."""
     toy = scale == "toy"
     schedule = Schedule(
         steps=30 if toy else 800,

@@ -59,7 +59,7 @@ def _needed(value: str | None, name: str, example: str) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageData:
-    """Which pictures to learn from; see `training.data.batches`."""
+    """Which images to learn from; see `training.data.batches`."""
 
     spec: str | None = None
     """imagefolder:DIRECTORY, datasets:NAME_OR_DIRECTORY, webdataset:SHARDS or csv:FILE; "scenes" are the demo's, of 128
@@ -78,7 +78,7 @@ class ImageData:
 
     @property
     def side(self) -> int:
-        """Pixels of a picture's side."""
+        """Pixels of an image's side."""
         return SIZE if self.spec == "scenes" else self.resolution
 
     def open(self, seed: int, multiple: int) -> Data:
@@ -384,7 +384,7 @@ class TinyVAERecipe:
 def tiny_vae() -> TinyVAERecipe:
     """Distil a tiny VAE (TAESD's shape, 2.4M parameters) from the SD VAE: perceptual, adversarial and latent terms.
 
-    The published schedule: 100k steps of 96 pictures at 512x512, in turns of one decoder, one encoder and five judge
+    The published schedule: 100k steps of 96 images at 512x512, in turns of one decoder, one encoder and five judge
     steps.
     """
     return TinyVAERecipe(

@@ -1,4 +1,4 @@
-"""The tokenizer and the text encoder of the demo family. Knows their size; the method is `training.data.text`."""
+"""The tokenizer and the text encoder of the demo family. The method is `training.data.text`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tiny VAE of the demo family. Knows its shape and schedule; the method is `training.vae.tiny_vae`."""
+"""The tiny VAE of the demo family. The method is `training.vae.tiny_vae`."""
 
 from __future__ import annotations
 

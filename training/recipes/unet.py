@@ -57,7 +57,7 @@ class UNetRecipe:
     noise_offset: float
     empty: float
     init: str = ""
-    """Folder of a U-Net of this shape whose weights training begins with; from nothing unless told."""
+    """Folder of a U-Net of this shape whose weights training begins with; from nothing by default."""
     folder: str = "unet"
 
     def build(self, out: Path) -> tuple[DistillTask, Drawn]:

@@ -1,4 +1,4 @@
-"""The KL VAE of the demo family. Knows its shape and schedule; the method is `training.vae.kl_vae`."""
+"""The KL VAE of the demo family. The method is `training.vae.kl_vae`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class VAERecipe:
 
 
 def vae(scale: Scale) -> VAERecipe:
-    """The KL VAE, 2.6M parameters, on 64x64 crops of scenes; small batches: at first, steps count and not pictures."""
+    """The KL VAE, 2.6M parameters, on 64x64 crops of scenes; small batches: at first, steps count and not images."""
     toy = scale == "toy"
     schedule = Schedule(
         steps=30 if toy else 9200,

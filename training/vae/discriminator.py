@@ -1,8 +1,8 @@
-"""Judges whether pictures are real: the hinge losses, a patch discriminator, and heads on a self-supervised ViT.
+"""Judges whether images are real: the hinge losses, a patch discriminator, and heads on a self-supervised ViT.
 
 Judging by features of a frozen network is the idea of Projected GANs (Sauer et al., 2021); the hinge loss is Lim and
-Ye's (2017); differentiable augmentation is Zhao et al.'s (2020). No layer looks across the pictures of a batch, so
-what is said of one does not depend on the others. Knows pictures. Knows nothing of what draws them or of optimizers.
+Ye's (2017); differentiable augmentation is Zhao et al.'s (2020). No layer looks across the images of a batch, so what
+is said of one does not depend on the others.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """Gives the hinge loss of the judge: it wants logits above 1 for real pictures and below -1 for drawn ones."""
+    """Gives the hinge loss of the judge: it wants logits above 1 for real images and below -1 for drawn ones."""
     return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
 
 
@@ -36,14 +36,14 @@ def generator_loss(fake: Tensor) -> Tensor:
 
 
 def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
-    """Changes colours, position and a square of each picture; gradients pass (Zhao et al., 2020).
+    """Changes colours, position and a square of each image; gradients pass (Zhao et al., 2020).
 
     Brightness by up to 0.5, saturation by a factor in [0, 2], contrast in [0.5, 1.5]; a shift of up to 1/8 of each
     side, with zeros behind it; a square of a fifth of each side set to zero.
 
     Args:
         images: float32 [B, 3, H, W] in [-1, 1].
-        rng: All the randomness, drawn for each picture.
+        rng: All the randomness, drawn for each image.
     """
     batch, _, height, width = images.shape
     low, high = np.array([-0.5, 0.0, 0.5]), np.array([0.5, 2.0, 1.5])
@@ -68,7 +68,7 @@ def _column(values: np.ndarray[Any, Any], device: torch.device) -> Tensor:
 
 
 def crops(images: Tensor, height: int, width: int, rng: np.random.Generator) -> Tensor:
-    """Cuts `height` x `width` pixels out of each picture, anywhere."""
+    """Cuts `height` x `width` pixels out of each image, anywhere."""
     tops = rng.integers(0, images.shape[-2] - height + 1, size=len(images))
     lefts = rng.integers(0, images.shape[-1] - width + 1, size=len(images))
     return torch.stack(
@@ -141,8 +141,8 @@ class Head(nn.Module):
 class ViTDiscriminator(Discriminator):
     """Judges by what a frozen ViT, trained without labels, sees: one head on its patches, and one on each quarter.
 
-    Half of the time it looks at a crop of the size that the ViT knows, where pictures are larger, and else at the whole
-    picture, resized.
+    Half of the time it looks at a crop of the size that the ViT knows, where images are larger, and else at the whole
+    image, resized.
 
     Args:
         backbone: A ViTModel or Dinov2Model of transformers.
@@ -197,7 +197,7 @@ def held(network: nn.Module) -> Iterator[None]:
 def find_discriminator(
     backbone: Path | None = None, *, width: int | None = None
 ) -> tuple[PatchDiscriminator | ViTDiscriminator, str]:
-    """Makes an untrained judge: heads on a ViT if one is at hand, else a patch discriminator; and says which and why.
+    """Makes an untrained judge: heads on a ViT if one is available, else a patch discriminator; and says which and why.
 
     Args:
         backbone: The transformers folder of a ViTModel or Dinov2Model, such as that of facebook/dino-vits16.
@@ -226,14 +226,14 @@ def load_backbone(folder: Path) -> Any:
 
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json")
-    kind = cast(Any, AutoConfig).from_pretrained(folder, local_files_only=True).model_type
+    model_type = cast(Any, AutoConfig).from_pretrained(folder, local_files_only=True).model_type
     options: dict[str, Any] = {"local_files_only": True, "output_loading_info": True}
-    if kind == "dinov2":
+    if model_type == "dinov2":
         network, report = cast(Any, Dinov2Model).from_pretrained(folder, **options)
-    elif kind == "vit":  # what is behind the features, such as a pooler, is left out
+    elif model_type == "vit":  # what is behind the features, such as a pooler, is left out
         network, report = cast(Any, ViTModel).from_pretrained(folder, add_pooling_layer=False, **options)
     else:
-        raise ValueError(f"{folder} is a {kind}, not a vit or dinov2")
+        raise ValueError(f"{folder} is a {model_type}, not a vit or dinov2")
     if report["missing_keys"]:  # transformers would have drawn them at random
         raise ValueError(f"{folder} lacks {len(report['missing_keys'])} weights, {min(report['missing_keys'])} first")
     return network

@@ -1,8 +1,8 @@
 """The VAE of the family: what it is, what it is trained on and how it is judged.
 
-Learns on random crops of scenes: the network is convolutional and works at any size afterwards. Knows nothing about
-text or noise. Images are float32 [B, 3, H, W] in [-1, 1]; raw latents are float32 [B, 4, H/8, W/8]; latents as the
-U-Net sees them are raw latents times `scaling_factor`.
+Learns on random crops of scenes: the network is convolutional and works at any size afterwards. Images are float32 [B,
+3, H, W] in [-1, 1]; raw latents are float32 [B, 4, H/8, W/8]; latents as the U-Net sees them are raw latents times
+`scaling_factor`.
 """
 
 from __future__ import annotations

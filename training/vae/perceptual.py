@@ -1,6 +1,6 @@
-"""How different two pictures look: LPIPS where VGG's weights are at hand, a pyramid of bands where they are not.
+"""How different two images look: LPIPS where VGG's weights are available, a pyramid of bands where they are not.
 
-Nothing is downloaded. Knows pictures in [-1, 1] and weight files. Knows nothing of what is trained.
+Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Protocol, cast
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from training.core.checkpoints import read_weights
 from training.core.task import freeze
 
 VGG_FILES = ("vgg16-397923af.pth", "vgg16-397923af.safetensors")
@@ -24,7 +24,7 @@ BURT_ADELSON = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
 
 
 class Perceptual(Protocol):
-    """A distance between pictures that gradients pass through."""
+    """A distance between images that gradients pass through."""
 
     def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
         """Gives the mean over a batch, a float32 scalar: two float32 [B, 3, H, W] in [-1, 1]."""
@@ -62,7 +62,7 @@ class VGG16(nn.Module):
 class LPIPS(nn.Module):
     """The learned perceptual distance (Zhang et al., 2018, eq. 1) on VGG-16, version 0.1.
 
-    Squared distances of unit features, weighted by channel, averaged over the picture, summed over five layers.
+    Squared distances of unit features, weighted by channel, averaged over the image, summed over five layers.
 
     Args:
         vgg: A state dict with torchvision's names `features.N.weight`; others, the classifier's, are left aside.
@@ -90,7 +90,7 @@ class LPIPS(nn.Module):
             ValueError: If a side is shorter than 16 pixels.
         """
         if min(images.shape[-2:]) < SMALLEST:
-            raise ValueError(f"pictures are {tuple(images.shape[-2:])}; LPIPS needs at least {SMALLEST} pixels a side")
+            raise ValueError(f"images are {tuple(images.shape[-2:])}; LPIPS needs at least {SMALLEST} pixels a side")
         pairs = self.vgg((torch.cat([images, targets]) - self.mean) / self.std)
         layers = []
         for index, both in enumerate(pairs):
@@ -109,7 +109,7 @@ class LaplacianLoss(nn.Module):
     It compares bands, not what a network recognizes: it does not forgive a texture that is right but elsewhere.
 
     Args:
-        levels: At most so many, the last included; fewer for pictures that would get smaller than 4 pixels.
+        levels: At most so many, the last included; fewer for images that would get smaller than 4 pixels.
     """
 
     def __init__(self, levels: int = 5) -> None:
@@ -120,7 +120,7 @@ class LaplacianLoss(nn.Module):
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """See `Perceptual`."""
-        rest = (images - targets).float()  # the pyramid is linear: that of the difference will do
+        rest = (images - targets).float()  # the pyramid is linear: so that of the difference suffices
         bands: list[Tensor] = []
         with torch.autocast(rest.device.type, enabled=False):  # bands are small differences
             while len(bands) < self.levels - 1 and min(rest.shape[-2:]) >= 8:
@@ -133,13 +133,6 @@ class LaplacianLoss(nn.Module):
         channels = images.shape[1]
         kernel = cast(Tensor, self.kernel).expand(channels, 1, 5, 5)
         return F.conv2d(F.pad(images, (2,) * 4, mode="reflect"), kernel, groups=channels)
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Reads a state dict from .safetensors or from torch's format, without running what is in it."""
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    return cast(dict[str, Tensor], torch.load(path, map_location="cpu", weights_only=True))
 
 
 def lpips_linear_file() -> Path | None:

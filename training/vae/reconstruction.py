@@ -1,10 +1,9 @@
 """What a small decoder learns from a VAE, and the terms of its loss; shared by the tiny and the small VAE.
 
-    z       the teacher's latents of a picture, as the U-Net sees them (raw latents times `scaling_factor`)
+    z       the teacher's latents of an image, as the U-Net sees them (raw latents times `scaling_factor`)
     L_rec   the sum of the pixel terms and the perceptual term
     L_adv   the adversarial term, hinge (training.discriminator)
 
-Knows teachers, pictures and turns. Knows nothing of the student's shape, of its latents' encoder or of optimizers.
 Images are float32 [B, 3, H, W] in [-1, 1], latents float32 [B, C, h, w].
 """
 
@@ -29,7 +28,7 @@ from training.vae.discriminator import Discriminator, discriminator_loss, genera
 from training.vae.kl_vae import gradient_loss
 from training.vae.perceptual import Perceptual
 
-CHUNK = 8  # pictures the teacher sees at once
+CHUNK = 8  # images the teacher sees at once
 
 
 class Lesson:
@@ -48,23 +47,23 @@ class Lesson:
         latents: Tensor,
         given: Tensor,
         *,
-        pictures: Tensor | None,
+        clean: Tensor | None,
         filtered: bool,
         decode: Callable[[Tensor], Tensor],
     ) -> None:
         self.inputs, self.latents, self.given = inputs, latents, given
         self.filtered = filtered
-        self._pictures, self._decode = pictures, decode
+        self._clean, self._decode = clean, decode
 
     @cached_property
     def reconstruction(self) -> Tensor:
-        """The teacher's picture of `latents`; decoded when it is first asked for, as few turns need it."""
+        """The teacher's image of `latents`; decoded when it is first asked for, as few turns need it."""
         return self._decode(self.latents)
 
     @property
     def targets(self) -> Tensor:
-        """The pictures, or the teacher's reconstructions."""
-        return self.reconstruction if self._pictures is None else self._pictures
+        """The images, or the teacher's reconstructions."""
+        return self.reconstruction if self._clean is None else self._clean
 
     def hard_part(self, images: Tensor) -> Tensor:
         """Gives the student's images with the targets where it is as good as its teacher, if this batch is filtered.
@@ -80,18 +79,18 @@ class Lesson:
 
 
 class Lessons:
-    """Draws lessons from pictures and their teacher.
+    """Draws lessons from images and their teacher.
 
     Args:
         teacher: The VAE whose latent space the student shares; it is frozen.
         sample: Latents are samples of the teacher's posterior, else its mean.
         latent_noise: The standard deviation of noise on what the decoder gets.
-        latent_fade: What the decoder gets is z (1 - u), u from U[0, latent_fade] for each picture, so that it learns to
+        latent_fade: What the decoder gets is z (1 - u), u from U[0, latent_fade] for each image, so that it learns to
             restore contrast and saturation. The reference takes 0.25, and one u a batch.
-        colour: The probability that a picture's colours are shifted; it is the target, too.
-        degradation: The probability that what encoders see of a picture is blurred, noisy and compressed. The target
+        colour: The probability that an image's colours are shifted; it is the target, too.
+        degradation: The probability that what encoders see of an image is blurred, noisy and compressed. The target
             stays clean.
-        imitate: The target is the teacher's reconstruction, else the picture.
+        imitate: The target is the teacher's reconstruction, else the image.
         pixel_filter: The probability that a batch is filtered (see `Lesson.hard_part`); the reference filters every
             third.
 
@@ -123,10 +122,10 @@ class Lessons:
 
     @torch.no_grad()
     def draw(self, images: Tensor, rng: np.random.Generator) -> Lesson:
-        """Makes the lesson of a batch of pictures."""
+        """Makes the lesson of a batch of images."""
         with torch.autocast(images.device.type, enabled=False):  # colours and blurs in full precision
-            pictures = _some(images, self.colour, shift_colours, rng)
-            inputs = _some(pictures, self.degradation, degrade, rng)
+            clean = _some(images, self.colour, shift_colours, rng)
+            inputs = _some(clean, self.degradation, degrade, rng)
         latents = self.encode(inputs, rng if self.sample else None)
         given = latents
         if self.latent_fade:
@@ -138,7 +137,7 @@ class Lessons:
             inputs,
             latents,
             given,
-            pictures=None if self.imitate else pictures,
+            clean=None if self.imitate else clean,
             filtered=bool(rng.random() < self.pixel_filter),
             decode=self.decode,
         )
@@ -156,13 +155,13 @@ class Lessons:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Gives the teacher's pictures of latents as the U-Net sees them."""
+        """Gives the teacher's images of latents as the U-Net sees them."""
         raw = (latents / float(self.teacher.config.scaling_factor)).to(self.teacher.dtype)
         return torch.cat([cast(Tensor, self.teacher.decode(part).sample) for part in torch.split(raw, CHUNK)]).float()
 
     @torch.no_grad()
     def comparison(self, images: Tensor, decode: Callable[[Tensor], Tensor]) -> NDArray[np.uint8]:
-        """Draws a row for each picture: itself, the teacher's reconstruction, the student's of the same latents.
+        """Draws a row for each image: itself, the teacher's reconstruction, the student's of the same latents.
 
         Args:
             images: float32 [B, 3, H, W] in [-1, 1].
@@ -182,7 +181,7 @@ def _some(
     change: Callable[[Tensor, np.random.Generator], Tensor],
     rng: np.random.Generator,
 ) -> Tensor:
-    """Changes each picture with a probability; draws nothing where it is 0."""
+    """Changes each image with a probability; draws nothing where it is 0."""
     if not probability:
         return images
     which = torch.from_numpy(chosen(probability, len(images), rng)).to(images.device)
@@ -206,7 +205,7 @@ class DecoderLoss:
         adversarial_weight: Of the adversarial term, after its gradient was scaled to the others'.
 
     Raises:
-        ValueError: If nothing but a judge is left: it would not say what the picture should be.
+        ValueError: If nothing but a judge is left: it would not say what the image should be.
     """
 
     def __init__(
@@ -223,7 +222,7 @@ class DecoderLoss:
         self.perceptual = perceptual if perceptual_weight else None
         self.discriminator = discriminator
         if self.perceptual is None and not (l1_weight or mse_weight or gradient_weight):
-            raise ValueError("no term compares pictures with targets; give l1_weight, mse_weight, or a perceptual loss")
+            raise ValueError("no term compares images with targets; give l1_weight, mse_weight, or a perceptual loss")
         self.l1_weight, self.mse_weight, self.gradient_weight = l1_weight, mse_weight, gradient_weight
         self.perceptual_weight, self.adversarial_weight = perceptual_weight, adversarial_weight
 
@@ -256,7 +255,7 @@ class DecoderLoss:
         the decoder's last convolution (Esser et al., 2021, eq. 7, where the factor is 1).
 
         Args:
-            images: All of them: a judge of whole pictures is not shown the hard part of one.
+            images: All of them: a judge of whole images is not shown the hard part of one.
             terms: Those of L_rec, of the same images.
             last: w.
             rng: Of the judge's augmentation.
@@ -282,7 +281,7 @@ class DecoderLoss:
 class Turns:
     """Who learns when, where there is a judge.
 
-    Before `start` the student learns alone, without the adversarial term: no step is spent on judging pictures that
+    Before `start` the student learns alone, without the adversarial term: no step is spent on judging images that
     are still grey. Then the judge learns alone for `warmup` steps, so that what it says means something when it is
     first listened to. Then come rounds: one step for each part of the student, and `discriminator` for the judge.
     The reference, whose student is a trained TAESD, is start=0, warmup=5000, discriminator=5.

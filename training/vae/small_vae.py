@@ -4,7 +4,7 @@ Narrowing drops the channels with the least L2 norm of all convolution and atten
 et al., 2017, take those that write, and L1). Channels that are added to each other or share a normalization are dropped
 together. Each group of a GroupNorm loses the same number, so that no channel is normalized with others than before.
 
-Knows VAEs and pictures. Knows nothing of optimizers. The network itself is `training.models.small_autoencoder`.
+The network itself is `training.models.small_autoencoder`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from training.core.task import Batch, Group, Task, freeze, trainable
+from training.core.task import Batch, Group, Task, trainable
 from training.models.small_autoencoder import SmallVAE
 from training.vae.reconstruction import DecoderLoss, Lessons, Turns, learnt_parts
 
@@ -171,7 +171,7 @@ class SmallVAETask(Task):
         lessons: What it learns from; holds the teacher.
         loss: The decoder's terms; holds the judge, if there is one.
         turns: Who learns when; only with a judge.
-        preview_images: The pictures of `preview`, float32 [B, 3, H, W] in [-1, 1].
+        preview_images: The images of `preview`, float32 [B, 3, H, W] in [-1, 1].
     """
 
     def __init__(
@@ -232,8 +232,3 @@ class SmallVAETask(Task):
     def save(self, directory: Path) -> None:
         """Saves a folder that diffusers' AutoModel loads with `trust_remote_code=True`."""
         self.vae.save_pretrained(directory)
-
-
-def load_small_vae(directory: Path) -> SmallVAE:
-    """Loads a small VAE, ours or the reference's, frozen, in evaluation mode."""
-    return freeze(cast(SmallVAE, SmallVAE.from_pretrained(directory)))

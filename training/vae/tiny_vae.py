@@ -2,15 +2,14 @@
 
 Scales: the tiny VAE works on latents as the U-Net sees them (the KL VAE's raw latents times its `scaling_factor`), so
 its own `scaling_factor` is 1. Its images are in [-1, 1] at the boundary; diffusers' AutoencoderTiny moves them to [0,
-1] inside the encoder and back inside the decoder. Knows images and latents. Knows nothing about text or noise.
+1] inside the encoder and back inside the decoder.
 
 The architecture is TAESD's (Bohan, 2023); `AutoencoderTiny()` has its size, 2,445,063 parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
@@ -39,7 +38,7 @@ def build_tiny_vae(width: int, *, blocks: int) -> AutoencoderTiny:
 
 
 class TinyVAETask(Task):
-    """Distils a KL VAE: the encoder must give its latents, the decoder must give the picture from its latents.
+    """Distils a KL VAE: the encoder must give its latents, the decoder must give the image from its latents.
 
     Without a judge both learn in every step, as the one group "vae". With one there are the groups "decoder",
     "encoder" and "discriminator", which take turns (`Turns`); the loop clips the gradients of each by themselves.
@@ -50,7 +49,7 @@ class TinyVAETask(Task):
         loss: The decoder's terms; holds the judge, if there is one.
         latent_weight: Of the encoder's term, the mean squared difference of latents.
         turns: Who learns when; only with a judge.
-        preview_images: The pictures of `preview`, float32 [B, 3, H, W] in [-1, 1].
+        preview_images: The images of `preview`, float32 [B, 3, H, W] in [-1, 1].
     """
 
     def __init__(
@@ -117,47 +116,3 @@ class TinyVAETask(Task):
     def save(self, directory: Path) -> None:
         """Saves the diffusers directory."""
         self.tiny.save_pretrained(directory)
-
-
-def from_taesd(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor]) -> AutoencoderTiny:
-    """Builds an AutoencoderTiny from the state dicts of TAESD's encoder and decoder.
-
-    Both are one nn.Sequential, `1.conv.0.weight`; so are diffusers', but TAESD's decoder begins with a clamp, which
-    diffusers has outside. Layers are therefore matched by their order among those that have weights.
-
-    Raises:
-        ValueError: If these are not convolutions and residual blocks in TAESD's order.
-    """
-    try:
-        encoder_layers, decoder_layers = _layers(encoder), _layers(decoder)
-        encoder_blocks, decoder_blocks = _blocks(encoder_layers), _blocks(decoder_layers)
-        tiny = AutoencoderTiny(
-            encoder_block_out_channels=(len(encoder_layers[0]["weight"]),) * len(encoder_blocks),
-            decoder_block_out_channels=(len(decoder_layers[0]["weight"]),) * len(decoder_blocks),
-            num_encoder_blocks=encoder_blocks,
-            num_decoder_blocks=decoder_blocks,
-            latent_channels=len(encoder_layers[-1]["weight"]),
-        )
-        for network, layers in ((tiny.encoder, encoder_layers), (tiny.decoder, decoder_layers)):
-            ours = [layer for layer in network.layers if list(layer.parameters())]
-            for layer, weights in zip(ours, layers, strict=True):
-                layer.load_state_dict(weights)
-    except (IndexError, KeyError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise ValueError(f"these weights are not a TAESD encoder and decoder ({reason}); name other files") from error
-    return tiny
-
-
-def _layers(state: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Gives the state dict of each layer that has weights, in order: `3.conv.0.weight` is one of layer 3."""
-    layers: dict[int, dict[str, Tensor]] = {}
-    for name, value in state.items():
-        index, _, rest = name.partition(".")
-        layers.setdefault(int(index), {})[rest] = value
-    return [layers[index] for index in sorted(layers)]
-
-
-def _blocks(layers: Sequence[Mapping[str, Tensor]]) -> tuple[int, ...]:
-    """Counts the residual blocks between each convolution and the next: (1, 3, 3, 3) of TAESD's encoder."""
-    convolutions = [index for index, weights in enumerate(layers) if "weight" in weights]
-    return tuple(after - before - 1 for before, after in pairwise(convolutions))

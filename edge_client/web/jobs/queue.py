@@ -66,7 +66,7 @@ class _Live:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def emit(self, name: str, data: dict[str, Any]) -> None:
-        """Appends an event and wakes all readers. Only the last preview of each picture is kept."""
+        """Appends an event and wakes all readers. Only the last preview of each image is kept."""
         if name == "preview":
             index = data["image_index"]
             self.events = [e for e in self.events if e.name != "preview" or e.data["image_index"] != index]
@@ -335,5 +335,5 @@ def _digest(create: JobCreate, upload: Upload) -> str:
 
 
 def _body(request: dict[str, Any]) -> dict[str, Any]:
-    """Returns a stored request as a valid `JobCreate`: its pictures are files."""
+    """Returns a stored request as a valid `JobCreate`: its images are files."""
     return {**request, "image": None, "mask": None}

@@ -1,4 +1,4 @@
-"""Jobs and their pictures on disk, so that they survive a restart: rows in SQLite, pictures as files beside it.
+"""Jobs and their images on disk, so that they survive a restart: rows in SQLite, images as files beside it.
 
 Each call is one short transaction of a few milliseconds and may be made from the event loop.
 """
@@ -64,7 +64,7 @@ class StoredJob:
     finished_at: float | None
     attempts: int
     request: dict[str, Any]
-    """The `JobCreate` with its seed; pictures as true or false."""
+    """The `JobCreate` with its seed; images as true or false."""
     digest: str
     """Hash of the original request, to recognize a repeated one."""
     error: dict[str, Any] | None
@@ -112,7 +112,7 @@ class Store:
         try:
             with self._begin() as connection:
                 number = connection.execute(_jobs.insert().values(values)).inserted_primary_key[0]  # type: ignore[index]
-                self._write_upload(number, upload)  # before the commit: a job cannot run without its pictures
+                self._write_upload(number, upload)  # before the commit: a job cannot run without its images
         except sa.exc.IntegrityError as error:
             raise Reason.REQUEST_ID_REUSED.error(
                 f"id {job_id} belongs to another job; choose another id", field="id"
@@ -126,7 +126,7 @@ class Store:
         return self.get(job_id)
 
     def add_image(self, job: StoredJob, record: dict[str, Any], png: bytes) -> None:
-        """Stores a finished picture; replaces the one of an earlier attempt."""
+        """Stores a finished image; replaces the one of an earlier attempt."""
         path = self.image_path(job, int(record["index"]))
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
@@ -191,12 +191,12 @@ class Store:
             return [self._job(connection, row) for row in connection.execute(query)]
 
     def remove(self, job: StoredJob) -> None:
-        """Deletes a finished job with its pictures; its id stays taken."""
+        """Deletes a finished job with its images; its id stays taken."""
         with self._begin() as connection:
             self._remove(connection, job.number)
 
     def upload(self, job: StoredJob) -> Upload:
-        """Returns the uploaded pictures of a job."""
+        """Returns the uploaded images of a job."""
         image, mask = (self._upload(job.number, name) for name in ("image", "mask"))
         return Upload(
             image.read_bytes() if job.request.get("image") else None,
@@ -204,11 +204,11 @@ class Store:
         )
 
     def image_path(self, job: StoredJob, index: int) -> Path:
-        """Returns the path of a finished picture, a PNG file."""
+        """Returns the path of a finished image, a PNG file."""
         return self._folder / "images" / str(job.number) / f"{index}.png"
 
     def secret(self) -> bytes:
-        """Returns the key that signs URLs of pictures; created once."""
+        """Returns the key that signs URLs of images; created once."""
         path = self._folder / "secret"
         if not path.exists():
             partial = path.with_suffix(".partial")

@@ -1,4 +1,4 @@
-"""Decodes pictures in requests: base64 and data URLs. `edge_client.images.inputs` checks their content."""
+"""Decodes images in requests: base64 and data URLs. `edge_client.images.inputs` checks their content."""
 
 import base64
 import binascii
@@ -11,7 +11,7 @@ from hybridsd.errors import Reason
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """The pictures of a request, as files."""
+    """The images of a request, as files."""
 
     image: bytes | None = None
     mask: bytes | None = None
@@ -33,16 +33,16 @@ def decode(text: str, field: str) -> bytes:
         content = base64.b64decode("".join(payload.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise Reason.FIELD_INVALID.error(
-            f"{field} is not base64 ({error}); send a PNG, JPEG or WebP picture in base64",
+            f"{field} is not base64 ({error}); send a PNG, JPEG or WebP image in base64",
             field=field,
         ) from error
     if not content:
-        raise Reason.FIELD_INVALID.error(f"{field} is empty; send a picture or omit the field", field=field)
+        raise Reason.FIELD_INVALID.error(f"{field} is empty; send an image or omit the field", field=field)
     return content
 
 
 def split_uploads(create: JobCreate) -> tuple[JobCreate, Upload]:
-    """Returns a request without its pictures, and the pictures."""
+    """Returns a request without its images, and the images."""
     contents = {
         name: None if (text := getattr(create, name)) is None else decode(text, name) for name in ("image", "mask")
     }

@@ -1,4 +1,4 @@
-"""Jobs and pictures as clients get them."""
+"""Jobs and images as clients get them."""
 
 import base64
 import io
@@ -15,11 +15,11 @@ MEDIA_TYPES: dict[Format, str] = {"png": "image/png", "jpeg": "image/jpeg", "web
 
 
 class Views:
-    """Turns stored jobs into JSON and reads their pictures.
+    """Turns stored jobs into JSON and reads their images.
 
     Args:
-        access: Signs URLs of pictures where tokens are needed: an <img> sends no token.
-        store: Holds the pictures.
+        access: Signs URLs of images where tokens are needed: an <img> sends no token.
+        store: Holds the images.
     """
 
     def __init__(self, access: Access, store: Store) -> None:
@@ -32,12 +32,12 @@ class Views:
         return {name: getattr(job, name) for name in fields} | {"queue_position": position, "images": images}
 
     def image_url(self, job: StoredJob, index: int) -> str:
-        """Returns the path of a picture, signed where tokens are needed."""
+        """Returns the path of an image, signed where tokens are needed."""
         path = f"/v1/jobs/{job.id}/images/{index}"
         return path if self._access.is_open else f"{path}?key={self._access.sign(path)}"
 
     def image(self, job: StoredJob, index: int, wanted: Format = "png", quality: int = 95) -> bytes:
-        """Returns a picture as a file. Only a PNG holds its parameters.
+        """Returns an image as a file. Only a PNG holds its parameters.
 
         Raises:
             NotFound: NOT_FOUND if it does not exist, or not yet.
@@ -46,12 +46,12 @@ class Views:
             content = self._store.image_path(job, index).read_bytes()
         except OSError as error:
             raise Reason.NOT_FOUND.error(
-                f"job {job.id} has no picture {index}; it has {len(job.images)}, counted from 0"
+                f"job {job.id} has no image {index}; it has {len(job.images)}, counted from 0"
             ) from error
         return content if wanted == "png" else _reencode(content, wanted, quality)
 
     def image_base64(self, job: StoredJob, index: int, wanted: Format = "png", quality: int = 95) -> str:
-        """Returns a picture as `image` does, in base64."""
+        """Returns an image as `image` does, in base64."""
         return base64.b64encode(self.image(job, index, wanted, quality)).decode("ascii")
 
 
@@ -62,19 +62,19 @@ def preview_base64(data_url: str, wanted: Format = "png") -> str:
 
 
 def _reencode(content: bytes, wanted: Format, quality: int = 95) -> bytes:
-    """Converts a picture to another format.
+    """Converts an image to another format.
 
     Args:
-        content: A picture file.
+        content: An image file.
         wanted: Its format.
         quality: 0 to 100, for JPEG and WebP. 100 makes WebP lossless.
     """
     stream = io.BytesIO()
-    with Pillow.open(io.BytesIO(content)) as picture:
+    with Pillow.open(io.BytesIO(content)) as image:
         options: dict[str, Any] = {} if wanted == "png" else {"quality": quality}
         if wanted == "webp" and quality == 100:
             options["lossless"] = True
         if wanted == "jpeg" and quality >= 90:
             options["subsampling"] = 0
-        picture.convert("RGB").save(stream, format=wanted.upper(), **options)
+        image.convert("RGB").save(stream, format=wanted.upper(), **options)
     return stream.getvalue()

@@ -46,7 +46,7 @@ class WorkerEvent:
     name: str
     data: dict[str, Any]
     png: bytes | None = None
-    """The finished picture of an "image" event."""
+    """The finished image of an "image" event."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +59,7 @@ class JobWorker:
     others: Mapping[str, Models] = field(default_factory=dict)
 
     def fill_in(self, create: JobCreate, upload: Upload) -> JobCreate:
-        """Checks a job and returns it with a seed, so that a second run makes the same pictures.
+        """Checks a job and returns it with a seed, so that a second run makes the same images.
 
         Raises:
             HybridSDError: The job is invalid; names the field.
@@ -83,13 +83,13 @@ class JobWorker:
     def run(
         self, create: JobCreate, upload: Upload, *, is_cancelled: Callable[[], bool], done: Container[int] = ()
     ) -> Generator[WorkerEvent]:
-        """Makes the pictures of a job one after another.
+        """Makes the images of a job one after another.
 
         Args:
             create: The job, with its seed.
-            upload: Its uploaded pictures.
+            upload: Its uploaded images.
             is_cancelled: Checked after each event.
-            done: Indices of finished pictures, which are skipped.
+            done: Indices of finished images, which are skipped.
 
         Yields:
             Events. Ends early when the job is cancelled.
@@ -137,8 +137,8 @@ class JobWorker:
                 done = event.step + 1
                 is_due = every > 0 and event.ends_step and done % every == 0 and done < num_steps
                 if is_due and event.x0_preview is not None:
-                    picture = self.preview(event.x0_preview)
-                    yield WorkerEvent("preview", {"image_index": index, "step": event.step, "image": picture})
+                    image = self.preview(event.x0_preview)
+                    yield WorkerEvent("preview", {"image_index": index, "step": event.step, "image": image})
             case Finished():
                 result = event.result
                 yield WorkerEvent("image", rest_image(index, result), encode_png(result.image_u8, png_text(result)))
@@ -147,11 +147,11 @@ class JobWorker:
                 yield WorkerEvent(str(data["event"]), {**_without(data, "event", "request_id"), "image_index": index})
 
     def preview(self, latents: Latents) -> str:
-        """Returns latents as a small picture, a data URL."""
-        picture = Pillow.fromarray(to_u8(self.models.decode(latents)))
-        picture.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+        """Returns latents as a small image, a data URL."""
+        image = Pillow.fromarray(to_u8(self.models.decode(latents)))
+        image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
         stream = io.BytesIO()
-        picture.save(stream, format="WEBP", quality=80)
+        image.save(stream, format="WEBP", quality=80)
         return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
 
     def _split(self, request: Request, create: JobCreate) -> AutoSplit | None:
@@ -161,7 +161,7 @@ class JobWorker:
         return choose_split(resolve(request, self.bundle.manifest), goals, self.bundle, self.models, self.cloud)
 
     def _requests(self, create: JobCreate, upload: Upload) -> list[Request]:
-        """Returns one request per picture."""
+        """Returns one request per image."""
         manifest, hybrid = self.bundle.manifest, create.hybrid
         width, height, image_input = create.width, create.height, None
         for name, needs in (("mask", upload.mask), ("strength", create.strength)):

@@ -40,7 +40,7 @@ _UNSUPPORTED = {
     "enable_hr": (False, None), "restore_faces": (False, None), "tiling": (False, None), "script_name": (None, ""),
     "subseed_strength": (0, 0.0, None), "refiner_checkpoint": (None, "", "None"),
 }  # fmt: skip
-"""Fields that are not supported and would change the picture, with the values that have no effect."""
+"""Fields that are not supported and would change the image, with the values that have no effect."""
 
 
 class Tasks:
@@ -116,7 +116,7 @@ async def _draw(
             images.append(await asyncio.to_thread(gateway.views.image_base64, job, record["index"]))
         preview = gateway.queue.last(job, "preview") if job.state == "cancelled" else None
         if preview is not None:
-            images.append(await asyncio.to_thread(preview_base64, preview["image"]))  # the unfinished picture
+            images.append(await asyncio.to_thread(preview_base64, preview["image"]))  # the unfinished image
     parameters = body.model_dump(mode="json", exclude={"init_images", "mask"})
     return {"images": images, "parameters": parameters, "info": json.dumps(_info(job, view), ensure_ascii=False)}
 
@@ -364,9 +364,9 @@ def _info(job: StoredJob, view: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_info(content: bytes) -> dict[str, Any]:
-    load_image(content)  # refuses other files and pictures that are too large
-    with Pillow.open(io.BytesIO(content)) as picture:
-        items = {str(key): str(value) for key, value in getattr(picture, "text", {}).items()}
+    load_image(content)  # refuses other files and images that are too large
+    with Pillow.open(io.BytesIO(content)) as image:
+        items = {str(key): str(value) for key, value in getattr(image, "text", {}).items()}
     info = items.get("parameters", "")
     return {"info": info, "items": items, "parameters": _fields(info)}
 

@@ -1,4 +1,4 @@
-"""The native API: jobs, their events and pictures, and the gateway's capabilities."""
+"""The native API: jobs, their events and images, and the gateway's capabilities."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -62,7 +62,7 @@ async def read_job(job_id: JobId, gateway: SharedGateway, caller: AuthorizedCall
 
 @router.delete("/jobs/{job_id}", status_code=204, responses=answers(401, 404, 409, 410, 422))
 async def delete_job(job_id: JobId, gateway: SharedGateway, caller: AuthorizedCaller) -> Response:
-    """Deletes a finished job with its pictures."""
+    """Deletes a finished job with its images."""
     job = gateway.store.get(job_id, caller.owner)
     if job.state in UNFINISHED:
         raise Reason.JOB_FINISHED.error(f"job {job.id} is {job.state}; cancel it first")

@@ -20,7 +20,7 @@ from edge_client.web.errors import answers, openai_error, problem_of, request_va
 from edge_client.web.jobs.store import StoredJob
 from edge_client.web.jobs.view import preview_base64
 from edge_client.web.schemas.native import Format, Hybrid, JobCreate
-from edge_client.web.schemas.openai import Generation, ModelList, Pictures
+from edge_client.web.schemas.openai import Generation, Images, ModelList
 from edge_client.web.wait_for_job import finish_job, require_completed
 from hybridsd.errors import HybridSDError, Reason
 
@@ -66,7 +66,7 @@ async def list_models(gateway: SharedGateway, _caller: AuthorizedCaller) -> Any:
 
 
 @router.post(
-    "/images/generations", response_model=Pictures, responses={200: {"content": _STREAM}, **_ANSWERS}
+    "/images/generations", response_model=Images, responses={200: {"content": _STREAM}, **_ANSWERS}
 )  # fmt: skip
 async def generate(body: Generation, request: Request, gateway: SharedGateway, caller: AuthorizedCaller) -> Any:
     """Generates images. With `stream`, partial and finished images are sent as server-sent events."""
@@ -74,7 +74,7 @@ async def generate(body: Generation, request: Request, gateway: SharedGateway, c
 
 
 @router.post(
-    "/images/edits", response_model=Pictures, responses={200: {"content": _STREAM}, **_ANSWERS},
+    "/images/edits", response_model=Images, responses={200: {"content": _STREAM}, **_ANSWERS},
     openapi_extra={"requestBody": _FORM},
 )  # fmt: skip
 async def edit(request: Request, gateway: SharedGateway, caller: AuthorizedCaller) -> Any:
@@ -116,15 +116,15 @@ async def _serve(
         return EventSourceResponse(_stream(body, operation, request, gateway, job), ping=_KEEP_ALIVE_S)
     job = require_completed(await finish_job(request, gateway, job))
     view = gateway.view(job)
-    pictures = []
+    images = []
     for record in view["images"]:
         if body.response_format == "url":
             wanted = "" if _format(body) == "png" else f"{'&' if '?' in record['url'] else '?'}format={_format(body)}"
-            pictures.append({"url": str(request.base_url).rstrip("/") + record["url"] + wanted})
+            images.append({"url": str(request.base_url).rstrip("/") + record["url"] + wanted})
         else:
-            pictures.append({"b64_json": await _b64(body, gateway, job, record["index"])})
+            images.append({"b64_json": await _b64(body, gateway, job, record["index"])})
     return {
-        "created": int(job.created_at), "data": pictures, "output_format": _format(body), "size": _size(view["images"]),
+        "created": int(job.created_at), "data": images, "output_format": _format(body), "size": _size(view["images"]),
         "hybrid": {"job": job.id, "images": view["images"]},
     }  # fmt: skip
 
@@ -140,9 +140,9 @@ async def _stream(
             now = {"created_at": int(time.time()), **common}
             if event.name == "preview":
                 kind = f"{operation}.partial_image"
-                picture = await asyncio.to_thread(preview_base64, event.data["image"], _format(body))
+                image = await asyncio.to_thread(preview_base64, event.data["image"], _format(body))
                 data = {
-                    "type": kind, "b64_json": picture, "size": body.size or "auto",
+                    "type": kind, "b64_json": image, "size": body.size or "auto",
                     "partial_image_index": partial_index, **now,
                 }  # fmt: skip
                 partial_index += 1
@@ -180,13 +180,13 @@ async def _create(body: Generation, image: bytes | None, mask: bytes | None, gat
             "prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "seed", "scheduler", "strength",
         }
     )  # fmt: skip
-    pictures = {
+    images = {
         name: None if content is None else base64.b64encode(content).decode("ascii")
         for name, content in (("image", image), ("mask", mask))
     }
     with request_validation():
         return JobCreate(
-            **fields, image=pictures["image"], mask=pictures["mask"], width=width, height=height, n=body.n or 1,
+            **fields, image=images["image"], mask=images["mask"], width=width, height=height, n=body.n or 1,
             hybrid=hybrid, previews=partial if body.stream else 0,
         )  # fmt: skip
 

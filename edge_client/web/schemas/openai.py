@@ -50,18 +50,18 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
-class Picture(BaseModel):
+class GeneratedImage(BaseModel):
     """An image in OpenAI's response."""
 
     b64_json: str | None = None
     url: str | None = None
 
 
-class Pictures(BaseModel):
+class Images(BaseModel):
     """Response of OpenAI's images API. `hybrid` has our own `Image` of each image."""
 
     created: int
-    data: list[Picture]
+    data: list[GeneratedImage]
     output_format: Format
     size: str
     background: Literal["opaque"] = "opaque"

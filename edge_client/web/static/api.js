@@ -1,4 +1,4 @@
-/** The gateway's API: requests, token, events and pictures. */
+/** The gateway's API: requests, token, events and images. */
 
 import { ask, byId } from "/static/dom.js";
 
@@ -127,7 +127,7 @@ function parseEvent(block) {
   return event.data.length ? { ...event, data: event.data.join("\n") } : null;
 }
 
-/** Shows a picture of the gateway in an `<img>`; with a token it is fetched, since an `<img>` sends none. */
+/** Shows an image of the gateway in an `<img>`; with a token it is fetched, since an `<img>` sends none. */
 export async function showPicture(img, url) {
   img.dataset.url = url;
   if (!token()) {
@@ -136,7 +136,7 @@ export async function showPicture(img, url) {
   }
   const blobUrl = URL.createObjectURL(await getPicture(url));
   const revoke = () => URL.revokeObjectURL(blobUrl);
-  if (img.dataset.url !== url) return revoke();  // it shows another picture by now
+  if (img.dataset.url !== url) return revoke();  // it shows another image by now
   img.addEventListener("load", revoke, { once: true });
   img.addEventListener("error", revoke, { once: true });
   img.src = blobUrl;
@@ -147,7 +147,7 @@ export async function getPicture(url) {
   return (await send(url)).blob();
 }
 
-/** Saves a picture as a file of that name. */
+/** Saves an image as a file of that name. */
 export async function downloadPicture(url, name) {
   const link = document.createElement("a");
   link.href = URL.createObjectURL(await getPicture(url));

@@ -27,7 +27,7 @@ export class Compare {
   }
 
   /**
-   * Draws the same picture three ways.
+   * Draws the same image three ways.
    * @param {object} request with a seed; `cloud_steps` of its `hybrid` is the split in the middle
    * @throws {Error} with a `field`, where the request is wrong
    */
@@ -57,7 +57,7 @@ export class Compare {
     if (columns !== this.#columns) return;  // another comparison has started
     const numDone = columns.filter((each) => each.image).length;
     byId("compare-cancel").hidden = !columns.some((each) => each.run && isActive(each.run));
-    setText(byId("compare-status"), numDone ? `${numDone} of ${columns.length} pictures are ready` : "");
+    setText(byId("compare-status"), numDone ? `${numDone} of ${columns.length} images are ready` : "");
     if (numDone >= 2 && column.image && !isActive(run)) this.#offerWipe();
   }
 
@@ -105,7 +105,7 @@ class Column {
     );
   }
 
-  /** The finished picture, as the gateway describes it; undefined before. */
+  /** The finished image, as the gateway describes it; undefined before. */
   get image() {
     return this.run?.pictures[0].image ?? undefined;
   }

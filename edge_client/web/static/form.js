@@ -3,7 +3,7 @@
 import { byId, make, setText } from "/static/dom.js";
 import { readImage } from "/static/pictures.js";
 
-/** Previews of each picture. */
+/** Previews of each image. */
 export const NUM_PREVIEWS = 10;
 const STORE_KEY = "hybridsd.form";
 const MOST_PICTURES = 4;
@@ -65,7 +65,7 @@ export class Form {
       height,
       num_inference_steps: byId("steps").valueAsNumber,
       guidance_scale: byId("guidance").valueAsNumber,
-      consecutive_seeds: true,  // so that each picture can be made again alone
+      consecutive_seeds: true,  // so that each image can be made again alone
       seed: byId("random-seed").checked || byId("seed").value === "" ? null : byId("seed").valueAsNumber,
       scheduler: byId("scheduler").value,
       hybrid: this.#split.request(),
@@ -77,7 +77,7 @@ export class Form {
   }
 
   /**
-   * Shows the request of a picture.
+   * Shows the request of an image.
    * @param {object} request with every value filled in
    * @param {{image?: boolean, strength?: number}} asked what it began with: the form cannot choose a file by itself
    */
@@ -234,12 +234,12 @@ export class Form {
     const [file] = byId(name).files;
     const thumb = byId(`${name}-thumb`);
     try {
-      const share = (this.#capabilities?.limits.max_body_bytes ?? Infinity) * 0.4;  // two pictures, and the rest
+      const share = (this.#capabilities?.limits.max_body_bytes ?? Infinity) * 0.4;  // two images, and the rest
       this.#images[name] = file ? await readImage(file, share) : null;
     } catch {
       this.#images[name] = null;
       byId(name).value = "";
-      this.#say(name, "This file is no picture that the browser can read.");
+      this.#say(name, "This file is no image that the browser can read.");
     }
     thumb.hidden = !this.#images[name];
     if (this.#images[name]) thumb.src = this.#images[name];

@@ -1,4 +1,4 @@
-/** Finished pictures, newest first, and the dialog with a picture's details. */
+/** Finished images, newest first, and the dialog with an image's details. */
 
 import { deleteJob, downloadPicture, listJobs, showPicture } from "/static/api.js";
 import { ask, bytes, byId, closeOnBackdrop, isDialogOpen, make, plural, seconds, setText } from "/static/dom.js";
@@ -46,7 +46,7 @@ export class Gallery {
     this.#show();
   }
 
-  /** Removes a job's pictures. */
+  /** Removes a job's images. */
   remove(jobId) {
     this.#entries = this.#entries.filter(({ job }) => job.id !== jobId);
     for (const tile of [...byId("gallery").children]) if (tile.dataset.job === jobId) tile.remove();
@@ -110,7 +110,7 @@ export function requestOf({ job, image }) {
   };
 }
 
-/** The dialog with one picture. */
+/** The dialog with one image. */
 export class Detail {
   #dialog = byId("detail");
   #timeline = new Timeline();
@@ -168,7 +168,7 @@ export class Detail {
     img.alt = image.prompt;
     img.width = image.width;
     img.height = image.height;
-    showPicture(img, image.url).catch(() => (img.alt = "This picture could not be loaded"));
+    showPicture(img, image.url).catch(() => (img.alt = "This image could not be loaded"));
     this.#timeline.update(pictureRunOf(image));
     byId("detail-facts").replaceChildren(...facts(job, image).map(([name, value]) => make(
       "tr", {}, make("th", { scope: "row" }, name), make("td", {}, String(value)),
@@ -176,7 +176,7 @@ export class Detail {
     byId("detail-compare").hidden = Boolean(job.request.image);  // a comparison would start from noise
     for (const id of ["detail-previous", "detail-next"]) byId(id).hidden = this.#gallery.entries.length < 2;
     const { entries } = this.#gallery;
-    setText(byId("detail-title"), `Picture ${entries.indexOf(entry) + 1} of ${entries.length}`);
+    setText(byId("detail-title"), `Image ${entries.indexOf(entry) + 1} of ${entries.length}`);
   }
 
   async #download() {
@@ -188,7 +188,7 @@ export class Detail {
   async #delete(onDeleted) {
     const { job } = this.#entry;
     const count = job.images.length;
-    setText(byId("confirm-title"), count > 1 ? `Delete these ${count} pictures?` : "Delete this picture?");
+    setText(byId("confirm-title"), count > 1 ? `Delete these ${count} images?` : "Delete this image?");
     if ((await ask(byId("confirm-dialog"))) !== "ok") return;
     const at = this.#gallery.entries.indexOf(this.#entry);
     await deleteJob(job.id);
@@ -228,7 +228,7 @@ function facts(job, image) {
     ["Guidance", image.guidance_scale],
     ["Size", `${image.width} × ${image.height}`],
     ["Seed", image.seed],
-    ["Began with", job.request.image && `a picture${job.request.mask ? " and a mask" : ""}`],
+    ["Began with", job.request.image && `an image${job.request.mask ? " and a mask" : ""}`],
     ["Strength", job.request.image && job.request.strength],
     ["Time", `${seconds(image.elapsed_s)}, ${seconds(image.decode_s)} of it to decode`],
     ["Received", image.received_bytes ? bytes(image.received_bytes) : null],

@@ -1,9 +1,9 @@
-/** Picture files that the user selects. */
+/** Image files that the user selects. */
 
 const LONGEST_SIDE = 1536;
 
 /**
- * Reads a picture file; scales down one that is too large.
+ * Reads an image file; scales down one that is too large.
  * @param {File} file
  * @param {number} maxChars how long the data URL may be
  * @returns {Promise<string>} a data URL

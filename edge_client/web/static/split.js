@@ -10,7 +10,7 @@ const PREFERRED_METRIC = "psnr";
 const METRICS = {
   psnr: { name: "PSNR", axis: "likeness to the large model’s picture, dB" },
   ssim: { name: "SSIM", axis: "likeness to the large model’s picture" },
-  semantic_accuracy: { name: "Objects right", axis: "share of pictures with the right objects" },
+  semantic_accuracy: { name: "Objects right", axis: "share of images with the right objects" },
   judge_fid: { name: "FID", axis: "distance to real pictures, lower is better" },
   judge_distance: { name: "Distance", axis: "distance to the large model’s picture, lower is better" },
   fid: { name: "FID", axis: "distance to real pictures, lower is better" },
@@ -89,7 +89,7 @@ export class Split {
     this.#auto.disabled = !this.#hasCloud;
     byId("max-seconds-field").hidden = !this.isAuto;
     const words = this.isAuto
-      ? "The split is chosen when the picture begins, from what this device, the link and the cloud take."
+      ? "The split is chosen when the image begins, from what this device, the link and the cloud take."
       : describeSplit(this.cloudSteps, this.numSteps);
     setText(byId("split-text"), this.#hasCloud ? words : `${words} No cloud is configured.`);
     this.#slider.setAttribute("aria-valuetext", describeSplit(this.cloudSteps, this.numSteps));

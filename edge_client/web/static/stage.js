@@ -1,4 +1,4 @@
-/** The large picture area, and the list of running jobs. */
+/** The large image area, and the list of running jobs. */
 
 import { showPicture } from "/static/api.js";
 import { byId, make, seconds, setText } from "/static/dom.js";
@@ -57,7 +57,7 @@ export class Stage {
     this.#frames = [];
     byId("pictures").dataset.count = "0";
     const art = make("span", { class: "empty-art", "aria-hidden": "true" });
-    byId("pictures").replaceChildren(make("p", { class: "empty" }, art, "Your picture appears here."));
+    byId("pictures").replaceChildren(make("p", { class: "empty" }, art, "Your image appears here."));
     byId("stage-timeline").replaceChildren();
     for (const id of ["status", "step-text"]) setText(byId(id), "");
     document.title = TITLE;
@@ -65,7 +65,7 @@ export class Stage {
   }
 }
 
-/** One picture: empty, then its previews, then the finished one. */
+/** One image: empty, then its previews, then the finished one. */
 class Frame {
   #img = make("img", { class: "frame-picture", alt: "" });
   #button;
@@ -101,7 +101,7 @@ class Frame {
     this.#img.alt = this.#prompt;
     this.#button.disabled = false;
     this.#button.title = "Open";
-    showPicture(this.#img, image.url).catch(() => (this.#img.alt = "This picture could not be loaded"));
+    showPicture(this.#img, image.url).catch(() => (this.#img.alt = "This image could not be loaded"));
   }
 }
 
@@ -182,6 +182,6 @@ function madeText({ pictures }) {
 function stepText({ pictures, current }) {
   const { steps, numSteps } = pictures[current];
   if (!steps.size) return "";
-  const which = pictures.length > 1 ? `picture ${current + 1} of ${pictures.length}, ` : "";
+  const which = pictures.length > 1 ? `image ${current + 1} of ${pictures.length}, ` : "";
   return `${which}step ${Math.max(...steps.keys()) + 1} of ${numSteps}`;
 }

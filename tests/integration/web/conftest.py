@@ -234,7 +234,7 @@ def wait_for(client: httpx.Client, job_id: str, *names: str) -> Event:
 
 
 def ask(**changes: Any) -> dict[str, Any]:
-    """Returns a body of the native API: a picture of 6 steps, 3 of them the cloud's."""
+    """Returns a body of the native API: an image of 6 steps, 3 of them the cloud's."""
     body = {"prompt": "a red fox", "scheduler": "ddim", "num_inference_steps": 6, "seed": 5, "width": 32, "height": 32}
     return {**body, **changes}
 
@@ -254,14 +254,14 @@ def finish(client: httpx.Client, **changes: Any) -> dict[str, Any]:
 
 
 def pixels(content: bytes | str) -> NDArray[np.uint8]:
-    """Returns a picture, bytes or base64, as an array."""
+    """Returns an image, bytes or base64, as an array."""
     raw = base64.b64decode(content) if isinstance(content, str) else content
     with Image.open(io.BytesIO(raw)) as picture:
         return np.asarray(picture.convert("RGB"))
 
 
 def picture(size: tuple[int, int] = (32, 32), kind: str = "PNG", seed: int = 0) -> bytes:
-    """Returns a picture file of smooth noise."""
+    """Returns an image file of smooth noise."""
     noise = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     stream = io.BytesIO()
     Image.fromarray(noise).resize(size).save(stream, format=kind)

@@ -1,4 +1,4 @@
-"""The native API over HTTP: asking, watching, resuming, cancelling, pictures, pages, limits, webhooks, a lost cloud."""
+"""The native API over HTTP: asking, watching, resuming, cancelling, images, pages, limits, webhooks, a lost cloud."""
 
 import http.server
 import json
@@ -59,7 +59,7 @@ def problem(response: httpx.Response, status: int, reason: Reason) -> dict[str, 
 
 
 def test_a_job_is_accepted_and_completed(client: httpx.Client) -> None:
-    """202 with the place where it is; then a picture, whose record says what was asked for."""
+    """202 with the place where it is; then an image, whose record says what was asked for."""
     response = client.post("/v1/jobs", json=ask(n=2))
     job = Job.model_validate(response.json())
 
@@ -80,7 +80,7 @@ def test_a_job_is_accepted_and_completed(client: httpx.Client) -> None:
 
 
 def test_what_is_left_out_is_filled_in_so_that_it_can_be_repeated(client: httpx.Client) -> None:
-    """The seed that the gateway chose makes the same picture again."""
+    """The seed that the gateway chose makes the same image again."""
     first = finish(client, seed=None)
     again = finish(client, seed=first["request"]["seed"])
 
@@ -90,7 +90,7 @@ def test_what_is_left_out_is_filled_in_so_that_it_can_be_repeated(client: httpx.
 
 
 def test_events_tell_the_story_in_order(client: httpx.Client, gate: Gate) -> None:
-    """Numbers grow, every step comes once, the picture before the end, and nothing after it."""
+    """Numbers grow, every step comes once, the image before the end, and nothing after it."""
     gate.close(call=1)
     job = submit(client, n=2, previews=2)
     gate.wait()
@@ -216,7 +216,7 @@ def test_a_job_in_the_middle_of_its_edge_steps_stops_within_one(client: httpx.Cl
 
 
 def test_what_is_not_there(client: httpx.Client) -> None:
-    """404 for what never was, 410 for what was deleted; a picture that a job does not have is 404."""
+    """404 for what never was, 410 for what was deleted; an image that a job does not have is 404."""
     job = finish(client)
     path = f"/v1/jobs/{job['id']}"
     for method, missing in (("GET", ""), ("DELETE", ""), ("POST", "/cancel"), ("GET", "/events"), ("GET", "/images/0")):
@@ -322,7 +322,7 @@ def test_pages_of_jobs(tmp_path: Path, bundle: Bundle, models: Models, gate: Gat
 
 @pytest.mark.parametrize(("kind", "head"), [("png", b"\x89PNG"), ("jpeg", b"\xff\xd8\xff"), ("webp", b"RIFF")])
 def test_pictures_in_each_format(kind: str, head: bytes, client: httpx.Client) -> None:
-    """Of the kind that was asked for, close to the PNG; to be kept for ever, for a picture never changes."""
+    """Of the kind that was asked for, close to the PNG; to be kept for ever, for an image never changes."""
     job = finish(client)
     whole = client.get(job["images"][0]["url"])
     response = client.get(job["images"][0]["url"], params={"format": kind, "quality": 100, "download": "1"})
@@ -344,7 +344,7 @@ def test_a_lower_quality_is_smaller(client: httpx.Client) -> None:
 
 
 def test_jobs_belong_to_their_token(tmp_path: Path, bundle: Bundle, models: Models, cloud: Cloud) -> None:
-    """Another token's job is not there; its picture is for whoever has its signed address, and for no other path."""
+    """Another token's job is not there; its image is for whoever has its signed address, and for no other path."""
     with serving(tmp_path, bundle, models, cloud, tokens=TOKENS) as server, server.client() as nobody:
         with server.client(headers=bearer(TOKENS[0])) as owner, server.client(headers=bearer(TOKENS[1])) as other:
             job = finish(owner, id="mine", n=2)

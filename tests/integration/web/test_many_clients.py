@@ -1,4 +1,4 @@
-"""Two hundred clients at once, of all APIs: each gets its own picture, nobody is lost, and nobody waits for ever."""
+"""Two hundred clients at once, of all APIs: each gets its own image, nobody is lost, and nobody waits for ever."""
 
 import asyncio
 import base64
@@ -30,7 +30,7 @@ def prompt_of(seed: int) -> str:
 
 
 async def native(client: httpx.AsyncClient, seed: int) -> bytes:
-    """Asks for a job, watches its events to the end, and fetches the picture."""
+    """Asks for a job, watches its events to the end, and fetches the image."""
     body = {**COMMON, "prompt": prompt_of(seed), "seed": seed, "scheduler": "ddim", "width": 32, "height": 32}
     created = await client.post("/v1/jobs", json={**body, "id": f"client-{seed}", "previews": 0})
     assert created.status_code == 202, created.text
@@ -99,7 +99,7 @@ async def everybody(url: str) -> list[bytes]:
 
 
 def test_two_hundred_clients(server: GatewayServer, client: httpx.Client) -> None:
-    """Each picture is that of its own seed and prompt: it says so, and is like no other; some are drawn again."""
+    """Each image is that of its own seed and prompt: it says so, and is like no other; some are drawn again."""
     alone = {
         seed: finish(
             client, **COMMON, prompt=prompt_of(seed), seed=seed, num_inference_steps=4

@@ -12,7 +12,7 @@ from tests.support.tiny_bundle import write_bundle
 def test_segments_may_name_other_models_of_the_device(
     tmp_path: Path, bundle: Bundle, models: Models, cloud: Cloud
 ) -> None:
-    """A second edge model draws its steps, and the picture is not that of the first one."""
+    """A second edge model draws its steps, and the image is not that of the first one."""
     write_bundle(tmp_path / "other", seed=1)
     other = open_bundle(tmp_path / "other")
     others = {"other": Models(other.folder, other.manifest, provider="cpu", threads=1)}
@@ -31,7 +31,7 @@ def test_segments_may_name_other_models_of_the_device(
 
 
 def test_a_split_is_chosen_for_a_goal(tmp_path: Path, bundle: Bundle, models: Models, cloud: Cloud) -> None:
-    """Full quality is the cloud's picture, none the edge's own; the reasons are told."""
+    """Full quality is the cloud's image, none the edge's own; the reasons are told."""
     with serving(tmp_path, bundle, models, cloud) as server, server.client() as client:
         best, least = (finish(client, hybrid={"quality": quality}) for quality in (1.0, 0.0))
         events = client.get(f"/v1/jobs/{best['id']}/events").text

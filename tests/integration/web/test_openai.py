@@ -66,7 +66,7 @@ def test_models(ai: openai.OpenAI) -> None:
 
 
 def test_a_picture_as_base64_and_by_address(ai: openai.OpenAI, server: GatewayServer) -> None:
-    """One seed is one picture, however it comes; with the SDK's bare call, too."""
+    """One seed is one image, however it comes; with the SDK's bare call, too."""
     response = draw(ai)
     by_address = draw(ai, response_format="url")
     bare = ai.images.generate(prompt="a fox")
@@ -101,7 +101,7 @@ def test_what_this_gateway_adds_is_followed(ai: openai.OpenAI, fake: FakeCloud) 
 
 @pytest.mark.parametrize(("model", "place"), [("tiny-edge", "edge"), ("fake-large", "hybrid"), ("dall-e-3", "hybrid")])
 def test_a_model_is_a_place(model: str, place: str, ai: openai.OpenAI) -> None:
-    """This device's name keeps the picture here; names that clients send unasked mean the default."""
+    """This device's name keeps the image here; names that clients send unasked mean the default."""
     response = draw(ai, {**MORE, "hybrid": {}}, model=model)
 
     assert (response.model_extra or {})["hybrid"]["images"][0]["mode"] == place
@@ -133,7 +133,7 @@ def test_a_picture_says_how_it_was_made(ai: openai.OpenAI) -> None:
 
 
 def test_streaming(ai: openai.OpenAI) -> None:
-    """Partial pictures in order, then the picture that comes without streaming, as the SDK's classes."""
+    """Partial images in order, then the image that comes without streaming, as the SDK's classes."""
     *partial, completed = draw_stream(ai, partial_images=2)
 
     assert all(isinstance(event, ImageGenPartialImageEvent) for event in partial)
@@ -178,7 +178,7 @@ def test_an_edit(ai: openai.OpenAI) -> None:
 
 
 def test_an_edit_is_streamed(ai: openai.OpenAI) -> None:
-    """The same picture as at once, as the SDK's classes; a list of one image is one image."""
+    """The same image as at once, as the SDK's classes; a list of one image is one image."""
     fields: dict[str, Any] = {
         "image": [("fox.png", picture(), "image/png")], "prompt": "a blue cat",
         "extra_body": {"seed": 3, "strength": 0.9, "num_inference_steps": 6, "scheduler": "ddim"},
@@ -224,7 +224,7 @@ def test_an_unknown_model(ai: openai.OpenAI) -> None:
 
 
 def test_tokens(tmp_path: Path, bundle: Bundle, models: Models, cloud: Cloud) -> None:
-    """The SDK's key is the token; an address of a picture needs none."""
+    """The SDK's key is the token; an address of an image needs none."""
     with serving(tmp_path, bundle, models, cloud, tokens=["right"]) as server:
         with sdk(server, "wrong") as ai, pytest.raises(openai.AuthenticationError) as caught:
             ai.models.list()
@@ -269,7 +269,7 @@ def test_the_cloud_is_lost_and_nobody_takes_over(ai: openai.OpenAI, fake: FakeCl
 def test_closing_a_stream_early_cancels_the_job(
     ai: openai.OpenAI, client: httpx.Client, gate: Gate, fake: FakeCloud
 ) -> None:
-    """Nobody wants the picture any more, so neither this device nor the cloud goes on."""
+    """Nobody wants the image any more, so neither this device nor the cloud goes on."""
     gate.close(call=4)
     stream = ai.images.generate(
         prompt="a red fox", stream=True, partial_images=2, extra_body={**MORE, "hybrid": {"split": "6,0"}}

@@ -29,7 +29,7 @@ NOT_CHECKED = [
     negative_data_rejection,  # OpenAI's and AUTOMATIC1111's APIs read over fields that they do not know
 ]
 CAPS = {"num_inference_steps": 4, "steps": 4, "n": 2, "batch_size": 1, "n_iter": 2, "width": 64, "height": 64}
-"""So that no example asks for a large picture."""
+"""So that no example asks for a large image."""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def server(
 
 
 def cap(value: Any) -> Any:
-    """Returns a body that asks for small pictures where it asks for large ones; all else stays as it is."""
+    """Returns a body that asks for small images where it asks for large ones; all else stays as it is."""
     if not isinstance(value, dict):
         return value
     capped = {

@@ -1,4 +1,4 @@
-"""`hybridsd serve` as a process that is stopped, or killed in the middle: no job and no picture is lost."""
+"""`hybridsd serve` as a process that is stopped, or killed in the middle: no job and no image is lost."""
 
 import contextlib
 import os
@@ -80,7 +80,7 @@ def start(tmp_path: Path, bundle: Bundle, running_cloud: Running) -> Any:
 def alone(
     tmp_path_factory: pytest.TempPathFactory, bundle: Bundle, models: Models, cloud: Cloud
 ) -> dict[tuple[int, int], np.ndarray[Any, Any]]:
-    """Pictures by seed and index, as an undisturbed gateway draws them."""
+    """Images by seed and index, as an undisturbed gateway draws them."""
     with serving(tmp_path_factory.mktemp("alone"), bundle, models, cloud) as server, server.client() as client:
         return {
             (seed, image["index"]): pixels(client.get(image["url"]).content)
@@ -96,7 +96,7 @@ def drawn(client: httpx.Client, job: dict[str, Any]) -> dict[tuple[int, int], np
 def test_killed_in_the_middle(start: Any, alone: Any, gate: Gate, fake: FakeCloud, tmp_path: Path) -> None:
     """What ran is begun again, what waited waits again, what was drawn is kept: all are what they would have been.
 
-    One job is done; of the next one the first picture is drawn and the second one runs; two wait. Then comes kill -9.
+    One job is done; of the next one the first image is drawn and the second one runs; two wait. Then comes kill -9.
     """
     with start() as (gateway, client):
         done = finish(client, seed=0, n=2)
@@ -104,7 +104,7 @@ def test_killed_in_the_middle(start: Any, alone: Any, gate: Gate, fake: FakeClou
         kept = [client.get(image["url"]).content for image in done["images"]]
         running = submit(client, seed=1, n=2, id="running")
         first = wait_for(client, running["id"], "image").data["image"]
-        gate.close()  # before the second picture, or in it, or between this job and the next
+        gate.close()  # before the second image, or in it, or between this job and the next
         waiting = [submit(client, seed=seed, n=2) for seed in (2, 3)]
         gate.wait()
         states = [client.get(f"/v1/jobs/{job['id']}").json()["state"] for job in (running, *waiting)]

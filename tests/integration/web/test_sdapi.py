@@ -1,4 +1,4 @@
-"""AUTOMATIC1111's API by a client that nobody here wrote: pictures, infos, progress and interrupt by caller."""
+"""AUTOMATIC1111's API by a client that nobody here wrote: images, infos, progress and interrupt by caller."""
 
 import base64
 import io
@@ -73,7 +73,7 @@ def text_of(image: Image.Image) -> str:
 
 
 def test_a_batch(api: WebUIApi, client: httpx.Client) -> None:
-    """Picture i has seed + i, as that web UI counts, and is the picture of that seed alone; info says all of it."""
+    """Image i has seed + i, as that web UI counts, and is the image of that seed alone; info says all of it."""
     result = api.txt2img(**WANTED, batch_size=2, n_iter=2, negative_prompt="blurry")
 
     assert len(result.images) == 4
@@ -120,7 +120,7 @@ def test_img2img_with_a_mask(api: WebUIApi) -> None:
 
 
 def test_resize_modes(api: WebUIApi) -> None:
-    """A wide picture is stretched, cropped or padded to a square: three different beginnings."""
+    """A wide image is stretched, cropped or padded to a square: three different beginnings."""
     wide = Image.open(io.BytesIO(picture((64, 32))))
     drawn = [
         array(api.img2img(**WANTED, images=[wide], denoising_strength=0.2, resize_mode=mode).image).tobytes()
@@ -131,7 +131,7 @@ def test_resize_modes(api: WebUIApi) -> None:
 
 
 def test_png_info(api: WebUIApi) -> None:
-    """What a picture says comes back as text and as fields, so that it can be made again."""
+    """What an image says comes back as text and as fields, so that it can be made again."""
     result = api.txt2img(**WANTED, negative_prompt="blurry")
     said = api.png_info(result.image)
     known = api.session.post(f"{api.baseurl}/png-info", json={"image": raw_b64_img(result.image)}).json()
@@ -211,7 +211,7 @@ def test_force_task_id_is_the_id_of_the_job(api: WebUIApi, client: httpx.Client)
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_refused(more: dict[str, Any], api: WebUIApi, client: httpx.Client) -> None:
-    """A picture is never made in another way than it was asked for."""
+    """An image is never made in another way than it was asked for."""
     before = client.get("/v1/jobs", params={"limit": 1}).json()["jobs"]
     with pytest.raises(RuntimeError) as caught:
         post(api, **more)
@@ -223,7 +223,7 @@ def test_what_cannot_be_done_is_refused(more: dict[str, Any], api: WebUIApi, cli
 
 
 def test_progress_and_interrupt(api: WebUIApi, server: GatewayServer, client: httpx.Client, gate: Gate) -> None:
-    """Progress says how far the picture is and shows it; interrupt ends it with what there is."""
+    """Progress says how far the image is and shows it; interrupt ends it with what there is."""
     assert api.get_progress()["progress"] == 0.0
     gate.close(call=4)
     with ThreadPoolExecutor(1) as pool, webui(server).session:
@@ -252,7 +252,7 @@ def wait_for_step(client: httpx.Client, job_id: str, step: int) -> None:
 def test_two_callers_have_nothing_to_do_with_each_other(
     two: tuple[GatewayServer, WebUIApi, WebUIApi], gate: Gate
 ) -> None:
-    """Each sees its own progress and interrupts its own picture, though neither names it."""
+    """Each sees its own progress and interrupts its own image, though neither names it."""
     server, first, second = two
     gate.close(call=3)
     clients = [server.client(auth=("anybody", token)) for token in TOKENS]
@@ -294,7 +294,7 @@ def test_a_wrong_password(two: tuple[GatewayServer, WebUIApi, WebUIApi]) -> None
 
 
 def test_a_caller_who_goes_away(api: WebUIApi, client: httpx.Client, gate: Gate) -> None:
-    """Cancels its job, for nobody waits for the picture."""
+    """Cancels its job, for nobody waits for the image."""
     gate.close(call=2)
     with pytest.raises(OSError, match="timed out"):
         api.session.post(f"{api.baseurl}/txt2img", json={**WANTED, "force_task_id": "left"}, timeout=0.5)

@@ -1,4 +1,4 @@
-"""What the gateway refuses: large bodies, malformed requests, invalid or huge pictures, and pages of other sites."""
+"""What the gateway refuses: large bodies, malformed requests, invalid or huge images, and pages of other sites."""
 
 import base64
 import io
@@ -172,7 +172,7 @@ def text_bomb() -> bytes:
 
 
 NO_PICTURES = {
-    "text": b"a picture of a fox", "empty": b"", "truncated": picture((64, 64))[:200], "bomb": bomb(),
+    "text": b"an image of a fox", "empty": b"", "truncated": picture((64, 64))[:200], "bomb": bomb(),
     "text bomb": text_bomb(), "gif": picture(kind="GIF"), "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
     "head": b"\x89PNG\r\n\x1a\n",
 }  # fmt: skip
@@ -198,7 +198,7 @@ def test_what_is_no_base64(text: str, client: httpx.Client) -> None:
 
 
 def test_a_picture_of_too_many_bytes(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the body may be large, the picture in it may not; it is refused before it is decoded."""
+    """Where the body may be large, the image in it may not; it is refused before it is decoded."""
     monkeypatch.setattr(uploads, "MAX_BYTES", 3000)
     problem(client.post("/v1/jobs", json=ask(image="A" * 5000)), 422, "image")
     problem(client.post("/sdapi/v1/png-info", json={"image": "data:image/png;base64," + "A" * 5000}), 422, "image")
@@ -265,7 +265,7 @@ def test_paths_and_methods_that_are_none(method: str, path: str, status: int, cl
 
 
 def test_the_page_may_load_nothing_from_elsewhere(client: httpx.Client) -> None:
-    """Its headers say so, for the page, the API and pictures alike."""
+    """Its headers say so, for the page, the API and images alike."""
     job = finish(client)
     for path in ("/", "/static/app.js", "/v1/jobs", job["images"][0]["url"]):
         headers = client.get(path).headers

@@ -57,7 +57,7 @@ def test_an_empty_token_file_is_refused(tiny_folder: Path, tmp_path: Path) -> No
 
 
 async def test_a_process_serves_and_stops(tiny_folder: Path, tmp_path: Path) -> None:
-    """The port is written, a picture begun, and SIGTERM ends the process with 0."""
+    """The port is written, an image begun, and SIGTERM ends the process with 0."""
     port_file = tmp_path / "port"
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "cloud_server.cli", "serve", "--model", f"tiny={tiny_folder}", "--port", "0",

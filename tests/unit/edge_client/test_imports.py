@@ -22,7 +22,7 @@ main(["generate", "a red fox", "--mode", "edge", "--bundle", sys.argv[1], "-o", 
 
 
 def test_edge_runs_with_torch_blocked(bundle_folder, tmp_path) -> None:
-    """Every module imports, and a picture is drawn, where torch, diffusers and transformers cannot be imported."""
+    """Every module imports, and an image is drawn, where torch, diffusers and transformers cannot be imported."""
     target = tmp_path / "fox.png"
     command = [sys.executable, "-c", BLOCKED, str(bundle_folder), str(target)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

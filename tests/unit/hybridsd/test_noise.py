@@ -63,7 +63,7 @@ def test_is_unit_normal() -> None:
 
 
 def test_streams_do_not_repeat() -> None:
-    """Another seed, picture or draw is other noise; asking again is the same noise."""
+    """Another seed, image or draw is other noise; asking again is the same noise."""
     keys = [(0, 0, 0), (1, 0, 0), (2**32, 0, 0), (0, 1, 0), (0, 0, 1)]
     streams = [noise.normal(*key, (64,)) for key in keys]
 

@@ -216,7 +216,7 @@ def test_weights_of_one_change_nothing() -> None:
 
 @pytest.mark.parametrize("mean", [0.0, 1.0])
 def test_a_mean_near_zero_is_not_restored(mean: float) -> None:
-    """Behind a layer norm means are rounding errors: their ratio must not scale the picture's text."""
+    """Behind a layer norm means are rounding errors: their ratio must not scale the image's text."""
     table = TABLE - TABLE.mean(axis=1, keepdims=True) + np.float32(mean)
     encoder = Encoder(tokenize, lambda ids: (table[ids], None), 6, BOS, EOS, PAD)
     embeds = encode("10 (11:2)", WEIGHTED, encoder).embeds

@@ -199,7 +199,7 @@ def test_tiny_vae_speaks_the_same_latents(family: ToyFamily) -> None:
 
 
 def test_the_judge_answers_within_its_classes(family: ToyFamily) -> None:
-    """One answer a question for every picture; labels are within the classes too."""
+    """One answer a question for every image; labels are within the classes too."""
     labels, images = scenes_and_images(np.random.default_rng(0), 6)
     answers = load_classifier(family.folder / "classifier").read(images)
 
@@ -217,10 +217,10 @@ def test_text_encoder_reports_what_its_heads_read(family: ToyFamily) -> None:
     assert all(0 <= share <= 1 for share in scores.values())
 
 
-@pytest.mark.parametrize("name", list(recipes.scenes_recipes()))
+@pytest.mark.parametrize("name", list(recipes.SCENES))
 def test_recipes_leave_curve_and_checkpoint(family: ToyFamily, name: str) -> None:
     """All steps are in the curve, and it is drawn."""
-    folder = family.folder / recipes.scenes_recipes()[name]("toy").folder
+    folder = family.folder / recipes.find(name)("toy").folder
 
     assert family.curve(name)[-1]["step"] == 30
     assert (folder / "loss.png").stat().st_size > 1000

@@ -125,11 +125,11 @@ def test_the_lora_is_loaded_into_its_base(runs: tuple[Path, dict[str, chain.Loss
     assert not torch.equal(before, after)
 
 
-@pytest.mark.parametrize("name", list(recipes.sd_recipes()))
+@pytest.mark.parametrize("name", list(recipes.SD))
 def test_what_is_not_there_is_named(runs: tuple[Path, dict[str, chain.Losses]], name: str) -> None:
     """A teacher that cannot be read, and data that were not given: the message says what to give."""
     out, _ = runs
-    published = recipes.sd_recipes()[name]()
+    published = recipes.find(name)()
     with pytest.raises(ValueError, match=r"(?s)/nowhere.*give"):
         override(published, ["teacher=/nowhere"]).build(out)
     with pytest.raises(ValueError, match=r"data.spec is not set; give --set data.spec=imagefolder:DIRECTORY"):
@@ -161,7 +161,7 @@ def test_sd14_becomes_224m_by_the_documented_path() -> None:
 
 @pytest.mark.parametrize("name", ["sd-tiny-vae", "sd-small-vae"])
 def test_vaes_learn_with_everything_on(runs: tuple[Path, dict[str, chain.Losses]], name: str) -> None:
-    """In bfloat16, with a judge, shifted colours, degradations and the pixel filter; and they show pictures."""
+    """In bfloat16, with a judge, shifted colours, degradations and the pixel filter; and they show images."""
     out, _ = runs
     recipe = override(
         chain.make(name, out),
@@ -214,7 +214,7 @@ def test_a_bundle_of_ones_own_models(runs: tuple[Path, dict[str, chain.Losses]],
 def test_a_vae_is_measured(runs: tuple[Path, dict[str, chain.Losses]]) -> None:
     """PSNR and SSIM are numbers; what lacks its network says which file to fetch."""
     out, _ = runs
-    pictures = f"csv:{out / 'pictures' / 'metadata.csv'}"
+    pictures = f"csv:{out / 'images' / 'metadata.csv'}"
     output = run(
         "evaluate-vae", "--vae", str(out / "vae"), "--data", pictures, "--size", "64", "--limit", "4", "--batch", "2"
     ).stdout
@@ -226,7 +226,7 @@ def test_a_vae_is_measured(runs: tuple[Path, dict[str, chain.Losses]]) -> None:
 
 
 def test_the_coco_protocol_as_a_command(runs: tuple[Path, dict[str, chain.Losses]], tmp_path: Path) -> None:
-    """Pictures for each split, likeness to the large model's, a CSV and a plot; the second time nothing is made."""
+    """Images for each split, likeness to the large model's, a CSV and a plot; the second time nothing is made."""
     out, _ = runs
     (tmp_path / "metadata.csv").write_text("name,caption\na.jpg,a fox\nb.jpg,a cat above a pig\n")
     command = (

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from cloud_server.engine.engine import Engine
-from cloud_server.engine.event_buffer import Mailbox
-from cloud_server.engine.request import Failed, Finished, Queued, Snapshot, Started
+from cloud_server.engine.event_buffer import EventBuffer
+from cloud_server.engine.events import Failed, Finished, Queued, Snapshot, Started
 from cloud_server.models.load import Model
 from hybridsd.errors import HybridSDError, Reason
 from tests.support.engine_fakes import (
@@ -103,17 +103,17 @@ async def test_a_batch_does_not_change_its_jobs(
             plan=tiny_model.plans.plan(name, steps),
             handoff_call=handoff,
             seed=seed,
-            prompt=f"picture {seed}",
+            prompt=f"image {seed}",
             guidance_scale=2.0 + seed,
             negative_prompt=None if seed % 2 else "bad",
         )
         for seed, (name, steps, handoff) in enumerate(mixed)
     ]
-    mailboxes = [Mailbox() for _ in requests]
-    for request, mailbox in zip(requests, mailboxes, strict=True):
-        engine.submit(request, mailbox)
+    buffers = [EventBuffer() for _ in requests]
+    for request, buffer in zip(requests, buffers, strict=True):
+        engine.submit(request, buffer)
     gated.open()
-    results = [states(await read_to_end(mailbox)) for mailbox in mailboxes]
+    results = [states(await read_to_end(buffer)) for buffer in buffers]
 
     assert max(gated.rows) == 9  # three guided, three not
     for request, found in zip(requests, results, strict=True):
@@ -125,7 +125,7 @@ async def test_a_new_job_joins_at_the_next_step(
 ) -> None:
     """A job that comes while a call runs is in the next one, and a job leaves its place at its hand-off."""
     engine = make_engine({"tiny": gated})
-    first, second = Mailbox(), Mailbox()
+    first, second = EventBuffer(), EventBuffer()
     engine.submit(job_request(tiny_model, handoff_call=3), first)
     await asyncio.to_thread(gated.entered.acquire)
     engine.submit(job_request(tiny_model, handoff_call=3), second)
@@ -138,7 +138,7 @@ async def test_a_new_job_joins_at_the_next_step(
 async def test_groups_take_turns(tiny_model: Model, make_engine: MakeEngine, gated: GatedDenoiser) -> None:
     """Jobs of two sizes never share a call, and neither waits for the other to end."""
     engine = make_engine({"tiny": gated})
-    small, large = Mailbox(), Mailbox()
+    small, large = EventBuffer(), EventBuffer()
     engine.submit(job_request(tiny_model, handoff_call=3), small)
     await asyncio.to_thread(gated.entered.acquire)
     wide = job_request(tiny_model, latent_shape=(4, 8, 16), handoff_call=3, negative_prompt=None)
@@ -153,12 +153,12 @@ async def test_models_never_share_a_call(tiny_model: Model, make_engine: MakeEng
     """Jobs of two models take turns, each on its own."""
     other = GatedDenoiser(tiny_model.denoiser)
     engine = make_engine({"tiny": gated, "other": other})
-    mailboxes = [Mailbox() for _ in range(4)]
-    for mailbox, model in zip(mailboxes, ("tiny", "other", "tiny", "other"), strict=True):
-        engine.submit(job_request(tiny_model, model=model, handoff_call=3), mailbox)
+    buffers = [EventBuffer() for _ in range(4)]
+    for buffer, model in zip(buffers, ("tiny", "other", "tiny", "other"), strict=True):
+        engine.submit(job_request(tiny_model, model=model, handoff_call=3), buffer)
     gated.open()
     other.open()
-    results = [states(await read_to_end(mailbox)) for mailbox in mailboxes]
+    results = [states(await read_to_end(buffer)) for buffer in buffers]
 
     assert sum(gated.rows) == sum(other.rows) == 2 * 2 * 3
     for found in results:
@@ -170,15 +170,15 @@ async def test_cancel_stops_at_the_next_boundary(
 ) -> None:
     """A cancelled job ends with CANCELLED; a second cancel, or one of a stranger, finds nothing."""
     engine = make_engine({"tiny": gated})
-    mailbox = Mailbox()
-    engine.submit(job_request(tiny_model, request_id="job"), mailbox)
+    buffer = EventBuffer()
+    engine.submit(job_request(tiny_model, request_id="job"), buffer)
     await asyncio.to_thread(gated.entered.acquire)
 
     assert engine.cancel("job")
     assert not engine.cancel("job")
     assert not engine.cancel("stranger")
     gated.open()
-    events = await read_to_end(mailbox)
+    events = await read_to_end(buffer)
 
     assert isinstance(events[-1], Failed)
     assert events[-1].error.reason is Reason.CANCELLED
@@ -188,11 +188,11 @@ async def test_cancel_stops_at_the_next_boundary(
 async def test_a_late_job_is_dropped(tiny_model: Model, make_engine: MakeEngine, gated: GatedDenoiser) -> None:
     """A job whose deadline has passed does not take another step."""
     engine = make_engine({"tiny": gated})
-    mailbox = Mailbox()
-    engine.submit(job_request(tiny_model), mailbox, deadline_s=time.monotonic() + 0.01)
+    buffer = EventBuffer()
+    engine.submit(job_request(tiny_model), buffer, deadline_s=time.monotonic() + 0.01)
     await asyncio.sleep(0.02)
     gated.open()
-    events = await read_to_end(mailbox)
+    events = await read_to_end(buffer)
 
     assert isinstance(events[-1], Failed)
     assert events[-1].error.reason is Reason.DEADLINE_EXCEEDED
@@ -202,22 +202,22 @@ async def test_a_late_job_is_dropped(tiny_model: Model, make_engine: MakeEngine,
 async def test_a_full_queue_refuses_at_once(tiny_model: Model, make_engine: MakeEngine, gated: GatedDenoiser) -> None:
     """Beyond places and queue a job is refused with a delay; positions fall as jobs leave."""
     engine = make_engine({"tiny": gated}, max_batch=1, max_queue=2)
-    mailboxes = [Mailbox() for _ in range(3)]
-    engine.submit(job_request(tiny_model, handoff_call=1), mailboxes[0])
+    buffers = [EventBuffer() for _ in range(3)]
+    engine.submit(job_request(tiny_model, handoff_call=1), buffers[0])
     await asyncio.to_thread(gated.entered.acquire)
-    for mailbox in mailboxes[1:]:
-        engine.submit(job_request(tiny_model, handoff_call=1), mailbox)
+    for buffer in buffers[1:]:
+        engine.submit(job_request(tiny_model, handoff_call=1), buffer)
 
     with pytest.raises(HybridSDError) as refused:
-        engine.submit(job_request(tiny_model), Mailbox())
+        engine.submit(job_request(tiny_model), EventBuffer())
     assert refused.value.reason is Reason.QUEUE_FULL
     assert refused.value.retry_delay_s is not None
     assert refused.value.retry_delay_s > 0
-    assert await mailboxes[2].next(5.0) == Queued(1)
+    assert await buffers[2].next(5.0) == Queued(1)
     gated.allow(1)
-    assert await mailboxes[2].next(5.0) == Queued(0)
+    assert await buffers[2].next(5.0) == Queued(0)
     gated.open()
-    assert isinstance((await read_to_end(mailboxes[2]))[-1], Finished)
+    assert isinstance((await read_to_end(buffers[2]))[-1], Finished)
 
 
 async def test_a_cancelled_job_frees_its_place_in_the_queue(
@@ -225,18 +225,18 @@ async def test_a_cancelled_job_frees_its_place_in_the_queue(
 ) -> None:
     """A job that leaves the queue, cancelled or with its stream, makes room at once."""
     engine = make_engine({"tiny": gated}, max_batch=1, max_queue=1)
-    running = Mailbox()
+    running = EventBuffer()
     engine.submit(job_request(tiny_model, handoff_call=1), running)
     await asyncio.to_thread(gated.entered.acquire)
-    waiting = Mailbox()
+    waiting = EventBuffer()
     engine.submit(job_request(tiny_model, request_id="waiting"), waiting)
     engine.cancel("waiting")
     assert isinstance((await read_to_end(waiting))[-1], Failed)
-    lost = Mailbox()
+    lost = EventBuffer()
     job = engine.submit(job_request(tiny_model), lost)
     engine.detach(job, lost)
 
-    engine.submit(job_request(tiny_model, handoff_call=1), Mailbox())
+    engine.submit(job_request(tiny_model, handoff_call=1), EventBuffer())
     assert engine.load().num_queued == 1
 
 
@@ -246,10 +246,10 @@ async def test_one_jobs_failure_is_its_own(tiny_model: Model, make_engine: MakeE
     engine = make_engine({"tiny": FailingDenoiser(tiny_model.denoiser, error=error)})
     good = [job_request(tiny_model, seed=seed) for seed in range(3)]
     bad = job_request(tiny_model, prompt=bad_embeds(), negative_prompt=bad_embeds())
-    mailboxes = [Mailbox() for _ in range(4)]
-    for request, mailbox in zip([*good[:2], bad, good[2]], mailboxes, strict=True):
-        engine.submit(request, mailbox)
-    results = [await read_to_end(mailbox) for mailbox in mailboxes]
+    buffers = [EventBuffer() for _ in range(4)]
+    for request, buffer in zip([*good[:2], bad, good[2]], buffers, strict=True):
+        engine.submit(request, buffer)
+    results = [await read_to_end(buffer) for buffer in buffers]
 
     failed = results.pop(2)[-1]
     assert isinstance(failed, Failed)
@@ -263,26 +263,26 @@ async def test_out_of_memory_halves_the_batch(tiny_model: Model, make_engine: Ma
     """When a call does not fit, jobs go on in smaller ones and none fails."""
     denoiser = FailingDenoiser(tiny_model.denoiser, error=None, max_rows=4)
     engine = make_engine({"tiny": denoiser})
-    mailboxes = [Mailbox() for _ in range(4)]
-    for seed, mailbox in enumerate(mailboxes):
-        engine.submit(job_request(tiny_model, seed=seed, reattach_grace_s=60), mailbox)
-    results = [await read_to_end(mailbox) for mailbox in mailboxes]
+    buffers = [EventBuffer() for _ in range(4)]
+    for seed, buffer in enumerate(buffers):
+        engine.submit(job_request(tiny_model, seed=seed, reattach_grace_s=60), buffer)
+    results = [await read_to_end(buffer) for buffer in buffers]
 
     assert all(isinstance(events[-1], Finished) for events in results)
     assert denoiser.rows[-1] <= 4
-    assert engine._batch_caps  # of this group; jobs of another shape keep their full batch
-    assert {group[1] for group in engine._batch_caps} == {job_request(tiny_model).latent_shape}
+    assert engine._scheduler._batch_caps  # of this group; jobs of another shape keep their full batch
+    assert {group[1] for group in engine._scheduler._batch_caps} == {job_request(tiny_model).latent_shape}
 
 
 async def test_a_lost_job_stops(tiny_model: Model, make_engine: MakeEngine, gated: GatedDenoiser) -> None:
     """Without grace a job ends at the next boundary after its stream; with grace it goes on."""
     engine = make_engine({"tiny": gated})
     for grace_s in (0.0, 60.0):
-        mailbox = Mailbox()
+        buffer = EventBuffer()
         request = job_request(tiny_model, reattach_grace_s=grace_s)
-        job = engine.submit(request, mailbox)
+        job = engine.submit(request, buffer)
         await asyncio.to_thread(gated.entered.acquire)
-        engine.detach(job, mailbox)
+        engine.detach(job, buffer)
         gated.allow(100)
         await until(lambda job=job: job.outcome is not None)  # type: ignore[misc]
         assert isinstance(job.outcome, Finished if grace_s else Failed)
@@ -292,7 +292,7 @@ async def test_a_second_stream_takes_over(tiny_model: Model, make_engine: MakeEn
     """The stream before ends with SUPERSEDED; the new one gets the start and the newest state; nothing runs twice."""
     engine = make_engine({"tiny": gated})
     request = job_request(tiny_model)
-    first, second = Mailbox(), Mailbox()
+    first, second = EventBuffer(), EventBuffer()
     job = engine.submit(request, first)
     gated.allow(2)
     await until(lambda: job.num_calls == 2)
@@ -300,7 +300,7 @@ async def test_a_second_stream_takes_over(tiny_model: Model, make_engine: MakeEn
     gated.open()
     ended, events = await read_to_end(first), await read_to_end(second)
     engine.detach(job, first)
-    late = Mailbox()
+    late = EventBuffer()
     engine.submit(request, late)
 
     assert [type(event) for event in ended] == [Failed]
@@ -316,10 +316,10 @@ async def test_another_request_of_the_same_id_is_refused(
 ) -> None:
     """The same id with other content is REQUEST_ID_REUSED."""
     engine = make_engine({"tiny": gated})
-    engine.submit(job_request(tiny_model, request_id="job", content=b"a"), Mailbox())
+    engine.submit(job_request(tiny_model, request_id="job", content=b"a"), EventBuffer())
 
     with pytest.raises(HybridSDError) as refused:
-        engine.submit(job_request(tiny_model, request_id="job", content=b"b"), Mailbox())
+        engine.submit(job_request(tiny_model, request_id="job", content=b"b"), EventBuffer())
     assert refused.value.reason is Reason.REQUEST_ID_REUSED
 
 
@@ -330,10 +330,10 @@ async def test_finished_jobs_are_forgotten(tiny_model: Model, make_engine: MakeE
     for request in requests:
         await events_of(engine, request)
 
-    mailbox = Mailbox()
-    job = engine.submit(requests[0], mailbox)
+    buffer = EventBuffer()
+    job = engine.submit(requests[0], buffer)
     assert job.outcome is None
-    await read_to_end(mailbox)
+    await read_to_end(buffer)
 
 
 async def test_a_text_is_encoded_once(tiny_model: Model, make_engine: MakeEngine) -> None:
@@ -351,28 +351,28 @@ async def test_a_draining_engine_refuses_and_finishes(
 ) -> None:
     """After `drain` new jobs are UNAVAILABLE and the running one ends well."""
     engine = make_engine({"tiny": gated})
-    mailbox = Mailbox()
-    engine.submit(job_request(tiny_model), mailbox)
+    buffer = EventBuffer()
+    engine.submit(job_request(tiny_model), buffer)
     engine.drain()
 
     with pytest.raises(HybridSDError) as refused:
-        engine.submit(job_request(tiny_model), Mailbox())
+        engine.submit(job_request(tiny_model), EventBuffer())
     gated.open()
     assert refused.value.reason is Reason.UNAVAILABLE
-    assert isinstance((await read_to_end(mailbox))[-1], Finished)
+    assert isinstance((await read_to_end(buffer))[-1], Finished)
 
 
 async def test_a_stuck_call_is_seen(tiny_model: Model, make_engine: MakeEngine, gated: GatedDenoiser) -> None:
     """`stalled_s` grows while a call hangs, and is 0 when there is nothing to do."""
     engine = make_engine({"tiny": gated})
     assert engine.stalled_s() == 0
-    mailbox = Mailbox()
-    engine.submit(job_request(tiny_model), mailbox)
+    buffer = EventBuffer()
+    engine.submit(job_request(tiny_model), buffer)
     await asyncio.to_thread(gated.entered.acquire)
     await asyncio.sleep(0.02)
     assert engine.stalled_s() > 0
     gated.open()
-    await read_to_end(mailbox)
+    await read_to_end(buffer)
     assert engine.stalled_s() == 0
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from cloud_server.engine.engine import Engine
-from cloud_server.engine.request import Finished, Skipping, Stage
+from cloud_server.engine.events import Finished
+from cloud_server.engine.request import Skipping, Stage
 from cloud_server.models.load import Model
 from hybridsd import noise
 from hybridsd.plan import advance, initial_state, unet_input

@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from cloud_server.models import architecture
-from cloud_server.models.architecture import Kind
+from cloud_server.models.architecture import Architecture
 from cloud_server.models.pruned_unet import build_unet
 from cloud_server.models.sources import ModelError
 from training.models import shapes
@@ -36,7 +36,7 @@ def test_every_family_is_told_and_built(name: str) -> None:
     built = build_unet(dict(real.config), real.state_dict())
 
     assert architecture.is_sdxl(config_of(real)) == is_sdxl
-    assert architecture.tell(name, config_of(real), texts, {}, {}) == Kind(
+    assert architecture.detect(name, config_of(real), texts, {}, {}) == Architecture(
         embed_dim=real.config.cross_attention_dim,
         context_length=77,
         pooled_dim=1280 if is_sdxl else 0,
@@ -49,13 +49,13 @@ def test_every_family_is_told_and_built(name: str) -> None:
 def test_the_text_encoder_of_another_family_is_refused() -> None:
     """The message says both widths."""
     with pytest.raises(ModelError, match="1024 features, its text encoder makes 768"):
-        architecture.tell("mine", config_of(shapes.sd21()), SD1, {}, {})
+        architecture.detect("mine", config_of(shapes.sd21()), SD1, {}, {})
 
 
 def test_an_sdxl_refiner_is_refused() -> None:
     """It takes five sizes and an aesthetic score."""
     refiner = config_of(shapes.sdxl(cross_attention_dim=1280, projection_class_embeddings_input_dim=2560))
     with pytest.raises(ModelError, match="refiner"):
-        architecture.tell("mine", {**refiner, "cross_attention_dim": 2048}, SDXL, {}, {})
+        architecture.detect("mine", {**refiner, "cross_attention_dim": 2048}, SDXL, {}, {})
     with pytest.raises(ModelError, match="refiner"):
-        architecture.tell("mine", config_of(shapes.sdxl()), SDXL, {}, {"requires_aesthetics_score": True})
+        architecture.detect("mine", config_of(shapes.sdxl()), SDXL, {}, {"requires_aesthetics_score": True})

@@ -16,9 +16,8 @@ from diffusers import (
 )
 from safetensors.torch import load_file
 
-from cloud_server.engine.request import Encoded
 from cloud_server.models import denoiser as denoiser_module
-from cloud_server.models.denoiser import Conditions, DiffusersDenoiser, TextCache, embed_guidance
+from cloud_server.models.denoiser import Conditions, DiffusersDenoiser, Encoded, TextCache, embed_guidance
 from cloud_server.models.devices import place
 from cloud_server.models.load import Model, load_model
 from cloud_server.models.pruned_unet import load_unet

@@ -49,14 +49,14 @@ def embeds(value: float = 0.5, shape: tuple[int, ...] = (12, 8)) -> tensor_pb2.T
 async def test_a_stream_tells_the_whole_story(start_server: StartServer, tiny_model: Model) -> None:
     """Started with plan and embeddings, a state after each call, the hand-off, and the usage."""
     client = await start_server()
-    messages = await client.denoise(message(state_every=1, preview_every=2, seed=5, request_id="picture-1"))
+    messages = await client.denoise(message(state_every=1, preview_every=2, seed=5, request_id="image-1"))
 
     assert kinds(messages) == ["started", "state", "state", "state", "state", "finished"]
     started = messages[0].started
     plan = tiny_model.plans.plan("dpmpp_2m", 6)
     assert codec.decode_plan(started.plan) == plan
     assert started.plan_digest == plan.digest()
-    assert (started.request_id, started.model, started.latent_space) == ("picture-1", "tiny", "tiny")
+    assert (started.request_id, started.model, started.latent_space) == ("image-1", "tiny", "tiny")
     assert started.guidance_scale == 4.0
     assert started.num_dropped_tokens > 0
     for conditioning, text in ((started.prompt, PROMPT), (started.negative_prompt, "")):
@@ -123,7 +123,7 @@ async def test_the_callers_plan_and_embeddings_are_not_sent_back(start_server: S
 
 
 async def test_initial_latents_replace_the_seed(start_server: StartServer) -> None:
-    """The seed's own noise, sent as initial_latents, gives the seed's picture."""
+    """The seed's own noise, sent as initial_latents, gives the seed's image."""
     client = await start_server()
     own = tensor(noise.initial_latents(9, 2, SHAPE))
     by_seed = await client.denoise(message(seed=9, image_index=2))

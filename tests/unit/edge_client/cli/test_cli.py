@@ -51,12 +51,12 @@ def shell(tmp_path: Path, bundle_folder: Path, running: Running, monkeypatch: py
 
 
 def pixels(path: str | Path) -> np.ndarray:
-    """Returns the pixels of a picture."""
+    """Returns the pixels of an image."""
     return files.read_png(Path(path))[0]
 
 
 def test_generate_writes_a_picture(shell: Shell) -> None:
-    """The plainest call draws a picture with the cloud's help and says where it is, on standard error only."""
+    """The plainest call draws an image with the cloud's help and says where it is, on standard error only."""
     result = shell("generate", "a red fox", "--seed", "5")
     picture, provenance, parameters = files.read_png(shell.folder / "a-red-fox-5.png")
 
@@ -81,7 +81,7 @@ def test_json_is_one_object(shell: Shell) -> None:
 
 
 def test_jsonl_is_an_event_a_line(shell: Shell, fake: FakeCloud) -> None:
-    """With --jsonl each event is a line, the last one the finished picture with its path."""
+    """With --jsonl each event is a line, the last one the finished image with its path."""
     fake.die_after_call = 2
     result = shell("generate", "a red fox", "--jsonl")
     events = [json.loads(line) for line in result.stdout.splitlines()]
@@ -110,7 +110,7 @@ def test_same_seed_same_file(shell: Shell) -> None:
 
 
 def test_random_seed_is_told(shell: Shell) -> None:
-    """Without a seed two calls differ, and the seed that is told makes the picture again."""
+    """Without a seed two calls differ, and the seed that is told makes the image again."""
     first, second = (shell.json("a red fox")["images"][0] for _ in range(2))
     again = shell.json("a red fox", "--seed", str(first["seed"]))["images"][0]
 
@@ -230,7 +230,7 @@ def test_zero_is_a_seed(shell: Shell) -> None:
 def test_no_fallback_exit_codes(
     shell: Shell, fake: FakeCloud, setting: dict[str, object], reason: str, code: int
 ) -> None:
-    """A lost cloud is a picture with a reason, or with --no-fallback the exit code of the table and no picture."""
+    """A lost cloud is an image with a reason, or with --no-fallback the exit code of the table and no image."""
     for name, value in setting.items():
         setattr(fake, name, value)
     (image,) = shell.json("a red fox", "-o", "with.png")["images"]
@@ -281,7 +281,7 @@ def test_existing_files_are_safe(shell: Shell) -> None:
 
 
 def test_several_images(shell: Shell) -> None:
-    """--num-images numbers pictures of one seed; each can be told from the others."""
+    """--num-images numbers images of one seed; each can be told from the others."""
     shell("generate", "a red fox", "--seed", "1", "--num-images", "3", "-o", "fox.png")
     names = ["fox-0.png", "fox-1.png", "fox-2.png"]
 
@@ -291,7 +291,7 @@ def test_several_images(shell: Shell) -> None:
 
 
 def test_prompts_file(shell: Shell, fake: FakeCloud) -> None:
-    """Alternating lines become pictures; three quotes and blank lines are empty negative prompts."""
+    """Alternating lines become images; three quotes and blank lines are empty negative prompts."""
     (shell.folder / "prompts.txt").write_text('a red fox\nblurry text\n\na dog\n"""\na cat')
     shell("generate", "--prompts-file", "prompts.txt", "--seed", "4", "-o", "out/")
 
@@ -338,7 +338,7 @@ def test_bad_csv(shell: Shell, row: str) -> None:
     [("--save-steps", "b/fox.png"), ("--preview-every", "a/fox.jpg"), ("--preview-every", "a/fox-preview-002.png")],
 )
 def test_extras_of_a_batch_do_not_collide(shell: Shell, fake: FakeCloud, extra: str, second: str) -> None:
-    """Rows whose previews or pictures of steps would have the same names are refused before anything is drawn."""
+    """Rows whose previews or images of steps would have the same names are refused before anything is drawn."""
     (shell.folder / "metadata.csv").write_text(f"name,caption\na/fox.png,a fox\n{second},a dog\n")
 
     assert "two are called" in shell("generate", "--csv", "metadata.csv", extra, "2", code=2).stderr
@@ -346,7 +346,7 @@ def test_extras_of_a_batch_do_not_collide(shell: Shell, fake: FakeCloud, extra: 
 
 
 def test_a_batch_that_fails_says_what_is_done(shell: Shell, fake: FakeCloud) -> None:
-    """With --json a batch that ends in the middle lists the pictures that are written, beside the error."""
+    """With --json a batch that ends in the middle lists the images that are written, beside the error."""
     (shell.folder / "metadata.csv").write_text("name,caption\na.png,a fox\nb.png,a dog\nc.png,a cat\n")
     fake.refuse_from_request = 1
     told = shell.json("--csv", "metadata.csv", code=3)
@@ -357,7 +357,7 @@ def test_a_batch_that_fails_says_what_is_done(shell: Shell, fake: FakeCloud) -> 
 
 
 def test_an_absent_cloud_is_waited_for_once(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A batch asks a host that never answers for its first picture only, says so once, and draws the rest alone."""
+    """A batch asks a host that never answers for its first image only, says so once, and draws the rest alone."""
     opened = []
     open_job = Cloud.open
     monkeypatch.setattr(Cloud, "open", lambda cloud, job: opened.append(cloud.away) or open_job(cloud, job))
@@ -377,7 +377,7 @@ def test_an_absent_cloud_is_waited_for_once(shell: Shell, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("flag", ["--save-latents", "--save-steps"])
 def test_the_picture_is_written_first(shell: Shell, monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
-    """When something beside the picture cannot be written, the picture is there already, and --json tells of it."""
+    """When something beside the image cannot be written, the image is there already, and --json tells of it."""
 
     def fail(*_: object) -> None:
         raise Reason.FIELD_INVALID.error("the disk is full")
@@ -393,7 +393,7 @@ def test_the_picture_is_written_first(shell: Shell, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("at", ["2", "4", None])
 def test_a_continued_picture_knows_its_beginning(shell: Shell, at: str | None) -> None:
-    """A picture that goes on from steps of the cloud says so, wherever its own steps run."""
+    """An image that goes on from steps of the cloud says so, wherever its own steps run."""
     save = ["--save-latents", "s.npz", *(["--save-latents-at", at] if at else [])]
     shell("generate", "a red fox", "-o", "whole.png", "--split", "3,3", *save)
     (image,) = shell.json("--load-latents", "s.npz", "-o", "rest.png", "--mode", "edge")["images"]
@@ -426,7 +426,7 @@ def test_previews_count_steps(shell: Shell, split: str, every: str, shown: list[
 @pytest.mark.parametrize("step", ["1", "2", "3", "5"])
 @pytest.mark.parametrize("scheduler", ["ddim", "dpmpp_2m"])
 def test_saved_state_continues(shell: Shell, step: str, scheduler: str) -> None:
-    """A state saved in the middle, in the cloud's part or the edge's, continues to the same picture."""
+    """A state saved in the middle, in the cloud's part or the edge's, continues to the same image."""
     drawn = ["a red fox", "--seed", "3", "--scheduler", scheduler, "--codec", "fp32", "-o", "whole.png"]
     shell("generate", *drawn, "--split", "3,3", "--save-latents", "mid.npz", "--save-latents-at", step)
     (image,) = shell.json("--load-latents", "mid.npz", "--codec", "fp32", "-o", "rest.png")["images"]
@@ -437,7 +437,7 @@ def test_saved_state_continues(shell: Shell, step: str, scheduler: str) -> None:
 
 
 def test_final_latents_are_only_decoded(shell: Shell, fake: FakeCloud) -> None:
-    """Final latents load as a picture without a step; and a state does not take a prompt."""
+    """Final latents load as an image without a step; and a state does not take a prompt."""
     shell("generate", "a red fox", "-o", "a.png", "--save-latents", "final.npz")
     fake.requests.clear()
     (image,) = shell.json("--load-latents", "final.npz", "-o", "b.png")["images"]
@@ -449,7 +449,7 @@ def test_final_latents_are_only_decoded(shell: Shell, fake: FakeCloud) -> None:
 
 
 def test_initial_latents_replace_the_seed(shell: Shell) -> None:
-    """Unit normal latents from a file begin the picture in the cloud as well as here; a wrong shape is refused."""
+    """Unit normal latents from a file begin the image in the cloud as well as here; a wrong shape is refused."""
     noise = np.random.default_rng(0).normal(size=(4, 4, 4)).astype(np.float32)
     np.savez("noise.npz", latents=noise)
     np.savez("wrong.npz", latents=noise[:, :2])
@@ -471,7 +471,7 @@ def test_initial_latents_replace_the_seed(shell: Shell) -> None:
 
 
 def test_previews_and_steps_become_pictures(shell: Shell) -> None:
-    """--preview-every writes previews, --save-steps two pictures of every step, the cloud's and the edge's."""
+    """--preview-every writes previews, --save-steps two images of every step, the cloud's and the edge's."""
     shell("generate", "a red fox", "--seed", "1", "--preview-every", "2", "--save-steps", "steps", "-o", "fox.png")
     steps = sorted(path.name for path in (shell.folder / "steps").iterdir())
 
@@ -655,11 +655,11 @@ def test_without_a_cloud_an_automatic_split_is_the_edge(shell: Shell) -> None:
 
 
 def test_an_image_and_a_mask_come_from_files(shell: Shell, tmp_path: Path) -> None:
-    """A picture is begun with, in a size of its shape; what is wrong with it is said."""
+    """An image is begun with, in a size of its shape; what is wrong with it is said."""
     Image.new("RGB", (40, 20), "red").save(tmp_path / "red.png")
     Image.new("L", (40, 20), 255).save(tmp_path / "mask.png")
     Image.new("L", (40, 20), 0).save(tmp_path / "black.png")
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     image = ["--image", str(tmp_path / "red.png"), "--mode", "edge", "--scheduler", "ddim"]
     told = shell("generate", "a red fox", *image, "--mask", str(tmp_path / "mask.png"), "--json", "--overwrite")
 
@@ -668,7 +668,7 @@ def test_an_image_and_a_mask_come_from_files(shell: Shell, tmp_path: Path) -> No
     assert drawn["width"] > drawn["height"]
     for wrong, says in (
         ([*image, "--mask", str(tmp_path / "black.png")], "nothing would be drawn"),
-        (["--image", str(tmp_path / "text.png")], "no picture that can be read"),
+        (["--image", str(tmp_path / "text.png")], "no image that can be read"),
         (["--strength", "0.5"], "--strength goes with --image"),
         ([*image, "--strength", "2"], "strength is 2"),
         (["--aspect", "wide"], "width:height"),

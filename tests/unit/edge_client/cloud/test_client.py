@@ -184,7 +184,7 @@ def test_silent_hosts_are_given_up(tmp_path: Path) -> None:
 
 
 def test_silent_hosts_do_not_stop_a_picture(tmp_path: Path, bundle: Bundle, models: Models) -> None:
-    """Nor does a picture wait for it."""
+    """Nor does an image wait for it."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         target = f"127.0.0.1:{silent.getsockname()[1]}"
         with Cloud(target, cache=Cache(tmp_path), connect_timeout_s=0.3, idle_timeout_s=30) as cloud:

@@ -1,4 +1,4 @@
-"""One picture in two places is the picture that one process would have made, whatever happens on the way."""
+"""One image in two places is the image that one process would have made, whatever happens on the way."""
 
 import contextlib
 import time
@@ -77,7 +77,7 @@ def one_process(kind: str, steps: int, cloud_calls: int, *, guidance: float = 3.
 def test_hybrid_equals_one_process(
     kind: str, steps: int, bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud
 ) -> None:
-    """At every split the picture is that of one process that swaps its U-Net there."""
+    """At every split the image is that of one process that swaps its U-Net there."""
     for cloud_steps in range(1, steps + 1):
         request = replace(REQUEST, scheduler=kind, num_inference_steps=steps, cloud_steps=cloud_steps)
         result, _ = run(request, bundle, models, cloud)
@@ -95,7 +95,7 @@ def test_hybrid_equals_one_process(
 def test_takeover_equals_the_deliberate_split(
     kind: str, steps: int, codec: str, bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud
 ) -> None:
-    """When the cloud dies after call j, the picture is the one that was split at j on purpose."""
+    """When the cloud dies after call j, the image is the one that was split at j on purpose."""
     plan = make_plan(kind, steps)
     for step in range(1, steps):
         request = replace(REQUEST, scheduler=kind, num_inference_steps=steps, codec=codec)
@@ -146,7 +146,7 @@ def test_previews_come_as_often_as_asked(bundle: Bundle, models: Models, cloud: 
 
 
 def test_edge_mode_needs_no_cloud(bundle: Bundle, models: Models) -> None:
-    """Offline, the bundle's own text encoder and plan make the picture, the same one every time."""
+    """Offline, the bundle's own text encoder and plan make the image, the same one every time."""
     request = replace(REQUEST, mode="edge", cloud_steps=None)
     result, events = run(request, bundle, models, None)
     again, _ = run(request, bundle, models, None)
@@ -168,7 +168,7 @@ def test_cloud_mode_leaves_only_the_decoder(bundle: Bundle, models: Models, clou
 
 
 def test_images_of_one_seed_differ(bundle: Bundle, models: Models, cloud: Cloud) -> None:
-    """Picture 1 of a seed is another than picture 0, and the same when asked for alone."""
+    """Image 1 of a seed is another than image 0, and the same when asked for alone."""
     first, second, again = (
         run(replace(REQUEST, image_index=index), bundle, models, cloud)[0].image_u8 for index in (0, 1, 1)
     )
@@ -178,7 +178,7 @@ def test_images_of_one_seed_differ(bundle: Bundle, models: Models, cloud: Cloud)
 
 
 def test_guidance_1_runs_one_row(bundle: Bundle, models: Models, cloud: Cloud) -> None:
-    """Without guidance there are no unconditional embeddings, and the picture is still that of one process."""
+    """Without guidance there are no unconditional embeddings, and the image is still that of one process."""
     result, _ = run(replace(REQUEST, guidance_scale=1.0), bundle, models, cloud)
 
     assert np.abs(result.latents - one_process("ddim", 6, 3, guidance=1.0)).max() < EXACT
@@ -186,7 +186,7 @@ def test_guidance_1_runs_one_row(bundle: Bundle, models: Models, cloud: Cloud) -
 
 @pytest.mark.parametrize("mode", ["hybrid", "cloud", "auto"])
 def test_dead_server_means_edge_only(mode: str, bundle: Bundle, models: Models, running: Running, cloud: Cloud) -> None:
-    """Nobody listens: the edge draws the picture of edge mode and says why."""
+    """Nobody listens: the edge draws the image of edge mode and says why."""
     running.server.stop(grace=None).wait()
     expected, _ = run(replace(REQUEST, mode="edge", cloud_steps=None), bundle, models, None)
     result, events = run(replace(REQUEST, mode=mode, cloud_steps=None), bundle, models, cloud)
@@ -306,7 +306,7 @@ def test_deadline_passes_to_the_edge(bundle: Bundle, models: Models, cloud: Clou
 
 
 def test_a_silent_stream_is_lost(bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud) -> None:
-    """A server that sends nothing, not even heartbeats, does not hold the picture up for ever."""
+    """A server that sends nothing, not even heartbeats, does not hold the image up for ever."""
     fake.hang_after_call = 1
     result, _ = run(REQUEST, bundle, models, cloud)
 
@@ -333,7 +333,7 @@ def _forge(message: pb.DenoiseResponse) -> None:
 
 
 def test_a_server_cannot_forge(bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud) -> None:
-    """What the server calls its model is one harmless field, on the terminal and in the picture."""
+    """What the server calls its model is one harmless field, on the terminal and in the image."""
     fake.mangle = _forge
     result, _ = run(REQUEST, bundle, models, cloud)
 
@@ -343,7 +343,7 @@ def test_a_server_cannot_forge(bundle: Bundle, models: Models, cloud: Cloud, fak
 
 
 def test_busy_is_asked_again(bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud) -> None:
-    """A full queue is asked again after the delay it names, and the picture comes out as planned."""
+    """A full queue is asked again after the delay it names, and the image comes out as planned."""
     fake.busy_times = 2
     result, events = run(REQUEST, bundle, models, cloud)
     retries = [e for e in events if isinstance(e, Retrying)]
@@ -496,7 +496,7 @@ def _state_first(message: pb.DenoiseResponse) -> None:
 def test_garbage_is_refused(
     mangle: object, calls_kept: int, bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud
 ) -> None:
-    """Nothing that a broken or hostile server sends reaches the picture: it ends at the last sound state."""
+    """Nothing that a broken or hostile server sends reaches the image: it ends at the last sound state."""
     fake.mangle = mangle  # type: ignore[assignment]
     result, _ = run(REQUEST, bundle, models, cloud)
 
@@ -548,7 +548,7 @@ def test_attaching_again_changes_nothing(
 
 
 def test_a_sent_plan_is_the_plan(bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud) -> None:
-    """A server that answers a saved state's plan with another one is left, and the picture follows the saved plan."""
+    """A server that answers a saved state's plan with another one is left, and the image follows the saved plan."""
     whole, events = run(replace(REQUEST, cloud_steps=4), bundle, models, cloud)
     at = next(e for e in events if isinstance(e, StepDone) and e.call == 2)
     resume = saved_state(whole, bundle.manifest.latent_space, at)
@@ -562,7 +562,7 @@ def test_a_sent_plan_is_the_plan(bundle: Bundle, models: Models, cloud: Cloud, f
 
 
 def test_known_embeddings_are_not_sent_again(bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud) -> None:
-    """The second call names digests instead of receiving embeddings and plan, and draws the same picture."""
+    """The second call names digests instead of receiving embeddings and plan, and draws the same image."""
     request = replace(REQUEST, num_inference_steps=5)
     first, _ = run(request, bundle, models, cloud)
     second, _ = run(request, bundle, models, cloud)
@@ -613,7 +613,7 @@ def test_unwritable_cache_is_no_obstacle(bundle: Bundle, models: Models, running
 
 
 def test_low_memory_draws_the_same(bundle: Bundle, models: Models, cloud: Cloud) -> None:
-    """With one model in memory at a time the picture does not change."""
+    """With one model in memory at a time the image does not change."""
     small = Models(bundle.folder, bundle.manifest, provider="cpu", threads=1, low_memory=True)
     expected, _ = run(REQUEST, bundle, models, cloud)
     result, _ = run(REQUEST, bundle, small, cloud)
@@ -646,7 +646,7 @@ def test_retries_end_with_their_budget(
 
 @pytest.mark.parametrize(("score", "flagged"), [(0.1, True), (-0.1, False)])
 def test_the_safety_checker_is_an_explicit_choice(score: float, flagged: bool, tmp_path: Path) -> None:
-    """Off says nothing, report says what it found, blank makes a flagged picture black; each is in the result."""
+    """Off says nothing, report says what it found, blank makes a flagged image black; each is in the result."""
     write_bundle(tmp_path, safety_score=score)
     bundle = open_bundle(tmp_path)
     models = Models(bundle.folder, bundle.manifest, provider="cpu", threads=1)

@@ -1,4 +1,4 @@
-"""Pictures that a user gives come upright, in size and in range, or with a clear word on what is wrong with them."""
+"""Images that a user gives come upright, in size and in range, or with a clear word on what is wrong with them."""
 
 import io
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_transparent_is_white_and_cameras_are_turned() -> None:
 
 
 def test_grey_of_16_bits_keeps_its_shades() -> None:
-    """The upper 8 bits of a deep grey picture are what is seen, as a picture and as a mask."""
+    """The upper 8 bits of a deep grey image are what is seen, as an image and as a mask."""
     deep = Image.fromarray(np.array([[0, 0x4000], [0x8000, 0xFFFF]], dtype=np.uint16))
     shades = np.array([[0, 0x40], [0x80, 0xFF]])
 
@@ -44,7 +44,7 @@ def test_what_is_no_picture_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     Image.new("RGB", (4, 4)).save(stream, format="BMP")
     monkeypatch.setattr(inputs, "MAX_PIXELS", 100)
     for source, says in (
-        (b"text", "no picture"), (stream.getvalue(), "no picture"), (tmp_path / "none.png", "unreadable"),
+        (b"text", "no image"), (stream.getvalue(), "no image"), (tmp_path / "none.png", "unreadable"),
         (png(Image.new("RGB", (20, 20))), "at most 100"),
     ):  # fmt: skip
         with pytest.raises(InvalidRequest, match=says) as caught:

@@ -42,7 +42,7 @@ def test_unet_without_guidance_needs_no_negative(models: Models) -> None:
 
 
 def test_encoder_and_decoder_fit(models: Models) -> None:
-    """A picture's latents have the U-Net's shape, and decode to a picture of its size in [-1, 1]."""
+    """An image's latents have the U-Net's shape, and decode to an image of its size in [-1, 1]."""
     latents = models.encode_image(np.zeros((3, 48, 32), dtype=np.float32))
     image = models.decode(latents)
 

@@ -1,4 +1,4 @@
-"""A U-Net with guidance fused into its file is the plain one of the same weights, call for call and as a picture."""
+"""A U-Net with guidance fused into its file is the plain one of the same weights, call for call and as an image."""
 
 import dataclasses
 from pathlib import Path

@@ -23,7 +23,7 @@ class Simulation:
         self.costs, self.slow_after, self.slowdown = costs, slow_after, slowdown
 
     def run(self, planned: int, advisor: Advisor | None = None, *, poll_interval_s: float = 0.5) -> tuple[float, int]:
-        """Returns how long a picture takes, and how many steps the cloud ran."""
+        """Returns how long an image takes, and how many steps the cloud ran."""
         costs, now, done = self.costs, self.costs.text_s, 0
         travel_s = costs.state_bytes / costs.bytes_per_s
         if planned:
@@ -113,7 +113,7 @@ def advisor_of(costs: Costs, planned: int, goals: Goals | None = None) -> Adviso
 
 @pytest.mark.parametrize("slowdown", [8.0, 40.0])
 def test_a_cloud_that_turns_slow_is_left(slowdown: float) -> None:
-    """The edge goes on earlier, and the picture is done sooner than without; a steady cloud is never left."""
+    """The edge goes on earlier, and the image is done sooner than without; a steady cloud is never left."""
     slow = Simulation(COSTS, slow_after=4, slowdown=slowdown)
     advisor = advisor_of(COSTS, 15)
     stayed_s, _ = slow.run(15)

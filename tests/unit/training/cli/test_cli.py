@@ -52,6 +52,17 @@ def test_what_cannot_be_done_is_one_line(arguments: list[str], message: str, tmp
     assert "Traceback" not in result.output
 
 
+def test_help_does_not_wait_for_torch() -> None:
+    """Every command can be listed and described without importing a library that takes seconds to import."""
+    code = (
+        "import sys; from training.cli.main import main; main(['--help'], standalone_mode=False); print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert "small-unet" in done.stdout
+    assert not [name for name in ("torch", "diffusers", "transformers", "matplotlib") if f"'{name}'" in done.stdout]
+
+
 def test_costs_are_the_published_ones() -> None:
     """In the reference's convention, also as JSON."""
     rows = json.loads(run("cost", "--as", "json", "--splits", "25,10").output)
@@ -80,7 +91,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path: Path) -> None:
     (checkpoint,) = (tmp_path / "vae").glob("checkpoint-*")
 
     assert process.returncode == 130, said + rest
-    assert "the same command goes on from there" in rest
+    assert "the same command continues from there" in rest
     assert not (tmp_path / "vae" / "finished.json").exists()
     assert (checkpoint / "learnt.safetensors").is_file()
 

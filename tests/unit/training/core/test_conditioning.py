@@ -1,4 +1,4 @@
-"""What becomes of pictures and captions before a U-Net sees them."""
+"""What becomes of images and captions before a U-Net sees them."""
 
 from pathlib import Path
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from training.cli.stages import say
+from training.cli.shared_options import say
 from training.core import checkpoints
 from training.core.loop import CURVE_NAME, Run, Schedule, make_accelerator, train
 from training.core.task import Batch, Drawn, Group, Task, normal
@@ -56,7 +56,7 @@ class Line(Task):
                 follower.lerp_(leader, 0.1)
 
     def preview(self) -> NDArray[np.uint8]:
-        """A picture as bright as the weight."""
+        """An image as bright as the weight."""
         return np.full((4, 4, 3), int(50 * abs(float(self.linear.weight))), dtype=np.uint8)
 
     def save(self, directory: Path) -> None:
@@ -246,7 +246,7 @@ def test_a_step_without_a_finite_gradient_changes_nothing(tmp_path: Path, caplog
 
 
 def test_previews_show_the_averaged_weights_and_leave_the_run_as_it_was(tmp_path: Path) -> None:
-    """A picture every few steps, also in the last; with and without previews the run learns the same."""
+    """An image every few steps, also in the last; with and without previews the run learns the same."""
     plain, shown = Line(), Line()
     list(train(Run(plain, POINTS, SCHEDULE), tmp_path / "plain"))
     schedule = Schedule(
@@ -263,7 +263,7 @@ def test_previews_show_the_averaged_weights_and_leave_the_run_as_it_was(tmp_path
 
 
 def test_curves_and_pictures_go_to_tensorboard(tmp_path: Path) -> None:
-    """Every term of the curve at its steps, and the validation picture as it is."""
+    """Every term of the curve at its steps, and the validation image as it is."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     schedule = Schedule(steps=40, batch_size=8, lr=0.1, precision="no", preview_every=40)
@@ -400,8 +400,8 @@ SPLIT = """
 import sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from tests.unit.training.test_loop import POINTS, SCHEDULE, Line
-from training.loop import Run, train
+from tests.unit.training.core.test_loop import POINTS, SCHEDULE, Line
+from training.core.loop import Run, train
 run = Run(Line(), POINTS, SCHEDULE)
 losses = [record.loss for record in train(run, Path(sys.argv[1]))]
 said = f"{{run.workers}} {{run.rank}} {{float(run.task.linear.weight)}} {{losses[-1] < losses[0] / 10}}"

@@ -67,7 +67,7 @@ def unets() -> dict[str, UNet2DConditionModel]:
 
 @pytest.fixture(scope="module")
 def step(unets: dict[str, UNet2DConditionModel]) -> dict[str, Cost]:
-    """What one step of one guided picture of 512x512 costs with each."""
+    """What one step of one guided image of 512x512 costs with each."""
     return {name: costs(unet, guided_inputs(unet))[WHOLE] for name, unet in unets.items()}
 
 
@@ -79,7 +79,7 @@ def demo() -> UNet2DConditionModel:
 
 
 def guided_inputs(unet: UNet2DConditionModel) -> dict[str, Any]:
-    """For a picture of 512x512."""
+    """For an image of 512x512."""
     return unet_inputs(unet.config, batch=2, height=64, width=64, device="meta")
 
 
@@ -191,7 +191,7 @@ def test_inputs_fit_every_kind_of_unet(demo: UNet2DConditionModel) -> None:
 
 
 def test_decoders_cost_what_is_known() -> None:
-    """The reference counts two pictures without attention, we one with it."""
+    """The reference counts two images without attention, we one with it."""
     decoders = {"SD": shapes.vae().decoder, "tiny": shapes.tiny_vae().decoder}
     reference, ours = conventions(guidance=True)
     rows = model_costs({}, decoders, [reference, ours])

@@ -62,11 +62,11 @@ def write_pictures(folder: Path, count: int = COUNT) -> list[tuple[str, str]]:
     folder.mkdir(exist_ok=True)
     for index in range(count):
         (folder / f"{index:03d}.png").write_bytes(grey(index))
-    return [(f"{index:03d}.png", f"picture {index}") for index in range(count)]
+    return [(f"{index:03d}.png", f"image {index}") for index in range(count)]
 
 
 def make(kind: str, folder: Path, count: int = COUNT) -> str:
-    """Writes a set of `count` grey pictures and gives its spec."""
+    """Writes a set of `count` grey images and gives its spec."""
     import datasets
 
     folder.mkdir(exist_ok=True)
@@ -80,14 +80,14 @@ def make(kind: str, folder: Path, count: int = COUNT) -> str:
     if kind == "webdataset":
         bounds = [0, count // 4, count // 2, count]  # shards of unequal length
         for number, (low, high) in enumerate(pairwise(bounds)):
-            samples = [{"png": grey(index), "txt": f"picture {index}".encode()} for index in range(low, high)]
+            samples = [{"png": grey(index), "txt": f"image {index}".encode()} for index in range(low, high)]
             write_tar(folder / f"{number:03d}.tar", samples)
         return f"webdataset:{folder}/{{000..002}}.tar"
     table = datasets.Dataset.from_dict(
         {
             "number": list(range(count)),
             "picture": [{"bytes": grey(index), "path": None} for index in range(count)],
-            "caption": [[f"picture {index}", ""] for index in range(count)],
+            "caption": [[f"image {index}", ""] for index in range(count)],
         }
     ).cast_column("picture", datasets.Image())
     if kind == "saved":
@@ -142,12 +142,12 @@ def assert_same(expected: Sequence[Batch], actual: Sequence[Batch]) -> None:
 def test_every_record_comes_once_in_an_epoch_with_its_own_caption(
     kind: str, healthy: Callable[..., ImageCaptions]
 ) -> None:
-    """One epoch of every kind holds each record once, shuffled, and pictures keep their captions."""
+    """One epoch of every kind holds each record once, shuffled, and images keep their captions."""
     batch = take(healthy(kind), 1, batch_size=COUNT)[0]
 
     said = batch.captions
-    assert sorted(said) == sorted(f"picture {index}" for index in range(COUNT))
-    assert said != tuple(f"picture {index}" for index in range(COUNT))
+    assert sorted(said) == sorted(f"image {index}" for index in range(COUNT))
+    assert said != tuple(f"image {index}" for index in range(COUNT))
     expected = torch.tensor([int(caption.split()[1]) * TONES / 127.5 - 1 for caption in said])
     assert batch.images is not None
     assert batch.images.dtype == torch.float32
@@ -179,9 +179,9 @@ def test_entering_late_gives_the_tail(kind: str, loader_workers: int, healthy: C
 
 def test_entering_much_later_reads_no_more_than_two_epochs(tmp_path: Path) -> None:
     """The records of a shard are counted once: epochs that are passed over after that cost nothing."""
-    samples = [{"png": grey(index), "txt": f"picture {index}".encode()} for index in range(6)]
+    samples = [{"png": grey(index), "txt": f"image {index}".encode()} for index in range(6)]
     write_tar(tmp_path / "a.tar", samples[:2])
-    write_tar(tmp_path / "b.tar", [*samples[2:], {"txt": b"no picture"}])
+    write_tar(tmp_path / "b.tar", [*samples[2:], {"txt": b"no image"}])
     data = open_data(f"webdataset:{tmp_path}", resolution=RESOLUTION)
     whole = take(data, 31, batch_size=2)
     data.skipped.clear()
@@ -243,27 +243,27 @@ DEFECTS = {
 @pytest.mark.parametrize("kind", ["csv", "webdataset"])
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_a_bad_picture_is_skipped_and_counted(defect: str, kind: str, tmp_path: Path) -> None:
-    """A picture that cannot be used is counted by its reason; batches stay full of the others."""
+    """An image that cannot be used is counted by its reason; batches stay full of the others."""
     content, reason = DEFECTS[defect]
     contents = [grey(0), grey(1), content, grey(3), grey(4), grey(5)]
     if kind == "csv":
         for index, file in enumerate(contents):
             (tmp_path / f"{index}.png").write_bytes(file)
-        spec = f"csv:{write_list(tmp_path, [(f'{index}.png', f'picture {index}') for index in range(6)])}"
+        spec = f"csv:{write_list(tmp_path, [(f'{index}.png', f'image {index}') for index in range(6)])}"
     else:
-        samples = [{"png": file, "txt": f"picture {index}".encode()} for index, file in enumerate(contents)]
+        samples = [{"png": file, "txt": f"image {index}".encode()} for index, file in enumerate(contents)]
         spec = f"webdataset:{write_tar(tmp_path / 'a.tar', samples)}"
     data = open_data(spec, resolution=RESOLUTION)
 
     batches = take(data, 3, batch_size=2)
 
     assert [len(batch) for batch in batches] == [2, 2, 2]
-    assert {f"picture {index}" for index in (0, 1, 3, 4, 5)} == set(captions(batches))
+    assert {f"image {index}" for index in (0, 1, 3, 4, 5)} == set(captions(batches))
     assert {reason} == set(data.skipped)
 
 
 def test_a_bad_picture_moves_nothing(tmp_path: Path) -> None:
-    """With bad pictures in every batch, a run that resumes and one with threads still get the same batches."""
+    """With bad images in every batch, a run that resumes and one with threads still get the same batches."""
     rows = write_pictures(tmp_path)
     for index in range(0, COUNT, 3):
         (tmp_path / f"{index:03d}.png").write_bytes(DEFECTS["cut short png"][0])
@@ -290,7 +290,7 @@ def test_records_without_picture_or_caption_are_skipped(tmp_path: Path) -> None:
 
     said = captions(take(data, 9, batch_size=1))
 
-    assert {f"picture {index}" for index in range(5)} == set(said)
+    assert {f"image {index}" for index in range(5)} == set(said)
     assert {"no image", "no caption"} == set(data.skipped)
 
 
@@ -303,12 +303,12 @@ def test_an_imagefolder_may_list_what_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     data = open_data(f"imagefolder:{tmp_path}", resolution=RESOLUTION, cache_dir=tmp_path / "cache")
 
-    assert {f"picture {index}" for index in range(4)} == set(captions(take(data, 6, batch_size=1)))
+    assert {f"image {index}" for index in range(4)} == set(captions(take(data, 6, batch_size=1)))
     assert {"no image", "no caption"} == set(data.skipped)
 
 
 def test_samples_of_a_shard_without_picture_or_caption_are_skipped(tmp_path: Path) -> None:
-    """The caption may be in any of the usual places; a sample that has it in none, or no picture, is counted."""
+    """The caption may be in any of the usual places; a sample that has it in none, or no image, is counted."""
     samples = [
         {"jpg": grey(0), "txt": b"from txt"},
         {"jpeg": grey(0), "text": b"from text"},
@@ -316,7 +316,7 @@ def test_samples_of_a_shard_without_picture_or_caption_are_skipped(tmp_path: Pat
         {"png": grey(0), "json": b'{"caption": "from json"}'},
         {"png": grey(0), "json": b"{broken"},
         {"png": grey(0), "json": b"[1]", "txt": b""},
-        {"txt": b"no picture"},
+        {"txt": b"no image"},
     ]
     data = open_data(f"webdataset:{write_tar(tmp_path / 'a.tar', samples)}", resolution=RESOLUTION)
 
@@ -327,7 +327,7 @@ def test_samples_of_a_shard_without_picture_or_caption_are_skipped(tmp_path: Pat
 
 
 def test_captions_are_optional_where_they_are_not_wanted(tmp_path: Path) -> None:
-    """An autoencoder learns from a folder of pictures alone."""
+    """An autoencoder learns from a folder of images alone."""
     write_pictures(tmp_path, 3)
     write_tar(tmp_path / "a.tar", [{"png": grey(0)}])
     for spec in (f"imagefolder:{tmp_path}", f"webdataset:{tmp_path}/*.tar"):
@@ -374,7 +374,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "missing": Path.unlink,
     "empty": lambda path: path.write_bytes(b""),
     "junk": lambda path: path.write_bytes(b"<html>not found</html>"),
-    "cut in a picture": lambda path: path.write_bytes(path.read_bytes()[: 512 * 7]),
+    "cut in an image": lambda path: path.write_bytes(path.read_bytes()[: 512 * 7]),
     "cut between members": cut_between_members,
     "broken header": lambda path: path.write_bytes(
         path.read_bytes().replace(b"00012.png", b"\xff\xfe\xfd\xfc2.png", 1)
@@ -398,9 +398,9 @@ def test_a_damaged_shard_costs_only_itself(damage: str, tmp_path: Path) -> None:
 
 
 def test_shards_with_the_same_keys_are_not_mixed_up(tmp_path: Path) -> None:
-    """A picture that is the last of its shard does not get the caption that is the first of the next."""
+    """An image that is the last of its shard does not get the caption that is the first of the next."""
     for shard in range(3):
-        write_tar(tmp_path / f"{shard}.tar", [{"png": grey(shard), "txt": f"picture {shard}".encode()}])
+        write_tar(tmp_path / f"{shard}.tar", [{"png": grey(shard), "txt": f"image {shard}".encode()}])
         write_tar(tmp_path / f"{shard}.tar.half", [{"png": grey(9)}])
     data = open_data(f"webdataset:{tmp_path}/*", resolution=RESOLUTION)
 
@@ -449,13 +449,13 @@ def test_shards_come_from_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_process_whose_only_shard_is_damaged_goes_on(tmp_path: Path) -> None:
     """With as many shards as processes, an epoch without records is passed over, not an error."""
     for shard in range(2):
-        write_tar(tmp_path / f"{shard}.tar", [{"png": grey(shard), "txt": f"picture {shard}".encode()}] * 2)
+        write_tar(tmp_path / f"{shard}.tar", [{"png": grey(shard), "txt": f"image {shard}".encode()}] * 2)
     (tmp_path / "1.tar").write_bytes(b"")
 
     for rank in range(2):
         data = open_data(f"webdataset:{tmp_path}", resolution=RESOLUTION)
         whole = take(data, 8, batch_size=1, rank=rank, workers=2)
-        assert captions(whole) == ["picture 0"] * 8
+        assert captions(whole) == ["image 0"] * 8
         assert_same(whole[6:], take(data, 2, batch_size=1, start=6, rank=rank, workers=2))
 
 
@@ -581,7 +581,7 @@ def test_pictures_may_be_elsewhere(tmp_path: Path) -> None:
 
     data = open_data(f"csv:{listed}", resolution=RESOLUTION, images=tmp_path / "pictures")
 
-    assert {"picture 0", "picture 1"} == set(captions(take(data, 1, batch_size=2)))
+    assert {"image 0", "image 1"} == set(captions(take(data, 1, batch_size=2)))
 
 
 def test_skipping_is_logged_now_and_then(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -611,7 +611,7 @@ def test_threads_end_with_the_run(healthy: Callable[..., ImageCaptions]) -> None
 
 
 def framed(data: bytes, **options: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Gives the picture as uint8 [R, R, 3], centred and not mirrored unless told otherwise."""
+    """Gives the image as uint8 [R, R, 3], centred and not mirrored by default."""
     framing = Framing(**{"resolution": RESOLUTION, "flip": False} | options)
     out = np.empty((3, framing.resolution, framing.resolution), dtype=np.float32)
     framing.read(data, np.random.default_rng(options.get("min_side", 0)), out)
@@ -622,7 +622,7 @@ def framed(data: bytes, **options: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def test_exif_turns_the_picture() -> None:
-    """A picture that a camera stored on its side is upright."""
+    """An image that a camera stored on its side is upright."""
     upright = Image.new("RGB", (32, 32), "red")
     upright.paste((0, 0, 255), (0, 0, 32, 16))  # blue above red
     exif = Image.Exif()
@@ -671,19 +671,19 @@ def test_every_mode_becomes_rgb(data: bytes, above: list[int], below: list[int])
 
 
 def test_an_animation_is_its_first_frame() -> None:
-    """Of several frames the first is the picture."""
+    """Of several frames the first is the image."""
     frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
 
     assert framed(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))[0, 0].tolist() == [255, 0, 0]
 
 
 def bars() -> bytes:
-    """A picture 64 wide and 16 high, of grey that grows from 0 to 252 to the right."""
+    """An image 64 wide and 16 high, of grey that grows from 0 to 252 to the right."""
     return encoded(Image.fromarray(np.tile(np.arange(64, dtype=np.uint8) * 4, (16, 1))))
 
 
 def test_the_crop_is_the_middle_or_random() -> None:
-    """A wide picture loses both sides alike, or is cut anywhere, and keeps its height."""
+    """A wide image loses both sides alike, or is cut anywhere, and keeps its height."""
     middle = framed(bars())
     assert [4 * column for column in range(24, 40)] == middle[0, :, 0].tolist()
 
@@ -702,7 +702,7 @@ def test_half_of_the_pictures_are_mirrored() -> None:
 
 
 def test_shrinking_is_antialiased_and_exact() -> None:
-    """A picture shrunk to a quarter is as Pillow's bilinear filter, with its antialiasing, makes it."""
+    """An image shrunk to a quarter is as Pillow's bilinear filter, with its antialiasing, makes it."""
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8))
 
     expected = np.asarray(image.resize((16, 16), Image.Resampling.BILINEAR))
@@ -722,7 +722,7 @@ def test_a_large_jpeg_is_decoded_smaller_but_looks_the_same() -> None:
 
 
 def test_enlarging_has_a_limit() -> None:
-    """A picture of half the resolution is enlarged, a smaller one refused, and min_side moves the limit."""
+    """An image of half the resolution is enlarged, a smaller one refused, and min_side moves the limit."""
     assert framed(grey(1, (8, 9))).shape == (16, 16, 3)
     with pytest.raises(Unusable, match="image too small"):
         framed(grey(1, (7, 100)))

@@ -1,4 +1,4 @@
-"""What spoils pictures keeps them pictures, does what it says, and does it again for the same seed."""
+"""What spoils images keeps them images, does what it says, and does it again for the same seed."""
 
 from collections.abc import Callable
 
@@ -24,7 +24,7 @@ def pictures(batch: int = 3, size: int = 24) -> Tensor:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_every_change_gives_pictures_again(change: Change) -> None:
-    """Shape, dtype and range stay, something changes, each picture differently, and the input is left alone."""
+    """Shape, dtype and range stay, something changes, each image differently, and the input is left alone."""
     before = pictures()
     after = change(before, np.random.default_rng(0))
 
@@ -38,7 +38,7 @@ def test_every_change_gives_pictures_again(change: Change) -> None:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_seed_decides(change: Change) -> None:
-    """The same generator gives the same pictures, another one others."""
+    """The same generator gives the same images, another one others."""
     once, again, other = (change(pictures(), np.random.default_rng(seed)) for seed in (1, 1, 2))
 
     assert torch.equal(once, again)
@@ -55,7 +55,7 @@ def test_a_kernel_is_a_gaussian() -> None:
 
 
 def test_blur_keeps_areas_and_softens_edges() -> None:
-    """A flat picture stays; the steepest difference of another falls."""
+    """A flat image stays; the steepest difference of another falls."""
     flat, sharp = torch.full((2, 3, 16, 16), 0.3), pictures(16)
     blurred = blur(sharp, np.random.default_rng(3))
 
@@ -64,7 +64,7 @@ def test_blur_keeps_areas_and_softens_edges() -> None:
 
 
 def test_blur_refuses_what_its_border_cannot_mirror() -> None:
-    """Pictures under 4 pixels are refused by name."""
+    """Images under 4 pixels are refused by name."""
     with pytest.raises(ValueError, match="3x3"):
         blur(torch.zeros(1, 3, 3, 3), np.random.default_rng(0))
 
@@ -80,12 +80,12 @@ def test_noise_is_at_most_forty_bytes() -> None:
 
 
 def test_jpeg_is_close() -> None:
-    """Quality 60 or better stays near a smooth picture."""
+    """Quality 60 or better stays near a smooth image."""
     assert float((jpeg(pictures(), np.random.default_rng(5)) - pictures()).abs().mean()) < 0.06
 
 
 def test_colours_of_a_pixel_do_not_depend_on_its_place() -> None:
-    """The matrix is one for a picture: rolling it and shifting its colours commute."""
+    """The matrix is one for an image: rolling it and shifting its colours commute."""
     rolled = shift_colours(pictures().roll(5, dims=-1), np.random.default_rng(6))
 
     torch.testing.assert_close(rolled, shift_colours(pictures(), np.random.default_rng(6)).roll(5, dims=-1))

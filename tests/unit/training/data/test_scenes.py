@@ -1,4 +1,4 @@
-"""Scenes: pictures, captions, and which pairs are held out."""
+"""Scenes: images, captions, and which pairs are held out."""
 
 import itertools
 
@@ -75,7 +75,7 @@ def test_every_phrasing_names_the_objects_in_an_order_that_fits_its_words(layout
 
 
 def test_caption_is_true_of_the_picture() -> None:
-    """Where the caption says an object stands, the picture differs from its background, and centres are in order."""
+    """Where the caption says an object stands, the image differs from its background, and centres are in order."""
     rng = np.random.default_rng(5)
     for layout in ("beside", "stacked"):
         scene = Scene(layout, "fox", "donut", "blue")  # type: ignore[arg-type]
@@ -90,7 +90,7 @@ def test_caption_is_true_of_the_picture() -> None:
 
 
 def test_the_first_object_is_the_one_drawn_on_the_left() -> None:
-    """Swapping the objects of a scene swaps the halves of the picture, up to where exactly they stand."""
+    """Swapping the objects of a scene swaps the halves of the image, up to where exactly they stand."""
     red, green = "strawberry", "cactus"
 
     def redness(scene: Scene) -> tuple[float, float]:
@@ -106,7 +106,7 @@ def test_the_first_object_is_the_one_drawn_on_the_left() -> None:
 
 
 def test_objects_stay_inside_and_apart() -> None:
-    """No object leaves the picture and no two overlap, whatever the draw."""
+    """No object leaves the image and no two overlap, whatever the draw."""
     rng = np.random.default_rng(2)
     for _ in range(300):
         placed = place(sample_scene(rng), rng)

@@ -1,4 +1,4 @@
-"""The COCO protocol: pictures depend on seed and place alone, are made once, and are measured split by split."""
+"""The COCO protocol: images depend on seed and place alone, are made once, and are measured split by split."""
 
 import io
 from collections.abc import Callable
@@ -20,7 +20,7 @@ CAPTIONS = [coco.Caption(f"{index}.jpg", f"thing {index}", "bad" * (index % 2)) 
 
 
 class Text:
-    """One number a caption, so that a caption and its negative are seen in the picture."""
+    """One number a caption, so that a caption and its negative are seen in the image."""
 
     networks: tuple[nn.Module, ...] = ()
 
@@ -86,7 +86,7 @@ def contents(out: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures of every caption; tests must not write to it."""
+    """Images of every caption; tests must not write to it."""
     out = tmp_path_factory.mktemp("coco")
     assert generate(out) == [2, 4, 5]
     return out
@@ -94,7 +94,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_folder_has_both_sizes_of_every_picture_as_jpeg_75(made: Path) -> None:
     """im512 and im256 of each split, quality 75, the small one resized (bicubic) from the large JPEG."""
-    large, small = coco.picture_paths(made, (2, 2), "1.jpg", SIZES)
+    large, small = coco.image_paths(made, (2, 2), "1.jpg", SIZES)
     with Image.open(large) as image, Image.open(small) as other:
         assert image.size == (32, 32)
         assert other.size == (16, 16)
@@ -106,8 +106,8 @@ def test_the_folder_has_both_sizes_of_every_picture_as_jpeg_75(made: Path) -> No
         with Image.open(again) as tables:
             assert image.quantization == tables.quantization  # type: ignore[attr-defined]
     assert len(contents(made)) == 3 * 2 * 5 + 1
-    assert large != coco.picture_paths(made, (4, 0), "1.jpg", SIZES)[0]
-    assert large.read_bytes() != coco.picture_paths(made, (4, 0), "1.jpg", SIZES)[0].read_bytes()
+    assert large != coco.image_paths(made, (4, 0), "1.jpg", SIZES)[0]
+    assert large.read_bytes() != coco.image_paths(made, (4, 0), "1.jpg", SIZES)[0].read_bytes()
 
 
 def test_pictures_do_not_depend_on_batch_order_or_process(made: Path, tmp_path: Path) -> None:
@@ -122,16 +122,16 @@ def test_pictures_do_not_depend_on_batch_order_or_process(made: Path, tmp_path: 
 
 
 def test_a_run_goes_on_where_it_was_stopped(made: Path, tmp_path: Path) -> None:
-    """What is there is neither made nor written again; a half-written picture is not there."""
+    """What is there is neither made nor written again; a half-written image is not there."""
     models = make_models()
     text = models.text
     assert isinstance(text, Text)
     running = coco.generate(models, CAPTIONS, tmp_path, splits=[(4, 0), (2, 2), (0, 4)], sizes=SIZES, batch=2, seed=3)
     assert next(running) == 2
     running.close()
-    untouched = coco.picture_paths(tmp_path, (2, 2), "0.jpg", SIZES)[0]
+    untouched = coco.image_paths(tmp_path, (2, 2), "0.jpg", SIZES)[0]
     before = untouched.stat().st_mtime_ns
-    coco.picture_paths(tmp_path, (0, 4), "1.jpg", SIZES)[1].unlink()
+    coco.image_paths(tmp_path, (0, 4), "1.jpg", SIZES)[1].unlink()
     text.asked.clear()
 
     assert generate(tmp_path, models) == [3, 5]
@@ -244,7 +244,7 @@ class Eyes(nn.Module):
 
 
 def test_every_split_is_measured(made: Path, tmp_path: Path) -> None:
-    """FID against a folder of real pictures; likeness to the large model's pictures; reasons where nothing is there."""
+    """FID against a folder of real images; likeness to the large model's images; reasons where nothing is there."""
     real = tmp_path / "real"
     real.mkdir()
     rng = np.random.default_rng(0)
@@ -294,7 +294,7 @@ def test_missing_pictures_and_references_are_said(made: Path, tmp_path: Path) ->
             sizes=SIZES,
         )
     )
-    with pytest.raises(ValueError, match="5 of 5 pictures of split 3,1 are missing"):
+    with pytest.raises(ValueError, match="5 of 5 images of split 3,1 are missing"):
         measure([(3, 1)])
     statistics, reason = coco_scores.find_reference(tmp_path / "real_im256.npz", nothing)
 

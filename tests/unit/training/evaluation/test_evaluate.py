@@ -131,7 +131,7 @@ def test_what_the_large_model_did_first_makes_pictures_more_like_its_own(loaded:
 
 
 def test_latent_consistency_models_are_judged_with_the_same_machinery() -> None:
-    """Noise belongs to the caption: a batch of one and of three give the same pictures."""
+    """Noise belongs to the caption: a batch of one and of three give the same images."""
     family = make_family(time_cond_proj_dim=8)
     together, alone = (
         judging.judge_captions(family, range(3), setting=LCM_SETTING, seed=1, keep=3, batch=batch) for batch in (3, 1)
@@ -152,7 +152,7 @@ def test_the_kl_vae_can_decode_all(loaded: judging.Family) -> None:
 
 
 def test_the_judges_distances_grow_with_what_changed(loaded: judging.Family) -> None:
-    """None between equals, more with every degree of blur, of a picture and of a set of pictures."""
+    """None between equals, more with every degree of blur, of an image and of a set of images."""
     scenes = [sample_scene(np.random.default_rng(index), held_out=True) for index in range(24)]
     drawn = np.stack([render(scene, np.random.default_rng(index)) for index, scene in enumerate(scenes)])
     sharp = torch.from_numpy(to_model_range(drawn))
@@ -172,7 +172,7 @@ def test_the_judges_distances_grow_with_what_changed(loaded: judging.Family) -> 
 
 
 def test_renders_are_of_the_captions_scenes(loaded: judging.Family) -> None:
-    """Render k of caption i is of the caption's scene, placed anew; which worker draws it does not matter."""
+    """Render k of caption i is of the caption's scene, placed again; which worker draws it does not matter."""
     together, alone = (judging.render_features(loaded.judge, chosen, 1, 3) for chosen in (range(4), range(2, 4)))
     scene, _ = judging.held_out_scene(1, 2)
     drawn = np.stack([render(scene, np.random.default_rng((1, 2, k + 1))) for k in range(3)])
@@ -222,7 +222,7 @@ def test_both_solvers_have_a_curve_where_both_are_there(folder: Path) -> None:
 
     assert [part["scheduler"] for part in results["others"]] == ["lcm"]
     assert {one.scheduler for one in curves} == {"dpmpp_2m", "lcm"}
-    assert "judge_fid_of_renders" not in results  # of one picture there is no covariance
+    assert "judge_fid_of_renders" not in results  # of one image there is no covariance
 
 
 def test_a_family_without_the_models_is_refused(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_splits_beyond_the_steps_are_refused() -> None:
 
 
 def test_the_table_says_what_was_judged() -> None:
-    """All four parts must be right for a picture to count, and differences are to the small model."""
+    """All four parts must be right for an image to count, and differences are to the small model."""
     good = np.ones((4, 4), bool)
     half = good.copy()
     half[:2, 1] = False

@@ -27,7 +27,7 @@ def closed_form(a: Any, b: Any) -> float:
 
 
 class TinyInception(nn.Module):
-    """Six features and three logits, from the colours of a picture."""
+    """Six features and three logits, from the colours of an image."""
 
     name = "tiny"
 
@@ -61,7 +61,7 @@ def test_the_frechet_distance_is_scipys() -> None:
 
 
 def test_fid_against_statistics_is_fid_against_the_pictures(tmp_path: Path) -> None:
-    """An .npz of mu and sigma stands for the real pictures, added in parts or not."""
+    """An .npz of mu and sigma stands for the real images, added in parts or not."""
     a, b = features(50, 1), features(70, 2, shift=0.3)
     np.savez(tmp_path / "real.npz", mu=b.mean(0), sigma=np.cov(b, rowvar=False))
     meter = metrics.Frechet(6)
@@ -86,7 +86,7 @@ def test_statistics_of_something_else_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_jackknife_interval_holds_the_value() -> None:
-    """More captions are surer; few have no interval; the value is the distance to all real pictures."""
+    """More captions are surer; few have no interval; the value is the distance to all real images."""
 
     def score(count: int) -> metrics.Score:
         return metrics.frechet_score("d", features(count, 4, shift=0.5), features(3 * count, 3).reshape(count, 3, 6))
@@ -117,7 +117,7 @@ def test_the_inception_score_is_its_formula_and_repeats() -> None:
 
 
 def test_pairs_of_pictures() -> None:
-    """PSNR by hand; equal pictures have 100 dB, an SSIM of 1; each picture has a number of its own."""
+    """PSNR by hand; equal images have 100 dB, an SSIM of 1; each image has a number of its own."""
     targets = metrics.to_float(pictures(2, 1))
     images = targets.clone()
     images[1] = (targets[1] * 0.5).clamp(-1, 1)
@@ -141,7 +141,7 @@ def test_pictures_on_a_wrong_scale_are_refused() -> None:
 
 
 class TinyProcessor(nn.Module):
-    """Stands for CLIP: a picture's mean colour against the length of its caption."""
+    """Stands for CLIP: an image's mean colour against the length of its caption."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ def test_a_set_of_pictures_is_measured_with_what_there_is() -> None:
     eyes, images = TinyInception(), pictures(12, 3)
     real = metrics.reference_statistics([pictures(5, 4), pictures(7, 5)], eyes)
     captions = ["a" * (index + 1) for index in range(12)]
-    found = metrics.measure_pictures(
+    found = metrics.measure_images(
         [(images[:5], captions[:5]), (images[5:], captions[5:])],
         inception=(eyes, "tiny"),
         clip=(TinyProcessor(), "tiny clip"),
@@ -191,7 +191,7 @@ def test_what_is_not_on_the_machine_is_named_and_the_rest_goes_on(tmp_path: Path
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(backbones, "_cached", lambda *names: None)
     inception, clip, lpips = backbones.find_inception(), backbones.find_clip(), backbones.find_lpips()
-    found = metrics.measure_pictures(
+    found = metrics.measure_images(
         [(pictures(4, 1), ["a"] * 4)], inception=inception, clip=clip, reference=(None, "no reference")
     )
     rebuilt = metrics.measure_reconstruction(
@@ -212,7 +212,7 @@ def test_what_is_not_on_the_machine_is_named_and_the_rest_goes_on(tmp_path: Path
 
 
 def test_reconstructions_have_an_fid_where_inception_is() -> None:
-    """The pictures themselves are the real ones: a perfect VAE has none."""
+    """The images themselves are the real ones: a perfect VAE has none."""
     images = metrics.to_float(pictures(12, 1))
     eyes = TinyInception()
     same, dull = (
@@ -250,7 +250,7 @@ class FakeDetector(nn.Module):
 
 
 def test_the_torchscript_inception_is_called_as_it_expects(tmp_path: Path) -> None:
-    """Features come from the layers, of pictures resized to 299; logits are without bias and give its softmax back."""
+    """Features come from the layers, of images resized to 299; logits are without bias and give its softmax back."""
     detector = FakeDetector().eval()
     torch.jit.script(detector).save(tmp_path / backbones.INCEPTION_FILE)  # type: ignore[no-untyped-call]
     network, name = backbones.find_inception(tmp_path)
@@ -308,7 +308,7 @@ def test_torch_fidelitys_weights_are_used_where_the_package_is(tmp_path: Path, m
 
 
 def write_tiny_clip(folder: Path) -> None:
-    """Writes a CLIPModel of a few thousand random weights, with its tokenizer and how it wants its pictures."""
+    """Writes a CLIPModel of a few thousand random weights, with its tokenizer and how it wants its images."""
     from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
     letters = [chr(code) for code in range(97, 123)]
@@ -343,10 +343,10 @@ def write_tiny_clip(folder: Path) -> None:
 
 
 def test_a_clip_folder_of_transformers_scores_captions_of_any_length(tmp_path: Path) -> None:
-    """The second choice is found by its folder, prepares pictures as it was trained to, and cuts long captions."""
+    """The second choice is found by its folder, prepares images as it was trained to, and cuts long captions."""
     write_tiny_clip(tmp_path / "clip-vit-large-patch14")
     clip, name = backbones.find_clip(tmp_path)
-    found = metrics.measure_pictures(
+    found = metrics.measure_images(
         [(pictures(2, 1), ["a cat", "a dog " * 50])], inception=(None, "-"), clip=(clip, name), reference=(None, "-")
     )
     score = found[-1]

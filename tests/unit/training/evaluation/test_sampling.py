@@ -1,4 +1,4 @@
-"""Denoising with several models is the product's, shares what can be shared, and gives each picture its own noise."""
+"""Denoising with several models is the product's, shares what can be shared, and gives each image its own noise."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from training.core.diffusion import build_scheduler
 from training.distillation.lcm import guidance_embedding
 from training.evaluation import sampling
+from training.models.plan_table import make_plan
 
 STEPS = 6
 SHAPE = (4, 8, 8)
@@ -61,7 +62,7 @@ class Counting:
 
 @pytest.fixture(scope="module")
 def plan() -> Any:
-    return sampling.make_plan(build_scheduler().config, "dpmpp_2m", STEPS)
+    return make_plan(build_scheduler().config, "dpmpp_2m", STEPS)
 
 
 def test_a_hand_over_equals_one_scheduler_with_two_models(plan: Any) -> None:
@@ -91,7 +92,7 @@ def test_an_lcm_hand_over_equals_diffusers_with_the_same_noise() -> None:
     """A stochastic plan with guidance-embedded U-Nets is LCMScheduler's own, noise for noise."""
     large, small = make_unet(3, time_cond_proj_dim=16), make_unet(4, time_cond_proj_dim=16)
     embeds = embeddings(2)
-    lcm = sampling.make_plan(build_scheduler().config, "lcm", 4)
+    lcm = make_plan(build_scheduler().config, "lcm", 4)
 
     def drawn(call: int) -> Tensor:
         return sampling.call_noise(5, range(2), call, SHAPE)
@@ -122,7 +123,7 @@ def test_an_lcm_hand_over_equals_diffusers_with_the_same_noise() -> None:
 @pytest.mark.parametrize("name", ["dpmpp_2m", "heun", "pndm"])
 def test_equal_models_make_every_split_the_same(name: str) -> None:
     """Where all models are one, it does not matter who does which step, nor how many there are."""
-    made = sampling.make_plan(build_scheduler().config, name, STEPS)
+    made = make_plan(build_scheduler().config, name, STEPS)
     models = [Counting(0.3)] * 3
     finished = sampling.denoise_splits(made, noise(), models, [(6, 0, 0), (1, 2, 3), (0, 0, 6), (0, 6, 0), (2, 4, 0)])
     whole = finished[6, 0, 0]
@@ -151,13 +152,13 @@ def test_a_split_that_does_not_fit_is_refused(plan: Any, split: tuple[int, ...])
 
 def test_a_stochastic_plan_needs_noise() -> None:
     """Without a source of noise the call is named."""
-    made = sampling.make_plan(build_scheduler().config, "lcm", 2)
+    made = make_plan(build_scheduler().config, "lcm", 2)
     with pytest.raises(ValueError, match="call 0 of the plan draws noise"):
         sampling.denoise_splits(made, noise(), [Counting(0.1)], [(2,)])
 
 
 def test_noise_belongs_to_the_picture() -> None:
-    """A picture's noise does not depend on who shares its batch; calls, seeds and pictures all differ."""
+    """An image's noise does not depend on who shares its batch; calls, seeds and images all differ."""
     together = sampling.call_noise(9, [3, 4], 0, SHAPE)
     draws = [
         sampling.initial_noise(9, [4], SHAPE),
@@ -249,8 +250,8 @@ def test_timesteps_are_those_of_the_reference() -> None:
             "steps_offset": 1,
         }
     ).config
-    dpm = [int(row.timestep) for row in sampling.make_plan(config, "dpmpp_2m", 25).rows]
-    lcm = [int(row.timestep) for row in sampling.make_plan(config, "lcm", 8).rows]
+    dpm = [int(row.timestep) for row in make_plan(config, "dpmpp_2m", 25).rows]
+    lcm = [int(row.timestep) for row in make_plan(config, "lcm", 8).rows]
 
     assert dpm[:3] == [999, 959, 919]
     assert dpm[12:15] == [519, 480, 440]
@@ -259,7 +260,7 @@ def test_timesteps_are_those_of_the_reference() -> None:
 
 
 def test_a_decoder_gets_raw_latents_in_its_own_dtype() -> None:
-    """The scaling factor is divided out; pictures come back as float32 in [-1, 1]."""
+    """The scaling factor is divided out; images come back as float32 in [-1, 1]."""
 
     class Decoder(nn.Module):
         def __init__(self) -> None:

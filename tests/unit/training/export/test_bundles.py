@@ -143,7 +143,7 @@ def test_the_edge_predicts_what_torch_predicts(parts: Parts, models: Models) -> 
 
 
 def test_the_edge_reads_text_and_pictures_as_torch_does(parts: Parts, models: Models) -> None:
-    """Embeddings, latents and pictures agree, and padding is in the tokenizer's file."""
+    """Embeddings, latents and images agree, and padding is in the tokenizer's file."""
     text = models.encode_text("a cat")
     ids = tokenizers.Tokenizer.from_file(str(models.folder / "tokenizer.json")).encode("a cat").ids
     with half_weights(parts.text_encoder):

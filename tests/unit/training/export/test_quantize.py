@@ -43,7 +43,7 @@ def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def drawings(*seeds: int) -> list[Drawing]:
-    """Pictures of unlikely texts: what the network sees in between is real."""
+    """Images of unlikely texts: what the network sees in between is real."""
     return [
         Drawing(
             seed=seed,

@@ -84,14 +84,14 @@ def write(layout: str, folder: Path, tiny: AutoencoderTiny) -> Path:
     ],
 )  # fmt: skip
 def test_every_layout_loads_to_the_same_outputs(tiny: AutoencoderTiny, tmp_path: Path, layout: str) -> None:
-    """Pictures go in and come out in [-1, 1], latents are as the U-Net sees them, whatever the layout's own range."""
+    """Images go in and come out in [-1, 1], latents are as the U-Net sees them, whatever the layout's own range."""
     loaded: Any = load_decoder(str(write(layout, tmp_path, tiny)))
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.inference_mode():
         latents = tiny.encode(image).latents
         assert torch.equal(loaded.encode(image).latents, latents)
         assert torch.equal(loaded.decode(latents).sample, tiny.decode(latents).sample)
-        # TAESD's own range: its first layer is given, and its last one gives, pictures in [0, 1].
+        # TAESD's own range: its first layer is given, and its last one gives, images in [0, 1].
         assert torch.allclose(loaded.encoder.layers((image + 1) / 2), latents, atol=1e-6)
         own = loaded.decoder.layers(torch.tanh(latents / 3) * 3)
         assert torch.allclose(own * 2 - 1, tiny.decode(latents).sample, atol=1e-6)

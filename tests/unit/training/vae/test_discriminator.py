@@ -51,7 +51,7 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 
 def stripes(seed: int, batch: int = 4, size: int = 40) -> Tensor:
-    """Real pictures: vertical stripes of two colours."""
+    """Real images: vertical stripes of two colours."""
     colours = torch.rand(batch, 3, 2, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     return colours[..., (torch.arange(size) // 4) % 2][:, :, None].expand(batch, 3, size, size).clone()
 
@@ -89,7 +89,7 @@ def test_a_judge_learns(judge: Discriminator) -> None:
 
 
 def test_gradients_pass_through_a_held_judge(judge: Discriminator) -> None:
-    """The picture gets a gradient, the judge none, and afterwards the judge can learn again."""
+    """The image gets a gradient, the judge none, and afterwards the judge can learn again."""
     image = noise(0).requires_grad_()
     with held(judge):
         loss = generator_loss(judge(image, rng()))
@@ -102,7 +102,7 @@ def test_gradients_pass_through_a_held_judge(judge: Discriminator) -> None:
 
 
 def test_a_picture_is_judged_alone(judge: Discriminator) -> None:
-    """What is in the rest of the batch does not change a picture's logits."""
+    """What is in the rest of the batch does not change an image's logits."""
     judge.eval()
     with torch.no_grad():
         first, second = (judge(torch.cat([stripes(0, 1), noise(seed, 3)]), rng())[0] for seed in (1, 2))
@@ -128,7 +128,7 @@ def test_a_vit_sees_small_and_large_pictures() -> None:
 
 
 def test_half_of_the_views_are_crops() -> None:
-    """A large picture whose centre is white is seen whole at times, and at times only in part."""
+    """A large image whose centre is white is seen whole at times, and at times only in part."""
     judge = ViTDiscriminator(backbone("vit"), 8)
     seen: list[Tensor] = []
     judge.frozen[0].register_forward_pre_hook(
@@ -143,7 +143,7 @@ def test_half_of_the_views_are_crops() -> None:
 
 
 def test_augmentation_keeps_gradients_and_differs_by_picture() -> None:
-    """It is drawn for each picture, repeatable, and cuts a square and a border out of a bright picture."""
+    """It is drawn for each image, repeatable, and cuts a square and a border out of a bright image."""
     images = torch.full((4, 3, 40, 40), 0.3, requires_grad=True)
     made = augment(images, rng())
     made.sum().backward()  # type: ignore[no-untyped-call]
@@ -157,7 +157,7 @@ def test_augmentation_keeps_gradients_and_differs_by_picture() -> None:
 
 
 def test_crops_are_parts() -> None:
-    """Every crop is found in its picture."""
+    """Every crop is found in its image."""
     images = torch.arange(2 * 3 * 6 * 6.0).reshape(2, 3, 6, 6)
     cut = crops(images, 2, 3, rng())
     windows = images.unfold(2, 2, 1).unfold(3, 3, 1)  # [2, 3, 5, 4, 2, 3]

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from training.core.checkpoints import read_weights
 from training.vae.perceptual import (
     LPIPS,
     VGG16,
@@ -15,7 +16,6 @@ from training.vae.perceptual import (
     find_lpips,
     find_perceptual,
     lpips_linear_file,
-    read_weights,
 )
 
 
@@ -50,7 +50,7 @@ def pictures(seed: int, size: int = 32) -> Tensor:
 
 
 def test_it_is_a_distance(distance: Perceptual) -> None:
-    """0 of a picture and itself, positive and the same both ways of two, and more for more noise."""
+    """0 of an image and itself, positive and the same both ways of two, and more for more noise."""
     images, noise = pictures(0), torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     near, far = (distance((images + scale * noise).clamp(-1, 1), images) for scale in (0.05, 0.3))
 
@@ -72,7 +72,7 @@ def test_gradients_reach_the_images_alone(distance: Perceptual) -> None:
 
 
 def test_a_batch_counts_as_its_mean(distance: Perceptual) -> None:
-    """The distance of two pictures is the mean of theirs."""
+    """The distance of two images is the mean of theirs."""
     images, targets = pictures(0), pictures(2)
     alone = torch.stack([distance(images[index : index + 1], targets[index : index + 1]) for index in (0, 1)])
 

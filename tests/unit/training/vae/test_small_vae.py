@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from training.core.task import Batch
+from training.models.components import load_small_vae
 from training.models.small_autoencoder import SmallVAE
 from training.vae.discriminator import PatchDiscriminator
 from training.vae.perceptual import LaplacianLoss
@@ -23,7 +24,6 @@ from training.vae.small_vae import (
     SmallVAETask,
     build_small_vae,
     decoder_axes,
-    load_small_vae,
     prune_decoder,
 )
 
@@ -89,7 +89,7 @@ def test_every_parameter_of_a_decoder_is_named() -> None:
 
 
 def test_full_width_changes_nothing() -> None:
-    """Narrowing to its own widths gives the same pictures, bit for bit, and does not touch the teacher."""
+    """Narrowing to its own widths gives the same images, bit for bit, and does not touch the teacher."""
     vae = kl(layers=2)
     before = {name: value.clone() for name, value in vae.state_dict().items()}
     small = prune_decoder(vae, (16, 32, 32))
@@ -209,7 +209,7 @@ def test_turns(step: int, group: str) -> None:
 
 
 def test_the_preview_is_a_grid() -> None:
-    """Two rows of three pictures."""
+    """Two rows of three images."""
     with torch.inference_mode():
         grid = make_task().preview()
 

@@ -50,7 +50,7 @@ def make_task(*, judged: bool = False, turns: Turns | None = None, **options: An
 
 
 def learn(task: TinyVAETask, steps: int, lr: float = 1e-2) -> list[dict[str, float]]:
-    """Learns as the loop does, on the same pictures; gives the terms of each step."""
+    """Learns as the loop does, on the same images; gives the terms of each step."""
     groups = task.groups()
     optimizers = {
         name: torch.optim.Adam(group.parameters, lr=lr * min(1.0, group.lr_scale)) for name, group in groups.items()
@@ -82,7 +82,7 @@ def terms_of(task: TinyVAETask, step: int = 0, seed: int = 0) -> dict[str, float
 
 
 def test_without_a_judge_all_learn_together() -> None:
-    """One group, encoder and decoder terms in each step; they fall (of a smooth picture all but the gradients')."""
+    """One group, encoder and decoder terms in each step; they fall (of a smooth image all but the gradients')."""
     task = make_task()
     history = learn(task, 40)
 
@@ -129,7 +129,7 @@ def test_the_judge_learns_faster() -> None:
 
 
 def test_adversarial_training_learns() -> None:
-    """Over turns, the picture gets closer, the latents too, and the judge is better than by chance."""
+    """Over turns, the image gets closer, the latents too, and the judge is better than by chance."""
     history = learn(make_task(judged=True), 84)
 
     def mean(name: str, part: slice) -> float:
@@ -174,7 +174,7 @@ def test_samples_follow_the_posterior() -> None:
 
 
 def test_faded_latents_are_only_the_decoders() -> None:
-    """Each picture's latents are scaled by one factor in [0.75, 1]; the encoder's target stays."""
+    """Each image's latents are scaled by one factor in [0.75, 1]; the encoder's target stays."""
     teaching = lessons(latent_fade=0.25)
     lesson = teaching.draw(pictures(), rng())
     factors = (lesson.given / lesson.latents).flatten(1)
@@ -202,7 +202,7 @@ def test_degraded_inputs_keep_clean_targets() -> None:
 
 
 def test_shifted_colours_are_targets_too() -> None:
-    """A colour shift changes input and target alike, and one picture in ten at p = 0.1."""
+    """A colour shift changes input and target alike, and one image in ten at p = 0.1."""
     always, seldom = lessons(colour=1.0).draw(pictures(), rng()), lessons(colour=0.1)
     changed = [
         bool((part != picture).any())
@@ -285,7 +285,7 @@ def test_a_step_is_repeatable() -> None:
 
 
 def test_the_preview_is_a_grid() -> None:
-    """A row for each picture: itself, the teacher's, the student's."""
+    """A row for each image: itself, the teacher's, the student's."""
     task = make_task()
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         grid = task.preview()

@@ -16,7 +16,7 @@ WAIT_S = 10.0
 
 
 class ScriptedWorker:
-    """A worker of one step and one picture that waits until it may begin."""
+    """A worker of one step and one image that waits until it may begin."""
 
     def __init__(self) -> None:
         self.may_begin = threading.Event()
@@ -29,7 +29,7 @@ class ScriptedWorker:
     ) -> Generator[WorkerEvent]:
         assert self.may_begin.wait(WAIT_S)
         yield WorkerEvent("step", {"image_index": 0, "step": 0, "num_inference_steps": 1})
-        yield WorkerEvent("image", {"index": 0}, b"picture")
+        yield WorkerEvent("image", {"index": 0}, b"image")
 
 
 def view(job: StoredJob, position: int | None) -> dict[str, Any]:

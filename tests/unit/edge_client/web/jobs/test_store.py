@@ -1,4 +1,4 @@
-"""What is kept is whole: a job with its pictures or no job, the newest ends, a secret of full length."""
+"""What is kept is whole: a job with its images or no job, the newest ends, a secret of full length."""
 
 from pathlib import Path
 
@@ -14,13 +14,13 @@ def test_a_job_whose_pictures_cannot_be_kept_is_none(tmp_path: Path) -> None:
     store = Store(tmp_path, max_jobs=10)
     (tmp_path / "uploads").write_bytes(b"in the way")
     with pytest.raises(HybridSDError, match="data-dir") as caught:
-        store.add("a", "", "native", {"image": True}, "digest", Upload(image=b"picture"))
+        store.add("a", "", "native", {"image": True}, "digest", Upload(image=b"image"))
     left = store.unfinished()
     (tmp_path / "uploads").unlink()
-    job = store.add("a", "", "native", {"image": True}, "digest", Upload(image=b"picture"))
+    job = store.add("a", "", "native", {"image": True}, "digest", Upload(image=b"image"))
 
     assert (caught.value.reason, left) == (Reason.INTERNAL, [])
-    assert store.upload(job) == Upload(image=b"picture")
+    assert store.upload(job) == Upload(image=b"image")
 
 
 def test_the_oldest_ends_are_forgotten_not_the_oldest_beginnings(tmp_path: Path) -> None:

@@ -1,0 +1,177 @@
+"""Runs what the scheduler chose: texts, calls of the U-Net, states. On the worker thread, without the engine's lock."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import structlog
+import torch
+
+from cloud_server.engine import step
+from cloud_server.engine.events import Snapshot, Started
+from cloud_server.engine.job import Job
+from cloud_server.engine.request import Stage
+from cloud_server.engine.step import Group, Progress, Trajectory
+from cloud_server.models.denoiser import Conditions, Denoiser, Encoded, TextCache
+from hybridsd.errors import Reason
+
+log = structlog.get_logger()
+
+
+class BatchTooLarge(Exception):
+    """A batch did not fit into memory; nothing of it has run."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Call:
+    """What one call of the U-Net led to, for one job."""
+
+    job: Job
+    trajectory: Trajectory
+    elapsed_s: float
+    outcome: Progress | Exception
+
+
+class Executor:
+    """The models, their text caches, and the joined conditions of the batches in flight."""
+
+    def __init__(self, denoisers: Mapping[str, Denoiser]) -> None:
+        """Takes models by id, all on one device."""
+        self._denoisers = denoisers
+        self._texts = {name: TextCache(denoiser) for name, denoiser in denoisers.items()}
+        self._joined: dict[Group, tuple[list[Trajectory], Conditions]] = {}
+
+    def begin(self, job: Job) -> None:
+        """Encodes the texts of an admitted job and makes its first state."""
+        request, stage = job.request, job.request.stages[0]
+        started_s = time.monotonic()
+        prompt, negative = self._encode(job, stage)
+        job.trajectory = step.begin(self._denoisers[stage.model], request, prompt, negative)
+        job.post(Started(prompt, negative))
+        log.debug("job_began", request_id=request.request_id, elapsed_ms=1e3 * (time.monotonic() - started_s))
+
+    def call(self, batch: Sequence[Job], groups: set[Group]) -> list[Call]:
+        """Runs one call for a batch; when it fails, one call for each job, to find the one at fault.
+
+        Args:
+            batch: Jobs of one group.
+            groups: Those of all active jobs, whose joined conditions are kept.
+
+        Raises:
+            BatchTooLarge: If several jobs do not fit into memory together.
+            torch.AcceleratorError: If the device is lost to this process.
+        """
+        started_s = time.monotonic()
+        trajectories = [job.trajectory for job in batch if job.trajectory is not None]
+        denoiser = self._denoisers[trajectories[0].group[0]]
+        for job in batch:
+            job.first_call_s = started_s if job.first_call_s is None else job.first_call_s
+        try:
+            results = step.step(denoiser, trajectories, self._conditions(trajectories, groups))
+            if denoiser.device.type == "cuda":
+                torch.cuda.synchronize(denoiser.device)  # or durations and step boundaries mean nothing
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            self._joined.clear()
+            if len(batch) == 1:
+                return [Call(batch[0], trajectories[0], 0.0, error)]
+            if _is_out_of_memory(error):
+                if denoiser.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                raise BatchTooLarge from error
+            log.warning("batch_failed", jobs=len(batch), error=type(error).__name__)
+            return [call for job in batch for call in self.call([job], groups)]
+        elapsed_s = time.monotonic() - started_s
+        return [
+            Call(job, trajectory, elapsed_s, result)
+            for job, trajectory, result in zip(batch, trajectories, results, strict=True)
+        ]
+
+    def advance(self, job: Job, trajectory: Trajectory, result: Progress) -> bool:
+        """Takes a job to where its call led, and over the calls after it that it skips; publishes its states.
+
+        Returns:
+            Whether it has reached its hand-off.
+
+        Raises:
+            HybridSDError: OUTPUT_NOT_FINITE.
+        """
+        device = self._denoisers[trajectory.group[0]].device
+        step.move(trajectory, result, ran=True)
+        is_done = _publish(job, result)
+        skipping = job.request.skipping
+        for _ in range(0 if skipping is None else skipping.skipped_calls):
+            skipped = step.skip(device, trajectory)
+            if skipped is None:
+                break
+            step.move(trajectory, skipped, ran=False)
+            job.num_skipped_calls += 1
+            is_done = _publish(job, skipped) or is_done
+        if not is_done:
+            self._enter_stage(job, trajectory)
+        return is_done
+
+    def _enter_stage(self, job: Job, trajectory: Trajectory) -> None:
+        """Changes the model of a job where its next call is another model's."""
+        for stage in job.request.more_stages:
+            if stage.first_call == trajectory.call:
+                prompt, negative = self._encode(job, stage)
+                denoiser = self._denoisers[stage.model]
+                job.trajectory = step.enter(denoiser, job.request, stage, trajectory.state, prompt, negative)
+                job.trajectory.num_calls = trajectory.num_calls  # the warm-up is the job's, not the model's
+
+    def _encode(self, job: Job, stage: Stage) -> tuple[Encoded, Encoded | None]:
+        """Returns prompt and, where the stage's model takes it, negative prompt, in one number of chunks."""
+        request, texts = job.request, self._texts[stage.model]
+        given = [request.prompt]
+        is_guided = step.is_guided(self._denoisers[stage.model], stage.guidance_scale)
+        if is_guided and request.negative_prompt is not None:
+            given.append(request.negative_prompt)
+        spent_s = texts.spent_s
+
+        def encode(num_chunks: int | None) -> list[Encoded]:
+            return [
+                texts.encode(text, request.text_options, request.loras, num_chunks) if isinstance(text, str) else text
+                for text in given
+            ]
+
+        encoded = encode(None)
+        lengths = {len(one.embeds) for one in encoded}
+        if len(lengths) > 1:
+            shortest = len(texts.encode("").embeds)  # one chunk
+            encoded = encode(max(lengths) // shortest)
+        job.text_s += texts.spent_s - spent_s
+        return encoded[0], encoded[1] if len(encoded) > 1 else None
+
+    def _conditions(self, trajectories: list[Trajectory], groups: set[Group]) -> Conditions:
+        """Returns the joined conditions of a batch: the last one of its group, when the batch has not changed."""
+        group = trajectories[0].group
+        held = self._joined.get(group)
+        if held is not None and held[0] == trajectories:
+            return held[1]
+        self._joined = {key: value for key, value in self._joined.items() if key in groups}
+        joined = step.join_conditions(trajectories)
+        self._joined[group] = (trajectories, joined)
+        return joined
+
+
+def _publish(job: Job, result: Progress) -> bool:
+    """Posts a state where one is due; says whether it was the hand-off."""
+    if not job.request.is_state_due(result.call):
+        return False
+    tensors = result.state if result.x0_preview is None else [*result.state, result.x0_preview]
+    arrays = tuple(tensor.cpu().numpy() for tensor in tensors)
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise Reason.OUTPUT_NOT_FINITE.error(
+            f"the model's output is not finite before call {result.call}; change the input, or serve another dtype"
+        )
+    preview = None if result.x0_preview is None else arrays[-1]
+    is_handoff = result.call == job.request.handoff_call
+    job.post(Snapshot(result.call, arrays[: len(result.state)], preview, is_handoff))
+    return is_handoff
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,43 @@
+"""Results in PNG files."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from edge_client.generation.result import Result
+from edge_client.generation.serialize import parameters, png_text, provenance
+from edge_client.images import files
+from hybridsd.errors import Reason
+
+
+def test_png_tells_how_it_was_made(result: Result, tmp_path: Path) -> None:
+    """Both text chunks come back, umlauts and line breaks included, and the pixels too."""
+    path = tmp_path / "fox.png"
+    path.write_bytes(files.encode_png(result.image_u8, png_text(result)))
+    picture, chunk, parameters = files.read_png(path)
+
+    assert np.array_equal(picture, result.image_u8)
+    assert chunk == provenance(result)
+    assert chunk["steps"][0] == {"step": 0, "call": 1, "place": "edge"}
+    assert parameters == (
+        "a red fox, Käse\n2\nNegative prompt: blurry\nSteps: 6, Sampler: DDIM, CFG scale: 3, Seed: 8, Size: 32x32, "
+        "Model: tiny-edge, Image index: 0, Hybrid mode: edge, Cloud steps: 0, Edge model: tiny-edge"
+    )
+
+
+def test_fallback_is_written_down(result: Result) -> None:
+    """An image that fell back says so in itself."""
+    fallen = dataclasses.replace(result, fallback_reason=Reason.UNAVAILABLE, planned_cloud_steps=3)
+
+    assert "Planned cloud steps: 3, Fallback: UNAVAILABLE" in parameters(fallen)
+    assert provenance(fallen)["handoff"] == {
+        "planned": 3,
+        "actual": result.actual_cloud_steps,
+        "reason": "UNAVAILABLE",
+    }
+
+
+def test_unknown_schedulers_keep_their_name(result: Result) -> None:
+    """A plan from elsewhere may have any name."""
+    assert "Sampler: mine," in parameters(dataclasses.replace(result, scheduler="mine"))

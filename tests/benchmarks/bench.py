@@ -27,7 +27,7 @@ from cloud_server.engine.engine import Engine
 from cloud_server.engine.event_buffer import EventBuffer
 from cloud_server.engine.events import Failed, Finished, Snapshot
 from cloud_server.engine.request import JobRequest
-from cloud_server.models.denoiser import Conditions, Encoded
+from cloud_server.models.denoiser import Conditions
 from cloud_server.models.devices import place
 from cloud_server.models.load import Model, load_model
 from deploy.run_demo import BIN, DEMO, ENVIRONMENT, running_cloud
@@ -288,8 +288,8 @@ def bench_wire(folder: Path, codecs: Sequence[str]) -> None:
         say(f"  {row['codec']:6s} {row['prompt']:6s} {sizes}  {aims.get((row['codec'], row['prompt']), ''):>7s}")
 
 
-def bench_codec(model: Model, bundle_folder: Path, *, steps: int, k: int, num_pictures: int) -> None:
-    """Prints what fp16 and int8, of embeddings and state, cost in latents and in the final picture, against fp32."""
+def bench_codec(model: Model, bundle_folder: Path, *, steps: int, k: int, num_images: int) -> None:
+    """Prints what fp16 and int8, of embeddings and state, cost in latents and in the final image, against fp32."""
     manifest = read_manifest(bundle_folder)
     models = Models(bundle_folder, manifest)
     plan = model.plans.plan("dpmpp_2m", steps)
@@ -300,7 +300,7 @@ def bench_codec(model: Model, bundle_folder: Path, *, steps: int, k: int, num_pi
     )
     names = ("fox", "donut", "rocket", "cat", "pizza", "car", "tree", "moon")
     errors: dict[str, list[tuple[float, float, float]]] = {"fp16": [], "int8": []}
-    for seed in range(num_pictures):
+    for seed in range(num_images):
         text = f"a {names[seed % 8]} to the left of a {names[(seed + 3) % 8]} on a blue background"
         pair = np.stack([model.denoiser.encode(words, TextOptions()).embeds for words in ("", text)])
         rows = torch.from_numpy(pair).to(model.denoiser.device, model.denoiser.dtype)
@@ -325,16 +325,13 @@ def bench_codec(model: Model, bundle_folder: Path, *, steps: int, k: int, num_pi
             *_, done = denoise(plan, through[:-2], small, _no_noise, start=call)
             state_error = max(np.abs(a - b).max() for a, b in zip(through, handoff.state, strict=False))
             finished[name] = (done.state[0], models.decode(done.state[0]), float(state_error))
-        exact, picture, _ = finished["fp32"]
+        exact, reference, _ = finished["fp32"]
         for name in errors:
             latents, image, state_error = finished[name]
-            mse = float(np.mean((image - picture) ** 2))
+            mse = float(np.mean((image - reference) ** 2))
             psnr = 10 * np.log10(4.0 / mse) if mse > 0 else float("inf")  # values span 2
             errors[name].append((state_error, float(np.sqrt(np.mean((latents - exact) ** 2))), psnr))
-    say(
-        f"codec of state and embeddings, against fp32 ({num_pictures} images, {k} + {steps - k} steps, "
-        f"DPM-Solver++ 2M):"
-    )
+    say(f"codec of state and embeddings, against fp32 ({num_images} images, {k} + {steps - k} steps, DPM-Solver++ 2M):")
     for name, rows_of_errors in errors.items():
         state, final, psnrs = zip(*rows_of_errors, strict=True)
         say(
@@ -349,7 +346,7 @@ def _no_noise(call: int) -> Any:
 
 
 def bench_edge_memory(bundle_folder: Path, *options: str) -> None:
-    """Prints the peak memory of an edge process that draws one picture alone."""
+    """Prints the peak memory of an edge process that draws one image alone."""
     code = (  # runs the command in this process, and then says what it took
         "import atexit, re, runpy, sys\n"
         "from pathlib import Path\n"
@@ -362,18 +359,17 @@ def bench_edge_memory(bundle_folder: Path, *options: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
             command = [
                 *(sys.executable, "-c", code, BIN / "hybridsd", "generate", PROMPT, "--mode", "edge", "--seed", "1"),
-                *("--bundle", bundle_folder, "--quiet", "--output", Path(folder) / "picture.png", *options),
+                *("--bundle", bundle_folder, "--quiet", "--output", Path(folder) / "image.png", *options),
                 *(["--low-memory"] if mode == "low" else []),
             ]
             done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, check=True, env=ENVIRONMENT)
-        say(f"edge process, one picture alone, {mode} memory mode: peak {float(done.stdout):.0f} MiB")
+        say(f"edge process, one image alone, {mode} memory mode: peak {float(done.stdout):.0f} MiB")
 
 
 def main() -> None:
     """Runs the benchmarks that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="full-size shapes with random weights: minutes, 10 GiB")
-    parser.add_argument("--smoke", action="store_true", help="does it run at all: the fewest calls, steps and repeats")
     parser.add_argument("--family", type=Path, default=DEMO, help="folder with large/ and edge/")
     parser.add_argument("--only", choices=["engine", "hybrid", "wire", "codec", "memory"], action="append")
     parser.add_argument("--dtype", default="auto")
@@ -386,9 +382,9 @@ def main() -> None:
     if options.child:
         say(json.dumps(child(options.child, options.family / "large", options.dtype, options.repeats, options.calls)))
         return
-    family, steps, k, calls, repeats, pairs, pictures = options.family, 25, 8, 12, options.repeats, 3, 8
+    family, steps, k, calls, repeats, pairs, images = options.family, 25, 8, 12, options.repeats, 3, 8
     if options.smoke:
-        steps, k, calls, repeats, pairs, pictures = 4, 1, 2, 1, 1, 1  # the bundle has plans of 4 steps
+        steps, k, calls, repeats, pairs, images = 4, 1, 2, 1, 1, 1  # the bundle has plans of 4 steps
     with tempfile.TemporaryDirectory() as folder:
         if options.full:
             from tests.support.full_size import write_full_size
@@ -412,7 +408,7 @@ def main() -> None:
         if "wire" in wanted:
             bench_wire(Path(folder), codecs=("int8",) if options.smoke else tuple(codec.ENCODINGS))
         if "codec" in wanted and not options.full:  # random weights say nothing about errors
-            bench_codec(model, family / "edge", steps=steps, k=k, num_pictures=pictures)
+            bench_codec(model, family / "edge", steps=steps, k=k, num_images=images)
         if "memory" in wanted:
             bench_edge_memory(family / "edge", *(("--steps", str(steps)) if options.smoke else ()))
 

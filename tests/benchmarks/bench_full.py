@@ -94,7 +94,7 @@ def run_edge(folder: Path, address: str, *, steps: int, cloud_steps: int, provid
 
 
 def run_diffusers(large: Path, *, steps: int, dtype_name: str, smoke: bool) -> Measured:
-    """Draws one picture with diffusers' StableDiffusionPipeline; returns times by phase and peak memory."""
+    """Draws one image with diffusers' StableDiffusionPipeline; returns times by phase and peak memory."""
     import diffusers
     import torch
     from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--provider", help="of the edge, such as cpu or openvino; default: the best")
     parser.add_argument("--json", type=Path, default=ROOT / "out" / "bench-full.json")
     parser.add_argument("--cache", type=Path, default=CACHE)
-    parser.add_argument("--smoke", action="store_true", help="does it run at all: with the demo models in their place")
+    parser.add_argument("--smoke", action="store_true", help="with the demo models: does it run?")
     parser.add_argument("--fresh", action="store_true", help="write the models anew")
     parser.add_argument("--child", choices=["prepare", "edge", "diffusers"], help=argparse.SUPPRESS)
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)

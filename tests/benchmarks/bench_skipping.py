@@ -1,7 +1,7 @@
 """What skipped calls cost in quality, on the demo family: `python -m tests.benchmarks.bench_skipping [--captions N]`.
 
 Draws held-out captions with 18 of 25 steps in the cloud, with and without `--cloud-skip`, by the commands that a user
-types. Prints the calls of the large U-Net and the PSNR to the picture without skipping. Writes nothing.
+types. Prints the calls of the large U-Net and the PSNR to the image without skipping. Writes nothing.
 """
 
 import argparse
@@ -24,7 +24,7 @@ VARIANTS = ("7,1,0.3", "4,1,0.3", "7,2,0.3", "4,2,0.3", "7,1,0")
 
 
 def draw(address: str, table: Path, folder: Path, *options: str) -> tuple[list[np.ndarray], int]:
-    """Draws the captions of a table; returns the pictures, and the calls of the large U-Net for one of them."""
+    """Draws the captions of a table; returns the images, and the calls of the large U-Net for one of them."""
     folder.mkdir()
     command = [
         *(BIN / "hybridsd", "generate", "--csv", table, "--output", folder, "--seed", "0", "--json"),
@@ -32,13 +32,13 @@ def draw(address: str, table: Path, folder: Path, *options: str) -> tuple[list[n
         *options,
     ]
     output = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, check=True, env=ENVIRONMENT).stdout
-    pictures = [np.asarray(Image.open(path).convert("RGB"), np.float64) for path in sorted(folder.iterdir())]
-    return pictures, json.loads(output)["images"][0]["usage"]["num_calls"]
+    images = [np.asarray(Image.open(path).convert("RGB"), np.float64) for path in sorted(folder.iterdir())]
+    return images, json.loads(output)["images"][0]["usage"]["num_calls"]
 
 
-def psnr(picture: np.ndarray, reference: np.ndarray) -> float:
-    """Returns the PSNR of two pictures of bytes in dB; 114 where they are equal."""
-    return float(10 * np.log10(255**2 / max(np.mean((picture - reference) ** 2), 2.5e-7)))
+def psnr(image: np.ndarray, reference: np.ndarray) -> float:
+    """Returns the PSNR of two images of bytes in dB; 114 where they are equal."""
+    return float(10 * np.log10(255**2 / max(np.mean((image - reference) ** 2), 2.5e-7)))
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--captions", type=int, default=12)
     parser.add_argument("--split", default="18,7", help="steps of the cloud and of the edge (default: 18,7)")
-    parser.add_argument("--smoke", action="store_true", help="does it run at all: one caption, few steps")
+    parser.add_argument("--smoke", action="store_true", help="the smallest size: does it run?")
     options = parser.parse_args()
     count, split, variants = options.captions, options.split, VARIANTS
     if options.smoke:
@@ -59,12 +59,12 @@ def main() -> None:
             rows = [(f"{index:03}.png", caption_of(*held_out_scene(1000, index))) for index in range(count)]
             csv.writer(stream).writerows([("file", "caption"), *rows])
         references, all_calls = draw(address, folder / "captions.csv", folder / "all", "--split", split)
-        say(f"| WARMUP, SKIP, A | calls run, of {all_calls} | PSNR to the picture without skipping, mean | worst |")
+        say(f"| WARMUP, SKIP, A | calls run, of {all_calls} | PSNR to the image without skipping, mean | worst |")
         say("| --- | --- | --- | --- |")
         for variant in variants:
             options_of = ("--split", split, "--cloud-skip", variant)
-            pictures, calls = draw(address, folder / "captions.csv", folder / variant, *options_of)
-            found = [psnr(*pair) for pair in zip(pictures, references, strict=True)]
+            images, calls = draw(address, folder / "captions.csv", folder / variant, *options_of)
+            found = [psnr(*pair) for pair in zip(images, references, strict=True)]
             say(f"| {variant.replace(',', ', ')} | {calls} | {np.mean(found):.1f} dB | {min(found):.1f} |")
 
 

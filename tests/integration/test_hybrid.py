@@ -27,6 +27,7 @@ from hybridsd.plan import denoise, initial_state
 from hybridsd.prompting import TextOptions
 from tests.integration.conftest import Connect, running_server
 from tests.support.engine_fakes import GatedDenoiser
+from tests.support.patience import HANG_S
 
 PROMPT = "a fox under a donut"
 GUIDANCE = 3.0
@@ -148,7 +149,7 @@ def stop_hard(server: CloudServer) -> None:
     import asyncio
 
     loop = server._server._loop
-    asyncio.run_coroutine_threadsafe(server._server.stop(None), loop).result(30)
+    asyncio.run_coroutine_threadsafe(server._server.stop(None), loop).result(HANG_S)
 
 
 def test_eight_different_pictures_at_once_equal_themselves_alone(

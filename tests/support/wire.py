@@ -12,6 +12,7 @@ from deploy.run_demo import running_cloud
 from hybridsd import codec
 from hybridsd.v1 import denoising_service_pb2 as pb
 from hybridsd.v1 import denoising_service_pb2_grpc
+from tests.support.patience import HANG_S
 from tests.support.tiny_pipeline import write_tiny_pipeline
 
 STEPS, HANDOFF = 25, 2
@@ -60,7 +61,7 @@ def exchange(
     sizes = dict.fromkeys(("request", "plan", "embeds", "state", "other"), 0)
     sizes["request"] = request.ByteSize()
     digests: dict[str, bytes] = {}
-    for response in stub.Denoise(request, timeout=120):
+    for response in stub.Denoise(request, timeout=HANG_S):
         kind = response.WhichOneof("event")
         size = response.ByteSize()
         if kind == "started":

@@ -8,8 +8,6 @@ everything at its smallest size: its numbers say nothing, but all of it has run.
 import argparse
 import asyncio
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -29,10 +27,10 @@ from cloud_server.engine.engine import Engine
 from cloud_server.engine.event_buffer import EventBuffer
 from cloud_server.engine.events import Failed, Finished, Snapshot
 from cloud_server.engine.request import JobRequest
-from cloud_server.models.denoiser import Conditions, Encoded
+from cloud_server.models.denoiser import Conditions
 from cloud_server.models.devices import place
 from cloud_server.models.load import Model, load_model
-from deploy.run_demo import running_cloud
+from deploy.run_demo import BIN, DEMO, ENVIRONMENT, running_cloud
 from edge_client.bundles.bundle import Bundle
 from edge_client.cache import Cache
 from edge_client.cloud.client import Cloud
@@ -48,11 +46,9 @@ from hybridsd import codec, noise
 from hybridsd.manifest import read_manifest
 from hybridsd.plan import denoise, initial_state
 from hybridsd.prompting import TextOptions
+from tests.benchmarks.common import PROMPT, SETTLE_S, machine, say
 from tests.support.wire import measure
 
-ROOT = Path(__file__).parents[2]
-DEMO = ROOT / "deploy/demo"
-PROMPT = "a fox to the left of a donut on a yellow background"
 MIX = (
     # scheduler, guided: eight jobs that have nothing in common but the model
     ("dpmpp_2m", True), ("ddim", True), ("euler", True), ("pndm", True),
@@ -60,34 +56,11 @@ MIX = (
 )  # fmt: skip
 
 
-SETTLE_S = 1.0
-"""Before each timing: threads of what ran before spin for a while, and two cores have none to spare."""
-
-
-def say(text: str = "") -> None:
-    """Prints a line at once."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
-
-
-def machine() -> str:
-    """Names the machine: processor, cores, torch threads, memory."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
-    load = os.getloadavg()[0]
-    return f"{cpu}, {os.cpu_count()} cores, {memory_gib:.0f} GiB, {gpu}, load {load:.1f} at the start"
-
-
 def mixed_jobs(model: Model, num_calls: int, first_id: int = 0) -> list[JobRequest]:
     """Returns eight jobs of the same number of calls, each with another scheduler, step count and seed."""
     info = model.info
     side = info.default_size // info.vae_scale_factor
-    rng = np.random.default_rng(0)
-    embeds = rng.normal(size=(2, info.context_length, info.embed_dim)).astype(np.float32)
+    negative, prompt = (model.denoiser.encode(text, TextOptions()) for text in ("", PROMPT))
     jobs = []
     for index, (scheduler, guided) in enumerate(MIX):
         plan = model.plans.plan(scheduler, num_calls + 2 + index)
@@ -95,8 +68,8 @@ def mixed_jobs(model: Model, num_calls: int, first_id: int = 0) -> list[JobReque
             JobRequest(
                 request_id=f"bench-{first_id + index}",
                 model=info.id,
-                prompt=Encoded(embeds[1]),
-                negative_prompt=Encoded(embeds[0]) if guided else None,
+                prompt=prompt,
+                negative_prompt=negative if guided else None,
                 guidance_scale=4.0 if guided else 1.0,
                 seed=index,
                 latent_shape=(info.latent_channels, side, side),
@@ -208,10 +181,10 @@ def child(what: str, large: Path, dtype: str, repeats: int, num_calls: int) -> l
     return times
 
 
-def bench_engine(large: Path, dtype: str, *, pairs: int, repeats: int, num_calls: int) -> None:
+def bench_engine(large: Path, dtype: str, *, repeats: int, num_calls: int, num_pairs: int) -> None:
     """Prints throughput and admission latency of the engine."""
     ratios, steps = [], []
-    for _ in range(pairs):  # bare and engine take turns, since the machine's speed drifts
+    for _ in range(num_pairs):  # bare and engine take turns, since the machine's speed drifts
         bare = statistics.median(in_child("bare", large, dtype, repeats, num_calls))
         engine = statistics.median(in_child("engine", large, dtype, repeats, num_calls))
         ratios.append(bare / engine)
@@ -219,7 +192,7 @@ def bench_engine(large: Path, dtype: str, *, pairs: int, repeats: int, num_calls
     step_s = statistics.median(steps)
     say(
         f"engine throughput / bare batched U-Net loop, 8 mixed jobs: {statistics.median(ratios):.3f} "
-        f"(aim 0.97; {pairs} pairs of medians of {repeats}: {min(ratios):.3f} to {max(ratios):.3f}; "
+        f"(aim 0.97; {num_pairs} pairs of medians of {repeats}: {min(ratios):.3f} to {max(ratios):.3f}; "
         f"bare step {1e3 * step_s:.0f} ms)"
     )
     times = in_child("first", large, dtype, repeats, num_calls)
@@ -304,18 +277,18 @@ def bench_hybrid(
     say(f"edge step, guidance, ONNX Runtime: {1e3 * statistics.median(edge_step_s):.0f} ms")
 
 
-def bench_wire(folder: Path) -> None:
+def bench_wire(folder: Path, codecs: Sequence[str]) -> None:
     """Prints the bytes of each kind of message, read off real messages of a real server with SD 1.x shapes."""
     say("bytes on the wire: 512x512, DPM-Solver++ 2M, 25 steps, guidance, empty negative known, hand-off only;")
     say("'every' is what the edge asks for, to be able to take over: a state after each of 8 cloud steps")
     say("  codec  prompt    request     plan   embeds    state    other      all      aim")
     aims = {("fp16", "new"): "190 KiB", ("int8", "new"): "100 KiB", ("int8", "known"): "40 KiB"}
-    for row in measure(folder):
+    for row in measure(folder, codecs):
         sizes = "".join(f"{row[key]:9d}" for key in ("request", "plan", "embeds", "state", "other", "all"))
         say(f"  {row['codec']:6s} {row['prompt']:6s} {sizes}  {aims.get((row['codec'], row['prompt']), ''):>7s}")
 
 
-def bench_codec(model: Model, bundle_folder: Path, *, steps: int, k: int, num_pictures: int = 8) -> None:
+def bench_codec(model: Model, bundle_folder: Path, *, steps: int, k: int, num_images: int) -> None:
     """Prints what fp16 and int8, of embeddings and state, cost in latents and in the final image, against fp32."""
     manifest = read_manifest(bundle_folder)
     models = Models(bundle_folder, manifest)
@@ -327,7 +300,7 @@ def bench_codec(model: Model, bundle_folder: Path, *, steps: int, k: int, num_pi
     )
     names = ("fox", "donut", "rocket", "cat", "pizza", "car", "tree", "moon")
     errors: dict[str, list[tuple[float, float, float]]] = {"fp16": [], "int8": []}
-    for seed in range(num_pictures):
+    for seed in range(num_images):
         text = f"a {names[seed % 8]} to the left of a {names[(seed + 3) % 8]} on a blue background"
         pair = np.stack([model.denoiser.encode(words, TextOptions()).embeds for words in ("", text)])
         rows = torch.from_numpy(pair).to(model.denoiser.device, model.denoiser.dtype)
@@ -352,16 +325,13 @@ def bench_codec(model: Model, bundle_folder: Path, *, steps: int, k: int, num_pi
             *_, done = denoise(plan, through[:-2], small, _no_noise, start=call)
             state_error = max(np.abs(a - b).max() for a, b in zip(through, handoff.state, strict=False))
             finished[name] = (done.state[0], models.decode(done.state[0]), float(state_error))
-        exact, picture, _ = finished["fp32"]
+        exact, reference, _ = finished["fp32"]
         for name in errors:
             latents, image, state_error = finished[name]
-            mse = float(np.mean((image - picture) ** 2))
+            mse = float(np.mean((image - reference) ** 2))
             psnr = 10 * np.log10(4.0 / mse) if mse > 0 else float("inf")  # values span 2
             errors[name].append((state_error, float(np.sqrt(np.mean((latents - exact) ** 2))), psnr))
-    say(
-        f"codec of state and embeddings, against fp32 ({num_pictures} images, {k} + {steps - k} steps, "
-        f"DPM-Solver++ 2M):"
-    )
+    say(f"codec of state and embeddings, against fp32 ({num_images} images, {k} + {steps - k} steps, DPM-Solver++ 2M):")
     for name, rows_of_errors in errors.items():
         state, final, psnrs = zip(*rows_of_errors, strict=True)
         say(
@@ -375,28 +345,25 @@ def _no_noise(call: int) -> Any:
     raise AssertionError(f"call {call} draws noise; DPM-Solver++ 2M does not")
 
 
-def bench_edge_memory(bundle_folder: Path) -> None:
+def bench_edge_memory(bundle_folder: Path, *options: str) -> None:
     """Prints the peak memory of an edge process that draws one image alone."""
-    code = (
-        "import re, sys\n"
+    code = (  # runs the command in this process, and then says what it took
+        "import atexit, re, runpy, sys\n"
         "from pathlib import Path\n"
-        "from edge_client.bundles.bundle import Bundle\n"
-        "from edge_client.inference.models import Models\n"
-        "from edge_client.generation.pipeline import generate\n"
-        "from edge_client.generation.resolve import resolve\n"
-        "from edge_client.request import Request\n"
-        "from hybridsd.manifest import read_manifest\n"
-        "folder = Path(sys.argv[1]); manifest = read_manifest(folder)\n"
-        "models = Models(folder, manifest, low_memory=sys.argv[2] == 'low')\n"
-        f"request = Request(prompt={PROMPT!r}, mode='edge', seed=1, num_inference_steps=int(sys.argv[3]))\n"
-        "for event in generate(resolve(request, manifest), Bundle(folder, manifest), models): pass\n"
-        "print(int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1024)\n"
+        "status = Path('/proc/self/status')\n"
+        "atexit.register(lambda: print(int(re.search(r'VmHWM:\\s+(\\d+)', status.read_text())[1]) / 1024))\n"
+        "del sys.argv[0]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
-    steps = str(read_manifest(bundle_folder).defaults.num_inference_steps)
     for mode in ("normal", "low"):
-        command = [sys.executable, "-c", code, str(bundle_folder), mode, steps]
-        peak = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        say(f"edge process, one image alone, {mode} memory mode: peak {peak:.0f} MiB")
+        with tempfile.TemporaryDirectory() as folder:
+            command = [
+                *(sys.executable, "-c", code, BIN / "hybridsd", "generate", PROMPT, "--mode", "edge", "--seed", "1"),
+                *("--bundle", bundle_folder, "--quiet", "--output", Path(folder) / "image.png", *options),
+                *(["--low-memory"] if mode == "low" else []),
+            ]
+            done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, check=True, env=ENVIRONMENT)
+        say(f"edge process, one image alone, {mode} memory mode: peak {float(done.stdout):.0f} MiB")
 
 
 def main() -> None:
@@ -411,14 +378,13 @@ def main() -> None:
     parser.add_argument("--child", choices=["bare", "engine", "first"], help=argparse.SUPPRESS)
     parser.add_argument("--calls", type=int, default=12, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(30))
     if options.child:
-        structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(30))
         say(json.dumps(child(options.child, options.family / "large", options.dtype, options.repeats, options.calls)))
         return
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(30))
-    family, steps, k, calls, pairs, images = options.family, 25, 8, 12, 3, 8
+    family, steps, k, calls, repeats, pairs, images = options.family, 25, 8, 12, options.repeats, 3, 8
     if options.smoke:
-        options.repeats, steps, k, calls, pairs, images = 1, 4, 2, 2, 1, 1
+        steps, k, calls, repeats, pairs, images = 4, 1, 2, 1, 1, 1  # the bundle has plans of 4 steps
     with tempfile.TemporaryDirectory() as folder:
         if options.full:
             from tests.support.full_size import write_full_size
@@ -435,16 +401,16 @@ def main() -> None:
         )
         wanted = options.only or ["engine", "hybrid", "wire", "codec", "memory"]
         if "engine" in wanted:
-            bench_engine(family / "large", options.dtype, pairs=pairs, repeats=options.repeats, num_calls=calls)
+            bench_engine(family / "large", options.dtype, repeats=repeats, num_calls=calls, num_pairs=pairs)
         if "hybrid" in wanted:
             cloud = ["--model", f"bench={family / 'large'}", "--dtype", options.dtype]
-            bench_hybrid(model, family / "edge", cloud, steps=steps, k=k, repeats=options.repeats)
+            bench_hybrid(model, family / "edge", cloud, steps=steps, k=k, repeats=repeats)
         if "wire" in wanted:
-            bench_wire(Path(folder))
+            bench_wire(Path(folder), codecs=("int8",) if options.smoke else tuple(codec.ENCODINGS))
         if "codec" in wanted and not options.full:  # random weights say nothing about errors
-            bench_codec(model, family / "edge", steps=steps, k=k, num_pictures=images)
+            bench_codec(model, family / "edge", steps=steps, k=k, num_images=images)
         if "memory" in wanted:
-            bench_edge_memory(family / "edge")
+            bench_edge_memory(family / "edge", *(("--steps", str(steps)) if options.smoke else ()))
 
 
 if __name__ == "__main__":

@@ -21,24 +21,14 @@ from typing import Any
 
 import structlog
 
-from deploy.run_demo import running_cloud
-from tests.benchmarks.bench import PROMPT, SETTLE_S, machine, say
-from tests.support.full_size import DEFAULTS, SCHEDULER, materialize, write_full_size
+from deploy.run_demo import DEMO, running_cloud
+from tests.benchmarks.common import PROMPT, SETTLE_S, machine, peak_mib, say
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache" / "bench"
 WARM_STEPS = 2  # one of the cloud, one of the edge
 
 Measured = dict[str, Any]
-
-
-def peak_mib(process: int | str = "self") -> float:
-    """Returns the peak memory of a process that runs.
-
-    Linux tells it in VmHWM; getrusage would count what the parent had when it started the process, too.
-    """
-    lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
-    return float(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) / 1024
 
 
 def in_child(what: str, *words: str) -> Measured:
@@ -63,8 +53,8 @@ def run_edge(folder: Path, address: str, *, steps: int, cloud_steps: int, provid
     manifest = read_manifest(folder)
     bundle, models = Bundle(folder, manifest), Models(folder, manifest, provider=provider)
     request = Request(
-        prompt=PROMPT, mode="hybrid", scheduler="dpmpp_2m", guidance_scale=DEFAULTS.guidance_scale, fallback=False,
-        num_inference_steps=WARM_STEPS, cloud_steps=1, request_id="warm",
+        prompt=PROMPT, mode="hybrid", scheduler="dpmpp_2m", num_inference_steps=WARM_STEPS, cloud_steps=1,
+        guidance_scale=manifest.defaults.guidance_scale, fallback=False, request_id="warm",
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         cloud = Cloud(address, cache=Cache(Path(scratch)))
@@ -103,7 +93,7 @@ def run_edge(folder: Path, address: str, *, steps: int, cloud_steps: int, provid
     }
 
 
-def run_diffusers(large: Path, *, steps: int, dtype_name: str) -> Measured:
+def run_diffusers(large: Path, *, steps: int, dtype_name: str, smoke: bool) -> Measured:
     """Draws one image with diffusers' StableDiffusionPipeline; returns times by phase and peak memory."""
     import diffusers
     import torch
@@ -111,10 +101,11 @@ def run_diffusers(large: Path, *, steps: int, dtype_name: str) -> Measured:
     from transformers import CLIPTextModel, CLIPTokenizer
 
     from cloud_server.models.devices import place
+    from tests.support.full_size import DEFAULTS, SCHEDULER, materialize
     from training.models import shapes
 
     placement = place(dtype=dtype_name)
-    vae: AutoencoderKL = materialize(shapes.vae())
+    vae: AutoencoderKL = AutoencoderKL.from_pretrained(large / "vae") if smoke else materialize(shapes.vae())
     pipeline = StableDiffusionPipeline(
         unet=diffusers.UNet2DConditionModel.from_pretrained(large / "unet", torch_dtype=placement.dtype),
         vae=vae.to(placement.dtype),
@@ -127,6 +118,7 @@ def run_diffusers(large: Path, *, steps: int, dtype_name: str) -> Measured:
     ).to(placement.device)
     pipeline.set_progress_bar_config(disable=True)
     marks: list[float] = []
+    side = 128 if smoke else DEFAULTS.width
 
     def mark(_pipeline: Any, _step: int, _time: Any, values: dict[str, Any]) -> dict[str, Any]:
         values["latents"].sum().item()  # waits for an accelerator
@@ -134,7 +126,7 @@ def run_diffusers(large: Path, *, steps: int, dtype_name: str) -> Measured:
         return values
 
     options = {
-        "guidance_scale": DEFAULTS.guidance_scale, "width": DEFAULTS.width, "height": DEFAULTS.height,
+        "guidance_scale": DEFAULTS.guidance_scale, "width": side, "height": side,
         "callback_on_step_end": mark,
     }  # fmt: skip
     with torch.inference_mode():
@@ -190,7 +182,8 @@ def compare(cache: Path, options: argparse.Namespace) -> Measured:
             words += ["--provider", options.provider] if options.provider else []
             hybrid = in_child("edge", str(edge), address, *words)
             hybrid["cloud_peak_mib"] = peak_mib(process.pid)
-    baseline = in_child("diffusers", str(large), "--steps", str(options.steps), "--dtype", options.dtype)
+    words = ["--steps", str(options.steps), "--dtype", options.dtype, *(["--smoke"] if options.smoke else [])]
+    baseline = in_child("diffusers", str(large), *words)
     return {"hybrid": hybrid, "diffusers": baseline}
 
 
@@ -220,6 +213,7 @@ def main() -> None:
     parser.add_argument("--provider", help="of the edge, such as cpu or openvino; default: the best")
     parser.add_argument("--json", type=Path, default=ROOT / "out" / "bench-full.json")
     parser.add_argument("--cache", type=Path, default=CACHE)
+    parser.add_argument("--smoke", action="store_true", help="with the demo models: does it run?")
     parser.add_argument("--fresh", action="store_true", help="write the models anew")
     parser.add_argument("--child", choices=["prepare", "edge", "diffusers"], help=argparse.SUPPRESS)
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
@@ -230,17 +224,26 @@ def main() -> None:
     steps = {"steps": options.steps, "cloud_steps": options.cloud_steps}
     match options.child:
         case "prepare":
+            from tests.support.full_size import write_full_size
+
             write_full_size(Path(options.words[0]))
             say(json.dumps({}))
         case "edge":
             folder, address = options.words
             say(json.dumps(run_edge(Path(folder), address, **steps, provider=options.provider)))
         case "diffusers":
-            say(json.dumps(run_diffusers(Path(options.words[0]), steps=options.steps, dtype_name=options.dtype)))
+            say(
+                json.dumps(
+                    run_diffusers(
+                        Path(options.words[0]), steps=options.steps, dtype_name=options.dtype, smoke=options.smoke
+                    )
+                )
+            )
         case _:
-            prepare(options.cache, fresh=options.fresh)
+            if not options.smoke:
+                prepare(options.cache, fresh=options.fresh)
             described = machine()
-            measured = compare(options.cache, options)
+            measured = compare(DEMO if options.smoke else options.cache, options)
             baseline = measured["diffusers"]
             say(f"machine: {described}")
             say(f"large U-Net: {baseline['dtype']} on {baseline['device']}, on both sides; edge: float32 files\n")

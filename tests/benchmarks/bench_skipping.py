@@ -1,105 +1,71 @@
-"""What skipped calls cost in quality, on the demo family: `python -m tests.bench_skipping [--captions N]`.
+"""What skipped calls cost in quality, on the demo family: `python -m tests.benchmarks.bench_skipping [--captions N]`.
 
-Runs the engine's own steps (`cloud_server.engine.step`) for a split of 18 cloud steps of 25 and the demo's edge model
-for the rest, with and without skipping, and prints the PSNR of the image to the one without. Held-out captions. Reads
-deploy/demo; writes nothing.
+Draws held-out captions with 18 of 25 steps in the cloud, with and without `--cloud-skip`, by the commands that a user
+types. Prints the calls of the large U-Net and the PSNR to the image without skipping. Writes nothing.
 """
 
 import argparse
+import csv
+import json
+import subprocess
+import tempfile
 from pathlib import Path
 
 import numpy as np
-import torch
+from PIL import Image
 
-from cloud_server.engine import step
-from cloud_server.engine.request import JobRequest, Skipping
-from cloud_server.engine.step import Trajectory
-from cloud_server.models.devices import place
-from cloud_server.models.load import load_model
-from edge_client.bundles.bundle import open_bundle
-from edge_client.images.pixels import to_u8
-from edge_client.inference.models import Models
-from edge_client.types import Conditioning, Latents
-from hybridsd import noise
-from hybridsd.plan import Plan, denoise
-from hybridsd.prompting import TextOptions
+from deploy.run_demo import BIN, DEMO, ENVIRONMENT, running_cloud
+from tests.benchmarks.common import machine, say
 from training.data.scenes import caption as caption_of
 from training.evaluation.judging import held_out_scene
 
-ROOT = Path(__file__).parents[2] / "deploy" / "demo"
-STEPS, CLOUD_STEPS = 25, 18
-VARIANTS = (
-    None,
-    Skipping(7, 1, 0.3),
-    Skipping(4, 1, 0.3),
-    Skipping(7, 2, 0.3),
-    Skipping(4, 2, 0.3),
-    Skipping(7, 1, 0.0),
-)
+VARIANTS = ("7,1,0.3", "4,1,0.3", "7,2,0.3", "4,2,0.3", "7,1,0")
+"""WARMUP,SKIP,A of `--cloud-skip`."""
 
 
-def finish(
-    models: Models, plan: Plan, trajectory: Trajectory, conditioning: Conditioning, guidance: float, seed: int
-) -> Latents:
-    """Runs the rest of a plan with the edge's model; returns the final latents."""
+def draw(address: str, table: Path, folder: Path, *options: str) -> tuple[list[np.ndarray], int]:
+    """Draws the captions of a table; returns the images, and the calls of the large U-Net for one of them."""
+    folder.mkdir()
+    command = [
+        *(BIN / "hybridsd", "generate", "--csv", table, "--output", folder, "--seed", "0", "--json"),
+        *("--server", address, "--bundle", DEMO / "edge", "--mode", "hybrid", "--no-fallback", "--codec", "fp32"),
+        *options,
+    ]
+    output = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, check=True, env=ENVIRONMENT).stdout
+    images = [np.asarray(Image.open(path).convert("RGB"), np.float64) for path in sorted(folder.iterdir())]
+    return images, json.loads(output)["images"][0]["usage"]["num_calls"]
 
-    def predict(x: Latents, t: float) -> Latents:
-        return models.predict_noise(x.astype(np.float32), t, conditioning, guidance_scale=guidance)
 
-    def draw(call: int) -> Latents:
-        return noise.call_noise(seed, 0, call, (4, 16, 16))
-
-    *_, last = denoise(plan, [array.numpy() for array in trajectory.state], predict, draw, start=trajectory.call)
-    latents: Latents = last.state[0].astype(np.float32)
-    return latents
+def psnr(image: np.ndarray, reference: np.ndarray) -> float:
+    """Returns the PSNR of two images of bytes in dB; 114 where they are equal."""
+    return float(10 * np.log10(255**2 / max(np.mean((image - reference) ** 2), 2.5e-7)))
 
 
 def main() -> None:
-    """Prints a markdown table."""
-    parser = argparse.ArgumentParser()
+    """Prints a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--captions", type=int, default=12)
-    count = parser.parse_args().captions
-    model = load_model(f"large={ROOT / 'large'}", place("cpu", "fp32"))
-    bundle = open_bundle(ROOT / "edge")
-    models = Models(bundle.folder, bundle.manifest, provider="cpu")
-    plan = model.plans.plan(model.info.schedulers[0], STEPS)
-    handoff, guidance = plan.first_call(CLOUD_STEPS), bundle.manifest.defaults.guidance_scale
-    errors: dict[Skipping | None, list[float]] = {variant: [] for variant in VARIANTS}
-    calls: dict[Skipping | None, int] = {}
-    for seed in range(count):
-        caption = caption_of(*held_out_scene(1000, seed))
-        prompt, negative = (model.denoiser.encode(text, TextOptions()) for text in (caption, ""))
-        conditioning, _ = models.encode_pair(caption, "")
-        reference = None
-        for variant in VARIANTS:
-            request = JobRequest(
-                request_id="x", model="large", prompt=prompt, negative_prompt=negative, guidance_scale=guidance,
-                seed=seed, latent_shape=(4, 16, 16), plan=plan, handoff_call=handoff, skipping=variant, size=(128, 128),
-            )  # fmt: skip
-            with torch.inference_mode():
-                trajectory = step.begin(model.denoiser, request, prompt, negative)
-                ran = 0
-                while trajectory.call < handoff:
-                    (result,) = step.step(model.denoiser, [trajectory], trajectory.conditions)
-                    step.move(trajectory, result, ran=True)
-                    ran += 1
-                    for _ in range(variant.skipped_calls if variant else 0):
-                        skipped = step.skip(model.denoiser.device, trajectory)
-                        if skipped is None:
-                            break
-                        step.move(trajectory, skipped, ran=False)
-            calls[variant] = ran
-            last = finish(models, plan, trajectory, conditioning, guidance, seed)
-            picture = to_u8(models.decode(last)).astype(np.float64)
-            reference = picture if reference is None else reference
-            errors[variant].append(float(np.mean((picture - reference) ** 2)))
-    print("| warm-up, skipped, extrapolation | cloud calls of 18 | PSNR to the image without (dB) | worst (dB) |")  # noqa: T201
-    print("| --- | --- | --- | --- |")  # noqa: T201
-    for variant in VARIANTS:
-        if variant is not None:
-            psnr = [10 * np.log10(255**2 / max(error, 1e-9)) for error in errors[variant]]
-            name = f"{variant.warm_up_calls}, {variant.skipped_calls}, {variant.extrapolation:g}"
-            print(f"| {name} | {calls[variant]} | {np.mean(psnr):.1f} | {min(psnr):.1f} |")  # noqa: T201
+    parser.add_argument("--split", default="18,7", help="steps of the cloud and of the edge (default: 18,7)")
+    parser.add_argument("--smoke", action="store_true", help="the smallest size: does it run?")
+    options = parser.parse_args()
+    count, split, variants = options.captions, options.split, VARIANTS
+    if options.smoke:
+        count, split, variants = 1, "5,1", ("2,1,0.3",)
+    say(f"machine: {machine()}")
+    cloud_options = ["--model", f"demo={DEMO / 'large'}", "--dtype", "fp32"]
+    with tempfile.TemporaryDirectory() as name, running_cloud(cloud_options, Path(name) / "log") as (address, _):
+        folder = Path(name)
+        with (folder / "captions.csv").open("w", newline="") as stream:
+            rows = [(f"{index:03}.png", caption_of(*held_out_scene(1000, index))) for index in range(count)]
+            csv.writer(stream).writerows([("file", "caption"), *rows])
+        references, all_calls = draw(address, folder / "captions.csv", folder / "all", "--split", split)
+        say(f"| WARMUP, SKIP, A | calls run, of {all_calls} | PSNR to the image without skipping, mean | worst |")
+        say("| --- | --- | --- | --- |")
+        for variant in variants:
+            options_of = ("--split", split, "--cloud-skip", variant)
+            images, calls = draw(address, folder / "captions.csv", folder / variant, *options_of)
+            found = [psnr(*pair) for pair in zip(images, references, strict=True)]
+            say(f"| {variant.replace(',', ', ')} | {calls} | {np.mean(found):.1f} dB | {min(found):.1f} |")
 
 
 if __name__ == "__main__":

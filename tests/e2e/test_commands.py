@@ -18,13 +18,13 @@ import click
 import pytest
 
 from deploy.run_demo import running_cloud
+from tests.support.patience import HANG_S
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "deploy/demo/README.md")),
     *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in ("cli.md", "training-cli.md")),
 ]
-HANG_S = 1200.0
 
 TARGETS = {
     "demo": "tests/e2e/test_processes.py::test_demo_command",

@@ -17,6 +17,7 @@ import yaml
 from packaging.requirements import Requirement
 
 from deploy.run_demo import BIN, ENVIRONMENT, ROOT
+from tests.support.patience import HANG_S
 
 PROMPT = "a fox to the left of a donut on a yellow background"
 
@@ -170,7 +171,7 @@ def running(tmp_path: Path) -> Iterator[tuple[str, str]]:
     finally:
         for process in reversed(processes):
             process.terminate()
-            process.wait(timeout=60)
+            process.wait(timeout=HANG_S)
 
 
 def healthy(service: str, changed: dict[str, str]) -> bool:
@@ -178,13 +179,13 @@ def healthy(service: str, changed: dict[str, str]) -> bool:
     kind, *words = SERVICES[service]["healthcheck"]["test"]
     assert kind == "CMD"
     command = [str(BIN / words[0]), *(changed.get(word, word) for word in words[1:])]
-    return subprocess.run(command, capture_output=True, check=False, timeout=60, env=os.environ).returncode == 0
+    return subprocess.run(command, capture_output=True, check=False, timeout=HANG_S, env=os.environ).returncode == 0
 
 
 def test_the_commands_of_the_compose_file_make_a_picture(running: tuple[str, str]) -> None:
     """Both health checks pass, the page is there, and a job is drawn in both places."""
     cloud, gateway = running
-    with httpx.Client(base_url=gateway, timeout=60, trust_env=False) as client:
+    with httpx.Client(base_url=gateway, timeout=HANG_S, trust_env=False) as client:
         page = client.get("/")
         job = client.post("/v1/jobs", json={"prompt": PROMPT, "seed": 7, "hybrid": {"split": "2,2"}}).json()
         with client.stream("GET", f"/v1/jobs/{job['id']}/events") as events:

@@ -6,16 +6,14 @@ import sys
 import venv
 from pathlib import Path
 
-import pytest
-
 from edge_client.images.files import read_png
+from tests.support.patience import HANG_S
 from tests.support.tiny_bundle import write_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "diffusers", "transformers", "safetensors", "scipy", "onnx")
 
 
-@pytest.mark.timeout(600)
 def test_edge_installs_and_runs_without_torch(tmp_path: Path) -> None:
     """`pip install .[edge]` brings no torch, and what it installs draws an image and finds itself healthy."""
     home = tmp_path / "venv"
@@ -31,7 +29,7 @@ def test_edge_installs_and_runs_without_torch(tmp_path: Path) -> None:
 
     def run(*command: str) -> str:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=500, check=False, cwd=tmp_path, env=environment
+            command, capture_output=True, text=True, timeout=HANG_S, check=False, cwd=tmp_path, env=environment
         )
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done.stdout

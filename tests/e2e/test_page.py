@@ -11,6 +11,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
 
+from tests.support.patience import HANG_S
 from tests.support.web_processes import Process, running_cloud_and_gateway, running_gateway
 
 CHROMIUM = shutil.which("chromium")
@@ -18,7 +19,7 @@ if CHROMIUM is None and os.environ.get("HYBRIDSD_TEST_BROWSER") != "required":
     pytest.skip("there is no chromium on this machine (apt install chromium)", allow_module_level=True)
 
 PROMPT = "a fox to the left of a donut on a yellow background"
-PATIENCE_MS = 60_000
+PATIENCE_MS = 1e3 * HANG_S
 expect.set_options(timeout=PATIENCE_MS)
 PHONE = {"width": 360, "height": 740}
 

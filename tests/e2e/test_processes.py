@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from deploy.run_demo import BIN, DEMO, ENVIRONMENT, ROOT, running_cloud
+from tests.support.patience import HANG_S
 
 PROMPT = "a fox to the left of a donut on a yellow background"
 
@@ -30,7 +31,7 @@ def hybridsd(*words: object, cache: Path, check: bool = True) -> subprocess.Comp
     """Runs the edge's command line."""
     environment = {**ENVIRONMENT, "HYBRIDSD_EDGE_CACHE": str(cache)}
     command = [str(BIN / "hybridsd"), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=check, timeout=240)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=check, timeout=HANG_S)
 
 
 def generate(*words: object, cache: Path) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def test_demo_command(tmp_path: Path) -> None:
     output = tmp_path / "demo.png"
     command = [sys.executable, str(ROOT / "deploy/run_demo.py"), "--output", str(output), "--split", "3,5"]
     environment = {**os.environ, "HYBRIDSD_EDGE_CACHE": str(tmp_path / "cache")}
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240, env=environment)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG_S, env=environment)
 
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"image: {output}" in result.stdout
@@ -134,7 +135,7 @@ def test_doctor_finds_all_well(server: str, tmp_path: Path) -> None:
 def test_check_describes_the_demo_model() -> None:
     """`hybridsd-cloud check` loads the model, steps once, and says what it chose and why."""
     command = [str(BIN / "hybridsd-cloud"), "check", "--model", f"demo={DEMO / 'large'}"]
-    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=240)
+    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False, timeout=HANG_S)
 
     assert result.returncode == 0, result.stdout + result.stderr
     assert "cpu" in result.stdout or "cuda" in result.stdout
@@ -145,4 +146,4 @@ def test_sigterm_ends_the_cloud_in_order(tmp_path: Path) -> None:
     with running_cloud(["--model", f"demo={DEMO / 'large'}"], tmp_path / "cloud.log") as (_, process):
         process.terminate()
 
-        assert process.wait(timeout=40) == 0
+        assert process.wait(timeout=HANG_S) == 0

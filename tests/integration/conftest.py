@@ -20,6 +20,7 @@ from edge_client.cache import Cache
 from edge_client.cloud.client import Cloud
 from edge_client.inference.models import Models
 from tests.support.engine_fakes import GatedDenoiser
+from tests.support.patience import HANG_S
 from tests.support.tiny_bundle import write_bundle
 from tests.support.tiny_pipeline import LATENT_SPACE, write_tiny_pipeline
 
@@ -62,13 +63,13 @@ def serving(models: Mapping[str, Model], **options: Any) -> Iterator[CloudServer
         await server.start()
         return server
 
-    server = asyncio.run_coroutine_threadsafe(start(), loop).result(30)
+    server = asyncio.run_coroutine_threadsafe(start(), loop).result(HANG_S)
     try:
         yield server
     finally:
-        asyncio.run_coroutine_threadsafe(server.stop(0.0), loop).result(30)
+        asyncio.run_coroutine_threadsafe(server.stop(0.0), loop).result(HANG_S)
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(30)
+        thread.join(HANG_S)
         loop.close()
 
 
@@ -92,7 +93,7 @@ def connect(tmp_path: Path) -> Iterator[Connect]:
     """Opens connections of one client, with a cache of its own."""
     with ExitStack() as stack:
         yield lambda server: stack.enter_context(
-            Cloud(f"127.0.0.1:{server.port}", cache=Cache(tmp_path / "cache"), idle_timeout_s=10.0)
+            Cloud(f"127.0.0.1:{server.port}", cache=Cache(tmp_path / "cache"), idle_timeout_s=HANG_S)
         )
 
 

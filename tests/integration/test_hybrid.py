@@ -26,6 +26,7 @@ from hybridsd.errors import ModelMismatch, Reason
 from hybridsd.prompting import TextOptions
 from tests.integration.conftest import Connect, running_server
 from tests.support.engine_fakes import GatedDenoiser
+from tests.support.patience import HANG_S
 from tests.support.reference import predict_by, run_from_seed
 
 PROMPT = "a fox under a donut"
@@ -144,7 +145,7 @@ def stop_hard(server: CloudServer) -> None:
     import asyncio
 
     loop = server._server._loop
-    asyncio.run_coroutine_threadsafe(server._server.stop(None), loop).result(30)
+    asyncio.run_coroutine_threadsafe(server._server.stop(None), loop).result(HANG_S)
 
 
 def test_eight_different_pictures_at_once_equal_themselves_alone(

@@ -22,6 +22,7 @@ from hybridsd.plan import Advance
 from hybridsd.prompting import TextOptions
 from hybridsd.v1 import bundle_service_pb2_grpc, denoising_service_pb2_grpc
 from hybridsd.v1 import denoising_service_pb2 as pb
+from tests.support.patience import HANG_S
 from tests.support.reference import predict_by, run_from_seed
 
 SHAPE = (4, 8, 8)
@@ -132,8 +133,8 @@ async def read_to_end(buffer: EventBuffer) -> list[Event]:
     """Returns the events of a buffer up to the last."""
     events: list[Event] = []
     while not events or not isinstance(events[-1], Finished | Failed):
-        event = await buffer.next(30.0)
-        assert event is not None, f"nothing came for 30 s after {events}"
+        event = await buffer.next(HANG_S)
+        assert event is not None, f"nothing came after {events}"
         events.append(event)
     return events
 

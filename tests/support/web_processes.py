@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deploy.run_demo import BIN, DEMO, ENVIRONMENT
+from tests.support.patience import HANG_S
 
-START_TIMEOUT_S = 120.0
 _CLOUD = ("hybridsd-cloud", "serve", "--model", f"demo={DEMO / 'large'}", "--threads", "1")
 _GATEWAY = ("hybridsd", "serve", "--bundle", str(DEMO / "edge"))
 
@@ -32,7 +32,7 @@ class Process:
         environment = {**ENVIRONMENT, "HYBRIDSD_EDGE_CACHE": str(self.folder / "cache")}
         with log.open("ab") as stream:
             self.running = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
-        give_up_at = time.monotonic() + START_TIMEOUT_S
+        give_up_at = time.monotonic() + HANG_S
         while not (port_file.exists() and port_file.read_text().strip()):
             if self.running.poll() is not None or time.monotonic() > give_up_at:
                 raise RuntimeError(f"{self.words[0]} did not start; its log:\n{log.read_text()[-3000:]}")
@@ -47,7 +47,7 @@ class Process:
             self.running.kill()
         else:
             self.running.terminate()
-        self.running.wait(timeout=60)
+        self.running.wait(timeout=HANG_S)
         self.running = None
 
 

@@ -29,10 +29,9 @@ from edge_client.web.dependencies import Gateway
 from edge_client.web.settings import Settings
 from hybridsd.v1 import denoising_service_pb2 as pb
 from tests.support.fake_cloud import FakeCloud, Running, serve
+from tests.support.patience import HANG_S
 from tests.support.tiny_bundle import write_bundle
 
-WAIT_S = 30.0
-"""Limit of every wait; no test waits for it to pass."""
 ENDS = ("completed", "failed", "cancelled")
 TOKENS = ("one-token", "two-token")
 
@@ -54,7 +53,7 @@ class Gate:
                 return
             self._held += 1
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._call is None, WAIT_S)
+            self._changed.wait_for(lambda: self._call is None, HANG_S)
             self._held -= 1
 
     def close(self, call: int = 1) -> None:
@@ -71,7 +70,7 @@ class Gate:
     def wait(self, jobs: int = 1) -> None:
         """Waits until so many jobs are held."""
         with self._changed:
-            assert self._changed.wait_for(lambda: self._held >= jobs, WAIT_S)
+            assert self._changed.wait_for(lambda: self._held >= jobs, HANG_S)
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class GatewayServer:
 
     def client(self, **options: Any) -> httpx.Client:
         """Returns a client that ignores proxies."""
-        return httpx.Client(**{"base_url": self.url, "timeout": WAIT_S, "trust_env": False, "verify": False, **options})
+        return httpx.Client(**{"base_url": self.url, "timeout": HANG_S, "trust_env": False, "verify": False, **options})
 
 
 @contextmanager
@@ -105,13 +104,13 @@ def listening(app: FastAPI) -> Iterator[str]:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         try:
             with httpx.Client(
-                trust_env=False, verify=False, timeout=WAIT_S
+                trust_env=False, verify=False, timeout=HANG_S
             ) as client:  # the kernel holds it until the server is up
                 assert client.get(f"{url}/healthz", headers={"host": "127.0.0.1"}).status_code in (200, 400)
             yield url
         finally:
             server.should_exit = True
-            thread.join(WAIT_S)
+            thread.join(HANG_S)
             assert not thread.is_alive()
 
 
@@ -138,7 +137,7 @@ def running_cloud() -> Iterator[Running]:
 
 @pytest.fixture(scope="session")
 def cloud(running_cloud: Running, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
-    with Cloud(running_cloud.target, cache=Cache(tmp_path_factory.mktemp("web-cache")), idle_timeout_s=WAIT_S) as cloud:
+    with Cloud(running_cloud.target, cache=Cache(tmp_path_factory.mktemp("web-cache")), idle_timeout_s=HANG_S) as cloud:
         yield cloud
 
 

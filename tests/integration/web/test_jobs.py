@@ -23,7 +23,6 @@ from hybridsd.errors import Reason
 from tests.integration.web.conftest import (
     ENDS,
     TOKENS,
-    WAIT_S,
     Event,
     Gate,
     GatewayServer,
@@ -36,6 +35,7 @@ from tests.integration.web.conftest import (
     watching,
 )
 from tests.support.fake_cloud import FakeCloud
+from tests.support.patience import HANG_S
 
 
 def bearer(token: str) -> dict[str, str]:
@@ -188,7 +188,7 @@ def test_cancelling_what_waits_and_what_runs(narrow: GatewayServer, gate: Gate, 
         assert client.post(f"/v1/jobs/{running['id']}/cancel").status_code == 200
         ended = wait_for(client, running["id"])  # though the cloud still holds its state back
         assert (ended.name, ended.data["job"]["images"]) == ("cancelled", [])
-        assert fake.cancel_seen.wait(WAIT_S)
+        assert fake.cancel_seen.wait(HANG_S)
         gate.open()
         assert wait_for(client, last["id"]).name == "completed"
         for job, state in ((running, "cancelled"), (waiting, "cancelled"), (last, "completed")):
@@ -284,7 +284,7 @@ def test_asking_twice_at_the_same_time_is_one_job(server: GatewayServer, fake: F
 
     def post(client: httpx.Client) -> httpx.Response:
         client.get("/healthz")  # connects
-        barrier.wait(WAIT_S)
+        barrier.wait(HANG_S)
         return client.post("/v1/jobs", json=ask(id="at-once"))
 
     with ExitStack() as stack, ThreadPoolExecutor(8) as pool:
@@ -397,7 +397,7 @@ def listener(*statuses: int) -> Iterator[tuple[str, list[dict[str, Any]], thread
             yield f"127.0.0.1:{server.server_address[1]}", came, done
         finally:
             server.shutdown()
-            thread.join(WAIT_S)
+            thread.join(HANG_S)
 
 
 @pytest.mark.parametrize("failures", [(), (500, 302)])
@@ -410,7 +410,7 @@ def test_webhooks_are_told_the_end(
         with serving(tmp_path, bundle, models, cloud, webhook_hosts=[host]) as server, server.client() as client:
             monkeypatch.setattr(server.gateway.webhooks, "_first_delay_s", 0.01)
             job = finish(client, webhook=f"http://{host}/told?x=1", n=2)
-            assert done.wait(WAIT_S)
+            assert done.wait(HANG_S)
         with serving(tmp_path, bundle, models, cloud, webhook_hosts=[host]) as server, server.client() as client:
             assert finish(client)["state"] == "completed"
             assert client.get(f"/v1/jobs/{job['id']}").json() == job

@@ -23,15 +23,16 @@ from PIL import Image
 from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.client import Cloud
 from edge_client.inference.models import Models
-from tests.integration.web.conftest import WAIT_S, Gate, GatewayServer, picture, pixels, serving, wait_for, watching
+from tests.integration.web.conftest import Gate, GatewayServer, picture, pixels, serving, wait_for, watching
 from tests.support.fake_cloud import FakeCloud
+from tests.support.patience import HANG_S
 
 MORE = {"seed": 5, "scheduler": "ddim", "num_inference_steps": 6, "hybrid": {"split": "2,4"}}
 """What this gateway takes beside OpenAI's own fields."""
 
 
 def sdk(server: GatewayServer, key: str = "none", **options: Any) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, timeout=WAIT_S, max_retries=0, **options)
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, timeout=HANG_S, max_retries=0, **options)
 
 
 @pytest.fixture
@@ -281,7 +282,7 @@ def test_closing_a_stream_early_cancels_the_job(
         ended = next(event for event in events if event.name in ("completed", "cancelled"))
 
     assert ended.name == "cancelled"
-    assert fake.cancel_seen.wait(WAIT_S)
+    assert fake.cancel_seen.wait(HANG_S)
 
 
 def test_a_caller_who_goes_away_cancels_the_job(server: GatewayServer, client: httpx.Client, gate: Gate) -> None:

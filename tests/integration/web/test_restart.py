@@ -18,8 +18,9 @@ from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.client import Cloud
 from edge_client.inference.models import Models
 from edge_client.web.jobs.store import Store
-from tests.integration.web.conftest import WAIT_S, Gate, ask, finish, pixels, serving, submit, wait_for, watching
+from tests.integration.web.conftest import Gate, ask, finish, pixels, serving, submit, wait_for, watching
 from tests.support.fake_cloud import FakeCloud, Running
+from tests.support.patience import HANG_S
 
 
 class Process:
@@ -49,12 +50,12 @@ class Process:
     def end(self, how: signal.Signals) -> str:
         """Ends it; returns what else it has said."""
         self.process.send_signal(how)
-        _, said = self.process.communicate(timeout=WAIT_S)
+        _, said = self.process.communicate(timeout=HANG_S)
         return said.decode()
 
     def client(self) -> httpx.Client:
         transport = httpx.HTTPTransport(verify=False, retries=6)  # of connecting, with growing pauses
-        return httpx.Client(base_url=self.url, timeout=WAIT_S, transport=transport)
+        return httpx.Client(base_url=self.url, timeout=HANG_S, transport=transport)
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def start(tmp_path: Path, bundle: Bundle, running_cloud: Running) -> Any:
             with contextlib.suppress(ProcessLookupError):
                 if gateway.process.poll() is None:
                     gateway.process.kill()
-            gateway.process.communicate(timeout=WAIT_S)
+            gateway.process.communicate(timeout=HANG_S)
 
     return starting
 

@@ -22,7 +22,6 @@ from edge_client.inference.models import Models
 from hybridsd import schedulers
 from tests.integration.web.conftest import (
     TOKENS,
-    WAIT_S,
     Gate,
     GatewayServer,
     finish,
@@ -33,6 +32,7 @@ from tests.integration.web.conftest import (
     watching,
 )
 from tests.support.fake_cloud import FakeCloud
+from tests.support.patience import HANG_S
 
 WANTED = {"prompt": "a red fox", "seed": 5, "steps": 6, "cfg_scale": 3.0, "width": 32, "height": 32}
 
@@ -232,7 +232,7 @@ def test_progress_and_interrupt(api: WebUIApi, server: GatewayServer, client: ht
         wait_for_step(client, "watched", step=2)
         progress = api.get_progress()
         api.interrupt()
-        info = drawing.result(WAIT_S)
+        info = drawing.result(HANG_S)
 
     assert progress["current_task"] == "watched"
     assert progress["progress"] == pytest.approx(3 / 6, abs=1e-3)
@@ -271,7 +271,7 @@ def test_two_callers_have_nothing_to_do_with_each_other(
         assert wait_for(one, "first").name == "cancelled"
         assert second.get_progress()["current_task"] == "second"
         gate.open()
-        infos = [drawing.result(WAIT_S) for drawing in drawings]
+        infos = [drawing.result(HANG_S) for drawing in drawings]
 
     assert [info["interrupted"] for info in infos] == [True, False]
     assert infos[1]["prompt"] == "a blue cat"

@@ -17,7 +17,8 @@ from edge_client.bundles.bundle import Bundle
 from edge_client.inference.models import Models
 from edge_client.web.jobs import uploads
 from edge_client.web.schemas.native import Problem
-from tests.integration.web.conftest import WAIT_S, GatewayServer, ask, finish, picture, serving
+from tests.integration.web.conftest import GatewayServer, ask, finish, picture, serving
+from tests.support.patience import HANG_S
 
 LIMIT = 1 << 20
 """Bytes of a body, here."""
@@ -81,10 +82,10 @@ def test_a_length_that_lies(server: GatewayServer) -> None:
     """A client that announces gigabytes is told at once, before it sends them."""
     where = urlsplit(server.url)
     head = "POST /v1/jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n"
-    with socket.create_connection((where.hostname, where.port), timeout=WAIT_S) as connection:
+    with socket.create_connection((where.hostname, where.port), timeout=HANG_S) as connection:
         connection.sendall(head.format(1 << 40).encode())
         assert b" 413 " in connection.recv(1000)
-    with socket.create_connection((where.hostname, where.port), timeout=WAIT_S) as connection:
+    with socket.create_connection((where.hostname, where.port), timeout=HANG_S) as connection:
         connection.sendall(head.format(100).encode() + b'{"prompt": ')  # and goes away in the middle
 
 

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+from tests.support.patience import HANG_S
+
 BLOCKED = """
 import sys
 
@@ -25,7 +27,7 @@ def test_edge_runs_with_torch_blocked(bundle_folder, tmp_path) -> None:
     """Every module imports, and an image is drawn, where torch, diffusers and transformers cannot be imported."""
     target = tmp_path / "fox.png"
     command = [sys.executable, "-c", BLOCKED, str(bundle_folder), str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, check=False)
 
     assert (done.returncode, done.stderr) == (0, "")
     assert target.read_bytes().startswith(b"\x89PNG")

@@ -16,6 +16,7 @@ from edge_client.inference.models import Models
 from edge_client.types import Conditioning
 from hybridsd.manifest import read_manifest, verify_files
 from hybridsd.prompting import TextOptions
+from tests.support.patience import HANG_S
 from tests.support.toy import TOY_SCENES, ToyFamily, run
 from training import recipes
 from training.cli.demo import STAGES
@@ -112,7 +113,7 @@ def test_two_processes_judge_what_one_does(family: ToyFamily, tmp_path: Path) ->
     shutil.rmtree(copy / "evaluation")
     settings = ["--captions", "4", "--steps", "4", "--splits", "4,2,0", "--lcm-steps", "4", "--lcm-splits", "4,2,0"]
     command = [sys.executable, "-m", "training", "--processes", "2", "evaluate", "--out", str(copy), *settings]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=170, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, check=False)
 
     assert done.returncode == 0, done.stderr
     after = json.loads((copy / "evaluation" / "evaluation.json").read_text())

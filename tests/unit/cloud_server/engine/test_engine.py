@@ -25,6 +25,7 @@ from tests.support.engine_fakes import (
     states,
     until,
 )
+from tests.support.patience import HANG_S
 
 TOLERANCE = 1e-5  # float32 rounding: a batch may sum in another order than one row
 MakeEngine = Callable[..., Engine]
@@ -213,9 +214,9 @@ async def test_a_full_queue_refuses_at_once(tiny_model: Model, make_engine: Make
     assert refused.value.reason is Reason.QUEUE_FULL
     assert refused.value.retry_delay_s is not None
     assert refused.value.retry_delay_s > 0
-    assert await buffers[2].next(5.0) == Queued(1)
+    assert await buffers[2].next(HANG_S) == Queued(1)
     gated.allow(1)
-    assert await buffers[2].next(5.0) == Queued(0)
+    assert await buffers[2].next(HANG_S) == Queued(0)
     gated.open()
     assert isinstance((await read_to_end(buffers[2]))[-1], Finished)
 

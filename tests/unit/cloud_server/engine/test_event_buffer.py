@@ -7,6 +7,7 @@ import numpy as np
 from cloud_server.engine.event_buffer import MAX_STATES, EventBuffer
 from cloud_server.engine.events import Finished, Queued, Snapshot, Started, Usage
 from cloud_server.models.denoiser import Encoded
+from tests.support.patience import HANG_S
 
 
 def snapshot(call: int, *, is_handoff: bool = False) -> Snapshot:
@@ -24,7 +25,7 @@ async def test_a_slow_reader_gets_the_newest_state() -> None:
     buffer.post(Finished(Usage(0, 0, 0, 1000)))
     events = []
     while not events or not isinstance(events[-1], Finished):
-        events.append(await buffer.next(1.0))
+        events.append(await buffer.next(HANG_S))
 
     calls = [event.call for event in events if isinstance(event, Snapshot)]
     assert isinstance(events[0], Started)
@@ -40,7 +41,7 @@ async def test_positions_replace_each_other() -> None:
     buffer.post(Queued(3))
     buffer.post(Queued(2))
 
-    assert await buffer.next(1.0) == Queued(2)
+    assert await buffer.next(HANG_S) == Queued(2)
     assert await buffer.next(0.01) is None
 
 
@@ -50,7 +51,7 @@ async def test_other_threads_wake_the_reader() -> None:
     thread = threading.Thread(target=buffer.post, args=(Queued(0),))
     thread.start()
 
-    assert await buffer.next(10.0) == Queued(0)
+    assert await buffer.next(HANG_S) == Queued(0)
     thread.join()
 
 
@@ -60,6 +61,6 @@ async def test_superseded_replaces_everything() -> None:
     buffer.post(snapshot(1))
     buffer.supersede()
 
-    event = await buffer.next(1.0)
+    event = await buffer.next(HANG_S)
     assert type(event).__name__ == "Failed"
     assert await buffer.next(0.01) is None

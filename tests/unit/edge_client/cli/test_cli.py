@@ -22,6 +22,7 @@ from edge_client.generation import saved_state
 from edge_client.images import files
 from hybridsd.errors import Reason
 from tests.support.fake_cloud import FakeCloud, Running
+from tests.support.patience import HANG_S
 
 
 class Shell:
@@ -608,11 +609,11 @@ def test_interrupting_cancels_the_job(shell: Shell, fake: FakeCloud, running: Ru
             if "step_done" in line:
                 process.send_signal(signal.SIGINT)
                 break
-        _, stderr = process.communicate(timeout=30)
+        _, stderr = process.communicate(timeout=HANG_S)
 
     assert process.returncode == 130
     assert stderr == "Interrupted.\n"
-    assert fake.cancel_seen.wait(5)
+    assert fake.cancel_seen.wait(HANG_S)
 
 
 def test_help_and_version(shell: Shell) -> None:

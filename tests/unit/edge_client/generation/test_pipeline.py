@@ -38,6 +38,7 @@ from hybridsd.errors import (
 )
 from hybridsd.v1 import denoising_service_pb2 as pb
 from tests.support.fake_cloud import FakeCloud, Running, text_embeds
+from tests.support.patience import HANG_S
 from tests.support.reference import run_from_seed
 from tests.support.tiny_bundle import CHANNELS, Floats, TinyUNet, make_plan, write_bundle
 
@@ -394,7 +395,7 @@ def test_closing_the_generator_cancels(bundle: Bundle, models: Models, cloud: Cl
             if isinstance(event, StepDone) and event.call == 2:
                 break
 
-    assert fake.cancel_seen.wait(5)
+    assert fake.cancel_seen.wait(HANG_S)
     assert fake.cancelled == [REQUEST.request_id]
 
 

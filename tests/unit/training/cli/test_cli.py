@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from tests.support.patience import HANG_S
 from tests.support.toy import run
 from training.cli.main import main
 
@@ -87,7 +88,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path: Path) -> None:
             said += process.stderr.readline()
         time.sleep(3)  # into the steps, if the machine is quick; before the first, if not
         process.send_signal(signal.SIGTERM)
-        _, rest = process.communicate(timeout=100)
+        _, rest = process.communicate(timeout=HANG_S)
     (checkpoint,) = (tmp_path / "vae").glob("checkpoint-*")
 
     assert process.returncode == 130, said + rest
@@ -100,7 +101,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path: Path) -> None:
 def test_two_processes_make_one_run(tmp_path: Path) -> None:
     """--processes starts them; they leave one checkpoint of the whole and say things once."""
     command = [sys.executable, "-m", "training", "--processes", "2", "vae", "--out", str(tmp_path), "--scale", "toy"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, check=False)
     state = json.loads((tmp_path / "vae" / "checkpoint-00000030" / "state.json").read_text())
 
     assert done.returncode == 0, done.stderr

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from tests.support.patience import HANG_S
 from training.cli.shared_options import say
 from training.core import checkpoints
 from training.core.loop import CURVE_NAME, Run, Schedule, make_accelerator, train
@@ -418,7 +419,7 @@ def test_two_processes_learn_together(tmp_path: Path) -> None:
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d",
         "--rdzv-endpoint=localhost:0", str(script), str(tmp_path / "run"),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, check=False)
     said = [path.read_text().split() for path in sorted(tmp_path.glob("said-*"))]
 
     assert done.returncode == 0, done.stderr

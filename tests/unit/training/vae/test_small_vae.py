@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from tests.support.patience import HANG_S
 from training.core.task import Batch
 from training.models.components import load_small_vae
 from training.models.small_autoencoder import SmallVAE
@@ -270,7 +271,7 @@ def test_a_stranger_loads_it(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_S,
         check=False,
     )
 

@@ -11,8 +11,7 @@ from edge_client.web.jobs.store import Store, StoredJob
 from edge_client.web.jobs.uploads import Upload
 from edge_client.web.jobs.worker import WorkerEvent
 from edge_client.web.schemas.native import JobCreate
-
-WAIT_S = 10.0
+from tests.support.patience import HANG_S
 
 
 class ScriptedWorker:
@@ -27,7 +26,7 @@ class ScriptedWorker:
     def run(
         self, create: JobCreate, upload: Upload, *, is_cancelled: Callable[[], bool], done: Container[int] = ()
     ) -> Generator[WorkerEvent]:
-        assert self.may_begin.wait(WAIT_S)
+        assert self.may_begin.wait(HANG_S)
         yield WorkerEvent("step", {"image_index": 0, "step": 0, "num_inference_steps": 1})
         yield WorkerEvent("image", {"index": 0}, b"image")
 

@@ -1,6 +1,11 @@
 """The order of the tests: the longest files first, so that two workers end together (`make test` runs pytest -n 2)."""
 
+import os
+
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # two workers share two cores, and the processes that they start inherit it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _LONG = ("unit/training/test_recipes.py", "unit/training/test_family.py", "unit/training/")
 

@@ -104,7 +104,6 @@ def test_the_curve_is_in_the_manifest(family: ToyFamily) -> None:
     assert (family.folder / "evaluation" / "quality.csv").is_file()
 
 
-@pytest.mark.timeout(180)
 def test_two_processes_judge_what_one_does(family: ToyFamily, tmp_path: Path) -> None:
     """Each judges its captions, the first joins them, and the others wait for it; the results are those of one."""
     copy = tmp_path / "family"

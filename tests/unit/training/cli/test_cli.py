@@ -77,7 +77,6 @@ def test_costs_are_the_published_ones() -> None:
     assert splits[10]["cloud_macs"] < splits[25]["cloud_macs"]
 
 
-@pytest.mark.timeout(120)
 def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path: Path) -> None:
     """SIGTERM lets the step in hand finish; the exit code says so, and the same command goes on."""
     command = [sys.executable, "-m", "training", "vae", "--out", str(tmp_path), "--scale", "toy", "--steps", "100000"]
@@ -97,7 +96,6 @@ def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path: Path) -> None:
     assert (checkpoint / "learnt.safetensors").is_file()
 
 
-@pytest.mark.timeout(120)
 def test_two_processes_make_one_run(tmp_path: Path) -> None:
     """--processes starts them; they leave one checkpoint of the whole and say things once."""
     command = [sys.executable, "-m", "training", "--processes", "2", "vae", "--out", str(tmp_path), "--scale", "toy"]

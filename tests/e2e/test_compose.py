@@ -19,6 +19,8 @@ from packaging.requirements import Requirement
 from deploy.run_demo import BIN, ENVIRONMENT, ROOT
 from tests.support.patience import HANG_S
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "a fox to the left of a donut on a yellow background"
 
 

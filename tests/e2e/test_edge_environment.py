@@ -6,9 +6,13 @@ import sys
 import venv
 from pathlib import Path
 
+import pytest
+
 from edge_client.images.files import read_png
 from tests.support.patience import HANG_S
 from tests.support.tiny_bundle import write_bundle
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "diffusers", "transformers", "safetensors", "scipy", "onnx")

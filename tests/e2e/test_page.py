@@ -14,6 +14,8 @@ from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwrig
 from tests.support.patience import HANG_S
 from tests.support.web_processes import Process, running_cloud_and_gateway, running_gateway
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None and os.environ.get("HYBRIDSD_TEST_BROWSER") != "required":
     pytest.skip("there is no chromium on this machine (apt install chromium)", allow_module_level=True)

@@ -16,6 +16,8 @@ from PIL import Image
 from deploy.run_demo import BIN, DEMO, ENVIRONMENT, ROOT, running_cloud
 from tests.support.patience import HANG_S
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "a fox to the left of a donut on a yellow background"
 
 

@@ -34,6 +34,8 @@ from training.export.onnx_export import export_graph
 from training.export.quantize import quantize_unet
 from training.export.trajectories import Drawing, open_unet, record_trajectories
 
+pytestmark = pytest.mark.slow
+
 WIDTH = 16
 CAPTIONS = ("a red fox", "a blue cat", "the green donut", "a dog under the fox")
 REQUESTS: tuple[dict[str, Any], ...] = ({}, {"guidance_scale": 1.0, "negative_prompt": ""}, {"width": 96})

@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.support.wire import measure
+
+pytestmark = pytest.mark.slow
 
 KIB = 1024
 

@@ -98,6 +98,7 @@ async def everybody(url: str) -> list[bytes]:
             return await asyncio.gather(*(APIS[seed % 3](client, seed) for seed in range(NUM_CLIENTS)))
 
 
+@pytest.mark.slow
 def test_two_hundred_clients(server: GatewayServer, client: httpx.Client) -> None:
     """Each image is that of its own seed and prompt: it says so, and is like no other; some are drawn again."""
     alone = {

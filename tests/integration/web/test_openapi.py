@@ -81,6 +81,7 @@ def try_out(operation: Any, mode: GenerationMode, job_id: str | None) -> None:
     send()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of schemathesis and hypothesis about each other
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.name)
 def test_the_document_and_the_server_agree(mode: GenerationMode, server: GatewayServer, client: httpx.Client) -> None:

@@ -94,6 +94,7 @@ def drawn(client: httpx.Client, job: dict[str, Any]) -> dict[tuple[int, int], np
     return {(image["seed"], image["index"]): pixels(client.get(image["url"]).content) for image in job["images"]}
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle(start: Any, alone: Any, gate: Gate, fake: FakeCloud, tmp_path: Path) -> None:
     """What ran is begun again, what waited waits again, what was drawn is kept: all are what they would have been.
 

@@ -56,6 +56,7 @@ def test_an_empty_token_file_is_refused(tiny_folder: Path, tmp_path: Path) -> No
     assert "empty" in result.output
 
 
+@pytest.mark.slow
 async def test_a_process_serves_and_stops(tiny_folder: Path, tmp_path: Path) -> None:
     """The port is written, an image begun, and SIGTERM ends the process with 0."""
     port_file = tmp_path / "port"

@@ -28,6 +28,8 @@ from training.models.tiny_vae_layouts import read_tiny_vae
 from training.recipes.unet import SCENES_SEED
 from training.vae.kl_vae import load_vae
 
+pytestmark = pytest.mark.slow
+
 
 def test_every_stage_is_done_and_not_done_again(family: ToyFamily) -> None:
     """The second time, the command finds everything there and changes nothing."""

@@ -22,6 +22,8 @@ from training.models.shapes import sd14
 from training.pruning.depth import drop
 from training.pruning.widths import RATIOS, cut, inner_parameters, ratios_for_budget, savings_of
 
+pytestmark = pytest.mark.slow
+
 # float32 of another CPU, over 20 steps from a cold start; text and scores go through Adam's first, largest steps.
 # An AMD without AVX-512 is off by 0.053 (classifier) and 0.061 (lcm-small) from the Intel that wrote the files.
 TOLERANCE = 0.1

@@ -241,6 +241,7 @@ async def test_a_cancelled_job_frees_its_place_in_the_queue(
     assert engine.load().num_queued == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [RuntimeError("boom"), None], ids=["exception", "NaN"])
 async def test_one_jobs_failure_is_its_own(tiny_model: Model, make_engine: MakeEngine, error: Exception | None) -> None:
     """A job that makes the call raise, or its output NaN, fails and says which; the others end as they would alone."""

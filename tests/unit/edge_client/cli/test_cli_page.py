@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support.patience import HANG_S
 
 ROOT = Path(__file__).resolve().parents[4]
 
 
+@pytest.mark.slow
 def test_page_is_up_to_date() -> None:
     """The committed page is what the generator makes, whatever the width of the terminal."""
     command = [sys.executable, str(ROOT / "docs" / "generate_cli.py"), "--check"]

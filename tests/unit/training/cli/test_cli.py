@@ -25,6 +25,7 @@ def test_dry_run_shows_the_recipe_and_writes_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -64,6 +65,7 @@ def test_help_does_not_wait_for_torch() -> None:
     assert not [name for name in ("torch", "diffusers", "transformers", "matplotlib") if f"'{name}'" in done.stdout]
 
 
+@pytest.mark.slow
 def test_costs_are_the_published_ones() -> None:
     """In the reference's convention, also as JSON."""
     rows = json.loads(run("cost", "--as", "json", "--splits", "25,10").output)
@@ -77,6 +79,7 @@ def test_costs_are_the_published_ones() -> None:
     assert splits[10]["cloud_macs"] < splits[25]["cloud_macs"]
 
 
+@pytest.mark.slow
 def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path: Path) -> None:
     """SIGTERM lets the step in hand finish; the exit code says so, and the same command goes on."""
     command = [sys.executable, "-m", "training", "vae", "--out", str(tmp_path), "--scale", "toy", "--steps", "100000"]
@@ -96,6 +99,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path: Path) -> None:
     assert (checkpoint / "learnt.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_two_processes_make_one_run(tmp_path: Path) -> None:
     """--processes starts them; they leave one checkpoint of the whole and say things once."""
     command = [sys.executable, "-m", "training", "--processes", "2", "vae", "--out", str(tmp_path), "--scale", "toy"]

@@ -410,6 +410,7 @@ Path(f"{{sys.argv[1]}}/../said-{{run.rank}}").write_text(said)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_learn_together(tmp_path: Path) -> None:
     """Two processes share each batch, end with the same weights and leave one checkpoint."""
     script = tmp_path / "split.py"

@@ -88,6 +88,7 @@ def demo_inputs(unet: UNet2DConditionModel) -> dict[str, Any]:
     return unet_inputs(unet.config, batch=1, height=16, width=16, tokens=8)
 
 
+@pytest.mark.slow
 def test_sd14_costs_what_is_known(step: dict[str, Cost]) -> None:
     """Parameters are exact; half of the published FLOPs of a step, 677.8 G, holds 0.1% that are not MACs."""
     assert step["SD 1.4"].parameters == 859_520_964
@@ -146,6 +147,7 @@ def test_counting_needs_no_weights_and_leaves_the_model_alone(demo: UNet2DCondit
     assert costs(copy.to(torch.bfloat16), halved) == counted
 
 
+@pytest.mark.slow
 def test_layers_are_all_of_a_model() -> None:
     """The costs of the layers sum up to that of the whole: SDXL's U-Net, both decoders, the text encoder."""
     unet = shapes.sdxl()
@@ -218,6 +220,7 @@ def test_a_call_without_guidance_is_half_in_ours_and_the_same_in_the_reference(d
     assert twice > reference
 
 
+@pytest.mark.slow
 def test_the_cloud_is_relieved_of_two_thirds_with_latent_consistency_models(
     unets: dict[str, UNet2DConditionModel],
 ) -> None:
@@ -238,6 +241,7 @@ def test_the_cloud_is_relieved_of_two_thirds_with_latent_consistency_models(
     assert row.edge_parameters == 225_794_567
 
 
+@pytest.mark.slow
 def test_splits_share_the_work_between_cloud_and_edge(demo: UNet2DConditionModel) -> None:
     """Every step is run at one place, the edge decodes, and the text encoder runs once where the steps begin."""
     small, decoder, text_encoder = drop(demo), shapes.tiny_vae().decoder, shapes.text_encoder()

@@ -38,6 +38,7 @@ def trained() -> UNet2DConditionModel:
     return unet
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pruned", [False, True])
 def test_only_the_adapter_learns(pruned: bool) -> None:
     """The loss falls and the U-Net under the adapter stays as it was, also one pruned to widths of its own."""

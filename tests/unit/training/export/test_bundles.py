@@ -29,6 +29,8 @@ from training.export.onnx_export import ParityError
 from training.export.quantize import INT8_TOLERANCE
 from training.models.plan_table import compile_plans
 
+pytestmark = pytest.mark.slow
+
 PARITY = 2e-5
 """Two implementations of the same float32 arithmetic, outputs of order 1: a few hundred roundings."""
 SCHEDULER = {

@@ -17,6 +17,8 @@ from training.core.folders import written_whole
 from training.export.family import export_family
 from training.models.pruned_unet import load_unet, save_unet
 
+pytestmark = pytest.mark.slow
+
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 QUALITY = QualityPoint(cloud_steps=8, num_inference_steps=25, metric="semantic_accuracy", value=0.9)
 

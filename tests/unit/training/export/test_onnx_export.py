@@ -43,6 +43,7 @@ def arrays(feed: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:  # type: ign
     return {name: value.numpy() for name, value in feed.items()}
 
 
+@pytest.mark.slow
 def test_fused_guidance_is_the_two_row_formula(tmp_path: Path) -> None:
     """One call of the fused graph of an SDXL U-Net gives u + g (c - u), with a guidance of its own for each row."""
     unet = tiny_unet(
@@ -73,6 +74,7 @@ def test_fused_guidance_is_the_two_row_formula(tmp_path: Path) -> None:
     assert torch.allclose(torch.from_numpy(guided), unconditional + scale * (conditional - unconditional), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_lcm_graph_embeds_the_guidance(tmp_path: Path) -> None:
     """A U-Net of time_cond_proj_dim gets the sines and cosines of 1000 (g - 1); float16 arithmetic is close."""
     unet = tiny_unet(time_cond_proj_dim=16)
@@ -173,6 +175,7 @@ class _Scale(torch.nn.Module):
         return 2 * sample if torch.compiler.is_compiling() else 2.1 * sample
 
 
+@pytest.mark.slow
 def test_a_file_that_computes_something_else_is_refused(tmp_path: Path) -> None:
     """An error above the tolerance raises and names the role; a larger tolerance accepts it."""
     graph = Graph(

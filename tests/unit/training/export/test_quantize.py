@@ -66,6 +66,7 @@ class _Feeds(CalibrationDataReader):  # type: ignore[misc]
         return None if feed is None else dict(feed)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_trained_unet_loses_less_than_when_all_of_it_is_quantized(exact: Path, plan: Plan, tmp_path: Path) -> None:
     """With the sensitive layers in float the error is well below that of 8 bits throughout, at a third of the size."""

@@ -59,6 +59,7 @@ def checker() -> StableDiffusionSafetyChecker:
     return make_checker()
 
 
+@pytest.mark.slow
 def test_flags_are_those_of_diffusers(checker: StableDiffusionSafetyChecker, tmp_path: Path) -> None:
     """On images of which some are flagged, some are not, and some only by the special care for a neighbour."""
     parity = export_graph(safety_graph(checker), tmp_path / "safety_checker.onnx", precision="fp32")

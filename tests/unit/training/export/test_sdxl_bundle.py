@@ -24,6 +24,8 @@ from training.export.sdxl_bundle import SecondText, TextXL, check_text, time_ids
 from training.models.components import load_text
 from training.models.pruned_unet import load_unet
 
+pytestmark = pytest.mark.slow
+
 LENGTH = CONTEXT_LENGTH
 FEATURES = EMBED_DIM + EMBED_DIM_2
 DEFAULTS = Defaults(scheduler="lcm", num_inference_steps=4, guidance_scale=6.0, width=64, height=64, cloud_steps=2)

@@ -50,6 +50,7 @@ def unets() -> dict[str, UNet2DConditionModel]:
     return {name: shapes.unet(name) for name in shapes.UNETS}
 
 
+@pytest.mark.slow
 def test_parameters_are_as_many_as_published(unets: dict[str, UNet2DConditionModel]) -> None:
     """To the last one, for every family, and none takes memory."""
     assert {name: count(unet) for name, unet in unets.items()} == PUBLISHED

@@ -89,6 +89,7 @@ def test_every_variant_sees_the_same_noise(unet: UNet2DConditionModel) -> None:
     assert sampler.draws == [0] * (1 + len(layers(unet)))
 
 
+@pytest.mark.slow
 def test_compat_ranks_noise(unet: UNet2DConditionModel) -> None:
     """Every variant has other noise, so that what changes nothing scores as well, a phantom among them."""
     sampler = Sampler()
@@ -123,6 +124,7 @@ def test_scoring_goes_on_where_it_stopped(
     assert not sampler.draws
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compat", [False, True])
 def test_workers_share_the_scores(unet: UNet2DConditionModel, scores: Mapping[Key, float], compat: bool) -> None:
     """Together they give what one gives alone, and none gives what another does."""

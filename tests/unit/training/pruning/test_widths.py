@@ -242,6 +242,7 @@ def test_sdxl_is_cut_as_well() -> None:
     assert count(small) == count(unet) - sum(savings[key] for key in ratios.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SD", "SDXL"])
 def test_savings_of_macs_add_up(name: str) -> None:
     """What all cuts save together is the difference of what is counted before and after."""

@@ -250,6 +250,7 @@ print("loaded", vae.config.decoder_block_out_channels)
 """
 
 
+@pytest.mark.slow
 def test_a_stranger_loads_it(tmp_path: Path) -> None:
     """Stock diffusers, without our package, loads the folder, draws the same, and can save it on."""
     from safetensors.torch import save_file

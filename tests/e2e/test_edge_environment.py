@@ -21,7 +21,7 @@ HEAVY = ("torch", "diffusers", "transformers", "safetensors", "scipy", "onnx")
 def test_edge_installs_and_runs_without_torch(tmp_path: Path) -> None:
     """`pip install .[edge]` brings no torch, and what it installs draws an image and finds itself healthy."""
     home = tmp_path / "venv"
-    venv.create(home, with_pip=True)
+    venv.create(home)  # this environment's pip installs into it: half a minute less
     python, program = str(home / "bin" / "python"), str(home / "bin" / "hybridsd")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HYBRIDSD_", "PYTHON"))}
     environment |= {
@@ -38,7 +38,19 @@ def test_edge_installs_and_runs_without_torch(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
         return done.stdout
 
-    run(python, "-m", "pip", "install", "--quiet", "-c", str(ROOT / "constraints.txt"), f"{ROOT}[edge]")
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--quiet",
+        "--no-compile",
+        "-c",
+        str(ROOT / "constraints.txt"),
+        f"{ROOT}[edge]",
+    )
     found = run(python, "-c", f"import importlib.util as u; print([n for n in {HEAVY} if u.find_spec(n)])")
     run(program, "doctor", "--offline", "--bundle", "edge")
     run(program, "generate", "a red fox", "--mode", "edge", "--bundle", "edge", "--seed", "1", "-o", "there.png")

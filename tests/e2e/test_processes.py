@@ -18,15 +18,22 @@ from tests.support.patience import HANG_S
 
 pytestmark = pytest.mark.slow
 
+CLOUD = ("--model", f"demo={DEMO / 'large'}", "--dtype", "fp32", "--threads", "1")
+"""In float32 and with one thread, so that runs can be compared."""
 PROMPT = "a fox to the left of a donut on a yellow background"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A cloud with the demo model, in float32 so that runs can be compared."""
-    log = tmp_path_factory.mktemp("cloud") / "cloud.log"
-    with running_cloud(["--model", f"demo={DEMO / 'large'}", "--dtype", "fp32", "--threads", "2"], log) as (address, _):
-        yield address
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A cloud with the demo model: its address and its process."""
+    with running_cloud(CLOUD, tmp_path_factory.mktemp("cloud") / "cloud.log") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def server(process: tuple[str, subprocess.Popen[bytes]]) -> str:
+    """Its address."""
+    return process[0]
 
 
 def hybridsd(*words: object, cache: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -82,12 +89,11 @@ def test_same_seed_is_the_same_picture_in_every_mode_that_runs_the_same_models(s
     assert np.abs(pixels(tmp_path / "first.png") - pixels(tmp_path / "cloud.png")).max() > 8
 
 
-def test_killed_cloud_is_taken_over_and_the_picture_is_the_deliberate_split(tmp_path: Path) -> None:
+def test_killed_cloud_is_taken_over_and_the_picture_is_the_deliberate_split(server: str, tmp_path: Path) -> None:
     """A cloud that is killed in mid-image leaves the image that a split at that step makes."""
-    cache, words = tmp_path / "cache", (PROMPT, "--seed", "5", "--codec", "fp32", "--steps", "60")
-    options = ["--model", f"demo={DEMO / 'large'}", "--dtype", "fp32", "--threads", "1"]
-    with running_cloud(options, tmp_path / "first.log") as (address, process):
-        command = [str(BIN / "hybridsd"), "generate", *words, "--cloud-steps", "50", "--server", address, "--jsonl"]
+    cache, words = tmp_path / "cache", (PROMPT, "--seed", "5", "--codec", "fp32", "--steps", "40")
+    with running_cloud(CLOUD, tmp_path / "cloud.log") as (address, process):
+        command = [str(BIN / "hybridsd"), "generate", *words, "--cloud-steps", "30", "--server", address, "--jsonl"]
         command += ["--bundle", str(DEMO / "edge"), "--output", str(tmp_path / "killed.png"), "--mode", "hybrid"]
         environment = {**ENVIRONMENT, "HYBRIDSD_EDGE_CACHE": str(cache)}
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as edge:
@@ -101,14 +107,13 @@ def test_killed_cloud_is_taken_over_and_the_picture_is_the_deliberate_split(tmp_
     fallback = next(event for event in events if event["event"] == "fallback")
     result = events[-1]
 
-    assert fallback["planned"] == 50
-    assert 3 <= fallback["actual"] < 50
+    assert fallback["planned"] == 30
+    assert 3 <= fallback["actual"] < 30
     assert result["event"] == "finished"
-    assert result["handoff"] == {"planned": 50, "actual": fallback["actual"], "reason": "UNAVAILABLE"}
+    assert result["handoff"] == {"planned": 30, "actual": fallback["actual"], "reason": "UNAVAILABLE"}
 
-    with running_cloud(options, tmp_path / "second.log") as (address, _):
-        split = ("--cloud-steps", fallback["actual"], "--server", address, "--mode", "hybrid")
-        deliberate = generate(*words, *split, "-o", tmp_path / "split.png", cache=cache)
+    split = ("--cloud-steps", fallback["actual"], "--server", server, "--mode", "hybrid")
+    deliberate = generate(*words, *split, "-o", tmp_path / "split.png", cache=cache)
     assert deliberate["handoff"] == {"planned": fallback["actual"], "actual": fallback["actual"], "reason": None}
     np.testing.assert_array_equal(pixels(tmp_path / "killed.png"), pixels(tmp_path / "split.png"))
 
@@ -143,9 +148,8 @@ def test_check_describes_the_demo_model() -> None:
     assert "cpu" in result.stdout or "cuda" in result.stdout
 
 
-def test_sigterm_ends_the_cloud_in_order(tmp_path: Path) -> None:
-    """SIGTERM stops an idle cloud with exit status 0."""
-    with running_cloud(["--model", f"demo={DEMO / 'large'}"], tmp_path / "cloud.log") as (_, process):
-        process.terminate()
+def test_sigterm_ends_the_cloud_in_order(process: tuple[str, subprocess.Popen[bytes]]) -> None:
+    """SIGTERM stops an idle cloud with exit status 0. The last test that uses it."""
+    process[1].terminate()
 
-        assert process.wait(timeout=HANG_S) == 0
+    assert process[1].wait(timeout=HANG_S) == 0

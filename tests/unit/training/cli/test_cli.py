@@ -102,11 +102,24 @@ def test_a_signal_ends_a_run_with_a_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_make_one_run(tmp_path: Path) -> None:
     """--processes starts them; they leave one checkpoint of the whole and say things once."""
-    command = [sys.executable, "-m", "training", "--processes", "2", "vae", "--out", str(tmp_path), "--scale", "toy"]
+    command = [
+        sys.executable,
+        "-m",
+        "training",
+        "--processes",
+        "2",
+        "vae",
+        "--out",
+        str(tmp_path),
+        "--scale",
+        "toy",
+        "--steps",
+        "4",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, check=False)
-    state = json.loads((tmp_path / "vae" / "checkpoint-00000030" / "state.json").read_text())
+    state = json.loads((tmp_path / "vae" / "checkpoint-00000004" / "state.json").read_text())
 
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("2 process(es)") == 1
-    assert state["step"] == 30
+    assert state["step"] == 4
     assert (tmp_path / "vae" / "config.json").is_file()

@@ -174,7 +174,7 @@ def test_bench() -> None:
     printed = run([sys.executable, "-m", "tests.benchmarks.bench", "--smoke"], ROOT)
 
     for words in ("machine: ", "engine throughput", "first step of the 8th job", "hybrid over gRPC", "edge step",
-                  "fp16   known", "image PSNR", "low memory mode"):  # fmt: skip
+                  "int8   known", "image PSNR", "low memory mode"):  # fmt: skip
         assert words in printed
 
 

@@ -22,7 +22,7 @@ demo: $(INSTALLED)  ## start a cloud and an edge on this machine, make an image,
 test: lint  ## everything that needs no GPU and no real weights; ends with pytest's own closing line
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-quick: lint  ## lint and every test that takes under 5 s: 90 seconds on 2 cores
+test-quick: lint  ## lint and every test that is not marked slow: for every save
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 lint: $(INSTALLED)  ## style, types, who may import whom, generated files

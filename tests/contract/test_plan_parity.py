@@ -15,6 +15,8 @@ from hybridsd.plan import Plan, denoise, from_json, initial_state, to_json
 from hybridsd.plan_compiler import compile_plan
 from hybridsd.schedulers import SCHEDULERS, find
 
+pytestmark = pytest.mark.slow
+
 SD1: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,

@@ -22,6 +22,8 @@ from edge_client.cloud.client import Cloud
 from edge_client.inference.models import Models
 from tests.integration.web.conftest import GatewayServer, ask, finish, picture, serving
 
+pytestmark = pytest.mark.slow
+
 MAX_EXAMPLES = 5
 """Of each operation and kind of data."""
 NOT_CHECKED = [

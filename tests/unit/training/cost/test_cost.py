@@ -30,6 +30,8 @@ from training.cost.cost_report import (
 from training.models import shapes
 from training.pruning.depth import drop, source_of, sources
 
+pytestmark = pytest.mark.slow
+
 STEPS = 25
 
 

@@ -25,6 +25,8 @@ from training.data.records import DataError
 from training.data.shards import MetadataFilter, find_shards
 from training.data.transforms import Framing, Unusable
 
+pytestmark = pytest.mark.slow
+
 RESOLUTION = 16
 COUNT = 23  # records of a healthy set; a prime, so that no batch size divides it
 KINDS = ("imagefolder", "text beside", "saved", "parquet", "webdataset", "csv")

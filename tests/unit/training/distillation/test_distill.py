@@ -13,6 +13,8 @@ from diffusers import UNet2DConditionModel
 from tests.support.tiny_unets import batch, learn, losses_elsewhere, schedule, tiny_unet, words
 from training.distillation.distill import DistillTask, captured
 
+pytestmark = pytest.mark.slow
+
 DEEP_TO_SHALLOW = (
     ("down_blocks.0", "down_blocks.0"),
     ("down_blocks.1.attentions.1.proj_out", "down_blocks.1.attentions.0.proj_out"),

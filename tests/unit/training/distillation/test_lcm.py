@@ -21,6 +21,8 @@ from training.distillation.lcm import (
     with_guidance_embedding,
 )
 
+pytestmark = pytest.mark.slow
+
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 

@@ -15,6 +15,8 @@ from tests.support.tiny_unets import batch, cut_resnet, learn, losses_elsewhere,
 from training.distillation.lcm import ConsistencySolver
 from training.distillation.lora import LCMLoRATask, add_lora, fuse, fuse_files, load_lora, without_lora
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-5}  # a fused weight is rounded once more
 
 

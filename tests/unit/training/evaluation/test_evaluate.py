@@ -15,6 +15,8 @@ from training.evaluation import evaluate, judging, quality
 from training.evaluation.classifier import Classifier
 from training.evaluation.metrics import frechet_distance
 
+pytestmark = pytest.mark.slow
+
 WIDTH = 6
 SETTING = judging.Setting(scheduler="dpmpp_2m", steps=2, splits=(2, 1, 0), guidance=2.0)
 LCM_SETTING = judging.Setting(scheduler="lcm", steps=2, splits=(2, 1, 0), guidance=2.0, large="lcm", small="lcm_small")

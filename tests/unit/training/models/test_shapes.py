@@ -11,6 +11,8 @@ from training.export.graphs import unet_graph
 from training.models import shapes
 from training.models.pruned_unet import build, layers
 
+pytestmark = pytest.mark.slow
+
 PUBLISHED = {
     "sd14": 859_520_964,
     "sd21": 865_910_724,

@@ -17,6 +17,8 @@ from training.distillation.distill import captured
 from training.models import shapes
 from training.pruning.depth import drop, feature_map, source_of, sources
 
+pytestmark = pytest.mark.slow
+
 DOWN = "CrossAttnDownBlock2D"
 UP = "CrossAttnUpBlock2D"
 

@@ -31,6 +31,8 @@ from training.pruning.widths import (
     savings_of,
 )
 
+pytestmark = pytest.mark.slow
+
 DOWN, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 ATTENTION = "down_blocks.1.attentions.0.transformer_blocks.0"
 

@@ -19,6 +19,8 @@ from training.vae.perceptual import LaplacianLoss
 from training.vae.reconstruction import DecoderLoss, Lessons, Turns
 from training.vae.tiny_vae import TinyVAETask, build_tiny_vae
 
+pytestmark = pytest.mark.slow
+
 GAN_TERMS = {"l1", "mse", "gradient", "perceptual", "adversarial"}
 
 

@@ -4,21 +4,24 @@ Every command is run, or parsed by the program that it names, or listed here wit
 these fails.
 """
 
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, chdir
 from pathlib import Path
-from typing import Any
 
 import click
 import pytest
+from PIL import Image
 
-from deploy.run_demo import running_cloud
+from deploy.run_demo import BIN
 from tests.support.patience import HANG_S
+from tests.support.web_processes import Process
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -26,39 +29,45 @@ PAGES = [
     *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in ("cli.md", "training-cli.md")),
 ]
 
-TARGETS = {
-    "demo": "tests/e2e/test_processes.py::test_demo_command",
+MADE = {
+    "demo": ((), "image: "),
+    "bench": (("BENCH=--smoke",), "low memory mode"),
+    "bench-full": (("BENCH=--smoke",), "| **all** |"),
+    "format": ((), "unchanged"),
+    "protos": ((), ""),
+    "docs": ((), ""),
+    "golden": ((), ""),
+    "clean": ((), ""),
+}
+"""Make targets that are run in a copy of this checkout: what makes them small, and something that they print."""
+NOT_MADE = {
     "test": "what runs this test",
     "test-quick": "the same tests, without the slow ones",
     "lint": "a part of make test",
-    "format": "the fixing half of lint's ruff commands",
-    "protos": "lint runs it with --check",
-    "docs": "lint runs it with --check",
-    "golden": "tests/contract/test_golden.py makes the same values",
     "screenshots": "needs chromium and eyes; tests/e2e/test_page.py drives the same page",
-    "bench": "test_bench below",
-    "bench-full": "test_bench_full below",
-    "clean": "removes what make made",
 }
-"""Each make target, and what runs the same commands, or why nothing does."""
-
 NOT_RUN = {
     r"git clone ": "needs the network",
-    r"make ": "see TARGETS",
+    r"make ": "see MADE and NOT_MADE",
     r"source \.venv/bin/activate": "this test runs in it",
     r"docker compose ": "needs an engine; tests/e2e/test_compose.py runs the same commands as processes",
     r"pip install ": "needs the network; make test has done it",
-    r"curl ": "tests/integration/web sends the same requests",
+    r"curl ": "test_curl below",
     r"SD=": "an assignment",
 }
 
 
-def commands(page: Path) -> Iterator[str]:
-    """Yields the commands of a page's code blocks: lines, joined where a backslash ends them, without comments."""
+def blocks(page: Path, *languages: str) -> Iterator[str]:
+    """Yields the code blocks of a page in these languages."""
     text = page.read_text(encoding="utf-8")
     for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
-        if language not in ("", "sh", "bash"):
-            continue
+        if language in languages:
+            yield block
+
+
+def commands(page: Path) -> Iterator[str]:
+    """Yields the commands of a page's code blocks: lines, joined where a backslash ends them, without comments."""
+    for block in blocks(page, "", "sh", "bash"):
         for line in block.replace("\\\n", " ").splitlines():
             words = re.sub(r"(^|\s+)#.*$", "", line).strip().removesuffix("&").strip()
             if words and not re.match(r"[\w./]+/\s{2,}", words):  # a line of a file tree
@@ -128,13 +137,10 @@ def test_there_are_commands() -> None:
 
 
 def test_every_make_target_is_accounted_for() -> None:
-    """Each has something that runs the same, or a reason."""
+    """Each is run below, or has a reason not to be."""
     targets = re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
 
-    assert sorted(targets) == sorted(TARGETS)
-    for runner in TARGETS.values():
-        file, colons, test = runner.partition("::")
-        assert not colons or f"def {test}(" in (ROOT / file).read_text(encoding="utf-8")
+    assert sorted(targets) == sorted([*MADE, *NOT_MADE])
 
 
 def test_the_map_of_the_house_is_true() -> None:
@@ -158,24 +164,45 @@ def test_the_map_of_the_house_is_true() -> None:
     assert named > 30
 
 
-def run(command: list[str], folder: Path, **environment: str) -> str:
+def run(command: Sequence[str | Path], folder: Path, **environment: str) -> str:
     """Runs a program to its end; returns what it printed."""
     done = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, timeout=HANG_S, check=False,
         env={**os.environ, "HYBRIDSD_TRACEBACK": "1", **environment},
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
     return done.stdout
 
 
-@pytest.mark.slow
-def test_bench() -> None:
-    """`make bench` at its smallest prints every line it promises, and the machine."""
-    printed = run([sys.executable, "-m", "tests.benchmarks.bench", "--smoke"], ROOT)
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of this checkout, for commands that write; the models are a link."""
+    copy = tmp_path_factory.mktemp("copy") / "hybrid-sd"
+    unwanted = (".git", ".venv", ".cache", ".*_cache", "__pycache__", "*.egg-info", "out", "runs")
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*unwanted, "demo"))
+    (copy / "deploy" / "demo").symlink_to(ROOT / "deploy" / "demo")
+    return copy
 
-    for words in ("machine: ", "engine throughput", "first step of the 8th job", "hybrid over gRPC", "edge step",
-                  "int8   known", "image PSNR", "low memory mode"):  # fmt: skip
-        assert words in printed
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", MADE)
+def test_make(checkout: Path, target: str) -> None:
+    """Each target does its work; what it writes again is what is there, bit for bit."""
+
+    def sources() -> dict[Path, bytes]:
+        paths = [path for path in checkout.rglob("*.*") if path.suffix in (".py", ".md", ".json", ".pyi", ".toml")]
+        return {path: path.read_bytes() for path in paths if checkout / "out" not in path.parents}
+
+    words, said = MADE[target]
+    environment = {"PYTHONPATH": f"{checkout}:{checkout / 'protos'}", "XDG_CACHE_HOME": str(checkout / "out")}
+    before = sources()
+    printed = run(["make", f"BIN={BIN}", "INSTALLED=", target, *words], checkout, **environment)
+
+    assert said in printed
+    assert "bench" not in target or "machine: " in printed
+    if target != "golden":  # its floats are this machine's; tests/contract/test_golden.py has tolerances
+        after = sources()
+        assert [path for path in before if before[path] != after.get(path)] == []
 
 
 @pytest.mark.slow
@@ -183,31 +210,61 @@ def test_bench_of_skipped_calls() -> None:
     """The table of docs/modes.md, for one caption."""
     printed = run([sys.executable, "-m", "tests.benchmarks.bench_skipping", "--smoke"], ROOT)
 
+    assert printed.startswith("machine: ")
     assert "PSNR" in printed
 
 
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """The README's cloud and gateway, on free ports: the address of the one, the URL of the other."""
+    folder = tmp_path_factory.mktemp("served")
+    lines = [tuple(shlex.split(line)) for line in commands(ROOT / "README.md")]
+    with ExitStack() as stack:
+        stack.enter_context(chdir(ROOT))
+        cloud = Process(next(line for line in lines if line[:2] == ("hybridsd-cloud", "serve")), folder)
+        stack.callback(cloud.end)
+        cloud.start()
+        address = f"127.0.0.1:{cloud.port}"
+        words = next(line for line in lines if line[:2] == ("hybridsd", "serve"))
+        gateway = Process((*words, "--server", address, "--data-dir", str(folder / "data")), folder)
+        stack.callback(gateway.end)
+        gateway.start()
+        yield address, f"http://127.0.0.1:{gateway.port}"
+
+
 @pytest.mark.slow
-def test_bench_full() -> None:
-    """`make bench-full` at its smallest, on the demo family: its table has both sides."""
-    printed = run([sys.executable, "-m", "tests.benchmarks.bench_full", "--smoke"], ROOT)
-
-    assert "diffusers" in printed
-    assert "| **all** |" in printed
-
-
-@pytest.mark.slow
-def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
-    """Cloud, images, doctor: as they stand there, but on a free port."""
+def test_the_commands_of_the_readme_run(served: tuple[str, str], tmp_path: Path) -> None:
+    """Images and doctor, as they stand there, but for the port of the cloud."""
     lines = [words for words in map(shlex.split, commands(ROOT / "README.md")) if words[0] == "hybridsd"]
-    folder = Path(sys.executable).parent
-    with running_cloud(["--model", ROOT / "deploy/demo/large"], tmp_path / "cloud.log") as (address, _):
-        environment: dict[str, Any] = {"HYBRIDSD_EDGE_SERVER": address, "XDG_CACHE_HOME": str(tmp_path / "cache")}
-        for words in lines:
-            if words[1] == "serve":
-                continue  # tests/e2e/test_compose.py starts it
-            run([str(folder / words[0]), *words[1:]], tmp_path, **environment)
-            if not (tmp_path / "out").is_dir() and (drawn := sorted(tmp_path.glob("*.png"))):
-                (tmp_path / "out").mkdir()  # as make demo leaves it
-                shutil.copy(drawn[0], tmp_path / "out" / "demo.png")
+    environment = {"HYBRIDSD_EDGE_SERVER": served[0], "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    (tmp_path / "out").mkdir()
+    Image.new("RGB", (128, 128), "red").save(tmp_path / "out" / "demo.png")  # as make demo leaves one
+    for program, command, *words in lines:
+        if command != "serve":
+            run([BIN / program, command, *words], tmp_path, **environment)
 
-    assert len(list(tmp_path.glob("*.png"))) == 4
+    assert len(list(tmp_path.glob("*.png"))) == sum(words[1] == "generate" for words in lines) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl on this machine")
+def test_curl(served: tuple[str, str], tmp_path: Path) -> None:
+    """A job by hand, line by line: asked for, watched, cancelled when it is too late, its image fetched."""
+    printed, job = [], ""
+    for command in (command for page, command in COMMANDS if command.startswith("curl ")):
+        words = shlex.split(command.replace("http://127.0.0.1:8080", served[1]).replace("/ID/", f"/{job}/"))
+        printed.append(run(words, tmp_path))
+        job = job or json.loads(printed[0])["id"]
+
+    assert "event: completed" in printed[1]
+    with Image.open(tmp_path / "fox.png") as image:
+        assert image.size == (128, 128)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if list(blocks(page, "python"))], ids=lambda page: page.name)
+def test_python_of_the_pages(served: tuple[str, str], tmp_path: Path, page: Path) -> None:
+    """Code blocks in Python run as they stand there, but for the port of the gateway."""
+    Image.new("RGB", (128, 128), "red").save(tmp_path / "fox.png")
+    for block in blocks(page, "python"):
+        run([sys.executable, "-c", f"import openai\n{block}".replace("http://127.0.0.1:8080", served[1])], tmp_path)

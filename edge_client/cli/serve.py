@@ -163,6 +163,7 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host.strip("[]"), port))
+        listener.listen()  # from now on the kernel keeps who comes before uvicorn is up
     except OSError as error:
         listener.close()
         what = f"cannot listen on {host}:{port}: {os.strerror(error.errno or 0)}; choose another --port"

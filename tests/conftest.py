@@ -7,11 +7,17 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:  # two workers share two cores, and the processes that they start inherit it
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-_LONG = ("unit/training/test_recipes.py", "unit/training/test_family.py", "unit/training/")
+_LONG = (
+    "e2e/test_commands.py",
+    "unit/training/test_recipes.py",
+    "unit/training/test_family.py",
+    "unit/training/",
+    "e2e/",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sorts training to the front: its networks take minutes, everything else seconds."""
+    """Sorts what starts processes or trains networks to the front: it takes minutes, everything else seconds."""
 
     def rank(item: pytest.Item) -> int:
         path = item.path.as_posix()

@@ -234,7 +234,7 @@ def one_process_s(model: Model, models: Models, request: Request, conditioning: 
 
 
 def bench_hybrid(
-    model: Model, bundle_folder: Path, cloud_options: list[str], *, steps: int, k: int, repeats: int
+    model: Model, bundle_folder: Path, cloud_options: list[str], *, steps: int, k: int, repeats: int, settle_s: float
 ) -> None:
     """Prints hybrid over gRPC against one process, and what an edge step takes."""
     bundle = Bundle(bundle_folder, read_manifest(bundle_folder))
@@ -247,7 +247,7 @@ def bench_hybrid(
         cloud = Cloud(address, cache=Cache(Path(name) / "cache"))
         wire, local, edge_step_s, conditioning = [], [], [], None
         for repeat in range(repeats + 1):
-            time.sleep(SETTLE_S)
+            time.sleep(settle_s)
             begin = time.perf_counter()
             for event in generate(
                 resolve(replace(request, request_id=f"bench{repeat}"), bundle.manifest), bundle, models, cloud
@@ -262,7 +262,7 @@ def bench_hybrid(
             conditioning = conditioning or result.conditioning
             assert conditioning is not None
             assert result.actual_cloud_steps == k
-            time.sleep(SETTLE_S)
+            time.sleep(settle_s)
             alone = one_process_s(model, models, request, conditioning)
             if repeat:  # the first warms both up
                 wire.append(elapsed)
@@ -385,6 +385,7 @@ def main() -> None:
     family, steps, k, calls, repeats, pairs, images = options.family, 25, 8, 12, options.repeats, 3, 8
     if options.smoke:
         steps, k, calls, repeats, pairs, images = 4, 1, 2, 1, 1, 1  # the bundle has plans of 4 steps
+    settle_s = 0.0 if options.smoke else SETTLE_S
     with tempfile.TemporaryDirectory() as folder:
         if options.full:
             from tests.support.full_size import write_full_size
@@ -404,7 +405,7 @@ def main() -> None:
             bench_engine(family / "large", options.dtype, repeats=repeats, num_calls=calls, num_pairs=pairs)
         if "hybrid" in wanted:
             cloud = ["--model", f"bench={family / 'large'}", "--dtype", options.dtype]
-            bench_hybrid(model, family / "edge", cloud, steps=steps, k=k, repeats=repeats)
+            bench_hybrid(model, family / "edge", cloud, steps=steps, k=k, repeats=repeats, settle_s=settle_s)
         if "wire" in wanted:
             bench_wire(Path(folder), codecs=("int8",) if options.smoke else tuple(codec.ENCODINGS))
         if "codec" in wanted and not options.full:  # random weights say nothing about errors

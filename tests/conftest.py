@@ -8,12 +8,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # two workers share two cores, and the 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _LONG = (
-    "e2e/test_commands.py",
-    "unit/training/test_recipes.py",
-    "unit/training/test_family.py",
-    "unit/training/",
-    "e2e/",
-)
+    "e2e/test_commands.py", "unit/training/test_recipes.py", "unit/training/test_family.py", "unit/training/", "e2e/",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -80,6 +80,7 @@ def test_table_and_file_say_the_same(tmp_path: Path) -> None:
     assert written["levels"][0]["ratio"] == pytest.approx(0.9416, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_command_refuses_a_family_whose_large_model_does_not_lead(family: ToyFamily, tmp_path: Path) -> None:
     """It measures what the recipes wrote, and says which noise levels are behind; a gate of 0 lets all pass."""
     for name in ("vae", "text", "unet", "small_unet"):

@@ -94,6 +94,27 @@ class SavedState:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Patience:
+    """How long the edge waits for a cloud that does not get on before it goes on alone; seconds, above 0.
+
+    Messages alone are no reason to wait: a cloud that repeats itself is left like a silent one.
+    """
+
+    idle_timeout_s: float = 20.0
+    """Without any message, not even a heartbeat. Bytes of a message that is still on its way count."""
+    progress_timeout_s: float = 120.0
+    """Without a later state, for each call of the U-Net that the next one needs (`state_every`)."""
+    queue_timeout_s: float = 300.0
+    """From the request to the start of the job, in the cloud's queue."""
+    busy_timeout_s: float = 30.0
+    """For which a cloud that is full is asked again, as often as it says."""
+    reattach_timeout_s: float = 3.0
+    """For which a job whose stream broke is asked for again; anew after each state that has come since."""
+    silence_memory_s: float = 60.0
+    """For which a cloud that was silent, or did not get on, is not asked at all; then one request tries it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
     """What to draw and how. None means: as the bundle's defaults say."""
 
@@ -114,6 +135,8 @@ class Request:
     """"fp32", "fp16" or "int8": how the cloud's tensors travel."""
     deadline_s: float | None = None
     """Seconds that the cloud's part may take; then the edge takes over. None: no limit."""
+    patience: Patience | None = None
+    """How long the cloud is waited for; None: as the connection to it says."""
     fallback: bool = True
     """Whether the edge may take over when the cloud is lost, late or full."""
     private: bool = False
@@ -133,8 +156,8 @@ class Request:
     call_skipping: CallSkipping | None = None
     safety: SafetyAction = "off"
     state_every: int = 1
-    """Asks the cloud for a state after every this many steps; 0 only for that of the hand-off. Fewer save bytes on a
-    slow link, and lose more steps with it."""
+    """Asks the cloud for a state after every this many calls of the U-Net; 0 only for that of the hand-off. Fewer save
+    bytes on a slow link, and lose more calls with it."""
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 

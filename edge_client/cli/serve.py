@@ -20,7 +20,7 @@ from edge_client.cli.shared_options import (
     open_edge_models,
     server_options,
 )
-from edge_client.cloud.client import is_loopback
+from edge_client.cloud.connection import is_loopback
 from edge_client.inference.models import Models
 from edge_client.web.app import create_app
 from edge_client.web.auth import read_tokens

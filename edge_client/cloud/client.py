@@ -4,55 +4,59 @@ The only module of the edge that touches gRPC; `edge_client.cloud.conversion` kn
 """
 
 import contextlib
-import ipaddress
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-import grpc
-
 from edge_client.cache import Cache
+from edge_client.cloud.breaker import Breaker
+from edge_client.cloud.connection import Connection, Connections, is_loopback, read_ca, read_target
 from edge_client.cloud.conversion import Conversation
+from edge_client.cloud.progress import Progress
 from edge_client.cloud.status import translate
-from edge_client.cloud.stream import Inbox
+from edge_client.cloud.stream import NOTHING, Inbox
+from edge_client.cloud.traffic import bought_s, count_bytes
 from edge_client.cloud.types import (
     Capabilities,
     CloudEvent,
     CloudModel,
     CloudSegment,
+    CloudStarted,
     CloudState,
     Usage,
     Waiting,
     printable,
 )
+from edge_client.request import Patience
 from hybridsd import codec
 from hybridsd.durations import to_seconds
 from hybridsd.errors import (
-    CloudUnreachable,
     HybridSDError,
     InvalidRequest,
     Reason,
 )
 from hybridsd.manifest import BundleFile
 from hybridsd.plan import Plan
-from hybridsd.v1 import (
-    bundle_service_pb2,
-    bundle_service_pb2_grpc,
-    denoising_service_pb2_grpc,
-)
-from hybridsd.v1 import (
-    denoising_service_pb2 as pb,
-)
+from hybridsd.v1 import bundle_service_pb2
+from hybridsd.v1 import denoising_service_pb2 as pb
+
+import grpc  # isort: skip  # after `connection`, which quietens it
 
 CONNECT_TIMEOUT_S = 5.0
-IDLE_TIMEOUT_S = 20.0
-"""A stream that brings nothing for this long, not even a heartbeat, is lost."""
 PLAN_TIMEOUT_S = 30.0
 """The largest plans take seconds to compile."""
 USAGE_TIMEOUT_S = 2.0
 """How long the usage may come after the hand-off, heartbeats or not."""
+CANCEL_TIMEOUT_S = 5.0
+CLOSE_TIMEOUT_S = 1.0
+"""How long closing waits until what was cancelled is known there."""
+MODELS_AGE_S = 60.0
+"""For so long the list of the cloud's models is not asked for again."""
+LOOK_S = 1.0
+"""How often bytes are counted while a message is late."""
 
 
 class Cloud:
@@ -65,10 +69,8 @@ class Cloud:
         insecure: Allows plain text to a host that is not this one.
         cache: Where received embeddings and plans are remembered.
         connect_timeout_s: How long a connection may take.
-        idle_timeout_s: How long a stream may bring nothing.
-
-    Attributes:
-        away: Why the cloud is not to be asked any more, set by a caller that got no answer; None at first.
+        patience: How long jobs wait for it, where their request does not say.
+        idle_timeout_s: How long a stream may bring nothing, instead of what `patience` says.
 
     Raises:
         InvalidRequest: If the target is not host:port, the token cannot be sent or the certificate not be read.
@@ -83,38 +85,44 @@ class Cloud:
         insecure: bool = False,
         cache: Cache,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
-        idle_timeout_s: float = IDLE_TIMEOUT_S,
+        patience: Patience | None = None,
+        idle_timeout_s: float | None = None,
     ) -> None:
-        host, colon, port = target.removeprefix("dns:///").rpartition(":")
-        if not (colon and host and port.isdigit()):
-            raise Reason.FIELD_INVALID.error(
-                f"server is {target!r}; give host:port, as in 127.0.0.1:50051", field="server"
-            )
+        host, self._port = read_target(target)
         if token is not None and not (token.isascii() and token.isprintable()):
             raise Reason.FIELD_INVALID.error(
                 "the token has line breaks or characters beyond ASCII; give one line, as the server's operator did",
                 field="token",
             )
         self.target, self.cache = target, cache
-        self._connect_timeout_s, self.idle_timeout_s = connect_timeout_s, idle_timeout_s
+        self._connect_timeout_s = connect_timeout_s
+        self.patience = Patience() if patience is None else patience
+        if idle_timeout_s is not None:
+            self.patience = replace(self.patience, idle_timeout_s=idle_timeout_s)
+        self.breaker = Breaker(self.patience.silence_memory_s)
         self._token = token
-        self.away: str | None = None
+        self._away: str | None = None
+        self._models: tuple[float, tuple[CloudModel, ...]] | None = None
+        self._cancels: set[Any] = set()
+        self._cancels_lock = threading.Lock()
         options = [
             ("grpc.min_reconnect_backoff_ms", int(connect_timeout_s * 1000)),  # also how long one attempt may take
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 1000),
+            ("grpc.use_local_subchannel_pool", 1),  # else a new channel would go on with the connection of the old
         ]
         if is_loopback(host):
             options.append(("grpc.enable_http_proxy", 0))  # http_proxy is for the way to other machines
         plain = tls_ca is None and (insecure or is_loopback(host))
-        if plain:
-            self._channel = grpc.insecure_channel(target, options=options)
-        else:
-            credentials = grpc.ssl_channel_credentials(_read_ca(tls_ca))
-            self._channel = grpc.secure_channel(target, credentials, options=options)
+        authorities = read_ca(tls_ca)
+
+        def make() -> grpc.Channel:
+            if plain:
+                return grpc.insecure_channel(target, options=options)
+            return grpc.secure_channel(target, grpc.ssl_channel_credentials(authorities), options=options)
+
+        self._connections = Connections(make)
         self.encrypted = not plain
-        self.stub = denoising_service_pb2_grpc.DenoisingServiceStub(self._channel)
-        self._bundles = bundle_service_pb2_grpc.BundleServiceStub(self._channel)
 
     def __enter__(self) -> Self:
         return self
@@ -123,8 +131,23 @@ class Cloud:
         self.close()
 
     def close(self) -> None:
-        """Ends the connection and every stream on it."""
-        self._channel.close()
+        """Ends the connection and every stream on it; what was cancelled is told first, for a bounded time."""
+        until = time.monotonic() + CLOSE_TIMEOUT_S
+        with self._cancels_lock:
+            waiting = tuple(self._cancels)
+        for future in waiting:
+            _wait(future, until - time.monotonic())
+        self._connections.close()
+
+    @property
+    def away(self) -> str | None:
+        """Why the cloud is not to be asked now: a caller got no answer and said so, or it was silent of late."""
+        refusal = self.breaker.refusal()
+        return self._away if refusal is None or self._away is not None else refusal.message
+
+    @away.setter
+    def away(self, why: str | None) -> None:
+        self._away = why
 
     def metadata(self, request_id: str = "") -> tuple[tuple[str, str | bytes], ...]:
         """Returns the gRPC metadata of a call: who asks, and for what."""
@@ -136,36 +159,117 @@ class Cloud:
     def translate(self, error: Any) -> HybridSDError:
         """Returns the exception of the table for a failed call; says what to do when there is no server at all."""
         found, text = translate(error), printable(error.details() or "")
-        if isinstance(found, CloudUnreachable) and ("failed to connect" in text or "errors resolving" in text):
-            no_name = "errors resolving" in text
-            other = f"cannot be reached ({text.rpartition('last error: ')[2][:200]})"
-            what = "is unknown" if no_name else "refuses connections" if "refused" in text else other
-            hint = "" if self.encrypted else ", or give --tls-ca if it wants TLS"
-            return Reason.UNAVAILABLE.error(
-                f"{self.target} {what}; check that `hybridsd-cloud serve` runs there{hint}, or use --mode edge"
-            )
-        return found
+        return (self._no_connection(text) if found.is_bare else None) or found
 
-    def inbox(self, call: Any) -> Inbox:
-        """Returns the messages of a stream."""
-        return Inbox(call, self.target, self.translate)
+    def _no_connection(self, text: str) -> HybridSDError | None:
+        """Returns why there is no connection, where gRPC's text says that there is none."""
+        no_trust, other_name = "CERTIFICATE_VERIFY_FAILED", "does not match SSL server name"
+        if no_trust in text or other_name in text:
+            why = text.rpartition(no_trust)[2].strip(" :")[:100] if no_trust in text else "it is that of another host"
+            return Reason.UNAUTHENTICATED.error(
+                f"the certificate of {self.target} is not trusted ({why or 'it cannot be verified'}); give the file of "
+                "the authority that signed it as `tls_ca`, and the host that it names as `server`"
+            )
+        if "failed to connect" not in text and "errors resolving" not in text:
+            return None
+        hint = "" if self.encrypted else ", or give `tls_ca` if it wants TLS"
+        if "errors resolving" in text:
+            what = "is unknown"
+        elif "refused" in text:
+            what = "refuses connections"
+        elif "WRONG_VERSION_NUMBER" in text:
+            what, hint = "does not speak TLS", ", or set `insecure` to speak to it in plain text"
+        else:
+            what = f"cannot be reached ({text.rpartition('last error: ')[2][:200]})"
+        return Reason.UNAVAILABLE.error(
+            f"{self.target} {what}; check that `hybridsd-cloud serve` runs there{hint}, or set `mode` to edge"
+        )
 
     def open(self, segment: CloudSegment) -> "RemoteJob":
         """Prepares a segment; nothing is sent before its `events` are asked for."""
         return RemoteJob(self, segment)
 
-    def capabilities(self) -> Capabilities:
-        """Returns what the server can do.
+    def lend(self) -> contextlib.AbstractContextManager[Connection]:
+        """Lends the connection for a call."""
+        return self._connections.use()
+
+    def count_bytes(self) -> int | None:
+        """Returns the bytes received from the server so far; None where nobody counts them."""
+        return count_bytes(self._port)
+
+    def fell_silent(self, connection: Connection, error: HybridSDError, *, by_stream: bool) -> None:
+        """Notes that the server was silent: others go on over another connection, and not now."""
+        self._connections.replace(connection)
+        self.breaker.trip(error, by_stream=by_stream)
+
+    def failed(self, connection: Connection, error: Any, *, by_stream: bool) -> HybridSDError:
+        """Returns the exception for a failed call, and notes what it says of the server."""
+        found, text = self.translate(error), str(error.details() or "")
+        is_silent = "failed to connect" in text and ("imed out" in text or "imeout" in text or "SETTINGS" in text)
+        if not by_stream and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            is_silent, found = True, Reason.UNAVAILABLE.error(f"{self.target} does not answer")
+        if is_silent:
+            self.fell_silent(connection, found, by_stream=False)
+        elif not found.is_bare:
+            self.breaker.reset(by_stream=False)
+        return found
+
+    def cancel(self, request_id: str, *, wait_s: float = 0.0) -> None:
+        """Tells the server to stop a job; the outcome does not matter.
+
+        Args:
+            request_id: Of the job.
+            wait_s: How long to wait for the answer; `close` waits as well.
+        """
+        if self._away is not None:
+            return
+        with self.lend() as connection:
+            future = connection.denoising.CancelDenoise.future(
+                pb.CancelDenoiseRequest(request_id=request_id), timeout=CANCEL_TIMEOUT_S,
+                metadata=self.metadata(request_id),
+            )  # fmt: skip
+            with self._cancels_lock:
+                self._cancels.add(future)  # dropped, it would be cancelled before it is sent
+            future.add_done_callback(self._forget_cancel)
+            if wait_s > 0:
+                _wait(future, wait_s)
+
+    def _forget_cancel(self, future: Any) -> None:
+        with self._cancels_lock:
+            self._cancels.discard(future)
+
+    def models(self, timeout_s: float | None = None) -> tuple[CloudModel, ...]:
+        """Returns the models of the server, as it said within the last minute.
+
+        Args:
+            timeout_s: How long it may take; None: as long as connecting.
 
         Raises:
             HybridSDError: By the table of errors.
         """
-        try:
-            reply = self.stub.GetCapabilities(
-                pb.GetCapabilitiesRequest(), timeout=self._connect_timeout_s, metadata=self.metadata()
-            )
-        except grpc.RpcError as error:
-            raise self.translate(error) from error
+        now = time.monotonic()
+        if self._models is None or now - self._models[0] > MODELS_AGE_S:
+            self._models = (now, self.capabilities(timeout_s).models)
+        return self._models[1]
+
+    def capabilities(self, timeout_s: float | None = None) -> Capabilities:
+        """Returns what the server can do.
+
+        Args:
+            timeout_s: How long it may take; None: as long as connecting.
+
+        Raises:
+            HybridSDError: By the table of errors.
+        """
+        limit_s = self._connect_timeout_s if timeout_s is None else min(timeout_s, self._connect_timeout_s)
+        with self.lend() as connection:
+            try:
+                reply = connection.denoising.GetCapabilities(
+                    pb.GetCapabilitiesRequest(), timeout=limit_s, metadata=self.metadata()
+                )
+            except grpc.RpcError as error:
+                raise self.failed(connection, error, by_stream=False) from error
+        self.breaker.reset(by_stream=False)
         models = tuple(
             CloudModel(
                 id=printable(model.id),
@@ -176,6 +280,8 @@ class Cloud:
                 schedulers=tuple(map(printable, model.schedulers)),
                 guidance="embedded" if model.guidance == pb.GUIDANCE_KIND_EMBEDDED else "cfg",
                 loras=tuple(printable(lora.name) for lora in model.loras),
+                embed_shape=(model.context_length, model.embed_dim),
+                pooled_dim=model.pooled_dim,
             )
             for model in reply.models
         )
@@ -211,10 +317,11 @@ class Cloud:
         request = pb.CompilePlanRequest(model=model)
         request.scheduler.name, request.scheduler.num_inference_steps = scheduler, num_inference_steps
         request.scheduler.begin_step = begin_step
-        try:
-            reply = self.stub.CompilePlan(request, timeout=PLAN_TIMEOUT_S, metadata=self.metadata())
-        except grpc.RpcError as error:
-            raise self.translate(error) from error
+        with self.lend() as connection:
+            try:
+                reply = connection.denoising.CompilePlan(request, timeout=PLAN_TIMEOUT_S, metadata=self.metadata())
+            except grpc.RpcError as error:
+                raise self.failed(connection, error, by_stream=True) from error
         try:
             plan = codec.decode_plan(reply.plan)
         except InvalidRequest as error:
@@ -228,28 +335,28 @@ class Cloud:
             HybridSDError: By the table of errors; CloudTimeout when nothing comes for `idle_timeout_s`.
         """
         request = bundle_service_pb2.DownloadFileRequest(bundle=bundle, path=path, offset_bytes=offset_bytes)
-        with self.inbox(self._bundles.DownloadFile(request, metadata=self.metadata())) as inbox:
-            while (message := inbox.get(self.idle_timeout_s)) is not None:
+        limit_s = self.patience.idle_timeout_s
+        with (
+            self.lend() as connection,
+            Inbox(connection.bundles.DownloadFile(request, metadata=self.metadata()), self.translate) as inbox,
+        ):
+            while (message := inbox.get(limit_s)) is not None:
+                if message is NOTHING:
+                    error = self.silence(inbox.silent_s)
+                    self.fell_silent(connection, error, by_stream=False)
+                    raise error
                 yield message.chunk
 
-
-def is_loopback(host: str) -> bool:
-    """Returns whether a host name or address is this machine."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
+    def silence(self, silent_s: float) -> HybridSDError:
+        """Returns the exception for a server that has sent nothing."""
+        return Reason.DEADLINE_EXCEEDED.error(
+            f"{self.target} has sent nothing for {silent_s:.3g} s; if its --heartbeat is longer, raise `idle_timeout`"
+        )
 
 
-def _read_ca(path: Path | None) -> bytes | None:
-    if path is None:
-        return None
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise Reason.FIELD_INVALID.error(f"cannot read {path}: {error.strerror}", field="tls_ca") from error
+def _wait(future: Any, timeout_s: float) -> None:
+    with contextlib.suppress(grpc.RpcError, grpc.FutureTimeoutError, grpc.FutureCancelledError):
+        future.result(timeout=max(timeout_s, 0.0))
 
 
 class RemoteJob:
@@ -261,65 +368,142 @@ class RemoteJob:
     """
 
     def __init__(self, cloud: Cloud, segment: CloudSegment) -> None:
-        self._cloud, self._request_id = cloud, segment.request_id
+        self._cloud, self._segment = cloud, segment
+        self.patience = segment.request.patience or cloud.patience
         self._conversation = Conversation(segment, cloud.cache)
+        self._progress = Progress(self.patience)
+        self._handed_off = False
         self.received_bytes, self.answered = 0, False
 
     def events(
-        self, *, timeout_s: float | None, resume_call: int = 0, poll_interval_s: float | None = None
+        self,
+        *,
+        timeout_s: float | None,
+        resume_call: int = 0,
+        rest: CloudSegment | None = None,
+        poll_interval_s: float | None = None,
     ) -> Iterator[CloudEvent]:
         """Streams the job; called again with the same job, attaches to it.
 
         Args:
             timeout_s: Until when the job must be done, from now; None for no limit.
             resume_call: The call of the state that the caller holds; 0 for none.
+            rest: The segment from that state on, for a server that does not know the job any more.
             poll_interval_s: Yields `Waiting` when nothing has come for so long; None never does.
 
         Raises:
-            HybridSDError: By the table of errors; what the server sent wrongly is INTERNAL.
+            HybridSDError: By the table of errors; what the server sent wrongly is INTERNAL. CloudTimeout when the job
+                does not get on within the patience of the request.
         """
-        if self._cloud.away is not None:
-            raise Reason.UNAVAILABLE.error(self._cloud.away)
+        refusal = self._cloud.breaker.admit()
+        if self._cloud.away is not None and refusal is None:
+            refusal = Reason.UNAVAILABLE.error(self._cloud.away)
+        if refusal is not None:
+            raise refusal
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        if rest is not None:
+            message = self._conversation.request(resume_call=resume_call, rest=rest)
+            try:
+                yield from self._stream(message, timeout_s, poll_interval_s)
+                return
+            except InvalidRequest as error:
+                if error.reason is not Reason.REQUEST_ID_REUSED:  # it knows the job, as another request
+                    raise
+            timeout_s = None if until is None else max(until - time.monotonic(), 0.0)
         message = self._conversation.request(resume_call=resume_call)
-        call = self._cloud.stub.Denoise(message, timeout=timeout_s, metadata=self._cloud.metadata(self._request_id))
-        usage_until: float | None = None
-        with self._cloud.inbox(call) as inbox:
-            while True:
-                wait_s = self._cloud.idle_timeout_s
-                if usage_until is not None:
-                    wait_s = min(wait_s, usage_until - time.monotonic())
-                while poll_interval_s is not None and wait_s > poll_interval_s and not inbox.wait(poll_interval_s):
-                    wait_s -= poll_interval_s
-                    yield Waiting()
-                item = inbox.get(wait_s)
-                if item is None:
-                    raise Reason.UNAVAILABLE.error(f"{self._cloud.target} ended the stream too early")
-                self.received_bytes += item.ByteSize()
-                self.answered = True
-                event = self._conversation.read(item)
-                if event is not None:
-                    yield event
-                if isinstance(event, CloudState) and event.is_handoff:
-                    usage_until = time.monotonic() + USAGE_TIMEOUT_S
-                if isinstance(event, Usage):
-                    with contextlib.suppress(HybridSDError):
-                        inbox.get(0.5)  # the status: else the server takes the end for a cancellation
-                    return
+        yield from self._stream(message, timeout_s, poll_interval_s)
+
+    def _stream(
+        self, message: pb.DenoiseRequest, timeout_s: float | None, poll_interval_s: float | None
+    ) -> Iterator[CloudEvent]:
+        cloud = self._cloud
+        with cloud.lend() as connection:
+            call = connection.denoising.Denoise(
+                message, timeout=timeout_s, metadata=cloud.metadata(self._segment.request_id)
+            )
+
+            def failed(error: Any) -> HybridSDError:
+                return cloud.failed(connection, error, by_stream=True)
+
+            with Inbox(call, failed) as inbox:
+                usage_until = float("inf")
+                while True:
+                    item = yield from self._next(inbox, connection, usage_until, poll_interval_s)
+                    if item is None:
+                        raise Reason.UNAVAILABLE.error(f"{cloud.target} ended the stream too early")
+                    self.received_bytes += item.ByteSize()
+                    self.answered = True
+                    event = self._conversation.read(item)
+                    self._note(event)
+                    if event is not None:
+                        yield event
+                    if isinstance(event, CloudState) and event.is_handoff:
+                        usage_until = time.monotonic() + USAGE_TIMEOUT_S
+                    if isinstance(event, Usage):
+                        with contextlib.suppress(HybridSDError):
+                            inbox.get(0.5)  # the status: else the server takes the end for a cancellation
+                        return
+
+    def _next(
+        self, inbox: Inbox, connection: Connection, usage_until: float, poll_interval_s: float | None
+    ) -> Generator[CloudEvent, None, Any]:
+        """Returns the next message; yields `Waiting` meanwhile, and ends what does not get on."""
+        cloud, had_bytes, wait_s = self._cloud, self._cloud.count_bytes(), self._left_s(inbox)
+        polled_at = time.monotonic()
+        while True:
+            now = time.monotonic()
+            waits = [wait_s, usage_until - now]
+            if poll_interval_s is not None:
+                waits.append(polled_at + poll_interval_s - now)
+            item = inbox.get(min(waits))
+            if item is not NOTHING:
+                return item
+            now = time.monotonic()
+            if now >= usage_until:
+                raise cloud.silence(inbox.silent_s)
+            if poll_interval_s is not None and now >= polled_at + poll_interval_s:
+                polled_at = now
+                yield Waiting()
+            wait_s = self._left_s(inbox)
+            if wait_s <= 0:  # is a large message on its way?
+                largest = self._conversation.largest_message_bytes
+                wait_s = min(LOOK_S, wait_s + bought_s(had_bytes, cloud.count_bytes(), largest))
+            if wait_s <= 0:
+                error = self._out_of_patience(inbox)
+                cloud.fell_silent(connection, error, by_stream=True)
+                raise error
+
+    def _left_s(self, inbox: Inbox) -> float:
+        return min(self.patience.idle_timeout_s - inbox.silent_s, self._progress.left_s())
+
+    def _out_of_patience(self, inbox: Inbox) -> HybridSDError:
+        if self.patience.idle_timeout_s - inbox.silent_s <= self._progress.left_s():
+            return self._cloud.silence(inbox.silent_s)
+        return Reason.DEADLINE_EXCEEDED.error(f"{self._cloud.target} {self._progress.describe()}")
+
+    def _note(self, event: CloudEvent | None) -> None:
+        """Notes what an event says of how the job gets on.
+
+        Raises:
+            CloudUnreachable: If the job is said to be finished before its hand-off.
+        """
+        if isinstance(event, CloudStarted):
+            first = self._segment.first_call
+            self._progress.started(first, self._calls_to_come(event.plan, first))
+        elif isinstance(event, CloudState):
+            plan = self._conversation.plan
+            to_come = 1 if plan is None else self._calls_to_come(plan, event.call)
+            if self._progress.reached(event.call, to_come):
+                self._cloud.breaker.reset(by_stream=True)
+            self._handed_off = self._handed_off or event.is_handoff
+        elif isinstance(event, Usage) and not self._handed_off:
+            raise Reason.UNAVAILABLE.error(f"{self._cloud.target} ended the job before the hand-off")
+
+    def _calls_to_come(self, plan: Plan, call: int) -> int:
+        """Returns how many calls the next state needs."""
+        left, every = plan.first_call(self._segment.handoff_step) - call, self._segment.request.state_every
+        return left if every == 0 else min(every, left)
 
     def cancel(self, *, wait_s: float = 0.0) -> None:
-        """Asks the server to stop the job; the outcome does not matter.
-
-        Args:
-            wait_s: How long to wait for the answer; a process that is about to end must wait for it to be sent.
-        """
-        if self._cloud.away is not None:
-            return
-        request = pb.CancelDenoiseRequest(request_id=self._request_id)
-        future = self._cloud.stub.CancelDenoise.future(
-            request, timeout=5.0, metadata=self._cloud.metadata(self._request_id)
-        )
-        if wait_s > 0:
-            try:
-                future.result(timeout=wait_s)
-            except (grpc.RpcError, grpc.FutureTimeoutError, grpc.FutureCancelledError):
-                return
+        """Asks the server to stop the job; see `Cloud.cancel`."""
+        self._cloud.cancel(self._segment.request_id, wait_s=wait_s)

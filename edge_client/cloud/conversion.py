@@ -4,6 +4,7 @@ Nothing that arrives is trusted: tensors and plans are checked for size, shape, 
 else sees them.
 """
 
+import math
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -12,18 +13,25 @@ from google.protobuf.duration_pb2 import Duration
 
 from edge_client.cache import Cache
 from edge_client.cloud.types import CloudEvent, CloudSegment, CloudStarted, CloudState, Queued, Usage, printable
-from edge_client.types import Conditioning
+from edge_client.types import Conditioning, Latents
 from hybridsd import codec
 from hybridsd.durations import to_seconds
 from hybridsd.errors import InvalidRequest, Reason
 from hybridsd.limits import MAX_CHUNKS
-from hybridsd.plan import Plan
+from hybridsd.plan import MAX_ARRAYS, Plan
 from hybridsd.v1 import denoising_service_pb2 as pb
-from hybridsd.v1 import plan_pb2
+from hybridsd.v1 import plan_pb2, tensor_pb2
 
 REATTACH_GRACE_S = 5
 """How long the server keeps a job whose stream broke, so that we can attach again."""
 MAX_KNOWN_DIGESTS = 64
+MAX_MESSAGE_BYTES = 4 << 20
+"""What gRPC takes by default; the server has it as its limit."""
+_VALUE_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
+_ROW_BYTES = 256
+"""A row of a plan takes about so many; and there may be two of them for a step."""
+_PLAN_TOLERANCE = 0.05
+"""Of the squared weight of u in the first preview, by which prediction types are told apart."""
 _EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
@@ -37,8 +45,9 @@ class Conversation:
 
     def __init__(self, segment: CloudSegment, cache: Cache) -> None:
         self._segment, self._cache = segment, cache
+        self._asked = segment
         self._plan: Plan | None = segment.sent_plan
-        self._started_once = False
+        self._started_once, self._prediction_type = False, ""
         self._conditioning: Conditioning | None = None
         self._texts: dict[bytes, pb.Conditioning] = {}
         self._plans: dict[bytes, Plan] = {}
@@ -47,14 +56,47 @@ class Conversation:
                 self._plans[plan.digest()] = plan
         self._load_known()
         self._own_messages, self._own = _encode_own(segment)
-        self._message = self._build()
+        self._message = self._build(segment)
 
-    def request(self, *, resume_call: int) -> pb.DenoiseRequest:
-        """Returns the request; above 0, `resume_call` is the call of the state that the caller holds already."""
-        message = pb.DenoiseRequest()
-        message.CopyFrom(self._message)
-        message.resume_call = resume_call
-        return message
+    @property
+    def plan(self) -> Plan | None:
+        """The plan that is followed; None before the cloud said which."""
+        return self._plan
+
+    @property
+    def largest_message_bytes(self) -> int:
+        """About the size of the largest message that may come."""
+        resolved, request = self._segment.resolved, self._segment.request
+        chunks = MAX_CHUNKS if request.text_options.long_prompt == "chunk" else 1
+        embeds = 2 * (chunks * math.prod(resolved.embed_shape) + resolved.pooled_dim)
+        state = (MAX_ARRAYS + 1) * math.prod(resolved.latent_shape)
+        return _VALUE_BYTES[request.codec] * max(embeds, state) + _ROW_BYTES * self._segment.schedule.num_steps
+
+    def request(self, *, resume_call: int, rest: CloudSegment | None = None) -> pb.DenoiseRequest:
+        """Returns the request.
+
+        Args:
+            resume_call: Above 0, the call of the state that the caller holds already.
+            rest: Only this rest of the segment.
+
+        Raises:
+            InvalidRequest: SIZE_INVALID if it is larger than a message may be.
+        """
+        self._asked = self._segment if rest is None else rest
+        message = self._build(rest) if rest is not None else self._message
+        copy = pb.DenoiseRequest()
+        copy.CopyFrom(message)
+        copy.resume_call = resume_call
+        if copy.ByteSize() > MAX_MESSAGE_BYTES:
+            resolved = self._segment.resolved
+            error = Reason.SIZE_INVALID.error(
+                f"the request for {resolved.width}x{resolved.height} has {copy.ByteSize() / 2**20:.1f} MiB; a message "
+                f"may have {MAX_MESSAGE_BYTES / 2**20:g}: choose a smaller `width` and `height`, or set `mode` to edge",
+                field="width",
+            )
+            error.is_bare = True  # the server has not said so
+            raise error
+        return copy
 
     def _keys(self, text: str) -> tuple[str, ...]:
         request = self._segment.request
@@ -87,8 +129,8 @@ class Conversation:
             else:
                 cache.drop(found[0])
 
-    def _build(self) -> pb.DenoiseRequest:
-        segment, resolved, request = self._segment, self._segment.resolved, self._segment.request
+    def _build(self, segment: CloudSegment) -> pb.DenoiseRequest:
+        resolved, request = segment.resolved, segment.request
         message = pb.DenoiseRequest(
             request_id=segment.request_id,
             model=segment.stages[0].model,
@@ -100,7 +142,7 @@ class Conversation:
             height=resolved.height,
             first_step=segment.first_step,
             handoff_step=segment.handoff_step,
-            initial_state=[codec.encode_tensor(array, codec.FLOAT32) for array in segment.initial_state],
+            initial_state=[_encode_exactly(array, request.codec) for array in segment.initial_state],
             state_every=request.state_every,
             preview_every=segment.preview_every,
             encoding=codec.ENCODINGS[request.codec],
@@ -120,8 +162,8 @@ class Conversation:
             message.loras.add(name=name, weight=weight)
         mask = None if request.image_input is None else request.image_input.mask_cells
         if segment.image_latents is not None and mask is not None:
-            message.inpainting.latents.CopyFrom(codec.encode_tensor(segment.image_latents, codec.FLOAT32))
-            message.inpainting.mask.CopyFrom(codec.encode_tensor(mask, codec.FLOAT32))
+            message.inpainting.latents.CopyFrom(_encode_exactly(segment.image_latents, request.codec))
+            message.inpainting.mask.CopyFrom(_encode_exactly(mask, request.codec))
         if request.call_skipping is not None:
             message.call_skipping.warm_up_calls = request.call_skipping.warm_up_calls
             message.call_skipping.skipped_calls = request.call_skipping.skipped_calls
@@ -132,7 +174,7 @@ class Conversation:
             message.scheduler.name = segment.schedule.scheduler
             message.scheduler.num_inference_steps = segment.schedule.num_inference_steps
         if request.initial_latents is not None and not segment.initial_state:
-            message.initial_latents.CopyFrom(codec.encode_tensor(request.initial_latents, codec.FLOAT32))
+            message.initial_latents.CopyFrom(_encode_exactly(request.initial_latents, request.codec))
         return message
 
     def read(self, message: pb.DenoiseResponse) -> CloudEvent | None:
@@ -167,12 +209,14 @@ class Conversation:
     def _started(self, started: pb.Started) -> CloudStarted:
         segment, latent_space = self._segment, self._segment.resolved.latent_space
         if latent_space and started.latent_space != latent_space:
+            if self._started_once or segment.initial_state:
+                _refuse(f"latent space {started.latent_space[:64]!r} in the middle of an image of {latent_space!r}")
             raise Reason.LATENT_SPACE_MISMATCH.error(
                 f"the cloud's model {started.model[:64]!r} is of latent space {started.latent_space[:64]!r}, "
                 f"the bundle of {latent_space!r}; choose another --model or --bundle",
                 field="latent_space",
             )
-        guidance_scale = segment.stages[0].guidance_scale
+        guidance_scale = self._asked.stages[0].guidance_scale
         if not abs(started.guidance_scale - guidance_scale) <= 1e-9:  # NaN too
             _refuse(f"guidance_scale {started.guidance_scale}, not {guidance_scale}")
         if self._plan is not None and started.plan_digest != self._plan.digest():
@@ -181,6 +225,11 @@ class Conversation:
         steps = (segment.sent_plan or segment.schedule).num_inference_steps
         if plan.num_inference_steps != steps:
             _refuse(f"a plan of {plan.num_inference_steps} steps, not {steps}")
+        prediction_type = printable(started.prediction_type)
+        if self._started_once and prediction_type != self._prediction_type:
+            _refuse(f"prediction type {prediction_type[:40]!r} after {self._prediction_type!r}")
+        if segment.sent_plan is None:
+            _check_plan(plan, prediction_type, has_mask=segment.image_latents is not None)
         conditioning = self._own
         if conditioning is None and started.HasField("prompt"):
             prompt, pooled = self._embeds(started.prompt, segment.request.prompt)
@@ -196,7 +245,7 @@ class Conversation:
         held = self._conditioning
         if held is not None and conditioning is not None and not _same(held, conditioning):
             _refuse("other embeddings than those that are followed already")
-        self._plan, self._started_once = plan, True
+        self._plan, self._started_once, self._prediction_type = plan, True, prediction_type
         self._conditioning = held if conditioning is None else conditioning
         return CloudStarted(
             request_id=printable(started.request_id),
@@ -205,7 +254,7 @@ class Conversation:
             conditioning=conditioning,
             guidance_scale=started.guidance_scale,
             num_dropped_tokens=started.num_dropped_tokens,
-            prediction_type=printable(started.prediction_type),
+            prediction_type=prediction_type,
         )
 
     def _read_plan(self, started: pb.Started) -> Plan:
@@ -284,6 +333,39 @@ def _encode_own(segment: CloudSegment) -> tuple[pb.EmbeddingConditioning | None,
             getattr(message, name).CopyFrom(codec.encode_tensor(array, encoding))
             seen[name] = codec.decode_tensor(getattr(message, name))
     return message, Conditioning(**{name: seen.get(name) for name in _EMBEDDINGS})  # type: ignore[arg-type]
+
+
+def _encode_exactly(array: Latents, codec_name: str) -> tensor_pb2.Tensor:
+    """Encodes an array in the smallest way that loses nothing: as the cloud sent it, where it did."""
+    for name in dict.fromkeys((codec_name, "fp16")):
+        message = codec.encode_tensor(array, codec.ENCODINGS[name])
+        if np.array_equal(codec.decode_tensor(message), array):
+            return message
+    return codec.encode_tensor(array, codec.FLOAT32)
+
+
+def _check_plan(plan: Plan, prediction_type: str, *, has_mask: bool) -> None:
+    """Refuses a plan that is not one for what its model is said to predict, or that cannot keep a part of an image.
+
+    The first row previews x0 from u = alpha x0 + sigma noise: as u / alpha - (sigma / alpha) e of an epsilon,
+    as alpha u - sigma e of a v.
+    """
+    row = plan.rows[0]
+    if row.unet_input[0] == 0.0:
+        _refuse("a plan whose first call sees no latents")
+    if has_mask and not all(row.x0_output for row in plan.rows):
+        _refuse("a plan in which no output gives the part of the image to keep")
+    square, output = (row.x0_state[0] / row.unet_input[0]) ** 2, row.x0_output**2
+    misfits = {
+        name: abs(square - wanted) + abs(output - weight)
+        for name, wanted, weight in (
+            ("epsilon", 1.0 + output, output), ("v_prediction", 1.0 - output, output), ("sample", 0.0, 1.0),
+        )
+    }  # fmt: skip
+    if prediction_type not in ("", *misfits):
+        _refuse(f"prediction type {prediction_type[:40]!r}")
+    if prediction_type and not misfits[prediction_type] <= min(misfits.values()) + _PLAN_TOLERANCE * (1.0 + output):
+        _refuse(f"a plan that is not one for a model that predicts {prediction_type}")
 
 
 def _same(one: Conditioning, other: Conditioning) -> bool:

@@ -16,11 +16,12 @@ DEFAULT_RETRY_DELAY_S = 0.5
 def translate(error: Any) -> HybridSDError:
     """Returns the exception of the table for a failed call, from its `google.rpc.Status` where there is one.
 
-    `retry_delay_s` is set where the server itself said that coming again makes sense.
+    `retry_delay_s` is set where the server itself said that coming again makes sense, `is_bare` where the status has
+    no reason of ours.
     """
     code: grpc.StatusCode = error.code()
     text = printable(error.details() or code.name)
-    reason, field, delay_s = reason_for_grpc_code(code.name), None, None
+    reason, field, delay_s = _general(code, text), None, None
     try:
         status = rpc_status.from_call(error)
     except ValueError:  # details that contradict the status
@@ -38,4 +39,13 @@ def translate(error: Any) -> HybridSDError:
         delay_s = DEFAULT_RETRY_DELAY_S
     if isinstance(kind := reason.error(text), AccessDenied):
         text = f"{kind.message}; give the right --token-file"
-    return reason.error(text, field=field, retry_delay_s=delay_s)
+    found = reason.error(text, field=field, retry_delay_s=delay_s)
+    found.is_bare = not has_info
+    return found
+
+
+def _general(code: grpc.StatusCode, text: str) -> Reason:
+    """Returns the reason of a status without ours: too large a message is no full queue."""
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than" in text:
+        return Reason.INTERNAL if "CLIENT:" in text else Reason.SIZE_INVALID  # theirs, or ours
+    return reason_for_grpc_code(code.name)

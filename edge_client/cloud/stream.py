@@ -4,20 +4,29 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import grpc
 
 from hybridsd.errors import HybridSDError, Reason
 
+NOTHING: Final = object()
+"""What `Inbox.get` returns when no message has come in time."""
+
 
 class Inbox:
-    """The messages of a stream, read by a thread of its own, so that waiting for one has a limit."""
+    """The messages of a stream, read by a thread of its own, so that waiting for one has a limit.
 
-    def __init__(self, call: Any, target: str, translate: Callable[[Any], HybridSDError]) -> None:
-        self._call, self._target, self._translate = call, target, translate
+    Args:
+        call: The stream.
+        translate: Makes an exception of the table of a failed call.
+    """
+
+    def __init__(self, call: Any, translate: Callable[[Any], HybridSDError]) -> None:
+        self._call, self._translate = call, translate
         self._items: queue.Queue[Any] = queue.Queue(maxsize=4)  # small: the server drops stale states, not we
         self._stop = threading.Event()
+        self._heard_at = time.monotonic()
         threading.Thread(target=self._read, name="hybridsd-stream", daemon=True).start()
 
     def __enter__(self) -> Self:
@@ -27,30 +36,27 @@ class Inbox:
         self._stop.set()
         self._call.cancel()
 
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the last message was taken out, or since the beginning."""
+        return time.monotonic() - self._heard_at
+
     def get(self, timeout_s: float) -> Any:
-        """Returns the next message; None at the end of the stream.
+        """Returns the next message; None at the end of the stream, `NOTHING` if none comes in time.
 
         Raises:
-            HybridSDError: CloudTimeout when none has come in time, else what the stream ended with.
+            HybridSDError: What the stream ended with.
         """
         try:
-            if timeout_s <= 0:
-                raise queue.Empty
-            item = self._items.get(timeout=timeout_s)
+            item = self._items.get(timeout=timeout_s) if timeout_s > 0 else self._items.get_nowait()
         except queue.Empty:
-            raise Reason.DEADLINE_EXCEEDED.error(
-                f"{self._target} has sent nothing for {max(timeout_s, 0.0):.3g} s"
-            ) from None
+            return NOTHING
+        self._heard_at = time.monotonic()
         if isinstance(item, grpc.RpcError):
             raise self._translate(item) from item
+        if isinstance(item, Exception):
+            raise Reason.INTERNAL.error(f"a stream of the cloud cannot be read: {item!r}") from item
         return item
-
-    def wait(self, timeout_s: float) -> bool:
-        """Returns whether something is there within a time."""
-        until = time.monotonic() + timeout_s
-        while self._items.empty() and time.monotonic() < until:
-            time.sleep(min(0.01, timeout_s))
-        return not self._items.empty()
 
     def _read(self) -> None:
         try:
@@ -59,7 +65,7 @@ class Inbox:
                 if self._stop.is_set():
                     return
             self._put(None)
-        except grpc.RpcError as error:
+        except Exception as error:  # whoever waits must hear of it, whatever it is
             self._put(error)
 
     def _put(self, item: object) -> None:

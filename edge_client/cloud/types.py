@@ -95,6 +95,13 @@ class CloudModel:
     guidance: str = "cfg"
     """"cfg", or "embedded" for one that takes guidance as an input."""
     loras: tuple[str, ...] = ()
+    embed_shape: tuple[int, int] = (0, 0)
+    """Tokens of its text context, and features of each; 0 where it does not say."""
+    pooled_dim: int = 0
+
+    def reads_as(self, embed_shape: tuple[int, int], pooled_dim: int) -> bool:
+        """Returns whether its text embeddings are those of an edge model, as far as it says."""
+        return self.embed_shape == (0, 0) or (self.embed_shape, self.pooled_dim) == (embed_shape, pooled_dim)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

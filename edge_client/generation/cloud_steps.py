@@ -1,9 +1,10 @@
 """The cloud's steps of an image: asks, asks again, attaches again, and keeps each state that arrives."""
 
 import hashlib
+import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from edge_client.bundles.bundle import Bundle
@@ -18,13 +19,14 @@ from edge_client.cloud.types import (
 )
 from edge_client.generation.events import EarlyHandoff, Event, Retrying
 from edge_client.generation.trajectory import Trajectory
-from edge_client.request import Stage
-from hybridsd.errors import CloudUnreachable, HybridSDError, Reason
+from edge_client.request import Patience, Stage
+from hybridsd.errors import CloudBusy, CloudUnreachable, HybridSDError, InvalidRequest, ModelMismatch, Reason
 
-RETRY_BUDGET_S = 5.0
-"""How long a busy cloud is asked again before the edge continues alone."""
 POLL_INTERVAL_S = 0.5
 """How often an advisor is asked while nothing comes."""
+MAX_BACKOFF_S = 5.0
+JITTER = 0.5
+"""A delay is made longer by up to this part, so that not all come again at once."""
 
 
 class Advisor(Protocol):
@@ -96,7 +98,7 @@ def run_cloud_segment(
         HybridSDError: By the table; CLOUD_FAILURES where the edge may take over.
     """
     if cloud is None:
-        raise Reason.UNAVAILABLE.error("no cloud is configured; give --server host:port, or --mode edge")
+        raise Reason.UNAVAILABLE.error("no cloud is configured; set `server` to host:port, or `mode` to edge")
     remote = cloud.open(segment)
     trajectory.num_cloud_segments += 1
     follower = _Follower(
@@ -109,9 +111,8 @@ def run_cloud_segment(
     if trajectory.cloud_deadline is None and deadline_s is not None:
         trajectory.cloud_deadline = time.monotonic() + deadline_s
     deadline = trajectory.cloud_deadline
-    give_up_at = time.monotonic() + RETRY_BUDGET_S
-    give_up_at = give_up_at if deadline is None else min(give_up_at, deadline)
-    attempt, reattached, ended, interrupted = 0, False, False, True
+    retries = _Retries(patience=remote.patience, deadline=deadline)
+    ended, interrupted = False, True
     try:
         while not ended:
             try:
@@ -127,22 +128,20 @@ def run_cloud_segment(
                         reason=trajectory.early_handoff_reason,
                     )
                     return
+                if not follower.has_handoff:
+                    raise Reason.UNAVAILABLE.error(f"{cloud.target} ended the job before the hand-off")
                 ended = True
-            except CLOUD_FAILURES as error:
+            except HybridSDError as error:
                 if follower.has_handoff:
                     ended = True  # only the usage is missing
-                elif error.retry_delay_s is not None and not follower.has_state:
-                    delay_s = max(error.retry_delay_s, 0.2 * 2**attempt)
-                    attempt += 1
-                    if time.monotonic() + delay_s > give_up_at:
-                        raise
-                    yield Retrying(delay_s=delay_s, reason=error.reason, message=error.message)
-                    time.sleep(delay_s)
-                elif isinstance(error, CloudUnreachable) and remote.answered and not reattached:
-                    reattached = True
-                    yield Retrying(delay_s=0.0, reason=error.reason, message=error.message)
-                else:
+                    continue
+                delay_s = retries.delay_s(error, trajectory.call if follower.has_state else None, remote.answered)
+                if delay_s is None and _may_stop(error, follower.holds_state):
                     raise
+                if delay_s is None:
+                    raise Reason.UNAVAILABLE.error(f"the cloud refused to go on: {error.message}") from error
+                yield Retrying(delay_s=delay_s, reason=error.reason, message=error.message)
+                yield from _sleep(delay_s, poll_interval_s)
         interrupted = False
     except HybridSDError:
         interrupted = False
@@ -151,6 +150,62 @@ def run_cloud_segment(
         trajectory.received_bytes += remote.received_bytes
         if not ended:  # even if nothing was heard: the server may have begun
             remote.cancel(wait_s=1.0 if interrupted else 0.0)
+
+
+def _may_stop(error: HybridSDError, holds_state: bool) -> bool:
+    """Whether an error is to be raised as it is: one that is taken over from, or a refusal that may stop the image.
+
+    A refusal may before any state is there; later only one that says with our reason that the request is wrong.
+    """
+    if isinstance(error, CLOUD_FAILURES) or not holds_state:
+        return True
+    is_of_us = not error.is_bare and error.reason is not Reason.REQUEST_ID_REUSED  # the id was new
+    return is_of_us and isinstance(error, InvalidRequest | ModelMismatch)
+
+
+@dataclass(kw_only=True, slots=True)
+class _Retries:
+    """Decides whether and when the cloud is asked again."""
+
+    patience: Patience
+    deadline: float | None
+    _attempt: int = 0
+    _reached: tuple[int | None, bool] = (None, False)
+    _since: float = 0.0
+
+    def delay_s(self, error: HybridSDError, call: int | None, answered: bool) -> float | None:
+        """Returns the delay in seconds; None for giving up.
+
+        Args:
+            error: What the last attempt ended with.
+            call: Of the state that has come from this job; None for none.
+            answered: Whether the job was heard of at all.
+        """
+        now, is_full = time.monotonic(), isinstance(error, CloudBusy) and call is None
+        if self._reached != (call, answered) or self._attempt == 0:
+            self._attempt, self._reached, self._since = 0, (call, answered), now
+        if isinstance(error, CloudUnreachable) and answered:
+            delay_s = 0.125 * 2**self._attempt if self._attempt else 0.0
+        elif error.retry_delay_s is not None:
+            delay_s = 0.2 * 2**self._attempt
+        else:
+            return None
+        self._attempt += 1
+        delay_s = max(min(delay_s, MAX_BACKOFF_S), error.retry_delay_s or 0.0) * random.uniform(1.0, 1.0 + JITTER)
+        limit_s = self.patience.busy_timeout_s if is_full else self.patience.reattach_timeout_s
+        give_up_at = self._since + limit_s
+        if self.deadline is not None:
+            give_up_at = min(give_up_at, self.deadline)
+        return delay_s if now + delay_s <= give_up_at else None
+
+
+def _sleep(delay_s: float, poll_interval_s: float | None) -> Iterator[Waiting]:
+    """Waits; yields `Waiting` after each poll interval, so that the caller can end it."""
+    until = time.monotonic() + delay_s
+    while (left_s := until - time.monotonic()) > 0:
+        time.sleep(left_s if poll_interval_s is None else min(left_s, poll_interval_s))
+        if poll_interval_s is not None:
+            yield Waiting()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,6 +226,26 @@ class _Follower:
         return self.trajectory.call > self.segment.first_call
 
     @property
+    def holds_state(self) -> bool:
+        """Whether there is a state at all to go on from, this segment's or one before it."""
+        return bool(self.trajectory.state) and self.trajectory.call > 0
+
+    def rest(self) -> CloudSegment | None:
+        """Returns the segment from the held state on; None where that is in the middle of a step, or not there."""
+        trajectory, plan = self.trajectory, self.trajectory.plan
+        if not self.has_state or plan is None or plan.first_call(trajectory.step) != trajectory.call:
+            return None
+        stages, done = list(self.segment.stages), trajectory.step - self.segment.first_step
+        while stages[0].steps is not None and done >= stages[0].steps:
+            done -= stages.pop(0).steps or 0
+        if stages[0].steps is not None:
+            stages[0] = replace(stages[0], steps=stages[0].steps - done)
+        return replace(
+            self.segment, stages=tuple(stages), first_step=trajectory.step, first_call=trajectory.call,
+            initial_state=trajectory.state,
+        )  # fmt: skip
+
+    @property
     def has_handoff(self) -> bool:
         """Whether its last state has arrived."""
         plan = self.trajectory.plan
@@ -185,6 +260,7 @@ class _Follower:
         for event in self.remote.events(
             timeout_s=timeout_s,
             resume_call=trajectory.call if self.has_state else 0,
+            rest=self.rest(),
             poll_interval_s=self.poll_interval_s if advisor is None else POLL_INTERVAL_S,
         ):
             now = time.perf_counter()
@@ -195,7 +271,7 @@ class _Follower:
                         done = trajectory.record(
                             trajectory.plan, event.call, "cloud", now - last, event.arrays, event.x0_preview
                         )  # states may be skipped, so steps are not counted by their records
-                        trajectory.cloud_steps = self.earlier_cloud_steps + done.step + 1 - self.segment.first_step
+                        trajectory.cloud_steps = self.earlier_cloud_steps + trajectory.step - self.segment.first_step
                         yield done
                         if advisor is not None and not event.is_handoff and done.ends_step:
                             handoff = advisor.on_state(trajectory.step, now)

@@ -19,9 +19,10 @@ class StepRecord:
     elapsed_s: float
 
 
-def count_cloud_steps(steps: Iterable[StepRecord], first_step: int) -> int:
-    """Returns how many steps from `first_step` on the cloud has run, whole or in part; it may skip states."""
-    return max((record.step + 1 for record in steps if record.place == "cloud"), default=first_step) - first_step
+def count_cloud_steps(steps: Iterable[StepRecord], first_step: int, plan: Plan) -> int:
+    """Returns how many whole steps from `first_step` on the cloud has run; it may skip states."""
+    reached = (plan.step_at(record.call) for record in steps if record.place == "cloud")
+    return max(reached, default=first_step) - first_step
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +86,8 @@ class Result:
     safety: SafetyReport = SafetyReport()
     loras: tuple[tuple[str, float], ...] = ()
     """Adapters that the cloud applied, with their weights."""
+    unapplied: tuple[str, ...] = ()
+    """Of the adapters that were asked for those that steps of a lost cloud are without."""
     stages: tuple[str, ...] = ()
     """What ran where by plan, as `--segments` writes it."""
     strength: float | None = None

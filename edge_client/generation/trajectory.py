@@ -37,13 +37,15 @@ class Trajectory:
     steps: list[StepRecord] = field(default_factory=list)
     cloud_model: str = ""
     cloud_steps: int = 0
-    """Steps that the cloud has run, whole or in part, without those of a saved state."""
+    """Whole steps that the cloud has run, without those of a saved state."""
     num_cloud_segments: int = 0
     """Segments that the cloud was asked for."""
     cloud_deadline: float | None = None
     """When the cloud must be done with all its segments, in `time.monotonic()` seconds."""
     lost: HybridSDError | None = None
     """Why the cloud is not asked any more."""
+    unapplied: tuple[str, ...] = ()
+    """Adapters that steps of the cloud were to have, and the edge ran without."""
     early_handoff_reason: str = ""
     """Why the cloud's part was shortened on purpose."""
     usage: Usage | None = None
@@ -113,22 +115,27 @@ class Trajectory:
         """
         prediction_type = started.prediction_type or self.prediction_type
         if self.state and prediction_type != self.prediction_type:
-            raise Reason.MODEL_UNKNOWN.error(
+            error = Reason.MODEL_UNKNOWN.error(
                 f"cloud model {started.model} predicts {prediction_type}, but the plan is for {self.prediction_type}; "
-                "choose another --model, or give its segment a timestep schedule of its own",
+                "choose another `model`, or give its segment a timestep schedule of its own",
                 field="model",
             )
+            error.is_bare = True  # the server's word, and no refusal: it does not cost the state that is held
+            raise error
         self.plan, self.cloud_model, self.prediction_type = started.plan, started.model, prediction_type
         self.conditioning = self.conditioning if started.conditioning is None else started.conditioning
         self.num_dropped_tokens = max(self.num_dropped_tokens, started.num_dropped_tokens)  # 0 for embeddings
 
     def fall_back(self, error: HybridSDError) -> Fallback:
         """Notes that the cloud failed, and returns that as an event."""
-        self.lost = error
+        message = error.message
+        if self.resolved.request.loras and self.cloud_steps < self.resolved.planned_cloud_steps:
+            self.unapplied = tuple(name for name, _ in self.resolved.request.loras)
+            message += f"; the steps that are drawn here are without adapter {', '.join(self.unapplied)}"
+        self.lost = error.reason.error(message)
         return Fallback(
-            planned=self.resolved.planned_cloud_steps, actual=self.cloud_steps, reason=error.reason,
-            message=error.message,
-        )  # fmt: skip
+            planned=self.resolved.planned_cloud_steps, actual=self.cloud_steps, reason=error.reason, message=message
+        )
 
     def final_latents(self) -> Latents:
         """Returns the latents to decode, checked."""
@@ -199,7 +206,8 @@ class Trajectory:
             decode_s=decode_s,
             text_s=self.text_s,
             safety=safety,
-            loras=request.loras if self.cloud_model else (),
+            loras=request.loras if self.cloud_steps else (),
+            unapplied=self.unapplied,
             stages=tuple(stage.describe() for stage in resolved.stages),
             strength=None if request.image_input is None else request.image_input.strength,
             has_mask=request.image_input is not None and request.image_input.mask is not None,

@@ -31,7 +31,10 @@ class HybridSDError(Exception):
         message: One sentence for a person: the value, the allowed range, the next action.
         field: The name of the request field at fault, or None.
         retry_delay_s: When to come again, in seconds, or None.
+        is_bare: Whether it stands for a gRPC status without our `ErrorInfo`, as a proxy sends it.
     """
+
+    is_bare = False
 
     def __init__(
         self, reason: "Reason", message: str, *, field: str | None = None, retry_delay_s: float | None = None

@@ -9,6 +9,7 @@ from edge_client.bundles.bundle import Bundle, open_bundle
 from edge_client.cache import Cache
 from edge_client.cloud.client import Cloud
 from edge_client.inference.models import Models
+from edge_client.request import Patience
 from tests.support.fake_cloud import FakeCloud, Running, serve
 from tests.support.tiny_bundle import write_bundle
 
@@ -52,5 +53,6 @@ def fake(running: Running) -> FakeCloud:
 
 @pytest.fixture
 def cloud(running: Running, tmp_path: Path) -> Iterator[Cloud]:
-    with Cloud(running.target, cache=Cache(tmp_path / "cache"), idle_timeout_s=1.0) as connection:
+    patience = Patience(idle_timeout_s=1.0, reattach_timeout_s=0.2)
+    with Cloud(running.target, cache=Cache(tmp_path / "cache"), patience=patience) as connection:
         yield connection

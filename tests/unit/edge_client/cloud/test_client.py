@@ -14,20 +14,22 @@ from edge_client.bundles import bundle as bundles
 from edge_client.bundles.bundle import Bundle
 from edge_client.bundles.download import fetch
 from edge_client.cache import Cache
-from edge_client.cloud.client import Cloud, is_loopback
+from edge_client.cloud.client import Cloud
+from edge_client.cloud.connection import is_loopback
 from edge_client.cloud.status import translate
 from edge_client.generation.pipeline import generate
 from edge_client.generation.resolve import resolve
 from edge_client.inference.models import Models
 from edge_client.request import Request
-from hybridsd.errors import CloudTimeout, CloudUnreachable, InvalidRequest, Reason
+from hybridsd.errors import AccessDenied, CloudTimeout, CloudUnreachable, InvalidRequest, Reason
 from tests.support.fake_cloud import FakeCloud, Running, serve
 
 
 @pytest.mark.parametrize(
     ("host", "expected"),
     [
-        ("localhost", True), ("127.0.0.1", True), ("127.9.9.9", True), ("[::1]", True), ("10.0.0.1", False),
+        ("localhost", True), ("LOCALHOST", True), ("127.0.0.1", True), ("[::ffff:127.0.0.1]", True),
+        ("[::ffff:10.0.0.1]", False), ("127.9.9.9", True), ("[::1]", True), ("10.0.0.1", False),
         ("example.org", False), ("localhost.example.org", False), ("127.example.org", False),
     ],
 )  # fmt: skip
@@ -56,7 +58,9 @@ def test_no_proxy_on_the_way_to_this_machine(running: Running, tmp_path: Path, m
         assert cloud.capabilities().server_version == "0.1.0"
 
 
-@pytest.mark.parametrize("target", ["here", ":1", "here:", "here:http", ""])
+@pytest.mark.parametrize(
+    "target", ["here", ":1", "here:", "here:http", "", "http://127.0.0.1:1", "here:0", "here:65536"]
+)
 def test_targets_are_checked(target: str, tmp_path: Path) -> None:
     """A server without host or port is refused at once."""
     with pytest.raises(InvalidRequest, match="give host:port"):
@@ -160,6 +164,30 @@ def test_reasons_of_others_are_not_ours(domain: str, reason: Reason) -> None:
     assert (error.reason, error.field) == (reason, "width")
 
 
+@pytest.mark.parametrize("content", [b"", b"rubbish", b"\xff\xfe", b"-----BEGIN CERTIFICATE-----\nAAAA\n"])
+def test_authorities_are_checked_first(content: bytes, tmp_path: Path) -> None:
+    """A file that holds no certificate is refused before anybody is spoken to."""
+    (tmp_path / "ca.pem").write_bytes(content)
+    with pytest.raises(InvalidRequest, match="`tls_ca`") as raised:
+        Cloud("127.0.0.1:1", tls_ca=tmp_path / "ca.pem", cache=Cache(tmp_path))
+
+    assert raised.value.field == "tls_ca"
+
+
+@pytest.mark.parametrize(
+    ("details", "reason"),
+    [
+        ("SERVER: Received message larger than max (5000000 vs. 4194304)", Reason.SIZE_INVALID),
+        ("Stream removed (CLIENT: Received message larger than max (5 vs. 4))", Reason.INTERNAL),
+    ],
+)
+def test_too_large_is_not_busy(details: str, reason: Reason) -> None:
+    """A message beyond gRPC's limit is no full queue: coming again does not help."""
+    error = translate(Failed(grpc.StatusCode.RESOURCE_EXHAUSTED, details))
+
+    assert (error.reason, error.retry_delay_s) == (reason, None)
+
+
 def test_cache_forgets_the_oldest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The store does not grow without end, and keys are not readable from it."""
     monkeypatch.setattr(caches, "MAX_OBJECTS", 3)
@@ -207,7 +235,7 @@ def test_no_server_is_explained(details: str, says: str, tmp_path: Path) -> None
         error = cloud.translate(Failed(grpc.StatusCode.UNAVAILABLE, details))
 
     assert error.message.startswith(says)
-    assert "--mode edge" in error.message
+    assert "set `mode` to edge" in error.message
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command to make a certificate")
@@ -226,9 +254,21 @@ def test_tls_with_an_own_authority(tmp_path: Path) -> None:
         with Cloud(running.target, tls_ca=tmp_path / "mine.pem", cache=Cache(tmp_path)) as cloud:
             assert cloud.encrypted
             assert cloud.capabilities().server_version == "0.1.0"
-        for tls_ca in (tmp_path / "other.pem", None):
-            wrong = Cloud(running.target, tls_ca=tls_ca, cache=Cache(tmp_path), connect_timeout_s=1)
-            with wrong as cloud, pytest.raises(CloudUnreachable):
+        by_name = running.target.replace("127.0.0.1", "localhost")
+        for target, tls_ca, error in (
+            (running.target, tmp_path / "other.pem", AccessDenied),  # stops like a wrong token
+            (by_name, tmp_path / "mine.pem", AccessDenied),  # the certificate names the address only
+            (running.target, None, CloudUnreachable),
+        ):
+            wrong = Cloud(target, tls_ca=tls_ca, cache=Cache(tmp_path), connect_timeout_s=1)
+            with wrong as cloud, pytest.raises(error, match="`tls_ca`"):
                 cloud.capabilities()
+        plain = serve(FakeCloud())
+        with (
+            Cloud(plain.target, tls_ca=tmp_path / "mine.pem", cache=Cache(tmp_path)) as cloud,
+            pytest.raises(CloudUnreachable, match=r"does not speak TLS.*`insecure`"),
+        ):
+            cloud.capabilities()
+        plain.server.stop(grace=None).wait()
     finally:
         running.server.stop(grace=None).wait()

@@ -23,7 +23,7 @@ from edge_client.generation.segments import parse_segments
 from edge_client.generation.serialize import parameters
 from edge_client.images.pixels import to_u8
 from edge_client.inference.models import Models
-from edge_client.request import Request
+from edge_client.request import Patience, Request
 from hybridsd.codec import FLOAT32, encode_plan, encode_tensor, tensor_digest
 from hybridsd.errors import (
     AccessDenied,
@@ -631,13 +631,10 @@ def test_token_opens_the_door(bundle: Bundle, models: Models, running: Running, 
         run(REQUEST, bundle, models, cloud)
 
 
-def test_retries_end_with_their_budget(
-    bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_retries_end_with_their_budget(bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud) -> None:
     """A cloud that stays full is not asked for ever."""
-    monkeypatch.setattr("edge_client.generation.cloud_steps.RETRY_BUDGET_S", 0.5)
     fake.busy_times = 10**6
-    result, events = run(REQUEST, bundle, models, cloud)
+    result, events = run(replace(REQUEST, patience=Patience(busy_timeout_s=0.5)), bundle, models, cloud)
 
     assert result.fallback_reason is Reason.QUEUE_FULL
     assert 1 <= len([e for e in events if isinstance(e, Retrying)]) < 10

@@ -1,0 +1,129 @@
+"""Channels to one server: how they are made, checked and replaced."""
+
+import contextlib
+import ipaddress
+import os
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what its core would log, the errors of calls say; read at the import
+
+import grpc
+
+from hybridsd.errors import Reason
+from hybridsd.v1 import bundle_service_pb2_grpc, denoising_service_pb2_grpc
+
+
+def read_target(target: str) -> tuple[str, int]:
+    """Returns the host and the port of "host:port".
+
+    Raises:
+        InvalidRequest: FIELD_INVALID if it is something else.
+    """
+    plain = target.removeprefix("dns:///")
+    if "://" in plain:
+        raise Reason.FIELD_INVALID.error(
+            f"`server` is {target[:200]!r}, which is a URL; give host:port, as in 127.0.0.1:50051", field="server"
+        )
+    host, colon, port = plain.rpartition(":")
+    if not (colon and host and port.isascii() and port.isdigit() and 1 <= int(port) <= 65535):
+        raise Reason.FIELD_INVALID.error(
+            f"`server` is {target[:200]!r}; give host:port, as in 127.0.0.1:50051", field="server"
+        )
+    return host, int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Returns whether a host name or address is this machine."""
+    if host.lower().rstrip(".") == "localhost":
+        return True
+    try:
+        address = ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
+
+
+def read_ca(path: Path | None) -> bytes | None:
+    """Returns the authorities of a PEM file; None without one.
+
+    Raises:
+        InvalidRequest: FIELD_INVALID if it cannot be read, or holds no certificates.
+    """
+    if path is None:
+        return None
+    try:
+        content = path.read_bytes()
+        ssl.create_default_context(cadata=content.decode("ascii"))
+    except OSError as error:
+        if not isinstance(error, ssl.SSLError):
+            raise Reason.FIELD_INVALID.error(f"cannot read {path}: {error.strerror}", field="tls_ca") from error
+        content = b""
+    except ValueError:
+        content = b""
+    if not content.strip():
+        raise Reason.FIELD_INVALID.error(
+            f"{path} holds no certificate in PEM form; `tls_ca` is the file of the authority that signed the server's "
+            "certificate",
+            field="tls_ca",
+        )
+    return content
+
+
+class Connection:
+    """A channel and its stubs."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self.channel = channel
+        self.denoising = denoising_service_pb2_grpc.DenoisingServiceStub(channel)
+        self.bundles = bundle_service_pb2_grpc.BundleServiceStub(channel)
+        self.num_users = 0
+
+
+class Connections:
+    """The current connection to a server; one to a silent peer is replaced, and closed after its last call.
+
+    Args:
+        make: Makes a channel, with a TCP connection of its own.
+    """
+
+    def __init__(self, make: Callable[[], grpc.Channel]) -> None:
+        self._make, self._lock = make, threading.Lock()
+        self._current = Connection(make())
+        self._all = {self._current}
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[Connection]:
+        """Lends the current one for a call."""
+        with self._lock:
+            connection = self._current
+            connection.num_users += 1
+        try:
+            yield connection
+        finally:
+            with self._lock:
+                connection.num_users -= 1
+            self._close_unused()
+
+    def replace(self, silent: Connection) -> None:
+        """Opens another in the place of one whose peer is silent, unless that was done already."""
+        with self._lock:
+            if self._current is silent:
+                self._current = Connection(self._make())
+                self._all.add(self._current)
+        self._close_unused()
+
+    def close(self) -> None:
+        """Ends all of them, and every call on them."""
+        for connection in tuple(self._all):
+            connection.channel.close()
+
+    def _close_unused(self) -> None:
+        with self._lock:
+            unused = {each for each in self._all if each is not self._current and each.num_users == 0}
+            self._all -= unused
+        for connection in unused:
+            connection.channel.close()

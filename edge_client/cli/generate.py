@@ -86,6 +86,7 @@ def _generate(ctx: click.Context, options: dict[str, Any], done: list[dict[str, 
     with contextlib.ExitStack() as stack:
         stack.callback(display.close)
         cloud: Cloud | None = None
+        given_up = False
         if any(stage.place == "cloud" for each in resolved for stage in each.stages):
             cloud = stack.enter_context(_open_cloud(options))
         for each, path in zip(resolved, paths, strict=True):
@@ -100,8 +101,8 @@ def _generate(ctx: click.Context, options: dict[str, Any], done: list[dict[str, 
             display.note(f"wrote {path}")
             side_outputs.write(path, result, steps, models)
             never_there = result.fallback_reason is Reason.UNAVAILABLE and result.received_bytes == 0
-            if cloud is not None and never_there and cloud.away is None and len(done) < len(requests):
-                cloud.away = result.fallback_message
+            if cloud is not None and never_there and not given_up and len(done) < len(requests):
+                cloud.away, given_up = result.fallback_message, True
                 display.note("cloud: away; the other images are drawn here without asking again")
     if options["as_json"]:
         click.echo(json.dumps({"images": done}, ensure_ascii=False))

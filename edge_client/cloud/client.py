@@ -238,34 +238,48 @@ class Cloud:
         with self._cancels_lock:
             self._cancels.discard(future)
 
-    def models(self, timeout_s: float | None = None) -> tuple[CloudModel, ...]:
+    def models(self) -> tuple[CloudModel, ...]:
         """Returns the models of the server, as it said within the last minute.
-
-        Args:
-            timeout_s: How long it may take; None: as long as connecting.
 
         Raises:
             HybridSDError: By the table of errors.
         """
         now = time.monotonic()
         if self._models is None or now - self._models[0] > MODELS_AGE_S:
-            self._models = (now, self.capabilities(timeout_s).models)
+            self._models = (now, self.capabilities().models)
         return self._models[1]
 
-    def capabilities(self, timeout_s: float | None = None) -> Capabilities:
-        """Returns what the server can do.
+    def check_texts(self, segment: CloudSegment) -> None:
+        """Refuses models that read texts otherwise than the edge's do; says nothing where the server does not answer.
 
-        Args:
-            timeout_s: How long it may take; None: as long as connecting.
+        Raises:
+            ModelMismatch: LATENT_SPACE_MISMATCH.
+        """
+        try:
+            models = self.models()
+        except HybridSDError:
+            return
+        resolved = segment.resolved
+        asked = {stage.model or models[0].id for stage in segment.stages} if models else set()
+        for model in models:
+            if model.id in asked and not model.reads_as(resolved.embed_shape, resolved.pooled_dim):
+                features = f"{resolved.embed_shape[1]} features" + (", pooled too" if resolved.pooled_dim else "")
+                raise Reason.LATENT_SPACE_MISMATCH.error(
+                    f"cloud model {model.id} reads texts as {model.describe_texts()}, the bundle as "
+                    f"{resolved.embed_shape[0]} tokens of {features}; choose another `model` or `bundle`",
+                    field="model",
+                )
+
+    def capabilities(self) -> Capabilities:
+        """Returns what the server can do.
 
         Raises:
             HybridSDError: By the table of errors.
         """
-        limit_s = self._connect_timeout_s if timeout_s is None else min(timeout_s, self._connect_timeout_s)
         with self.lend() as connection:
             try:
                 reply = connection.denoising.GetCapabilities(
-                    pb.GetCapabilitiesRequest(), timeout=limit_s, metadata=self.metadata()
+                    pb.GetCapabilitiesRequest(), timeout=self._connect_timeout_s, metadata=self.metadata()
                 )
             except grpc.RpcError as error:
                 raise self.failed(connection, error, by_stream=False) from error
@@ -364,7 +378,7 @@ class RemoteJob:
 
     Attributes:
         received_bytes: Bytes of all messages so far.
-        answered: Whether the server has sent anything at all.
+        num_messages: How many they are.
     """
 
     def __init__(self, cloud: Cloud, segment: CloudSegment) -> None:
@@ -373,7 +387,7 @@ class RemoteJob:
         self._conversation = Conversation(segment, cloud.cache)
         self._progress = Progress(self.patience)
         self._handed_off = False
-        self.received_bytes, self.answered = 0, False
+        self.received_bytes, self.num_messages = 0, 0
 
     def events(
         self,
@@ -432,7 +446,7 @@ class RemoteJob:
                     if item is None:
                         raise Reason.UNAVAILABLE.error(f"{cloud.target} ended the stream too early")
                     self.received_bytes += item.ByteSize()
-                    self.answered = True
+                    self.num_messages += 1
                     event = self._conversation.read(item)
                     self._note(event)
                     if event is not None:

@@ -103,6 +103,11 @@ class CloudModel:
         """Returns whether its text embeddings are those of an edge model, as far as it says."""
         return self.embed_shape == (0, 0) or (self.embed_shape, self.pooled_dim) == (embed_shape, pooled_dim)
 
+    def describe_texts(self) -> str:
+        """Returns which text embeddings it takes, for people."""
+        pooled = f" and {self.pooled_dim} of the whole text" if self.pooled_dim else ""
+        return f"{self.embed_shape[0]} tokens of {self.embed_shape[1]} features{pooled}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Capabilities:

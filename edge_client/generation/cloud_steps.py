@@ -20,7 +20,15 @@ from edge_client.cloud.types import (
 from edge_client.generation.events import EarlyHandoff, Event, Retrying
 from edge_client.generation.trajectory import Trajectory
 from edge_client.request import Patience, Stage
-from hybridsd.errors import CloudBusy, CloudUnreachable, HybridSDError, InvalidRequest, ModelMismatch, Reason
+from hybridsd.errors import (
+    CloudBusy,
+    CloudUnreachable,
+    HybridSDError,
+    InternalError,
+    InvalidRequest,
+    ModelMismatch,
+    Reason,
+)
 
 POLL_INTERVAL_S = 0.5
 """How often an advisor is asked while nothing comes."""
@@ -135,7 +143,9 @@ def run_cloud_segment(
                 if follower.has_handoff:
                     ended = True  # only the usage is missing
                     continue
-                delay_s = retries.delay_s(error, trajectory.call if follower.has_state else None, remote.answered)
+                if isinstance(error, InternalError) and not follower.holds_state:
+                    cloud.check_texts(segment)  # the models may be no pair, which is no lie
+                delay_s = retries.delay_s(error, trajectory.call if follower.has_state else None, remote.num_messages)
                 if delay_s is None and _may_stop(error, follower.holds_state):
                     raise
                 if delay_s is None:
@@ -170,22 +180,27 @@ class _Retries:
     patience: Patience
     deadline: float | None
     _attempt: int = 0
-    _reached: tuple[int | None, bool] = (None, False)
+    _call: int | None = None
+    _num_messages: int = 0
     _since: float = 0.0
 
-    def delay_s(self, error: HybridSDError, call: int | None, answered: bool) -> float | None:
+    def delay_s(self, error: HybridSDError, call: int | None, num_messages: int) -> float | None:
         """Returns the delay in seconds; None for giving up.
 
         Args:
             error: What the last attempt ended with.
             call: Of the state that has come from this job; None for none.
-            answered: Whether the job was heard of at all.
+            num_messages: How many have come from this job.
         """
         now, is_full = time.monotonic(), isinstance(error, CloudBusy) and call is None
-        if self._reached != (call, answered) or self._attempt == 0:
-            self._attempt, self._reached, self._since = 0, (call, answered), now
-        if isinstance(error, CloudUnreachable) and answered:
-            delay_s = 0.125 * 2**self._attempt if self._attempt else 0.0
+        is_first, was_heard = self._attempt == 0, num_messages > self._num_messages
+        if is_first or call != self._call or (self._num_messages == 0 and was_heard):
+            self._attempt, self._call, self._since, is_first = 0, call, now, True
+        self._num_messages = num_messages
+        if isinstance(error, CloudUnreachable) and num_messages:
+            if was_heard and not is_first:
+                return None  # it was reached, and did not get on: it breaks again and again
+            delay_s = 0.0 if is_first else 0.125 * 2**self._attempt
         elif error.retry_delay_s is not None:
             delay_s = 0.2 * 2**self._attempt
         else:

@@ -1,6 +1,6 @@
 """What an image is made with, and which of it runs a stage."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from edge_client.bundles.bundle import Bundle
@@ -33,8 +33,8 @@ class Components:
                 field="safety_checker",
             )
         in_cloud = [stage for stage in resolved.stages if stage.place == "cloud"]
-        if in_cloud:
-            self._ask_cloud(in_cloud, resolved)
+        if in_cloud and (request.segments or (request.private and in_cloud[0].schedule.scheduler == "lcm")):
+            self._ask_cloud()
         for stage in resolved.stages:
             if self.guidance(stage) == "embedded" and stage.schedule.scheduler != "lcm":
                 raise Reason.SPLIT_INVALID.error(
@@ -72,34 +72,12 @@ class Components:
         """Returns whether a negative prompt has an effect on a stage."""
         return self.guidance(stage) != "embedded" and stage.guidance_scale > 1
 
-    def _ask_cloud(self, stages: Sequence[Stage], resolved: Resolved) -> None:
-        """Learns what the cloud says of its models, and refuses one that reads other texts than the edge's.
-
-        Raises:
-            ModelMismatch: LATENT_SPACE_MISMATCH.
-            AccessDenied: If the cloud does not answer us, or we cannot trust it.
-        """
+    def _ask_cloud(self) -> None:
         if self.cloud is None or self.cloud.away is not None:
             return
         try:
-            models = self.cloud.models(resolved.request.deadline_s)
+            models = self.cloud.models()
         except CLOUD_FAILURES:
             return  # it fails again when its segment begins, and there the edge takes over
         self.cloud_guidance = {model.id: model.guidance for model in models}
         self.cloud_guidance[""] = models[0].guidance if models else "cfg"
-        asked = {stage.model or models[0].id for stage in stages} if models else set()
-        for model in models:
-            same_space = model.latent_space == resolved.latent_space
-            if model.id in asked and same_space and not model.reads_as(resolved.embed_shape, resolved.pooled_dim):
-                raise Reason.LATENT_SPACE_MISMATCH.error(
-                    f"cloud model {model.id} takes texts of {describe_texts(model.embed_shape, model.pooled_dim)}, the "
-                    f"bundle those of {describe_texts(resolved.embed_shape, resolved.pooled_dim)}; choose another "
-                    "`model` or `bundle`",
-                    field="model",
-                )
-
-
-def describe_texts(embed_shape: tuple[int, int], pooled_dim: int) -> str:
-    """Returns which text embeddings a model takes, for people."""
-    pooled = f" and {pooled_dim} of the whole text" if pooled_dim else ""
-    return f"{embed_shape[0]} tokens of {embed_shape[1]} features{pooled}"

@@ -99,7 +99,8 @@ def decode_tensor(
         scale = np.asarray(message.scale, dtype=np.float32)
         if not (scale >= 0).all():
             raise refuse("a scale is negative or not a number")
-        values *= scale.reshape(-1, *(1,) * (len(actual) - 1))
+        with np.errstate(over="ignore"):  # what overflows is too large below
+            values *= scale.reshape(-1, *(1,) * (len(actual) - 1))
     if not (np.abs(values) <= MAX_MAGNITUDE).all():  # false for NaN
         raise refuse(f"some values are NaN, or larger than {MAX_MAGNITUDE:g}")
     return values

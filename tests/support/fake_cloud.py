@@ -27,6 +27,7 @@ from hybridsd.v1 import (
 from hybridsd.v1 import (
     denoising_service_pb2 as pb,
 )
+from tests.support.reference import run_from_seed
 from tests.support.tiny_bundle import (
     CELL,
     CHANNELS,
@@ -43,6 +44,21 @@ def text_embeds(text: str) -> Floats:
     """Returns what the fake's text encoder makes of a text, [T, D]."""
     rng = np.random.default_rng(zlib.crc32(text.encode()))
     return rng.normal(size=(CONTEXT_LENGTH, EMBED_DIM)).astype(np.float32)
+
+
+def one_process(kind: str, steps: int, cloud_calls: int, *, guidance: float = 3.0, seed: int = 11) -> Floats:
+    """Returns the final latents of "a red fox" in one process that changes its U-Net after some calls."""
+    plan, large, small = make_plan(kind, steps), TinyUNet(seed=7), TinyUNet(seed=0)
+    shape = (CHANNELS, 4, 4)
+    embeds, negative = text_embeds("a red fox"), text_embeds("")
+    calls = iter(range(len(plan.rows)))
+
+    def predict(sample: Floats, timestep: float) -> Floats:
+        unet = large if next(calls) < cloud_calls else small
+        return unet.guided(sample, timestep, embeds, negative, guidance)
+
+    *_, last = run_from_seed(plan, predict, seed=seed, shape=shape)
+    return last.state[0]
 
 
 def refuse(context: grpc.ServicerContext, reason: Reason, message: str, retry_delay_s: float | None = None) -> None:
@@ -86,7 +102,16 @@ class FakeCloud(denoising_service_pb2_grpc.DenoisingServiceServicer, bundle_serv
     token: str | None = None
     send_conditioning: bool = True
     mangle: Callable[[pb.DenoiseResponse], None] = lambda _message: None
+    rewrite: "Callable[[Iterator[pb.DenoiseResponse], grpc.ServicerContext], Iterator[pb.DenoiseResponse]] | None" = (
+        None
+    )
+    """Changes what is sent, as a whole."""
+    embed_shape: tuple[int, int] = (0, 0)
+    """What `GetCapabilities` says of the model's texts."""
+    remembers: bool = False
+    """Whether it keeps jobs: then an id with other content is refused, as the server does."""
     bundle: Path | None = None
+    known_jobs: dict[str, pb.DenoiseRequest] = field(default_factory=dict)
     requests: list[pb.DenoiseRequest] = field(default_factory=list)
     sent: list[pb.DenoiseResponse] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
@@ -107,7 +132,10 @@ class FakeCloud(denoising_service_pb2_grpc.DenoisingServiceServicer, bundle_serv
         if self.busy_times > 0:
             self.busy_times -= 1
             refuse(context, Reason.QUEUE_FULL, "8 jobs wait; come again", self.busy_delay_s)
-        for message in self._run(request, context):
+        if self.remembers:
+            self._check_content(request, context)
+        run = self._run(request, context)
+        for message in run if self.rewrite is None else self.rewrite(run, context):
             self.mangle(message)
             self.sent.append(message)
             yield message
@@ -116,6 +144,14 @@ class FakeCloud(denoising_service_pb2_grpc.DenoisingServiceServicer, bundle_serv
         given = dict(context.invocation_metadata()).get("authorization")
         if self.token is not None and given != f"Bearer {self.token}":
             refuse(context, Reason.UNAUTHENTICATED, "the token is missing or wrong")
+
+    def _check_content(self, request: pb.DenoiseRequest, context: grpc.ServicerContext) -> None:
+        content = pb.DenoiseRequest()
+        content.CopyFrom(request)
+        for name in ("resume_call", "known_digests", "reattach_grace"):
+            content.ClearField(name)
+        if self.known_jobs.setdefault(request.request_id, content) != content:
+            refuse(context, Reason.REQUEST_ID_REUSED, "names another request")
 
     def _maybe_die(self, call: int, context: grpc.ServicerContext) -> None:
         if self.hang_after_call == call:
@@ -212,6 +248,7 @@ class FakeCloud(denoising_service_pb2_grpc.DenoisingServiceServicer, bundle_serv
         reply = pb.GetCapabilitiesResponse(
             server_version="0.1.0", models=[pb.Model(id="fake-large", latent_space=self.latent_space)]
         )
+        reply.models[0].context_length, reply.models[0].embed_dim = self.embed_shape
         if self.bundle is not None:
             info = reply.bundles.add(name="tiny-edge", latent_space=self.latent_space)
             for path in sorted(self.bundle.iterdir(), key=lambda path: path.name != "model.json"):

@@ -37,10 +37,9 @@ from hybridsd.errors import (
     Reason,
 )
 from hybridsd.v1 import denoising_service_pb2 as pb
-from tests.support.fake_cloud import FakeCloud, Running, text_embeds
+from tests.support.fake_cloud import FakeCloud, Running, one_process, text_embeds
 from tests.support.patience import HANG_S
-from tests.support.reference import run_from_seed
-from tests.support.tiny_bundle import CHANNELS, Floats, TinyUNet, make_plan, write_bundle
+from tests.support.tiny_bundle import make_plan, write_bundle
 
 EXACT = 1e-5
 """The fp32 codec loses nothing; numpy and ONNX Runtime sum a convolution in different orders."""
@@ -55,21 +54,6 @@ def run(request: Request, bundle: Bundle, models: Models, cloud: Cloud | None) -
     )
     assert isinstance(last, Finished)
     return last.result, list(events)
-
-
-def one_process(kind: str, steps: int, cloud_calls: int, *, guidance: float = 3.0, seed: int = 11) -> Floats:
-    """Returns the final latents of a plain numpy run that changes its U-Net after some calls."""
-    plan, large, small = make_plan(kind, steps), TinyUNet(seed=7), TinyUNet(seed=0)
-    shape = (CHANNELS, 4, 4)
-    embeds, negative = text_embeds("a red fox"), text_embeds("")
-    calls = iter(range(len(plan.rows)))
-
-    def predict(sample: Floats, timestep: float) -> Floats:
-        unet = large if next(calls) < cloud_calls else small
-        return unet.guided(sample, timestep, embeds, negative, guidance)
-
-    *_, last = run_from_seed(plan, predict, seed=seed, shape=shape)
-    return last.state[0]
 
 
 @pytest.mark.parametrize(("kind", "steps"), PLANS)

@@ -111,7 +111,7 @@ class Patience:
     reattach_timeout_s: float = 3.0
     """For which a job whose stream broke is asked for again; anew after each state that has come since."""
     silence_memory_s: float = 60.0
-    """For which a cloud that was silent, or did not get on, is not asked at all; then one request tries it."""
+    """For which a cloud that was silent, or did not get on, is not asked; then one request tries it. May be 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -43,6 +43,11 @@ class Breaker:
             if by_stream or not self._by_stream:
                 self._error, self._by_stream = None, False
 
+    @property
+    def is_tripped(self) -> bool:
+        """Whether nobody has been answered since the target was silent."""
+        return self._error is not None
+
     def refusal(self) -> HybridSDError | None:
         """Returns why the target is not to be asked now; None where it may be."""
         with self._lock:

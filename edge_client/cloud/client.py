@@ -149,6 +149,20 @@ class Cloud:
     def away(self, why: str | None) -> None:
         self._away = why
 
+    def admit(self) -> None:
+        """Lets a job through.
+
+        Raises:
+            HybridSDError: CLOUD_FAILURES, if the cloud is not to be asked now.
+        """
+        if self._away is not None:
+            raise Reason.UNAVAILABLE.error(self._away)
+        refusal = self.breaker.admit()
+        if refusal is not None:
+            raise refusal
+        if self.breaker.is_tripped:  # what was sent meanwhile may have opened a connection to nobody
+            self._connections.replace()
+
     def metadata(self, request_id: str = "") -> tuple[tuple[str, str | bytes], ...]:
         """Returns the gRPC metadata of a call: who asks, and for what."""
         token: tuple[tuple[str, str | bytes], ...] = (
@@ -409,11 +423,7 @@ class RemoteJob:
             HybridSDError: By the table of errors; what the server sent wrongly is INTERNAL. CloudTimeout when the job
                 does not get on within the patience of the request.
         """
-        refusal = self._cloud.breaker.admit()
-        if self._cloud.away is not None and refusal is None:
-            refusal = Reason.UNAVAILABLE.error(self._cloud.away)
-        if refusal is not None:
-            raise refusal
+        self._cloud.admit()
         until = None if timeout_s is None else time.monotonic() + timeout_s
         if rest is not None:
             message = self._conversation.request(resume_call=resume_call, rest=rest)
@@ -431,6 +441,7 @@ class RemoteJob:
         self, message: pb.DenoiseRequest, timeout_s: float | None, poll_interval_s: float | None
     ) -> Iterator[CloudEvent]:
         cloud = self._cloud
+        self._progress.asked()
         with cloud.lend() as connection:
             call = connection.denoising.Denoise(
                 message, timeout=timeout_s, metadata=cloud.metadata(self._segment.request_id)

@@ -108,10 +108,10 @@ class Connections:
                 connection.num_users -= 1
             self._close_unused()
 
-    def replace(self, silent: Connection) -> None:
-        """Opens another in the place of one whose peer is silent, unless that was done already."""
+    def replace(self, silent: Connection | None = None) -> None:
+        """Opens another in the place of one whose peer is silent, unless that was done already; None is the current."""
         with self._lock:
-            if self._current is silent:
+            if silent is None or self._current is silent:
                 self._current = Connection(self._make())
                 self._all.add(self._current)
         self._close_unused()

@@ -20,6 +20,11 @@ class Progress:
         self._call: int | None = None
         self._calls_to_come = 1
 
+    def asked(self) -> None:
+        """Notes that the job is asked for; before it runs, its time in the queue begins anew."""
+        if self._call is None:
+            self._since = self._clock()
+
     def started(self, call: int, calls_to_come: int) -> None:
         """Notes that the job runs; only the first time is progress.
 

@@ -24,7 +24,7 @@ from edge_client.request import Patience, Request
 from hybridsd import codec
 from hybridsd.errors import AccessDenied, HybridSDError, InvalidRequest, Reason
 from hybridsd.v1 import denoising_service_pb2 as pb
-from tests.support.fake_cloud import FakeCloud, one_process, refuse, text_embeds
+from tests.support.fake_cloud import FakeCloud, Rewrite, one_process, refuse, text_embeds
 from tests.support.tiny_bundle import Floats, make_plan
 
 EXACT = 1e-5
@@ -33,7 +33,6 @@ STEPS, PART = 6, 4
 REQUEST = Request(prompt="a red fox", mode="hybrid", codec="fp32", seed=11, cloud_steps=PART)
 
 Messages = Iterator[pb.DenoiseResponse]
-Rewrite = Callable[[Messages, grpc.ServicerContext], Messages]
 
 
 def draw(request: Request, bundle: Bundle, models: Models, cloud: Cloud) -> Result:

@@ -39,6 +39,9 @@ from tests.support.tiny_bundle import (
     make_plan,
 )
 
+Rewrite = Callable[[Iterator[pb.DenoiseResponse], grpc.ServicerContext], Iterator[pb.DenoiseResponse]]
+"""Makes of the messages of a stream others."""
+
 
 def text_embeds(text: str) -> Floats:
     """Returns what the fake's text encoder makes of a text, [T, D]."""

@@ -1,0 +1,66 @@
+"""A TCP relay to a server that passes on few bytes a second, or no more at all."""
+
+import contextlib
+import socket
+import threading
+import time
+from types import TracebackType
+from typing import Self
+
+_BITE = 64
+
+
+class SlowLink:
+    """Relays connections to a port of this machine; what comes back is slow.
+
+    Args:
+        port: Of the server.
+        bytes_per_s: How much comes back; None for as much as there is.
+
+    Attributes:
+        is_cut: Set, nothing passes any more, either way, and nobody is told.
+        num_connections: How many were made.
+    """
+
+    def __init__(self, port: int, bytes_per_s: float | None = None) -> None:
+        self.bytes_per_s, self.is_cut, self.num_connections = bytes_per_s, threading.Event(), 0
+        self._port, self._stop = port, threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._sockets: list[socket.socket] = [self._listener]
+        self.target = f"127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._stop.set()
+        for each in self._sockets:
+            with contextlib.suppress(OSError):  # it was never connected, or is closed already
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+    def _accept(self) -> None:
+        while not self._stop.is_set():
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            self.num_connections += 1
+            far = socket.create_connection(("127.0.0.1", self._port))
+            near.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._sockets += [near, far]
+            threading.Thread(target=self._pass_on, args=(near, far, False), daemon=True).start()
+            threading.Thread(target=self._pass_on, args=(far, near, True), daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, sink: socket.socket, is_slow: bool) -> None:
+        try:
+            while data := source.recv(_BITE if is_slow and self.bytes_per_s else 65536):
+                if self.is_cut.is_set():
+                    self._stop.wait()
+                    return
+                sink.sendall(data)
+                if is_slow and self.bytes_per_s:
+                    time.sleep(len(data) / self.bytes_per_s)
+        except OSError:
+            return

@@ -12,6 +12,7 @@ from edge_client.bundles.bundle import Bundle
 from edge_client.cli import output_files
 from edge_client.cli.build_requests import read_goals, read_requests
 from edge_client.cli.generate_options import generate_options
+from edge_client.cli.patience_options import read_patience
 from edge_client.cli.progress import Display, choose_display
 from edge_client.cli.shared_options import (
     CONTEXT,
@@ -135,8 +136,9 @@ def _draw(
 
 def _open_cloud(options: dict[str, Any]) -> Cloud:
     return open_cloud(
-        options["server"], token_file=options["token_file"], tls_ca=options["tls_ca"], insecure=options["insecure"]
-    )
+        options["server"], token_file=options["token_file"], tls_ca=options["tls_ca"], insecure=options["insecure"],
+        patience=read_patience(options),
+    )  # fmt: skip
 
 
 def _dry_json(resolved: Resolved, path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any, TypeVar, get_args
 
 import click
 
+from edge_client.cli.patience_options import patience_options
 from edge_client.cli.shared_options import model_options, server_options
 from edge_client.images import inputs
 from edge_client.images.inputs import DEFAULT_STRENGTH
@@ -132,8 +133,8 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--state-every", type=click.IntRange(0, 1000), default=1, show_default=True,
-        help="Ask the cloud for a state every N steps; 0 only at the hand-off. Saves bytes on a slow link; when "
-        "the cloud is lost, more steps are lost with it.",
+        help="Ask the cloud for a state every N calls of its U-Net (most samplers make one a step); 0 only at the "
+        "hand-off. Saves bytes on a slow link; when the cloud is lost, more calls are lost with it.",
     ),
     click.option(
         "--safety-checker", type=click.Choice(get_args(SafetyAction)), default="off", show_default=True,
@@ -141,6 +142,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option("--private", is_flag=True, help="Encode the text here: the prompt never leaves this device."),
     click.option("--deadline", type=float, help="Seconds that the cloud may take; then the edge takes over."),
+    patience_options,
     click.option("--no-fallback", is_flag=True, help="Fail, in mode auto too, rather than continue without the cloud."),
     model_options,
     click.option(

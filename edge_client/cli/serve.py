@@ -12,6 +12,7 @@ import platformdirs
 import structlog
 import uvicorn
 
+from edge_client.cli.patience_options import patience_options, read_patience
 from edge_client.cli.shared_options import (
     CONTEXT,
     model_options,
@@ -74,6 +75,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 )  # fmt: skip
 @click.option("--no-cloud", is_flag=True, help="Draw everything here.")
 @server_options
+@patience_options
 @model_options
 def serve(**options: Any) -> None:
     """Serves web clients: OpenAI's images API, AUTOMATIC1111's, jobs with events, and a page to draw with."""
@@ -86,7 +88,7 @@ def serve(**options: Any) -> None:
     cloud = None
     if not options["no_cloud"]:
         access = {name: options[name] for name in ("token_file", "tls_ca", "insecure")}
-        cloud = open_cloud(options["server"], **access)
+        cloud = open_cloud(options["server"], patience=read_patience(options), **access)
     app = create_app(settings, bundle, models, cloud, others=others)
     listener = _listen(options["host"], options["port"])
     port = listener.getsockname()[1]

@@ -12,6 +12,7 @@ from edge_client.bundles import bundle as bundles
 from edge_client.cloud.client import Cloud
 from edge_client.inference.models import Models
 from edge_client.paths import cache_folder
+from edge_client.request import Patience
 from hybridsd.errors import Reason
 from hybridsd.manifest import Manifest
 
@@ -101,7 +102,14 @@ def open_edge_models(given: Sequence[str], manifest: Manifest, **options: Any) -
     return models
 
 
-def open_cloud(server: str, *, token_file: Path | None, tls_ca: Path | None, insecure: bool) -> Cloud:
+def open_cloud(
+    server: str,
+    *,
+    token_file: Path | None,
+    tls_ca: Path | None,
+    insecure: bool,
+    patience: Patience | None = None,
+) -> Cloud:
     """Returns a connection to the cloud; nothing is sent yet."""
     token = os.environ.get("HYBRIDSD_EDGE_TOKEN", "").strip() or None
     if token_file is not None:
@@ -109,4 +117,6 @@ def open_cloud(server: str, *, token_file: Path | None, tls_ca: Path | None, ins
             token = token_file.read_text(encoding="utf-8").strip()
         except (OSError, ValueError) as error:
             raise Reason.FIELD_INVALID.error(f"cannot read {token_file}: {error}", field="token_file") from error
-    return Cloud(server, token=token, tls_ca=tls_ca, insecure=insecure, cache=cache.Cache(cache_folder()))
+    return Cloud(
+        server, token=token, tls_ca=tls_ca, insecure=insecure, cache=cache.Cache(cache_folder()), patience=patience
+    )

@@ -1,9 +1,9 @@
 """The rules that turn a request into a resolved one: defaults of the bundle, ranges, the split into stages."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from edge_client.generation.segments import resolve_segments
-from edge_client.request import Request, Resolved, SavedState, Stage, TimestepSchedule
+from edge_client.request import Patience, Request, Resolved, SavedState, Stage, TimestepSchedule
 from edge_client.types import CallSkipping, ImageInput, Mode
 from hybridsd import schedulers
 from hybridsd.codec import ENCODINGS
@@ -83,6 +83,7 @@ def resolve(request: Request, manifest: Manifest) -> Resolved:
             f"for {width}x{height} they must be {list(shape)}",
             field="initial_latents",
         )
+    _check_cloud_only(request, stages)
     return Resolved(
         request=request,
         mode=_mode(stages),
@@ -131,6 +132,7 @@ def _resolve_saved(request: Request, saved: SavedState, manifest: Manifest) -> R
     stages = _two_stages(
         request, schedule, cloud_steps, saved.guidance_scale, first_step=saved.plan.step_at(saved.call)
     )
+    _check_cloud_only(request, stages)
     return Resolved(
         request=request,
         mode="edge" if cloud_steps == 0 else "cloud" if cloud_steps == steps else "hybrid",
@@ -197,6 +199,7 @@ def _check_rest(request: Request, manifest: Manifest, width: int, height: int) -
     _check_loras(request.loras)
     _check_skipping(request.call_skipping)
     _check_image(request.image_input, width, height)
+    _check_patience(request.patience)
     if request.deadline_s is not None and not 0 < request.deadline_s <= MAX_DEADLINE_S:
         raise Reason.FIELD_INVALID.error(
             f"deadline is {request.deadline_s} s; choose more than 0 and at most {MAX_DEADLINE_S}",
@@ -214,6 +217,30 @@ def _check_loras(loras: tuple[tuple[str, float], ...]) -> None:
             raise Reason.FIELD_INVALID.error(
                 f"lora {name[:64]!r} has weight {weight}; choose {MIN_LORA_WEIGHT:g} to {MAX_LORA_WEIGHT:g}",
                 field="loras",
+            )
+
+
+def _check_patience(patience: Patience | None) -> None:
+    for field in () if patience is None else fields(patience):
+        value, may_be_0 = getattr(patience, field.name), field.name == "silence_memory_s"
+        if not (value >= 0 if may_be_0 else value > 0) or not value <= MAX_DEADLINE_S:
+            least = "0" if may_be_0 else "more than 0"
+            raise Reason.FIELD_INVALID.error(
+                f"`{field.name.removesuffix('_s')}` is {value}; choose {least} and at most {MAX_DEADLINE_S} seconds",
+                field=field.name.removesuffix("_s"),
+            )
+
+
+def _check_cloud_only(request: Request, stages: tuple[Stage, ...]) -> None:
+    """Refuses what only the cloud can do, and what changes the image, where it runs no step."""
+    if any(stage.place == "cloud" for stage in stages):
+        return
+    for name, given in (("loras", request.loras), ("call_skipping", request.call_skipping)):
+        if given:
+            what = f"{given[0][0][:64]!r} of `loras`" if name == "loras" else f"`{name}`"  # type: ignore[index]
+            raise Reason.FIELD_INVALID.error(
+                f"{what} is for steps of the cloud, and there are none; leave it out, or set `mode` to hybrid or cloud",
+                field=name,
             )
 
 

@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import os
+import sys
+import threading
 from typing import Any
 
 import click
@@ -25,6 +27,7 @@ class _Group(click.Group):
             ctx.exit(error.reason.value.exit_code)
         except (KeyboardInterrupt, click.Abort):
             click.echo("Interrupted.", err=True)
+            _end_now(Reason.CANCELLED.value.exit_code)
             ctx.exit(Reason.CANCELLED.value.exit_code)
         except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
             raise
@@ -35,6 +38,15 @@ class _Group(click.Group):
                 f"Error: {type(error).__name__}: {error}. This is a bug; HYBRIDSD_EDGE_DEBUG=1 shows where.", err=True
             )
             ctx.exit(Reason.INTERNAL.value.exit_code)
+
+
+def _end_now(exit_code: int) -> None:
+    """Ends the process, if a thread that loads a model would have to be waited for: who interrupts has no time."""
+    main_thread = threading.main_thread()
+    if any(not thread.daemon and thread is not main_thread for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -151,7 +151,8 @@ def _load(files: Files, placement: Placement, latent_space: str | None, loras: S
         dtype=placement.dtype,
         takes_pooled=architecture.is_sdxl,
         guidance_dim=architecture.guidance_dim,
-        adapters=adapters,
+        adapters=None if adapters is None else adapters.within([unet]),
+        text_adapters=None if adapters is None else adapters.within(encoders.networks),
     )
     return Model(replace(info, loras=adapters.infos if adapters else ()), denoiser, compiler, num_text_parameters)
 

@@ -13,7 +13,7 @@ from grpc_status import rpc_status
 
 from cloud_server.engine.engine import Engine
 from cloud_server.engine.event_buffer import EventBuffer
-from cloud_server.engine.events import Event, Failed, Finished, Snapshot
+from cloud_server.engine.events import Event, Failed, Finished, Snapshot, Started
 from cloud_server.engine.request import JobRequest, new_request_id
 from cloud_server.models.denoiser import Conditions, Denoiser, Encoded, Loras
 from cloud_server.models.load import Model
@@ -127,6 +127,12 @@ async def until(is_true: Callable[[], bool] | Callable[[], Awaitable[bool]]) -> 
         if result if isinstance(result, bool) else await result:
             return
         await asyncio.sleep(0.01)
+
+
+async def read_to_start(buffer: EventBuffer) -> None:
+    """Waits until a job's texts are read: from then on it is in the next call of its group."""
+    while not isinstance(event := await buffer.next(HANG_S), Started):
+        assert event is not None
 
 
 async def read_to_end(buffer: EventBuffer) -> list[Event]:

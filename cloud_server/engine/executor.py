@@ -218,6 +218,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _too_large(request: JobRequest) -> HybridSDError:
     width, height = request.size
+    log.warning("out_of_memory", jobs=1, request_id=request.request_id, shape=request.latent_shape)
     return Reason.SIZE_INVALID.error(
         f"an image of {width}x{height} pixels does not fit into the memory of the server; choose a smaller `width` and"
         " `height`, or another server",

@@ -64,9 +64,16 @@ class GatedDenoiser:
 class FailingDenoiser:
     """A denoiser that fails, by an exception or by NaN, where `is_bad` says so of its embeddings."""
 
-    def __init__(self, inner: Denoiser, *, error: Exception | None, max_rows: int | None = None) -> None:
+    def __init__(
+        self,
+        inner: Denoiser,
+        *,
+        error: Exception | None,
+        max_rows: int | None = None,
+        too_many: type[Exception] = torch.OutOfMemoryError,
+    ) -> None:
         self.inner, self.device, self.dtype, self.guidance = inner, inner.device, inner.dtype, inner.guidance
-        self._error, self._max_rows = error, max_rows
+        self._error, self._max_rows, self._too_many = error, max_rows, too_many
         self.rows: list[int] = []
 
     def encode(self, text: str, options: TextOptions, loras: Loras = (), num_chunks: int | None = None) -> Encoded:
@@ -81,7 +88,7 @@ class FailingDenoiser:
         self.rows.append(len(sample))
         bad = (conditions.embeds == 13.0).flatten(1).all(1)
         if self._max_rows is not None and len(sample) > self._max_rows:
-            raise torch.OutOfMemoryError("out of memory")
+            raise self._too_many("out of memory")
         if bad.any() and self._error is not None:
             raise self._error
         output = self.inner.predict(sample, timesteps, conditions, loras)

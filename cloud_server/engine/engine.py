@@ -68,8 +68,8 @@ class Engine:
 
         self._executor = Executor(denoisers)
         self._threads = [
-            threading.Thread(target=self._run, args=(turn,), name=turn.__name__.strip("_"), daemon=True)
-            for turn in (self._text_turn, self._step_turn)
+            threading.Thread(target=self._run, args=(turn,), name=name, daemon=True)
+            for name, turn in (("texts", self._text_turn), ("steps", self._step_turn))
         ]
 
     def start(self) -> None:
@@ -330,7 +330,7 @@ class Engine:
             return
         with self._changed:
             if is_done:
-                self._scheduler.end(job, Finished(job.usage()))
+                self._end(job, Finished(job.usage()))
             elif changed is not None and job.outcome is None:
                 job.trajectory = changed
 
@@ -339,7 +339,12 @@ class Engine:
             log.error("job_failed", request_id=job.request.request_id, call=job.num_calls, exc_info=error)
             error = Reason.INTERNAL.error("the job failed; the server's log has the details under its request_id")
         with self._changed:
-            self._scheduler.end(job, Failed(error))
+            self._end(job, Failed(error))
+
+    def _end(self, job: Job, outcome: Finished | Failed) -> None:
+        self._scheduler.end(job, outcome)
+        if self._scheduler.is_idle:  # what is left of this turn is nothing
+            self._busy_since_s.pop(threading.current_thread().name, None)
 
 
 def _set_torch_threads(num_threads: int | None) -> None:

@@ -190,7 +190,8 @@ async def test_a_drain_that_takes_too_long_ends_jobs(start_server: StartServer, 
 
 async def test_one_line_a_call_and_never_a_prompt(start_server: StartServer, tiny_model: Model, log_lines: Any) -> None:
     """Calls that succeed, are refused, fail and are dropped leave one line each, with the id; no line quotes a text."""
-    client = await start_server(denoiser=FailingDenoiser(tiny_model.denoiser, error=None, max_rows=1, too_many=RuntimeError))
+    denoiser = FailingDenoiser(tiny_model.denoiser, error=None, max_rows=1, too_many=RuntimeError)
+    client = await start_server(denoiser=denoiser)
     secret = pb.TextConditioning(prompt="zyzzyva at dawn", negative_prompt="")
     named = (("x-request-id", "trace-7"),)
     await client.denoise(message(text=secret, guidance_scale=1.0, request_id="good"), metadata=named)

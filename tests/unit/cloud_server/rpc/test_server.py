@@ -2,9 +2,7 @@
 
 import asyncio
 import contextlib
-import io
 import json
-import logging
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -18,7 +16,6 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from cloud_server import logs
 from cloud_server.models.load import Model
 from cloud_server.rpc.bundle_service import CHUNK_BYTES, Bundle, load_bundle
 from cloud_server.rpc.server import SERVICES, CloudServer
@@ -40,18 +37,6 @@ async def health_of(client: Client, service: str = "") -> int:
 
 async def is_health(client: Client, status: int) -> bool:
     return await health_of(client) == status
-
-
-@pytest.fixture
-def log_lines() -> Any:
-    """Returns a function that gives the JSON lines logged so far."""
-    stream = io.StringIO()
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    logs.configure("json", level=logging.DEBUG, stream=stream)
-    logging.getLogger("asyncio").setLevel(logging.WARNING)
-    yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
-    root.handlers[:], root.level = handlers, level
 
 
 @pytest.fixture

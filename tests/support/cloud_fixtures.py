@@ -89,8 +89,10 @@ async def start_server(tiny_model: Model) -> AsyncIterator[StartServer]:
     """Starts servers of the tiny model, with another denoiser if given, and stops them."""
     async with AsyncExitStack() as stack:
 
-        async def start(*, denoiser: Any = None, bundles: tuple[Bundle, ...] = (), **options: Any) -> Client:
-            model = tiny_model if denoiser is None else replace(tiny_model, denoiser=denoiser)
+        async def start(
+            *, denoiser: Any = None, model: Model | None = None, bundles: tuple[Bundle, ...] = (), **options: Any
+        ) -> Client:
+            model = model or (tiny_model if denoiser is None else replace(tiny_model, denoiser=denoiser))
             settings = Settings(**{"models": ("tiny",), "port": 0, "threads": 1, **options})
             server = CloudServer(settings, {"tiny": model}, bundles)
             await server.start()

@@ -8,18 +8,20 @@ from google.protobuf.message import Message
 
 from hybridsd.errors import Reason
 
-UNREAD_S = 30.0
-"""A reader that takes nothing for so long, its window full, is gone."""
+UNREAD_S = 120.0
+"""A reader that does not make room for the next message for so long is gone; 1 MiB at 9 kB/s takes as long."""
 
 
 async def write(context: "grpc.aio.ServicerContext[Any, Any]", message: Message) -> None:
     """Writes a message of a stream.
 
     Raises:
-        HybridSDError: CANCELLED if the reader is gone.
+        HybridSDError: UNAVAILABLE if the reader is gone; should it come back, it can go on.
     """
     try:
         async with asyncio.timeout(UNREAD_S):
             await context.write(message)
     except TimeoutError:
-        raise Reason.CANCELLED.error(f"nobody has read the stream for {UNREAD_S:g} s") from None
+        raise Reason.UNAVAILABLE.error(
+            f"nobody has read this stream for {UNREAD_S:g} s; ask again for the rest"
+        ) from None

@@ -4,6 +4,8 @@ Every flag is also a variable HYBRIDSD_CLOUD_...; a flag wins. Knows nothing of 
 """
 
 import asyncio
+import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -14,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 import structlog
 
-from cloud_server import logs
-from cloud_server.settings import Settings
+from cloud_server import logs, preflight
+from cloud_server.settings import MAX_HEARTBEAT_S, Settings
 
 if TYPE_CHECKING:
     from cloud_server.models.devices import Placement
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 log = structlog.get_logger()
 
+EXIT_LOST = 70
+"""Of a server that cannot work any more: start it again."""
 PREFIX = "HYBRIDSD_CLOUD_"
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -61,7 +65,8 @@ _SERVE_OPTIONS = (
     _option("--tls-cert", type=_FILE, help="Certificate chain, PEM."),
     _option("--tls-key", type=_FILE, help="Private key, PEM."),
     _option("--insecure", is_flag=True, help="Listen beyond this machine without a certificate."),
-    _option("--token-file", type=_FILE, help="File with the token that callers must send."),
+    _option("--token-file", type=_FILE, help="File with the tokens, one a line, of which callers must "
+            "send one; lines with # are comments."),
     _option("--max-batch", type=click.IntRange(1, 256), default=8, help="Jobs in one U-Net call."),
     _option("--max-queue", type=click.IntRange(1), default=32, help="Jobs that may wait."),
     _option("--max-size", type=click.IntRange(8), help="Largest width and height; else twice the models' default."),
@@ -69,9 +74,13 @@ _SERVE_OPTIONS = (
     _option("--drain-timeout", "drain_timeout_s",
             type=click.FloatRange(0), default=30.0, help="Seconds for jobs to finish on SIGTERM."),
     _option("--heartbeat", "heartbeat_s",
-            type=click.FloatRange(0.1), default=5.0, help="Seconds of silence before a heartbeat."),
+            type=click.FloatRange(0.1, MAX_HEARTBEAT_S), default=5.0, help="Seconds of silence before a heartbeat."),
     _option("--stall-timeout", "stall_timeout_s",
-            type=click.FloatRange(1), default=60.0, help="Seconds a step may take; more, and health is NOT_SERVING."),
+            type=click.FloatRange(1), default=60.0, help="Seconds a step may take; more, and jobs end with UNAVAILABLE "
+            "and health is NOT_SERVING."),
+    _option("--stall-exit", "stall_exit_s",
+            type=click.FloatRange(1), default=300.0, help=f"Seconds a step may take; more, and the process exits with "
+            f"{EXIT_LOST}, to be started again."),
 )  # fmt: skip
 
 
@@ -93,12 +102,20 @@ def main() -> None:
 @main.command()
 @_options(*_MODEL_OPTIONS, *_SERVE_OPTIONS)
 def serve(log_format: logs.LogFormat, token_file: Path | None, **options: Any) -> None:
-    """Serves models until SIGTERM or SIGINT; running jobs then finish."""
-    settings = _settings(token=_token(token_file), **options)
+    """Serves models until SIGTERM or SIGINT; running jobs then finish.
+
+    Exits with 70 when it cannot work any more: its device is lost, or a step is stuck.
+    """
+    settings = _settings(tokens=_tokens(token_file), **options)
     logs.configure(log_format)
     log.info("settings", **_shown(settings))
     if settings.port_file is not None:
         settings.port_file.unlink(missing_ok=True)  # an old one would send scripts to a dead port
+    try:
+        preflight.check(settings)
+        _check_ids(settings)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
     from cloud_server.models.load import ModelError
     from cloud_server.rpc import server as process  # torch and diffusers take seconds to import; --help must not
     from cloud_server.rpc.bundle_service import load_bundle
@@ -118,6 +135,9 @@ def serve(log_format: logs.LogFormat, token_file: Path | None, **options: Any) -
                 part.replace(settings.port_file)  # readers see no file or all of it
 
         asyncio.run(process.run(settings, models, bundles, on_listening=on_listening))
+    except process.EngineLost as error:
+        log.critical("engine_lost", message=str(error))
+        _exit_now(EXIT_LOST)
     except (ModelError, HybridSDError, OSError) as error:
         raise click.UsageError(str(error)) from error
 
@@ -187,24 +207,37 @@ def _settings(**options: Any) -> Settings:
 
 
 def _shown(settings: Settings) -> dict[str, object]:
-    """Returns the settings for people to read; the token only as being there."""
-    shown = {item.name: getattr(settings, item.name) for item in fields(settings) if item.name != "token"}
+    """Returns the settings for people to read; of the tokens only how many there are."""
+    shown = {item.name: getattr(settings, item.name) for item in fields(settings) if item.name != "tokens"}
     return {
         **{key: list(map(str, value)) if isinstance(value, tuple) else value for key, value in shown.items()},
         "port_file": str(settings.port_file) if settings.port_file else None,
         "tls_cert": str(settings.tls_cert) if settings.tls_cert else None,
         "tls_key": str(settings.tls_key) if settings.tls_key else None,
-        "has_token": settings.token is not None,
+        "num_tokens": len(settings.tokens),
     }
 
 
-def _token(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    token = path.read_text(encoding="utf-8").strip()
-    if not token:
-        raise click.UsageError(f"token file {path} is empty; put a token into it")
-    return token
+def _tokens(path: Path | None) -> tuple[str, ...]:
+    try:
+        return () if path is None else preflight.read_tokens(path)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _check_ids(settings: Settings) -> None:
+    """Refuses two models of one id before either is loaded."""
+    from cloud_server.models.sources import parse_source
+
+    preflight.check_ids("--model", [parse_source(source).id for source in settings.models])
+
+
+def _exit_now(code: int) -> None:
+    """Ends the process without waiting for threads, of which one is stuck."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _placement(settings: Settings) -> "Placement":
@@ -231,14 +264,20 @@ def _leave_threads_to_the_engine(settings: Settings) -> Settings:
 
 def _load(settings: Settings, placement: "Placement") -> "dict[str, Model]":
     """Loads the models, by id."""
-    from cloud_server.models.load import ModelError, load_model
-    from cloud_server.models.sources import parse_source
+    from cloud_server.models.load import ModelError, config_for, load_model
+    from cloud_server.models.sources import locate, parse_source
 
     loras = _loras(settings)
     served = {parse_source(source).id for source in settings.models}
     named = {text.partition("=")[0] for text in settings.configs if "=" in text} | {lora.model for lora in loras}
     if unknown := sorted(named - served - {""}):
         raise ModelError(f"--config or --lora is for {unknown[0]!r}; the models are {', '.join(sorted(served))}")
+    for name in served:
+        preflight.check_ids("--lora", [lora.name for lora in loras if lora.model in ("", name)])
+    for source in settings.models:  # before the first is loaded
+        parsed = parse_source(source, variant=settings.variant)
+        if Path(parsed.where).exists():
+            locate(parsed, config_for(parsed.id, settings.configs))
     logs.quiet_libraries()
     models = {}
     for source in settings.models:
@@ -247,8 +286,6 @@ def _load(settings: Settings, placement: "Placement") -> "dict[str, Model]":
             source, placement, latent_space=settings.latent_space, variant=settings.variant, configs=settings.configs,
             loras=loras,
         )  # fmt: skip
-        if model.info.id in models:
-            raise ModelError(f"two models have the id {model.info.id}; name them with --model ID=PATH")
         models[model.info.id] = model
         log.info(
             "model_loaded",

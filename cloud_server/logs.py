@@ -5,6 +5,7 @@ Console on a terminal, one JSON object a line elsewhere. Prompts and images neve
 
 import logging
 import sys
+import warnings
 from contextvars import ContextVar
 from typing import Literal, TextIO
 
@@ -73,9 +74,16 @@ def note(**fields: object) -> None:
 
 
 def quiet_libraries() -> None:
-    """Silences the progress bars of diffusers and transformers."""
+    """Silences the progress bars of diffusers and transformers, and their advice about schedulers, for good.
+
+    Plans are compiled on several threads, where neither could be silenced for a while; the options that diffusers
+    warns of are ours and deliberate.
+    """
     import diffusers
     import transformers
 
+    for part in ("configuration_utils", "schedulers"):
+        logging.getLogger(f"diffusers.{part}").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"diffusers\.")
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()

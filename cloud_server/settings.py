@@ -7,6 +7,9 @@ import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+MAX_HEARTBEAT_S = 10.0
+"""Half the silence after which an edge goes on alone."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
@@ -29,7 +32,8 @@ class Settings:
     tls_cert: Path | None = None
     tls_key: Path | None = None
     insecure: bool = False
-    token: str | None = field(default=None, repr=False)
+    tokens: tuple[str, ...] = field(default=(), repr=False)
+    """Of which callers must send one; none: everybody may call."""
     max_batch: int = 8
     max_queue: int = 32
     max_size: int | None = None
@@ -39,8 +43,19 @@ class Settings:
     heartbeat_s: float = 5.0
     stall_timeout_s: float = 60.0
     """Work without movement for this long is sickness; larger than a slow step."""
+    stall_exit_s: float = 300.0
+    """And for this long the end of the process."""
 
     def __post_init__(self) -> None:
+        if self.heartbeat_s > MAX_HEARTBEAT_S:
+            raise ValueError(
+                f"--heartbeat is {self.heartbeat_s:g} s; choose at most {MAX_HEARTBEAT_S:g}: edges take longer silence"
+                " for a dead server"
+            )
+        if self.stall_exit_s < self.stall_timeout_s:
+            raise ValueError(
+                f"--stall-exit is {self.stall_exit_s:g} s; choose at least --stall-timeout, {self.stall_timeout_s:g} s"
+            )
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("--tls-cert and --tls-key go together; give both or none")
         if self.tls_cert is None and not self.insecure and not is_loopback(self.host):

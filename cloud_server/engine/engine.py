@@ -1,20 +1,21 @@
-"""The step-level batching engine: one thread owns the models, and its loop is the step.
+"""The step-level batching engine: one thread runs the U-Nets, and its loop is the step; another reads texts for it.
 
 Jobs enter and leave between two calls of the U-Net; jobs with different schedulers, steps, splits and guidance share a
-call when model and shapes agree. The scheduler decides, the executor runs, and the engine, which alone has a lock and a
-thread, brings the outcome of the one to the other.
+call when model and shapes agree. The scheduler decides, the executor runs, and the engine, which alone has a lock and
+these threads, brings the outcome of the one to the other.
 """
 
 import threading
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 
 import structlog
 import torch
 
 from cloud_server.engine.event_buffer import EventBuffer
-from cloud_server.engine.events import Failed, Finished
-from cloud_server.engine.executor import BatchTooLarge, Call, Executor
+from cloud_server.engine.events import Failed, Finished, Started
+from cloud_server.engine.executor import Batch, BatchTooLarge, Call, Executor
 from cloud_server.engine.job import Job
 from cloud_server.engine.request import JobRequest
 from cloud_server.engine.scheduler import Load, Scheduler
@@ -22,6 +23,13 @@ from cloud_server.models.denoiser import Denoiser
 from hybridsd.errors import HybridSDError, Reason
 
 log = structlog.get_logger()
+
+SLOW_CALLS = 4.0
+"""A call that takes this many times the mean is not stuck yet: a machine may be slow."""
+DRAIN_RETRY_S = 5.0
+"""When to come again to a server that is being replaced."""
+
+_torch_threads = threading.Lock()
 
 
 class Engine:
@@ -36,6 +44,7 @@ class Engine:
         keep_finished: int = 64,
         keep_finished_s: float = 120.0,
         num_threads: int | None = None,
+        stall_timeout_s: float = 60.0,
     ) -> None:
         """Makes an engine that does nothing until `start`.
 
@@ -46,29 +55,39 @@ class Engine:
             keep_finished: Finished jobs that a late retry still finds.
             keep_finished_s: For how long.
             num_threads: Threads of a call on a CPU; None leaves the choice to torch.
+            stall_timeout_s: A step, or a text, that takes longer is stuck, unless all steps are slow.
         """
-        self._num_threads = num_threads
+        self._num_threads, self._stall_timeout_s = num_threads, stall_timeout_s
         self._changed = threading.Condition()  # guards everything down to the blank line
         self._scheduler = Scheduler(
             max_batch=max_batch, max_queue=max_queue, keep_finished=keep_finished, keep_finished_s=keep_finished_s
         )
         self._is_draining = self._is_stopping = self._is_dead = False
-        self._progress_s = time.monotonic()
+        self._unread: deque[Job] = deque()  # admitted, but for their texts
+        self._busy_since_s: dict[str, float] = {}  # by name of the thread
 
-        self._executor = Executor(denoisers)  # the worker's own
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._executor = Executor(denoisers)
+        self._threads = [
+            threading.Thread(target=self._run, args=(turn,), name=name, daemon=True)
+            for name, turn in (("texts", self._text_turn), ("steps", self._step_turn))
+        ]
 
     def start(self) -> None:
-        """Starts the worker thread."""
-        self._thread.start()
+        """Starts the threads."""
+        for thread in self._threads:
+            thread.start()
 
     def stop(self, timeout_s: float = 10.0) -> None:
-        """Stops every job at its next step boundary, then the thread."""
+        """Ends every job with UNAVAILABLE, then the threads; one that is stuck is waited for no longer than this."""
         with self._changed:
             self._is_draining = self._is_stopping = True
-            self._changed.notify()
-        if self._thread.ident is not None:
-            self._thread.join(timeout_s)
+            self._end_all("the server is stopping; resume from the last state, at another one or later")
+            self._changed.notify_all()
+        limit_s = time.monotonic() + timeout_s
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(max(0.0, limit_s - time.monotonic()))
+        self._executor.close()
 
     def drain(self) -> None:
         """Refuses new jobs from now on; those that are here go on."""
@@ -82,6 +101,7 @@ class Engine:
         *,
         deadline_s: float | None = None,
         arrived_s: float | None = None,
+        caller: str = "",
     ) -> Job:
         """Starts a job, or attaches to the one of that id, and posts its events to `buffer`.
 
@@ -90,9 +110,10 @@ class Engine:
             buffer: Where its events go.
             deadline_s: When to give up, in `time.monotonic()` seconds; None for never.
             arrived_s: When the request came, likewise; None for now.
+            caller: Who asks; callers get equal shares.
 
         Raises:
-            HybridSDError: REQUEST_ID_REUSED, QUEUE_FULL with a retry delay, or UNAVAILABLE while stopping.
+            HybridSDError: REQUEST_ID_REUSED; QUEUE_FULL, or UNAVAILABLE while stopping or stuck, with a retry delay.
         """
         with self._changed:
             job = self._scheduler.find(request.request_id)
@@ -104,20 +125,18 @@ class Engine:
                 job.attach(buffer, deadline_s)
                 return job
             self._check_room()
-            if self._scheduler.is_idle:
-                self._progress_s = time.monotonic()
-            job = Job(request, arrived_s)
+            job = Job(request, arrived_s, caller=caller)
             self._scheduler.add(job)
             job.attach(buffer, deadline_s)
+            self._admit()
             self._scheduler.post_positions()
-            self._changed.notify()
             return job
 
     def check_room(self, request_id: str) -> None:
         """Refuses a call for which `submit` would have no room now, before anything costly is done for it.
 
         Raises:
-            HybridSDError: QUEUE_FULL with a retry delay, or UNAVAILABLE while stopping.
+            HybridSDError: QUEUE_FULL, or UNAVAILABLE while stopping or stuck, with a retry delay.
         """
         with self._changed:
             if self._scheduler.find(request_id) is None:
@@ -127,7 +146,7 @@ class Engine:
         """Says that a stream of a job has ended, for whatever reason."""
         job.detach(buffer)
         with self._changed:
-            self._scheduler.sweep(active=False)
+            self._sweep()
 
     def cancel(self, request_id: str) -> bool:
         """Stops a job at its next step boundary. Returns whether one of that id was queued or running."""
@@ -136,7 +155,7 @@ class Engine:
             if job is None:
                 return False
             job.stop(Reason.CANCELLED.error("the job was cancelled"))
-            self._scheduler.sweep(active=False)
+            self._sweep()
             return True
 
     def load(self) -> Load:
@@ -151,53 +170,122 @@ class Engine:
             return self._scheduler.is_idle
 
     def stalled_s(self) -> float:
-        """Returns for how long there has been work but no movement; infinite when the worker is dead."""
+        """Returns for how long the work in hand has not moved; infinite when a thread is dead."""
         with self._changed:
-            if self._is_dead:
-                return float("inf")
-            return 0.0 if self._scheduler.is_idle else time.monotonic() - self._progress_s
+            return self._stalled_s()
+
+    def watch(self) -> bool:
+        """Ends jobs that are late or lost without waiting for a step, and all of them when a step is stuck.
+
+        To be called once in a while, from another thread than the engine's. A step that comes back after all is the
+        end of being stuck.
+
+        Returns:
+            Whether the engine is well: neither stuck nor dead.
+        """
+        with self._changed:
+            self._sweep()
+            if not self._is_stuck():
+                return not self._is_dead
+            self._end_all(self._says_stuck())
+            return False
+
+    def _stalled_s(self) -> float:
+        if self._is_dead:
+            return float("inf")
+        now_s = time.monotonic()
+        return max((now_s - since_s for since_s in self._busy_since_s.values()), default=0.0)
+
+    def _is_stuck(self) -> bool:
+        return self._stalled_s() >= max(self._stall_timeout_s, SLOW_CALLS * self._scheduler.load().call_s)
+
+    def _says_stuck(self) -> str:
+        if self._is_dead:
+            return "the server lost its device or broke down; resume from the last state, at another one or later"
+        return (
+            f"a step of the server has not come back for {self._stalled_s():.0f} s; resume from the last state, at"
+            " another server or later"
+        )
 
     def _check_room(self) -> None:
-        if self._is_draining or self._is_dead:
-            raise Reason.UNAVAILABLE.error("the server is stopping; try another one, or later")
+        if self._is_draining and not self._is_dead:
+            raise Reason.UNAVAILABLE.error(
+                "the server is stopping; try another one, or later", retry_delay_s=DRAIN_RETRY_S
+            )
+        if self._is_stuck():
+            raise Reason.UNAVAILABLE.error(self._says_stuck(), retry_delay_s=DRAIN_RETRY_S)
         self._scheduler.check_room()
 
-    # What follows runs on the worker thread.
+    def _admit(self) -> None:
+        """Gives places to waiting jobs, and their texts to be read; then there may be something to do."""
+        self._unread.extend(job for job in self._scheduler.admit() if job.trajectory is None)
+        self._changed.notify_all()
 
-    def _run(self) -> None:
-        if self._num_threads is not None:
-            torch.set_num_threads(self._num_threads)
+    def _sweep(self) -> None:
+        self._scheduler.sweep(active=False)
+        self._admit()
+
+    def _end_all(self, message: str) -> None:
+        self._unread.clear()
+        self._scheduler.end_all(Failed(Reason.UNAVAILABLE.error(message, retry_delay_s=DRAIN_RETRY_S)))
+
+    # What follows runs on the engine's threads.
+
+    def _run(self, turn: Callable[[], bool]) -> None:
+        is_steps = turn == self._step_turn
+        _set_torch_threads(self._num_threads if is_steps else 1)  # a second pool beside that of the steps slows both
         try:
             with torch.inference_mode():
-                while self._turn():
+                while turn():
                     pass
-        except BaseException:  # such as a lost device: health says so, and a supervisor restarts the process
-            log.exception("engine_died")
+        except BaseException:  # such as a lost device: the process ends, and a supervisor restarts it
+            log.exception("engine_died", thread=threading.current_thread().name)
         with self._changed:
             self._is_dead = self._is_draining = True
-            stopped = Reason.UNAVAILABLE.error("the server stopped; resume from the last state")
-            self._scheduler.end_all(Failed(stopped))
+            self._end_all(self._says_stuck())
+            self._changed.notify_all()
 
-    def _turn(self) -> bool:
-        """Schedules, runs one call of the U-Net and follows its outcome, or waits for work; False ends the thread."""
+    def _text_turn(self) -> bool:
+        """Reads the texts of one job, or waits for one; False ends the thread."""
         with self._changed:
-            self._progress_s = time.monotonic()
-            if self._is_stopping:
+            self._busy_since_s.pop("texts", None)
+            if self._is_stopping or self._is_dead:
                 return False
-            self._scheduler.sweep(active=True)
-            admitted = self._scheduler.admit()
-            if not self._scheduler.has_active:
+            job = self._unread.popleft() if self._unread else None
+            if job is None:
                 self._changed.wait()
                 return True
-        for job in admitted:
-            try:
-                self._executor.begin(job)
-            except Exception as error:
-                self._fail(job, error)
-        with self._changed:
-            batch, groups = self._scheduler.choose(), self._scheduler.groups
-        if not batch:
+            if job.outcome is not None:
+                return True
+            self._busy_since_s["texts"] = time.monotonic()
+        try:
+            trajectory = self._executor.prepare(job)
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            self._fail(job, error)
             return True
+        with self._changed:
+            if job.outcome is None:
+                job.post(Started(*job.texts[0]))
+                job.trajectory = trajectory
+                self._changed.notify_all()
+        return True
+
+    def _step_turn(self) -> bool:
+        """Schedules, runs one call of the U-Net and follows its outcome, or waits for work; False ends the thread."""
+        with self._changed:
+            self._busy_since_s.pop("steps", None)
+            if self._is_stopping or self._is_dead:
+                return False
+            self._scheduler.sweep(active=True)
+            self._admit()
+            batch = [(job, job.trajectory) for job in self._scheduler.choose() if job.trajectory is not None]
+            if not batch:
+                self._changed.wait()
+                return True
+            groups = self._scheduler.groups
+            self._busy_since_s["steps"] = time.monotonic()
         try:
             calls = self._executor.call(batch, groups)
         except BatchTooLarge:
@@ -208,10 +296,9 @@ class Engine:
             self._follow(call)
         return True
 
-    def _halve(self, batch: list[Job]) -> None:
+    def _halve(self, batch: Batch) -> None:
         """Lets no batch of this group be as large again."""
-        assert batch[0].trajectory is not None
-        group, cap = batch[0].trajectory.group, max(1, len(batch) // 2)
+        group, cap = batch[0][1].group, max(1, len(batch) // 2)
         log.warning("out_of_memory", jobs=len(batch), batch_cap=cap, group=group)
         with self._changed:
             self._scheduler.limit_batch(group, cap)
@@ -220,13 +307,14 @@ class Engine:
         """Remembers how long a call took."""
         durations = {call.elapsed_s for call in calls if not isinstance(call.outcome, Exception)}
         with self._changed:
-            self._progress_s = time.monotonic()
             for elapsed_s in durations:
                 self._scheduler.note_call(elapsed_s)
 
     def _follow(self, call: Call) -> None:
         """Takes a job to where its call led, or ends it."""
         job = call.job
+        if job.outcome is not None:
+            return  # it was given up meanwhile
         if isinstance(call.outcome, Exception):
             self._fail(job, call.outcome)
             return
@@ -234,16 +322,34 @@ class Engine:
         job.num_calls += 1
         try:
             is_done = self._executor.advance(job, call.trajectory, call.outcome)
+            changed = None if is_done else self._executor.next_stage(job, call.trajectory)
+        except torch.AcceleratorError:
+            raise
         except Exception as error:
             self._fail(job, error)
             return
-        if is_done:
-            with self._changed:
-                self._scheduler.end(job, Finished(job.usage()))
+        with self._changed:
+            if is_done:
+                self._end(job, Finished(job.usage()))
+            elif changed is not None and job.outcome is None:
+                job.trajectory = changed
 
     def _fail(self, job: Job, error: Exception) -> None:
         if not isinstance(error, HybridSDError):
             log.error("job_failed", request_id=job.request.request_id, call=job.num_calls, exc_info=error)
             error = Reason.INTERNAL.error("the job failed; the server's log has the details under its request_id")
         with self._changed:
-            self._scheduler.end(job, Failed(error))
+            self._end(job, Failed(error))
+
+    def _end(self, job: Job, outcome: Finished | Failed) -> None:
+        self._scheduler.end(job, outcome)
+        if self._scheduler.is_idle:  # what is left of this turn is nothing
+            self._busy_since_s.pop(threading.current_thread().name, None)
+
+
+def _set_torch_threads(num_threads: int | None) -> None:
+    """Sets how many threads calls of torch on this thread use; None leaves the choice to torch."""
+    with _torch_threads:  # torch reads what was set last, by whatever thread, when it is first used on this one
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        torch.get_num_threads()

@@ -1,7 +1,11 @@
-"""Runs what the scheduler chose: texts, calls of the U-Net, states. On the worker thread, without the engine's lock."""
+"""Runs what the scheduler chose: texts, calls of the U-Net, states. Without the engine's lock.
+
+`prepare` is for one thread, `call` and `advance` for another: texts are encoded while the U-Net runs.
+"""
 
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,14 +13,17 @@ import structlog
 import torch
 
 from cloud_server.engine import step
-from cloud_server.engine.events import Snapshot, Started
+from cloud_server.engine.events import Snapshot
 from cloud_server.engine.job import Job
-from cloud_server.engine.request import Stage
-from cloud_server.engine.step import Group, Progress, Trajectory
+from cloud_server.engine.request import JobRequest, Stage
+from cloud_server.engine.step import Group, Progress, Texts, Trajectory
 from cloud_server.models.denoiser import Conditions, Denoiser, Encoded, TextCache
-from hybridsd.errors import Reason
+from hybridsd.errors import HybridSDError, Reason
 
 log = structlog.get_logger()
+
+NOISE_THREADS = 2
+"""Threads that draw noise while the U-Net runs."""
 
 
 class BatchTooLarge(Exception):
@@ -33,25 +40,46 @@ class Call:
     outcome: Progress | Exception
 
 
+Batch = Sequence[tuple[Job, Trajectory]]
+"""Jobs of one group, and where they are."""
+
+
 class Executor:
     """The models, their text caches, and the joined conditions of the batches in flight."""
 
     def __init__(self, denoisers: Mapping[str, Denoiser]) -> None:
         """Takes models by id, all on one device."""
         self._denoisers = denoisers
-        self._texts = {name: TextCache(denoiser) for name, denoiser in denoisers.items()}
+        self._texts = {name: TextCache(denoiser) for name, denoiser in denoisers.items()}  # of the thread of `prepare`
         self._joined: dict[Group, tuple[list[Trajectory], Conditions]] = {}
+        self._noises = ThreadPoolExecutor(NOISE_THREADS, thread_name_prefix="noise")
 
-    def begin(self, job: Job) -> None:
-        """Encodes the texts of an admitted job and makes its first state."""
-        request, stage = job.request, job.request.stages[0]
+    def close(self) -> None:
+        """Lets go of the threads; noise that nobody waits for is not drawn."""
+        self._noises.shutdown(wait=False, cancel_futures=True)
+
+    def prepare(self, job: Job) -> Trajectory:
+        """Encodes all texts of a job and makes its first state.
+
+        Raises:
+            HybridSDError: SIZE_INVALID if there is no memory for it.
+            torch.AcceleratorError: If the device is lost to this process.
+        """
+        request, first = job.request, job.request.stages[0]
         started_s = time.monotonic()
-        prompt, negative = self._encode(job, stage)
-        job.trajectory = step.begin(self._denoisers[stage.model], request, prompt, negative)
-        job.post(Started(prompt, negative))
-        log.debug("job_began", request_id=request.request_id, elapsed_ms=1e3 * (time.monotonic() - started_s))
+        try:
+            job.texts = tuple(self._encode(job, stage) for stage in request.stages)
+            trajectory = step.begin(self._denoisers[first.model], request, *job.texts[0])
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise _too_large(request) from None
+        log.debug("job_prepared", request_id=request.request_id, elapsed_ms=1e3 * (time.monotonic() - started_s))
+        return trajectory
 
-    def call(self, batch: Sequence[Job], groups: set[Group]) -> list[Call]:
+    def call(self, batch: Batch, groups: set[Group]) -> list[Call]:
         """Runs one call for a batch; when it fails, one call for each job, to find the one at fault.
 
         Args:
@@ -62,11 +90,33 @@ class Executor:
             BatchTooLarge: If several jobs do not fit into memory together.
             torch.AcceleratorError: If the device is lost to this process.
         """
-        started_s = time.monotonic()
-        trajectories = [job.trajectory for job in batch if job.trajectory is not None]
+        trajectories = [trajectory for _, trajectory in batch]
         denoiser = self._denoisers[trajectories[0].group[0]]
-        for job in batch:
+        started_s = time.monotonic()
+        for job, trajectory in batch:
             job.first_call_s = started_s if job.first_call_s is None else job.first_call_s
+            step.draw_ahead(trajectory, self._noises)
+        results = self._try(denoiser, trajectories, groups)
+        if isinstance(results, Exception) and _is_out_of_memory(results):
+            if denoiser.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if len(batch) > 1:
+                raise BatchTooLarge
+            results = self._try(denoiser, trajectories, groups)  # alone, and with all memory that others left
+            if isinstance(results, Exception) and _is_out_of_memory(results):
+                results = _too_large(batch[0][0].request)
+        if isinstance(results, Exception):
+            if len(batch) == 1:
+                return [Call(*batch[0], 0.0, results)]
+            log.warning("batch_failed", jobs=len(batch), error=type(results).__name__)
+            return [call for pair in batch for call in self.call([pair], groups)]
+        elapsed_s = time.monotonic() - started_s
+        return [Call(*pair, elapsed_s, result) for pair, result in zip(batch, results, strict=True)]
+
+    def _try(
+        self, denoiser: Denoiser, trajectories: list[Trajectory], groups: set[Group]
+    ) -> list[Progress] | Exception:
+        """Returns what a call led to. An error of memory comes without its frames, which would hold that memory."""
         try:
             results = step.step(denoiser, trajectories, self._conditions(trajectories, groups))
             if denoiser.device.type == "cuda":
@@ -75,19 +125,8 @@ class Executor:
             raise
         except Exception as error:
             self._joined.clear()
-            if len(batch) == 1:
-                return [Call(batch[0], trajectories[0], 0.0, error)]
-            if _is_out_of_memory(error):
-                if denoiser.device.type == "cuda":
-                    torch.cuda.empty_cache()
-                raise BatchTooLarge from error
-            log.warning("batch_failed", jobs=len(batch), error=type(error).__name__)
-            return [call for job in batch for call in self.call([job], groups)]
-        elapsed_s = time.monotonic() - started_s
-        return [
-            Call(job, trajectory, elapsed_s, result)
-            for job, trajectory, result in zip(batch, trajectories, results, strict=True)
-        ]
+            return MemoryError() if _is_out_of_memory(error) else error
+        return results
 
     def advance(self, job: Job, trajectory: Trajectory, result: Progress) -> bool:
         """Takes a job to where its call led, and over the calls after it that it skips; publishes its states.
@@ -109,20 +148,20 @@ class Executor:
             step.move(trajectory, skipped, ran=False)
             job.num_skipped_calls += 1
             is_done = _publish(job, skipped) or is_done
-        if not is_done:
-            self._enter_stage(job, trajectory)
         return is_done
 
-    def _enter_stage(self, job: Job, trajectory: Trajectory) -> None:
-        """Changes the model of a job where its next call is another model's."""
-        for stage in job.request.more_stages:
-            if stage.first_call == trajectory.call:
-                prompt, negative = self._encode(job, stage)
-                denoiser = self._denoisers[stage.model]
-                job.trajectory = step.enter(denoiser, job.request, stage, trajectory.state, prompt, negative)
-                job.trajectory.num_calls = trajectory.num_calls  # the warm-up is the job's, not the model's
+    def next_stage(self, job: Job, trajectory: Trajectory) -> Trajectory | None:
+        """Returns the job with another model, where its next call is another model's; else None."""
+        for index, stage in enumerate(job.request.stages):
+            if index and stage.first_call == trajectory.call:
+                changed = step.enter(
+                    self._denoisers[stage.model], job.request, stage, trajectory.state, *job.texts[index]
+                )
+                changed.num_calls = trajectory.num_calls  # the warm-up is the job's, not the model's
+                return changed
+        return None
 
-    def _encode(self, job: Job, stage: Stage) -> tuple[Encoded, Encoded | None]:
+    def _encode(self, job: Job, stage: Stage) -> Texts:
         """Returns prompt and, where the stage's model takes it, negative prompt, in one number of chunks."""
         request, texts = job.request, self._texts[stage.model]
         given = [request.prompt]
@@ -175,3 +214,13 @@ def _publish(job: Job, result: Progress) -> bool:
 
 def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _too_large(request: JobRequest) -> HybridSDError:
+    width, height = request.size
+    log.warning("out_of_memory", jobs=1, request_id=request.request_id, shape=request.latent_shape)
+    return Reason.SIZE_INVALID.error(
+        f"an image of {width}x{height} pixels does not fit into the memory of the server; choose a smaller `width` and"
+        " `height`, or another server",
+        field="width",
+    )

@@ -1,4 +1,4 @@
-"""A job while it lives: shared by the worker thread, which moves it, and the event loop, whose streams watch it.
+"""A job while it lives: shared by the engine's threads, which move it, and the event loop, whose streams watch it.
 
 Knows nothing of models or messages. Times are `time.monotonic()` seconds.
 """
@@ -9,20 +9,27 @@ import time
 from cloud_server.engine.event_buffer import EventBuffer
 from cloud_server.engine.events import Event, Failed, Finished, Queued, Snapshot, Started, Usage
 from cloud_server.engine.request import JobRequest
-from cloud_server.engine.step import Trajectory
+from cloud_server.engine.step import Texts, Trajectory
 from hybridsd.errors import HybridSDError, Reason
 
 
 class Job:
     """A job, its newest events, and the one stream that reads them."""
 
-    def __init__(self, request: JobRequest, arrived_s: float | None = None) -> None:
-        self.request = request
+    def __init__(self, request: JobRequest, arrived_s: float | None = None, *, caller: str = "") -> None:
+        """Takes what is to be run, when it was asked for, and by whom: callers get equal shares."""
+        self.request, self.caller = request, caller
         self.arrived_s = time.monotonic() if arrived_s is None else arrived_s
         self.outcome: Finished | Failed | None = None
-        # Only the worker touches these.
+        # Under the engine's lock.
         self.trajectory: Trajectory | None = None
+        """None until its texts are encoded, and after its end."""
         self.last_turn = 0
+        self.num_turns = 0
+        """Turns since it got its place."""
+        # Only the thread that has the job in hand touches these: texts first, then steps.
+        self.texts: tuple[Texts, ...] = ()
+        """Of each stage."""
         self.first_call_s: float | None = None
         self.text_s = 0.0
         self.compute_s = 0.0
@@ -71,9 +78,11 @@ class Job:
     def post(self, event: Event) -> None:
         """Records an event and hands it to the reader."""
         with self._lock:
+            if self.outcome is not None:
+                return  # a step that came back after the job was given up
             match event:
                 case Queued():
-                    if event == self._queued:
+                    if event == self._queued or self._started is not None:
                         return
                     self._queued = event
                 case Started():

@@ -1,11 +1,13 @@
 """Which job is admitted, which batch steps next, who waits where: decisions without threads or models.
 
-Jobs of one group share a call of the U-Net; groups take turns, the one that waited longest first. Not safe for several
-threads: the engine holds its lock.
+Jobs of one group share a call of the U-Net; groups take turns, the one that waited longest first. Callers get equal
+shares of the places, and a job that has held one for long makes room for one that waits. Not safe for several threads:
+the engine holds its lock.
 """
 
+import random
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass
 
 from cloud_server.engine.events import Failed, Finished, Queued
@@ -17,6 +19,27 @@ GROUPS_IN_FLIGHT = 4
 """Jobs may be stepping in this many full batches at once, in turns; their states are all that it costs."""
 CALL_MEMORY = 0.9
 """Weight of the past in the running mean of the duration of a call."""
+PLACE_TURNS = 64
+"""Turns after which a job gives its place to one that waits for it, and waits in turn: most images take fewer."""
+RECOVERY_TURNS = 64
+"""Turns at a batch cap before a larger batch is tried; twice as many after each try that failed."""
+MAX_RECOVERY_TURNS = 4096
+MAX_CALLERS = 1024
+"""Callers whose last place is remembered."""
+MAX_CAPS = 256
+"""Groups whose batch caps are remembered."""
+MIN_RETRY_S, MAX_RETRY_S = 0.5, 60.0
+"""Of a hint when to come again."""
+
+
+@dataclass(slots=True)
+class BatchCap:
+    """What is left of `max_batch` for a group that did not fit into memory."""
+
+    size: int
+    turns_left: int = RECOVERY_TURNS
+    """Until one job more is tried."""
+    patience: int = RECOVERY_TURNS
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +63,11 @@ class Scheduler:
         self._active: list[Job] = []
         self._jobs: dict[str, Job] = {}
         self._finished: OrderedDict[str, tuple[float, Job]] = OrderedDict()
-        self._batch_caps: dict[Group, int] = {}  # smaller than max_batch where that did not fit into memory
+        self._batch_caps: OrderedDict[Group, BatchCap] = OrderedDict()
         self._call_s = 0.0
         self._turn = 0
+        self._served: dict[str, int] = {}  # by caller: when it last got a place, counted in places
+        self._num_served = 0
 
     @property
     def is_idle(self) -> bool:
@@ -85,7 +110,7 @@ class Scheduler:
         """
         if len(self._waiting) - self._free_places() >= self._max_queue:
             raise Reason.QUEUE_FULL.error(
-                f"{len(self._waiting)} jobs wait already; come again", retry_delay_s=self._retry_delay_s()
+                f"{len(self._waiting)} jobs wait already; come again", retry_delay_s=self.retry_delay_s()
             )
 
     def add(self, job: Job) -> None:
@@ -96,24 +121,39 @@ class Scheduler:
     def post_positions(self) -> None:
         """Tells waiting jobs how many begin before them."""
         free = self._free_places()
-        for index, job in enumerate(self._waiting):
+        for index, job in enumerate(self._in_order()):
             job.post(Queued(max(0, index - free)))
 
     def admit(self) -> list[Job]:
-        """Moves waiting jobs to places: `max_batch` for each group, a few groups' worth for all."""
-        places: dict[object, int] = {}
-        for job in self._active:
-            places[_key(job)] = places.get(_key(job), 0) + 1
-        admitted = []
-        for job in list(self._waiting):
-            if len(self._active) >= GROUPS_IN_FLIGHT * self._max_batch:
-                break
-            if places.get(_key(job), 0) < self._max_batch:
-                places[_key(job)] = places.get(_key(job), 0) + 1
-                self._waiting.remove(job)
-                self._active.append(job)
-                job.last_turn = self._turn
-                admitted.append(job)
+        """Moves waiting jobs to places: `max_batch` for each group, a few groups' worth for all.
+
+        Where none is free, the job that has had its place for longest goes back to the queue, if that was for
+        `PLACE_TURNS` turns. Its state stays as it is.
+        """
+        if not self._waiting:
+            return []
+        places = Counter(_key(job) for job in self._active)
+        admitted: list[Job] = []
+        yielded: list[Job] = []
+        for job in self._in_order():
+            key, is_full = _key(job), len(self._active) >= GROUPS_IN_FLIGHT * self._max_batch
+            if is_full or places[key] >= self._max_batch:
+                rivals = [other for other in self._active if is_full or _key(other) == key]
+                oldest = max(rivals, key=lambda other: other.num_turns)
+                if oldest.num_turns < PLACE_TURNS:
+                    continue
+                self._active.remove(oldest)
+                yielded.append(oldest)
+                places[_key(oldest)] -= 1
+                if places[key] >= self._max_batch:
+                    continue
+            places[key] += 1
+            self._waiting.remove(job)
+            self._active.append(job)
+            job.last_turn, job.num_turns = self._turn, 0
+            self._note_served(job.caller)
+            admitted.append(job)
+        self._waiting.extend(yielded)
         if admitted:
             self.post_positions()
         return admitted
@@ -129,11 +169,26 @@ class Scheduler:
         self._turn += 1
         for job in batch:
             job.last_turn = self._turn
+            job.num_turns += 1
+        self._recover(group, len(batch))
         return batch
 
     def limit_batch(self, group: Group, cap: int) -> None:
-        """Makes batches of a group no larger than `cap`."""
-        self._batch_caps[group] = cap
+        """Makes batches of a group no larger than `cap`, for a while: memory that was short may be there later."""
+        held = self._batch_caps.pop(group, None)
+        patience = RECOVERY_TURNS if held is None else min(2 * held.patience, MAX_RECOVERY_TURNS)
+        self._batch_caps[group] = BatchCap(cap, patience, patience)
+        if len(self._batch_caps) > MAX_CAPS:
+            self._batch_caps.popitem(last=False)
+
+    def _recover(self, group: Group | None, size: int) -> None:
+        """Counts a turn of a full batch of a group that has a cap, and lifts the cap by one when it is time."""
+        cap = None if group is None else self._batch_caps.get(group)
+        if cap is None or cap.size >= self._max_batch or size < cap.size:
+            return
+        cap.turns_left -= 1
+        if cap.turns_left <= 0:
+            cap.size, cap.turns_left = min(cap.size + 1, self._max_batch), cap.patience
 
     def note_call(self, elapsed_s: float) -> None:
         """Adds the duration of a call of the U-Net to the running mean."""
@@ -141,7 +196,7 @@ class Scheduler:
         self._call_s = past * self._call_s + (1.0 - past) * elapsed_s
 
     def sweep(self, *, active: bool) -> None:
-        """Ends waiting jobs that were cancelled, lost or late; with `active`, for the worker only, running ones."""
+        """Ends waiting jobs that were cancelled, lost or late; with `active`, between two calls, running ones."""
         now_s = time.monotonic()
         for job in [*self._waiting, *(self._active if active else ())]:
             error = job.stop_error(now_s)
@@ -184,13 +239,40 @@ class Scheduler:
     def _free_places(self) -> int:
         return max(0, self._max_batch - len(self._active))
 
-    def _retry_delay_s(self) -> float:
-        """When the shortest running job will have left its place, with the groups taking turns."""
-        calls = min((job.calls_left for job in self._active), default=1)
-        return min(60.0, max(0.1, calls * max(1, len(self.groups)) * self._call_s))
+    def retry_delay_s(self) -> float:
+        """Returns when to come again: at a random time from the first free place on until all that is here is done.
+
+        Who is refused at one time must not come again at one time. Durations are from measured calls.
+        """
+        groups = max(1, len(self.groups))
+        first_s = min((job.calls_left for job in self._active), default=1) * groups * self._call_s
+        all_s = sum(job.calls_left for job in [*self._active, *self._waiting]) * self._call_s / self._max_batch
+        earliest_s = min(max(first_s, MIN_RETRY_S), MAX_RETRY_S / 2)
+        return earliest_s + random.random() * min(max(all_s, earliest_s), MAX_RETRY_S / 2)
+
+    def _in_order(self) -> list[Job]:
+        """Returns the waiting jobs in the order in which they get places.
+
+        Callers with fewer places come first; of these, whoever got one longest ago; within a caller, whoever came
+        first.
+        """
+        shares = Counter(job.caller for job in self._active)
+        ranked = []
+        for index, job in enumerate(self._waiting):
+            ranked.append((shares[job.caller], self._served.get(job.caller, 0), index, job))
+            shares[job.caller] += 1
+        return [job for *_, job in sorted(ranked, key=lambda item: item[:3])]
+
+    def _note_served(self, caller: str) -> None:
+        self._num_served += 1
+        self._served[caller] = self._num_served
+        if len(self._served) > MAX_CALLERS:
+            here = {job.caller for job in [*self._active, *self._waiting]}
+            self._served = {name: turn for name, turn in self._served.items() if name in here}
 
     def _cap(self, group: Group | None) -> int:
-        return self._max_batch if group is None else self._batch_caps.get(group, self._max_batch)
+        held = None if group is None else self._batch_caps.get(group)
+        return self._max_batch if held is None else held.size
 
 
 def _key(job: Job) -> object:

@@ -80,7 +80,7 @@ class Conditions:
 
 
 class Denoiser(Protocol):
-    """What the engine steps with. For one thread."""
+    """What the engine steps with. `encode` is for one thread, the rest for another, at the same time."""
 
     device: torch.device
     dtype: torch.dtype
@@ -156,6 +156,7 @@ class DiffusersDenoiser:
         takes_pooled: bool = False,
         guidance_dim: int = 0,
         adapters: Adapters | None = None,
+        text_adapters: Adapters | None = None,
     ) -> None:
         """Takes loaded networks.
 
@@ -167,15 +168,19 @@ class DiffusersDenoiser:
             takes_pooled: Whether the U-Net takes a pooled text and sizes (SDXL).
             guidance_dim: Features of the guidance that the U-Net takes (`time_cond_proj_dim`); 0: it takes none.
             adapters: LoRA adapters within these networks; None: there are none.
+            text_adapters: Those within the text encoders, where `adapters` are only those within the U-Net: then texts
+                can be encoded on one thread while the U-Net runs on another.
         """
-        self._unet, self._texts, self._adapters = unet, texts, adapters
+        self._unet, self._texts = unet, texts
+        self._adapters, self._text_adapters = adapters, text_adapters or adapters
         self._takes_pooled, self._guidance_dim = takes_pooled, guidance_dim
         self.device, self.dtype = device, dtype
         self.guidance: Guidance = "embedded" if guidance_dim else "cfg"
 
     def encode(self, text: str, options: TextOptions, loras: Loras = (), num_chunks: int | None = None) -> Encoded:
         """See `Denoiser`."""
-        self._select(loras)
+        if self._text_adapters is not None:
+            self._text_adapters.select(loras)
         return self._texts.encode(text, options, num_chunks)
 
     def conditions(self, rows: Sequence[Encoded], *, size: tuple[int, int], guidance_scale: float) -> Conditions:
@@ -194,7 +199,8 @@ class DiffusersDenoiser:
         self, sample: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions, loras: Loras = ()
     ) -> torch.Tensor:
         """See `Denoiser`."""
-        self._select(loras)
+        if self._adapters is not None:
+            self._adapters.select(loras)
         inputs: dict[str, Any] = {}
         if self._takes_pooled:
             inputs["added_cond_kwargs"] = {"text_embeds": conditions.pooled, "time_ids": conditions.time_ids}
@@ -207,10 +213,6 @@ class DiffusersDenoiser:
 
     def _stack(self, rows: Sequence[np.ndarray[Any, np.dtype[np.float32]]]) -> torch.Tensor:
         return torch.stack([torch.from_numpy(row) for row in rows]).to(self.device, self.dtype)
-
-    def _select(self, loras: Loras) -> None:
-        if self._adapters is not None:
-            self._adapters.select(loras)
 
 
 def embed_guidance(guidance_scale: torch.Tensor, dim: int) -> torch.Tensor:
@@ -255,6 +257,8 @@ class TextCache:
             started_s = time.monotonic()
             try:
                 encoded = self._denoiser.encode(text, options, loras, num_chunks)
+            except (torch.AcceleratorError, torch.OutOfMemoryError, MemoryError):
+                raise
             except Exception as error:
                 raise RuntimeError(f"the text encoder failed: {type(error).__name__}") from None
             if not all(np.isfinite(part).all() for part in (encoded.embeds, encoded.pooled) if part is not None):

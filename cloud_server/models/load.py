@@ -116,7 +116,7 @@ def load_model(
     name = parse_source(source).id
     try:
         return _load(
-            locate(parse_source(source, variant=variant), _config_for(name, configs)),
+            locate(parse_source(source, variant=variant), config_for(name, configs)),
             placement,
             latent_space,
             [lora for lora in loras if lora.model in ("", name)],
@@ -151,7 +151,8 @@ def _load(files: Files, placement: Placement, latent_space: str | None, loras: S
         dtype=placement.dtype,
         takes_pooled=architecture.is_sdxl,
         guidance_dim=architecture.guidance_dim,
-        adapters=adapters,
+        adapters=None if adapters is None else adapters.within([unet]),
+        text_adapters=None if adapters is None else adapters.within(encoders.networks),
     )
     return Model(replace(info, loras=adapters.infos if adapters else ()), denoiser, compiler, num_text_parameters)
 
@@ -201,7 +202,7 @@ def _describe(
     return replace(info, sizes=aspect_buckets.buckets(default_size, size_multiple)) if architecture.is_sdxl else info
 
 
-def _config_for(name: str, configs: Sequence[str]) -> str | None:
+def config_for(name: str, configs: Sequence[str]) -> str | None:
     """Returns the `where` of the configuration for a model, or of the one for every model."""
     for_all = None
     for config in configs:

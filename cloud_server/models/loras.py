@@ -68,6 +68,10 @@ class LoraSet:
         self._selected: tuple[tuple[str, float], ...] | None = None
         self.select(())
 
+    def within(self, networks: Sequence[Any]) -> LoraSet:
+        """Returns the same adapters, as far as they are within some of the networks, to be selected by themselves."""
+        return LoraSet(networks, self.infos)
+
     def select(self, loras: tuple[tuple[str, float], ...]) -> None:
         """Lets these adapters act, with their weights, and no others; without any the networks are as they were.
 

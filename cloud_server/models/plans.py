@@ -4,12 +4,9 @@ Compiling is safe from several threads and takes 10 ms to some seconds: call it 
 of jobs.
 """
 
-import contextlib
-import logging
 import threading
-import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import structlog
@@ -31,8 +28,8 @@ class PlanCompiler:
     def __init__(self, base_config: Mapping[str, Any], *, max_plans: int = MAX_PLANS) -> None:
         """Takes the content of the model's `scheduler_config.json`."""
         self._base_config, self._max_plans = dict(base_config), max_plans
-        self._plans: OrderedDict[tuple[str, int, int], Plan] = OrderedDict()
-        self._lock, self._compiling = threading.Lock(), threading.Lock()
+        self._plans: OrderedDict[tuple[str, int, int], tuple[Plan, bytes]] = OrderedDict()
+        self._lock = threading.Lock()
 
     def plan(self, scheduler: str, num_inference_steps: int, begin_step: int = 0) -> Plan:
         """Returns the plan of a scheduler, by any of its names; see `compile_plan`.
@@ -40,17 +37,20 @@ class PlanCompiler:
         Raises:
             InvalidRequest: SCHEDULER_UNKNOWN, SCHEDULER_NOT_AFFINE or STEPS_INVALID.
         """
+        return self.with_digest(scheduler, num_inference_steps, begin_step)[0]
+
+    def with_digest(self, scheduler: str, num_inference_steps: int, begin_step: int = 0) -> tuple[Plan, bytes]:
+        """Returns the plan of a scheduler and its digest; see `plan`."""
         spec = schedulers.find(scheduler)
-        plan = self.held(scheduler, num_inference_steps, begin_step)
-        if plan is None:
-            with self._compiling:  # one at a time: whoever waits here mostly waits for the same plan
-                plan = self.held(scheduler, num_inference_steps, begin_step)
-                plan = plan or self._compile(spec, num_inference_steps, begin_step)
-            with self._lock:
-                self._plans[spec.name, num_inference_steps, begin_step] = plan
-                if len(self._plans) > self._max_plans:
-                    self._plans.popitem(last=False)
-        return plan
+        held = self.held_with_digest(scheduler, num_inference_steps, begin_step)
+        if held is not None:
+            return held
+        plan = self._compile(spec, num_inference_steps, begin_step)
+        with self._lock:
+            found = self._plans[spec.name, num_inference_steps, begin_step] = plan, plan.digest()
+            if len(self._plans) > self._max_plans:
+                self._plans.popitem(last=False)
+        return found
 
     def held(self, scheduler: str, num_inference_steps: int, begin_step: int = 0) -> Plan | None:
         """Returns the plan if it was compiled before; never waits.
@@ -58,6 +58,13 @@ class PlanCompiler:
         Raises:
             InvalidRequest: SCHEDULER_UNKNOWN.
         """
+        found = self.held_with_digest(scheduler, num_inference_steps, begin_step)
+        return None if found is None else found[0]
+
+    def held_with_digest(
+        self, scheduler: str, num_inference_steps: int, begin_step: int = 0
+    ) -> tuple[Plan, bytes] | None:
+        """Returns the plan and its digest if it was compiled before; see `held`."""
         key = (schedulers.find(scheduler).name, num_inference_steps, begin_step)
         with self._lock:
             if key not in self._plans:
@@ -69,11 +76,8 @@ class PlanCompiler:
         import diffusers  # the class is imported when it is first asked for, which is slow
 
         try:
-            with _quiet():
-                scheduler = getattr(diffusers, spec.diffusers_class).from_config(self._base_config, **spec.overrides)
-                return compile_plan(
-                    scheduler, num_inference_steps, torch.from_numpy, name=spec.name, begin_step=begin_step
-                )
+            scheduler = getattr(diffusers, spec.diffusers_class).from_config(self._base_config, **spec.overrides)
+            return compile_plan(scheduler, num_inference_steps, torch.from_numpy, name=spec.name, begin_step=begin_step)
         except HybridSDError:
             raise
         except Exception as error:  # diffusers has many ways to dislike a number of steps
@@ -103,17 +107,3 @@ def default_scheduler(base_config: Mapping[str, Any]) -> str:
         if all(base_config.get(key, value) == value for key, value in spec.overrides.items()):
             return spec.name
     return same_class[0].name if same_class else "dpmpp_2m"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps diffusers' advice about options out of the log: the overrides are ours and deliberate."""
-    logger = logging.getLogger("diffusers")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(before)

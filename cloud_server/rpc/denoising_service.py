@@ -3,6 +3,7 @@
 Knows nothing of torch or of how a step is made.
 """
 
+import asyncio
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -11,15 +12,20 @@ import grpc
 
 from cloud_server.engine.engine import Engine
 from cloud_server.engine.event_buffer import EventBuffer
-from cloud_server.engine.events import Failed, Finished, Snapshot
+from cloud_server.engine.events import Failed, Finished, Snapshot, Started
 from cloud_server.engine.request import JobRequest
 from cloud_server.logs import note
 from cloud_server.models.load import Model
 from cloud_server.rpc import write_response
 from cloud_server.rpc.read_request import AnswerStyle, RequestReader, check_request_id
-from hybridsd import codec
+from cloud_server.rpc.worker_pool import WorkerPool
+from cloud_server.rpc.write_stream import write
 from hybridsd.v1 import denoising_service_pb2 as pb
 from hybridsd.v1 import denoising_service_pb2_grpc
+
+ANSWER_THREADS = 2
+FIRST_WORD_S = 0.2
+"""A request that is being read for longer hears that it waits."""
 
 
 class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
@@ -39,7 +45,12 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
         self._engine, self._models, self._version = engine, models, version
         self._limits, self._bundles, self._heartbeat_s = limits, bundles, heartbeat_s
         self._reader = RequestReader(models, max_size=limits.max_size, min_size=limits.min_size)
+        self._answers = WorkerPool("answers", ANSWER_THREADS)  # each stream has one piece of work at a time
         self.num_streams = 0
+
+    def close(self) -> None:
+        """Ends what is being read with UNAVAILABLE."""
+        self._reader.close()
 
     async def Denoise(  # type: ignore[override]
         self, request: pb.DenoiseRequest, context: "grpc.aio.ServicerContext[Any, Any]"
@@ -49,7 +60,38 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
         remaining_s = context.time_remaining()
         deadline_s = None if remaining_s is None else arrived_s + remaining_s
         self._engine.check_room(request.request_id)  # before a plan is compiled for a job that cannot come in
-        job_request, style = await self._reader.read(request)
+        self.num_streams += 1
+        try:
+            job_request, style = await self._read(request, context)
+            await self._run(job_request, style, context, deadline_s=deadline_s, arrived_s=arrived_s)
+        finally:
+            self.num_streams -= 1
+
+    async def _read(
+        self, request: pb.DenoiseRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> tuple[JobRequest, AnswerStyle]:
+        """Reads a request, and lets its caller hear that the server is alive where that takes long."""
+        reading = asyncio.create_task(self._reader.read(request))
+        try:
+            wait_s = min(FIRST_WORD_S, self._heartbeat_s)
+            message = write_response.waiting(self._engine.load().num_queued)
+            while not (await asyncio.wait({reading}, timeout=wait_s))[0]:
+                await write(context, message)
+                wait_s, message = self._heartbeat_s, write_response.heartbeat()
+            return await reading
+        finally:
+            reading.cancel()
+
+    async def _run(
+        self,
+        job_request: JobRequest,
+        style: AnswerStyle,
+        context: "grpc.aio.ServicerContext[Any, Any]",
+        *,
+        deadline_s: float | None,
+        arrived_s: float,
+    ) -> None:
+        """Runs a job, or attaches to it, and streams its events."""
         note(
             job=job_request.request_id,
             model=job_request.model,
@@ -60,12 +102,12 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
             size=f"{job_request.latent_shape[2]}x{job_request.latent_shape[1]}",
         )
         buffer = EventBuffer()
-        job = self._engine.submit(job_request, buffer, deadline_s=deadline_s, arrived_s=arrived_s)
-        self.num_streams += 1
+        job = self._engine.submit(
+            job_request, buffer, deadline_s=deadline_s, arrived_s=arrived_s, caller=caller_of(context)
+        )
         try:
             await self._relay(buffer, job_request, style, context)
         finally:
-            self.num_streams -= 1
             self._engine.detach(job, buffer)
             usage = job.usage()
             note(
@@ -95,9 +137,11 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
                 event = None  # states that nobody wants are silence, too
             if event is None:
                 message = write_response.heartbeat()
+            elif isinstance(event, Started | Snapshot):
+                message = await self._answers.run(write_response.response, event, request, style, sent_bytes=sent_bytes)
             else:
                 message = write_response.response(event, request, style, sent_bytes=sent_bytes)
-            await context.write(message)
+            await write(context, message)
             sent_bytes, sent_s = sent_bytes + message.ByteSize(), time.monotonic()
             note(sent_bytes=sent_bytes)
             if isinstance(event, Finished):
@@ -107,8 +151,7 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
         self, request: pb.CompilePlanRequest, context: "grpc.aio.ServicerContext[Any, Any]"
     ) -> pb.CompilePlanResponse:
         """Compiles a plan."""
-        plan, digest = await self._reader.plan(request)
-        return pb.CompilePlanResponse(plan=codec.encode_plan(plan), plan_digest=digest)
+        return await self._reader.plan(request)
 
     async def CancelDenoise(
         self, request: pb.CancelDenoiseRequest, context: "grpc.aio.ServicerContext[Any, Any]"
@@ -128,3 +171,9 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
             limits=self._limits,
             load=self._engine.load(),
         )
+
+
+def caller_of(context: "grpc.aio.ServicerContext[Any, Any]") -> str:
+    """Returns who calls, as far as shares are concerned: the token, if there is one, and the machine."""
+    token = next((str(value) for key, value in context.invocation_metadata() or () if key == "authorization"), "")
+    return f"{context.peer().rpartition(':')[0]} {token}"

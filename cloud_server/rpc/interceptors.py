@@ -1,4 +1,6 @@
-"""Around every call of our services: who may call, one log line, and errors as rich statuses.
+"""Around every call of our services: who may call, what is a message, one log line, and errors as rich statuses.
+
+Nothing that a caller without a token sent is read; nothing is decoded beyond a size.
 
 Knows nothing of what the calls do.
 """
@@ -7,13 +9,13 @@ import asyncio
 import hmac
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
 import structlog
 from google.protobuf import any_pb2
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -23,6 +25,11 @@ from hybridsd.durations import to_duration
 from hybridsd.errors import DOMAIN, HybridSDError, Reason
 
 log = structlog.get_logger()
+
+MAX_REQUEST_BYTES = 8 << 20
+"""Largest message of a caller: a state of the largest size that is sent out, and what else a request may hold."""
+MAX_RECEIVED_BYTES = 2 * MAX_REQUEST_BYTES
+"""Beyond this gRPC itself refuses, before we can say why."""
 
 _OURS = "/hybridsd."
 _OPEN = "/grpc.health."
@@ -53,8 +60,9 @@ def rich_status(error: HybridSDError) -> grpc.Status:
 class TokenInterceptor(grpc.aio.ServerInterceptor):
     """Demands `authorization: Bearer TOKEN` of every call but health checks."""
 
-    def __init__(self, token: str) -> None:
-        self._expected = f"Bearer {token}".encode()
+    def __init__(self, tokens: Sequence[str]) -> None:
+        """Takes the tokens of which each is good."""
+        self._expected = [f"Bearer {token}".encode() for token in tokens]
 
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], details: grpc.HandlerCallDetails
@@ -64,17 +72,17 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
         given = [str(value).encode() for key, value in details.invocation_metadata or () if key == "authorization"]
         if handler is None or details.method.startswith(_OPEN):
             return handler
-        if len(given) == 1 and hmac.compare_digest(given[0], self._expected):
+        if len(given) == 1 and sum(hmac.compare_digest(given[0], good) for good in self._expected):
             return handler
         what = "wrong" if given else "missing"
         error = Reason.UNAUTHENTICATED.error(f"the token is {what}; send 'authorization: Bearer TOKEN'")
 
-        async def refuse(_request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
+        async def refuse(_messages: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
             if details.method.startswith(_OURS):
                 raise error
             await context.abort_with_status(rich_status(error))
 
-        return _with_handler(handler, refuse)
+        return grpc.stream_stream_rpc_method_handler(refuse)  # of any method: a stream that is not read is not received
 
 
 class RequestInterceptor(grpc.aio.ServerInterceptor):
@@ -87,17 +95,51 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(details)
         if handler is None or not details.method.startswith(_OURS):
             return handler
-        inner: Handler = handler.unary_stream or handler.unary_unary
+        inner: Handler = handler.unary_stream or handler.unary_unary or handler.stream_stream
+        decode = handler.request_deserializer  # None where a call is refused
         method = details.method.rpartition("/")[2]
         given = next((str(value) for key, value in details.invocation_metadata or () if key == "x-request-id"), "")
 
-        async def outer(request: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
+        async def outer(received: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
+            request, run = received, inner
+            try:
+                request = received if decode is None else _decode(decode, received)
+            except HybridSDError as error:
+                run = _raiser(error)
             asked = getattr(request, "request_id", "")
             request_id = next((text for text in (given, asked) if _LOG_ID.fullmatch(text)), new_request_id())
             with structlog.contextvars.bound_contextvars(request_id=request_id):
-                return await _run(inner, request, context, method)
+                return await _run(run, request, context, method)
 
         return _with_handler(handler, outer)
+
+
+def _decode(decode: Callable[[bytes], Any], received: bytes) -> Any:
+    """Returns the message of its bytes.
+
+    Raises:
+        HybridSDError: BODY_TOO_LARGE or FIELD_INVALID.
+    """
+    if len(received) > MAX_REQUEST_BYTES:
+        raise Reason.BODY_TOO_LARGE.error(
+            f"the message has {len(received)} bytes; at most {MAX_REQUEST_BYTES} are read: choose a smaller size or"
+            " encoding",
+            field="request",
+        )
+    try:
+        return decode(received)
+    except DecodeError:
+        raise Reason.FIELD_INVALID.error(
+            f"the {len(received)} bytes are no message of this method; use the .proto files of this version",
+            field="request",
+        ) from None
+
+
+def _raiser(error: HybridSDError) -> Handler:
+    async def refuse(_request: Any, _context: "grpc.aio.ServicerContext[Any, Any]") -> None:
+        raise error
+
+    return refuse
 
 
 async def _run(inner: Handler, request: Any, context: "grpc.aio.ServicerContext[Any, Any]", method: str) -> Any:
@@ -130,15 +172,11 @@ async def _run(inner: Handler, request: Any, context: "grpc.aio.ServicerContext[
 
 
 def _with_handler(handler: Any, inner: Handler) -> Any:
-    """Returns a method handler like the given one, running `inner`; a stream writes to the context."""
+    """Returns a method handler like the given one, running `inner` on bytes; a stream writes to the context."""
     if handler.request_streaming:
-        make = (
-            grpc.stream_stream_rpc_method_handler
-            if handler.response_streaming
-            else grpc.stream_unary_rpc_method_handler
-        )
+        make = grpc.stream_stream_rpc_method_handler
+    elif handler.response_streaming:
+        make = grpc.unary_stream_rpc_method_handler
     else:
-        make = (
-            grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
-        )
-    return make(inner, handler.request_deserializer, handler.response_serializer)
+        make = grpc.unary_unary_rpc_method_handler
+    return make(inner, None, handler.response_serializer)

@@ -10,9 +10,12 @@ from cloud_server.models.load import ModelInfo
 from hybridsd import codec
 from hybridsd.errors import Reason
 from hybridsd.limits import MAX_LORA_WEIGHT, MAX_LORAS
+from hybridsd.plan import PlanRow
 from hybridsd.v1 import denoising_service_pb2 as pb
 
 DEFAULT_EXTRAPOLATION = 0.3
+MIN_X0_OUTPUT = 1e-6
+"""Inpainting divides by it."""
 
 
 def read_loras(request: pb.DenoiseRequest, models: Sequence[ModelInfo]) -> tuple[tuple[str, float], ...]:
@@ -21,10 +24,9 @@ def read_loras(request: pb.DenoiseRequest, models: Sequence[ModelInfo]) -> tuple
     Raises:
         HybridSDError: LORA_UNKNOWN where one of the models has none of that name; FIELD_INVALID.
     """
-    names = [lora.name for lora in request.loras]
-    if len(names) > MAX_LORAS or len(set(names)) < len(names):
+    if len(request.loras) > MAX_LORAS or len({lora.name for lora in request.loras}) < len(request.loras):
         raise Reason.FIELD_INVALID.error(
-            f"there are {len(names)} loras; give at most {MAX_LORAS}, each once", field="loras"
+            f"there are {len(request.loras)} loras; give at most {MAX_LORAS}, each once", field="loras"
         )
     loras = []
     for lora in request.loras:
@@ -56,14 +58,28 @@ def check_solver(models: Sequence[ModelInfo], scheduler: str) -> None:
             )
 
 
-def read_inpainting(request: pb.DenoiseRequest, shape: tuple[int, int, int]) -> tuple[Latents | None, Latents | None]:
+def read_inpainting(
+    request: pb.DenoiseRequest, shape: tuple[int, int, int], rows: Sequence[PlanRow]
+) -> tuple[Latents | None, Latents | None]:
     """Returns the latents to keep, and where to draw: `[1, height, width]` in [0, 1], 1 where; None without.
 
+    Args:
+        request: The request.
+        shape: Of the latents.
+        rows: The rows of the plan that are to run.
+
     Raises:
-        HybridSDError: TENSOR_INVALID.
+        HybridSDError: TENSOR_INVALID; PLAN_INVALID where no output of a call can lead to what is to be kept.
     """
     if not request.HasField("inpainting"):
         return None, None
+    blind = next((row for row in rows if abs(row.x0_output) < MIN_X0_OUTPUT), None)
+    if blind is not None:
+        raise Reason.PLAN_INVALID.error(
+            f"the plan has x0_output {blind.x0_output:g} at step {blind.step}, so no output of that call leads to the"
+            " latents that are to be kept; leave `inpainting` out, or choose another scheduler",
+            field="plan" if request.HasField("plan") else "scheduler",
+        )
     known = codec.decode_tensor(request.inpainting.latents, shape=shape, field="inpainting.latents")
     mask = codec.decode_tensor(request.inpainting.mask, shape=(1, *shape[1:]), field="inpainting.mask")
     if mask.min() < 0.0 or mask.max() > 1.0:

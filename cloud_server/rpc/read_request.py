@@ -1,18 +1,19 @@
 """A `DenoiseRequest` to our own types, with every rule of its comments checked.
 
-Knows the messages and the models' descriptions. Knows nothing of the engine or the network.
+Knows the messages and the models' descriptions. Knows nothing of the engine or the network. Nothing of it runs on the
+event loop: hostile requests may take long to check. Counts are checked before contents.
 """
 
-import asyncio
 import hashlib
 import math
 import re
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from cloud_server.engine.request import JobRequest, Latents, Stage, new_request_id
+from cloud_server.models.denoiser import Encoded
 from cloud_server.models.load import Model, ModelInfo
+from cloud_server.rpc.plan_pool import PlanPool
 from cloud_server.rpc.read_conditioning import (
     MAX_MESSAGE_BYTES,
     check_text_size,
@@ -22,14 +23,18 @@ from cloud_server.rpc.read_conditioning import (
     value_bytes,
 )
 from cloud_server.rpc.read_features import check_solver, read_inpainting, read_loras, read_skipping
+from cloud_server.rpc.worker_pool import WorkerPool
 from hybridsd import codec
 from hybridsd.durations import to_seconds
-from hybridsd.errors import HybridSDError, Reason
+from hybridsd.errors import Reason
 from hybridsd.limits import MAX_EVERY, MAX_GUIDANCE, MAX_IMAGE_INDEX, MAX_SEED, MAX_STEPS, MIN_GUIDANCE
-from hybridsd.plan import Plan
+from hybridsd.plan import MAX_ARRAYS, MAX_NAME, Plan
 from hybridsd.v1 import denoising_service_pb2 as pb
 from hybridsd.v1 import tensor_pb2
 
+READING_THREADS = 2
+MAX_READING = 64
+"""Requests that may wait to be checked."""
 MAX_KNOWN_DIGESTS = 64
 MAX_GRACE_S = 60
 MAX_MODEL_CHANGES = 8
@@ -60,14 +65,37 @@ class RequestReader:
     def __init__(self, models: Mapping[str, Model], *, max_size: int, min_size: int) -> None:
         """Takes models by id, the default first, and the limits of width and height in pixels."""
         self._models, self._max_size, self._min_size = models, max_size, min_size
-        self._plans = ThreadPoolExecutor(1, thread_name_prefix="plans")  # its own: compiling must not hold up others
+        self._reading = WorkerPool("requests", READING_THREADS, max_waiting=MAX_READING)
+        self._plans = PlanPool()
+
+    def close(self) -> None:
+        """Ends what is being read with UNAVAILABLE."""
+        self._reading.close()
+        self._plans.close()
 
     async def read(self, request: pb.DenoiseRequest) -> tuple[JobRequest, AnswerStyle]:
         """Returns the job, and how to answer.
 
         Raises:
-            HybridSDError: The documented reason, naming the field.
+            HybridSDError: The documented reason, naming the field; QUEUE_FULL where too many are being read.
         """
+        checked = await self._reading.run(self._check, request)
+        plan = checked.plan or await self._plans.plan(checked.model, *checked.steps)
+        return await self._reading.run(self._finish, request, checked, *plan)
+
+    async def plan(self, request: pb.CompilePlanRequest) -> pb.CompilePlanResponse:
+        """Returns the plan that a request asks for, and its digest.
+
+        Raises:
+            HybridSDError: The documented reason, naming the field; QUEUE_FULL where too many are being read.
+        """
+        model = self._model(request.model, "")
+        plan, digest = await self._plans.plan(model, *_steps(request.scheduler, model))
+        encoded = await self._reading.run(codec.encode_plan, plan)
+        return pb.CompilePlanResponse(plan=encoded, plan_digest=digest)
+
+    def _check(self, request: pb.DenoiseRequest) -> "_Checked":
+        """Checks all that can be checked without the plan, what is cheap first."""
         model = self._model(request.model, request.latent_space)
         info = model.info
         shape, size = self._latent_shape(request, info)
@@ -75,16 +103,38 @@ class RequestReader:
         guidance_scale = _guidance_scale(request, info)
         changes = self._model_changes(request, info, guidance_scale)
         stages = [(info, guidance_scale), *((other, scale) for _, other, scale in changes)]
+        loras = read_loras(request, [other for other, _ in stages])
         is_guided = any(other.guidance == "cfg" and scale > 1.0 for other, scale in stages)
         prompt, negative_prompt = read_conditioning(request, [other for other, _ in stages], is_guided=is_guided)
-        loras = read_loras(request, [other for other, _ in stages])
-        plan, plan_digest = await self._compiled(request.scheduler, request, model)
-        check_solver([other for other, _ in stages], plan.scheduler)
+        plan = None
+        if request.HasField("plan"):
+            own = codec.decode_plan(request.plan)
+            plan = own, own.digest()
+        return _Checked(
+            model=model,
+            shape=shape,
+            size=size,
+            stages=stages,
+            changes=changes,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            loras=loras,
+            plan=plan,
+            steps=("", 0, 0) if plan else _steps(request.scheduler, model, request),
+        )
+
+    def _finish(
+        self, request: pb.DenoiseRequest, checked: "_Checked", plan: Plan, plan_digest: bytes
+    ) -> tuple[JobRequest, AnswerStyle]:
+        """Checks the rest, and returns job and style."""
+        info, shape, changes = checked.model.info, checked.shape, checked.changes
+        prompt, negative_prompt = checked.prompt, checked.negative_prompt
+        check_solver([other for other, _ in checked.stages], plan.scheduler)
         first_call, handoff_call = _split(request, plan)
         _check_message_size(request, plan, shape)
         check_text_size(request, info, num_texts=1 if negative_prompt is None else 2)
         initial_state, initial_latents = _start(request, plan, first_call, shape)
-        known_latents, mask = read_inpainting(request, shape)
+        known_latents, mask = read_inpainting(request, shape, plan.rows[first_call:handoff_call])
         job = JobRequest(
             request_id=request.request_id or new_request_id(),
             content=_content(request),
@@ -92,13 +142,13 @@ class RequestReader:
             prompt=prompt,
             negative_prompt=negative_prompt,
             text_options=text_options(request.text),
-            guidance_scale=guidance_scale,
+            guidance_scale=checked.stages[0][1],
             more_stages=tuple(Stage(plan.first_call(step), other.id, scale) for step, other, scale in changes),
-            loras=loras,
+            loras=checked.loras,
             skipping=read_skipping(request),
             known_latents=known_latents,
             mask=mask,
-            size=size,
+            size=checked.size,
             seed=request.seed,
             image_index=request.image_index,
             latent_shape=shape,
@@ -124,19 +174,6 @@ class RequestReader:
             resume_call=request.resume_call,
         )
         return job, style
-
-    async def plan(self, request: pb.CompilePlanRequest) -> tuple[Plan, bytes]:
-        """Returns the plan that a request asks for, and its digest.
-
-        Raises:
-            HybridSDError: The documented reason, naming the field.
-        """
-        return await self._compiled(request.scheduler, None, self._model(request.model, ""))
-
-    async def _compiled(
-        self, spec: pb.SchedulerSpec, request: pb.DenoiseRequest | None, model: Model
-    ) -> tuple[Plan, bytes]:
-        return await asyncio.get_running_loop().run_in_executor(self._plans, _plan, spec, request, model)
 
     def _model_changes(
         self, request: pb.DenoiseRequest, first: ModelInfo, guidance_scale: float
@@ -210,6 +247,24 @@ class RequestReader:
         return (info.latent_channels, height, width), (sizes[1], sizes[0])
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Checked:
+    """What is known of a request before its plan."""
+
+    model: Model
+    shape: tuple[int, int, int]
+    size: tuple[int, int]
+    stages: list[tuple[ModelInfo, float]]
+    changes: list[tuple[int, ModelInfo, float]]
+    prompt: str | Encoded
+    negative_prompt: str | Encoded | None
+    loras: tuple[tuple[str, float], ...]
+    plan: tuple[Plan, bytes] | None
+    """The caller's own, and its digest."""
+    steps: tuple[str, int, int]
+    """Scheduler, number of steps and first step of the plan to compile otherwise."""
+
+
 def check_request_id(request_id: str, *, may_be_empty: bool) -> None:
     """Refuses what cannot be the id of a job."""
     if not (may_be_empty and not request_id) and _REQUEST_ID.fullmatch(request_id) is None:
@@ -228,6 +283,11 @@ def _check_scalars(request: pb.DenoiseRequest) -> None:
         ("reattach_grace", to_seconds(request.reattach_grace), MAX_GRACE_S),
         ("known_digests", len(request.known_digests), MAX_KNOWN_DIGESTS),
     )
+    if len(request.initial_state) > MAX_ARRAYS:
+        raise Reason.STATE_INVALID.error(
+            f"initial_state has {len(request.initial_state)} arrays; a state has at most {MAX_ARRAYS}",
+            field="initial_state",
+        )
     for field, value, largest in ranges:
         if not 0 <= value <= largest:
             raise Reason.FIELD_INVALID.error(f"{field} is {value}; choose 0 to {largest}", field=field)
@@ -251,17 +311,19 @@ def _guidance_scale(request: pb.DenoiseRequest, info: ModelInfo) -> float:
     return scale
 
 
-def _plan(spec: pb.SchedulerSpec, request: pb.DenoiseRequest | None, model: Model) -> tuple[Plan, bytes]:
-    """Returns the plan and its digest. Takes seconds for the largest plans and for a scheduler's first use.
+def _steps(spec: pb.SchedulerSpec, model: Model, request: pb.DenoiseRequest | None = None) -> tuple[str, int, int]:
+    """Returns scheduler, number of steps and first step of the plan to compile.
 
     Args:
-        spec: What to compile, where the request has no plan of its own.
+        spec: What the caller wants.
+        model: Whose defaults to take.
         request: The job; None where the plan alone is wanted.
-        model: Whose noise schedule to use.
     """
-    if request is not None and request.HasField("plan"):
-        plan = codec.decode_plan(request.plan)
-        return plan, plan.digest()
+    if len(spec.name) > MAX_NAME:
+        raise Reason.SCHEDULER_UNKNOWN.error(
+            f"scheduler.name has {len(spec.name)} characters; choose one of {', '.join(model.info.schedulers)}",
+            field="scheduler.name",
+        )
     name = spec.name or model.info.schedulers[0]
     given = spec.HasField("num_inference_steps")
     num_steps = spec.num_inference_steps if given else model.info.default_num_inference_steps
@@ -277,13 +339,7 @@ def _plan(spec: pb.SchedulerSpec, request: pb.DenoiseRequest | None, model: Mode
         raise Reason.STATE_INVALID.error(
             f"begin_step is {spec.begin_step}, so initial_state is required", field="initial_state"
         )
-    try:
-        plan = model.plans.plan(name, num_steps, spec.begin_step)
-    except HybridSDError as error:
-        fields = {Reason.SCHEDULER_UNKNOWN: "scheduler.name", Reason.STEPS_INVALID: "scheduler.num_inference_steps"}
-        field = "scheduler.begin_step" if error.field == "begin_step" else fields.get(error.reason, "scheduler")
-        raise error.reason.error(error.message, field=field) from error
-    return plan, plan.digest()
+    return name, num_steps, spec.begin_step
 
 
 def _check_message_size(request: pb.DenoiseRequest, plan: Plan, shape: tuple[int, int, int]) -> None:
@@ -326,7 +382,7 @@ def _start(
                 "initial_latents go with first_step 0 and no initial_state; leave them out", field="initial_latents"
             )
         return (), codec.decode_tensor(request.initial_latents, shape=shape, field="initial_latents")
-    if not request.initial_state:
+    if len(request.initial_state) == 0:
         if request.first_step:
             raise Reason.STATE_INVALID.error(
                 f"first_step is {request.first_step}, so initial_state is required", field="initial_state"

@@ -4,10 +4,9 @@ Knows nothing of steps; the engine and the services are handed what they need he
 """
 
 import asyncio
-import contextlib
 import importlib.metadata
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 import grpc
 import structlog
@@ -19,7 +18,7 @@ from cloud_server.models.load import Model
 from cloud_server.rpc import write_response
 from cloud_server.rpc.bundle_service import Bundle, BundleService
 from cloud_server.rpc.denoising_service import DenoisingService
-from cloud_server.rpc.interceptors import RequestInterceptor, TokenInterceptor
+from cloud_server.rpc.interceptors import MAX_RECEIVED_BYTES, RequestInterceptor, TokenInterceptor
 from cloud_server.settings import Settings
 from hybridsd.v1 import bundle_service_pb2, bundle_service_pb2_grpc, denoising_service_pb2_grpc
 from hybridsd.v1 import denoising_service_pb2 as pb
@@ -32,15 +31,25 @@ SERVICES = (
 )
 _OPTIONS = [
     ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a riddle
-    ("grpc.keepalive_time_ms", 30_000),  # below the idle limit of common proxies
-    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.max_receive_message_length", MAX_RECEIVED_BYTES),
+    ("grpc.keepalive_time_ms", 10_000),  # a caller that vanished holds its place until a ping is not answered
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),  # else a minute, whatever the line before says
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_ping_strikes", 0),
 ]
+STATUS_S = 1.0
+"""For streams that have ended to send their status."""
+JOIN_S = 5.0
+"""For the engine's threads to end their step."""
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class EngineLost(Exception):
+    """The engine has died, or is stuck for good: only a new process can help."""
 
 
 class CloudServer:
@@ -54,6 +63,7 @@ class CloudServer:
             max_batch=settings.max_batch,
             max_queue=settings.max_queue,
             num_threads=settings.threads,
+            stall_timeout_s=settings.stall_timeout_s,
         )
         infos = [model.info for model in models.values()]
         limits = write_response.limits(
@@ -70,14 +80,18 @@ class CloudServer:
             bundles=[bundle.info() for bundle in bundles],
             heartbeat_s=settings.heartbeat_s,
         )
-        token = [] if settings.token is None else [TokenInterceptor(settings.token)]
+        self._bundles = BundleService(bundles)
+        token = [TokenInterceptor(settings.tokens)] if settings.tokens else []
         self._server = grpc.aio.server(interceptors=[RequestInterceptor(), *token], options=_OPTIONS)
         self._health = health.aio.HealthServicer()
         denoising_service_pb2_grpc.add_DenoisingServiceServicer_to_server(self._service, self._server)
-        bundle_service_pb2_grpc.add_BundleServiceServicer_to_server(BundleService(bundles), self._server)
+        bundle_service_pb2_grpc.add_BundleServiceServicer_to_server(self._bundles, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         self._watchdog: asyncio.Task[None] | None = None
+        self._urged = asyncio.Event()
+        self.lost = asyncio.Event()
+        """Set when the engine has died, or has been stuck for `stall_exit_s`."""
         self.port = 0
 
     async def start(self) -> None:
@@ -113,40 +127,54 @@ class CloudServer:
         """
         log.info("draining", **_load(self.engine))
         self.engine.drain()
+        await self._health.enter_graceful_shutdown()
+        await first_of(self._drained(), self._urged.wait(), self.lost.wait(), timeout_s=drain_timeout_s)
+        load = _load(self.engine)
         if self._watchdog is not None:
             self._watchdog.cancel()
-        await self._health.enter_graceful_shutdown()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(drain_timeout_s):
-                while self._service.num_streams or not self.engine.is_idle:  # noqa: ASYNC110  (two things, one a thread's)
-                    await asyncio.sleep(0.05)
-        load = _load(self.engine)
-        await asyncio.to_thread(self.engine.stop, 5.0)
-        await self._server.stop(1.0)
+        self._service.close()
+        self._bundles.close()
+        self.engine.stop(0.0)  # ends all streams, whatever the threads do
+        await self._server.stop(STATUS_S)
+        if not self.lost.is_set():
+            await asyncio.to_thread(self.engine.stop, JOIN_S)
         log.info("stopped", **load)
+
+    def hurry(self) -> None:
+        """Ends a `stop` that waits for jobs: they end with UNAVAILABLE now."""
+        self._urged.set()
+
+    async def _drained(self) -> None:
+        while self._service.num_streams or self._bundles.num_streams or not self.engine.is_idle:  # noqa: ASYNC110  (several things, some a thread's)
+            await asyncio.sleep(0.05)
 
     async def _set_health(self, status: int) -> None:
         for name in ("", *SERVICES):
             await self._health.set(name, status)
 
     async def _watch(self) -> None:
-        """Says NOT_SERVING while the engine has work but does not move, or has died."""
+        """Says NOT_SERVING while the engine is stuck, and gives up when it is so for too long, or has died."""
         was_well = True
         while True:
             await asyncio.sleep(min(1.0, self._settings.stall_timeout_s / 4))
-            stalled_s = self.engine.stalled_s()
-            slow_s = 4 * self.engine.load().call_s  # a machine that is slow is not stuck
-            is_well = stalled_s < max(self._settings.stall_timeout_s, slow_s)
+            is_well, stalled_s = self.engine.watch(), self.engine.stalled_s()
             if is_well != was_well:
                 log.log(20 if is_well else 40, "health", is_well=is_well, stalled_s=stalled_s)
                 await self._set_health(_SERVING if is_well else _NOT_SERVING)
+            if not is_well and stalled_s >= self._settings.stall_exit_s:
+                self.lost.set()
             was_well = is_well
 
 
 async def run(
     settings: Settings, models: Mapping[str, Model], bundles: Sequence[Bundle], *, on_listening: Callable[[int], None]
 ) -> None:
-    """Serves until SIGTERM or SIGINT, then drains; a second signal ends at once."""
+    """Serves until SIGTERM or SIGINT, then drains; at a second signal jobs end with UNAVAILABLE.
+
+    Raises:
+        EngineLost: If the engine cannot work any more; all streams have ended then.
+        OSError: If the address cannot be had.
+    """
     loop = asyncio.get_running_loop()
     asked, urged = asyncio.Event(), asyncio.Event()
 
@@ -158,14 +186,23 @@ async def run(
     server = CloudServer(settings, models, bundles)
     await server.start()
     on_listening(server.port)
-    await asked.wait()
+    await first_of(asked.wait(), server.lost.wait())
     stopping = asyncio.create_task(server.stop(settings.drain_timeout_s))
-    hurry = asyncio.create_task(urged.wait())
-    await asyncio.wait({stopping, hurry}, return_when=asyncio.FIRST_COMPLETED)
-    hurry.cancel()
+    await first_of(asyncio.shield(stopping), urged.wait())
     if not stopping.done():
-        stopping.cancel()
         log.warning("stopped_at_once")
+        server.hurry()
+    await stopping
+    if server.lost.is_set():
+        raise EngineLost("the engine has died or is stuck; see the log. Start the server again")
+
+
+async def first_of(*waits: Awaitable[object], timeout_s: float | None = None) -> None:
+    """Waits for the first of several things, and for no more."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    for task in tasks:
+        task.cancel()
 
 
 def _load(engine: Engine) -> dict[str, int]:

@@ -53,6 +53,11 @@ def response(
             return pb.DenoiseResponse(finished=pb.Finished(usage=usage))
 
 
+def waiting(position: int) -> pb.DenoiseResponse:
+    """Returns the message of a request that is being read: behind these jobs, and whoever comes meanwhile."""
+    return pb.DenoiseResponse(queued=pb.Queued(position=position))
+
+
 def heartbeat() -> pb.DenoiseResponse:
     """Returns the message that says nothing."""
     return pb.DenoiseResponse(heartbeat=pb.Heartbeat())

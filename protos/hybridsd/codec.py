@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybridsd.errors import HybridSDError, Reason
-from hybridsd.plan import Plan, PlanRow
+from hybridsd.limits import MAX_CALLS
+from hybridsd.plan import MAX_ARRAYS, Plan, PlanRow
 from hybridsd.v1 import plan_pb2, tensor_pb2
 
 FLOAT32 = tensor_pb2.ENCODING_FLOAT32
@@ -77,9 +78,9 @@ def decode_tensor(
     dtype = _DTYPES.get(message.encoding)
     if dtype is None:
         raise refuse(f"encoding {message.encoding} is unknown; use {', '.join(ENCODINGS)}")
+    if not 1 <= len(message.shape) <= 4:
+        raise refuse(f"it has {len(message.shape)} axes; give 1 to 4")
     actual = tuple(message.shape)
-    if not 1 <= len(actual) <= 4:
-        raise refuse(f"it has {len(actual)} axes; give 1 to 4")
     if not all(1 <= axis <= _MAX_AXIS for axis in actual):
         raise refuse(f"shape {list(actual)} is wrong; give axes of 1 to {_MAX_AXIS}")
     if shape is not None and actual != tuple(shape):
@@ -148,12 +149,21 @@ def decode_plan(message: plan_pb2.Plan) -> Plan:
     Raises:
         InvalidRequest: PLAN_INVALID, naming the row.
     """
+    if len(message.rows) > MAX_CALLS:  # before anything is built of them
+        raise Reason.PLAN_INVALID.error(
+            f"the plan has {len(message.rows)} rows; at most {MAX_CALLS} are allowed", field="plan"
+        )
     rows = []
     for index, row in enumerate(message.rows):
         n, m = len(row.unet_input), len(row.output)
-        if n == 0 or len(row.transition) != n * m:
+        if not (1 <= n <= MAX_ARRAYS and 1 <= m <= MAX_ARRAYS):
             raise Reason.PLAN_INVALID.error(
-                f"plan row {index}: transition has {len(row.transition)} values; it must have {m} x {n}",
+                f"plan row {index}: {n} arrays arrive and {m} leave; there must be 1 to {MAX_ARRAYS}", field="plan"
+            )
+        if len(row.transition) != n * m or len(row.x0_state) != n or len(row.noise) not in (0, m):
+            raise Reason.PLAN_INVALID.error(
+                f"plan row {index}: transition, x0_state and noise have {len(row.transition)}, {len(row.x0_state)} and"
+                f" {len(row.noise)} values; they must have {m} x {n}, {n}, and {m} or none",
                 field="plan",
             )
         rows.append(

@@ -227,6 +227,8 @@ def from_json(text: str) -> Plan:
     """
     try:
         raw = json.loads(text)
+        if len(raw["rows"]) > MAX_CALLS:
+            raise ValueError(f"{len(raw['rows'])} rows; at most {MAX_CALLS} are allowed")
         rows = tuple(
             PlanRow(
                 timestep=float(row["timestep"]),

@@ -27,10 +27,10 @@ BRACKET_WEIGHT = 1.1
 
 LongPrompt = Literal["truncate", "chunk"]
 
-_PARTS = re.compile(
+_PARTS = re.compile(  # possessive: what does not match is given up at once, and the text is read in linear time
     r"""
     \\(?P<escaped>[\\()\[\]])                                  # \( and its like: the character itself
-    | :\s*(?P<weight>[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+))\s*\)   # ":1.3)" ends what "(" began
+    | :\s*+(?P<weight>[+-]?+(?:[0-9]++(?:\.[0-9]*+)?+|\.[0-9]++))\s*+\)   # ":1.3)" ends what "(" began
     | (?P<bracket>[()\[\]])
     | [^\\()\[\]:]+ | [\\:]                                    # text
     """,

@@ -13,7 +13,7 @@ from grpc_status import rpc_status
 
 from cloud_server.engine.engine import Engine
 from cloud_server.engine.event_buffer import EventBuffer
-from cloud_server.engine.events import Event, Failed, Finished, Snapshot
+from cloud_server.engine.events import Event, Failed, Finished, Snapshot, Started
 from cloud_server.engine.request import JobRequest, new_request_id
 from cloud_server.models.denoiser import Conditions, Denoiser, Encoded, Loras
 from cloud_server.models.load import Model
@@ -64,9 +64,16 @@ class GatedDenoiser:
 class FailingDenoiser:
     """A denoiser that fails, by an exception or by NaN, where `is_bad` says so of its embeddings."""
 
-    def __init__(self, inner: Denoiser, *, error: Exception | None, max_rows: int | None = None) -> None:
+    def __init__(
+        self,
+        inner: Denoiser,
+        *,
+        error: Exception | None,
+        max_rows: int | None = None,
+        too_many: type[Exception] = torch.OutOfMemoryError,
+    ) -> None:
         self.inner, self.device, self.dtype, self.guidance = inner, inner.device, inner.dtype, inner.guidance
-        self._error, self._max_rows = error, max_rows
+        self._error, self._max_rows, self._too_many = error, max_rows, too_many
         self.rows: list[int] = []
 
     def encode(self, text: str, options: TextOptions, loras: Loras = (), num_chunks: int | None = None) -> Encoded:
@@ -81,7 +88,7 @@ class FailingDenoiser:
         self.rows.append(len(sample))
         bad = (conditions.embeds == 13.0).flatten(1).all(1)
         if self._max_rows is not None and len(sample) > self._max_rows:
-            raise torch.OutOfMemoryError("out of memory")
+            raise self._too_many("out of memory")
         if bad.any() and self._error is not None:
             raise self._error
         output = self.inner.predict(sample, timesteps, conditions, loras)
@@ -127,6 +134,12 @@ async def until(is_true: Callable[[], bool] | Callable[[], Awaitable[bool]]) -> 
         if result if isinstance(result, bool) else await result:
             return
         await asyncio.sleep(0.01)
+
+
+async def read_to_start(buffer: EventBuffer) -> None:
+    """Waits until a job's texts are read: from then on it is in the next call of its group."""
+    while not isinstance(event := await buffer.next(HANG_S), Started):
+        assert event is not None
 
 
 async def read_to_end(buffer: EventBuffer) -> list[Event]:

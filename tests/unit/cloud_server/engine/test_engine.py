@@ -1,7 +1,9 @@
 """The engine: results equal to the plain loop whatever shares the batch, and jobs that come, go and fail alone."""
 
 import asyncio
+import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,7 @@ from cloud_server.engine.engine import Engine
 from cloud_server.engine.event_buffer import EventBuffer
 from cloud_server.engine.events import Failed, Finished, Queued, Snapshot, Started
 from cloud_server.models.load import Model
+from hybridsd import noise
 from hybridsd.errors import HybridSDError, Reason
 from tests.support.engine_fakes import (
     FailingDenoiser,
@@ -21,6 +24,7 @@ from tests.support.engine_fakes import (
     events_of,
     job_request,
     read_to_end,
+    read_to_start,
     reference,
     states,
     until,
@@ -113,6 +117,8 @@ async def test_a_batch_does_not_change_its_jobs(
     buffers = [EventBuffer() for _ in requests]
     for request, buffer in zip(requests, buffers, strict=True):
         engine.submit(request, buffer)
+    for buffer in buffers:
+        await read_to_start(buffer)
     gated.open()
     results = [states(await read_to_end(buffer)) for buffer in buffers]
 
@@ -130,6 +136,7 @@ async def test_a_new_job_joins_at_the_next_step(
     engine.submit(job_request(tiny_model, handoff_call=3), first)
     await asyncio.to_thread(gated.entered.acquire)
     engine.submit(job_request(tiny_model, handoff_call=3), second)
+    await read_to_start(second)
     gated.open()
     await asyncio.gather(read_to_end(first), read_to_end(second))
 
@@ -144,6 +151,7 @@ async def test_groups_take_turns(tiny_model: Model, make_engine: MakeEngine, gat
     await asyncio.to_thread(gated.entered.acquire)
     wide = job_request(tiny_model, latent_shape=(4, 8, 16), handoff_call=3, negative_prompt=None)
     engine.submit(wide, large)
+    await read_to_start(large)
     gated.open()
     await asyncio.gather(read_to_end(small), read_to_end(large))
 
@@ -276,6 +284,116 @@ async def test_out_of_memory_halves_the_batch(tiny_model: Model, make_engine: Ma
     assert {group[1] for group in engine._scheduler._batch_caps} == {job_request(tiny_model).latent_shape}
 
 
+async def test_a_job_too_large_for_memory_is_told_so(tiny_model: Model, make_engine: MakeEngine) -> None:
+    """A job that does not fit even alone is not a bug: its caller hears what to change."""
+    engine = make_engine({"tiny": FailingDenoiser(tiny_model.denoiser, error=None, max_rows=1)})
+    events = await events_of(engine, job_request(tiny_model, size=(1024, 768)))
+
+    assert isinstance(events[-1], Failed)
+    assert events[-1].error.reason is Reason.SIZE_INVALID
+    assert "1024x768" in events[-1].error.message
+    assert "smaller" in events[-1].error.message
+
+
+async def test_memory_of_a_failed_call_is_free_when_it_is_tried_again(
+    tiny_model: Model, make_engine: MakeEngine
+) -> None:
+    """The frames of the failed call, and what they hold, are gone before the next try."""
+    held: list[weakref.ref[Any]] = []
+    alive: list[bool] = []
+
+    class Memory:
+        """What a call allocates."""
+
+    class Full(FailingDenoiser):
+        def predict(self, *arguments: Any) -> torch.Tensor:
+            alive.extend(reference() is not None for reference in held)
+            memory = Memory()
+            held.append(weakref.ref(memory))
+            raise torch.OutOfMemoryError("out of memory")
+
+    engine = make_engine({"tiny": Full(tiny_model.denoiser, error=None)})
+    await events_of(engine, job_request(tiny_model))
+
+    assert alive == [False]
+
+
+async def test_texts_are_read_while_others_step(
+    tiny_model: Model, make_engine: MakeEngine, gated: GatedDenoiser
+) -> None:
+    """A slow text holds up its own job, and no step of another."""
+    reading, read_on = threading.Event(), threading.Event()
+
+    def encode(text: str, *options: Any) -> Any:
+        if text == "slow":
+            reading.set()
+            read_on.wait()
+        return tiny_model.denoiser.encode(text, *options)
+
+    gated.encode = encode  # type: ignore[method-assign]
+    gated.open()
+    engine = make_engine({"tiny": gated})
+    slow, quick = EventBuffer(), EventBuffer()
+    engine.submit(job_request(tiny_model), quick)
+    await read_to_start(quick)
+    engine.submit(job_request(tiny_model, prompt="slow"), slow)
+    await asyncio.to_thread(reading.wait)
+    assert isinstance((await read_to_end(quick))[-1], Finished)
+    read_on.set()
+
+    assert isinstance((await read_to_end(slow))[-1], Finished)
+
+
+async def test_a_text_that_hangs_is_seen_while_others_step(tiny_model: Model, make_engine: MakeEngine) -> None:
+    """`stalled_s` looks at the thread of the texts, too."""
+    reading, read_on = threading.Event(), threading.Event()
+    denoiser = GatedDenoiser(tiny_model.denoiser)
+
+    def encode(*_: Any) -> Any:
+        reading.set()
+        read_on.wait()
+        raise ValueError
+
+    denoiser.encode = encode  # type: ignore[method-assign]
+    engine = make_engine({"tiny": denoiser}, stall_timeout_s=0.01)
+    buffer = EventBuffer()
+    engine.submit(job_request(tiny_model), buffer)
+    await asyncio.to_thread(reading.wait)
+    await until(lambda: not engine.watch())
+    events = await read_to_end(buffer)
+    read_on.set()
+
+    assert isinstance(events[-1], Failed)
+    assert events[-1].error.reason is Reason.UNAVAILABLE
+
+
+async def test_noise_is_drawn_while_the_unet_runs(
+    tiny_model: Model, make_engine: MakeEngine, gated: GatedDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by the thread that steps; and it is there before the U-Net's answer."""
+    drawn: list[tuple[int, str]] = []
+    first = threading.Event()
+    original = noise.call_noise
+
+    def call_noise(seed: int, image_index: int, call: int, shape: tuple[int, ...]) -> Any:
+        drawn.append((call, threading.current_thread().name))
+        first.set()
+        return original(seed, image_index, call, shape)
+
+    monkeypatch.setattr(noise, "call_noise", call_noise)
+    engine = make_engine({"tiny": gated})
+    buffer = EventBuffer()
+    request = job_request(tiny_model, plan=tiny_model.plans.plan("euler_ancestral", 6))
+    engine.submit(request, buffer)
+    await asyncio.to_thread(first.wait)
+    assert gated.rows in ([], [2])  # its first call has not come back
+    gated.open()
+    await read_to_end(buffer)
+
+    assert sorted(call for call, _ in drawn) == [i for i, row in enumerate(request.plan.rows) if row.draws_noise]
+    assert all(name.startswith("noise") for _, name in drawn)
+
+
 async def test_a_lost_job_stops(tiny_model: Model, make_engine: MakeEngine, gated: GatedDenoiser) -> None:
     """Without grace a job ends at the next boundary after its stream; with grace it goes on."""
     engine = make_engine({"tiny": gated})
@@ -378,6 +496,85 @@ async def test_a_stuck_call_is_seen(tiny_model: Model, make_engine: MakeEngine, 
     assert engine.stalled_s() == 0
 
 
+async def test_a_stuck_step_ends_its_jobs(tiny_model: Model, make_engine: MakeEngine, gated: GatedDenoiser) -> None:
+    """Running and waiting jobs end with UNAVAILABLE, new ones are refused; a step that comes back changes nothing."""
+    engine = make_engine({"tiny": gated}, max_batch=1, stall_timeout_s=0.01)
+    running, waiting = EventBuffer(), EventBuffer()
+    engine.submit(job_request(tiny_model, request_id="job"), running)
+    engine.submit(job_request(tiny_model), waiting)
+    await asyncio.to_thread(gated.entered.acquire)
+    await until(lambda: not engine.watch())
+
+    for buffer in (running, waiting):
+        last = (await read_to_end(buffer))[-1]
+        assert isinstance(last, Failed)
+        assert last.error.reason is Reason.UNAVAILABLE
+        assert last.error.retry_delay_s is not None
+        assert "resume" in last.error.message
+    for refuse in (
+        lambda: engine.check_room(""),
+        lambda: engine.submit(job_request(tiny_model, request_id="job"), EventBuffer()),
+    ):
+        with pytest.raises(HybridSDError) as refused:
+            refuse()
+        assert refused.value.reason is Reason.UNAVAILABLE
+        assert refused.value.retry_delay_s is not None
+    assert engine.is_idle
+
+    gated.open()
+    await until(engine.watch)
+    assert await running.next(0.0) is None  # the state that came too late
+    assert isinstance((await events_of(engine, job_request(tiny_model)))[-1], Finished)
+
+
+async def test_a_slow_machine_is_not_stuck(tiny_model: Model, make_engine: MakeEngine, gated: GatedDenoiser) -> None:
+    """Where all steps take long, a long step is none of those that never come back."""
+    engine = make_engine({"tiny": gated}, stall_timeout_s=0.01)
+    engine._scheduler.note_call(1e6)
+    buffer = EventBuffer()
+    engine.submit(job_request(tiny_model), buffer)
+    await asyncio.to_thread(gated.entered.acquire)
+    await until(lambda: engine.stalled_s() > 0.02)
+
+    assert engine.watch()
+    gated.open()
+    assert isinstance((await read_to_end(buffer))[-1], Finished)
+
+
+async def test_waiting_jobs_are_swept_while_a_step_runs(
+    tiny_model: Model, make_engine: MakeEngine, gated: GatedDenoiser
+) -> None:
+    """A job whose caller is gone, or late, leaves the queue without a step's help."""
+    engine = make_engine({"tiny": gated}, max_batch=1)
+    engine.submit(job_request(tiny_model), EventBuffer())
+    await asyncio.to_thread(gated.entered.acquire)
+    late, lost = EventBuffer(), EventBuffer()
+    engine.submit(job_request(tiny_model), late, deadline_s=time.monotonic())
+    job = engine.submit(job_request(tiny_model, reattach_grace_s=0.01), lost)
+    engine.detach(job, lost)
+    await until(lambda: engine.watch() and engine.load().num_queued == 0)
+
+    last = (await read_to_end(late))[-1]
+    assert isinstance(last, Failed)
+    assert last.error.reason is Reason.DEADLINE_EXCEEDED
+    assert isinstance(job.outcome, Failed)
+
+
+async def test_stop_does_not_wait_for_a_stuck_step(
+    tiny_model: Model, make_engine: MakeEngine, gated: GatedDenoiser
+) -> None:
+    """Its streams end at once."""
+    engine = make_engine({"tiny": gated})
+    buffer = EventBuffer()
+    engine.submit(job_request(tiny_model), buffer)
+    await asyncio.to_thread(gated.entered.acquire)
+    engine.stop(0.0)
+    last = (await read_to_end(buffer))[-1]
+
+    assert isinstance(last, Failed)
+    assert last.error.reason is Reason.UNAVAILABLE
+
+
 @pytest.mark.parametrize("error", [SystemExit(), torch.AcceleratorError("device lost")], ids=["exit", "device"])
 async def test_a_dead_worker_ends_every_job(tiny_model: Model, make_engine: MakeEngine, error: BaseException) -> None:
     """When the thread dies, or the device, its jobs end with UNAVAILABLE, and the engine is stalled for ever."""
@@ -392,6 +589,23 @@ async def test_a_dead_worker_ends_every_job(tiny_model: Model, make_engine: Make
             raise error
 
     engine = make_engine({"tiny": Deadly()})
+    events = await events_of(engine, job_request(tiny_model))
+
+    assert isinstance(events[-1], Failed)
+    assert events[-1].error.reason is Reason.UNAVAILABLE
+    assert engine.stalled_s() == float("inf")
+    assert not engine.watch()
+
+
+async def test_a_device_lost_in_a_text_ends_the_engine(tiny_model: Model, make_engine: MakeEngine) -> None:
+    """Not one job after the other."""
+    denoiser = GatedDenoiser(tiny_model.denoiser)
+
+    def encode(*_: Any) -> Any:
+        raise torch.AcceleratorError("device lost")
+
+    denoiser.encode = encode  # type: ignore[method-assign]
+    engine = make_engine({"tiny": denoiser})
     events = await events_of(engine, job_request(tiny_model))
 
     assert isinstance(events[-1], Failed)

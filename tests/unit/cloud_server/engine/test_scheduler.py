@@ -5,7 +5,7 @@ import pytest
 from cloud_server.engine.events import Failed, Finished, Queued, Usage
 from cloud_server.engine.job import Job
 from cloud_server.engine.request import JobRequest
-from cloud_server.engine.scheduler import Scheduler
+from cloud_server.engine.scheduler import PLACE_TURNS, Scheduler
 from cloud_server.engine.step import Trajectory
 from hybridsd.errors import CloudBusy, Reason
 from tests.support.tiny_bundle import make_plan
@@ -16,12 +16,13 @@ def make_scheduler(**changes: float) -> Scheduler:
     return Scheduler(**settings)  # type: ignore[arg-type]
 
 
-def make_job(name: str, *, model: str = "tiny", width: int = 8) -> Job:
+def make_job(name: str, *, model: str = "tiny", width: int = 8, caller: str = "") -> Job:
     plan = make_plan("ddim", 6)
     return Job(
         JobRequest(
             request_id=name, model=model, prompt="", latent_shape=(4, 8, width), plan=plan, handoff_call=len(plan.rows)
-        )
+        ),
+        caller=caller,
     )
 
 
@@ -78,7 +79,98 @@ def test_the_queue_is_bounded() -> None:
     with pytest.raises(CloudBusy) as refused:
         scheduler.check_room()
 
-    assert refused.value.retry_delay_s == 6 * 2.0
+    assert refused.value.retry_delay_s is not None
+    assert refused.value.retry_delay_s >= 6 * 2.0  # until the first place is free
+
+
+def test_the_refused_do_not_come_again_together() -> None:
+    """Delays are spread over the time that the queue takes, which is longer behind a longer queue."""
+
+    def delays(num_jobs: int) -> list[float]:
+        scheduler = make_scheduler(max_batch=1, max_queue=num_jobs - 1)
+        add(scheduler, *(make_job(str(index)) for index in range(num_jobs)))
+        scheduler.note_call(0.1)
+        return [scheduler.retry_delay_s() for _ in range(200)]
+
+    short, long = delays(2), delays(30)
+
+    assert len(set(long)) == 200
+    assert min(short) >= 0.6  # the first place
+    assert max(short) <= 0.6 + 1.2
+    assert max(long) - min(long) > 9.0  # of 18 s that 30 jobs take
+    assert max(long) <= 60.0
+
+
+def test_a_hint_is_never_close_to_nothing() -> None:
+    """Also before anything was measured."""
+    scheduler = make_scheduler(max_batch=1)
+    add(scheduler, *(make_job(str(index)) for index in range(4)))
+
+    assert all(0.5 <= scheduler.retry_delay_s() <= 60.0 for _ in range(100))
+
+
+def test_a_batch_cap_recovers() -> None:
+    """After a while one job more is tried; where that fails, after a longer while."""
+    scheduler = make_scheduler()
+    add(scheduler, make_job("0"), make_job("1"))
+    group = ("tiny", (4, 8, 8), (1, 1), ())
+
+    def turns_until_whole() -> int:
+        turns = 0
+        while len(scheduler.choose()) < 2:
+            turns += 1
+        return turns
+
+    scheduler.limit_batch(group, 1)
+    first = turns_until_whole()
+    scheduler.limit_batch(group, 1)
+
+    assert turns_until_whole() == 2 * first
+    assert [len(scheduler.choose()) for _ in range(3)] == [2, 2, 2]
+
+
+def test_callers_take_turns_for_places() -> None:
+    """Whoever has many jobs waits longer than whoever has one, and is told so."""
+    scheduler = make_scheduler(max_batch=1, max_queue=9)
+    many, one = [make_job(f"a{index}", caller="a") for index in range(4)], make_job("b", caller="b")
+    add(scheduler, *many, one)
+    scheduler.post_positions()
+    assert one._queued == Queued(0)
+    assert [job._queued for job in many[1:]] == [Queued(1), Queued(2), Queued(3)]
+
+    scheduler.end(many[0], Failed(Reason.INTERNAL.error("oh")))
+
+    assert scheduler.admit() == [one]
+
+
+def test_a_long_job_does_not_keep_others_waiting() -> None:
+    """After many turns it gives its place to one that waits, keeps its state, and has its turn again."""
+    scheduler = make_scheduler(max_batch=1)
+    long, short = make_job("long"), make_job("short")
+    add(scheduler, long, short)
+    state = long.trajectory
+    for _ in range(PLACE_TURNS):
+        assert scheduler.admit() == []
+        assert scheduler.choose() == [long]
+
+    assert scheduler.admit() == [short]
+    begin(short)
+    assert scheduler.choose() == [short]
+    assert long._queued is None or long._queued.position == 0
+    scheduler.end(short, Failed(Reason.INTERNAL.error("oh")))
+    assert scheduler.admit() == [long]
+    assert long.trajectory is state
+    assert scheduler.choose() == [long]
+
+
+def test_a_long_job_alone_keeps_its_place() -> None:
+    """Nobody waits, so nobody moves."""
+    scheduler = make_scheduler(max_batch=1)
+    job = make_job("long")
+    add(scheduler, job)
+    for _ in range(2 * PLACE_TURNS):
+        assert scheduler.admit() == []
+        assert scheduler.choose() == [job]
 
 
 def test_positions_count_the_jobs_ahead() -> None:

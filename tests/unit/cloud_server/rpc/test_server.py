@@ -2,9 +2,7 @@
 
 import asyncio
 import contextlib
-import io
 import json
-import logging
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -18,7 +16,6 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from cloud_server import logs
 from cloud_server.models.load import Model
 from cloud_server.rpc.bundle_service import CHUNK_BYTES, Bundle, load_bundle
 from cloud_server.rpc.server import SERVICES, CloudServer
@@ -43,18 +40,6 @@ async def is_health(client: Client, status: int) -> bool:
 
 
 @pytest.fixture
-def log_lines() -> Any:
-    """Returns a function that gives the JSON lines logged so far."""
-    stream = io.StringIO()
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    logs.configure("json", level=logging.DEBUG, stream=stream)
-    logging.getLogger("asyncio").setLevel(logging.WARNING)
-    yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
-    root.handlers[:], root.level = handlers, level
-
-
-@pytest.fixture
 def bundle(tmp_path: Path) -> Bundle:
     for role in REQUIRED_ROLES:
         (tmp_path / f"{role}.bin").write_bytes(role.encode() * 10)
@@ -74,7 +59,7 @@ def bundle(tmp_path: Path) -> Bundle:
 
 async def test_a_token_is_demanded_but_not_for_health(start_server: StartServer) -> None:
     """Without or with a wrong token every call is UNAUTHENTICATED, reflection included; with it, all is open."""
-    client = await start_server(token="s3cret")
+    client = await start_server(tokens=("s3cret",))
     request = pb.GetCapabilitiesRequest()
     for metadata in ((), (("authorization", "Bearer wrong"),), (("authorization", "s3cret"),)):
         with pytest.raises(grpc.RpcError) as refused:
@@ -146,9 +131,15 @@ async def test_health_turns_when_the_engine_hangs(start_server: StartServer, gat
     running = asyncio.create_task(client.denoise(message()))
     await until(lambda: is_health(client, NOT_SERVING))
     assert [await health_of(client, name) for name in SERVICES] == [NOT_SERVING] * 2
+    with pytest.raises(grpc.RpcError) as ended:
+        await running
+    assert failure(ended.value)[:2] == ("UNAVAILABLE", "UNAVAILABLE")
+    with pytest.raises(grpc.RpcError) as refused:
+        await client.denoise(message())
+    assert failure(refused.value)[:2] == ("UNAVAILABLE", "UNAVAILABLE")
     gated.open()
-    await running
     await until(lambda: is_health(client, SERVING))
+    assert (await client.denoise(message()))[-1].HasField("finished")
 
 
 async def test_draining(start_server: StartServer, gated: GatedDenoiser) -> None:
@@ -184,7 +175,8 @@ async def test_a_drain_that_takes_too_long_ends_jobs(start_server: StartServer, 
 
 async def test_one_line_a_call_and_never_a_prompt(start_server: StartServer, tiny_model: Model, log_lines: Any) -> None:
     """Calls that succeed, are refused, fail and are dropped leave one line each, with the id; no line quotes a text."""
-    client = await start_server(denoiser=FailingDenoiser(tiny_model.denoiser, error=None, max_rows=1))
+    denoiser = FailingDenoiser(tiny_model.denoiser, error=None, max_rows=1, too_many=RuntimeError)
+    client = await start_server(denoiser=denoiser)
     secret = pb.TextConditioning(prompt="zyzzyva at dawn", negative_prompt="")
     named = (("x-request-id", "trace-7"),)
     await client.denoise(message(text=secret, guidance_scale=1.0, request_id="good"), metadata=named)
@@ -291,7 +283,7 @@ def test_the_open_network_needs_a_certificate(host: str) -> None:
 
 def test_the_token_is_not_shown() -> None:
     """The settings that are logged do not hold the token."""
-    assert "s3cret" not in repr(Settings(models=("tiny",), token="s3cret"))
+    assert "s3cret" not in repr(Settings(models=("tiny",), tokens=("s3cret",)))
 
 
 def test_messages_stay_small() -> None:

@@ -1,0 +1,77 @@
+"""Plans for many callers: those at hand at once, each new one compiled once, and only so many at a time.
+
+Knows nothing of messages but the names of their fields.
+"""
+
+import asyncio
+
+from cloud_server.models.load import Model
+from cloud_server.rpc.worker_pool import WorkerPool
+from hybridsd.errors import HybridSDError, Reason
+from hybridsd.plan import Plan
+
+QUICK_STEPS = 100
+"""Plans of more steps, which take up to 15 s, have a thread of their own."""
+MAX_COMPILING = 8
+"""Plans that may wait for either thread."""
+
+_FIELDS = {Reason.SCHEDULER_UNKNOWN: "scheduler.name", Reason.STEPS_INVALID: "scheduler.num_inference_steps"}
+
+Key = tuple[str, str, int, int]
+Compiled = tuple[Plan, bytes]
+
+
+class PlanPool:
+    """Compiles plans off the event loop."""
+
+    def __init__(self) -> None:
+        self._quick = WorkerPool("plans", 1, max_waiting=MAX_COMPILING)
+        self._slow = WorkerPool("long plans", 1, max_waiting=MAX_COMPILING)
+        self._running: dict[Key, tuple[asyncio.Task[Compiled], list[object]]] = {}
+
+    def close(self) -> None:
+        """Ends what is being compiled with UNAVAILABLE."""
+        self._quick.close()
+        self._slow.close()
+
+    async def plan(self, model: Model, scheduler: str, num_inference_steps: int, begin_step: int) -> Compiled:
+        """Returns a plan of a model and its digest: at once if it was compiled before.
+
+        Raises:
+            HybridSDError: What `PlanCompiler.plan` raises, naming the field; QUEUE_FULL with a retry delay where too
+                many wait.
+        """
+        try:
+            held = model.plans.held_with_digest(scheduler, num_inference_steps, begin_step)
+            return held or await self._compiled(model, scheduler, num_inference_steps, begin_step)
+        except HybridSDError as error:
+            if error.field is None:
+                raise
+            field = "scheduler.begin_step" if error.field == "begin_step" else _FIELDS.get(error.reason, "scheduler")
+            raise error.reason.error(error.message, field=field) from error
+
+    async def _compiled(self, model: Model, scheduler: str, num_inference_steps: int, begin_step: int) -> Compiled:
+        """Waits for a plan that is being compiled; when the last who waits leaves, it need not be begun."""
+        key = (model.info.id, scheduler, num_inference_steps, begin_step)
+        if key not in self._running:
+            pool = self._quick if num_inference_steps <= QUICK_STEPS else self._slow
+            compiling = pool.run(model.plans.with_digest, scheduler, num_inference_steps, begin_step)
+            task = asyncio.create_task(compiling)
+            task.add_done_callback(lambda done: self._forget(key, done))
+            self._running[key] = (task, [])
+        task, waiting = self._running[key]
+        ticket = object()
+        waiting.append(ticket)
+        try:
+            return await asyncio.shield(task)
+        finally:
+            waiting.remove(ticket)
+            if not waiting and not task.done():
+                task.cancel()
+                self._forget(key, task)
+
+    def _forget(self, key: Key, task: "asyncio.Task[Compiled]") -> None:
+        if key in self._running and self._running[key][0] is task:
+            del self._running[key]
+        if task.done() and not task.cancelled():
+            task.exception()  # whoever waited for it has it

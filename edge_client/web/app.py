@@ -83,6 +83,7 @@ def create_app(
         app.state.gateway = Gateway(
             bundle=bundle, models=models, cloud=cloud, watch=CloudWatch(cloud), store=store, queue=queue, access=access,
             views=views, webhooks=webhooks, max_body_bytes=settings.max_body_bytes,
+            cloud_dollars_per_hour=settings.cloud_dollars_per_hour,
         )  # fmt: skip
         queue.start()
         warming = None if models.low_memory else asyncio.create_task(asyncio.to_thread(_warm_up, models))

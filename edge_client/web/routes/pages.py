@@ -1,6 +1,7 @@
 """The page, and the health checks of operators."""
 
 import functools
+import gzip
 import hashlib
 import mimetypes
 from pathlib import Path
@@ -22,7 +23,7 @@ mimetypes.add_type("text/javascript", ".js")  # which some systems map to someth
 
 
 class Assets(StaticFiles):
-    """The page's files. Below their version's folder browsers keep them forever; elsewhere they ask whether they changed.
+    """The page's files. Below their version's folder browsers keep them forever; elsewhere they ask for changes.
 
     The page names the version once, and its files each other by relative names, so that no visit mixes two versions.
     """
@@ -46,10 +47,11 @@ def version() -> str:
 
 
 @functools.cache
-def _page() -> bytes:
+def _page(*, compressed: bool) -> bytes:
     """Returns index.html, which names the files of this version."""
     text = (STATIC / "index.html").read_text(encoding="utf-8")
-    return text.replace('"/static/', f'"/static/{version()}/').encode()
+    content = text.replace('"/static/', f'"/static/{version()}/').encode()
+    return gzip.compress(content, mtime=0) if compressed else content
 
 
 @router.get("/healthz", tags=["operation"])
@@ -68,10 +70,13 @@ async def readyz(gateway: SharedGateway) -> Any:
 @router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
 async def page(request: Request) -> Response:
     """The page."""
-    headers = {"Cache-Control": REVALIDATE, "ETag": f'"{version()}"'}
+    compressed = "gzip" in request.headers.get("accept-encoding", "")
+    headers = {"Cache-Control": REVALIDATE, "ETag": f'"{version()}{"-gzip" * compressed}"', "Vary": "Accept-Encoding"}
     if request.headers.get("if-none-match") == headers["ETag"]:
         return Response(status_code=304, headers=headers)
-    return Response(_page(), media_type="text/html", headers=headers)
+    if compressed:
+        headers["Content-Encoding"] = "gzip"
+    return Response(_page(compressed=compressed), media_type="text/html", headers=headers)
 
 
 @router.get("/favicon.ico", include_in_schema=False)

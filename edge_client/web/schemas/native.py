@@ -217,6 +217,7 @@ class CloudInfo(BaseModel):
     num_running: int
     num_queued: int
     step_s: float
+    dollars_per_hour: float | None = Field(description="while it computes, as the operator says; null: not known")
 
 
 class Capabilities(BaseModel):

@@ -22,7 +22,7 @@ const KEPT = [
   "prompt", "negative", "steps", "scheduler", "guidance", "size", "width", "height", "seed", "random-seed", "count",
   "split", "auto-split", "max-seconds", "strength", "fit", "quality-metric",
 ];
-/** Numbers that must be there; an empty one would silently become a default. */
+/** Numbers, by id. An empty one would silently become a default, so those that must be there are `required`. */
 const NUMBERS = ["steps", "guidance", "width", "height", "seed", "max-seconds"];
 
 export class Form {
@@ -123,7 +123,7 @@ export class Form {
     for (const [id, value] of Object.entries(values)) {
       if (value !== undefined && value !== null) byId(id).value = String(value);
     }
-    const missing = this.#choose({ scheduler: request.scheduler, "cloud-model": request.hybrid?.model });
+    const missing = this.#choose({ scheduler: request.scheduler, fit: request.fit ?? asked.fit, "cloud-model": request.hybrid?.model });
     byId("random-seed").checked = request.seed === undefined;
     const size = `${request.width}x${request.height}`;
     if (request.width && request.height) byId("size").value = isOffered(byId("size"), size) ? size : "custom";

@@ -25,12 +25,13 @@ function fromOwn(text) {
     return null;
   }
   if (typeof made?.prompt !== "string") return null;
+  const leftOut = number(made.begin_step) ?? 0;  // by the image that it began with
   const values = {
     prompt: made.prompt, negative_prompt: String(made.negative_prompt ?? ""), seed: number(made.seed),
-    num_inference_steps: number(made.num_inference_steps), guidance_scale: number(made.guidance_scale),
+    num_inference_steps: number((number(made.num_inference_steps) ?? NaN) + leftOut), guidance_scale: number(made.guidance_scale),
     width: number(made.width), height: number(made.height), scheduler: String(made.scheduler ?? ""),
     cloud_steps: number(made.handoff?.planned), model: String(made.cloud_model ?? ""),
-    strength: number(made.image?.strength),
+    strength: number(made.image?.strength), fit: made.image?.fit,
     loras: Object.entries(made.loras ?? {}).map(([name, weight]) => ({ name, weight: Number(weight) || 0 })),
   };
   return { values, notes: made.image ? ["It began with another image: choose that, too."] : [] };

@@ -85,5 +85,5 @@ function showPlaces(cloud, edge, isAway) {
 function place(kind, name, words, state) {
   return make("li", { class: `place ${kind} ${state}` },
     make("i", { class: `swatch ${kind}`, "aria-hidden": "true" }), make("b", {}, name),
-    make("span", { class: "place-words" }, words), state ? make("span", { class: "place-state" }, state) : "");
+    make("span", { class: "place-words", title: words }, words), state ? make("span", { class: "place-state" }, state) : "");
 }

@@ -97,10 +97,17 @@ def finish(page: Page) -> None:
     expect(page.get_by_test_id("status")).to_have_text("Ready")
 
 
+def generate(page: Page) -> None:
+    """Asks for an image and waits until its job is shown: not the one before."""
+    with page.expect_response(re.compile(r"/v1/jobs$")) as created:
+        page.get_by_test_id("generate").click()
+    expect(page.locator("#stage")).to_have_attribute("data-job", created.value.json()["id"])
+
+
 def draw(page: Page, *, seed: int, prompt: str = PROMPT) -> None:
     """Draws an image of four steps here."""
     fill_in(page, steps=4, cloud_steps=0, seed=seed, prompt=prompt)
-    page.get_by_test_id("generate").click()
+    generate(page)
     finish(page)
 
 
@@ -257,7 +264,7 @@ def test_a_phone_shows_all_without_scrolling_sideways(page: Page) -> None:
     page.set_viewport_size(PHONE)
     page.reload()
     fill_in(page, steps=4, cloud_steps=2)
-    page.get_by_test_id("generate").click()
+    generate(page)
     finish(page)
 
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
@@ -332,7 +339,7 @@ def test_the_timeline_fills_its_width(page: Page, num_steps: int, step_s: float)
     image = image_of(step_s=[step_s] * num_steps)
     tell(page, job_of(images=[image], request=request_of(num_inference_steps=num_steps)), content=png(128, 128))
     page.get_by_test_id("prompt").fill(PROMPT)
-    page.get_by_test_id("generate").click()
+    generate(page)
     finish(page)
     page.emulate_media(reduced_motion="reduce")
     row = page.locator("#stage-timeline .segments")
@@ -351,7 +358,7 @@ def test_an_image_of_any_shape_is_seen_whole(page: Page, width: int, height: int
     request = request_of(width=width, height=height)
     tell(page, job_of(images=[image_of(width=width, height=height)], request=request), content=png(width, height))
     page.get_by_test_id("prompt").fill(PROMPT)
-    page.get_by_test_id("generate").click()
+    generate(page)
     finish(page)
     box = page.get_by_test_id("result").bounding_box()
 
@@ -405,7 +412,7 @@ def test_strength_and_split_agree(page: Page) -> None:
     page.get_by_test_id("split").fill("15")
     expect(page.get_by_test_id("split-text")).to_contain_text("steps 1\u201315, large U-Net")
     page.get_by_test_id("split").fill("9")
-    page.get_by_test_id("generate").click()
+    generate(page)
     finish(page)
     (image,) = api(page, "/v1/jobs?limit=1")["jobs"][0]["images"]
 
@@ -437,7 +444,7 @@ def test_a_split_says_what_it_takes(page: Page) -> None:
     image = image_of(width=96, height=64)
     tell(page, job_of(images=[image], request=request_of(width=96, height=64)), content=png(96, 64))
     fill_in(page, steps=10, cloud_steps=4)
-    page.get_by_test_id("generate").click()
+    generate(page)
     finish(page)
 
     expect(said).to_have_text("About 1.7 s: cloud 0.40 s, this device 1.2 s · 40 KB over the network · 0.4 ¢")
@@ -477,7 +484,7 @@ def test_an_image_to_begin_with_shows_what_is_cut_off(page: Page) -> None:
     expect(page.locator("#size")).to_have_value("custom")
     asked = tell(page, job_of(images=[image_of()]), content=png(128, 128))
     page.get_by_test_id("prompt").fill(PROMPT)
-    page.get_by_test_id("generate").click()
+    generate(page)
     finish(page)
 
     assert asked[0]["fit"] == "pad"
@@ -499,7 +506,7 @@ def test_a_painted_mask_is_what_is_redrawn(page: Page) -> None:
     page.mouse.up()
     asked = tell(page, job_of(images=[image_of()]), content=png(128, 128))
     page.get_by_test_id("prompt").fill(PROMPT)
-    page.get_by_test_id("generate").click()
+    generate(page)
     finish(page)
     with Image.open(io.BytesIO(base64.b64decode(asked[0]["mask"].partition(",")[2]))) as mask:
         pixels = mask.convert("L")
@@ -513,7 +520,7 @@ def test_a_dropped_image_gives_its_settings_back(page: Page) -> None:
     """What this gateway drew comes back whole; AUTOMATIC1111's text as far as it is known here."""
     fill_in(page, steps=6, cloud_steps=2, seed=4711)
     page.locator("#scheduler").select_option("euler")
-    page.get_by_test_id("generate").click()
+    generate(page)
     finish(page)
     own = page.request.get(api(page, "/v1/jobs?limit=1")["jobs"][0]["images"][0]["url"]).body()
     fill_in(page, steps=25, cloud_steps=8, seed=1, prompt="something else")
@@ -567,13 +574,13 @@ def test_adapters_and_models_can_be_chosen(page: Page) -> None:
     page.locator("#adapters summary").click()
     page.get_by_label("snow", exact=True).check()
     page.get_by_label("Weight of snow").fill("0.5")
-    page.get_by_test_id("generate").click()
+    generate(page)
     finish(page)
     page.get_by_test_id("split").fill("0")
     expect(page.locator("#adapters-hint")).to_contain_text("give the cloud some steps")
     page.locator("#cloud-model").select_option("other")
     expect(page.locator("#adapters")).to_be_hidden()
-    page.get_by_test_id("generate").click()
+    generate(page)
     finish(page)
 
     assert [each["loras"] for each in asked] == [[{"name": "snow", "weight": 0.5}], []]
@@ -685,7 +692,7 @@ def test_names_and_prompts_are_text(page: Page) -> None:
     job = job_of(images=[image], request=request_of(prompt=evil, loras=[{"name": evil, "weight": 1}]))
     tell(page, job, content=png(128, 128))
     page.get_by_test_id("prompt").fill(evil)
-    page.get_by_test_id("generate").click()
+    generate(page)
     finish(page)
     page.get_by_test_id("gallery-item").first.click()
     expect(page.locator("#detail-facts")).to_contain_text("onerror")
@@ -704,9 +711,9 @@ def test_an_image_that_cannot_be_loaded_is_said(page: Page) -> None:
     tell(page, job_of(images=[image_of()]))
     page.get_by_test_id("prompt").fill(PROMPT)
     page.get_by_test_id("generate").click()
-    page.locator(f"[data-job={JOB_ID}] .tile").click()
+    page.locator(f"[data-job={JOB_ID}-1] .tile").click()
 
-    for place in (".frame-open", f"[data-job={JOB_ID}] .tile", "#detail-frame"):
+    for place in (".frame-open", f"[data-job={JOB_ID}-1] .tile", "#detail-frame"):
         expect(page.locator(place)).to_have_attribute("data-problem", "This image could not be loaded")
 
 
@@ -792,11 +799,11 @@ def test_who_looks_away_is_told(browser: Browser, servers: tuple[Process, Proces
     tell(page, job_of(images=[image_of()], request=request_of(prompt=PROMPT)), content=png(128, 128))
     page.get_by_label("Tell me when an image is done").check()
     page.get_by_test_id("prompt").fill(PROMPT)
-    page.get_by_test_id("generate").click()
+    generate(page)
     finish(page)
     told_here = page.evaluate("window.told.length")
     page.evaluate("window.isAway = true")
-    page.get_by_test_id("generate").click()
+    generate(page)
     page.wait_for_function("() => window.told.length")
 
     assert told_here == 0

@@ -70,30 +70,38 @@ def problem(reason: str, detail: str, field: str | None = None, status: int = 40
 def tell(page: Page, job: dict[str, Any], *, content: bytes | None = None) -> list[dict[str, Any]]:
     """Makes every job that the page asks for go like this one; returns the requests, as they come.
 
+    Their ids are that of the job with a number: "told-1", "told-2".
+
     Args:
         page: The page.
         job: How the job ends.
         content: Its images; None has none to give.
     """
     asked: list[dict[str, Any]] = []
+    own = re.escape(job["id"])
 
     def create(route: Route) -> None:
         if route.request.method != "POST":
             route.fallback()
             return
         asked.append(route.request.post_data_json)
-        route.fulfill(status=202, json=job_of("queued", job["id"], request=job["request"]))
+        route.fulfill(status=202, json=job_of("queued", f"{job['id']}-{len(asked)}", request=job["request"]))
 
-    body = f"id: 1\nevent: {job['state']}\ndata: {json.dumps({'job': job})}\n\n"
+    def end(route: Route) -> None:
+        job_id = route.request.url.split("/")[-2]
+        images = [{**image, "url": f"/v1/jobs/{job_id}/images/{image['index']}"} for image in job["images"]]
+        ended = json.dumps({"job": {**job, "id": job_id, "images": images}})
+        route.fulfill(content_type="text/event-stream", body=f"id: 1\nevent: {job['state']}\ndata: {ended}\n\n")
+
+    def show(route: Route) -> None:
+        if content is None:
+            route.abort()
+        else:
+            route.fulfill(content_type="image/png", body=content)
+
     page.route(re.compile(r"/v1/jobs$"), create)
-    page.route(
-        re.compile(rf"/v1/jobs/{job['id']}/events"),
-        lambda route: route.fulfill(content_type="text/event-stream", body=body),
-    )
-    page.route(
-        re.compile(rf"/v1/jobs/{job['id']}/images/"),
-        lambda route: route.abort() if content is None else route.fulfill(content_type="image/png", body=content),
-    )
+    page.route(re.compile(rf"/v1/jobs/{own}-\d+/events$"), end)
+    page.route(re.compile(rf"/v1/jobs/{own}-\d+/images/"), show)
     return asked
 
 

@@ -37,6 +37,7 @@ export class Stage {
   /** @param {import("./run.js").Run} run */
   show(run) {
     this.#run = run;
+    byId("stage").dataset.job = run.job.id;
     this.#frames = run.pictures.map(({ index }) => new Frame(run.job, () => this.#onOpen(run.job.id, index)));
     byId("pictures").dataset.count = String(run.pictures.length);
     byId("pictures").replaceChildren(...this.#frames.map((frame) => frame.element));

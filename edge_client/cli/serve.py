@@ -68,6 +68,10 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--max-jobs", type=click.IntRange(1), default=1000, show_default=True, help="Finished jobs to keep.")
 @click.option("--max-queue", type=click.IntRange(1), default=256, show_default=True, help="Jobs that may wait.")
 @click.option("--max-body-mib", type=click.IntRange(1, 1024), default=32, show_default=True, help="Of one request.")
+@click.option(
+    "--cloud-price", type=click.FloatRange(0, min_open=True), metavar="DOLLARS",
+    help="What an hour of the cloud's computing costs. The page says the cents of each split.",
+)  # fmt: skip
 @click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Jobs that run at once.")
 @click.option(
     "--edge-model", "edge_models", envvar="HYBRIDSD_EDGE_EDGE_MODEL", multiple=True, metavar="NAME=DIR",
@@ -142,6 +146,7 @@ def _settings(options: dict[str, Any]) -> Settings:
         max_queue=options["max_queue"],
         max_jobs=options["max_jobs"],
         max_body_bytes=options["max_body_mib"] << 20,
+        cloud_dollars_per_hour=options["cloud_price"],
     )
 
 

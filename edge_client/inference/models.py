@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from edge_client.inference import providers, safety_checker, self_test
 from edge_client.inference import session as runtimes
 from edge_client.inference.networks import Network
+from edge_client.inference.quick_decoder import QuickDecoder
 from edge_client.inference.safety_checker import SafetyVerdict
 from edge_client.inference.self_test import Report
 from edge_client.inference.text_encoder import TextEncoders
@@ -68,6 +69,7 @@ class Models:
         self._loaded: dict[str, Network] = {}
         self._texts = TextEncoders(folder, manifest, self._open)
         self._tested = self.choice.is_reference
+        self._quick = QuickDecoder()
 
     @property
     def takes_negative(self) -> bool:
@@ -113,6 +115,20 @@ class Models:
 
     def decode(self, latents: Latents) -> NDArray[np.float32]:
         """Returns an image, `[3, H, W]`, in [-1, 1], of latents as the U-Net sees them, `[C, h, w]`."""
+        image = self._decode(latents)
+        if np.isfinite(image).all():
+            self._quick.learn(latents, image)
+        return image
+
+    def preview(self, latents: Latents) -> NDArray[np.float32]:
+        """Returns about what `decode` would, cheaply: a small image, `[3, h, w]`, one pixel a latent cell.
+
+        The first is decoded, `[3, H, W]`: the cheap way is learnt from decoded images.
+        """
+        small = self._quick(latents)
+        return self.decode(latents) if small is None else small
+
+    def _decode(self, latents: Latents) -> NDArray[np.float32]:
         image: NDArray[np.float32] = self._open("vae_decoder").single(latents=latents[None])[0]
         return image
 
@@ -145,7 +161,7 @@ class Models:
             if "unet" in self._loaded:
                 return
         if not self.low_memory:
-            self.decode(self._small_latents())
+            self._decode(self._small_latents())
         self.predict_noise(self._small_latents(), 0.0, self._small_conditioning(), guidance_scale=1.0)
 
     def self_test(self, *, fresh: bool = False) -> Report | None:

@@ -11,7 +11,7 @@ from typing import Any
 import structlog
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.staticfiles import StaticFiles
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.types import ASGIApp
 
 from edge_client.bundles.bundle import Bundle
@@ -83,6 +83,7 @@ def create_app(
         app.state.gateway = Gateway(
             bundle=bundle, models=models, cloud=cloud, watch=CloudWatch(cloud), store=store, queue=queue, access=access,
             views=views, webhooks=webhooks, max_body_bytes=settings.max_body_bytes,
+            cloud_dollars_per_hour=settings.cloud_dollars_per_hour,
         )  # fmt: skip
         queue.start()
         warming = None if models.low_memory else asyncio.create_task(asyncio.to_thread(_warm_up, models))
@@ -104,7 +105,7 @@ def create_app(
     errors.install(app)
     for router in (jobs.router, openai.router, a1111.router, pages.router):
         app.include_router(router)
-    app.mount("/static", StaticFiles(directory=pages.STATIC), name="static")
+    app.mount("/static", GZipMiddleware(pages.Assets(directory=pages.STATIC), minimum_size=500), name="static")
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST", "DELETE"],

@@ -46,6 +46,7 @@ async def capabilities(gateway: Gateway) -> dict[str, Any]:
             "num_running": found.num_running if found else 0,
             "num_queued": found.num_queued if found else 0,
             "step_s": found.call_s if found else 0.0,
+            "dollars_per_hour": gateway.cloud_dollars_per_hour,
         },
         "defaults": {
             "scheduler": schedulers.find(defaults.scheduler).name,

@@ -35,6 +35,7 @@ class Gateway:
     views: Views
     webhooks: Webhooks
     max_body_bytes: int
+    cloud_dollars_per_hour: float | None = None
 
     async def submit(self, create: JobCreate, caller: Caller, api: str) -> StoredJob:
         """Adds a job to the queue.

@@ -26,3 +26,5 @@ class Settings:
     max_jobs: int = 1000
     """Limit of finished jobs; the oldest are deleted."""
     max_body_bytes: int = 32 << 20
+    cloud_dollars_per_hour: float | None = None
+    """What the cloud costs while it computes; the page says it for each split. None: not known."""

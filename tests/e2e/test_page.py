@@ -1,5 +1,7 @@
 """The page in a real browser, Debian's chromium, with a real cloud and a real gateway behind it."""
 
+import base64
+import io
 import os
 import re
 import shutil
@@ -9,8 +11,20 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, Playwright, expect, sync_playwright
+from PIL import Image
+from playwright.sync_api import Browser, Page, Playwright, Route, expect, sync_playwright
 
+from tests.support.page_stories import (
+    JOB_ID,
+    drop,
+    image_of,
+    job_of,
+    png,
+    problem,
+    request_of,
+    tell,
+    with_capabilities,
+)
 from tests.support.patience import HANG_S
 from tests.support.web_processes import Process, running_cloud_and_gateway, running_gateway
 
@@ -81,6 +95,20 @@ def finish(page: Page) -> None:
     """Waits until the image is there."""
     expect(page.get_by_test_id("result")).to_be_visible()
     expect(page.get_by_test_id("status")).to_have_text("Ready")
+
+
+def generate(page: Page) -> None:
+    """Asks for an image and waits until its job is shown: not the one before."""
+    with page.expect_response(re.compile(r"/v1/jobs$")) as created:
+        page.get_by_test_id("generate").click()
+    expect(page.locator("#stage")).to_have_attribute("data-job", created.value.json()["id"])
+
+
+def draw(page: Page, *, seed: int, prompt: str = PROMPT) -> None:
+    """Draws an image of four steps here."""
+    fill_in(page, steps=4, cloud_steps=0, seed=seed, prompt=prompt)
+    generate(page)
+    finish(page)
 
 
 def facts(page: Page) -> dict[str, str]:
@@ -155,6 +183,9 @@ def test_compare_shows_three_splits_of_one_seed(page: Page) -> None:
 
     assert {job["images"][0]["actual_cloud_steps"] for job in jobs} == {0, 3, 8}
     assert {job["images"][0]["seed"] for job in jobs} == {11}
+    expect(page.get_by_test_id("compare-note")).to_contain_text("One after the other")
+    third, second, first = jobs  # so that none of them slows another down
+    assert first["finished_at"] <= second["created_at"] <= second["finished_at"] <= third["created_at"]
 
 
 def test_the_gallery_survives_a_reload_and_fills_the_form(page: Page) -> None:
@@ -178,7 +209,7 @@ def test_the_gallery_survives_a_reload_and_fills_the_form(page: Page) -> None:
 
 def test_deleting_asks_and_deletes(page: Page) -> None:
     """One image less in the gallery, and on the device."""
-    expect(page.get_by_test_id("gallery-item").first).to_be_visible()
+    draw(page, seed=13)
     before, shown = len(api(page, "/v1/jobs?state=completed")["jobs"]), page.get_by_test_id("gallery-item").count()
     page.get_by_test_id("gallery-item").first.click()
     page.get_by_test_id("delete").click()
@@ -199,16 +230,29 @@ def test_what_is_wrong_is_said_at_its_field(page: Page) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing(page: Page, scheme: Any) -> None:
-    """No violation of accessibility on the page and in its dialog, on a phone as well, in both schemes."""
+    """No violation of accessibility, in both schemes: the page, its dialogs, all of its form, a failure, a phone."""
     page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
-    page.reload()
-    expect(page.get_by_test_id("gallery-item").first).to_be_visible()
+    draw(page, seed=12)
     found = [Axe().run(page)]
     page.get_by_test_id("gallery-item").first.click()
-    expect(page.get_by_test_id("dialog")).to_be_visible()
+    page.locator("#detail-zoom").click()
     found.append(Axe().run(page))
     page.keyboard.press("Escape")
+    drop(page, "photo.png", png(64, 32))
+    page.locator("#mask-paint").check()
+    page.get_by_role("button", name="Select").click()
+    page.get_by_test_id("gallery-item").first.click()
+    tell(page, job_of("failed", error=problem("UNAVAILABLE", "no answer", status=502)))
+    page.get_by_test_id("steps").fill("4")
+    page.get_by_test_id("generate").click()
+    expect(page.get_by_test_id("stage-problem")).to_be_visible()
+    page.get_by_test_id("steps").fill("")
+    page.get_by_test_id("generate").click()
+    found.append(Axe().run(page))
     page.set_viewport_size(PHONE)
+    found.append(Axe().run(page))
+    drop(page, "known.png", png(8, 8, parameters="a cat\nSteps: 9, Seed: 5"))
+    expect(page.get_by_test_id("file-settings")).to_be_visible()
     found.append(Axe().run(page))
 
     for results in found:
@@ -220,7 +264,7 @@ def test_a_phone_shows_all_without_scrolling_sideways(page: Page) -> None:
     page.set_viewport_size(PHONE)
     page.reload()
     fill_in(page, steps=4, cloud_steps=2)
-    page.get_by_test_id("generate").click()
+    generate(page)
     finish(page)
 
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
@@ -263,13 +307,19 @@ def test_a_cloud_that_dies_is_said_and_the_picture_is_finished(page: Page, serve
 
 
 def test_a_token_is_asked_for_and_kept(playwright: Playwright, browser: Browser, tmp_path: Path) -> None:
-    """With tokens nothing is shown before one is given; then images are drawn and shown."""
+    """With tokens nothing is shown before one is given; a wrong one is said; then images are drawn and shown."""
     (tmp_path / "tokens").write_text("let-me-in\n")
     with running_gateway(tmp_path, "--no-cloud", "--client-tokens", str(tmp_path / "tokens")) as gateway:
         context = browser.new_context(base_url=f"http://127.0.0.1:{gateway.port}")
         page = context.new_page()
         page.set_default_timeout(PATIENCE_MS)
         page.goto("/")
+        expect(page.get_by_test_id("token-error")).to_be_empty()
+        page.get_by_test_id("token").fill("wrong")
+        page.keyboard.press("Enter")
+        expect(page.get_by_test_id("token-error")).to_contain_text("refused")
+        page.get_by_role("button", name="Not now").click()
+        page.get_by_test_id("banner").get_by_role("button").click()
         page.get_by_test_id("token").fill("let-me-in")
         page.keyboard.press("Enter")
         page.get_by_test_id("prompt").fill(PROMPT)
@@ -281,3 +331,481 @@ def test_a_token_is_asked_for_and_kept(playwright: Playwright, browser: Browser,
         context.close()
 
     assert shown == 128
+
+
+@pytest.mark.parametrize(("num_steps", "step_s"), [(4, 0.01), (25, 0.02), (1000, 0.2)])
+def test_the_timeline_fills_its_width(page: Page, num_steps: int, step_s: float) -> None:
+    """For an image in no time, and for one of so many steps that each is less than a pixel."""
+    image = image_of(step_s=[step_s] * num_steps)
+    tell(page, job_of(images=[image], request=request_of(num_inference_steps=num_steps)), content=png(128, 128))
+    page.get_by_test_id("prompt").fill(PROMPT)
+    generate(page)
+    finish(page)
+    page.emulate_media(reduced_motion="reduce")
+    row = page.locator("#stage-timeline .segments")
+    box, last = row.bounding_box(), row.locator(".segment").last.bounding_box()
+
+    assert box is not None
+    assert last is not None
+    assert row.locator(".segment").count() == num_steps
+    assert abs(last["x"] + last["width"] - box["x"] - box["width"]) < 1.5
+    expect(page.locator("#stage-timeline")).to_contain_text("previews 0.01 s")
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 512), (512, 64), (128, 128)])
+def test_an_image_of_any_shape_is_seen_whole(page: Page, width: int, height: int) -> None:
+    """A portrait is bounded by the height of the screen, and no shape is distorted or cut."""
+    request = request_of(width=width, height=height)
+    tell(page, job_of(images=[image_of(width=width, height=height)], request=request), content=png(width, height))
+    page.get_by_test_id("prompt").fill(PROMPT)
+    generate(page)
+    finish(page)
+    box = page.get_by_test_id("result").bounding_box()
+
+    assert box is not None
+    assert box["height"] < 900
+    assert abs(box["width"] / box["height"] / (width / height) - 1) < 0.02
+
+
+def test_a_missing_plan_is_said_at_the_stage_with_what_to_do(page: Page) -> None:
+    """In the page's words, with the steps that this device does have; one click draws with them."""
+    request = request_of(num_inference_steps=7, scheduler="euler")
+    error = problem("PLAN_MISSING", "bundle x has no plan euler/7", field="scheduler")
+    asked = tell(page, job_of("failed", request=request, error=error))
+    page.locator("#scheduler").select_option("euler")
+    fill_in(page, steps=7, cloud_steps=2)
+    page.get_by_test_id("generate").click()
+    said = page.get_by_test_id("stage-problem")
+    expect(said).to_contain_text("Alone, this device draws Euler with 4, 8, 15, 20, 25 or 50 steps")
+    expect(said).not_to_contain_text("bundle")
+    said.get_by_role("button", name="Draw it with 8 steps").click()
+    expect(page.get_by_test_id("steps")).to_have_value("8")
+
+    assert [each["num_inference_steps"] for each in asked] == [7, 8]
+
+
+def test_a_failed_cloud_is_said_with_the_way_on(page: Page) -> None:
+    """The stage says why, and offers to go on without the cloud; the next image takes its place."""
+    error = problem("QUEUE_FULL", "too many jobs wait at `cloud_steps`", status=503)
+    asked = tell(page, job_of("failed", error=error))
+    fill_in(page, steps=4, cloud_steps=2)
+    page.get_by_test_id("generate").click()
+    said = page.get_by_test_id("stage-problem")
+    expect(said).to_contain_text("The cloud is busy")
+    expect(said).to_contain_text("Steps in the cloud")
+    tell(page, job_of(images=[image_of()]), content=png(128, 128))
+    said.get_by_role("button", name="on this device alone").click()
+    finish(page)
+
+    expect(said).to_be_hidden()
+    assert asked[0]["hybrid"]["cloud_steps"] == 2
+
+
+def test_strength_and_split_agree(page: Page) -> None:
+    """Of 25 steps a strength of 0.6 draws 15: the slider is of these, and what it says is what runs."""
+    page.locator("#image-details summary").click()
+    page.locator("#image").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": png(128, 128)})
+    fill_in(page, steps=25, cloud_steps=0)
+    page.locator("#strength").fill("0.6")
+    expect(page.get_by_test_id("split")).to_have_attribute("max", "15")
+    expect(page.locator("#strength-hint")).to_contain_text("15 of 25 steps")
+    page.get_by_test_id("split").fill("15")
+    expect(page.get_by_test_id("split-text")).to_contain_text("steps 1\u201315, large U-Net")
+    page.get_by_test_id("split").fill("9")
+    generate(page)
+    finish(page)
+    (image,) = api(page, "/v1/jobs?limit=1")["jobs"][0]["images"]
+
+    assert (image["num_inference_steps"], image["actual_cloud_steps"]) == (15, 9)
+
+
+def test_the_curve_says_for_what_it_was_measured(page: Page) -> None:
+    """Other steps or another scheduler: it is greyed out and says so."""
+    said, quality = page.get_by_test_id("quality-for"), page.locator("#quality")
+    page.get_by_test_id("steps").fill("25")
+    expect(said).to_have_text("Measured with 25 steps, DPM++ 2M, guidance 4.")
+    expect(quality).not_to_have_class(re.compile("stale"))
+    page.get_by_test_id("steps").fill("4")
+    page.locator("#scheduler").select_option("euler")
+
+    expect(said).to_contain_text("Not measured for what is set here (steps, scheduler)")
+    expect(quality).to_have_class(re.compile("stale"))
+
+
+def test_a_split_says_what_it_takes(page: Page) -> None:
+    """Seconds, bytes and cents, learnt from the images of that kind; unknown before the first."""
+    with_capabilities(page, lambda document: document["cloud"].update(dollars_per_hour=36))
+    page.locator("#size").select_option("custom")
+    for name, side in (("width", 96), ("height", 64)):
+        page.locator(f"#{name}").fill(str(side))
+    page.reload()  # the new price; the form keeps its values
+    said = page.get_by_test_id("split-cost")
+    expect(said).to_contain_text("after the first image")
+    image = image_of(width=96, height=64)
+    tell(page, job_of(images=[image], request=request_of(width=96, height=64)), content=png(96, 64))
+    fill_in(page, steps=10, cloud_steps=4)
+    generate(page)
+    finish(page)
+
+    expect(said).to_have_text("About 1.7 s: cloud 0.40 s, this device 1.2 s · 40 KB over the network · 0.4 ¢")
+    page.get_by_test_id("split").fill("0")
+    expect(said).to_have_text("About 2.1 s: this device 2.0 s · nothing over the network · 0 ¢")
+
+
+def test_what_is_left_is_estimated(page: Page) -> None:
+    """From the steps that are done, each at its place, and from earlier images where none is done yet."""
+    left = page.evaluate(
+        """async () => {
+            const { remainingS } = await import("/static/estimate.js");
+            const steps = new Map([[0, { place: "cloud", elapsedS: 2 }]]);
+            const picture = { steps, numSteps: 6, cloudSteps: 3, image: null };
+            const run = (state, pictures) => ({ job: { state }, pictures });
+            const rates = { cloudStepS: 9, edgeStepS: 5, decodeS: 1 };
+            return [
+                remainingS(run("running", [picture]), rates), remainingS(run("running", [picture]), null),
+                remainingS(run("queued", [picture]), rates),
+            ];
+        }"""
+    )
+
+    assert left == [2 * 2 + 3 * 5 + 1, None, None]
+
+
+def test_an_image_to_begin_with_shows_what_is_cut_off(page: Page) -> None:
+    """The share, and the other ways to fit it; the size can follow the image."""
+    page.locator("#image-details summary").click()
+    page.locator("#image").set_input_files({"name": "wide.png", "mimeType": "image/png", "buffer": png(256, 128)})
+    said = page.get_by_test_id("start-text")
+    expect(said).to_have_text("256 \u00d7 128 becomes 128 \u00d7 128. 50 % is cut off: left and right.")
+    page.locator("#fit").select_option("pad")
+    expect(said).to_contain_text("Grey bars")
+    page.get_by_role("button", name="Draw in its shape").click()
+    expect(said).to_contain_text("Nothing is cut off")
+    expect(page.locator("#size")).to_have_value("custom")
+    asked = tell(page, job_of(images=[image_of()]), content=png(128, 128))
+    page.get_by_test_id("prompt").fill(PROMPT)
+    generate(page)
+    finish(page)
+
+    assert asked[0]["fit"] == "pad"
+    assert (asked[0]["width"], asked[0]["height"]) == (192, 96)
+
+
+def test_a_painted_mask_is_what_is_redrawn(page: Page) -> None:
+    """White where it was painted, in the image's own coordinates, though the image is cropped on the screen."""
+    page.locator("#image-details summary").click()
+    page.locator("#image").set_input_files({"name": "wide.png", "mimeType": "image/png", "buffer": png(256, 128)})
+    page.locator("#mask-paint").check()
+    canvas = page.get_by_test_id("mask-canvas")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 0.25 * box["width"], box["y"] + 0.5 * box["height"])  # the middle half is seen
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.25 * box["width"], box["y"] + 0.6 * box["height"])
+    page.mouse.up()
+    asked = tell(page, job_of(images=[image_of()]), content=png(128, 128))
+    page.get_by_test_id("prompt").fill(PROMPT)
+    generate(page)
+    finish(page)
+    with Image.open(io.BytesIO(base64.b64decode(asked[0]["mask"].partition(",")[2]))) as mask:
+        pixels = mask.convert("L")
+
+    assert pixels.size == (256, 128)
+    assert pixels.getpixel((64 + 32, 70)) == 255
+    assert [pixels.getpixel(point) for point in ((32, 70), (160, 70), (96, 10))] == [0, 0, 0]
+
+
+def test_a_dropped_image_gives_its_settings_back(page: Page) -> None:
+    """What this gateway drew comes back whole; AUTOMATIC1111's text as far as it is known here."""
+    fill_in(page, steps=6, cloud_steps=2, seed=4711)
+    page.locator("#scheduler").select_option("euler")
+    generate(page)
+    finish(page)
+    own = page.request.get(api(page, "/v1/jobs?limit=1")["jobs"][0]["images"][0]["url"]).body()
+    fill_in(page, steps=25, cloud_steps=8, seed=1, prompt="something else")
+    drop(page, "own.png", own)
+    page.get_by_test_id("file-settings").click()
+    expect(page.get_by_test_id("form-note")).to_contain_text("settings of this image")
+    for name, value in {"prompt": PROMPT, "steps": "6", "seed": "4711", "split": "2", "scheduler": "euler"}.items():
+        expect(page.locator(f"#{name}")).to_have_value(value)
+
+    text = (
+        "a cat\nNegative prompt: a dog\nSteps: 9, Sampler: Nonsense, CFG scale: 3, Seed: 5, Size: 96x64, Model: other"
+    )
+    drop(page, "foreign.png", png(96, 64, parameters=text), by="paste")
+    page.get_by_test_id("file-settings").click()
+    expect(page.get_by_test_id("form-note")).to_contain_text("Its sampler, Nonsense, is not known here.")
+    for name, value in {"prompt": "a cat", "negative": "a dog", "steps": "9", "width": "96", "seed": "5"}.items():
+        expect(page.locator(f"#{name}")).to_have_value(value)
+
+
+def test_a_dropped_photograph_is_begun_with(page: Page) -> None:
+    """It says nothing of itself, so it is the image to begin with; another file is refused by name."""
+    drop(page, "photo.png", png(64, 64))
+    expect(page.get_by_test_id("form-note")).to_contain_text("begins with this one")
+    expect(page.get_by_test_id("start-text")).to_contain_text("64 \u00d7 64 becomes")
+    drop(page, "notes<b>.txt", b"no image", "text/plain")
+
+    expect(page.locator("[data-field=image]")).to_contain_text("notes<b>.txt is no image")
+
+
+def test_this_image_can_be_begun_with(page: Page) -> None:
+    """From its dialog, in the size that it has."""
+    draw(page, seed=31)
+    page.get_by_test_id("gallery-item").first.click()
+    page.get_by_test_id("use").click()
+
+    expect(page.get_by_test_id("dialog")).to_be_hidden()
+    expect(page.get_by_test_id("start-text")).to_contain_text("128 \u00d7 128 becomes 128 \u00d7 128")
+
+
+def test_adapters_and_models_can_be_chosen(page: Page) -> None:
+    """Those of the chosen model, with weights; they are said to need the cloud."""
+
+    def change(document: Any) -> None:
+        (model,) = document["cloud"]["models"]
+        document["cloud"]["models"] = [model | {"loras": ["ink", "snow"]}, model | {"id": "other", "loras": []}]
+
+    with_capabilities(page, change)
+    page.reload()
+    asked = tell(page, job_of(images=[image_of()]), content=png(128, 128))
+    fill_in(page, steps=4, cloud_steps=2)
+    page.locator("#adapters summary").click()
+    page.get_by_label("snow", exact=True).check()
+    page.get_by_label("Weight of snow").fill("0.5")
+    generate(page)
+    finish(page)
+    page.get_by_test_id("split").fill("0")
+    expect(page.locator("#adapters-hint")).to_contain_text("give the cloud some steps")
+    page.locator("#cloud-model").select_option("other")
+    expect(page.locator("#adapters")).to_be_hidden()
+    generate(page)
+    finish(page)
+
+    assert [each["loras"] for each in asked] == [[{"name": "snow", "weight": 0.5}], []]
+
+
+def test_an_empty_number_is_asked_for(page: Page) -> None:
+    """It does not silently become a default; the range is said, and nothing is drawn."""
+    asked = tell(page, job_of(images=[image_of()]), content=png(128, 128))
+    page.get_by_test_id("prompt").fill(PROMPT)
+    page.get_by_test_id("steps").fill("")
+    page.locator("#guidance").fill("31")
+    page.get_by_test_id("generate").click()
+
+    expect(page.locator("[data-field=num_inference_steps]")).to_contain_text(
+        "Steps is empty: choose a whole number from 1 to 1000."
+    )
+    expect(page.locator("[data-field=guidance_scale]")).to_contain_text("choose a number from 1 to 30")
+    expect(page.get_by_test_id("steps")).to_be_focused()
+    assert asked == []
+
+
+def test_each_image_has_an_address(page: Page) -> None:
+    """It opens with a reload; Back closes it; one that is gone is said."""
+    draw(page, seed=32)
+    plain = page.url
+    page.get_by_test_id("gallery-item").first.click()
+    expect(page).to_have_url(re.compile(r"\?image="))
+    address = page.url
+    page.reload()
+    expect(page.get_by_test_id("dialog")).to_be_visible()
+    page.get_by_test_id("dialog").get_by_role("button", name="Close").click()
+    page.get_by_test_id("gallery-item").first.click()
+    page.go_back()
+    expect(page.get_by_test_id("dialog")).to_be_hidden()
+    page.go_forward()
+    expect(page.get_by_test_id("dialog")).to_be_visible()
+    assert page.url == address
+    page.goto(f"{plain}?image=nobody.0")
+
+    expect(page.locator("#form-alert")).to_contain_text("not here")
+
+
+def test_again_with_this_says_what_it_did(page: Page) -> None:
+    """The form is in view with its new values, and says so; the next step has the focus."""
+    draw(page, seed=33)
+    page.get_by_test_id("gallery-item").first.click()
+    page.get_by_test_id("again").click()
+
+    expect(page.get_by_test_id("form-note")).to_contain_text("The form has the settings of this image now")
+    expect(page.get_by_test_id("prompt")).to_be_in_viewport()
+    expect(page.get_by_test_id("generate")).to_be_focused()
+
+
+def test_the_gallery_is_searched_starred_and_cleared(page: Page) -> None:
+    """Words of the prompt find an image, favourites stay after a reload, several are deleted at once."""
+    for seed in (901, 902):
+        draw(page, seed=seed, prompt=f"a whale {seed} ☂ below a star")
+    items = page.get_by_test_id("gallery-item").locator("visible=true")
+    page.get_by_label("Search the gallery").fill("WHALE ☂")
+    expect(items).to_have_count(2)
+    expect(page.locator("#gallery-count")).to_have_text("2 images")
+    items.first.click()
+    page.locator("#detail-star").click()
+    page.keyboard.press("Escape")
+    page.reload()
+    page.get_by_label("Favourites only").check()
+    expect(items).to_have_count(1)
+    page.get_by_label("Favourites only").uncheck()
+    page.get_by_label("Search the gallery").fill("whale")
+    page.get_by_role("button", name="Select").click()
+    for item in items.all():
+        item.click()
+    expect(page.locator("#selected-count")).to_have_text("2 images selected")
+    page.locator("#selected-delete").click()
+    page.get_by_test_id("confirm-delete").click()
+
+    expect(page.locator("#gallery-empty")).to_have_text("No image is like that.")
+    assert "whale" not in page.request.get("/v1/jobs").text()
+
+
+def test_zoom_and_formats(page: Page) -> None:
+    """A pixel on a pixel, and a download in the format that was chosen."""
+    draw(page, seed=34)
+    page.get_by_test_id("gallery-item").first.click()
+    page.locator("#detail-zoom").click()
+    expect(page.locator("#detail-picture")).to_have_js_property("offsetWidth", 128)
+    page.locator("#detail-format").select_option("webp")
+    with page.expect_download() as download:
+        page.get_by_test_id("download").click()
+
+    assert download.value.suggested_filename.endswith("-34.webp")
+    assert Path(download.value.path()).read_bytes()[8:12] == b"WEBP"
+
+
+def test_names_and_prompts_are_text(page: Page) -> None:
+    """Markup in prompts, names of models and adapters, messages and file names is shown, never run."""
+    evil = "<img src=x onerror=document.title='pwned'>\"'&{{}}" + "🦊" * 50 + "w" * 3000
+
+    def change(document: Any) -> None:
+        (model,) = document["cloud"]["models"]
+        document["cloud"]["models"] = [model | {"id": evil[:64], "loras": [evil[:60]]}]
+        document["cloud"]["message"] = document["edge"]["model"] = evil
+        document["cloud"]["reachable"] = False
+
+    with_capabilities(page, change)
+    page.set_viewport_size(PHONE)
+    page.reload()
+    image = image_of(prompt=evil, negative_prompt=evil, cloud_model=evil, fallback_message=evil, fallback_reason=evil)
+    job = job_of(images=[image], request=request_of(prompt=evil, loras=[{"name": evil, "weight": 1}]))
+    tell(page, job, content=png(128, 128))
+    page.get_by_test_id("prompt").fill(evil)
+    generate(page)
+    finish(page)
+    page.get_by_test_id("gallery-item").first.click()
+    expect(page.locator("#detail-facts")).to_contain_text("onerror")
+    page.keyboard.press("Escape")
+    tell(page, job_of("failed", "other", error=problem(evil, evil, field=evil)))
+    page.get_by_test_id("generate").click()
+    expect(page.get_by_test_id("stage-problem")).to_contain_text("onerror")
+
+    assert page.title() != "pwned"
+    assert page.locator("img[src=x]").count() == 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+
+
+def test_an_image_that_cannot_be_loaded_is_said(page: Page) -> None:
+    """In the stage, the gallery and the dialog, instead of an empty frame."""
+    tell(page, job_of(images=[image_of()]))
+    page.get_by_test_id("prompt").fill(PROMPT)
+    page.get_by_test_id("generate").click()
+    page.locator(f"[data-job={JOB_ID}-1] .tile").click()
+
+    for place in (".frame-open", f"[data-job={JOB_ID}-1] .tile", "#detail-frame"):
+        expect(page.locator(place)).to_have_attribute("data-problem", "This image could not be loaded")
+
+
+def test_a_token_that_ends_is_asked_for_and_the_image_drawn(page: Page) -> None:
+    """In the middle of a visit the gateway refuses it: the dialog says so, and what was asked goes on."""
+    asked: list[str | None] = []
+
+    def refuse(route: Route) -> None:
+        authorization = route.request.headers.get("authorization")
+        if route.request.method == "POST" and authorization != "Bearer fresh":
+            asked.append(authorization)
+            route.fulfill(status=401, json=problem("UNAUTHENTICATED", "the token is wrong", status=401))
+        else:
+            route.fallback()
+
+    page.evaluate("sessionStorage.setItem('hybridsd.token', 'stale')")
+    tell(page, job_of(images=[image_of()]), content=png(128, 128))
+    page.route(re.compile(r"/v1/jobs$"), refuse)
+    page.get_by_test_id("prompt").fill(PROMPT)
+    page.get_by_test_id("generate").click()
+    expect(page.get_by_test_id("token-error")).to_contain_text("no longer valid")
+    page.get_by_test_id("token").fill("fresh")
+    page.keyboard.press("Enter")
+    finish(page)
+
+    assert asked == ["Bearer stale"]
+
+
+def test_two_tabs_agree(page: Page) -> None:
+    """What one tab draws or deletes, the other shows when it is looked at again."""
+    other = page.context.new_page()
+    other.goto("/")
+    expect(other.get_by_test_id("split-text")).not_to_be_empty()
+    draw(page, seed=35, prompt="a robot of the other tab")
+    look = "document.dispatchEvent(new Event('visibilitychange'))"
+    other.evaluate(look)
+    expect(other.get_by_title("a robot of the other tab")).to_have_count(1)
+    page.get_by_test_id("gallery-item").first.click()
+    page.get_by_test_id("delete").click()
+    page.get_by_test_id("confirm-delete").click()
+    expect(page.get_by_title("a robot of the other tab")).to_have_count(0)
+    other.evaluate(look)
+
+    expect(other.get_by_title("a robot of the other tab")).to_have_count(0)
+
+
+def test_a_gateway_that_ends_is_said_and_the_image_comes_after_its_restart(
+    page: Page, servers: tuple[Process, Process]
+) -> None:
+    """The job survives, so the page waits, says so, and shows the image of the second run."""
+    _, gateway = servers
+    fill_in(page, steps=500, cloud_steps=0)
+    page.locator("#scheduler").select_option("ddim")
+    page.get_by_test_id("generate").click()
+    expect(page.get_by_test_id("timeline").locator(".segment.done").nth(3)).to_be_attached()
+    gateway.end(kill=True)
+    try:
+        expect(page.get_by_test_id("status")).to_contain_text("The gateway does not answer")
+    finally:
+        gateway.start()
+    expect(page.get_by_test_id("status")).to_contain_text("This device draws")
+    page.get_by_test_id("cancel").click()
+
+    expect(page.get_by_test_id("status")).to_have_text("Cancelled")
+
+
+def test_who_looks_away_is_told(browser: Browser, servers: tuple[Process, Process]) -> None:
+    """A notification when the image is done and the page is not in view; none while it is."""
+    context = browser.new_context(base_url=f"http://127.0.0.1:{servers[1].port}", permissions=["notifications"])
+    context.set_default_timeout(PATIENCE_MS)
+    context.add_init_script("""
+        window.told = [];
+        window.Notification = class extends EventTarget {
+            static permission = "granted";
+            static requestPermission = async () => "granted";
+            constructor(title, { body }) { super(); window.told.push([title, body]); }
+        };
+        Object.defineProperty(document, "hidden", { get: () => window.isAway ?? false });
+    """)
+    page = context.new_page()
+    page.goto("/")
+    expect(page.get_by_test_id("split-text")).not_to_be_empty()
+    tell(page, job_of(images=[image_of()], request=request_of(prompt=PROMPT)), content=png(128, 128))
+    page.get_by_label("Tell me when an image is done").check()
+    page.get_by_test_id("prompt").fill(PROMPT)
+    generate(page)
+    finish(page)
+    told_here = page.evaluate("window.told.length")
+    page.evaluate("window.isAway = true")
+    generate(page)
+    page.wait_for_function("() => window.told.length")
+
+    assert told_here == 0
+    assert page.evaluate("window.told") == [["Your image is ready", PROMPT]]
+    context.close()

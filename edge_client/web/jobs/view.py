@@ -36,8 +36,17 @@ class Views:
         path = f"/v1/jobs/{job.id}/images/{index}"
         return path if self._access.is_open else f"{path}?key={self._access.sign(path)}"
 
-    def image(self, job: StoredJob, index: int, wanted: Format = "png", quality: int = 95) -> bytes:
-        """Returns an image as a file. Only a PNG holds its parameters.
+    def image(
+        self, job: StoredJob, index: int, wanted: Format = "png", quality: int = 95, max_side: int | None = None
+    ) -> bytes:
+        """Returns an image as a file. Only a PNG of its own size holds its parameters.
+
+        Args:
+            job: Whose image it is.
+            index: Its index in the job, from 0.
+            wanted: The format.
+            quality: 0 to 100, for JPEG and WebP.
+            max_side: Scales it down to at most so many pixels a side.
 
         Raises:
             NotFound: NOT_FOUND if it does not exist, or not yet.
@@ -48,7 +57,7 @@ class Views:
             raise Reason.NOT_FOUND.error(
                 f"job {job.id} has no image {index}; it has {len(job.images)}, counted from 0"
             ) from error
-        return content if wanted == "png" else _reencode(content, wanted, quality)
+        return content if wanted == "png" and max_side is None else _reencode(content, wanted, quality, max_side)
 
     def image_base64(self, job: StoredJob, index: int, wanted: Format = "png", quality: int = 95) -> str:
         """Returns an image as `image` does, in base64."""
@@ -61,16 +70,19 @@ def preview_base64(data_url: str, wanted: Format = "png") -> str:
     return base64.b64encode(_reencode(content, wanted)).decode("ascii")
 
 
-def _reencode(content: bytes, wanted: Format, quality: int = 95) -> bytes:
+def _reencode(content: bytes, wanted: Format, quality: int = 95, max_side: int | None = None) -> bytes:
     """Converts an image to another format.
 
     Args:
         content: An image file.
         wanted: Its format.
         quality: 0 to 100, for JPEG and WebP. 100 makes WebP lossless.
+        max_side: Scales it down to at most so many pixels a side.
     """
     stream = io.BytesIO()
     with Pillow.open(io.BytesIO(content)) as image:
+        if max_side is not None:
+            image.thumbnail((max_side, max_side))
         options: dict[str, Any] = {} if wanted == "png" else {"quality": quality}
         if wanted == "webp" and quality == 100:
             options["lossless"] = True

@@ -5,6 +5,7 @@ import contextlib
 import io
 import math
 import secrets
+import time
 from collections.abc import Callable, Container, Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -115,13 +116,19 @@ class JobWorker:
                 replace(resolved, request=replace(request, preview_every=every)), self.bundle, self.models, self.cloud,
                 others=self.others, advisor=advisor, poll_interval_s=TICK_S,
             )  # fmt: skip
+            preview_s = 0.0
             with contextlib.closing(events):
                 for event in events:
                     if is_cancelled():
                         return
-                    yield from self._events(event, index, resolved.num_inference_steps, every)
+                    for told in self._events(event, create, index, resolved.num_inference_steps, every):
+                        if told.name == "preview":
+                            preview_s += told.data["elapsed_s"]
+                        elif told.name == "image":
+                            told.data["preview_s"] = round(preview_s, 6)
+                        yield told
 
-    def _events(self, event: Event, index: int, num_steps: int, every: int) -> Iterator[WorkerEvent]:
+    def _events(self, event: Event, create: JobCreate, index: int, num_steps: int, every: int) -> Iterator[WorkerEvent]:
         match event:
             case Waiting():
                 return
@@ -137,8 +144,10 @@ class JobWorker:
                 done = event.step + 1
                 is_due = every > 0 and event.ends_step and done % every == 0 and done < num_steps
                 if is_due and event.x0_preview is not None:
-                    image = self.preview(event.x0_preview)
-                    yield WorkerEvent("preview", {"image_index": index, "step": event.step, "image": image})
+                    begin = time.perf_counter()
+                    image = self.preview(event.x0_preview, quick=create.preview_decoder == "linear")
+                    preview = {"image_index": index, "step": event.step, "image": image}
+                    yield WorkerEvent("preview", {**preview, "elapsed_s": round(time.perf_counter() - begin, 6)})
             case Finished():
                 result = event.result
                 yield WorkerEvent("image", rest_image(index, result), encode_png(result.image_u8, png_text(result)))
@@ -146,10 +155,18 @@ class JobWorker:
                 data = event_json(event)
                 yield WorkerEvent(str(data["event"]), {**_without(data, "event", "request_id"), "image_index": index})
 
-    def preview(self, latents: Latents) -> str:
-        """Returns latents as a small image, a data URL."""
-        image = Pillow.fromarray(to_u8(self.models.decode(latents)))
-        image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+    def preview(self, latents: Latents, *, quick: bool) -> str:
+        """Returns latents as an image of at most `PREVIEW_SIDE`, a data URL.
+
+        Args:
+            latents: `[C, h, w]`.
+            quick: By the linear map of `Models.preview`, not by the VAE.
+        """
+        pixels = self.models.preview(latents) if quick else self.models.decode(latents)
+        image, cell = Pillow.fromarray(to_u8(pixels)), self.bundle.manifest.vae_scale_factor
+        height, width = (side * cell for side in latents.shape[1:])
+        scale = min(1.0, PREVIEW_SIDE / max(width, height))
+        image = image.resize((round(width * scale), round(height * scale)), Pillow.Resampling.BICUBIC)
         stream = io.BytesIO()
         image.save(stream, format="WEBP", quality=80)
         return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode("ascii")

@@ -121,6 +121,7 @@ async def read_image(
     gateway: SharedGateway,
     wanted: Annotated[Format, Query(alias="format")] = "png",
     quality: Annotated[int, Query(ge=1, le=100)] = 95,
+    max_side: Annotated[int | None, Query(ge=16, le=4096, description="pixels; a thumbnail")] = None,
     key: Annotated[str, Query(max_length=64, description="from the URL in a job; replaces the token")] = "",
     download: Annotated[Literal["0", "1"], Query()] = "0",
 ) -> Response:
@@ -129,7 +130,7 @@ async def read_image(
         job = gateway.store.get(job_id)
     else:
         job = gateway.store.get(job_id, gateway.access.caller(request).owner)
-    content = await asyncio.to_thread(gateway.views.image, job, index, wanted, quality)
+    content = await asyncio.to_thread(gateway.views.image, job, index, wanted, quality, max_side)
     headers = {"Cache-Control": "private, max-age=31536000, immutable"}
     if download == "1":
         headers["Content-Disposition"] = f'attachment; filename="{job.id}-{index}.{wanted}"'

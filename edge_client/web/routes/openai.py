@@ -187,7 +187,7 @@ async def _create(body: Generation, image: bytes | None, mask: bytes | None, gat
     with request_validation():
         return JobCreate(
             **fields, image=images["image"], mask=images["mask"], width=width, height=height, n=body.n or 1,
-            hybrid=hybrid, previews=partial if body.stream else 0,
+            hybrid=hybrid, previews=partial if body.stream else 0, preview_decoder="vae",
         )  # fmt: skip
 
 

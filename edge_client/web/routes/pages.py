@@ -1,15 +1,57 @@
 """The page, and the health checks of operators."""
 
+import functools
+import gzip
+import hashlib
+import mimetypes
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter
-from fastapi.responses import FileResponse
+from fastapi import APIRouter, Request
+from fastapi.responses import FileResponse, Response
+from fastapi.staticfiles import StaticFiles
+from starlette.types import Scope
 
 from edge_client.web.dependencies import SharedGateway
 
 STATIC = Path(__file__).parents[1] / "static"
+FOREVER = "public, max-age=31536000, immutable"
+REVALIDATE = "no-cache"
 router = APIRouter()
+mimetypes.add_type("application/manifest+json", ".webmanifest")  # which not every system knows
+mimetypes.add_type("text/javascript", ".js")  # which some systems map to something that browsers refuse to run
+
+
+class Assets(StaticFiles):
+    """The page's files. Below their version's folder browsers keep them forever; elsewhere they ask for changes.
+
+    The page names the version once, and its files each other by relative names, so that no visit mixes two versions.
+    """
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        """See StaticFiles."""
+        folder, _, rest = path.partition("/")
+        is_versioned = folder == version()
+        response = await super().get_response(rest if is_versioned else path, scope)
+        response.headers["Cache-Control"] = FOREVER if is_versioned else REVALIDATE
+        return response
+
+
+@functools.cache
+def version() -> str:
+    """Returns the hash of the page's files."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in STATIC.rglob("*") if path.is_file()):
+        digest.update(path.relative_to(STATIC).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@functools.cache
+def _page(*, compressed: bool) -> bytes:
+    """Returns index.html, which names the files of this version."""
+    text = (STATIC / "index.html").read_text(encoding="utf-8")
+    content = text.replace('"/static/', f'"/static/{version()}/').encode()
+    return gzip.compress(content, mtime=0) if compressed else content
 
 
 @router.get("/healthz", tags=["operation"])
@@ -26,9 +68,15 @@ async def readyz(gateway: SharedGateway) -> Any:
 
 
 @router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
-async def page() -> FileResponse:
+async def page(request: Request) -> Response:
     """The page."""
-    return FileResponse(STATIC / "index.html")
+    compressed = "gzip" in request.headers.get("accept-encoding", "")
+    headers = {"Cache-Control": REVALIDATE, "ETag": f'"{version()}{"-gzip" * compressed}"', "Vary": "Accept-Encoding"}
+    if request.headers.get("if-none-match") == headers["ETag"]:
+        return Response(status_code=304, headers=headers)
+    if compressed:
+        headers["Content-Encoding"] = "gzip"
+    return Response(_page(compressed=compressed), media_type="text/html", headers=headers)
 
 
 @router.get("/favicon.ico", include_in_schema=False)

@@ -99,6 +99,9 @@ class JobCreate(_RequestModel):
     loras: list[Lora] = Field([], max_length=MAX_LORAS)
     safety_checker: SafetyAction = "off"
     previews: int = Field(DEFAULT_PREVIEWS, ge=0, le=MAX_PREVIEWS, description="maximum number of previews per image")
+    preview_decoder: Literal["linear", "vae"] = Field(
+        "linear", description="linear: cheap and coarse; vae: as the image, and costs as much as decoding it"
+    )
     webhook: Annotated[str, StringConstraints(max_length=2000)] | None = Field(
         None, description="URL that receives the finished job as JSON; the operator must allow its host"
     )
@@ -149,6 +152,7 @@ class Image(BaseModel):
     early_handoff_reason: str
     received_bytes: int
     decode_s: float
+    preview_s: float = Field(0.0, description="what the previews took; part of elapsed_s")
     elapsed_s: float
     steps: list[Step]
     flagged: bool | None = Field(None, description="by the safety checker; null: not checked")
@@ -213,6 +217,7 @@ class CloudInfo(BaseModel):
     num_running: int
     num_queued: int
     step_s: float
+    dollars_per_hour: float | None = Field(description="while it computes, as the operator says; null: not known")
 
 
 class Capabilities(BaseModel):

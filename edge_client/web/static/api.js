@@ -1,6 +1,6 @@
 /** The gateway's API: requests, token, events and images. */
 
-import { ask, byId } from "/static/dom.js";
+import { ask, byId, setText } from "./dom.js";
 
 const TOKEN_KEY = "hybridsd.token";
 const LAST_EVENTS = new Set(["completed", "failed", "cancelled"]);
@@ -10,11 +10,12 @@ const LONGEST_BACKOFF_MS = 8000;
 
 /** A request that failed, with the gateway's problem details (RFC 9457). */
 export class ProblemError extends Error {
-  /** @param {{status: number, detail?: string, title?: string, field?: ?string}} problem */
+  /** @param {{status: number, detail?: string, title?: string, reason?: string, field?: ?string}} problem */
   constructor(problem) {
     super(problem.detail || problem.title || "Something went wrong.");
     this.field = problem.field ?? null;
     this.status = problem.status;
+    this.reason = problem.reason ?? "";
   }
 }
 
@@ -39,6 +40,7 @@ class Semaphore {
   }
 }
 
+const OPENED = Symbol("the connection is there");
 const streams = new Semaphore(MAX_STREAMS);
 
 /** @param {boolean} [isPoll] whether it runs in the background: then the user is not asked for a missing token */
@@ -63,17 +65,31 @@ export function listJobs(before = null, limit = 24) {
   return getJson(`/v1/jobs?${query}`);
 }
 
+/** @param {string} image a data URL @returns {Promise<{info: string, items: object, parameters: object}>} what it says of itself */
+export function readInfo(image) {
+  return getJson("/sdapi/v1/png-info", {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify({ image }),
+  });
+}
+
 /**
- * Yields a job's events up to its last one; reconnects when a connection breaks.
+ * Yields a job's events up to its last one; reconnects when a connection breaks, and says so: "disconnected",
+ * "connected".
  * @param {string} id
  * @returns {AsyncGenerator<{name: string, data: object}>}
  */
 export async function* streamEvents(id) {
   let lastId = null;
   let backoffMs = FIRST_BACKOFF_MS;
+  let isLost = false;
   for (;;) {
     try {
       for await (const event of connect(id, lastId)) {
+        if (isLost) yield { name: "connected", data: {} };
+        isLost = false;
+        if (event === OPENED) continue;
         lastId = event.id ?? lastId;
         backoffMs = FIRST_BACKOFF_MS;
         yield { name: event.name, data: JSON.parse(event.data) };
@@ -82,6 +98,8 @@ export async function* streamEvents(id) {
     } catch (error) {
       if (error instanceof ProblemError && error.status >= 400 && error.status < 500) throw error;
     }
+    if (!isLost) yield { name: "disconnected", data: {} };
+    isLost = true;
     await new Promise((resolve) => setTimeout(resolve, backoffMs));
     backoffMs = Math.min(2 * backoffMs, LONGEST_BACKOFF_MS);
   }
@@ -93,6 +111,7 @@ async function* connect(id, lastId) {
   await streams.acquire();
   try {
     const response = await send(`/v1/jobs/${id}/events`, { headers, cache: "no-store" });
+    yield OPENED;
     reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
     yield* parseEvents(reader);
   } finally {
@@ -127,19 +146,40 @@ function parseEvent(block) {
   return event.data.length ? { ...event, data: event.data.join("\n") } : null;
 }
 
-/** Shows an image of the gateway in an `<img>`; with a token it is fetched, since an `<img>` sends none. */
-export async function showPicture(img, url) {
+/**
+ * Shows an image of the gateway in an `<img>`. Its address gives access; where that is no longer so it is fetched with
+ * the token.
+ * @returns {Promise<void>} as soon as it is there
+ * @throws {ProblemError} where it cannot be loaded
+ */
+export function showPicture(img, url) {
   img.dataset.url = url;
-  if (!token()) {
+  return new Promise((resolve, reject) => {
+    img.onload = () => resolve();
+    img.onerror = () => showFetched(img, url).then(resolve, reject);
     img.src = url;
-    return;
-  }
+  });
+}
+
+async function showFetched(img, url) {
+  img.onerror = null;
   const blobUrl = URL.createObjectURL(await getPicture(url));
   const revoke = () => URL.revokeObjectURL(blobUrl);
   if (img.dataset.url !== url) return revoke();  // it shows another image by now
-  img.addEventListener("load", revoke, { once: true });
-  img.addEventListener("error", revoke, { once: true });
-  img.src = blobUrl;
+  try {
+    await new Promise((resolve, reject) => {
+      img.onload = resolve;
+      img.onerror = () => reject(new ProblemError({ status: 0, detail: "The browser cannot show this image." }));
+      img.src = blobUrl;
+    });
+  } finally {
+    revoke();
+  }
+}
+
+/** @returns {string} the address of an image in another format, or no larger than `side` pixels */
+export function pictureUrl(url, options) {
+  return `${url}${url.includes("?") ? "&" : "?"}${new URLSearchParams(options)}`;
 }
 
 /** @returns {Promise<Blob>} */
@@ -174,7 +214,7 @@ async function send(path, { asksToken = true, ...options } = {}) {
 
 async function readProblem(response) {
   const problem = await response.json().catch(() => ({}));
-  const fallback = `The gateway answered ${response.status} ${response.statusText}`.trim();
+  const fallback = response.status === 401 ? "The token is missing or wrong." : `The gateway answered ${response.status} ${response.statusText}`.trim();
   return new ProblemError({ detail: fallback, ...problem, status: response.status });
 }
 
@@ -191,12 +231,17 @@ let asking = null;
  */
 async function askToken(refused) {
   if (token() !== refused) return true;
-  asking ??= readToken().finally(() => (asking = null));
+  asking ??= readToken(refused !== null).finally(() => (asking = null));
   return asking;
 }
 
-async function readToken() {
+/** Asks for the token at the next chance: on the user's wish. @returns {Promise<boolean>} whether there is another one */
+export const changeToken = () => askToken(token());
+
+async function readToken(wasRefused) {
   const input = byId("token");
+  setText(byId("token-error"), wasRefused ? "The gateway refused the token: it is wrong, or no longer valid." : "");
+  input.toggleAttribute("aria-invalid", wasRefused);
   input.value = "";
   const answer = await ask(byId("token-dialog"));
   const value = input.value.trim();

@@ -1,38 +1,59 @@
 /** Connects the page's parts: the form creates jobs, the stage shows their runs, the gallery the results. */
 
-import { cancelJob, createJob, getJob, ProblemError, streamEvents } from "/static/api.js";
-import { CloudWatch } from "/static/cloud.js";
-import { Compare } from "/static/compare.js";
-import { byId, isDialogOpen } from "/static/dom.js";
-import { Form, randomSeed } from "/static/form.js";
-import { Detail, Gallery, requestOf } from "/static/gallery.js";
-import { applyEvent, beginRun, isActive } from "/static/run.js";
-import { Split } from "/static/split.js";
-import { RunList, Stage } from "/static/stage.js";
+import { imageInAddress, nameNoImage } from "./address.js";
+import { cancelJob, createJob, getJob, getPicture, ProblemError, streamEvents } from "./api.js";
+import { CloudWatch } from "./cloud.js";
+import { Compare } from "./compare.js";
+import { Detail, followAddress, requestOf } from "./detail.js";
+import { ask, byId, isDialogOpen, setText } from "./dom.js";
+import { Estimator } from "./estimate.js";
+import { Form, NUM_PREVIEWS, randomSeed } from "./form.js";
+import { Gallery } from "./gallery.js";
+import { Notifier } from "./notify.js";
+import { maySayHowItWasMade } from "./pictures.js";
+import { explain, nearestSteps } from "./problems.js";
+import { readSettings } from "./restore.js";
+import { applyEvent, beginRun, effectiveSteps, isActive } from "./run.js";
+import { Split, splitRequest } from "./split.js";
+import { RunList, Stage } from "./stage.js";
+import { imagesOf } from "./start_image.js";
 
 /** @type {import("./run.js").Run[]} newest first */
 let runs = [];
-let defaults = null;
+let capabilities = null;
 
-const form = new Form(new Split());
-const gallery = new Gallery((entry) => detail.open(entry));
+const estimator = new Estimator();
+const ratesOf = (request) => estimator.rates({ ...capabilities?.defaults, ...withoutNulls(request) });
+const form = new Form(new Split(ratesOf));
+const showError = (error) => form.showProblem(error);
+const gallery = new Gallery({
+  onOpen: (entry) => detail.open(entry),
+  onImage: ({ job, image }, isNewest) => estimator.learn(job.id, image, isNewest),
+  onDeleted: forget,
+  onError: showError,
+});
 const detail = new Detail(gallery, {
   onAgain: again,
   onCompare: (entry) => startCompare(requestOf(entry)),
-  onDeleted: (jobId) => {
-    gallery.remove(jobId);
-    stage.forget(jobId);
-  },
-  onError: (error) => form.showProblem(error),
+  onBeginWith: beginWith,
+  onDeleted: forget,
+  onError: showError,
 });
-const stage = new Stage(openPicture);
+const stage = new Stage({ onOpen: openPicture, explain: explainRun, ratesOf });
 const runList = new RunList({ onShow: showRun, onCancel: cancel });
-const compare = new Compare({ launch: (request, onUpdate) => launch(request, { onUpdate }), onCancel: cancel });
-const cloudWatch = new CloudWatch((capabilities) => {
-  const isFirst = defaults === null;
-  defaults = capabilities.defaults;
+const compare = new Compare({
+  launch: (request, onUpdate) => launch(request, { onUpdate, isCompared: true }), onCancel: cancel,
+  isBusy: () => runs.some(isActive),
+});
+const notifier = new Notifier();
+const cloudWatch = new CloudWatch((answer) => {
+  const isFirst = capabilities === null;
+  capabilities = answer;
   form.setCapabilities(capabilities);
-  if (isFirst) loadGallery();
+  detail.setCapabilities(capabilities.edge.has_image_encoder);
+  const { num_running: numRunning, num_waiting: numWaiting } = capabilities.queue;
+  if (isFirst) loadGallery().then(openAddressed);
+  else if (numRunning + numWaiting !== runs.length) refresh();  // another tab or client draws
 });
 
 byId("form").addEventListener("submit", (event) => {
@@ -41,25 +62,53 @@ byId("form").addEventListener("submit", (event) => {
 });
 byId("cancel").addEventListener("click", () => cancel(stage.run));
 byId("compare-form").addEventListener("click", async () => {
-  if (await isReady()) startCompare(form.request());
+  form.clearProblems();
+  if ((await isReady()) && form.check()) startCompare(form.request());
 });
 byId("gallery-more").addEventListener("click", () => loadGallery());
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || event.defaultPrevented || isDialogOpen()) return;
   if (stage.run && isActive(stage.run)) cancel(stage.run);
 });
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden && capabilities) refresh();
+});
+for (const name of ["dragenter", "dragover"]) {
+  document.addEventListener(name, (event) => {
+    if (!event.dataTransfer?.types.includes("Files")) return;
+    event.preventDefault();
+    document.body.classList.add("dropping");
+  });
+}
+document.addEventListener("dragleave", (event) => {
+  if (!event.relatedTarget) document.body.classList.remove("dropping");
+});
+document.addEventListener("drop", (event) => {
+  document.body.classList.remove("dropping");
+  const [file] = imagesOf(event.dataTransfer);
+  if (!file) return;
+  event.preventDefault();
+  takeFile(file);
+});
+document.addEventListener("paste", (event) => {
+  const [file] = imagesOf(event.clipboardData);
+  if (!file || event.clipboardData.types.includes("text/plain")) return;
+  event.preventDefault();
+  takeFile(file);
+});
+followAddress(openAddressed, () => detail.close());
 
 await cloudWatch.start();
 
 /** @returns {Promise<boolean>} whether the gateway has answered; asks again if not */
 async function isReady() {
-  if (defaults === null) await cloudWatch.start();
-  return defaults !== null;
+  if (capabilities === null) await cloudWatch.start();
+  return capabilities !== null;
 }
 
 async function generate() {
   form.clearProblems();
-  if (!(await isReady())) return;
+  if (!(await isReady()) || !form.check()) return;
   const button = byId("generate");
   button.disabled = true;  // until the gateway has answered, so that a double click makes one job
   try {
@@ -72,10 +121,13 @@ async function generate() {
   }
 }
 
-/** Makes a job and follows it. @returns {Promise<import("./run.js").Run>} as soon as the gateway has taken it */
-async function launch(request, { onUpdate, isShown = false } = {}) {
-  const run = beginRun(await createJob(request));
-  follow(run, onUpdate);
+/**
+ * Makes a job and follows it.
+ * @returns {Promise<import("./run.js").Run>} as soon as the gateway has taken it; its `ended` resolves once it has ended
+ */
+async function launch(request, { onUpdate, isShown = false, isCompared = false } = {}) {
+  const run = Object.assign(beginRun(await createJob(request)), { request, isCompared });
+  run.ended = follow(run, onUpdate);
   if (isShown) showRun(run);
   else update(run);
   return run;
@@ -101,7 +153,13 @@ async function follow(run, onUpdate) {
 function end(run) {
   runs = runs.filter((each) => each !== run);
   if (run.job.images.length) gallery.add(run.job);
-  if (run.job.state === "failed" && run.job.error) form.showProblem(new ProblemError(run.job.error));
+  const { state, request } = run.job;
+  if (state === "failed" && stage.run !== run && !run.isCompared) {
+    const { title, text } = explain(run.problem ?? {}, { request, capabilities });
+    showError(new Error(`${title}: ${text}`));
+  }
+  if (state === "completed") notifier.tell(request.prompt, "Your image is ready");
+  else if (state === "failed") notifier.tell(request.prompt, "Your image could not be drawn");
 }
 
 /** The event stream failed; asks the gateway whether the job has ended. */
@@ -110,11 +168,40 @@ async function giveUp(run, error) {
   if (job && !isActive({ job })) {
     applyEvent(run, job.state, { job });
   } else {
-    Object.assign(run, { job: { ...run.job, state: "failed" }, phase: "Lost" });
-    form.showProblem(error);
+    const { reason, field, message: detail } = error;
+    Object.assign(run, { job: { ...run.job, state: "failed" }, phase: "Lost", problem: { reason, field, detail } });
   }
   end(run);
   update(run);
+}
+
+/** @returns {{title: string, text: string, actions: object[]}} why a run failed, with what can be done now */
+function explainRun(run) {
+  const { title, text, actions } = explain(run.problem ?? {}, { request: run.job.request, capabilities });
+  const request = run.request ?? requestBefore(run.job.request);
+  if (!request) return { title, text, actions: [] };
+  const redo = (changes) => () => launch({ ...request, ...changes }, { isShown: true }).catch(showError);
+  const scheduler = request.scheduler ?? capabilities?.defaults.scheduler;
+  const steps = actions.includes("steps") ? nearestSteps(scheduler, request.num_inference_steps, capabilities) : null;
+  const offers = {
+    again: { label: "Try again", act: redo({}) },
+    alone: { label: "Draw it on this device alone", act: redo({ loras: [], hybrid: splitRequest(0) }) },
+    steps: {
+      label: `Draw it with ${steps} steps`,
+      act: () => {
+        form.setSteps(steps);
+        const drawn = effectiveSteps({ ...request, num_inference_steps: steps });
+        const hybrid = { ...request.hybrid, split: null, cloud_steps: Math.min(request.hybrid?.cloud_steps ?? 0, drawn) };
+        redo({ num_inference_steps: steps, hybrid })();
+      },
+    },
+  };
+  return { title, text, actions: actions.map((name) => offers[name]) };
+}
+
+/** @returns {object|null} the request of a job of an earlier visit; null where its image is not here any more */
+function requestBefore(request) {
+  return request.image ? null : { ...request, image: null, mask: null, previews: NUM_PREVIEWS, webhook: null };
 }
 
 function update(run) {
@@ -144,36 +231,98 @@ function openPicture(jobId, index) {
   if (entry) detail.open(entry);
 }
 
+/** Opens the image that the address names. */
+async function openAddressed(named = imageInAddress()) {
+  if (!named) return;
+  const { jobId, index } = named;
+  try {
+    const job = gallery.find(jobId, index)?.job ?? (await getJob(jobId));
+    const image = job.images.find((each) => each.index === index);
+    if (!image) throw new ProblemError({ status: 404, detail: "This job has no such image." });
+    detail.open(gallery.find(jobId, index) ?? { job, image });
+  } catch (error) {
+    nameNoImage();
+    showError([404, 410].includes(error.status)
+      ? new Error("The image of this address is not here: it was deleted, or drawn with another token.") : error);
+  }
+}
+
 function again(entry, hasNewSeed) {
-  form.fill(requestOf(entry), entry.job.request);
+  form.fill(requestOf(entry), { asked: entry.job.request });
   if (hasNewSeed) form.throwDice();
-  byId("prompt").focus();
+}
+
+async function beginWith({ image }) {
+  try {
+    const isUsed = await form.beginWith(await getPicture(image.url));
+    if (isUsed) byId("image-details").scrollIntoView();
+  } catch (error) {
+    showError(error);
+  }
+}
+
+/** Takes an image file that was dropped or pasted: its settings, or the image itself. */
+async function takeFile(file) {
+  if (isDialogOpen() || !(await isReady())) return;
+  const settings = maySayHowItWasMade(file) ? await readSettings(file, capabilities) : null;
+  if (!settings) return form.beginWith(file);
+  setText(byId("file-prompt"), settings.values.prompt);
+  byId("file-use").hidden = !capabilities.edge.has_image_encoder;
+  const answer = await ask(byId("file-dialog"));
+  if (answer === "settings") restore(settings);
+  else if (answer === "image") await form.beginWith(file);
+}
+
+function restore({ values: { cloud_steps: cloudSteps, model, ...values }, notes }) {
+  const hybrid = cloudSteps === undefined ? { model } : splitRequest(cloudSteps, model);
+  form.fill({ ...values, hybrid }, { notes });
 }
 
 /** Compares the splits of a request; one without a hybrid split gets the default one. */
 async function startCompare(request) {
   form.clearProblems();
-  const { num_inference_steps: numSteps, hybrid } = request;
+  const { hybrid } = request;
+  const numSteps = effectiveSteps(request);
+  const { cloud_steps: usualCloud, num_inference_steps: usualSteps } = capabilities.defaults;
   const isHybrid = hybrid.cloud_steps > 0 && hybrid.cloud_steps < numSteps;
-  const usual = Math.max(1, Math.round((numSteps * defaults.cloud_steps) / defaults.num_inference_steps));
+  const usual = Math.max(1, Math.round((numSteps * usualCloud) / usualSteps));
   const cloudSteps = isHybrid ? hybrid.cloud_steps : Math.min(usual, numSteps - 1);
   const seed = request.seed ?? randomSeed();
+  const { model } = hybrid;
   try {
-    await compare.start({ ...request, seed, hybrid: { ...hybrid, cloud_steps: cloudSteps } });
+    await compare.start({ ...request, seed, hybrid: { model, cloud_steps: cloudSteps } });
   } catch (error) {
     form.showProblem(error, { takesFocus: true });
   }
 }
 
 async function loadGallery() {
+  await followAll(() => gallery.loadMore());
+  if (runs.length && !stage.run) showRun(runs[0]);
+}
+
+function refresh() {
+  return followAll(() => gallery.refresh());
+}
+
+/** Loads jobs, and follows those that run. */
+async function followAll(load) {
   try {
-    for (const job of await gallery.loadMore()) {
+    for (const job of await load()) {
       if (!runs.some((run) => run.job.id === job.id)) follow(beginRun(job));
     }
-    if (runs.length && !stage.run) showRun(runs[0]);
   } catch (error) {
-    form.showProblem(error);
+    showError(error);
   }
+}
+
+function forget(jobId) {
+  gallery.remove(jobId);
+  stage.forget(jobId);
+}
+
+function withoutNulls(fields) {
+  return Object.fromEntries(Object.entries(fields).filter(([, value]) => value !== null && value !== undefined));
 }
 
 function isInView(element) {

@@ -1,7 +1,7 @@
 /** Polls the gateway's capabilities and shows whether the cloud is reachable. */
 
-import { getCapabilities } from "/static/api.js";
-import { byId, make, setText } from "/static/dom.js";
+import { changeToken, getCapabilities } from "./api.js";
+import { byId, make, setText } from "./dom.js";
 
 const POLL_MS = 10_000;
 
@@ -19,7 +19,7 @@ export class CloudWatch {
 
   /** Polls now, and from then on while the page is visible. */
   async start() {
-    await this.#ask(false).catch((error) => showBanner(error.message));
+    await this.#ask(false).catch((error) => this.#showError(error));
     this.#schedule(POLL_MS);
   }
 
@@ -34,7 +34,7 @@ export class CloudWatch {
     clearTimeout(this.#poll);
     if (document.hidden) return;
     this.#poll = setTimeout(async () => {
-      await this.#ask(true).catch((error) => showBanner(error.message));
+      await this.#ask(true).catch((error) => this.#showError(error));
       this.#schedule(POLL_MS);
     }, delayMs);
   }
@@ -48,6 +48,13 @@ export class CloudWatch {
     this.#onCapabilities(this.#capabilities);
   }
 
+  #showError(error) {
+    const needsToken = error.status === 401;
+    showBanner(error.message, needsToken && ["Enter the token", async () => {
+      if (await changeToken()) await this.start();
+    }]);
+  }
+
   #show() {
     const { cloud, edge } = this.#capabilities;
     const isAway = cloud.configured && (!cloud.reachable || this.#lastLoss !== null);
@@ -57,8 +64,13 @@ export class CloudWatch {
   }
 }
 
-function showBanner(text) {
-  setText(byId("banner"), text);
+/** @param {string} text @param {[string, () => void]|false} [action] a button's label, and what it does */
+function showBanner(text, action = false) {
+  const banner = byId("banner");
+  if (banner.dataset.text === text) return;  // so that it is read out once, and its button keeps the focus
+  banner.dataset.text = text;
+  setText(banner, text);
+  if (action) banner.append(" ", make("button", { type: "button", onclick: action[1] }, action[0]));
 }
 
 function showPlaces(cloud, edge, isAway) {
@@ -73,5 +85,5 @@ function showPlaces(cloud, edge, isAway) {
 function place(kind, name, words, state) {
   return make("li", { class: `place ${kind} ${state}` },
     make("i", { class: `swatch ${kind}`, "aria-hidden": "true" }), make("b", {}, name),
-    make("span", { class: "place-words" }, words), state ? make("span", { class: "place-state" }, state) : "");
+    make("span", { class: "place-words", title: words }, words), state ? make("span", { class: "place-state" }, state) : "");
 }

@@ -1,25 +1,32 @@
 /** "Compare splits": one prompt and seed with the large model, a hybrid and the small model, side by side. */
 
-import { showPicture } from "/static/api.js";
-import { byId, closeOnBackdrop, make, plural, seconds, setText } from "/static/dom.js";
-import { isActive } from "/static/run.js";
-import { Timeline } from "/static/timeline.js";
+import { byId, closeOnBackdrop, make, plural, seconds, setText } from "./dom.js";
+import { loadInto } from "./pictures.js";
+import { explain } from "./problems.js";
+import { effectiveSteps, isActive } from "./run.js";
+import { Timeline } from "./timeline.js";
 
 export class Compare {
   #dialog = byId("compare-view");
   #launch;
   #onCancel;
+  #isBusy;
   #columns = [];
 
   /**
    * @param {{launch: (request: object, onUpdate: (run: object) => void) => Promise<object>,
-   *          onCancel: (run: object) => void}} actions
+   *          onCancel: (run: object) => void, isBusy: () => boolean}} actions `launch` gives a run whose `ended`
+   *   resolves once it has ended; `isBusy` tells whether something else is drawn now
    */
-  constructor({ launch, onCancel }) {
+  constructor({ launch, onCancel, isBusy }) {
     this.#launch = launch;
     this.#onCancel = onCancel;
+    this.#isBusy = isBusy;
     closeOnBackdrop(this.#dialog);
-    this.#dialog.addEventListener("close", () => byId("compare-columns").replaceChildren());
+    this.#dialog.addEventListener("close", () => {
+      this.#columns = [];  // what has not begun is not drawn
+      byId("compare-columns").replaceChildren();
+    });
     byId("compare-close").addEventListener("click", () => this.#dialog.close());
     byId("compare-cancel").addEventListener("click", () => this.#cancelAll());
     for (const id of ["wipe-left", "wipe-right"]) byId(id).addEventListener("change", () => this.#showWipe());
@@ -27,7 +34,7 @@ export class Compare {
   }
 
   /**
-   * Draws the same image three ways.
+   * Draws the same image three ways, one after the other: two at once would slow each other down.
    * @param {object} request with a seed; `cloud_steps` of its `hybrid` is the split in the middle
    * @throws {Error} with a `field`, where the request is wrong
    */
@@ -35,38 +42,50 @@ export class Compare {
     const columns = variants(request).map((variant) => new Column(variant, request));
     this.#columns = columns;
     setText(byId("compare-prompt"), `${request.prompt} · seed ${request.seed}`);
+    setText(byId("compare-note"), this.#isBusy()
+      ? "One after the other. Other images are drawn meanwhile, which makes these slower."
+      : "One after the other, so that their times can be compared.");
     byId("compare-columns").replaceChildren(...columns.map((column) => column.element));
     byId("wipe").hidden = true;
     if (!this.#dialog.open) this.#dialog.showModal();
     for (const column of columns) {
       try {
-        column.run = await this.#launch(column.request, (run) => this.#update(columns, column, run));
+        await (await this.#launch(column.request, (run) => this.#update(columns, column, run))).ended;
       } catch (error) {
         if (error.field) {  // the same for all columns: shown next to that field
           this.#dialog.close();
           throw error;
         }
-        column.showError(error.message);
+        column.showError(explain(error).title);
       }
+      if (columns !== this.#columns) return;  // closed or cancelled, or another comparison has started
     }
   }
 
   #update(columns, column, run) {
     column.run = run;
     column.update();
-    if (columns !== this.#columns) return;  // another comparison has started
+    if (columns !== this.#columns) return;
     const numDone = columns.filter((each) => each.image).length;
-    byId("compare-cancel").hidden = !columns.some((each) => each.run && isActive(each.run));
+    const isLast = columns.at(-1).run !== null;
+    byId("compare-cancel").hidden = isLast && !isActive(columns.at(-1).run);
     setText(byId("compare-status"), numDone ? `${numDone} of ${columns.length} images are ready` : "");
     if (numDone >= 2 && column.image && !isActive(run)) this.#offerWipe();
   }
 
   #cancelAll() {
-    for (const { run } of this.#columns) if (run && isActive(run)) this.#onCancel(run);
+    const columns = this.#columns;
+    this.#columns = [];
+    byId("compare-cancel").hidden = true;
+    for (const column of columns) {
+      if (!column.run) column.showError("Cancelled");
+      else if (isActive(column.run)) this.#onCancel(column.run);
+    }
   }
 
   #offerWipe() {
     const ready = this.#columns.filter((column) => column.image);
+    byId("wipe-frame").style.setProperty("--ratio", String(ready[0].image.width / ready[0].image.height));
     for (const [id, column] of [["wipe-left", ready[0]], ["wipe-right", ready.at(-1)]]) {
       byId(id).replaceChildren(...ready.map(({ title }) => make("option", { value: title }, title)));
       byId(id).value = column.title;
@@ -79,8 +98,7 @@ export class Compare {
     for (const [select, img] of [["wipe-left", "wipe-over"], ["wipe-right", "wipe-under"]]) {
       const column = this.#columns.find(({ title }) => title === byId(select).value);
       byId(img).alt = column.title;
-      byId("wipe-frame").style.aspectRatio = `${column.image.width} / ${column.image.height}`;
-      showPicture(byId(img), column.image.url).catch(() => {});
+      loadInto(byId(img), column.image.url);
     }
     moveWipe();
   }
@@ -90,7 +108,7 @@ export class Compare {
 class Column {
   run = null;
   #img = make("img", { alt: "", hidden: true });
-  #note = make("p", { class: "column-note" }, "Waiting");
+  #note = make("p", { class: "column-note" }, "Waits for its turn");
   #timeline = new Timeline();
   #shown = null;
 
@@ -98,7 +116,7 @@ class Column {
     this.title = title;
     this.request = { ...request, n: 1, hybrid };
     const frame = make("div", { class: "frame" }, this.#img);
-    frame.style.aspectRatio = `${request.width} / ${request.height}`;
+    frame.style.setProperty("--ratio", String(request.width / request.height));
     this.element = make(
       "li", { class: "column", "data-testid": "compare-column" },
       make("h3", {}, title), make("p", { class: "hint" }, subtitle), frame, this.#note, this.#timeline.element,
@@ -113,14 +131,15 @@ class Column {
   update() {
     const [picture] = this.run.pictures;
     const { error } = this.run.job;
-    setText(this.#note, this.image ? `${seconds(this.image.elapsed_s)} in all` : (error?.detail ?? this.run.phase));
+    const phase = error ? explain(error).title : this.run.phase;
+    setText(this.#note, this.image ? `${seconds(this.image.elapsed_s)} in all` : phase);
     this.#timeline.update(picture);
     const next = picture.image ?? picture.preview;
     if (!next || next === this.#shown) return;
     this.#shown = next;
     this.#img.hidden = false;
     this.#img.alt = this.title;
-    if (picture.image) showPicture(this.#img, picture.image.url).catch(() => {});
+    if (picture.image) loadInto(this.#img, picture.image.url);
     else this.#img.src = picture.preview.image;
   }
 
@@ -130,14 +149,15 @@ class Column {
   }
 }
 
-function variants({ num_inference_steps: numSteps, hybrid }) {
-  const { cloud_steps: cloudSteps, model } = hybrid;
+function variants(request) {
+  const { cloud_steps: cloudSteps, model } = request.hybrid;
+  const numSteps = effectiveSteps(request);
   const numHere = numSteps - cloudSteps;
   return [
     {
       title: "Large alone",
       subtitle: `${plural(numSteps, "step")} in the cloud`,
-      hybrid: { model, mode: "cloud", cloud_steps: numSteps },
+      hybrid: { model, mode: "cloud", cloud_steps: null },
     },
     {
       title: "Hybrid",
@@ -147,7 +167,7 @@ function variants({ num_inference_steps: numSteps, hybrid }) {
     {
       title: "Small alone",
       subtitle: `${plural(numSteps, "step")} here, offline`,
-      hybrid: { model, mode: "edge", cloud_steps: 0 },
+      hybrid: { model, mode: "edge", cloud_steps: null },
     },
   ];
 }

@@ -1,10 +1,13 @@
 /** The form: offers the gateway's capabilities, makes requests, and shows their errors. */
 
-import { byId, make, setText } from "/static/dom.js";
-import { readImage } from "/static/pictures.js";
+import { Adapters } from "./adapters.js";
+import { byId, make, setText } from "./dom.js";
+import { labelOf, listNumbers, offlinePlans, schedulerName, sentence } from "./problems.js";
+import { effectiveSteps } from "./run.js";
+import { StartImage } from "./start_image.js";
 
 /** Previews of each image. */
-export const NUM_PREVIEWS = 10;
+export const NUM_PREVIEWS = 5;
 const STORE_KEY = "hybridsd.form";
 const MOST_PICTURES = 4;
 const LARGEST_DICE = 2 ** 32;
@@ -17,21 +20,29 @@ const SHAPES = [
 /** Controls that are kept between visits, by id. */
 const KEPT = [
   "prompt", "negative", "steps", "scheduler", "guidance", "size", "width", "height", "seed", "random-seed", "count",
-  "split", "auto-split", "max-seconds", "strength", "quality-metric",
+  "split", "auto-split", "max-seconds", "strength", "fit", "quality-metric",
 ];
+/** Numbers, by id. An empty one would silently become a default, so those that must be there are `required`. */
+const NUMBERS = ["steps", "guidance", "width", "height", "seed", "max-seconds"];
 
 export class Form {
   #split;
   #capabilities = null;
-  #images = { image: null, mask: null };
+  #adapters = new Adapters();
+  #start = new StartImage({
+    onChange: () => this.#changed(),
+    onProblem: (field, text) => {
+      byId("image-details").open = true;
+      this.#say(field, text);
+    },
+  });
 
   /** @param {import("./split.js").Split} split */
   constructor(split) {
     this.#split = split;
     byId("form").addEventListener("input", () => this.#changed());
     byId("dice").addEventListener("click", () => this.throwDice());
-    byId("clear-image").addEventListener("click", () => this.#clearImages());
-    for (const name of ["image", "mask"]) byId(name).addEventListener("change", () => this.#chooseImage(name));
+    byId("own-shape").addEventListener("click", () => this.#takeOwnShape());
     byId("prompt").addEventListener("keydown", (event) => {
       if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
       event.preventDefault();
@@ -53,9 +64,17 @@ export class Form {
     this.#show();
   }
 
+  /** @returns {boolean} whether every number is there and in its range; says it at those that are not */
+  check() {
+    const wrong = NUMBERS.map(byId).filter((control) => !control.disabled && !control.closest("[hidden]"))
+      .filter((control) => !control.checkValidity());
+    for (const control of wrong) this.#sayAt(control, numberWords(control));
+    wrong[0]?.focus();
+    return wrong.length === 0;
+  }
+
   /** @returns {object} the body of POST /v1/jobs */
   request() {
-    const { image, mask } = this.#images;
     const [width, height] = this.#size();
     return {
       prompt: byId("prompt").value,
@@ -69,34 +88,65 @@ export class Form {
       seed: byId("random-seed").checked || byId("seed").value === "" ? null : byId("seed").valueAsNumber,
       scheduler: byId("scheduler").value,
       hybrid: this.#split.request(),
-      image,
-      mask: image ? mask : null,
-      ...(image ? { strength: byId("strength").valueAsNumber } : {}),
+      loras: this.#adapters.chosen,
+      ...this.#start.request(),
       previews: NUM_PREVIEWS,
     };
   }
 
+  /** Begins with an image file. @returns {Promise<boolean>} whether it can */
+  async beginWith(file) {
+    this.clearProblems();
+    if (!this.#start.isPossible) {
+      setText(byId("form-alert"), "This device has no model to begin with an image.");
+      return false;
+    }
+    const isUsed = await this.#start.use(file);
+    if (isUsed) this.#note("The next image begins with this one.");
+    else byId("image-details").scrollIntoView({ block: "center" });
+    return isUsed;
+  }
+
   /**
-   * Shows the request of an image.
-   * @param {object} request with every value filled in
-   * @param {{image?: boolean, strength?: number}} asked what it began with: the form cannot choose a file by itself
+   * Shows the settings of an image.
+   * @param {object} request fields of a request, as far as they are known
+   * @param {{notes?: string[], asked?: object}} [options] what to say with it; the job's own request: the form cannot
+   *   choose the image that it began with by itself
    */
-  fill(request, asked) {
+  fill(request, { notes = [], asked = {} } = {}) {
     this.clearProblems();
     const values = {
       prompt: request.prompt, negative: request.negative_prompt, count: request.n, seed: request.seed,
-      steps: request.num_inference_steps, scheduler: request.scheduler, guidance: request.guidance_scale,
-      width: request.width, height: request.height,
+      steps: request.num_inference_steps, guidance: request.guidance_scale, width: request.width,
+      height: request.height, strength: request.strength ?? asked.strength,
     };
-    for (const [id, value] of Object.entries(values)) byId(id).value = String(value);
-    byId("random-seed").checked = false;
-    if (asked.strength) byId("strength").value = String(asked.strength);
+    for (const [id, value] of Object.entries(values)) {
+      if (value !== undefined && value !== null) byId(id).value = String(value);
+    }
+    const missing = this.#choose({ scheduler: request.scheduler, fit: request.fit ?? asked.fit, "cloud-model": request.hybrid?.model });
+    byId("random-seed").checked = request.seed === undefined;
     const size = `${request.width}x${request.height}`;
-    byId("size").value = isOffered(byId("size"), size) ? size : "custom";
-    if (request.hybrid.model) byId("cloud-model").value = request.hybrid.model;
-    this.#split.set({ cloudSteps: request.hybrid.cloud_steps, numSteps: request.num_inference_steps });
+    if (request.width && request.height) byId("size").value = isOffered(byId("size"), size) ? size : "custom";
+    if (!request.negative_prompt && request.prompt !== undefined) byId("negative").value = "";
+    if (request.negative_prompt) byId("negative-details").open = true;
+    this.#offerAdapters();
+    missing.push(...this.#adapters.set(request.loras ?? []));
     this.#changed();
-    if (asked.image && !this.#images.image) this.#say("image", "This one began with a picture: choose it again.");
+    const { cloud_steps: cloudSteps } = request.hybrid ?? {};
+    const drawn = effectiveSteps({ ...asked, num_inference_steps: request.num_inference_steps });
+    if (cloudSteps !== undefined) this.#split.fix(Math.round((cloudSteps / drawn) * this.#split.numSteps));
+    this.#changed();
+    const gone = missing.map((name) => `${name} is not there any more.`);
+    this.#note(["The form has the settings of this image now.", ...gone, ...notes].join(" "));
+    if (asked.image && !this.#start.isChosen) this.#say("image", "This one began with an image: choose it again.");
+    byId("form").scrollIntoView();
+    byId("generate").focus({ preventScroll: true });
+  }
+
+  /** Changes the number of steps. */
+  setSteps(numSteps) {
+    byId("steps").value = String(numSteps);
+    this.#changed();
   }
 
   /** Fixes another seed. */
@@ -113,13 +163,15 @@ export class Form {
    */
   showProblem(error, { takesFocus = false } = {}) {
     const name = error.field?.split(".").at(-1);
-    const control = name ? this.#say(name, error.message) : null;
-    if (!control) setText(byId("form-alert"), error.message);
+    const words = sentence(error.message, error.field);
+    const control = name ? this.#say(name, words) : null;
+    if (!control) setText(byId("form-alert"), words);
     else if (takesFocus) control.focus();
   }
 
   clearProblems() {
     setText(byId("form-alert"), "");
+    setText(byId("form-note"), "");
     for (const message of document.querySelectorAll(".field-error")) message.remove();
     for (const control of document.querySelectorAll("[aria-invalid]")) {
       control.removeAttribute("aria-invalid");
@@ -127,11 +179,19 @@ export class Form {
     }
   }
 
+  #note(text) {
+    setText(byId("form-note"), text);
+  }
+
   /** @returns {HTMLElement|null} the control of that name, which now has the text next to it */
   #say(name, text) {
     const field = document.querySelector(`[data-field~="${CSS.escape(name)}"]`);
     if (!field || field.closest("[hidden]")) return null;
-    const control = field.querySelector("input, textarea, select");
+    return this.#sayAt(field.querySelector("input, textarea, select"), text);
+  }
+
+  #sayAt(control, text) {
+    const field = control.closest("[data-field]");
     const id = `${control.id}-error`;
     byIdOrNull(id)?.remove();
     field.append(make("p", { id, class: "field-error", role: "alert", textContent: text }));
@@ -140,6 +200,13 @@ export class Form {
     const closed = field.closest("details:not([open])");
     if (closed) closed.open = true;
     return control;
+  }
+
+  /** Chooses options. @returns {string[]} those that are not offered */
+  #choose(values) {
+    const wanted = Object.entries(values).filter(([, value]) => value);
+    for (const [id, value] of wanted) if (isOffered(byId(id), value)) byId(id).value = value;
+    return wanted.filter(([id, value]) => !isOffered(byId(id), value)).map(([, value]) => value);
   }
 
   #offerChoices() {
@@ -156,7 +223,7 @@ export class Form {
       setLimits(id, edge.size_multiple, edge.max_size);
       byId(id).step = String(edge.size_multiple);
     }
-    byId("image-details").hidden = !edge.has_image_encoder;
+    this.#start.setLimits(limits.max_body_bytes, edge.has_image_encoder);
     byId("guidance").disabled = edge.guidance === "fused";
     byId("negative").disabled = byId("negative-details").hidden = edge.guidance !== "cfg";
   }
@@ -164,9 +231,19 @@ export class Form {
   #offerModels() {
     const models = this.#capabilities.cloud.models;
     const ids = models.map(({ id }) => id);
+    const before = byId("cloud-model").value;
     const offered = [...byId("cloud-model").options].map((option) => option.value);
-    if (ids.length && ids.join() !== offered.join()) offer("cloud-model", ids.map((id) => ({ value: id, label: id })));
-    byId("cloud-model-field").hidden = models.length < 2;
+    if (ids.length && ids.join() !== offered.join()) {
+      offer("cloud-model", ids.map((id) => ({ value: id, label: id })));
+      if (ids.includes(before)) byId("cloud-model").value = before;
+    }
+    byId("cloud-model-field").hidden = models.length === 0;
+    this.#offerAdapters();
+  }
+
+  #offerAdapters() {
+    const model = this.#capabilities?.cloud.models.find(({ id }) => id === byId("cloud-model").value);
+    this.#adapters.offer(model?.loras ?? []);
   }
 
   #restoreDefaults() {
@@ -183,7 +260,7 @@ export class Form {
 
   #restoreKept() {
     const kept = readKept();
-    if ("steps" in kept) byId("split").max = String(kept.steps);
+    if (kept.steps >= 1) byId("split").max = String(kept.steps);
     for (const id of KEPT) {
       const control = byId(id);
       if (!(id in kept)) continue;
@@ -194,64 +271,70 @@ export class Form {
   }
 
   #changed() {
-    this.#split.numSteps = byId("steps").valueAsNumber;
-    this.#split.show();
+    setText(byId("form-note"), "");
+    this.#offerAdapters();
     this.#show();
     const kept = KEPT.map((id) => [id, byId(id).type === "checkbox" ? byId(id).checked : byId(id).value]);
-    localStorage.setItem(STORE_KEY, JSON.stringify(Object.fromEntries(kept)));
+    try {
+      localStorage.setItem(STORE_KEY, JSON.stringify(Object.fromEntries(kept)));
+    } catch {
+      // the browser keeps nothing: the next visit begins with the defaults
+    }
   }
 
   #show() {
+    const [width, height] = this.#size();
+    const strength = byId("strength").valueAsNumber;
+    const asked = byId("steps").valueAsNumber;
+    const isFromImage = this.#start.isChosen;
+    const drawn = effectiveSteps({ num_inference_steps: asked, image: isFromImage, strength });
     byId("custom-size").hidden = byId("size").value !== "custom";
     byId("seed").disabled = byId("random-seed").checked;
     setText(byId("strength-text"), byId("strength").value);
+    setText(byId("strength-hint"), asked >= 1
+      ? `${drawn} of ${asked} steps are drawn; the split is of these.`
+      : "How much of the image is drawn anew.");
+    this.#start.setSize(width, height);
+    this.#split.numSteps = drawn;
+    this.#split.setWanted({
+      width, height, num_inference_steps: asked, guidance_scale: byId("guidance").valueAsNumber,
+      scheduler: byId("scheduler").value, model: byId("cloud-model").value, loras: this.#adapters.chosen, isFromImage,
+    });
+    this.#adapters.show(this.#split.isAuto || this.#split.cloudSteps > 0);
     const hint = this.#offlineHint();
     byId("offline-hint").hidden = !hint;
     setText(byId("offline-hint"), hint);
   }
 
+  #takeOwnShape() {
+    const { edge, defaults } = this.#capabilities;
+    const own = this.#start.ownSize(defaults.width * defaults.height, edge.size_multiple, edge.max_size);
+    if (!own) return;
+    [byId("width").value, byId("height").value] = own.map(String);
+    byId("size").value = isOffered(byId("size"), own.join("x")) ? own.join("x") : "custom";
+    this.#changed();
+  }
+
   /** @returns {string} what this device can do by itself, where that is not what the form asks for */
   #offlineHint() {
     if (!this.#capabilities) return "";
-    const { edge, schedulers } = this.#capabilities;
+    const { cloud, edge } = this.#capabilities;
     const steps = byId("steps").valueAsNumber;
-    const own = edge.offline.find(({ scheduler }) => scheduler === byId("scheduler").value);
+    const scheduler = byId("scheduler").value;
+    const own = offlinePlans(scheduler, this.#capabilities);
     if (own?.steps.includes(steps)) return "";
-    const label = (name) => schedulers.find((scheduler) => scheduler.name === name)?.label ?? name;
-    if (own) return `The cloud is needed for ${steps} steps; alone, this device does ${listNumbers(own.steps)}.`;
-    const others = edge.offline.map(({ scheduler }) => label(scheduler)).join(", ");
-    return `The cloud is needed for this scheduler${others ? `; alone, this device has ${others}` : ""}.`;
+    const isAway = cloud.configured && !cloud.reachable ? ", and it is away" : "";
+    const name = schedulerName(scheduler, this.#capabilities);
+    const needs = `The cloud is needed for ${own ? `${steps} steps` : name}${isAway}`;
+    if (own) return `${needs}; alone, this device draws ${name} with ${listNumbers(own.steps)} steps.`;
+    const others = edge.offline.map((each) => schedulerName(each.scheduler, this.#capabilities)).join(", ");
+    return `${needs}${others ? `; alone, this device has ${others}` : ""}.`;
   }
 
   #size() {
     const chosen = byId("size").value;
     if (chosen === "custom") return [byId("width").valueAsNumber, byId("height").valueAsNumber];
     return chosen.split("x").map(Number);
-  }
-
-  async #chooseImage(name) {
-    this.clearProblems();
-    const [file] = byId(name).files;
-    const thumb = byId(`${name}-thumb`);
-    try {
-      const share = (this.#capabilities?.limits.max_body_bytes ?? Infinity) * 0.4;  // two images, and the rest
-      this.#images[name] = file ? await readImage(file, share) : null;
-    } catch {
-      this.#images[name] = null;
-      byId(name).value = "";
-      this.#say(name, "This file is no image that the browser can read.");
-    }
-    thumb.hidden = !this.#images[name];
-    if (this.#images[name]) thumb.src = this.#images[name];
-  }
-
-  #clearImages() {
-    for (const name of ["image", "mask"]) {
-      byId(name).value = "";
-      this.#images[name] = null;
-      byId(`${name}-thumb`).hidden = true;
-    }
-    this.clearProblems();
   }
 }
 
@@ -292,9 +375,13 @@ function offeredSizes({ sizes, size_multiple: multiple, max_size: maxSize }, { w
   return [...labels].map(([value, label]) => ({ value, label }));
 }
 
-/** @returns {string} "8, 15, 25" or "1 to 50" where it is many */
-function listNumbers(numbers) {
-  return numbers.length > 8 ? `some of ${Math.min(...numbers)} to ${Math.max(...numbers)}` : numbers.join(", ");
+/** @returns {string} what a number may be: "Steps is empty: choose a whole number from 1 to 1000." */
+function numberWords(control) {
+  const { min, max, step, value, validity } = control;
+  const name = labelOf(control.closest("[data-field]").dataset.field.split(" ")[0]);
+  const given = validity.badInput ? "is no number" : value === "" ? "is empty" : `is ${value}`;
+  const kind = step === "any" ? "a number" : Number(step) > 1 ? `a multiple of ${step}` : "a whole number";
+  return `${name} ${given}: choose ${kind} ${max ? `from ${min} to ${max}` : `of ${min} or more`}.`;
 }
 
 function readKept() {

@@ -1,43 +1,85 @@
-/** Finished images, newest first, and the dialog with an image's details. */
+/** Finished images, newest first: search, favourites and selection. */
 
-import { deleteJob, downloadPicture, listJobs, showPicture } from "/static/api.js";
-import { ask, bytes, byId, closeOnBackdrop, isDialogOpen, make, plural, seconds, setText } from "/static/dom.js";
-import { NUM_PREVIEWS } from "/static/form.js";
-import { isActive, pictureRunOf } from "/static/run.js";
-import { splitRequest } from "/static/split.js";
-import { Timeline } from "/static/timeline.js";
+import { deleteJob, downloadPicture, listJobs, pictureUrl } from "./api.js";
+import { ask, byId, make, plural, setText } from "./dom.js";
+import { loadInto } from "./pictures.js";
+import { isActive } from "./run.js";
+
+const FAVOURITES_KEY = "hybridsd.favourites";
+const THUMB_SIDE = 384;
+const PAGE = 24;
+const LONGEST_PAGE = 200;
 
 /** @typedef {{job: object, image: object}} Entry */
 
 export class Gallery {
   /** @type {Entry[]} */
   #entries = [];
+  #tiles = new Map();  // by the name of the entry
   #next = null;
+  #favourites = new Set(readFavourites());
+  #selected = new Set();
+  #isSelecting = false;
   #onOpen;
+  #onImage;
+  #onDeleted;
 
-  /** @param {(entry: Entry) => void} onOpen */
-  constructor(onOpen) {
+  /**
+   * @param {{onOpen: (entry: Entry) => void, onImage: (entry: Entry, isNewest: boolean) => void,
+   *          onDeleted: (jobId: string) => void, onError: (error: Error) => void}} actions `onImage` is told of each one
+   */
+  constructor({ onOpen, onImage, onDeleted, onError }) {
     this.#onOpen = onOpen;
+    this.#onImage = onImage;
+    this.#onDeleted = onDeleted;
+    byId("gallery-search").addEventListener("input", () => this.#search().catch(onError));
+    byId("gallery-favourites").addEventListener("change", () => this.#search().catch(onError));
+    byId("gallery-select").addEventListener("click", () => this.#setSelecting(!this.#isSelecting));
+    byId("selected-none").addEventListener("click", () => this.#setSelecting(false));
+    byId("selected-star").addEventListener("click", () => this.#starSelected());
+    byId("selected-download").addEventListener("click", () => this.#downloadSelected().catch(onError));
+    byId("selected-delete").addEventListener("click", () => this.#deleteSelected().catch(onError));
+    addEventListener("storage", (event) => {
+      if (event.key !== FAVOURITES_KEY) return;  // starred in another tab
+      this.#favourites = new Set(readFavourites());
+      this.#show();
+    });
   }
 
+  /** Those that the search shows, newest first. */
   get entries() {
-    return this.#entries;
+    return this.#entries.filter((entry) => this.#isWanted(entry));
   }
 
   /** Loads the next page of jobs. @returns {Promise<object[]>} those of them that still run */
-  async loadMore() {
+  async loadMore(limit = PAGE) {
     const button = byId("gallery-more");
     button.disabled = true;
     try {
-      const { jobs, next } = await listJobs(this.#next);
+      const { jobs, next } = await listJobs(this.#next, limit);
       this.#next = next;
-      const active = jobs.filter((job) => isActive({ job }));
-      for (const job of jobs) if (!active.includes(job)) this.#insert(job, false);
-      return active;
+      for (const job of jobs) if (!isActive({ job })) this.#insert(job, false);
+      return jobs.filter((job) => isActive({ job }));
     } finally {
       button.disabled = false;
       this.#show();
     }
+  }
+
+  /** Takes in what other tabs and clients made or deleted. @returns {Promise<object[]>} jobs that run */
+  async refresh() {
+    const before = [...this.#entries];
+    const { jobs } = await listJobs(null, PAGE);
+    const active = jobs.filter((job) => isActive({ job }));
+    for (const job of [...jobs].reverse()) if (!active.includes(job)) this.#insert(job, true);
+    if (jobs.length) {
+      const [there, oldest] = [new Set(jobs.map(({ id }) => id)), jobs.at(-1).created_at];
+      for (const { job } of before) {
+        if (job.created_at > oldest && !there.has(job.id)) this.#onDeleted(job.id);
+      }
+    }
+    this.#show();
+    return active;
   }
 
   /** Adds a job that has just finished. */
@@ -48,8 +90,12 @@ export class Gallery {
 
   /** Removes a job's images. */
   remove(jobId) {
+    for (const entry of this.#entries.filter(({ job }) => job.id === jobId)) {
+      this.#tiles.get(nameOf(entry))?.remove();
+      this.#tiles.delete(nameOf(entry));
+      this.#selected.delete(nameOf(entry));
+    }
     this.#entries = this.#entries.filter(({ job }) => job.id !== jobId);
-    for (const tile of [...byId("gallery").children]) if (tile.dataset.job === jobId) tile.remove();
     this.#show();
   }
 
@@ -58,9 +104,24 @@ export class Gallery {
     return this.#entries.find(({ job, image }) => job.id === jobId && image.index === index);
   }
 
+  isFavourite(entry) {
+    return this.#favourites.has(nameOf(entry));
+  }
+
+  setFavourite(entry, isFavourite) {
+    this.#favourites[isFavourite ? "add" : "delete"](nameOf(entry));
+    try {
+      localStorage.setItem(FAVOURITES_KEY, JSON.stringify([...this.#favourites]));
+    } catch {
+      // the browser keeps nothing: they last as long as the page
+    }
+    this.#show();
+  }
+
   #insert(job, isNewest) {
     const fresh = job.images.filter((image) => !this.find(job.id, image.index)).map((image) => ({ job, image }));
     const tiles = fresh.map((entry) => this.#makeTile(entry));
+    for (const entry of fresh) this.#onImage(entry, isNewest);
     if (isNewest) {
       this.#entries.unshift(...fresh);
       byId("gallery").prepend(...tiles);
@@ -73,134 +134,129 @@ export class Gallery {
   #makeTile(entry) {
     const { job, image } = entry;
     const img = make("img", { alt: "", loading: "lazy", width: image.width, height: image.height });
-    showPicture(img, image.url).catch(() => {});
-    return make("li", { "data-job": job.id }, make(
+    const button = make(
       "button",
       {
         class: "tile", type: "button", "data-testid": "gallery-item", title: image.prompt,
-        "aria-label": `${image.prompt}, ${splitWords(image)}, seed ${image.seed}`, onclick: () => this.#onOpen(entry),
+        "aria-label": `${image.prompt}, ${splitWords(image)}, seed ${image.seed}`,
+        onclick: () => this.#isSelecting ? this.#toggle(entry) : this.#onOpen(entry),
       },
       img,
+      make("span", { class: "tile-star", "aria-hidden": "true" }, "★"),
       make("span", { class: "tile-split", "aria-hidden": "true" }, splitBar(image)),
-    ));
+    );
+    loadInto(img, pictureUrl(image.url, { format: "webp", quality: 85, max_side: THUMB_SIDE }), (error) => {
+      if ([404, 410].includes(error.status)) this.#onDeleted(job.id);  // by another tab
+    });
+    const tile = make("li", { "data-job": job.id }, button);
+    this.#tiles.set(nameOf(entry), tile);
+    return tile;
+  }
+
+  /** Shows what is searched for. All images take part: the pages that are not loaded yet are. */
+  async #search() {
+    this.#show();
+    while (this.#isSearching && this.#next !== null) await this.loadMore(LONGEST_PAGE);
+  }
+
+  get #isSearching() {
+    return byId("gallery-search").value.trim() !== "" || byId("gallery-favourites").checked;
+  }
+
+  #isWanted(entry) {
+    if (byId("gallery-favourites").checked && !this.isFavourite(entry)) return false;
+    const { image } = entry;
+    const text = [image.prompt, image.negative_prompt, image.scheduler, image.cloud_model, image.edge_model, image.seed,
+      `${image.width}x${image.height}`].join(" ").toLowerCase();
+    return byId("gallery-search").value.toLowerCase().split(/\s+/).every((word) => text.includes(word));
+  }
+
+  #setSelecting(isSelecting) {
+    this.#isSelecting = isSelecting;
+    this.#selected.clear();
+    this.#show();
+  }
+
+  #toggle(entry) {
+    const name = nameOf(entry);
+    if (!this.#selected.delete(name)) this.#selected.add(name);
+    this.#show();
+  }
+
+  get #chosen() {
+    return this.entries.filter((entry) => this.#selected.has(nameOf(entry)));
+  }
+
+  #starSelected() {
+    const chosen = this.#chosen;
+    const isAll = chosen.every((entry) => this.isFavourite(entry));
+    for (const entry of chosen) this.setFavourite(entry, !isAll);
+  }
+
+  async #downloadSelected() {
+    for (const { image } of this.#chosen) await downloadPicture(image.url, fileName(image, "png"));
+  }
+
+  async #deleteSelected() {
+    const jobs = [...new Map(this.#chosen.map(({ job }) => [job.id, job])).values()];
+    if (!jobs.length || !(await confirmDeletion(jobs))) return;
+    for (const { id } of jobs) {
+      await deleteIfThere(id);
+      this.#onDeleted(id);
+    }
+    this.#setSelecting(false);
   }
 
   #show() {
-    byId("gallery-empty").hidden = this.#entries.length > 0;
+    let numShown = 0;
+    for (const entry of this.#entries) {
+      const tile = this.#tiles.get(nameOf(entry));
+      const isShown = this.#isWanted(entry);
+      const isSelected = this.#selected.has(nameOf(entry));
+      numShown += Number(isShown);
+      tile.hidden = !isShown;
+      tile.classList.toggle("starred", this.isFavourite(entry));
+      if (this.#isSelecting) tile.firstChild.setAttribute("aria-pressed", String(isSelected));
+      else tile.firstChild.removeAttribute("aria-pressed");
+    }
+    const isEmpty = numShown === 0;
+    byId("gallery-tools").hidden = this.#entries.length === 0 && this.#next === null;
+    byId("gallery-empty").hidden = !isEmpty;
+    setText(byId("gallery-empty"), this.#isSearching
+      ? "No image is like that."
+      : "Finished images gather here. They stay on this device.");
     byId("gallery-more").hidden = this.#next === null;
+    setText(byId("gallery-count"), this.#isSearching ? plural(numShown, "image") : "");
+    byId("gallery-select").setAttribute("aria-pressed", String(this.#isSelecting));
+    byId("selected").hidden = !this.#isSelecting;
+    const count = this.#chosen.length;
+    setText(byId("selected-count"), count ? `${plural(count, "image")} selected` : "Select images");
+    for (const id of ["selected-star", "selected-download", "selected-delete"]) byId(id).disabled = count === 0;
   }
 }
 
-/** @param {Entry} entry @returns {object} the body of POST /v1/jobs that draws this picture again, as it was planned */
-export function requestOf({ job, image }) {
-  return {
-    prompt: image.prompt,
-    negative_prompt: image.negative_prompt,
-    n: 1,
-    width: image.width,
-    height: image.height,
-    num_inference_steps: job.request.num_inference_steps ?? image.num_inference_steps,  // fewer ran with a strength
-    guidance_scale: image.guidance_scale,
-    seed: image.seed,
-    scheduler: image.scheduler,
-    hybrid: splitRequest(image.planned_cloud_steps, job.request.hybrid?.model),
-    image: null,
-    mask: null,
-    previews: NUM_PREVIEWS,
-  };
+/** Asks whether these jobs may be deleted. @returns {Promise<boolean>} */
+export async function confirmDeletion(jobs) {
+  const count = jobs.reduce((sum, job) => sum + job.images.length, 0);
+  setText(byId("confirm-title"), count > 1 ? `Delete these ${count} images?` : "Delete this image?");
+  return (await ask(byId("confirm-dialog"))) === "ok";
 }
 
-/** The dialog with one image. */
-export class Detail {
-  #dialog = byId("detail");
-  #timeline = new Timeline();
-  #gallery;
-  /** @type {Entry|null} */
-  #entry = null;
+/** Deletes a job, unless another tab has. */
+export async function deleteIfThere(jobId) {
+  await deleteJob(jobId).catch((error) => {
+    if (![404, 410].includes(error.status)) throw error;
+  });
+}
 
-  /**
-   * @param {Gallery} gallery
-   * @param {{onAgain: (entry: Entry, hasNewSeed: boolean) => void, onCompare: (entry: Entry) => void,
-   *          onDeleted: (jobId: string) => void, onError: (error: Error) => void}} actions
-   */
-  constructor(gallery, { onAgain, onCompare, onDeleted, onError }) {
-    this.#gallery = gallery;
-    this.#dialog.addEventListener("close", () => this.#timeline.element.remove());
-    closeOnBackdrop(this.#dialog);
-    const leave = (action) => () => {
-      this.#dialog.close();
-      action(this.#entry);
-    };
-    const actions = {
-      "detail-close": () => this.#dialog.close(),
-      "detail-previous": () => this.#move(-1),
-      "detail-next": () => this.#move(1),
-      "detail-again": leave((entry) => onAgain(entry, false)),
-      "detail-new-seed": leave((entry) => onAgain(entry, true)),
-      "detail-compare": leave(onCompare),
-      "detail-download": () => this.#download().catch(onError),
-      "detail-delete": () => this.#delete(onDeleted).catch(onError),
-    };
-    for (const [id, action] of Object.entries(actions)) byId(id).addEventListener("click", action);
-    this.#dialog.addEventListener("keydown", (event) => {
-      const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-      if (step && !byId("confirm-dialog").open) this.#move(step);
-    });
-  }
-
-  /** @param {Entry} entry */
-  open(entry) {
-    byId("detail-timeline").append(this.#timeline.element);
-    this.#show(entry);
-    if (!isDialogOpen()) this.#dialog.showModal();
-  }
-
-  #move(by) {
-    const entries = this.#gallery.entries;
-    const at = entries.indexOf(this.#entry);
-    this.#show(entries[(at + by + entries.length) % entries.length]);
-  }
-
-  #show(entry) {
-    this.#entry = entry;
-    const { job, image } = entry;
-    const img = byId("detail-picture");
-    img.alt = image.prompt;
-    img.width = image.width;
-    img.height = image.height;
-    showPicture(img, image.url).catch(() => (img.alt = "This image could not be loaded"));
-    this.#timeline.update(pictureRunOf(image));
-    byId("detail-facts").replaceChildren(...facts(job, image).map(([name, value]) => make(
-      "tr", {}, make("th", { scope: "row" }, name), make("td", {}, String(value)),
-    )));
-    byId("detail-compare").hidden = Boolean(job.request.image);  // a comparison would start from noise
-    for (const id of ["detail-previous", "detail-next"]) byId(id).hidden = this.#gallery.entries.length < 2;
-    const { entries } = this.#gallery;
-    setText(byId("detail-title"), `Image ${entries.indexOf(entry) + 1} of ${entries.length}`);
-  }
-
-  async #download() {
-    const { image } = this.#entry;
-    const words = image.prompt.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? ["picture"];
-    await downloadPicture(image.url, `${words.slice(0, 8).join("-")}-${image.seed}.png`);
-  }
-
-  async #delete(onDeleted) {
-    const { job } = this.#entry;
-    const count = job.images.length;
-    setText(byId("confirm-title"), count > 1 ? `Delete these ${count} images?` : "Delete this image?");
-    if ((await ask(byId("confirm-dialog"))) !== "ok") return;
-    const at = this.#gallery.entries.indexOf(this.#entry);
-    await deleteJob(job.id);
-    onDeleted(job.id);
-    const next = this.#gallery.entries[Math.min(at, this.#gallery.entries.length - 1)];
-    if (next) this.#show(next);
-    else this.#dialog.close();
-  }
+/** @returns {string} a file's name for an image */
+export function fileName({ prompt, seed }, format) {
+  const words = prompt.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? ["picture"];
+  return `${words.slice(0, 8).join("-").slice(0, 80)}-${seed}.${format === "jpeg" ? "jpg" : format}`;
 }
 
 /** @returns {string} who drew how many steps, in few words */
-function splitWords({ actual_cloud_steps: cloud, num_inference_steps: steps }) {
+export function splitWords({ actual_cloud_steps: cloud, num_inference_steps: steps }) {
   if (cloud === 0) return "this device alone";
   return cloud >= steps ? "cloud alone" : `cloud ${plural(cloud, "step")}, this device ${steps - cloud}`;
 }
@@ -211,28 +267,15 @@ function splitBar({ actual_cloud_steps: cloud, num_inference_steps: steps }) {
   return part;
 }
 
-/** @returns {[string, string|number][]} everything that is known of how a picture was made */
-function facts(job, image) {
-  const { planned_cloud_steps: planned, actual_cloud_steps: actual } = image;
-  const rows = [
-    ["Prompt", image.prompt],
-    ["Negative prompt", image.negative_prompt],
-    ["Who drew", splitWords(image)],
-    ["Planned", planned === actual ? null : `${planned} steps in the cloud; it ran ${actual}`],
-    ["Why", image.fallback_reason && [image.fallback_message, `(${image.fallback_reason})`].filter(Boolean).join(" ")],
-    ["Handed over early", image.early_handoff_reason],
-    ["Large model", actual ? image.cloud_model : null],
-    ["Small model", image.edge_model],
-    ["Scheduler", image.scheduler],
-    ["Steps", image.num_inference_steps],
-    ["Guidance", image.guidance_scale],
-    ["Size", `${image.width} × ${image.height}`],
-    ["Seed", image.seed],
-    ["Began with", job.request.image && `an image${job.request.mask ? " and a mask" : ""}`],
-    ["Strength", job.request.image && job.request.strength],
-    ["Time", `${seconds(image.elapsed_s)}, ${seconds(image.decode_s)} of it to decode`],
-    ["Received", image.received_bytes ? bytes(image.received_bytes) : null],
-    ["Made", new Date(1000 * job.created_at).toLocaleString()],
-  ];
-  return rows.filter(([, value]) => ![null, undefined, "", false].includes(value));
+function nameOf({ job, image }) {
+  return `${job.id}.${image.index}`;
+}
+
+function readFavourites() {
+  try {
+    const names = JSON.parse(localStorage.getItem(FAVOURITES_KEY));
+    return Array.isArray(names) ? names : [];
+  } catch {
+    return [];
+  }
 }

@@ -7,6 +7,8 @@
  * @property {number} cloudSteps steps that the cloud is to run, or has run
  * @property {Map<number, {place: string, elapsedS: number}>} steps those that are done
  * @property {{step: number, image: string}|null} preview
+ * @property {Set<number>} previewed steps after which there was one
+ * @property {number} previewS what the previews took, in seconds
  * @property {object|null} image the finished picture, as the gateway describes it
  */
 
@@ -16,17 +18,20 @@
  * @property {PictureRun[]} pictures
  * @property {number} current index of the picture that is being drawn
  * @property {string} phase one sentence for a person; changes only when something worth saying happens
+ * @property {object|null} problem why it failed
+ * @property {boolean} isLost whether the gateway does not answer
  */
 
 /** @param {object} job @returns {Run} */
 export function beginRun(job) {
   const { num_inference_steps: asked, hybrid } = job.request;
-  const numSteps = asked ?? 0;  // other clients may omit it; "planned" has the default
+  const numSteps = effectiveSteps({ ...job.request, num_inference_steps: asked ?? 0 });  // "planned" has the default
   const cloudSteps = { edge: 0, cloud: numSteps }[hybrid?.mode] ?? hybrid?.cloud_steps ?? 0;
   const pictures = Array.from({ length: job.request.n ?? 1 }, (_, index) => ({
-    index, numSteps, cloudSteps, steps: new Map(), preview: null, image: null,
+    index, numSteps, cloudSteps, steps: new Map(), preview: null, previewed: new Set(), previewS: 0, image: null,
   }));
-  const run = { job, pictures, current: 0, phase: waiting(job.queue_position) };
+  const phase = waiting(job.queue_position);
+  const run = { job, pictures, current: 0, phase, problem: null, isLost: false };
   for (const image of job.images) finishPicture(run, image);
   return run;
 }
@@ -40,8 +45,13 @@ export function isActive({ job }) {
 export function pictureRunOf(image) {
   return {
     index: image.index, numSteps: image.num_inference_steps, cloudSteps: image.actual_cloud_steps,
-    steps: stepMap(image.steps), preview: null, image,
+    steps: stepMap(image.steps), preview: null, previewed: new Set(), previewS: image.preview_s ?? 0, image,
   };
+}
+
+/** @returns {number} steps that are drawn: an image to begin with leaves out the first ones */
+export function effectiveSteps({ num_inference_steps: numSteps, image, strength }) {
+  return image && strength ? Math.max(1, Math.floor(numSteps * strength)) : numSteps;
 }
 
 const HANDLERS = {
@@ -57,7 +67,9 @@ const HANDLERS = {
     run.current = picture.index;
     picture.numSteps = data.num_inference_steps;
     picture.cloudSteps = data.cloud_steps;
-    picture.steps.clear();  // sent again after a reload of the page
+    picture.steps.clear();  // sent again after a restart of the gateway
+    picture.previewed.clear();
+    picture.previewS = 0;
     const where = data.cloud_steps ? "The cloud begins" : "This device draws";
     run.phase = `${where}${run.pictures.length > 1 ? ` picture ${picture.index + 1}` : ""}`;
   },
@@ -72,8 +84,17 @@ const HANDLERS = {
     picture.steps.set(data.step, { place: data.place, elapsedS: before + data.elapsed_s });
     run.phase = data.place === "cloud" ? "The cloud draws" : "This device draws";
   },
-  preview(run, { image_index, step, image }) {
-    pictureAt(run, image_index).preview = { step, image };
+  preview(run, { image_index, step, image, elapsed_s = 0 }) {
+    const picture = pictureAt(run, image_index);
+    picture.preview = { step, image };
+    if (!picture.previewed.has(step)) picture.previewS += elapsed_s;
+    picture.previewed.add(step);
+  },
+  disconnected(run) {
+    Object.assign(run, { isLost: true, phase: "The gateway does not answer; it is asked again" });
+  },
+  connected(run) {
+    Object.assign(run, { isLost: false, phase: "The gateway answers again" });
   },
   retrying(run, { delay_s }) {
     run.phase = `The cloud does not answer; asked again in ${Math.ceil(delay_s)} s`;
@@ -101,12 +122,15 @@ export function applyEvent(run, name, data) {
 
 function endRun(run, { job }) {
   run.job = job;
+  run.isLost = false;
+  run.problem = job.error;
   for (const image of job.images) finishPicture(run, image);
   run.phase = { completed: "Ready", cancelled: "Cancelled", failed: "Failed" }[job.state];
 }
 
 function finishPicture(run, image) {
-  run.pictures[image.index] = pictureRunOf(image);
+  const { previewed = new Set() } = run.pictures[image.index] ?? {};
+  run.pictures[image.index] = { ...pictureRunOf(image), previewed };
 }
 
 function pictureAt(run, index = run.current) {

@@ -1,6 +1,8 @@
 /** The split slider with its text, and the measured curve of quality over split. */
 
-import { byId, make, makeSvg, plural, setText, stepRange } from "/static/dom.js";
+import { byId, make, makeSvg, plural, setText, stepRange } from "./dom.js";
+import { describeCost, predict } from "./estimate.js";
+import { schedulerName } from "./problems.js";
 
 const THUMB_PX = 24;  // as --thumb in style.css: the curve lies exactly below the slider
 const CURVE_HEIGHT = 150;
@@ -25,9 +27,13 @@ export class Split {
   #metric = byId("quality-metric");
   #points = [];
   #hasCloud = true;
-  #cloudModel = "";
+  #capabilities = null;
+  #wanted = null;
+  #ratesOf;
 
-  constructor() {
+  /** @param {(request: object) => object|null} ratesOf what images like this took, as `Estimator.rates` gives it */
+  constructor(ratesOf) {
+    this.#ratesOf = ratesOf;
     for (const control of [this.#slider, this.#auto, this.#metric]) {
       control.addEventListener("input", () => this.show());
     }
@@ -35,13 +41,24 @@ export class Split {
   }
 
   /** Applies the gateway's capabilities. */
-  setCapabilities({ cloud, quality }) {
+  setCapabilities(capabilities) {
+    const { cloud, quality } = capabilities;
+    this.#capabilities = capabilities;
     this.#hasCloud = cloud.configured;
-    this.#cloudModel = cloud.models[0]?.id ?? "";
     this.#setPoints(quality.filter((point) => Number.isFinite(point.value)));
     this.show();
   }
 
+  /**
+   * Tells what else is asked for: it decides what a split takes, and whether the curve applies.
+   * @param {object} wanted the fields of a request, with `isFromImage`
+   */
+  setWanted(wanted) {
+    this.#wanted = wanted;
+    this.show();
+  }
+
+  /** Steps that are drawn: with an image to begin with fewer than the request has. */
   get numSteps() {
     return Number(this.#slider.max);
   }
@@ -77,8 +94,7 @@ export class Split {
   }
 
   /** Fixes a split. */
-  set({ cloudSteps, numSteps }) {
-    this.numSteps = numSteps;
+  fix(cloudSteps) {
     this.#auto.checked = false;
     this.cloudSteps = cloudSteps;
   }
@@ -93,9 +109,36 @@ export class Split {
       : describeSplit(this.cloudSteps, this.numSteps);
     setText(byId("split-text"), this.#hasCloud ? words : `${words} No cloud is configured.`);
     this.#slider.setAttribute("aria-valuetext", describeSplit(this.cloudSteps, this.numSteps));
-    this.#slider.title = this.#cloudModel ? `Large model: ${this.#cloudModel}` : "";
+    setText(byId("split-cost"), this.#costText());
     this.#showBar();
     this.#showCurve();
+  }
+
+  #costText() {
+    if (!this.#wanted || this.isAuto) return "";
+    const cost = predict(this.#ratesOf(this.#wanted), this.cloudSteps, this.numSteps);
+    const dollars = this.#capabilities?.cloud.dollars_per_hour;
+    return cost ? describeCost(cost, dollars) : "What it takes is known after the first image of this size and split.";
+  }
+
+  /** Says for what the curve was measured, and greys it out where that is not what is asked for. */
+  #showMeasured() {
+    if (!this.#capabilities || !this.#wanted || !this.#points.length) return;
+    const { defaults, cloud } = this.#capabilities;
+    const [{ num_inference_steps: steps }] = this.#points;
+    const other = [
+      this.#wanted.num_inference_steps !== steps && "steps",
+      this.#wanted.scheduler !== defaults.scheduler && "scheduler",
+      this.#wanted.guidance_scale !== defaults.guidance_scale && "guidance",
+      this.#wanted.isFromImage && "an image to begin with",
+      this.#wanted.model && cloud.models[0] && this.#wanted.model !== cloud.models[0].id && "large model",
+      this.#wanted.loras.length > 0 && "adapters",
+    ].filter(Boolean);
+    const name = schedulerName(defaults.scheduler, this.#capabilities);
+    const measured = `Measured with ${steps} steps, ${name}, guidance ${defaults.guidance_scale}.`;
+    const differs = other.length ? ` Not measured for what is set here (${other.join(", ")}).` : "";
+    setText(byId("quality-for"), measured + differs);
+    byId("quality").classList.toggle("stale", other.length > 0);
   }
 
   #showBar() {
@@ -122,9 +165,11 @@ export class Split {
   #showCurve() {
     const holder = byId("quality-curve");
     const metric = this.#metric.value;
+    this.#showMeasured();
     if (!metric || !holder.clientWidth) return;
     const points = curvePoints(this.#points, metric);
-    const mark = this.isAuto ? null : this.cloudSteps / this.numSteps;
+    const isStale = byId("quality").classList.contains("stale");  // then it tells nothing of this split
+    const mark = this.isAuto || isStale ? null : this.cloudSteps / this.numSteps;
     holder.replaceChildren(drawCurve(points, metricOf(metric), mark, holder.clientWidth));
   }
 }

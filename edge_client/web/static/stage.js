@@ -1,9 +1,10 @@
 /** The large image area, and the list of running jobs. */
 
-import { showPicture } from "/static/api.js";
-import { byId, make, seconds, setText } from "/static/dom.js";
-import { isActive } from "/static/run.js";
-import { Timeline } from "/static/timeline.js";
+import { byId, make, seconds, setText } from "./dom.js";
+import { remainingS } from "./estimate.js";
+import { loadInto } from "./pictures.js";
+import { isActive } from "./run.js";
+import { Timeline } from "./timeline.js";
 
 const TITLE = document.title;
 
@@ -13,10 +14,19 @@ export class Stage {
   #frames = [];
   #timeline = new Timeline();
   #onOpen;
+  #explain;
+  #ratesOf;
 
-  /** @param {(jobId: string, index: number) => void} onOpen opens a finished picture */
-  constructor(onOpen) {
+  /**
+   * @param {{onOpen: (jobId: string, index: number) => void,
+   *          explain: (run: object) => {title: string, text: string, actions: {label: string, act: () => void}[]},
+   *          ratesOf: (request: object) => object|null}} actions `onOpen` opens a finished picture; `explain` says why
+   *   a run failed, and what can be done; `ratesOf` what images of that kind took
+   */
+  constructor({ onOpen, explain, ratesOf }) {
     this.#onOpen = onOpen;
+    this.#explain = explain;
+    this.#ratesOf = ratesOf;
     this.#showEmpty();
   }
 
@@ -27,6 +37,7 @@ export class Stage {
   /** @param {import("./run.js").Run} run */
   show(run) {
     this.#run = run;
+    byId("stage").dataset.job = run.job.id;
     this.#frames = run.pictures.map(({ index }) => new Frame(run.job, () => this.#onOpen(run.job.id, index)));
     byId("pictures").dataset.count = String(run.pictures.length);
     byId("pictures").replaceChildren(...this.#frames.map((frame) => frame.element));
@@ -40,8 +51,11 @@ export class Stage {
     const active = isActive(run);
     for (const [i, frame] of this.#frames.entries()) frame.update(run.pictures[i], active && i === run.current);
     this.#timeline.update(run.pictures[run.current]);
+    this.#showProblem(run);
     setText(byId("status"), run.phase);
-    setText(byId("step-text"), active ? stepText(run) : madeText(run));
+    const leftS = active ? remainingS(run, this.#ratesOf(run.job.request)) : null;
+    const left = leftS >= 1 && !run.isLost ? `about ${seconds(Math.ceil(leftS))} left` : "";
+    setText(byId("step-text"), active ? [stepText(run), left].filter(Boolean).join(" · ") : madeText(run));
     document.title = active ? `${Math.floor(100 * progress(run))} % · ${TITLE}` : TITLE;
     byId("cancel").hidden = !active;
     byId("stage").setAttribute("aria-busy", String(active));
@@ -52,7 +66,23 @@ export class Stage {
     if (this.#run?.job.id === jobId) this.#showEmpty();
   }
 
+  #showProblem(run) {
+    const box = byId("stage-problem");
+    const hasFailed = run?.job.state === "failed";
+    if (hasFailed === !box.hidden && box.dataset.job === run?.job.id) return;
+    box.hidden = !hasFailed;
+    box.dataset.job = run?.job.id ?? "";
+    byId("stage").classList.toggle("has-failed", hasFailed);
+    const { title = "", text = "", actions = [] } = hasFailed ? this.#explain(run) : {};
+    setText(byId("problem-title"), title);
+    setText(byId("problem-text"), text);
+    byId("problem-actions").replaceChildren(
+      ...actions.map(({ label, act }) => make("button", { type: "button", onclick: act }, label)),
+    );
+  }
+
   #showEmpty() {
+    this.#showProblem(null);
     this.#run = null;
     this.#frames = [];
     byId("pictures").dataset.count = "0";
@@ -77,11 +107,16 @@ class Frame {
     const properties = { class: "frame-open", type: "button", disabled: true, hidden: true, onclick: onOpen };
     this.#button = make("button", properties, this.#img);
     this.element = make("div", { class: "frame" }, this.#button);
-    this.element.style.aspectRatio = `${job.request.width ?? 1} / ${job.request.height ?? 1}`;
+    this.#shape(job.request.width ?? 1, job.request.height ?? 1);
+  }
+
+  #shape(width, height) {
+    this.element.style.setProperty("--ratio", String(width / height));
   }
 
   update(picture, isDrawing) {
     this.element.classList.toggle("drawing", isDrawing && !picture.image);
+    this.element.classList.toggle("is-empty", !picture.image && !picture.preview);
     const next = picture.image ?? picture.preview;
     if (!next || next === this.#shown) return;
     this.#shown = next;
@@ -101,7 +136,8 @@ class Frame {
     this.#img.alt = this.#prompt;
     this.#button.disabled = false;
     this.#button.title = "Open";
-    showPicture(this.#img, image.url).catch(() => (this.#img.alt = "This image could not be loaded"));
+    this.#shape(image.width, image.height);
+    loadInto(this.#img, image.url);
   }
 }
 

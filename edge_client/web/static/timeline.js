@@ -1,7 +1,8 @@
 /** A row of segments, one per step: colour shows the place, width the duration. */
 
-import { bytes, make, plural, seconds, setText } from "/static/dom.js";
+import { bytes, make, plural, seconds, setText } from "./dom.js";
 
+const MOST_SPOKEN = 100;  // of more steps only the summary is read out, and they touch each other
 const PLACE_NAMES = { cloud: "cloud", edge: "this device" };
 
 /** Shows the steps of one `PictureRun`, as they come. */
@@ -18,11 +19,14 @@ export class Timeline {
     const numShown = picture.numSteps - first;
     while (this.#segments.children.length > numShown) this.#segments.lastChild.remove();
     while (this.#segments.children.length < numShown) this.#segments.append(makeSegment());
+    this.#segments.classList.toggle("dense", numShown > MOST_SPOKEN);
+    this.#segments.setAttribute("aria-hidden", String(numShown > MOST_SPOKEN));
     for (let i = 0; i < numShown; i++) {
       const step = first + i;
       const done = picture.steps.get(step);
       const place = done?.place ?? (step < picture.cloudSteps ? "cloud" : "edge");
-      showSegment(this.#segments.children[i], { step, place, done, usualS });
+      const isPreviewed = picture.previewed.has(step);
+      showSegment(this.#segments.children[i], { step, place, done, usualS, isPreviewed });
     }
     const parts = summarize(picture);
     if (parts.join() === this.#summaryParts.join()) return;
@@ -31,13 +35,14 @@ export class Timeline {
   }
 }
 
-/** @returns {string[]} such as "Cloud 8 steps 1.9 s", "wire 121 KB", "edge 17 steps 2.3 s", "decode 0.1 s" */
+/** @returns {string[]} such as "Cloud 8 steps 1.9 s", "wire 121 KB", "edge 17 steps 2.3 s", "previews 0.05 s", "decode 0.1 s" */
 function summarize(picture) {
   const { image } = picture;
   const [first, ...others] = [
     part("cloud", picture.steps),
     image?.received_bytes ? `wire ${bytes(image.received_bytes)}` : "",
     part("edge", picture.steps),
+    picture.previewS ? `previews ${seconds(picture.previewS)}` : "",
     image ? `decode ${seconds(image.decode_s)}` : "",
   ].filter(Boolean);
   return first ? [first.charAt(0).toUpperCase() + first.slice(1), ...others] : [];
@@ -58,10 +63,12 @@ function makeSegment() {
   return make("li", { class: "segment" }, make("span", { class: "visually-hidden" }));
 }
 
-function showSegment(segment, { step, place, done, usualS }) {
-  const words = `Step ${step + 1}, ${PLACE_NAMES[place]}, ${done ? seconds(done.elapsedS) : "to come"}`;
-  segment.className = `segment ${place}${done ? " done" : ""}`;
-  segment.style.flexGrow = String(Math.max(done?.elapsedS ?? usualS, usualS / 20, 1e-3));
+/** Shows a step. Its width is relative to that of a usual step: `flex-grow` must not add up to less than 1. */
+function showSegment(segment, { step, place, done, usualS, isPreviewed }) {
+  const preview = isPreviewed ? ", then a preview" : "";
+  const words = `Step ${step + 1}, ${PLACE_NAMES[place]}, ${done ? seconds(done.elapsedS) : "to come"}${preview}`;
+  segment.className = `segment ${place}${done ? " done" : ""}${isPreviewed ? " previewed" : ""}`;
+  segment.style.flexGrow = String(usualS ? Math.max((done?.elapsedS ?? usualS) / usualS, 0.05) : 1);
   segment.title = words;
   setText(segment.firstChild, words);
 }

@@ -110,6 +110,10 @@ def test_events_tell_the_story_in_order(client: httpx.Client, gate: Gate) -> Non
     previews = [event.data["image"] for event in events if event.name == "preview"]
     assert previews
     assert all(pixels(each.partition(",")[2]).shape == (32, 32, 3) for each in previews)
+    times = [
+        sum(e.data["elapsed_s"] for e in events if e.name == "preview" and e.data["image_index"] == i) for i in range(2)
+    ]
+    assert [image["preview_s"] for image in events[-1].data["job"]["images"]] == pytest.approx(times)
     assert events[-1].data["job"]["state"] == "completed"
 
 

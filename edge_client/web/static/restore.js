@@ -1,0 +1,62 @@
+/** Settings out of an image file: what the gateway and AUTOMATIC1111 write into their images. Nothing in it is trusted. */
+
+import { readInfo } from "./api.js";
+import { readDataUrl } from "./pictures.js";
+
+const ADAPTER = /<lora:([^:<>]{1,64})(?::(-?[\d.]+))?>/g;
+
+/**
+ * @param {Blob} file
+ * @returns {Promise<{values: object, notes: string[]}|null>} fields of a request as far as they are known, and what
+ *   was left out; null where the file says nothing
+ */
+export async function readSettings(file, capabilities) {
+  const info = await readInfo(await readDataUrl(file)).catch(() => null);
+  if (!info) return null;
+  return fromOwn(info.items?.hybridsd) ?? fromParameters(info.parameters ?? {}, capabilities);
+}
+
+/** @param {unknown} text the JSON that this gateway writes */
+function fromOwn(text) {
+  let made;
+  try {
+    made = JSON.parse(text);
+  } catch {
+    return null;
+  }
+  if (typeof made?.prompt !== "string") return null;
+  const leftOut = number(made.begin_step) ?? 0;  // by the image that it began with
+  const values = {
+    prompt: made.prompt, negative_prompt: String(made.negative_prompt ?? ""), seed: number(made.seed),
+    num_inference_steps: number((number(made.num_inference_steps) ?? NaN) + leftOut), guidance_scale: number(made.guidance_scale),
+    width: number(made.width), height: number(made.height), scheduler: String(made.scheduler ?? ""),
+    cloud_steps: number(made.handoff?.planned), model: String(made.cloud_model ?? ""),
+    strength: number(made.image?.strength), fit: made.image?.fit,
+    loras: Object.entries(made.loras ?? {}).map(([name, weight]) => ({ name, weight: Number(weight) || 0 })),
+  };
+  return { values, notes: made.image ? ["It began with another image: choose that, too."] : [] };
+}
+
+function fromParameters(fields, { schedulers }) {
+  if (typeof fields.Prompt !== "string" || !fields.Steps) return null;
+  const [width, height] = String(fields.Size ?? "").split("x").map(number);
+  const wanted = [fields.Sampler, fields["Schedule type"]].filter((part) => part && part !== "Automatic").join(" ");
+  const isNamed = (name) => ({ label, name: id }) => [label, id].some((each) => each?.toLowerCase() === name.toLowerCase());
+  const scheduler = schedulers.find(isNamed(wanted)) ?? schedulers.find(isNamed(String(fields.Sampler ?? "")));
+  const loras = [...fields.Prompt.matchAll(ADAPTER)].map(([, name, weight]) => ({ name, weight: Number(weight ?? 1) || 0 }));
+  const notes = scheduler || !wanted ? [] : [`Its sampler, ${wanted}, is not known here.`];
+  if (fields.Model) notes.push(`It was drawn by ${fields.Model}.`);
+  const values = {
+    prompt: fields.Prompt.replace(ADAPTER, "").trim(), negative_prompt: fields["Negative prompt"] ?? "",
+    seed: number(fields.Seed), num_inference_steps: number(fields.Steps), guidance_scale: number(fields["CFG scale"]),
+    width, height, scheduler: scheduler?.name ?? "", cloud_steps: number(fields["Cloud steps"]), model: "",
+    strength: number(fields["Denoising strength"]), loras,
+  };
+  return { values, notes };
+}
+
+/** @returns {number|undefined} */
+function number(value) {
+  const parsed = value === null || value === undefined || value === "" ? NaN : Number(value);
+  return Number.isFinite(parsed) ? parsed : undefined;
+}

@@ -185,9 +185,9 @@ def _guide(trajectory: Trajectory, output: torch.Tensor) -> torch.Tensor:
 def _advance(device: torch.device, trajectory: Trajectory, guided: torch.Tensor) -> Progress:
     request, call = trajectory.request, trajectory.call
     row = request.plan.rows[call]
-    output = guided
+    shown = guided
     if trajectory.known is not None and trajectory.mask is not None:
-        output = noise_levels.inpaint(row, trajectory.state, guided, trajectory.known, trajectory.mask)
+        shown = noise_levels.inpaint(row, trajectory.state, guided, trajectory.known, trajectory.mask)
     drawn = None
     if row.draws_noise:
         ahead = trajectory.noises.get(call)
@@ -196,5 +196,9 @@ def _advance(device: torch.device, trajectory: Trajectory, guided: torch.Tensor)
         else:
             values = ahead.result()
         drawn = torch.from_numpy(values).to(device)
-    preview = x0_preview(row, trajectory.state, output) if request.is_preview_due(call + 1) else None
-    return Progress(call + 1, advance(row, trajectory.state, output, drawn), preview, guided)
+    preview = x0_preview(row, trajectory.state, shown) if request.is_preview_due(call + 1) else None
+    is_last = call + 1 == len(request.plan.rows)
+    state = advance(row, trajectory.state, guided if is_last else shown, drawn)
+    if is_last and trajectory.known is not None and trajectory.mask is not None:
+        state = [noise_levels.composite(state[0], trajectory.known, trajectory.mask)]
+    return Progress(call + 1, state, preview, guided)

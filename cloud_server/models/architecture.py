@@ -94,6 +94,11 @@ def _check_unet(name: str, unet: Config, scheduler: Config) -> None:
         raise ModelError(
             f"model {name}: it is made for {scheduler['_class_name']}, whose scaling of latents is not supported"
         )
+    if scheduler.get("timestep_type") == "continuous" and scheduler.get("prediction_type") == "v_prediction":
+        raise ModelError(
+            f"model {name}: its scheduler_config.json has timestep_type = 'continuous': it is fed logarithms of noise"
+            " levels, which is not supported; 'discrete' is"
+        )
 
 
 def _pooled_dim(name: str, unet: Config, texts: Sequence[Config], index: Config) -> int:

@@ -34,6 +34,7 @@ def check_model(model: Model) -> Iterator[str]:
     yield f"predicts          {info.prediction_type}"
     yield f"guidance          {_GUIDANCES[info.guidance]}"
     yield f"schedulers        {', '.join(info.schedulers)}"
+    yield f"default           {info.schedulers[0]}{f': {info.scheduler_note}' if info.scheduler_note else ''}"
     yield f"default steps     {info.default_num_inference_steps}, guidance {info.default_guidance_scale:g}"
     for lora in info.loras:
         yield f"LoRA adapter      {lora.name}, {lora.num_parameters:,} parameters"

@@ -7,15 +7,17 @@ edge decodes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+import structlog
 
 from cloud_server.models import single_file
 from cloud_server.models.architecture import Architecture, detect, is_sdxl
 from cloud_server.models.denoiser import Denoiser, DiffusersDenoiser, Guidance
 from cloud_server.models.devices import Placement
-from cloud_server.models.plans import PlanCompiler, default_scheduler
+from cloud_server.models.plans import PlanCompiler, default_scheduler, own_scheduler
 from cloud_server.models.pruned_unet import build_unet, load_unet
 from cloud_server.models.sources import (
     METADATA_NAME,
@@ -35,6 +37,8 @@ from hybridsd.limits import MAX_GUIDANCE, MAX_STEPS, MIN_GUIDANCE
 
 if TYPE_CHECKING:
     from cloud_server.models.loras import LoraInfo, LoraSet, LoraSource
+
+log = structlog.get_logger()
 
 __all__ = ["Model", "ModelError", "ModelInfo", "load_model"]
 
@@ -77,6 +81,8 @@ class ModelInfo:
     """Adapters that can be asked for."""
     sizes: tuple[aspect_buckets.Size, ...] = ()
     """Widths and heights that it was trained for, in pixels, where there are several."""
+    scheduler_note: str = ""
+    """What of the model's own scheduler is not followed by its default, and why; empty where all is."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -177,7 +183,9 @@ def _describe(
     usable = compiler.usable(num_steps)
     if architecture.guidance_dim:
         usable = [found for found in usable if found == _CONSISTENCY_SCHEDULER]
-    first = _default_scheduler(name, metadata, scheduler, usable)
+    first, note = _default_scheduler(name, metadata, scheduler, usable, lambda own: compiler.plan(own, num_steps))
+    if note:
+        log.warning("scheduler_replaced", model=name, note=note)
     vae_scale_factor = 2 ** (len(vae["block_out_channels"]) - 1)
     size_multiple = vae_scale_factor * 2 ** (len(unet["block_out_channels"]) - 1)
     default_size = metadata.get("default_size", _trained_size(unet) * vae_scale_factor)
@@ -192,11 +200,12 @@ def _describe(
         embed_dim=architecture.embed_dim,
         prediction_type=scheduler.get("prediction_type", "epsilon"),
         num_parameters=0,  # known when it is loaded
-        schedulers=tuple(sorted(usable, key=lambda other: other != first)),
+        schedulers=tuple(dict.fromkeys([first, *usable])) if usable else (),
         default_num_inference_steps=num_steps,
         default_guidance_scale=float(metadata.get("default_guidance_scale", _default_guidance_scale(architecture))),
         guidance="embedded" if architecture.guidance_dim else "cfg",
         pooled_dim=architecture.pooled_dim,
+        scheduler_note=note,
     )
     _check_defaults(info)
     return replace(info, sizes=aspect_buckets.buckets(default_size, size_multiple)) if architecture.is_sdxl else info
@@ -260,17 +269,48 @@ def _check_defaults(info: ModelInfo) -> None:
         )
 
 
-def _default_scheduler(name: str, metadata: dict[str, Any], config: dict[str, Any], usable: list[str]) -> str:
-    if "default_scheduler" not in metadata:
-        found = default_scheduler(config)
-        return found if found in usable or not usable else usable[0]
+def _default_scheduler(
+    name: str,
+    metadata: dict[str, Any],
+    config: dict[str, Any],
+    usable: Sequence[str],
+    compile_plan: Callable[[str], object],
+) -> tuple[str, str]:
+    """Returns the scheduler that a model is run with unless asked otherwise, and how it is not the model's own.
+
+    Args:
+        name: The model's id.
+        metadata: What the folder's hybridsd.json says.
+        config: The configuration of the model's own scheduler.
+        usable: Names of the table that work for the model; with embedded guidance one alone.
+        compile_plan: Compiles a scheduler by name, for the default number of steps.
+    """
+    if not usable:
+        return "", ""
+    if "default_scheduler" in metadata:
+        try:
+            found = known_schedulers.find(metadata["default_scheduler"]).name
+            if usable == [_CONSISTENCY_SCHEDULER] and found not in usable:
+                raise ModelError(f"model {name}: {METADATA_NAME}: scheduler {found} is not one of {', '.join(usable)}")
+            if found not in usable:
+                compile_plan(found)
+        except HybridSDError as error:
+            raise ModelError(f"model {name}: {METADATA_NAME}: {error.message}") from error
+        return found, ""
     try:
-        found = known_schedulers.find(metadata["default_scheduler"]).name
+        own, note = own_scheduler(config)
+        if own in usable:
+            return own, note
+        if usable == [_CONSISTENCY_SCHEDULER]:
+            why = "a model whose guidance is embedded is sampled with lcm only"
+        else:
+            compile_plan(own)
+            return own, note
     except HybridSDError as error:
-        raise ModelError(f"model {name}: {METADATA_NAME}: {error.message}") from error
-    if found not in usable:
-        raise ModelError(f"model {name}: {METADATA_NAME}: scheduler {found} is not one of {', '.join(usable)}")
-    return found
+        why = error.message.partition("; choose")[0]
+    nearest = default_scheduler(config)
+    instead = next(name for name in (nearest, "dpmpp_2m", *usable) if name in usable)
+    return instead, f"{config.get('_class_name')} of scheduler_config.json is not used ({why}), but {instead}"
 
 
 def _latent_space(files: Files, vae: dict[str, Any]) -> str:

@@ -4,6 +4,8 @@ Compiling is safe from several threads and takes 10 ms to some seconds: call it 
 of jobs.
 """
 
+import functools
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -13,9 +15,9 @@ import structlog
 import torch
 
 from hybridsd import schedulers
-from hybridsd.errors import HybridSDError, Reason
+from hybridsd.errors import HybridSDError
 from hybridsd.plan import Plan
-from hybridsd.plan_compiler import compile_plan
+from hybridsd.plan_compiler import compile_named
 
 log = structlog.get_logger()
 
@@ -75,35 +77,46 @@ class PlanCompiler:
     def _compile(self, spec: schedulers.SchedulerSpec, num_inference_steps: int, begin_step: int) -> Plan:
         import diffusers  # the class is imported when it is first asked for, which is slow
 
-        try:
-            scheduler = getattr(diffusers, spec.diffusers_class).from_config(self._base_config, **spec.overrides)
-            return compile_plan(scheduler, num_inference_steps, torch.from_numpy, name=spec.name, begin_step=begin_step)
-        except HybridSDError:
-            raise
-        except Exception as error:  # diffusers has many ways to dislike a number of steps
-            log.info("plan_failed", scheduler=spec.name, steps=num_inference_steps, exc_info=error)
-            raise Reason.STEPS_INVALID.error(
-                f"scheduler {spec.name} cannot do {num_inference_steps} steps with this model; choose fewer",
-                field="scheduler.num_inference_steps",
-            ) from error
+        return compile_named(
+            diffusers, self._base_config, spec.name, num_inference_steps, torch.from_numpy, begin_step=begin_step
+        )
 
     def usable(self, num_inference_steps: int) -> list[str]:
-        """Returns the names of the schedulers that can be plans for this model."""
-        names = []
-        for spec in schedulers.SCHEDULERS:
-            try:
-                self.plan(spec.name, num_inference_steps)
-                names.append(spec.name)
-            except HybridSDError as error:
-                log.debug("scheduler_left_out", scheduler=spec.name, reason=error.message)
-        return names
+        """Returns the names of the schedulers that can be plans for this model; tried once for a configuration."""
+        return list(_usable(json.dumps(self._base_config, sort_keys=True, default=str), num_inference_steps))
+
+
+@functools.lru_cache(maxsize=64)
+def _usable(base_config: str, num_inference_steps: int) -> tuple[str, ...]:
+    compiler, names = PlanCompiler(json.loads(base_config)), []
+    for spec in schedulers.SCHEDULERS:
+        try:
+            compiler.plan(spec.name, num_inference_steps)
+            names.append(spec.name)
+        except HybridSDError as error:
+            log.debug("scheduler_left_out", scheduler=spec.name, reason=error.message)
+    return tuple(names)
 
 
 def default_scheduler(base_config: Mapping[str, Any]) -> str:
-    """Returns the name of the scheduler that a model's own configuration means; "dpmpp_2m" where it has none."""
-    class_name = base_config.get("_class_name")
-    same_class = [spec for spec in schedulers.SCHEDULERS if spec.diffusers_class == class_name]
+    """Returns the name of the table that is nearest to a model's own scheduler; "dpmpp_2m" where there is none."""
+    same_class = [schedulers.find(name) for name in schedulers.same_class(base_config)]
     for spec in same_class:
         if all(base_config.get(key, value) == value for key, value in spec.overrides.items()):
             return spec.name
     return same_class[0].name if same_class else "dpmpp_2m"
+
+
+def own_scheduler(base_config: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns the name that means exactly a model's own scheduler, and what of its configuration is not followed.
+
+    Raises:
+        InvalidRequest: SCHEDULER_NOT_AFFINE if diffusers cannot make it.
+    """
+    if not base_config.get("_class_name"):
+        return "dpmpp_2m", ""
+    import diffusers
+
+    name = schedulers.name_of(diffusers, base_config)
+    clipping = " and ".join(schedulers.clipping(diffusers, base_config))
+    return name, f"{clipping} of scheduler_config.json is off: no plan can clip values" if clipping else ""

@@ -148,4 +148,5 @@ def _model(info: ModelInfo) -> pb.Model:
         pooled_dim=info.pooled_dim,
         loras=[pb.Lora(name=lora.name, num_parameters=lora.num_parameters) for lora in info.loras],
         sizes=[pb.Size(width=width, height=height) for width, height in info.sizes],
+        scheduler_note=info.scheduler_note,
     )

@@ -53,8 +53,17 @@ def run_edge_stage(stage: Stage, trajectory: Trajectory, components: Components)
             return output
         return noise_levels.inpaint(row, state, output, image_latents, mask)
 
+    def composite(latents: Latents) -> Latents:
+        if image_latents is None or mask is None:
+            return latents
+        return noise_levels.composite(latents, image_latents, mask)
+
+    advances = denoise(
+        plan, trajectory.state, predict, draw_noise,
+        start=trajectory.call, stop=stop, inpaint=inpaint, composite=composite,
+    )  # fmt: skip
     last = time.perf_counter()
-    for done in denoise(plan, trajectory.state, predict, draw_noise, start=trajectory.call, stop=stop, inpaint=inpaint):
+    for done in advances:
         elapsed_s = time.perf_counter() - last
         state = tuple(array.astype(np.float32, copy=False) for array in done.state)
         yield trajectory.record(plan, done.call, "edge", elapsed_s, state, done.x0_preview)

@@ -134,7 +134,8 @@ def convert_output(output: A, latents: A, level: tuple[float, float], made: str,
 def inpaint(row: PlanRow, state: Sequence[A], output: A, keep: A, mask: A) -> A:
     """Returns the model output with which the preview of the final latents is `keep` where the mask is 0.
 
-    The solver then runs to `keep` there, whichever solver it is, and ends in it exactly.
+    The solver then runs to `keep` there, whichever solver it is. Many end in it; those that remember more than the last
+    call, or stop above a noise level of 0, end near it: the last call of a plan is `composite`d instead.
 
     Args:
         row: The call's row of the plan.
@@ -143,10 +144,24 @@ def inpaint(row: PlanRow, state: Sequence[A], output: A, keep: A, mask: A) -> A:
         keep: Clean latents to keep, `[C, h, w]`.
         mask: `[1, h, w]` in [0, 1]; 1 draws freely, 0 keeps.
     """
+    if row.x0_output == 0.0:  # this call has no say in the preview
+        return output
     from_state: Any = combine(row.x0_state, state)
     forced: Any = (keep - from_state) / row.x0_output
     inpainted: A = mask * output + (1.0 - mask) * forced
     return inpainted
+
+
+def composite(latents: A, keep: A, mask: A) -> A:
+    """Returns final latents that are `keep`, to the last bit, where the mask is 0.
+
+    Args:
+        latents: After the last call of a plan, run with the model's own output, `[C, h, w]`.
+        keep: Clean latents to keep, `[C, h, w]`.
+        mask: `[1, h, w]` in [0, 1]; 1 draws freely, 0 keeps.
+    """
+    result: A = mask * latents + (1.0 - mask) * keep
+    return result
 
 
 def _ratio(level: tuple[float, float]) -> float:

@@ -164,6 +164,7 @@ def denoise(
     start: int = 0,
     stop: int | None = None,
     inpaint: Callable[[PlanRow, Sequence[A], A], A] | None = None,
+    composite: Callable[[A], A] | None = None,
 ) -> Iterator[Advance[A]]:
     """Runs the calls `[start, stop)` of a plan, one after each `next()`.
 
@@ -175,7 +176,8 @@ def denoise(
         start: The first call to run, in [0, len(plan.rows)].
         stop: The first call not to run; None for all.
         inpaint: `(row, state, output) -> output`, changes a model output before the solver sees it
-            (`hybridsd.noise_levels`).
+            (`hybridsd.noise_levels`). The last call of the plan has it for its preview alone.
+        composite: `final latents -> final latents`, applied to what the last call of the plan leads to.
 
     Yields:
         After every call the state before the next one: a valid point to go on from anywhere.
@@ -189,10 +191,12 @@ def denoise(
     for call in range(start, len(plan.rows) if stop is None else stop):
         row = plan.rows[call]
         output = predict(unet_input(row, arrays), row.timestep)
-        if inpaint is not None:
-            output = inpaint(row, arrays, output)
-        preview = x0_preview(row, arrays, output)
-        arrays = advance(row, arrays, output, draw_noise(call) if row.draws_noise else None)
+        shown = output if inpaint is None else inpaint(row, arrays, output)
+        preview = x0_preview(row, arrays, shown)
+        is_last = composite is not None and call + 1 == len(plan.rows)
+        arrays = advance(row, arrays, output if is_last else shown, draw_noise(call) if row.draws_noise else None)
+        if composite is not None and is_last:
+            arrays = [composite(arrays[0])]
         yield Advance(call + 1, arrays, preview)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ import torch
 from hybridsd import plan as plans
 from hybridsd import schedulers
 from hybridsd.manifest import describe_file, read_manifest, write_manifest
-from hybridsd.plan_compiler import compile_plan
+from hybridsd.plan_compiler import compile_named
 
 log = logging.getLogger(__name__)
 
@@ -30,19 +29,6 @@ Table = dict[str, dict[str, Any]]
 """Plans as JSON, by "scheduler/steps"; by "scheduler/steps@begin" those that begin at a later step."""
 
 
-def make_scheduler(base_config: Mapping[str, Any], name: str) -> Any:
-    """Makes the diffusers scheduler of a name of `hybridsd.schedulers` with a model's noise schedule.
-
-    Raises:
-        InvalidRequest: SCHEDULER_UNKNOWN.
-    """
-    spec = schedulers.find(name)
-    scheduler_class = getattr(diffusers, spec.diffusers_class)
-    known = inspect.signature(scheduler_class.__init__).parameters  # what only other classes take would be warned of
-    config = {name: value for name, value in base_config.items() if name in known or name.startswith("_")}
-    return scheduler_class.from_config(config, **spec.overrides)
-
-
 def make_plan(base_config: Mapping[str, Any], scheduler: str, steps: int) -> plans.Plan:
     """Compiles the plan of a scheduler of `hybridsd.schedulers` with a model's noise schedule, as the cloud does.
 
@@ -51,9 +37,7 @@ def make_plan(base_config: Mapping[str, Any], scheduler: str, steps: int) -> pla
         scheduler: "dpmpp_2m", "lcm" or another name.
         steps: num_inference_steps.
     """
-    return compile_plan(
-        make_scheduler(base_config, scheduler), steps, torch.from_numpy, name=schedulers.find(scheduler).name
-    )
+    return compile_named(diffusers, base_config, scheduler, steps, torch.from_numpy)
 
 
 def compile_plans(
@@ -83,8 +67,7 @@ def compile_plans(
             log.info("no plan %s: %s", key, error)
 
     def compiled(name: str, steps: int, begin: int = 0) -> plans.Plan:
-        made = make_scheduler(scheduler_config, name)
-        return compile_plan(made, steps, torch.from_numpy, name=name, begin_step=begin)
+        return compile_named(diffusers, scheduler_config, name, steps, torch.from_numpy, begin_step=begin)
 
     for name in names or [spec.name for spec in schedulers.SCHEDULERS]:
         for steps in step_counts:

@@ -484,7 +484,9 @@ class SchedulerSpec(_message.Message):
     NUM_INFERENCE_STEPS_FIELD_NUMBER: _builtins.int
     BEGIN_STEP_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """A name from `Model.schedulers`, such as "dpmpp_2m". Empty is the model's default."""
+    """A name from `Model.schedulers`, such as "dpmpp_2m", with modifiers where it takes them: "dpmpp_2m_sde+beta+trailing"
+    (docs/modes.md). Empty is the model's default.
+    """
     num_inference_steps: _builtins.int
     """The number of steps, in `[1, 1000]`. Not set: the model's default."""
     begin_step: _builtins.int
@@ -991,6 +993,7 @@ class Model(_message.Message):
     POOLED_DIM_FIELD_NUMBER: _builtins.int
     LORAS_FIELD_NUMBER: _builtins.int
     SIZES_FIELD_NUMBER: _builtins.int
+    SCHEDULER_NOTE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The name to ask for it by."""
     latent_space: _builtins.str
@@ -1019,9 +1022,13 @@ class Model(_message.Message):
     """How the model takes guidance."""
     pooled_dim: _builtins.int
     """Features of the embedding of the whole text; 0 where the model takes none, 1280 for SDXL."""
+    scheduler_note: _builtins.str
+    """What of the scheduler in the model's own configuration the default one does not follow, for people; empty where all."""
     @_builtins.property
     def schedulers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Names of the schedulers that can be asked for, the default first."""
+        """Names of the schedulers that can be asked for, the default first; it is the model's own, and "own" where no name
+        means exactly that.
+        """
 
     @_builtins.property
     def loras(self) -> _containers.RepeatedCompositeFieldContainer[Global___Lora]:
@@ -1051,10 +1058,11 @@ class Model(_message.Message):
         pooled_dim: _builtins.int = ...,
         loras: _abc.Iterable[Global___Lora] | None = ...,
         sizes: _abc.Iterable[Global___Size] | None = ...,
+        scheduler_note: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "default_guidance_scale", b"default_guidance_scale", "default_num_inference_steps", b"default_num_inference_steps", "default_size", b"default_size", "embed_dim", b"embed_dim", "guidance", b"guidance", "id", b"id", "latent_channels", b"latent_channels", "latent_space", b"latent_space", "loras", b"loras", "num_parameters", b"num_parameters", "pooled_dim", b"pooled_dim", "prediction_type", b"prediction_type", "schedulers", b"schedulers", "size_multiple", b"size_multiple", "sizes", b"sizes", "vae_scale_factor", b"vae_scale_factor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "default_guidance_scale", b"default_guidance_scale", "default_num_inference_steps", b"default_num_inference_steps", "default_size", b"default_size", "embed_dim", b"embed_dim", "guidance", b"guidance", "id", b"id", "latent_channels", b"latent_channels", "latent_space", b"latent_space", "loras", b"loras", "num_parameters", b"num_parameters", "pooled_dim", b"pooled_dim", "prediction_type", b"prediction_type", "scheduler_note", b"scheduler_note", "schedulers", b"schedulers", "size_multiple", b"size_multiple", "sizes", b"sizes", "vae_scale_factor", b"vae_scale_factor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,5 +1,7 @@
 """Noise levels of plans: images and other grids come in where they belong, and known latents come out."""
 
+from dataclasses import replace
+
 import diffusers
 import numpy as np
 import pytest
@@ -8,8 +10,8 @@ import torch
 from hybridsd import noise_levels
 from hybridsd.errors import InvalidRequest
 from hybridsd.plan import Plan, denoise, initial_state
-from hybridsd.plan_compiler import compile_plan
-from hybridsd.schedulers import find
+from hybridsd.plan_compiler import compile_named, compile_plan
+from hybridsd.schedulers import SCHEDULERS, find, make
 
 BASE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 RNG = np.random.default_rng(3)
@@ -70,26 +72,62 @@ def test_a_plan_begun_late_is_what_diffusers_does(name: str) -> None:
     np.testing.assert_allclose(done[-1].state[0], sample.numpy(), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["ddim", "dpmpp_2m", "euler", "heun", "unipc", "euler_ancestral"])
-def test_steering_ends_in_the_known_latents(name: str) -> None:
-    """Where the mask is 0 every solver ends in what is to be kept, whatever the model says; elsewhere it is free."""
+@pytest.mark.parametrize("name", [spec.name for spec in SCHEDULERS])
+def test_inpainting_ends_exactly_in_the_known_latents(name: str) -> None:
+    """Where the mask is 0 every solver ends in what is to be kept, to the last bit; where it is 1 it is free."""
     plan = plan_of(name, 6)
     known, mask = RNG.normal(size=SHAPE), np.zeros((1, 8, 8))
     mask[:, :, 4:] = 1.0
 
     def final(inpainted: bool) -> np.ndarray:
         rng = np.random.default_rng(8)
-        inpaint = (
-            (lambda row, state, output: noise_levels.inpaint(row, state, output, known, mask)) if inpainted else None
-        )
         start = initial_state(plan, np.random.default_rng(1).normal(size=SHAPE))
         *_, last = denoise(
-            plan, start, lambda x, _t: 0.9 * x, lambda _c: rng.normal(size=SHAPE), inpaint=inpaint
+            plan, start, lambda x, _t: 0.9 * x, lambda _c: rng.normal(size=SHAPE),
+            inpaint=(lambda row, state, output: noise_levels.inpaint(row, state, output, known, mask))
+            if inpainted else None,
+            composite=(lambda latents: noise_levels.composite(latents, known, mask)) if inpainted else None,
         )  # fmt: skip
         return last.state[0]
 
-    np.testing.assert_allclose(final(True)[:, :, :4], known[:, :, :4], rtol=0, atol=2e-3)
+    np.testing.assert_array_equal(final(True)[:, :, :4], known[:, :, :4])
     np.testing.assert_allclose(final(True)[:, :, 4:], final(False)[:, :, 4:], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["ddim", "pndm", "deis", "tcd", "dpmpp_2m"])
+def test_what_is_kept_is_nearly_there_before_the_last_call(name: str) -> None:
+    """The model sees what is kept all along: the last call has little left to mend, for a mask between 0 and 1 too."""
+    plan = plan_of(name, 25)
+    known, mask = RNG.normal(size=SHAPE), np.full((1, 8, 8), 0.25)
+    rng = np.random.default_rng(8)
+    *_, last = denoise(
+        plan, initial_state(plan, rng.normal(size=SHAPE)), lambda x, _t: x, lambda _c: rng.normal(size=SHAPE),
+        inpaint=lambda row, state, output: noise_levels.inpaint(row, state, output, known, mask),
+        composite=lambda latents: noise_levels.composite(latents, known, mask),
+    )  # fmt: skip
+
+    assert np.abs(last.x0_preview - last.state[0]).max() < 0.5
+
+
+def test_a_call_without_a_say_in_the_preview_is_left_alone() -> None:
+    """A plan of one's own may have an x0_output of 0: inpainting does not divide by it."""
+    row = replace(plan_of("ddim", 2).rows[0], x0_output=0.0)
+    latents = np.ones(SHAPE)
+
+    assert noise_levels.inpaint(row, [latents], 2 * latents, latents, 0 * latents) is not None
+    assert np.isfinite(noise_levels.inpaint(row, [latents], 2 * latents, latents, 0 * latents)).all()
+
+
+@pytest.mark.parametrize("name", ["dpmpp_2m_karras", "unipc+exponential", "euler+beta", "dpmpp_sde_karras"])
+def test_an_image_begins_at_the_sigma_of_the_solver(name: str) -> None:
+    """Where timesteps are rounded, the noise of an image to begin with is still that of the solver's own level."""
+    plan = compile_named(diffusers, BASE, name, 10, torch.from_numpy, begin_step=4)
+    scheduler = make(diffusers, BASE, find(name))
+    scheduler.set_timesteps(10)
+    sigma = float(scheduler.sigmas[4])
+    alpha, level = noise_levels.noise_level(plan, 0, "epsilon")
+
+    assert level / alpha == pytest.approx(sigma, rel=1e-6)
 
 
 def test_latents_enter_another_grid_at_a_level_that_it_has() -> None:

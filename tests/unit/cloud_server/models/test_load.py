@@ -5,20 +5,26 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cloud_server.engine.scheduler import Load
 from cloud_server.models.check import check_model
 from cloud_server.models.devices import place
 from cloud_server.models.load import Model, ModelError, load_model
 from cloud_server.models.plans import PlanCompiler, default_scheduler
+from cloud_server.rpc.write_response import capabilities
 from hybridsd.errors import HybridSDError, Reason
+from hybridsd.plan_compiler import compile_plan
 from hybridsd.prompting import TextOptions
+from hybridsd.v1 import denoising_service_pb2 as pb
 from tests.support.tiny_pipeline import EMBED_DIM, EMBED_DIM_2, POOLED_DIM, Kind, write_tiny_pipeline
 
 CPU = place("cpu", "fp32")
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 MakeFolder = Callable[[Kind], Path]
 
 
@@ -122,6 +128,89 @@ def test_missing_files_are_named(folder: Path) -> None:
 def test_default_schedulers(config: dict[str, object], name: str) -> None:
     """The model's own scheduler, by our name for it."""
     assert default_scheduler(config) == name
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, "dpmpp_3m"),
+        (
+            {
+                "_class_name": "DPMSolverMultistepScheduler",
+                "algorithm_type": "sde-dpmsolver++",
+                "use_karras_sigmas": True,
+            },
+            "dpmpp_2m_sde_karras",
+        ),
+        ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 1}, "dpmpp_2m+order=1"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}, "euler"),
+        ({"_class_name": "UniPCMultistepScheduler", "solver_order": 3}, "unipc+order=3"),
+        ({"_class_name": "DEISMultistepScheduler", "solver_order": 3}, "deis+order=3"),
+        ({"_class_name": "PNDMScheduler", "skip_prk_steps": True}, "pndm"),
+        ({"_class_name": "PNDMScheduler"}, "own"),
+        ({"_class_name": "KDPM2DiscreteScheduler"}, "kdpm2"),
+        ({"_class_name": "SASolverScheduler"}, "sa_solver"),
+        ({"_class_name": "IPNDMScheduler"}, "own"),
+        (
+            {
+                "_class_name": "DPMSolverMultistepScheduler",
+                "algorithm_type": "dpmsolver",
+                "final_sigmas_type": "sigma_min",
+            },
+            "own",
+        ),
+    ],
+)
+def test_a_models_own_scheduler_is_its_default(folder: Path, config: dict[str, object], name: str) -> None:
+    """As its configuration has it: the plan is that of the scheduler which diffusers makes of it."""
+    path = folder / "scheduler/scheduler_config.json"
+    content = BETAS | config
+    path.write_text(json.dumps(content))
+    model = load_model(str(folder), CPU)
+    exact = getattr(diffusers, str(config["_class_name"])).from_config(content)
+
+    assert (model.info.schedulers[0], model.info.scheduler_note) == (name, "")
+    assert model.plans.plan(name, 7).digest() == compile_plan(exact, 7, torch.from_numpy).digest()
+    assert any(line.split()[:2] == ["default", name] for line in check_model(model))
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "says"),
+    [
+        ({"_class_name": "DDIMScheduler", "clip_sample": True}, "ddim", "clip_sample"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "thresholding": True}, "dpmpp_2m", "thresholding"),
+        ({"_class_name": "ConsistencyDecoderScheduler"}, "dpmpp_2m", "ConsistencyDecoderScheduler"),
+        ({"_class_name": "UniPCMultistepScheduler", "solver_type": "bh1"}, "dpmpp_2m", "no number of steps"),
+    ],
+)
+def test_what_of_the_own_scheduler_is_not_followed_is_said(
+    folder: Path, config: dict[str, object], name: str, says: str
+) -> None:
+    """By `check`, and to clients by GetCapabilities."""
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(BETAS | config))
+    model = load_model(str(folder), CPU)
+
+    assert model.info.schedulers[0] == name
+    assert says in model.info.scheduler_note
+    assert any(says in line for line in check_model(model) if line.startswith("default"))
+    answer = capabilities(
+        version="1",
+        models=[model.info],
+        bundles=(),
+        limits=pb.Limits(),
+        load=Load(num_running=0, num_queued=0, call_s=0),
+    )
+    assert says in answer.models[0].scheduler_note
+
+
+def test_names_that_cannot_work_with_a_model_do_not_advise_fewer_steps() -> None:
+    """A configuration that no number of steps mends is answered with another scheduler."""
+    plans = PlanCompiler({"_class_name": "DPMSolverMultistepScheduler", "use_lu_lambdas": True, "beta_schedule": "?"})
+    with pytest.raises(HybridSDError, match="choose another scheduler") as refused:
+        plans.plan("dpmpp_2m", 8)
+    assert refused.value.reason is Reason.SCHEDULER_NOT_AFFINE
+    exponential = PlanCompiler({"_class_name": "EulerDiscreteScheduler", "use_exponential_sigmas": True})
+    assert exponential.plan("euler_karras", 8).rows[1].timestep != exponential.plan("euler", 8).rows[1].timestep
 
 
 def test_plans_are_kept(tiny_model: Model) -> None:

@@ -128,7 +128,12 @@ SCHEDULERS: tuple[SchedulerSpec, ...] = (
 )
 
 _OWN_SPEC = SchedulerSpec(name=OWN, diffusers_class="", aliases=(OWN,))
-_SUFFIXES = {**{name: name for name in SIGMAS}, "sgm uniform": "trailing", "align your steps": "ays"}
+_SUFFIXES = {
+    **{name: name for name in SIGMAS},
+    "sgm uniform": "trailing",
+    "simple": "trailing",
+    "align your steps": "ays",
+}
 """Schedules as AUTOMATIC1111 names them behind a sampler, with our modifiers."""
 _KINDS: Mapping[str, Sequence[str]] = {
     "order": ("order=",),
@@ -273,9 +278,8 @@ def _kind(modifier: str) -> str:
 def _modified(spec: SchedulerSpec, kind: str, modifier: str) -> SchedulerSpec:
     """Returns a scheduler with a modifier more."""
     key, _, value = modifier.partition("=")
-    changed = replace(
-        spec, name=f"{spec.name}+{modifier}", aliases=(f"{spec.label} {SIGMAS.get(key, modifier)}",)
-    )  # fmt: skip
+    words = f" {SIGMAS[key]}" if key in SIGMAS and spec in SCHEDULERS else f"+{modifier}"
+    changed = replace(spec, name=f"{spec.name}+{modifier}", aliases=(f"{spec.label}{words}",))
     if kind not in spec.takes:
         here = [name for each, names in _KINDS.items() if each in spec.takes for name in names]
         raise _refused(spec, modifier, f"choose {', '.join(here)}" if here else "it takes none")

@@ -1,0 +1,108 @@
+"""Names of schedulers: what they mean, what means the same, what is refused."""
+
+import diffusers
+import pytest
+
+from hybridsd.errors import InvalidRequest, Reason
+from hybridsd.schedulers import AYS, SCHEDULERS, SIGMAS, SPACINGS, find, make, timesteps_of
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+def test_every_old_name_is_still_there() -> None:
+    """Names of earlier versions, of which bundles have plans, mean what they meant."""
+    old = (
+        "ddim ddpm dpmpp_2m dpmpp_2m_karras dpmpp_3m dpmpp_2m_sde dpmpp_2s euler euler_ancestral heun pndm lms deis"
+        " unipc lcm tcd"
+    )
+    assert [find(name).name for name in old.split()] == old.split()
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("DPM++ 2M", "dpmpp_2m"),
+        ("dpm++ 2m sde karras", "dpmpp_2m_sde_karras"),
+        ("dpmpp_2m+karras", "dpmpp_2m_karras"),
+        ("dpmpp_2m_karras+beta", "dpmpp_2m+beta"),
+        ("dpmpp_2m+order=3", "dpmpp_3m"),
+        ("dpmpp_2m_karras+order=3", "dpmpp_3m+karras"),
+        ("heun_karras", "heun+karras"),
+        ("Heun Exponential", "heun+exponential"),
+        ("DPM++ SDE Karras", "dpmpp_sde_karras"),
+        ("DPM2 a", "kdpm2_a"),
+        ("Euler SGM Uniform", "euler+trailing"),
+        ("DPM++ 2M Align Your Steps", "dpmpp_2m+ays"),
+        ("euler+trailing+karras", "euler_karras+trailing"),
+        ("ddim+eta=0", "ddim"),
+        ("ddim+eta=0.50", "ddim+eta=0.5"),
+        ("tcd+eta=0.3", "tcd+eta=0.3"),
+        ("DPMSolverMultistepScheduler", "dpmpp_2m"),
+        ("own", "own"),
+    ],
+)
+def test_what_means_the_same_has_one_name(written: str, name: str) -> None:
+    """Whoever asks by another tool's words gets the same plan from the same place."""
+    assert find(written).name == name
+    assert find(find(written).label).name == name
+
+
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        ("magic", "choose one of ddim"),
+        ("ddim+karras", "choose eta=, leading, linspace, trailing"),
+        ("Euler a Karras", "'karras'"),
+        ("lcm+trailing", "'trailing'"),
+        ("own+karras", "takes none"),
+        ("euler+sharp", "'sharp'; choose karras, exponential, beta"),
+        ("ddim+eta=2", "eta=0 to eta=1"),
+        ("unipc+order=9", "order=1, order=2"),
+        ("euler_karras+ays", "either noise levels or timesteps"),
+        ("euler+timesteps=1-2", "falling numbers of 0 to 999"),
+        ("euler+timesteps=", "give timesteps"),
+        ("euler+", "''"),
+        ("+" * 2000, "unknown"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_does(written: str, says: str) -> None:
+    """Never ignored: another modifier, or another scheduler, is named."""
+    with pytest.raises(InvalidRequest) as refused:
+        find(written)
+    assert refused.value.reason is Reason.SCHEDULER_UNKNOWN
+    assert says in refused.value.message
+    assert len(refused.value.message) < 600
+
+
+@pytest.mark.parametrize("spec", SCHEDULERS, ids=lambda spec: spec.name)
+def test_what_is_offered_reaches_the_scheduler(spec: object) -> None:
+    """Every noise schedule and spacing that a row offers is an option of its diffusers class, and is set."""
+    for sigmas in spec.sigmas:  # type: ignore[attr-defined]
+        made = make(diffusers, BETAS, find(f"{spec.name}+{sigmas}"))  # type: ignore[attr-defined]
+        assert [name for name in SIGMAS if made.config[f"use_{name}_sigmas"]] == [sigmas]
+    for spacing in SPACINGS if "spacing" in spec.takes else ():  # type: ignore[attr-defined]
+        made = make(diffusers, BETAS, find(f"{spec.name}+{spacing}"))  # type: ignore[attr-defined]
+        assert made.config["timestep_spacing"] == spacing
+
+
+@pytest.mark.parametrize("name", AYS)
+@pytest.mark.parametrize("steps", [1, 2, 7, 10, 25, 60])
+def test_aligned_steps_are_interpolated(name: str, steps: int) -> None:
+    """Ten steps are the paper's; others fall strictly from its first to its last."""
+    spec = find(f"dpmpp_2m+{name}")
+    chosen = timesteps_of(spec, steps)
+    assert chosen is not None
+    found = list(chosen(make(diffusers, BETAS, spec)))
+
+    assert len(found) == steps
+    assert found == sorted(set(found), reverse=True)
+    assert min(found) >= 0
+    assert found[0] == 999
+    if steps == 10:
+        assert tuple(found) == tuple(AYS[name])
+
+
+def test_own_timesteps_are_as_many_as_there_are_steps() -> None:
+    """Otherwise the number that they are is said."""
+    with pytest.raises(InvalidRequest, match="set `steps` to 3"):
+        timesteps_of(find("euler+timesteps=900-500-100"), 4)

@@ -121,8 +121,10 @@ SCHEDULERS: tuple[SchedulerSpec, ...] = (
     _spec("lms", "LMSDiscrete", ["LMS"], _SIGMAS_AND_SPACING),
     _spec("lms_karras", "LMSDiscrete", ["LMS Karras"], _SIGMAS_AND_SPACING, **_KARRAS),
     _spec("deis", "DEISMultistep", ["DEIS"], _SIGMAS_AND_SPACING | {"order"}, solver_order=2, algorithm_type="deis"),
-    _spec("unipc", "UniPCMultistep", ["UniPC"], _SIGMAS_AND_SPACING | {"order"}, solver_order=2),
-    _spec("sa_solver", "SASolver", ["SA-Solver"], _SIGMAS_AND_SPACING),
+    _spec(
+        "unipc", "UniPCMultistep", ["UniPC"], _SIGMAS_AND_SPACING | {"order"}, solver_order=2, lower_order_final=True
+    ),
+    _spec("sa_solver", "SASolver", ["SA-Solver"], _SIGMAS_AND_SPACING, algorithm_type="data_prediction"),
     _spec("lcm", "LCM", ["LCM"], frozenset({"timesteps"})),
     _spec("tcd", "TCD", ["TCD"], frozenset({"timesteps", "eta"})),
 )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+PATH_KEYS = ("_name_or_path", "name_or_path")
+"""Where diffusers and transformers write down which folder of this machine a network was loaded from."""
 
 
 @contextmanager
@@ -27,6 +31,7 @@ def written_whole(folder: Path, marker: str) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        forget_paths(partial)
         shutil.rmtree(before, ignore_errors=True)
         if folder.exists():
             os.replace(folder, before)
@@ -34,3 +39,12 @@ def written_whole(folder: Path, marker: str) -> Iterator[Path]:
         shutil.rmtree(before, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def forget_paths(folder: Path) -> None:
+    """Takes out of every JSON file below a folder the names of folders that its content was loaded from."""
+    for path in [*folder.rglob("*config.json"), *folder.rglob("model_index.json")]:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        kept = {key: value for key, value in content.items() if key not in PATH_KEYS}
+        if kept != content:
+            path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")

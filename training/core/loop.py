@@ -33,6 +33,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from training.core import checkpoints
+from training.core.folders import forget_paths
 from training.core.task import Batch, Data, Group, Task
 
 log = logging.getLogger(__name__)
@@ -408,6 +409,7 @@ def _save_result(task: Task, directory: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         task.save(partial)
+        forget_paths(partial)
         for path in sorted(partial.rglob("*")):
             target = directory / path.relative_to(partial)
             if path.is_dir():

@@ -67,8 +67,7 @@ def export_cloud(
         latent_space: See `Manifest`.
         defaults: What to do when the user does not say.
     """
-    spec = schedulers.find(defaults.scheduler)
-    scheduler = getattr(diffusers, spec.diffusers_class).from_config(dict(scheduler_config), **spec.overrides)
+    scheduler = schedulers.make(diffusers, scheduler_config, schedulers.find(defaults.scheduler))
     unet, text_encoder, vae = (deepcopy(network).half() for network in (unet, text_encoder, vae))
     pipeline = StableDiffusionPipeline(
         vae=vae,
@@ -87,9 +86,6 @@ def export_cloud(
         # transformers would load the text encoder in half precision and diffusers the rest in full: say full for both.
         config_path = partial / "text_encoder" / "config.json"
         write_json(config_path, json.loads(config_path.read_text(encoding="utf-8")) | {"dtype": "float32"})
-        config_path = partial / "vae" / "config.json"  # which names the folder that it was loaded from
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        write_json(config_path, {key: value for key, value in config.items() if key != "_name_or_path"})
         # With padding and truncation written into it, the `tokenizers` library alone gives the same ids.
         length = int(text_encoder.config.max_position_embeddings)
         write_tokenizer(tokenizer / "tokenizer.json", partial / "tokenizer" / "tokenizer.json", length)

@@ -8,23 +8,23 @@ casts when it loads the file.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import onnx
 import onnxruntime
 import torch
+from google.protobuf.message import Message
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from training.export.graphs import Graph
 
 OPSET = 23  # its Attention keeps the matrix of attention out of memory
-STACK_TRACE = "pkg.torch.onnx.stack_trace"  # paths of the machine that exported; hundreds of kilobytes
 SMALLEST_HALF = 16  # initializers with fewer elements stay as they are: constants of the graph
 DATA_LIMIT = 2_000_000_000
 """Bytes of weights that one ONNX file holds; protobuf reads no file above 2 GiB."""
@@ -91,8 +91,9 @@ def data_path(path: Path) -> Path:
 
 
 def save_onnx(model: onnx.ModelProto, path: Path, *, data_limit: int = DATA_LIMIT) -> None:
-    """Writes a model as one file; with more than `data_limit` bytes of weights, as two (see `data_path`)."""
+    """Writes a model, `strip`ped, as one file; with more than `data_limit` bytes of weights, as two (`data_path`)."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    strip(model)
     data = data_path(path)
     data.unlink(missing_ok=True)  # onnx would append to it
     weights = sum(len(initializer.raw_data) for initializer in model.graph.initializer)
@@ -125,10 +126,29 @@ def trace(graph: Graph) -> onnx.ModelProto:
     if program is None:
         raise RuntimeError(f"torch.onnx.export gave nothing for {graph.role}; is torch older than 2.8?")
     model = program.model_proto
-    for node in model.graph.node:
-        for entry in [entry for entry in node.metadata_props if entry.key == STACK_TRACE]:
-            node.metadata_props.remove(entry)
-    return model
+    return strip(model)
+
+
+def strip(message: Message) -> Any:
+    """Clears what the exporter says beside the network, in place: stack traces, names of files, texts, metadata.
+
+    It tells where the user of the machine keeps their files, in every part that may have it: the model, its graphs and
+    those within nodes, functions, values, tensors. No runtime computes with it.
+
+    Args:
+        message: A model, or any part of one.
+
+    Returns:
+        The same message.
+    """
+    for name in ("metadata_props", "doc_string"):
+        if name in message.DESCRIPTOR.fields_by_name:
+            message.ClearField(name)
+    for descriptor, value in message.ListFields():
+        if descriptor.message_type is not None:
+            for part in value if isinstance(value, Sequence) else [value]:
+                strip(part)
+    return message
 
 
 def prepared(graph: Graph, precision: str) -> Graph:

@@ -1,6 +1,7 @@
 """The export of a family: edge and cloud share a latent space, each loads its own folder, folders are whole."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,18 @@ def test_edge_and_cloud_fit_together(exported: Path) -> None:
     assert manifest.scaling_factor == 1.5  # the full VAE's, not the tiny one's
     assert manifest.defaults.cloud_steps == 6
     assert manifest.quality == (QUALITY,)
+
+
+def test_nothing_tells_where_it_was_made(exported: Path) -> None:
+    """No file of the cloud's pipeline, the small U-Net or the bundle has a path of this machine in it."""
+    secrets = [str(exported), str(Path.cwd()), sys.prefix, str(Path.home()) + "/", "site-packages"]
+    files = [path for path in (exported / "out").rglob("*") if path.is_file()]
+    found = [
+        (path.name, secret) for path in files for secret in secrets if secret.encode() in path.read_bytes()
+    ]  # fmt: skip
+
+    assert len(files) > 15
+    assert found == []
 
 
 def test_what_torch_loads_is_float16_and_pruned_as_it_was(exported: Path) -> None:

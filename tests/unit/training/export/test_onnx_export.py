@@ -13,7 +13,15 @@ from onnx import TensorProto, helper, numpy_helper
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from training.export.graphs import Graph, text_encoder_graph, unet_graph
-from training.export.onnx_export import ParityError, data_path, export_graph, prepared, save_onnx, store_as_half
+from training.export.onnx_export import (
+    ParityError,
+    data_path,
+    export_graph,
+    prepared,
+    save_onnx,
+    store_as_half,
+    strip,
+)
 
 EXACT = 2e-5
 """Two implementations of the same float32 arithmetic, outputs of order 1: a few hundred roundings."""
@@ -140,6 +148,27 @@ def test_a_file_does_not_show_where_it_was_made(tmp_path: Path) -> None:
     export_graph(unet_graph(tiny_unet(), context_length=5), tmp_path / "unet.onnx")
 
     assert b"site-packages" not in (tmp_path / "unet.onnx").read_bytes()
+
+
+def test_nothing_is_said_beside_the_network_at_any_depth(tmp_path: Path) -> None:
+    """Metadata and texts of the model, its graphs, those within nodes, functions, values and tensors are cleared."""
+    secret = "/home/someone/models"
+    model = small_model(np.ones((2, 2), np.float32))
+    inner = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["a"], ["b"])], "inner", [], [])
+    branching = onnx.helper.make_node("If", ["c"], ["d"], then_branch=inner, else_branch=inner)
+    function = onnx.helper.make_function("own", "f", ["x"], ["y"], [branching], [onnx.helper.make_opsetid("", 18)])
+    for part in (model, model.graph, function, *function.node, *model.graph.input, *model.graph.initializer):
+        part.doc_string = secret
+        part.metadata_props.add(key="pkg.torch.onnx.stack_trace", value=secret)
+    for attribute in function.node[0].attribute:
+        attribute.doc_string = attribute.g.node[0].doc_string = secret
+        attribute.g.metadata_props.add(key="at", value=secret)
+    model.functions.append(function)
+    assert secret.encode() in model.SerializeToString()
+
+    assert secret.encode() not in strip(model).SerializeToString()
+    assert len(model.functions[0].node[0].attribute) == 2
+    assert model.graph.initializer[0].raw_data
 
 
 def test_only_lossless_weights_are_halved() -> None:

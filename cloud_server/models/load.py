@@ -18,7 +18,7 @@ from cloud_server.models.architecture import Architecture, detect, is_sdxl
 from cloud_server.models.denoiser import Denoiser, DiffusersDenoiser, Guidance
 from cloud_server.models.devices import Placement
 from cloud_server.models.plans import PlanCompiler, default_scheduler, own_scheduler
-from cloud_server.models.pruned_unet import build_unet, load_unet
+from cloud_server.models.pruned_unet import build_unet, load_unet, read_tensors
 from cloud_server.models.sources import (
     METADATA_NAME,
     VAE_WEIGHTS,
@@ -28,9 +28,10 @@ from cloud_server.models.sources import (
     locate,
     parse_source,
     read_json,
+    read_weights_header,
 )
 from cloud_server.models.text_encoders import load_text_encoders
-from hybridsd import aspect_buckets
+from hybridsd import aspect_buckets, weight_files
 from hybridsd import schedulers as known_schedulers
 from hybridsd.errors import HybridSDError
 from hybridsd.limits import MAX_GUIDANCE, MAX_STEPS, MIN_GUIDANCE
@@ -136,6 +137,10 @@ def _load(files: Files, placement: Placement, latent_space: str | None, loras: S
     parts = ["text_encoder", "text_encoder_2"][: 2 if is_sdxl(unet_config) else 1]
     texts = [files.read(f"{part}/config.json") for part in parts]
     scheduler_config = files.read("scheduler/scheduler_config.json")
+    if files.checkpoint is not None:
+        said = weight_files.scheduler_changes(read_weights_header(files.checkpoint))
+        log.info("checkpoint_says", model=name, **said)
+        scheduler_config |= said
     index = files.read("model_index.json") if files.find("model_index.json") else {}
     architecture = detect(name, unet_config, texts, scheduler_config, index)
     compiler = PlanCompiler(scheduler_config)
@@ -327,14 +332,18 @@ def _latent_space(files: Files, vae: dict[str, Any]) -> str:
 
 def _load_unet(files: Files, config: dict[str, Any], tensors: single_file.Tensors | None, placement: Placement) -> Any:
     try:
-        if tensors is None:
+        if files.unet_file is not None:
+            unet = build_unet(config, read_tensors([files.unet_file], placement.dtype))
+        elif tensors is None:
             unet = load_unet(files.unet, placement.dtype, files.source.variant)
         else:
             converted = single_file.unet_tensors(tensors, config)
             unet = build_unet(
                 config, {name: tensor.to(placement.dtype, copy=True) for name, tensor in converted.items()}
             )
+    except ModelError:
+        raise
     except Exception as error:
-        where = files.checkpoint or files.unet
+        where = files.checkpoint or files.unet_file or files.unet
         raise ModelError(f"model {files.source.id}: {where} cannot be loaded: {error}") from error
     return unet.to(placement.device).eval().requires_grad_(False)

@@ -16,7 +16,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 
-from cloud_server.models.sources import ModelError
+from cloud_server.models.sources import ModelError, read_weights_header
 from hybridsd import lora_files
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -111,6 +111,8 @@ def install(unet: Any, text_encoders: Sequence[Any], sources: Sequence[LoraSourc
         before = {id(parameter) for network in networks for parameter in network.parameters()}
         try:
             _load(source, f"lora_{index}", unet, text_encoders)
+        except (lora_files.LoraFormatError, ModelError) as error:
+            raise ModelError(f"lora {source.name}: {source.where} cannot be used: {error}") from error
         except Exception as error:  # torch, peft and diffusers have many ways to say that layers do not fit
             text = " ".join(str(error).split())[:400]
             raise ModelError(
@@ -132,7 +134,9 @@ def _load(source: LoraSource, name: str, unet: Any, text_encoders: Sequence[Any]
     from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
 
     loader = StableDiffusionXLLoraLoaderMixin if len(text_encoders) > 1 else StableDiffusionLoraLoaderMixin
-    with safe_open(_find(source), framework="pt") as file:
+    path = _find(source)
+    read_weights_header(path)
+    with safe_open(path, framework="pt") as file:
         state = lora_files.read(file, int(unet.config.cross_attention_dim))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant
@@ -151,10 +155,10 @@ def _find(source: LoraSource) -> Path:
     if where.is_dir():
         files = [where / _WEIGHTS] if (where / _WEIGHTS).is_file() else sorted(where.glob("*.safetensors"))
         if len(files) != 1:
-            raise ValueError(f"the folder has {len(files)} .safetensors files and no {_WEIGHTS}; name the file")
+            raise ModelError(f"the folder has {len(files)} .safetensors files and no {_WEIGHTS}; name the file")
         return files[0]
     if source.where.startswith((".", "/", "~")) or source.where.count("/") != 1:
-        raise ValueError("it is neither a file, nor a folder, nor a hub id such as owner/name")
+        raise ModelError("it is neither a file, nor a folder, nor a hub id such as owner/name")
     from huggingface_hub import hf_hub_download
 
     return Path(hf_hub_download(source.where, _WEIGHTS))

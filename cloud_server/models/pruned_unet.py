@@ -3,7 +3,7 @@
 Knows files and modules. Knows nothing of models, devices or how a U-Net was pruned.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,18 @@ def load_unet(folder: Path, dtype: torch.dtype, variant: str | None = None) -> A
         ValueError: If config.json and the tensors do not fit together, or there are no safetensors.
     """
     config = read_json(folder / "config.json")
+    return build_unet(config, read_tensors(weights_of(folder, UNET_STEM, variant).files, dtype))
+
+
+def read_tensors(files: Iterable[Path], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Reads the tensors of .safetensors files, in a dtype."""
     tensors = {}
-    for path in weights_of(folder, UNET_STEM, variant).files:
+    for path in files:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 -- no mapping
                 # a copy: the file's own pages change when somebody writes to it
                 tensors[name] = file.get_tensor(name).to(dtype, copy=True)
-    return build_unet(config, tensors)
+    return tensors
 
 
 def build_unet(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from cloud_server.models.sources import ModelError
+from cloud_server.models.sources import ModelError, read_weights_header
 
 Tensors = dict[str, torch.Tensor]
 
@@ -29,14 +29,12 @@ def read_checkpoint(path: Path) -> Tensors:
     Raises:
         ModelError: If the file is none of the layouts that we know; the message says what it looks like.
     """
+    names = [name for name in read_weights_header(path) if name != "__metadata__"]
+    _check_names(path, names)
     try:
         with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            _check_names(path, names)
             wanted = [name for name in names if name.startswith((UNET_PREFIX, *_TEXT_PREFIXES))]
             return {name: file.get_tensor(name) for name in wanted}
-    except ModelError:
-        raise
     except Exception as error:
         raise ModelError(f"{path} cannot be read: {error}; download it again") from error
 
@@ -100,7 +98,7 @@ def _check_names(path: Path, names: list[str]) -> None:
     if any("lora" in name for name in names):
         raise ModelError(f"{path} is a LoRA adapter, not a model; give it with --lora, and its base with --model")
     if any(name.startswith("down_blocks.") for name in names):
-        raise ModelError(f"{path} is a U-Net in diffusers layout; give its folder, with config.json, with --model")
+        raise ModelError(f"{path} is a part of a U-Net in diffusers layout; give its folder, with config.json")
     raise ModelError(
         f"{path} has no tensors {UNET_PREFIX}..., so it is no Stable Diffusion 1.x, 2.x or XL checkpoint; give a folder"
         " in diffusers layout"

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import structlog
+
+from hybridsd import weight_files
 
 log = structlog.get_logger()
 
@@ -64,6 +67,8 @@ class Files:
     """The folder of the U-Net; with a checkpoint only its config.json counts."""
     checkpoint: Path | None = None
     """One file with the weights of all networks, in the layout of the original Stable Diffusion."""
+    unet_file: Path | None = None
+    """One file with the weights of the U-Net alone, by diffusers' names."""
 
     def find(self, name: str) -> Path | None:
         """Returns the first file or folder of that name, if there is one."""
@@ -119,6 +124,10 @@ def locate(source: Source, config: str | None = None) -> Files:
         raise ModelError(f"model {source.id}: {_says_pickle(where)}")
     if where.suffix == ".safetensors":
         checkpoint = where if where.is_file() else _fetch_file(source)
+        if weight_files.is_unet(read_weights_header(checkpoint).keys()):
+            why = f"{checkpoint} is a U-Net in diffusers layout, without text encoders"
+            root = _base(source, config, why, source.variant, weights=True)
+            return Files(source, (root,), root / "unet", unet_file=checkpoint)
         root = _base(source, config, "a checkpoint in one file has no configurations or tokenizers", None)
         return Files(source, (root,), root / "unet", checkpoint)
     root = where if where.is_dir() else _fetch_model(source.where, source.variant)
@@ -159,9 +168,25 @@ def weights_of(folder: Path, stem: str, variant: str | None = None) -> Weights:
     dotted = f".{chosen}" if chosen else ""
     whole = folder / f"{stem}{dotted}.safetensors"
     if whole.is_file():
-        return Weights((whole,), chosen)
-    shards = read_json(folder / f"{stem}.safetensors.index{dotted}.json").get("weight_map", {}).values()
-    return Weights(tuple(folder / name for name in sorted(set(shards))), chosen)
+        files = (whole,)
+    else:
+        shards = read_json(folder / f"{stem}.safetensors.index{dotted}.json").get("weight_map", {}).values()
+        files = tuple(folder / name for name in sorted(set(shards)))
+    for path in files:
+        read_weights_header(path)
+    return Weights(files, chosen)
+
+
+def read_weights_header(path: Path) -> Mapping[str, Any]:
+    """Returns what the header of a .safetensors file says; see `hybridsd.weight_files`.
+
+    Raises:
+        ModelError: If it is a pointer of git-lfs, cut off, or no such file.
+    """
+    try:
+        return weight_files.read_header(path)
+    except weight_files.WeightsError as error:
+        raise ModelError(str(error)) from error
 
 
 def fetch_vae_weights(files: Files) -> Path | None:
@@ -169,7 +194,10 @@ def fetch_vae_weights(files: Files) -> Path | None:
     found = files.find(VAE_WEIGHTS)
     if found is None and files.checkpoint is None and not Path(files.source.where).is_dir():
         found = _fetch(files.source.where, [*_DESCRIPTIONS, VAE_WEIGHTS]) / VAE_WEIGHTS
-    return found if found is not None and found.is_file() else None
+    if found is None or not found.is_file():
+        return None
+    read_weights_header(found)
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -202,7 +230,7 @@ def _says_pickle(path: Path) -> str:
     )
 
 
-def _base(source: Source, config: str | None, why: str, variant: str | None) -> Path:
+def _base(source: Source, config: str | None, why: str, variant: str | None, *, weights: bool = False) -> Path:
     """Returns the folder that has what a model lacks; its weights only where there is no checkpoint."""
     if config is None:
         raise ModelError(
@@ -211,7 +239,7 @@ def _base(source: Source, config: str | None, why: str, variant: str | None) -> 
         )
     if Path(config).is_dir():
         return Path(config)
-    if Path(source.where).suffix == ".safetensors":
+    if Path(source.where).suffix == ".safetensors" and not weights:
         return _fetch(config, _DESCRIPTIONS)
     return _fetch_model(config, variant, parts=_TEXT_PARTS)
 

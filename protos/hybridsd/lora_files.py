@@ -15,8 +15,18 @@ from typing import Any
 METADATA_KEY = "lora_adapter_metadata"
 _DOWN = ("lora_A.weight", "lora_down.weight", "lora.down.weight", "_lora.down.weight")
 _UP = {"lora_A.weight": "lora_B.weight", "lora_down.weight": "lora_up.weight", "lora.down.weight": "lora.up.weight"}
-_OTHERS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_": "LoHa", "lokr_": "LoKr"}
+_OTHERS = {
+    "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT",
+    ".diff": "difference of whole weights", "on_input": "IA3", "a1.weight": "GLoRA",
+}  # fmt: skip
+_OLD = re.compile(r"(?P<layer>.+)\.processor\.to_(?P<part>q|k|v|out)_lora\.(?P<side>down|up)\.weight")
+"""Names of attention processors, as diffusers wrote them up to 0.20; without the network's name at first."""
+_NETWORKS = ("unet", "text_encoder", "text_encoder_2")
 _BASES = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL"}
+
+
+class LoraFormatError(ValueError):
+    """A file is no LoRA that can be applied, whatever the model; the message says what it is."""
 
 
 def read(file: Any, width: int) -> dict[str, Any]:
@@ -27,9 +37,11 @@ def read(file: Any, width: int) -> dict[str, Any]:
         width: Of the text that the model's cross-attention reads; see `check_width`.
 
     Raises:
-        ValueError: If it is no LoRA, or one of another base model.
+        LoraFormatError: If it is no LoRA, or one with something beside it.
+        ValueError: If it is one of another base model.
     """
-    state = scaled({name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {})  # noqa: SIM118
+    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    state = scaled(renamed(tensors), file.metadata() or {})
     check_width(state, width)
     return state
 
@@ -73,6 +85,19 @@ def count_layers(names: Iterable[str]) -> int:
     return sum(name.endswith(_DOWN) for name in names)
 
 
+def renamed(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the tensors of a file with those of attention processors, an old layout of diffusers, by today's names."""
+    result = {}
+    for name, value in state.items():
+        old = _OLD.fullmatch(name)
+        if old is not None:
+            layer = old["layer"] if _network(old["layer"]) in _NETWORKS else f"unet.{old['layer']}"
+            part, side = {"out": "out.0"}.get(old["part"], old["part"]), {"down": "A", "up": "B"}[old["side"]]
+            name = f"{layer}.to_{part}.lora_{side}.weight"
+        result[name] = value
+    return result
+
+
 def scaled(state: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str, Any]:
     """Returns the tensors of a file with every alpha / r multiplied into B, and no alphas.
 
@@ -81,14 +106,18 @@ def scaled(state: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str, A
         metadata: The header of the file; may be empty.
 
     Raises:
-        ValueError: If it is another kind of adapter, or none.
+        LoraFormatError: If it is another kind of adapter, or none.
     """
     for name in state:
+        if name.startswith(("bundle_emb.", "emb_params")) or "string_to_param" in name:
+            raise LoraFormatError(
+                f"it has embeddings of words ({name[:80]}), which are not supported; save its LoRA layers alone"
+            )
         for mark, kind in _OTHERS.items():
             if mark in name:
-                raise ValueError(f"it is a {kind} ({name}), not a LoRA")
+                raise LoraFormatError(f"it is a {kind} ({name[:80]}), not a LoRA, which alone is supported")
     if not count_layers(state):
-        raise ValueError("it has no LoRA layers")
+        raise LoraFormatError(f"it has no LoRA layers, but tensors such as {next(iter(state), 'none')[:80]}")
     header = json.loads(metadata[METADATA_KEY]) if METADATA_KEY in metadata else {}
     result = {name: value for name, value in state.items() if not name.endswith(".alpha")}
     for name, down in state.items():
@@ -99,7 +128,7 @@ def scaled(state: Mapping[str, Any], metadata: Mapping[str, str]) -> dict[str, A
         alpha = float(state[f"{layer}.alpha"]) if f"{layer}.alpha" in state else _alpha_of(header, layer)
         up = name.removesuffix(ending) + _UP[ending]
         if up not in state:
-            raise ValueError(f"{name} has no {up} beside it")
+            raise LoraFormatError(f"{name} has no {up} beside it")
         if alpha is not None and alpha != rank:
             share = alpha / (math.sqrt(rank) if header.get(f"{_network(layer)}.use_rslora") else rank)
             result[up] = (state[up].float() * share).to(state[up].dtype)

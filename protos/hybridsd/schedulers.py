@@ -37,6 +37,8 @@ AYS: Mapping[str, Sequence[int]] = {
 """Timesteps of Sabour et al. 2024 for 10 steps; other numbers are interpolated in the logarithm of the noise level."""
 CLIPPING = ("clip_sample", "thresholding")
 """Options that clip values, which no plan can say."""
+ZERO_SNR = "rescale_betas_zero_snr"
+"""The option of a model that was trained down to pure noise (Lin et al. 2024)."""
 _PLAIN = {f"use_{name}_sigmas": False for name in SIGMAS}
 _MAX_NAME = 1024
 
@@ -201,6 +203,8 @@ def make(library: Any, base_config: Mapping[str, Any], spec: SchedulerSpec) -> A
         made = getattr(library, class_name)
         known = inspect.signature(made.__init__).parameters  # what only other classes take would be warned of
         config = {name: value for name, value in base_config.items() if name in known or name.startswith("_")}
+        if base_config.get(ZERO_SNR) and ZERO_SNR not in known:
+            raise ValueError(f"{ZERO_SNR}, which it does not know")
         unclipped = {option: False for option in CLIPPING if option in known}
         return made.from_config(config, **{**unclipped, **spec.overrides})
     except Exception as error:  # diffusers has many ways to dislike a configuration

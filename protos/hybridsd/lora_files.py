@@ -86,7 +86,7 @@ def count_layers(names: Iterable[str]) -> int:
 
 
 def renamed(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the tensors of a file with those of attention processors, an old layout of diffusers, by today's names."""
+    """Returns the tensors of a file, those of attention processors, an old layout of diffusers, by today's names."""
     result = {}
     for name, value in state.items():
         old = _OLD.fullmatch(name)

@@ -30,7 +30,7 @@ def read_header(path: Path) -> Mapping[str, Any]:
             begin = file.read(len(_POINTER))
             if begin == _POINTER:
                 raise WeightsError(
-                    f"{path} is a pointer of git-lfs, not the weights; run `git lfs pull` in its folder, or download the"
+                    f"{path} is a pointer of git-lfs, not the weights; run git lfs pull in its folder, or download the"
                     " file itself"
                 )
             file.seek(0)

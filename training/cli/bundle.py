@@ -37,6 +37,11 @@ class LoraType(click.ParamType["tuple[str, float]"]):
 @click.option("--vae", "vae_source", required=True, help="The edge's VAE, tiny, small or full: folder, hub id or file.")
 @click.option("--to", "target", type=FOLDER, required=True, help="The bundle; an older one is replaced.")
 @click.option("--config", help="Folder or hub id with configurations and tokenizers, for a .safetensors file.")
+@click.option(
+    "--prediction-type",
+    type=click.Choice(["epsilon", "v_prediction"]),
+    help="What the edge's U-Net predicts; by default what its own scheduler says, else the model's.",
+)
 @click.option("--variant", help="Which weights of --model and --unet, such as fp16.")
 @click.option("--name", help="Name of the bundle; the folder's by default.")
 @click.option("--latent-space", help="The latent space of the cloud's model; sd1 or sdxl by default.")
@@ -57,7 +62,8 @@ class LoraType(click.ParamType["tuple[str, float]"]):
 @click.option("--quality", "curve", type=FILE, help="quality.csv of evaluate-coco, to put into the manifest.")
 @click.option("--licence", default="", help="Licence of the weights.")
 def export_bundle_command(
-    model: str, unet_source: str, vae_source: str, target: Path, config: str | None, variant: str | None,
+    model: str, unet_source: str, vae_source: str, target: Path, config: str | None, prediction_type: str | None,
+    variant: str | None,
     name: str | None, latent_space: str | None, precision: str, loras: Sequence[tuple[str, float]],
     safety_checker: str | None, metadata: Path | None, num_captions: int, fused_guidance: bool, scheduler: str | None,
     steps: int | None, guidance: float, size: int | None, cloud_steps: int | None, curve: Path | None, licence: str,
@@ -71,7 +77,7 @@ def export_bundle_command(
     from training.core.conditioning import ClipText, ClipTextXL
     from training.core.loop import make_accelerator
     from training.core.task import freeze
-    from training.data.sources import Source, in_diffusers_layout, load_edge_unet
+    from training.data.sources import Source, in_diffusers_layout, load_edge_unet, prediction_type_of
     from training.evaluation import coco, quality
     from training.export.bundles import Description, export_bundle, save_tokenizer
     from training.export.graphs import VAE_SCALE_FACTOR
@@ -81,7 +87,8 @@ def export_bundle_command(
 
     if not make_accelerator().is_main_process:
         return
-    unet = freeze(load_edge_unet(Source(where=unet_source, config=config, variant=variant)))
+    edge_source = Source(where=unet_source, config=config, variant=variant)
+    unet = freeze(load_edge_unet(edge_source))
     is_lcm = unet.config.time_cond_proj_dim is not None
     scheduler, steps = scheduler or ("lcm" if is_lcm else "dpmpp_2m"), steps or (8 if is_lcm else 25)
     if cloud_steps is None:
@@ -110,6 +117,14 @@ def export_bundle_command(
             tokenizer, text_encoder = cast(ClipText, text).tokenizer, cast(ClipText, text).text_encoder
         length = int(text_encoder.config.max_position_embeddings)
         _fuse(unet, [text_encoder, *([] if second is None else [second.encoder])], loras)
+        scheduler_config = dict(components.load_scheduler_config(folder))
+        of_model = scheduler_config.get("prediction_type", "epsilon")
+        own = prediction_type or prediction_type_of(edge_source)
+        if own is None:
+            say(f"export-bundle: {unet_source} does not say what it predicts; {of_model}, as {model}, is assumed")
+        elif own != of_model:
+            say(f"export-bundle: {unet_source} predicts {own}, {model} {of_model}; the edge converts its outputs")
+        scheduler_config["prediction_type"] = own or of_model
         parity = export_bundle(
             target,
             unet=unet,
@@ -119,7 +134,7 @@ def export_bundle_command(
             safety_checker=None if safety_checker is None else load_safety_checker(safety_checker),
             decoder=vae,
             encoder=vae,
-            scheduler_config=components.load_scheduler_config(folder),
+            scheduler_config=scheduler_config,
             name=name or target.name,
             latent_space=latent_space or _latent_space(scaling),
             defaults=Defaults(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,12 +14,14 @@ from typing import Any, cast
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDPMScheduler,
     DiffusionPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 
+from hybridsd import weight_files
 from training.models.pruned_unet import load_unet
 
 SINGLE_FILE = ".safetensors"
@@ -69,6 +72,7 @@ def in_diffusers_layout(source: Source) -> Iterator[str]:
     if not source.is_file:
         yield source.where
         return
+    said = weight_files.scheduler_changes(weight_files.read_header(Path(source.where)))
     index = DiffusionPipeline.load_config(source.config)
     pipeline_class: Any = StableDiffusionXLPipeline if "text_encoder_2" in index else StableDiffusionPipeline
     others = (
@@ -87,10 +91,36 @@ def in_diffusers_layout(source: Source) -> Iterator[str]:
         ) from error
     with tempfile.TemporaryDirectory() as folder:
         pipeline.save_pretrained(folder)
+        path = Path(folder) / "scheduler" / "scheduler_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | said), encoding="utf-8")
         vae = AutoencoderKL.load_config(source.config, subfolder="vae")
         (Path(folder) / "vae").mkdir()
         (Path(folder) / "vae" / "config.json").write_text(json.dumps(dict(vae)), encoding="utf-8")
         yield folder
+
+
+def prediction_type_of(source: Source) -> str | None:
+    """Returns what a U-Net predicts by its own files, "epsilon" or "v_prediction"; None where they do not say.
+
+    A checkpoint in one file may say it itself, else its configuration does; a pipeline has a scheduler; a U-Net alone
+    may lie in a pipeline.
+    """
+    if source.is_file:
+        said = weight_files.scheduler_changes(weight_files.read_header(Path(source.where))).get("prediction_type")
+        if said is not None or source.config is None:
+            return cast("str | None", said)
+    where = source.config if source.is_file and source.config is not None else source.where
+    if Path(where).is_dir():
+        paths = [folder / "scheduler" / "scheduler_config.json" for folder in (Path(where), Path(where).parent)]
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
+    else:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = [DDPMScheduler.load_config(where, subfolder="scheduler")]
+        except OSError:  # a U-Net alone has none
+            found = []
+    return str(found[0].get("prediction_type", "epsilon")) if found else None
 
 
 def load_edge_unet(source: Source) -> UNet2DConditionModel:
@@ -102,6 +132,7 @@ def load_edge_unet(source: Source) -> UNet2DConditionModel:
     source.check()
     try:
         if source.is_file:
+            weight_files.read_header(Path(source.where))
             return cast(
                 UNet2DConditionModel,
                 UNet2DConditionModel.from_single_file(

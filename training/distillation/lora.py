@@ -24,7 +24,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from hybridsd import lora_files
+from hybridsd import lora_files, weight_files
 from training.core.conditioning import Conditioner
 from training.core.task import Batch, Task, freeze
 from training.distillation.lcm import ConsistencySolver, Loss, consistency_loss
@@ -190,6 +190,7 @@ def fuse_files(
 def _fuse(unet: UNet2DConditionModel, text_encoders: Sequence[nn.Module], source: Path, weight: float) -> int:
     loader = StableDiffusionXLLoraLoaderMixin if len(text_encoders) > 1 else StableDiffusionLoraLoaderMixin
     path = source if source.is_file() else source / "pytorch_lora_weights.safetensors"
+    weight_files.read_header(path)
     with safe_open(path, framework="pt") as file:
         state = lora_files.read(file, int(unet.config.cross_attention_dim))
     lora_files.load_into(unet, text_encoders, state, loader, ADAPTER)

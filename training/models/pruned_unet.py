@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hybridsd import pruned_unet
+from hybridsd import pruned_unet, weight_files
 from hybridsd.pruned_unet import CUT_AXES, EXTRA_KEYS, Layer
 from training.core.checkpoints import write_atomically
 
@@ -174,6 +174,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
     for path in files:
+        weight_files.read_header(path)
         with safe_open(path, framework="pt") as file:
             yield from ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118 -- no mapping
 

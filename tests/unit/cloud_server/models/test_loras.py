@@ -122,6 +122,50 @@ def test_what_does_not_fit_as_a_whole_is_refused(wrong: str, says: str, tmp_path
         install(unet, [text], [parse_source(f"x={path}")])
 
 
+@pytest.mark.parametrize("prefix", ["", "unet."])
+def test_attention_processors_of_old_diffusers_are_read(prefix: str, tmp_path: Path) -> None:
+    """Their layers act as the same ones by today's names."""
+    now, old = tmp_path / "now.safetensors", tmp_path / "old.safetensors"
+    unet, text = tiny_loras.networks()
+    attention = next(name for name, _ in unet.named_modules() if name.endswith(".attn2"))
+    wide = unet.get_submodule(attention)
+    state, renamed = {}, {}
+    for part, layer in (("q", wide.to_q), ("v", wide.to_v), ("out", wide.to_out[0])):
+        down, up = torch.randn(2, layer.in_features), torch.randn(layer.out_features, 2)
+        path = f"unet.{attention}.to_{'out.0' if part == 'out' else part}"
+        state |= {f"{path}.lora_A.weight": down, f"{path}.lora_B.weight": up}
+        path = f"{prefix}{attention}.processor.to_{part}_lora"
+        renamed |= {f"{path}.down.weight": down, f"{path}.up.weight": up}
+    save_file(state, now)
+    save_file(renamed, old)
+    results = []
+    for path in (now, old):
+        network = copy.deepcopy(unet)
+        install(network, [text], [parse_source(f"x={path}")]).select((("x", 1.0),))
+        results.append(tiny_loras.outputs(network, text)[0])
+
+    assert torch.equal(*results)
+    assert not torch.equal(results[0], tiny_loras.outputs(unet, text)[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("bundle_emb.word.string_to_param.*", "embeddings of words"),
+        ("lora_unet_mid_block.oft_blocks", "OFT"),
+        ("lora_unet_conv_in.diff", "difference of whole weights"),
+    ],
+)
+def test_what_is_beside_or_instead_of_a_lora_is_said(name: str, says: str, tmp_path: Path) -> None:
+    """It is the file that cannot be used, whatever the model: another model is not advised."""
+    unet, text = tiny_loras.networks()
+    path, _ = tiny_loras.write("kohya", tmp_path / "style.safetensors", unet, text)
+    save_file({**load_file(path), name: torch.ones(2, 2)}, path)
+    with pytest.raises(ModelError, match=says) as refused:
+        install(unet, [text], [parse_source(f"x={path}")])
+    assert "made for it" not in str(refused.value)
+
+
 def test_two_of_one_name_are_refused(tmp_path: Path) -> None:
     """A name means one adapter."""
     unet, text = tiny_loras.networks()

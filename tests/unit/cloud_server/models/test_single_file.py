@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from cloud_server.models.devices import place
 from cloud_server.models.load import Model, ModelError, load_model
+from cloud_server.models.plans import PlanCompiler
 from hybridsd.prompting import TextOptions
 from tests.support.ldm_layout import write_single_file
 from tests.support.tiny_pipeline import Kind, write_tiny_pipeline
@@ -67,6 +68,7 @@ def test_a_file_needs_a_configuration(file: Path) -> None:
     [
         (["lora_unet_down.lora_down.weight"], "LoRA adapter.*--lora"),
         (["down_blocks.0.resnets.0.conv1.weight"], "U-Net in diffusers layout"),
+        (["down_blocks.0.resnets.0.conv1.weight", "conv_in.weight"], "missing|cannot be loaded"),
         (["double_blocks.0.img_attn.norm.key_norm.scale"], "no Stable Diffusion 1.x, 2.x or XL"),
         (["model.diffusion_model.out.0.bias", "conditioner.embedders.0.model.text_projection"], "refiner"),
     ],
@@ -115,3 +117,43 @@ def test_a_file_without_its_text_encoder_is_refused(folder: Path, file: Path, lo
     save_file(tensors, file)
     with pytest.raises(ModelError, match=says):
         load_model(str(file), CPU, configs=[str(folder)])
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_markers_of_a_checkpoint_are_followed(folder: Path, file: Path, zero_snr: bool) -> None:
+    """What predicts v with zero terminal SNR is stepped so, whatever the configuration of its family says."""
+    markers = ["v_pred", *(["ztsnr"] if zero_snr else [])]
+    save_file({**load_file(file), **{name: torch.tensor([]) for name in markers}}, file)
+    model = load_model(str(file), CPU, configs=[str(folder)])
+    config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+    expected = PlanCompiler(config | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": zero_snr})
+
+    assert model.info.prediction_type == "v_prediction"
+    assert model.plans.plan("ddim", 5).digest() == expected.plan("ddim", 5).digest()
+    assert ("pndm" in model.info.schedulers) == (not zero_snr)  # which cannot begin at pure noise
+
+
+def test_a_bare_unet_in_one_file_takes_the_rest_from_elsewhere(folder: Path, tmp_path: Path) -> None:
+    """By diffusers' names: it computes what it does in its folder, and without the rest says what to give."""
+    path = tmp_path / "bare.safetensors"
+    save_file(load_file(folder / "unet/diffusion_pytorch_model.safetensors"), path)
+    with pytest.raises(ModelError, match=r"U-Net in diffusers layout.*--config bare=FOLDER_OR_HUB_ID"):
+        load_model(str(path), CPU)
+    whole, bare = load_model(str(folder), CPU), load_model(str(path), CPU, configs=[str(folder)])
+    encoded = [model.denoiser.encode("a fox", TextOptions()) for model in (whole, bare)]
+    states = [model.denoiser._unet.state_dict() for model in (whole, bare)]
+
+    assert bare.info.id == "bare"
+    assert (encoded[0].embeds == encoded[1].embeds).all()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+@pytest.mark.parametrize("part", ["unet/diffusion_pytorch_model", "text_encoder/model"])
+@pytest.mark.parametrize("how", ["pointer", "cut"])
+def test_weights_that_did_not_come_whole_are_said_to_be_so(folder: Path, part: str, how: str) -> None:
+    """Of a folder that was cloned without git-lfs, or downloaded in part."""
+    path = folder / f"{part}.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] if how == "cut" else b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ModelError, match="is cut off" if how == "cut" else "git lfs pull"):
+        load_model(str(folder), CPU)

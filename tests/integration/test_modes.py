@@ -301,17 +301,21 @@ def test_an_image_to_begin_with(
         run(ask(image_input=ImageInput(image=image, strength=0.1)), bundle, models, cloud)
 
 
-@pytest.mark.parametrize("mode", ["edge", "hybrid", "cloud"])
-def test_a_mask_keeps_the_rest(mode: Any, bundle: Bundle, models: Models, cloud: Cloud) -> None:
+@pytest.mark.parametrize(
+    ("mode", "scheduler"),
+    [("edge", "euler"), ("hybrid", "euler"), ("cloud", "euler"), ("edge", "deis"), ("hybrid", "tcd"), ("edge", "ddim")],
+)
+def test_a_mask_keeps_the_rest(mode: Any, scheduler: str, bundle: Bundle, models: Models, cloud: Cloud) -> None:
     """What the mask does not cover is the given image, in latents and to the pixel; the rest is drawn."""
     image = np.tanh(RNG.normal(size=(3, 64, 64))).astype(np.float32)
     mask = np.zeros((1, 64, 64), dtype=np.float32)
     mask[:, :, 32:] = 1.0
     given = ImageInput(image=image, strength=1.0, mask=mask, mask_cells=to_cells(mask, 8))
-    result = run(ask(mode=mode, scheduler="euler", image_input=given), bundle, models, cloud)
+    result = run(ask(mode=mode, scheduler=scheduler, image_input=given), bundle, models, cloud)
     known = models.encode_image(image)
 
-    assert np.abs(result.latents[:, :, :4] - known[:, :, :4]).max() < 1e-3
+    tolerance = 1e-3 if mode == "cloud" else 0.0  # the cloud's last latents travel as fp16
+    assert np.abs(result.latents[:, :, :4] - known[:, :, :4]).max() <= tolerance
     assert np.abs(result.latents[:, :, 4:] - known[:, :, 4:]).max() > 0.1
     assert np.array_equal(result.image_u8[:, :32], to_u8(image)[:, :32])
 

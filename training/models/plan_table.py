@@ -69,7 +69,10 @@ def compile_plans(
     def compiled(name: str, steps: int, begin: int = 0) -> plans.Plan:
         return compile_named(diffusers, scheduler_config, name, steps, torch.from_numpy, begin_step=begin)
 
-    for name in names or [spec.name for spec in schedulers.SCHEDULERS]:
+    all_names = list(names or [spec.name for spec in schedulers.SCHEDULERS])
+    if default is not None:  # which may have modifiers
+        all_names.append(schedulers.find(default[0]).name)
+    for name in dict.fromkeys(all_names):
         for steps in step_counts:
             add(f"{name}/{steps}", lambda name=name, steps=steps: compiled(name, steps))  # type: ignore[misc]
     if default is not None:

@@ -62,3 +62,13 @@ def test_a_scheduler_of_another_model_is_refused(tmp_path: Path) -> None:
         rewrite_plans(tmp_path, {**SCHEDULER, "timestep_spacing": "nonsense"})
     assert read_manifest(tmp_path) == before
     assert describe_file(tmp_path, "plans.json") == before.files["plans"]
+
+
+def test_a_default_with_modifiers_is_there() -> None:
+    """As a Turbo model has it, and from every later begin; `own` is the configuration's scheduler as it is."""
+    table = compile_plans(SCHEDULER, (4,), names=("ddim",), default=("Euler SGM Uniform", 4))
+    own = compile_plans({**SCHEDULER, "_class_name": "IPNDMScheduler"}, (4,), names=("ddim",), default=("own", 4))
+
+    assert {"ddim/4", "euler+trailing/4", "euler+trailing/4@3"} <= table.keys()
+    assert [row["timestep"] for row in table["euler+trailing/4"]["rows"]] == [999.0, 749.0, 499.0, 249.0]
+    assert "own/4" in own

@@ -613,12 +613,15 @@ def test_adapters_and_models_can_be_chosen(page: Page) -> None:
     finish(page)
     page.get_by_test_id("split").fill("0")
     expect(page.locator("#adapters-hint")).to_contain_text("give the cloud some steps")
+    generate(page)
+    finish(page)
+    page.get_by_test_id("split").fill("2")
     page.locator("#cloud-model").select_option("other")
     expect(page.locator("#adapters")).to_be_hidden()
     generate(page)
     finish(page)
 
-    assert [each["loras"] for each in asked] == [[{"name": "snow", "weight": 0.5}], []]
+    assert [each["loras"] for each in asked] == [[{"name": "snow", "weight": 0.5}], [], []]
 
 
 def test_an_empty_number_is_asked_for(page: Page) -> None:

@@ -94,7 +94,7 @@ export class Form {
       seed: byId("random-seed").checked || byId("seed").value === "" ? null : byId("seed").valueAsNumber,
       scheduler: byId("scheduler").value,
       hybrid: this.#split.request(),
-      loras: this.#adapters.chosen,
+      loras: this.#hasCloudSteps ? this.#adapters.chosen : [],
       ...this.#start.request(),
       previews: NUM_PREVIEWS,
     };
@@ -301,10 +301,14 @@ export class Form {
       width, height, num_inference_steps: asked, guidance_scale: byId("guidance").valueAsNumber,
       scheduler: byId("scheduler").value, model: byId("cloud-model").value, loras: this.#adapters.chosen, isFromImage,
     });
-    this.#adapters.show(this.#split.isAuto || this.#split.cloudSteps > 0);
+    this.#adapters.show(this.#hasCloudSteps);
     const hint = this.#offlineHint();
     byId("offline-hint").hidden = !hint;
     setText(byId("offline-hint"), hint);
+  }
+
+  get #hasCloudSteps() {
+    return this.#split.isAuto || this.#split.cloudSteps > 0;
   }
 
   #takeOwnShape() {

@@ -540,6 +540,41 @@ def test_a_dropped_image_gives_its_settings_back(page: Page) -> None:
         expect(page.locator(f"#{name}")).to_have_value(value)
 
 
+def test_settings_can_be_taken_without_a_mouse(page: Page) -> None:
+    """A file that is chosen does the same as one that is dropped; one that says nothing is said to."""
+    page.get_by_text("Take settings from an image").click()
+    file = page.locator("#settings-file")
+    text = "a cat\nSteps: 9, Sampler: Euler a, CFG scale: 3, Seed: 5, Size: 96x64"
+    file.set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": png(96, 64, parameters=text)})
+    expect(page.get_by_test_id("prompt")).to_have_value("a cat")
+    expect(page.locator("#scheduler")).to_have_value("euler_ancestral")
+    file.set_input_files({"name": "b.png", "mimeType": "image/png", "buffer": png(96, 64)})
+
+    expect(page.locator("[data-field=settings]")).to_contain_text("does not say how it was made")
+
+
+def test_a_browser_that_keeps_nothing_can_draw(browser: Browser, servers: tuple[Process, Process]) -> None:
+    """Where storage is forbidden the page works; a prompt that is too long is said, not cut."""
+    context = browser.new_context(base_url=f"http://127.0.0.1:{servers[1].port}")
+    context.set_default_timeout(PATIENCE_MS)
+    context.add_init_script("""
+        for (const name of ["localStorage", "sessionStorage"]) {
+            Object.defineProperty(globalThis, name, { get() { throw new DOMException("no", "SecurityError"); } });
+        }
+    """)
+    page = context.new_page()
+    page.goto("/")
+    expect(page.get_by_test_id("split-text")).not_to_be_empty()
+    tell(page, job_of(images=[image_of()]), content=png(128, 128))
+    page.get_by_test_id("prompt").fill("\N{FOX FACE}" * 4001)
+    page.get_by_test_id("generate").click()
+    expect(page.locator("[data-field=prompt]")).to_contain_text("4001 characters; at most 4000")
+    page.get_by_test_id("prompt").fill("\N{FOX FACE}" * 4000)
+    generate(page)
+    finish(page)
+    context.close()
+
+
 def test_a_dropped_photograph_is_begun_with(page: Page) -> None:
     """It says nothing of itself, so it is the image to begin with; another file is refused by name."""
     drop(page, "photo.png", png(64, 64))
@@ -578,12 +613,15 @@ def test_adapters_and_models_can_be_chosen(page: Page) -> None:
     finish(page)
     page.get_by_test_id("split").fill("0")
     expect(page.locator("#adapters-hint")).to_contain_text("give the cloud some steps")
+    generate(page)
+    finish(page)
+    page.get_by_test_id("split").fill("2")
     page.locator("#cloud-model").select_option("other")
     expect(page.locator("#adapters")).to_be_hidden()
     generate(page)
     finish(page)
 
-    assert [each["loras"] for each in asked] == [[{"name": "snow", "weight": 0.5}], []]
+    assert [each["loras"] for each in asked] == [[{"name": "snow", "weight": 0.5}], [], []]
 
 
 def test_an_empty_number_is_asked_for(page: Page) -> None:
@@ -645,6 +683,7 @@ def test_the_gallery_is_searched_starred_and_cleared(page: Page) -> None:
     items.first.click()
     page.locator("#detail-star").click()
     page.keyboard.press("Escape")
+    expect(page).not_to_have_url(re.compile("image="))
     page.reload()
     page.get_by_label("Favourites only").check()
     expect(items).to_have_count(1)
@@ -658,7 +697,8 @@ def test_the_gallery_is_searched_starred_and_cleared(page: Page) -> None:
     page.get_by_test_id("confirm-delete").click()
 
     expect(page.locator("#gallery-empty")).to_have_text("No image is like that.")
-    assert "whale" not in page.request.get("/v1/jobs").text()
+    prompts = [job["request"]["prompt"] for job in api(page, "/v1/jobs?limit=200")["jobs"]]
+    assert not [prompt for prompt in prompts if "whale" in prompt]
 
 
 def test_zoom_and_formats(page: Page) -> None:

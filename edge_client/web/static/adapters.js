@@ -33,7 +33,7 @@ export class Adapters {
   /** Says whether the split lets them work. */
   show(hasCloudSteps) {
     const isIdle = this.chosen.length > 0 && !hasCloudSteps;
-    setText(byId("adapters-hint"), isIdle ? "They change the large model only: give the cloud some steps." : "");
+    setText(byId("adapters-hint"), isIdle ? "They change the large model only: give the cloud some steps, or they are left out." : "");
   }
 
   #makeRow(name, i) {

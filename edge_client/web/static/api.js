@@ -1,6 +1,7 @@
 /** The gateway's API: requests, token, events and images. */
 
 import { ask, byId, setText } from "./dom.js";
+import { keep, readKept } from "./kept.js";
 
 const TOKEN_KEY = "hybridsd.token";
 const LAST_EVENTS = new Set(["completed", "failed", "cancelled"]);
@@ -45,7 +46,7 @@ const streams = new Semaphore(MAX_STREAMS);
 
 /** @param {boolean} [isPoll] whether it runs in the background: then the user is not asked for a missing token */
 export const getCapabilities = (isPoll = false) => getJson("/v1/capabilities", { asksToken: !isPoll });
-export const getJob = (id) => getJson(`/v1/jobs/${id}`);
+export const getJob = (id, isPoll = false) => getJson(`/v1/jobs/${id}`, { asksToken: !isPoll });
 export const cancelJob = (id) => getJson(`/v1/jobs/${id}/cancel`, { method: "POST" });
 export const deleteJob = (id) => send(`/v1/jobs/${id}`, { method: "DELETE" });
 
@@ -219,7 +220,7 @@ async function readProblem(response) {
 }
 
 function token() {
-  return sessionStorage.getItem(TOKEN_KEY);
+  return readKept(TOKEN_KEY, "sessionStorage");
 }
 
 let asking = null;
@@ -247,6 +248,6 @@ async function readToken(wasRefused) {
   const value = input.value.trim();
   input.value = "";
   if (answer !== "ok" || !value) return false;
-  sessionStorage.setItem(TOKEN_KEY, value);
+  keep(TOKEN_KEY, value, "sessionStorage");
   return true;
 }

@@ -90,6 +90,15 @@ document.addEventListener("drop", (event) => {
   event.preventDefault();
   takeFile(file);
 });
+byId("settings-file").addEventListener("change", async () => {
+  const [file] = byId("settings-file").files;
+  byId("settings-file").value = "";  // so that the same one can be chosen again
+  if (!file || !(await isReady())) return;
+  form.clearProblems();
+  const settings = await readSettings(file, capabilities);
+  if (settings) restore(settings);
+  else showError(Object.assign(new Error("This image does not say how it was made."), { field: "settings" }));
+});
 document.addEventListener("paste", (event) => {
   const [file] = imagesOf(event.clipboardData);
   if (!file || event.clipboardData.types.includes("text/plain")) return;
@@ -164,7 +173,7 @@ function end(run) {
 
 /** The event stream failed; asks the gateway whether the job has ended. */
 async function giveUp(run, error) {
-  const job = await getJob(run.job.id).catch(() => null);
+  const job = await getJob(run.job.id, true).catch(() => null);
   if (job && !isActive({ job })) {
     applyEvent(run, job.state, { job });
   } else {

@@ -114,7 +114,8 @@ class Column {
 
   constructor({ title, subtitle, hybrid }, request) {
     this.title = title;
-    this.request = { ...request, n: 1, hybrid };
+    const loras = hybrid.mode === "edge" ? [] : request.loras;  // they are the cloud's
+    this.request = { ...request, n: 1, loras, hybrid };
     const frame = make("div", { class: "frame" }, this.#img);
     frame.style.setProperty("--ratio", String(request.width / request.height));
     this.element = make(

@@ -25,7 +25,7 @@ export function requestOf({ job, image }) {
     seed: image.seed,
     scheduler: image.scheduler,
     hybrid: splitRequest(image.planned_cloud_steps, job.request.hybrid?.model),
-    loras: job.request.loras ?? [],
+    loras: image.planned_cloud_steps ? job.request.loras ?? [] : [],
     image: null,
     mask: null,
     previews: NUM_PREVIEWS,

@@ -2,6 +2,7 @@
 
 import { Adapters } from "./adapters.js";
 import { byId, make, setText } from "./dom.js";
+import { keep, readKeptJson } from "./kept.js";
 import { labelOf, listNumbers, offlinePlans, schedulerName, sentence } from "./problems.js";
 import { effectiveSteps } from "./run.js";
 import { StartImage } from "./start_image.js";
@@ -64,13 +65,18 @@ export class Form {
     this.#show();
   }
 
-  /** @returns {boolean} whether every number is there and in its range; says it at those that are not */
+  /** @returns {boolean} whether every number is in its range, and every text; says it at those that are not */
   check() {
     const wrong = NUMBERS.map(byId).filter((control) => !control.disabled && !control.closest("[hidden]"))
       .filter((control) => !control.checkValidity());
     for (const control of wrong) this.#sayAt(control, numberWords(control));
-    wrong[0]?.focus();
-    return wrong.length === 0;
+    const { max_prompt_chars: mostChars } = this.#capabilities.limits;
+    const long = ["prompt", "negative"].map(byId).filter(({ value }) => [...value].length > mostChars);
+    for (const control of long) {
+      this.#sayAt(control, `This has ${[...control.value].length} characters; at most ${mostChars} are drawn from.`);
+    }
+    [...long, ...wrong][0]?.focus();
+    return wrong.length + long.length === 0;
   }
 
   /** @returns {object} the body of POST /v1/jobs */
@@ -88,7 +94,7 @@ export class Form {
       seed: byId("random-seed").checked || byId("seed").value === "" ? null : byId("seed").valueAsNumber,
       scheduler: byId("scheduler").value,
       hybrid: this.#split.request(),
-      loras: this.#adapters.chosen,
+      loras: this.#hasCloudSteps ? this.#adapters.chosen : [],
       ...this.#start.request(),
       previews: NUM_PREVIEWS,
     };
@@ -218,7 +224,6 @@ export class Form {
     setLimits("steps", 1, limits.max_steps);
     setLimits("guidance", limits.min_guidance, limits.max_guidance);
     setLimits("seed", 0, Math.min(limits.max_seed, Number.MAX_SAFE_INTEGER));
-    for (const id of ["prompt", "negative"]) byId(id).maxLength = limits.max_prompt_chars;
     for (const id of ["width", "height"]) {
       setLimits(id, edge.size_multiple, edge.max_size);
       byId(id).step = String(edge.size_multiple);
@@ -259,7 +264,7 @@ export class Form {
   }
 
   #restoreKept() {
-    const kept = readKept();
+    const kept = readKeptJson(STORE_KEY) ?? {};
     if (kept.steps >= 1) byId("split").max = String(kept.steps);
     for (const id of KEPT) {
       const control = byId(id);
@@ -275,11 +280,7 @@ export class Form {
     this.#offerAdapters();
     this.#show();
     const kept = KEPT.map((id) => [id, byId(id).type === "checkbox" ? byId(id).checked : byId(id).value]);
-    try {
-      localStorage.setItem(STORE_KEY, JSON.stringify(Object.fromEntries(kept)));
-    } catch {
-      // the browser keeps nothing: the next visit begins with the defaults
-    }
+    keep(STORE_KEY, JSON.stringify(Object.fromEntries(kept)));
   }
 
   #show() {
@@ -300,10 +301,14 @@ export class Form {
       width, height, num_inference_steps: asked, guidance_scale: byId("guidance").valueAsNumber,
       scheduler: byId("scheduler").value, model: byId("cloud-model").value, loras: this.#adapters.chosen, isFromImage,
     });
-    this.#adapters.show(this.#split.isAuto || this.#split.cloudSteps > 0);
+    this.#adapters.show(this.#hasCloudSteps);
     const hint = this.#offlineHint();
     byId("offline-hint").hidden = !hint;
     setText(byId("offline-hint"), hint);
+  }
+
+  get #hasCloudSteps() {
+    return this.#split.isAuto || this.#split.cloudSteps > 0;
   }
 
   #takeOwnShape() {
@@ -382,12 +387,4 @@ function numberWords(control) {
   const given = validity.badInput ? "is no number" : value === "" ? "is empty" : `is ${value}`;
   const kind = step === "any" ? "a number" : Number(step) > 1 ? `a multiple of ${step}` : "a whole number";
   return `${name} ${given}: choose ${kind} ${max ? `from ${min} to ${max}` : `of ${min} or more`}.`;
-}
-
-function readKept() {
-  try {
-    return JSON.parse(localStorage.getItem(STORE_KEY)) ?? {};
-  } catch {
-    return {};
-  }
 }

@@ -2,6 +2,7 @@
 
 import { deleteJob, downloadPicture, listJobs, pictureUrl } from "./api.js";
 import { ask, byId, make, plural, setText } from "./dom.js";
+import { keep, readKeptJson } from "./kept.js";
 import { loadInto } from "./pictures.js";
 import { isActive } from "./run.js";
 
@@ -110,11 +111,7 @@ export class Gallery {
 
   setFavourite(entry, isFavourite) {
     this.#favourites[isFavourite ? "add" : "delete"](nameOf(entry));
-    try {
-      localStorage.setItem(FAVOURITES_KEY, JSON.stringify([...this.#favourites]));
-    } catch {
-      // the browser keeps nothing: they last as long as the page
-    }
+    keep(FAVOURITES_KEY, JSON.stringify([...this.#favourites]));
     this.#show();
   }
 
@@ -272,10 +269,6 @@ function nameOf({ job, image }) {
 }
 
 function readFavourites() {
-  try {
-    const names = JSON.parse(localStorage.getItem(FAVOURITES_KEY));
-    return Array.isArray(names) ? names : [];
-  } catch {
-    return [];
-  }
+  const names = readKeptJson(FAVOURITES_KEY);
+  return Array.isArray(names) ? names : [];
 }

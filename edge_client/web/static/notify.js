@@ -1,6 +1,7 @@
 /** Tells the user of the system when an image is done and this page is not in view. */
 
 import { byId } from "./dom.js";
+import { keep, readKept } from "./kept.js";
 
 const KEY = "hybridsd.notify";
 
@@ -10,7 +11,7 @@ export class Notifier {
   constructor() {
     if (!("Notification" in globalThis) || !isSecureContext) return;  // then the browser has none to give
     byId("notify-field").hidden = false;
-    this.#box.checked = localStorage.getItem(KEY) === "1" && Notification.permission === "granted";
+    this.#box.checked = readKept(KEY) === "1" && Notification.permission === "granted";
     this.#box.addEventListener("change", () => this.#change());
   }
 
@@ -28,6 +29,6 @@ export class Notifier {
     const isAllowed = !this.#box.checked || (await Notification.requestPermission()) === "granted";
     this.#box.checked &&= isAllowed;
     byId("notify-hint").hidden = isAllowed;
-    localStorage.setItem(KEY, this.#box.checked ? "1" : "0");
+    keep(KEY, this.#box.checked ? "1" : "0");
   }
 }

@@ -1,6 +1,6 @@
 /** The large image area, and the list of running jobs. */
 
-import { byId, make, seconds, setText } from "./dom.js";
+import { byId, make, plural, seconds, setText } from "./dom.js";
 import { remainingS } from "./estimate.js";
 import { loadInto } from "./pictures.js";
 import { isActive } from "./run.js";
@@ -212,7 +212,9 @@ function progress({ pictures }) {
 function madeText({ pictures }) {
   const made = pictures.filter(({ image }) => image).map(({ image }) => image);
   if (!made.length) return "";
-  return `seed ${made[0].seed} · ${seconds(made.reduce((sum, image) => sum + image.elapsed_s, 0))}`;
+  const dropped = made[0].num_dropped_tokens;
+  const cut = dropped > 0 ? ` · the last ${plural(dropped, "token")} of the text did not fit into the model` : "";
+  return `seed ${made[0].seed} · ${seconds(made.reduce((sum, image) => sum + image.elapsed_s, 0))}${cut}`;
 }
 
 function stepText({ pictures, current }) {

@@ -77,6 +77,10 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     "--edge-model", "edge_models", envvar="HYBRIDSD_EDGE_EDGE_MODEL", multiple=True, metavar="NAME=DIR",
     help="Another edge bundle, for segments that name it. Repeatable.",
 )  # fmt: skip
+@click.option(
+    "--fit-size", is_flag=True,
+    help="Take any width and height: draw the nearest size that the models have, and resize. A request may differ.",
+)  # fmt: skip
 @click.option("--no-cloud", is_flag=True, help="Draw everything here.")
 @server_options
 @patience_options
@@ -145,6 +149,7 @@ def _settings(options: dict[str, Any]) -> Settings:
         workers=options["workers"],
         max_queue=options["max_queue"],
         max_jobs=options["max_jobs"],
+        fit_size=options["fit_size"],
         max_body_bytes=options["max_body_mib"] << 20,
         cloud_dollars_per_hour=options["cloud_price"],
     )

@@ -196,6 +196,11 @@ def _check_rest(request: Request, manifest: Manifest, width: int, height: int) -
         raise Reason.FIELD_INVALID.error(
             f"state_every is {request.state_every}; choose 0 to {MAX_EVERY}", field="state_every"
         )
+    if request.output_size is not None and not all(8 <= side <= MAX_SIZE for side in request.output_size):
+        raise Reason.SIZE_INVALID.error(
+            "the size is {}x{}; choose `width` and `height` from 8 to {}".format(*request.output_size, MAX_SIZE),
+            field="width",
+        )
     _check_loras(request.loras)
     _check_skipping(request.call_skipping)
     _check_image(request.image_input, width, height)

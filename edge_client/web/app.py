@@ -77,7 +77,8 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         queue = JobQueue(
-            store, JobWorker(bundle=bundle, models=models, cloud=cloud, others=others), num_workers=settings.workers,
+            store, JobWorker(bundle=bundle, models=models, cloud=cloud, others=others, fit_size=settings.fit_size),
+            num_workers=settings.workers,
             max_waiting=settings.max_queue, view=views.job, on_end=webhooks.send,
         )  # fmt: skip
         app.state.gateway = Gateway(

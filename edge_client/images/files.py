@@ -34,14 +34,26 @@ _XMP = (
 )
 
 
+def encode(image_u8: ImageU8, text: Mapping[str, str] = NOTHING, wanted: Format = "png", quality: int = 95) -> bytes:
+    """Returns an image as a file, with what it says of itself.
+
+    Args:
+        image_u8: `[height, width, 3]`.
+        text: By name: `parameters` and `hybridsd`; PNG takes others, too.
+        wanted: The format.
+        quality: 0 to 100, for JPEG and WebP. 100 makes WebP lossless.
+    """
+    return _encode(Image.fromarray(image_u8), text, wanted, quality)
+
+
 def encode_png(image_u8: ImageU8, text: Mapping[str, str] = NOTHING) -> bytes:
     """Returns a PNG file with some text chunks."""
-    return _encode(Image.fromarray(image_u8), text, "png")
+    return encode(image_u8, text)
 
 
 def encode_file(path: Path, image_u8: ImageU8, text: Mapping[str, str] = NOTHING) -> bytes:
     """Returns the image with what it says of itself, in the format of the path's ending; PNG if that is unknown."""
-    return _encode(Image.fromarray(image_u8), text, FORMATS.get(path.suffix.lower(), "png"))
+    return encode(image_u8, text, FORMATS.get(path.suffix.lower(), "png"))
 
 
 def convert(content: bytes, wanted: Format, quality: int = 95, max_side: int | None = None) -> bytes:
@@ -93,7 +105,7 @@ def read_png(path: Path) -> tuple[ImageU8, dict[str, Any] | None, str | None]:
     return pixels, record, text.get("parameters")
 
 
-def _encode(image: Image.Image, text: Mapping[str, str], wanted: Format, quality: int = 95) -> bytes:
+def _encode(image: Image.Image, text: Mapping[str, str], wanted: Format, quality: int) -> bytes:
     stream = io.BytesIO()
     options: dict[str, Any] = {}
     if wanted == "png":

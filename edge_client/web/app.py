@@ -27,7 +27,7 @@ from edge_client.web.jobs.view import Views
 from edge_client.web.jobs.webhooks import Webhooks
 from edge_client.web.jobs.worker import JobWorker
 from edge_client.web.middleware import SecurityMiddleware
-from edge_client.web.routes import a1111, jobs, openai, pages
+from edge_client.web.routes import a1111, a1111_lists, jobs, openai, pages
 from edge_client.web.schemas.native import Problem
 from edge_client.web.settings import Settings
 from hybridsd.errors import HybridSDError
@@ -104,7 +104,7 @@ def create_app(
     )
     app.state.tasks = a1111.Tasks()
     errors.install(app)
-    for router in (jobs.router, openai.router, a1111.router, pages.router):
+    for router in (jobs.router, openai.router, a1111.router, a1111_lists.router, pages.router):
         app.include_router(router)
     app.mount("/static", GZipMiddleware(pages.Assets(directory=pages.STATIC), minimum_size=500), name="static")
     if settings.cors_origins:

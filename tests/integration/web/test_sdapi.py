@@ -34,7 +34,7 @@ from tests.integration.web.conftest import (
 from tests.support.fake_cloud import FakeCloud
 from tests.support.patience import HANG_S
 
-WANTED = {"prompt": "a red fox", "seed": 5, "steps": 6, "cfg_scale": 3.0, "width": 32, "height": 32}
+WANTED = {"eta": 0, "prompt": "a red fox", "seed": 5, "steps": 6, "cfg_scale": 3.0, "width": 32, "height": 32}
 
 
 def webui(server: GatewayServer, token: str | None = None) -> WebUIApi:
@@ -108,7 +108,14 @@ def test_img2img_with_a_mask(api: WebUIApi) -> None:
     """White is drawn anew, black stays; inverted it is the other way round."""
     image = Image.open(io.BytesIO(picture()))
     mask = Image.fromarray(np.repeat(np.repeat([[255, 0]], 16, axis=1), 32, axis=0).astype(np.uint8))
-    fields = {**WANTED, "images": [image], "mask_image": mask, "mask_blur": 0, "denoising_strength": 0.9}
+    fields = {
+        **WANTED,
+        "images": [image],
+        "mask_image": mask,
+        "mask_blur": 0,
+        "inpaint_full_res": False,
+        "denoising_strength": 0.9,
+    }
     result, inverted = api.img2img(**fields), api.img2img(**fields, inpainting_mask_invert=1)
     changed = [np.abs(array(each.image).astype(int) - array(image)).max(axis=(0, 2)) for each in (result, inverted)]
 

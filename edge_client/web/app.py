@@ -26,7 +26,7 @@ from edge_client.web.jobs.store import Store
 from edge_client.web.jobs.view import Views
 from edge_client.web.jobs.webhooks import Webhooks
 from edge_client.web.jobs.worker import JobWorker
-from edge_client.web.middleware import SecurityMiddleware
+from edge_client.web.middleware import HeadMiddleware, SecurityMiddleware
 from edge_client.web.routes import a1111, a1111_lists, jobs, openai, pages
 from edge_client.web.schemas.native import Problem
 from edge_client.web.settings import Settings
@@ -107,6 +107,7 @@ def create_app(
     for router in (jobs.router, openai.router, a1111.router, a1111_lists.router, pages.router):
         app.include_router(router)
     app.mount("/static", GZipMiddleware(pages.Assets(directory=pages.STATIC), minimum_size=500), name="static")
+    app.add_middleware(HeadMiddleware)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST", "DELETE"],

@@ -119,7 +119,8 @@ def provenance(result: Result) -> dict[str, Any]:
         "unapplied_loras": list(result.unapplied),  # in steps that a lost cloud left to the edge
         "cloud_skip": None if request.call_skipping is None else request.call_skipping.describe(),
         "private": request.private,
-        "image": _image_json(request.image_input),
+        "image": None if result.strength is None else {"strength": result.strength, "mask": result.has_mask},
+        **_fit_json(request.image_input),
         "safety_checker": asdict(result.safety),
         "codec": result.codec,
         "plan_digest": result.plan.digest().hex(),
@@ -145,7 +146,8 @@ def replay(record: Mapping[str, Any]) -> dict[str, Any]:
     body["loras"] = [{"name": name, "weight": weight} for name, weight in record["loras"].items()]
     body["safety_checker"] = record["safety_checker"]["action"]
     if record["image"] is not None:
-        body |= {name: record["image"][name] for name in ("strength", "fit", "mask_blur", "invert_mask")}
+        body |= {"strength": record["image"]["strength"]}
+        body |= {name: record[name] for name in ("fit", "mask_blur", "invert_mask")}
     hybrid: dict[str, Any] = {name: record[name] for name in ("codec", "private", "cloud_skip")}
     if record["segments"] is not None:
         hybrid["segments"] = record["segments"]
@@ -246,13 +248,11 @@ def rest_image(index: int, result: Result) -> dict[str, Any]:
     }
 
 
-def _image_json(given: ImageInput | None) -> dict[str, Any] | None:
+def _fit_json(given: ImageInput | None) -> dict[str, Any]:
+    """Returns how a given image and its mask came to their size."""
     if given is None:
-        return None
-    return {
-        "strength": given.strength, "mask": given.mask is not None, "fit": given.fit, "mask_blur": given.mask_blur,
-        "invert_mask": given.invert_mask,
-    }  # fmt: skip
+        return {}
+    return {"fit": given.fit, "mask_blur": given.mask_blur, "invert_mask": given.invert_mask}
 
 
 def _digest(latents: Latents | None) -> str | None:

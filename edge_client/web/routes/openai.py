@@ -85,7 +85,7 @@ async def list_models(gateway: SharedGateway, _caller: AuthorizedCaller) -> Any:
     return {"data": [{"id": name} for name in _names(gateway, found)]}
 
 
-@router.get("/models/{model:path}", response_model=Model, responses=answers(401, 404))
+@router.get("/models/{model:path}", response_model=Model, responses=answers(401, 404, 422))
 async def read_model(model: str, gateway: SharedGateway, _caller: AuthorizedCaller) -> Any:
     """Returns a model of the list."""
     found, _ = await gateway.watch.poll()

@@ -18,6 +18,7 @@ from webuiapi.webuiapi import raw_b64_img
 
 from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.client import Cloud
+from edge_client.images.files import read_text
 from edge_client.inference.models import Models
 from hybridsd import schedulers
 from tests.integration.web.conftest import (
@@ -172,6 +173,45 @@ def test_what_there_is_to_choose(api: WebUIApi) -> None:
     assert api.txt2img(**WANTED).info["sd_model_name"] == "fake-large"
     refused = api.session.post(f"{api.baseurl}/options", json={"sd_model_checkpoint": "other"})
     assert (refused.status_code, refused.json()["reason"]) == (409, "MODEL_UNKNOWN")
+
+
+def test_schedules_of_samplers(api: WebUIApi) -> None:
+    """Each sampler says which noise schedules it takes; those exist, and others are refused with what there is."""
+    samplers = api.session.get(f"{api.baseurl}/samplers").json()
+    offered = {each["label"] for each in api.session.get(f"{api.baseurl}/schedulers").json()}
+    for sampler in samplers:
+        taken = sampler["options"]["schedulers"].split(", ")
+        assert set(taken) <= offered
+        assert all(schedulers.find(f"{sampler['name']} {label}") for label in taken if label != "Automatic")
+    assert set().union(*(each["options"]["schedulers"].split(", ") for each in samplers)) == offered
+    for schedule in ("karras", "no such"):
+        refused = api.session.post(
+            f"{api.baseurl}/txt2img", json={"prompt": "a fox", "sampler_name": "LCM", "scheduler": schedule}
+        )
+        assert (refused.status_code, refused.json()["field"]) == (422, "scheduler")
+        assert "Automatic" in refused.json()["detail"]
+
+
+def test_options_that_would_change_images_are_refused(api: WebUIApi) -> None:
+    """All of a request, or nothing."""
+    url = f"{api.baseurl}/options"
+    refused = api.session.post(url, json={"sd_model_checkpoint": "fake-large", "CLIP_stop_at_last_layers": 2})
+    known = api.session.post(url, json={"CLIP_stop_at_last_layers": 1, "samples_save": False})
+
+    assert (refused.status_code, refused.json()["field"]) == (422, "CLIP_stop_at_last_layers")
+    assert known.status_code == 200
+
+
+def test_formats_of_answers(api: WebUIApi) -> None:
+    """`samples_format` is followed; the file says how it was made, as a PNG does."""
+    answer = api.session.post(
+        f"{api.baseurl}/txt2img",
+        json={**WANTED, "sampler_name": "DDIM", "override_settings": {"samples_format": "jpg", "jpeg_quality": 90}},
+    ).json()
+    content = base64.b64decode(answer["images"][0])
+
+    assert content.startswith(b"\xff\xd8")
+    assert read_text(content)["parameters"] == json.loads(answer["info"])["infotexts"][0]
 
 
 @pytest.mark.parametrize(("share", "cloud_steps"), [(0.0, 0), (0.34, 2), (0.5, 3), (1.0, 6)])

@@ -57,7 +57,7 @@ def test_steps_are_those_that_were_asked_for(result: Result) -> None:
     """Not those that were left after the image that it began with."""
     given = ImageInput(image=np.zeros((3, 32, 32), np.float32), strength=0.25, fit="pad")
     request = dataclasses.replace(result.request, image_input=given)
-    begun = dataclasses.replace(result, num_inference_steps=2, begin_step=6, request=request)
+    begun = dataclasses.replace(result, num_inference_steps=2, begin_step=6, request=request, strength=0.25)
     body = replay(provenance(begun))
 
     assert "Steps: 8, " in parameters(begun)

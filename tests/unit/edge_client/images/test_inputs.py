@@ -130,4 +130,4 @@ def test_a_resized_image_keeps_its_shapes() -> None:
     resized = resize(image, 100, 100)
 
     assert resized.shape == (100, 100, 3)
-    assert resized[:, 4:-4].min() > 250
+    assert resized.min() > 128

@@ -75,6 +75,11 @@ def resolve(request: Request, manifest: Manifest) -> Resolved:
     else:
         count = _cloud_steps(request, schedule.num_steps, defaults.cloud_steps / defaults.num_inference_steps)
         stages = _two_stages(request, schedule, count, float(guidance))
+    if request.loras and not any(stage.place == "cloud" for stage in stages):
+        raise Reason.FIELD_INVALID.error(
+            "`loras` are of the cloud's model, and no step runs there; leave them out, or give the cloud steps",
+            field="loras",
+        )
     cell = manifest.vae_scale_factor
     shape = (manifest.latent_channels, height // cell, width // cell)
     if request.initial_latents is not None and request.initial_latents.shape != shape:

@@ -12,7 +12,7 @@ from edge_client.generation.events import EarlyHandoff, Event, Fallback, Finishe
 from edge_client.generation.result import Result
 from edge_client.types import ImageInput, Latents
 from hybridsd import schedulers
-from hybridsd.errors import HybridSDError
+from hybridsd.errors import HybridSDError, Reason
 
 MAX_PARAMETERS_CHARS = 65_536
 """Characters of `parameters` that are read; more are those of no image."""
@@ -133,7 +133,14 @@ def replay(record: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         record: Its `provenance`. The image and the mask that it began with, if any, are to be added.
+
+    Raises:
+        InvalidRequest: FIELD_INVALID if it began with latents of its own, which no request can give.
     """
+    if record["initial_latents"] is not None:
+        raise Reason.FIELD_INVALID.error(
+            "the image began with latents from a file; draw it with `load_latents` again", field="initial_latents"
+        )
     body: dict[str, Any] = {
         name: record[name]
         for name in (

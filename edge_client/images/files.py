@@ -82,7 +82,7 @@ def read_text(source: Path | bytes) -> dict[str, str]:
         with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
             image.load()  # text chunks may be behind the pixels
             return _read_text(image)
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         name = source if isinstance(source, Path) else "the upload"
         raise Reason.FIELD_INVALID.error(f"{name} is not an image: {error}", field="image") from error
 

@@ -36,7 +36,7 @@ from edge_client.web.schemas.a1111 import (
     TextToImage,
     refuse_others,
 )
-from edge_client.web.schemas.native import MAX_IMAGES, Format, JobCreate
+from edge_client.web.schemas.native import MAX_IMAGES, Format, Hybrid, JobCreate
 from edge_client.web.wait_for_job import finish_job, require_completed
 from hybridsd import schedulers
 from hybridsd.errors import HybridSDError, Reason
@@ -317,16 +317,7 @@ def _create(body: TextToImage, fields: dict[str, Any], model: str, gateway: Gate
     if n > MAX_IMAGES:
         raise Reason.FIELD_INVALID.error(f"batch_size * n_iter is {n}; choose at most {MAX_IMAGES}", field="n_iter")
     defaults = gateway.bundle.manifest.defaults
-    hybrid = body.hybrid
-    chosen = str(body.override_settings.get("sd_model_checkpoint") or model)
-    if chosen and not hybrid.model:
-        hybrid = hybrid.model_copy(update={"model": chosen.partition(" [")[0][:64]})
-    if body.refiner_switch_at is not None:
-        if body.steps is None:
-            raise Reason.FIELD_INVALID.error(
-                "refiner_switch_at is a share of steps, which is missing; give both", field="steps"
-            )
-        hybrid = hybrid.model_copy(update={"cloud_steps": round(body.refiner_switch_at * body.steps)})
+    hybrid = _with_share(body, _with_model(body, model, gateway))
     prompt, loras = read_prompt(body.prompt)
     check_syntax(body.negative_prompt, "negative_prompt")
     guidance = None if body.cfg_scale is None else max(body.cfg_scale, MIN_GUIDANCE)
@@ -356,6 +347,40 @@ def _create(body: TextToImage, fields: dict[str, Any], model: str, gateway: Gate
             safety_checker=body.safety_checker,
             **fields,
         )
+
+
+def _with_model(body: TextToImage, model: str, gateway: Gateway) -> Hybrid:
+    """Returns the `hybrid` object of a body with the model of its settings, else with that of its caller."""
+    wanted, hybrid = body.override_settings.get("sd_model_checkpoint") or "", body.hybrid
+    name = str(wanted).partition(" [")[0][:64]
+    if name and hybrid.model not in ("", name):
+        raise Reason.FIELD_INVALID.error(
+            f"sd_model_checkpoint is {name!r} and hybrid.model {hybrid.model!r}; give one",
+            field="override_settings.sd_model_checkpoint",
+        )
+    name = hybrid.model or name or model
+    here = gateway.bundle.manifest.name
+    if gateway.cloud is None and name not in ("", here):
+        raise Reason.MODEL_UNKNOWN.error(f"there is no model {name!r}; choose {here}", field="sd_model_checkpoint")
+    return hybrid.model_copy(update={"model": "" if gateway.cloud is None else name})
+
+
+def _with_share(body: TextToImage, hybrid: Hybrid) -> Hybrid:
+    """Returns a `hybrid` object with the share of the cloud, of the steps that are run."""
+    if body.refiner_switch_at is None:
+        return hybrid
+    if body.steps is None:
+        raise Reason.FIELD_INVALID.error(
+            "refiner_switch_at is a share of steps, which is missing; give both", field="steps"
+        )
+    strength = body.denoising_strength if isinstance(body, ImageToImage) else 1
+    cloud_steps = round(body.refiner_switch_at * int(body.steps * strength))
+    if hybrid.cloud_steps not in (None, cloud_steps):
+        raise Reason.FIELD_INVALID.error(
+            f"refiner_switch_at means {cloud_steps} cloud steps, hybrid.cloud_steps {hybrid.cloud_steps}; give one",
+            field="refiner_switch_at",
+        )
+    return hybrid.model_copy(update={"cloud_steps": cloud_steps})
 
 
 def _scheduler(body: TextToImage, default: schedulers.SchedulerSpec) -> schedulers.SchedulerSpec | None:

@@ -282,7 +282,7 @@ async def _with_model(body: Generation, gateway: Gateway) -> Hybrid:
         return body.hybrid.model_copy(update={"mode": "edge"})
     found, _ = await gateway.watch.poll()
     names = _names(gateway, found)
-    if found is not None:
+    if found is not None or gateway.cloud is None:  # of a cloud that is away nobody knows
         _known(name, names, "model")
     return body.hybrid.model_copy(update={"model": name[:64]})
 

@@ -113,6 +113,8 @@ class TextToImage(BaseModel):
         if not isinstance(text, str) or not text:
             return given
         known = read_infotext(text)
+        if "refiner_switch_at" in given:
+            known["hybrid"].pop("cloud_steps", None)
         if isinstance(given.get("hybrid"), dict):
             given["hybrid"] = {**known.pop("hybrid"), **given["hybrid"]}
         return {**known, **given}

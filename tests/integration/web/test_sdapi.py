@@ -202,6 +202,61 @@ def test_options_that_would_change_images_are_refused(api: WebUIApi) -> None:
     assert known.status_code == 200
 
 
+def test_fields_that_contradict_each_other(api: WebUIApi) -> None:
+    """None wins silently."""
+    url, hybrid = f"{api.baseurl}/txt2img", {"hybrid": {"cloud_steps": 2, "model": "fake-large"}}
+    for more, field in (
+        ({"refiner_switch_at": 0.5}, "refiner_switch_at"),
+        ({"override_settings": {"sd_model_checkpoint": "other"}}, "override_settings.sd_model_checkpoint"),
+    ):
+        refused = api.session.post(url, json={**WANTED, **hybrid, **more})
+        assert (refused.status_code, refused.json()["field"]) == (422, field)
+
+
+def test_the_share_of_the_cloud_in_an_edit(api: WebUIApi) -> None:
+    """Is one of the steps that are run."""
+    body = {**WANTED, "init_images": [base64.b64encode(picture()).decode()], "denoising_strength": 0.5}
+    answer = api.session.post(
+        f"{api.baseurl}/img2img", json={**body, "sampler_name": "DDIM", "refiner_switch_at": 0.67}
+    )
+    (record,) = json.loads(answer.json()["info"])["hybrid"]
+
+    assert (record["num_inference_steps"], record["planned_cloud_steps"]) == (3, 2)
+
+
+def test_without_a_cloud(tmp_path: Path, bundle: Bundle, models: Models) -> None:
+    """Its models and adapters are refused, not left out."""
+    with serving(tmp_path, bundle, models, None) as server, server.client() as client:
+        answers = [
+            client.post("/sdapi/v1/txt2img", json={**WANTED, **more})
+            for more in (
+                {"override_settings": {"sd_model_checkpoint": "sd-9"}}, {"prompt": "a fox <lora:style:1>"},
+                {"override_settings": {"sd_model_checkpoint": bundle.manifest.name}},
+            )
+        ]  # fmt: skip
+        unknown = client.post("/v1/images/generations", json={"prompt": "a fox", "model": "sd-9"})
+
+    assert [answer.status_code for answer in answers] == [409, 422, 200]
+    assert [answer.json().get("field") for answer in answers] == ["sd_model_checkpoint", "loras", None]
+    assert unknown.status_code == 404
+
+
+def test_every_list_of_that_client(api: WebUIApi) -> None:
+    """Is one, so that it shows something else than our problems."""
+    for name in (
+        "samplers", "sd_vae", "upscalers", "latent_upscale_modes", "loras", "sd_models", "hypernetworks", "schedulers",
+        "face_restorers", "realesrgan_models", "prompt_styles",
+    ):  # fmt: skip
+        assert isinstance(getattr(api, f"get_{name}")(), list), name
+    assert api.get_embeddings()["loaded"] == {}
+    assert set(api.get_memory()) == {"ram", "cuda"}
+    assert api.get_cmd_flags()["api"]
+    wide = api.extra_single_image(Image.open(io.BytesIO(picture((8, 8)))), upscaler_1="Lanczos", upscaling_resize=3)
+    assert wide.image.size == (24, 24)
+    for call in (api.refresh_checkpoints, api.skip, api.interrupt):
+        call()
+
+
 def test_formats_of_answers(api: WebUIApi) -> None:
     """`samples_format` is followed; the file says how it was made, as a PNG does."""
     answer = api.session.post(

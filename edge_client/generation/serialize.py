@@ -20,7 +20,7 @@ _FIELD = re.compile(r'\s*(?P<name>\w[\w \-/]{1,63}):\s*(?P<value>"(?:\\.|[^\\"])
 """A field of `parameters`, as AUTOMATIC1111 writes it."""
 _REST_FIELDS = (
     "prompt", "negative_prompt", "seed", "image_index", "width", "height", "scheduler", "num_inference_steps",
-    "guidance_scale", "mode", "cloud_model", "edge_model", "planned_cloud_steps", "actual_cloud_steps",
+    "begin_step", "guidance_scale", "mode", "cloud_model", "edge_model", "planned_cloud_steps", "actual_cloud_steps",
     "fallback_message", "early_handoff_reason", "received_bytes", "num_dropped_tokens", "decode_s", "elapsed_s",
 )  # fmt: skip
 

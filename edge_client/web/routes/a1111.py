@@ -491,7 +491,7 @@ def _info(asked: Mapping[str, Any], images: list[dict[str, Any]]) -> dict[str, A
         "height": first.get("height"),
         "sampler_name": None if not first else schedulers.find(first["scheduler"]).label,
         "cfg_scale": first.get("guidance_scale"),
-        "steps": first.get("num_inference_steps"),
+        "steps": first["num_inference_steps"] + first.get("begin_step", 0) if first else None,
         "batch_size": asked["n"],
         "restore_faces": False,
         "face_restoration_model": None,

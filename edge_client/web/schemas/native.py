@@ -151,6 +151,7 @@ class Image(BaseModel):
     height: int
     scheduler: str
     num_inference_steps: int
+    begin_step: int = Field(0, description="steps that the given image left out; num_inference_steps has the others")
     guidance_scale: float
     mode: Mode
     cloud_model: str

@@ -219,9 +219,11 @@ def test_the_share_of_the_cloud_in_an_edit(api: WebUIApi) -> None:
     answer = api.session.post(
         f"{api.baseurl}/img2img", json={**body, "sampler_name": "DDIM", "refiner_switch_at": 0.67}
     )
-    (record,) = json.loads(answer.json()["info"])["hybrid"]
+    info = json.loads(answer.json()["info"])
+    (record,) = info["hybrid"]
 
     assert (record["num_inference_steps"], record["planned_cloud_steps"]) == (3, 2)
+    assert info["steps"] == 6
 
 
 def test_without_a_cloud(tmp_path: Path, bundle: Bundle, models: Models) -> None:

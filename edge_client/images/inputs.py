@@ -1,7 +1,9 @@
 """Images that the user gives: to begin with, and masks of what is to be drawn anew."""
 
 import io
+import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -21,13 +23,16 @@ MAX_PIXELS = 64_000_000
 MAX_BYTES = 64 << 20
 
 
-def load_image(source: Path | bytes, *, field: str = "image", keep_alpha: bool = False) -> Image.Image:
+def load_image(
+    source: Path | bytes, *, field: str = "image", keep_alpha: bool = False, formats: Sequence[str] = FORMATS
+) -> Image.Image:
     """Returns a PNG, JPEG or WebP image, upright, as RGB; transparent parts are white.
 
     Args:
         source: A file, or its content.
         field: What to name in errors.
         keep_alpha: Gives RGBA where the file has transparency.
+        formats: What is read, by Pillow's names; of an animation the first image.
 
     Raises:
         InvalidRequest: FIELD_INVALID where it is no such image, or larger than MAX_PIXELS or MAX_BYTES.
@@ -39,7 +44,7 @@ def load_image(source: Path | bytes, *, field: str = "image", keep_alpha: bool =
             raise _refuse(field, f"{name} has {len(content)} bytes; at most {MAX_BYTES} are allowed")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked below
-            opened = Image.open(io.BytesIO(content), formats=FORMATS)
+            opened = Image.open(io.BytesIO(content), formats=tuple(formats))
             if opened.width * opened.height > MAX_PIXELS:
                 raise _refuse(field, f"{name} has {opened.width}x{opened.height} pixels; at most {MAX_PIXELS} in all")
             opened.load()
@@ -116,6 +121,35 @@ def size_of_aspect(ratio: float, multiple: int, pixels: int) -> tuple[int, int]:
     height = (pixels / ratio) ** 0.5
     width, height = (max(multiple, round(side / multiple) * multiple) for side in (height * ratio, height))
     return int(width), int(height)
+
+
+def fit_size(manifest: Manifest, width: int | None, height: int | None) -> tuple[int, int, tuple[int, int] | None]:
+    """Returns a size that a bundle's models can draw, for any size that is asked for.
+
+    Args:
+        manifest: Of the bundle that draws.
+        width: Pixels; None: the bundle's.
+        height: Pixels.
+
+    Returns:
+        Width and height to draw, and what the image is to be resized to: None where the models have the size itself.
+        Otherwise that is the size they were trained for whose shape is nearest.
+    """
+    defaults, multiple = manifest.defaults, manifest.size_multiple
+    wanted = (width or defaults.width, height or defaults.height)
+    largest = 2 * max(defaults.width, defaults.height)  # beyond, clouds refuse, and models repeat themselves
+    trained = manifest.sizes or ((defaults.width, defaults.height),)
+    if wanted in (*trained, (defaults.width, defaults.height)):
+        return *wanted, None
+    if not manifest.sizes:
+        if all(side % multiple == 0 and multiple <= side <= largest for side in wanted):
+            return *wanted, None
+        sides = size_of_aspect(wanted[0] / wanted[1], multiple, defaults.width * defaults.height)
+        limit = largest // multiple * multiple
+        return min(sides[0], limit), min(sides[1], limit), wanted
+    ratio = wanted[0] / wanted[1]
+    drawn = min(trained, key=lambda size: abs(math.log(size[0] / size[1] / ratio)))
+    return *drawn, wanted
 
 
 def parse_aspect(text: str) -> float:
@@ -211,4 +245,7 @@ def read_image(
     if strength is None:
         strength = DEFAULT_STRENGTH if drawn is None else 1.0
     pixels = fit(image, width, height, how)
-    return width, height, ImageInput(image=pixels, strength=strength, mask=drawn, mask_cells=cells)
+    return width, height, ImageInput(
+        image=pixels, strength=strength, mask=drawn, mask_cells=cells, fit=how, mask_blur=mask_blur,
+        invert_mask=invert_mask,
+    )  # fmt: skip

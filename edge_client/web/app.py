@@ -26,8 +26,8 @@ from edge_client.web.jobs.store import Store
 from edge_client.web.jobs.view import Views
 from edge_client.web.jobs.webhooks import Webhooks
 from edge_client.web.jobs.worker import JobWorker
-from edge_client.web.middleware import SecurityMiddleware
-from edge_client.web.routes import a1111, jobs, openai, pages
+from edge_client.web.middleware import HeadMiddleware, SecurityMiddleware
+from edge_client.web.routes import a1111, a1111_lists, jobs, openai, pages
 from edge_client.web.schemas.native import Problem
 from edge_client.web.settings import Settings
 from hybridsd.errors import HybridSDError
@@ -77,7 +77,8 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         queue = JobQueue(
-            store, JobWorker(bundle=bundle, models=models, cloud=cloud, others=others), num_workers=settings.workers,
+            store, JobWorker(bundle=bundle, models=models, cloud=cloud, others=others, fit_size=settings.fit_size),
+            num_workers=settings.workers,
             max_waiting=settings.max_queue, view=views.job, on_end=webhooks.send,
         )  # fmt: skip
         app.state.gateway = Gateway(
@@ -103,9 +104,10 @@ def create_app(
     )
     app.state.tasks = a1111.Tasks()
     errors.install(app)
-    for router in (jobs.router, openai.router, a1111.router, pages.router):
+    for router in (jobs.router, openai.router, a1111.router, a1111_lists.router, pages.router):
         app.include_router(router)
     app.mount("/static", GZipMiddleware(pages.Assets(directory=pages.STATIC), minimum_size=500), name="static")
+    app.add_middleware(HeadMiddleware)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST", "DELETE"],

@@ -25,6 +25,8 @@ class Settings:
     """Limit of waiting jobs."""
     max_jobs: int = 1000
     """Limit of finished jobs; the oldest are deleted."""
+    fit_size: bool = False
+    """Whether images may have sizes that the models lack: they draw the nearest, which is resized."""
     max_body_bytes: int = 32 << 20
     cloud_dollars_per_hour: float | None = None
     """What the cloud costs while it computes; the page says it for each split. None: not known."""

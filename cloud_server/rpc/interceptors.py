@@ -23,11 +23,10 @@ from cloud_server.engine.request import new_request_id
 from cloud_server.logs import collect_notes
 from hybridsd.durations import to_duration
 from hybridsd.errors import DOMAIN, HybridSDError, Reason
+from hybridsd.limits import MAX_REQUEST_BYTES
 
 log = structlog.get_logger()
 
-MAX_REQUEST_BYTES = 8 << 20
-"""Largest message of a caller: a state of the largest size that is sent out, and what else a request may hold."""
 MAX_RECEIVED_BYTES = 2 * MAX_REQUEST_BYTES
 """Beyond this gRPC itself refuses, before we can say why."""
 

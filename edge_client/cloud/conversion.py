@@ -17,7 +17,7 @@ from edge_client.types import Conditioning, Latents
 from hybridsd import codec
 from hybridsd.durations import to_seconds
 from hybridsd.errors import InvalidRequest, Reason
-from hybridsd.limits import MAX_CHUNKS
+from hybridsd.limits import MAX_CHUNKS, MAX_REQUEST_BYTES
 from hybridsd.plan import MAX_ARRAYS, Plan
 from hybridsd.v1 import denoising_service_pb2 as pb
 from hybridsd.v1 import plan_pb2, tensor_pb2
@@ -25,8 +25,6 @@ from hybridsd.v1 import plan_pb2, tensor_pb2
 REATTACH_GRACE_S = 5
 """How long the server keeps a job whose stream broke, so that we can attach again."""
 MAX_KNOWN_DIGESTS = 64
-MAX_MESSAGE_BYTES = 4 << 20
-"""What gRPC takes by default; the server has it as its limit."""
 _VALUE_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
 _ROW_BYTES = 256
 """A row of a plan takes about so many; and there may be two of them for a step."""
@@ -87,11 +85,11 @@ class Conversation:
         copy = pb.DenoiseRequest()
         copy.CopyFrom(message)
         copy.resume_call = resume_call
-        if copy.ByteSize() > MAX_MESSAGE_BYTES:
+        if copy.ByteSize() > MAX_REQUEST_BYTES:
             resolved = self._segment.resolved
             error = Reason.SIZE_INVALID.error(
                 f"the request for {resolved.width}x{resolved.height} has {copy.ByteSize() / 2**20:.1f} MiB; a message "
-                f"may have {MAX_MESSAGE_BYTES / 2**20:g}: choose a smaller `width` and `height`, or set `mode` to edge",
+                f"may have {MAX_REQUEST_BYTES / 2**20:g}: choose a smaller `width` and `height`, or set `mode` to edge",
                 field="width",
             )
             error.is_bare = True  # the server has not said so

@@ -25,3 +25,5 @@ MAX_LORAS = 8
 MIN_LORA_WEIGHT, MAX_LORA_WEIGHT = -4.0, 4.0
 MAX_DEADLINE_S = 86_400
 """Seconds that the cloud's part may be given; more than 0."""
+MAX_REQUEST_BYTES = 8 << 20
+"""Of a gRPC message of a caller: a state of the largest size that is sent out, and what else a request may hold."""

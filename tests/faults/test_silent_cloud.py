@@ -278,7 +278,7 @@ def test_what_is_too_large_is_not_sent(
     bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A request beyond the limit of a message is refused here, with what to do."""
-    monkeypatch.setattr("edge_client.cloud.conversion.MAX_MESSAGE_BYTES", 100)
+    monkeypatch.setattr("edge_client.cloud.conversion.MAX_REQUEST_BYTES", 100)
     latents = np.random.default_rng(0).normal(size=(4, 4, 4)).astype(np.float32)
     with pytest.raises(ValueError, match="`width` and `height`"):
         draw(replace(REQUEST, initial_latents=latents), bundle, models, cloud)

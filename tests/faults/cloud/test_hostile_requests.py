@@ -13,8 +13,8 @@ from cloud_server.models import plans as models_plans
 from cloud_server.models.load import Model
 from cloud_server.models.plans import PlanCompiler
 from cloud_server.rpc import plan_pool, read_conditioning, read_request, write_response
-from cloud_server.rpc.interceptors import MAX_REQUEST_BYTES
 from hybridsd import codec, noise, prompting
+from hybridsd.limits import MAX_REQUEST_BYTES
 from hybridsd.v1 import bundle_service_pb2, plan_pb2, tensor_pb2
 from hybridsd.v1 import denoising_service_pb2 as pb
 from tests.support.engine_fakes import Client, GatedDenoiser, failure, message, until

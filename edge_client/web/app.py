@@ -19,6 +19,7 @@ from edge_client.cloud.client import Cloud
 from edge_client.inference.models import Models
 from edge_client.web import errors
 from edge_client.web.auth import Access
+from edge_client.web.bodies import BodyMiddleware
 from edge_client.web.cloud_watch import CloudWatch
 from edge_client.web.dependencies import Gateway
 from edge_client.web.jobs.queue import JobQueue
@@ -99,14 +100,14 @@ def create_app(
         version=importlib.metadata.version("hybridsd"),
         summary="Images that the cloud begins and this device finishes.",
         lifespan=lifespan,
-        max_body_size=settings.max_body_bytes,
     )
     app.state.tasks = a1111.Tasks()
     errors.install(app)
     for router in (jobs.router, openai.router, a1111.router, pages.router):
         app.include_router(router)
     app.mount("/static", GZipMiddleware(pages.Assets(directory=pages.STATIC), minimum_size=500), name="static")
-    if settings.cors_origins:
+    app.add_middleware(BodyMiddleware, access=access, max_bytes=settings.max_body_bytes)
+    if settings.cors_origins:  # around it, so that these pages can read its answers
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["Authorization", "Content-Type", "Last-Event-ID"],

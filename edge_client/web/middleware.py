@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from fastapi import Request
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from edge_client.web.errors import MEDIA_TYPE, problem_of, respond
+from edge_client.web.errors import problem_of, respond
 from hybridsd.errors import Reason
 
 _SAFE = ("GET", "HEAD", "OPTIONS")
@@ -40,7 +40,6 @@ class SecurityMiddleware:
             await self._app(scope, receive, send)
             return
         is_framework_page = scope["path"] in _DOCS
-        was_replaced = False
 
         async def harden(message: Message) -> None:
             if message["type"] == "http.response.start" and not is_framework_page:
@@ -49,16 +48,8 @@ class SecurityMiddleware:
                     headers.setdefault(name, value)
             await send(message)
 
-        async def answer(message: Message) -> None:
-            nonlocal was_replaced
-            if message["type"] == "http.response.start" and _is_plain_413(message):
-                was_replaced = True  # Starlette's response to a body beyond the limit
-                await _too_large()(scope, receive, harden)
-            elif not was_replaced:
-                await harden(message)
-
         refusal = self._check(Request(scope))
-        await (self._app if refusal is None else refusal)(scope, receive, answer)
+        await (self._app if refusal is None else refusal)(scope, receive, harden)
 
     def _check(self, request: Request) -> Response | None:
         host = request.headers.get("host", "")
@@ -71,15 +62,6 @@ class SecurityMiddleware:
         if origin in (f"http://{host}", f"https://{host}"):
             return None
         return _refuse(f"origin {origin[:80]!r} is not allowed; the operator allows it with --cors-origin")
-
-
-def _is_plain_413(start: Message) -> bool:
-    return start["status"] == 413 and Headers(raw=start["headers"]).get("content-type") != MEDIA_TYPE
-
-
-def _too_large() -> Response:
-    message = "the request body is too large; send less, or ask the operator for a larger --max-body-mib"
-    return respond(problem_of(Reason.BODY_TOO_LARGE.error(message)))
 
 
 def _refuse(message: str) -> Response:

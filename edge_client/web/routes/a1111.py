@@ -18,6 +18,7 @@ from PIL import Image as Pillow
 
 from edge_client.images.inputs import load_image
 from edge_client.web.auth import Caller
+from edge_client.web.bodies import JsonRoute
 from edge_client.web.dependencies import AuthorizedCaller, Gateway, SharedGateway
 from edge_client.web.errors import answers, request_validation
 from edge_client.web.jobs.store import UNFINISHED, StoredJob
@@ -29,7 +30,7 @@ from edge_client.web.wait_for_job import finish_job, require_completed
 from hybridsd import schedulers
 from hybridsd.errors import HybridSDError, Reason
 
-router = APIRouter(prefix="/sdapi/v1", tags=["sdapi"])
+router = APIRouter(prefix="/sdapi/v1", tags=["sdapi"], route_class=JsonRoute)
 
 MAX_TASKS = 1000
 """Limit of callers whose last task is remembered."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Header, Path, Query, Request, Response, status
 from sse_starlette import EventSourceResponse, JSONServerSentEvent
 
+from edge_client.web.bodies import JsonRoute
 from edge_client.web.capabilities import capabilities
 from edge_client.web.dependencies import AuthorizedCaller, SharedGateway
 from edge_client.web.errors import answers
@@ -15,7 +16,7 @@ from edge_client.web.jobs.view import MEDIA_TYPES
 from edge_client.web.schemas.native import Capabilities, Format, Job, JobCreate, JobPage, State
 from hybridsd.errors import Reason
 
-router = APIRouter(prefix="/v1", tags=["jobs"])
+router = APIRouter(prefix="/v1", tags=["jobs"], route_class=JsonRoute)
 
 KEEP_ALIVE_S = 10
 JobId = Annotated[str, Path(min_length=1, max_length=64)]

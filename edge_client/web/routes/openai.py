@@ -15,6 +15,7 @@ from starlette.datastructures import UploadFile
 from edge_client.cloud.types import Capabilities as CloudCapabilities
 from edge_client.images.inputs import MAX_BYTES
 from edge_client.web.auth import Caller
+from edge_client.web.bodies import JsonRoute
 from edge_client.web.dependencies import AuthorizedCaller, Gateway, SharedGateway
 from edge_client.web.errors import answers, openai_error, problem_of, request_validation
 from edge_client.web.jobs.store import StoredJob
@@ -24,7 +25,7 @@ from edge_client.web.schemas.openai import Generation, Images, ModelList
 from edge_client.web.wait_for_job import finish_job, require_completed
 from hybridsd.errors import HybridSDError, Reason
 
-router = APIRouter(prefix="/v1", tags=["openai"])
+router = APIRouter(prefix="/v1", tags=["openai"], route_class=JsonRoute)
 
 DEFAULT_MODEL = "hybrid"
 """The cloud's first model, then the edge model."""

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from edge_client.images.inputs import Fit
 from edge_client.types import Mode, Place, SafetyAction
@@ -35,6 +35,15 @@ class _RequestModel(BaseModel):
     """Part of a request. Unknown fields are errors, so that none is ignored silently."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_unknown(cls, value: Any) -> Any:
+        """Keeps one unknown field: one error is enough, and pydantic would make one of each."""
+        if not isinstance(value, dict) or len(value) <= len(cls.model_fields):
+            return value
+        unknown = [name for name in value if name not in cls.model_fields]
+        return {name: each for name, each in value.items() if name in cls.model_fields or name == unknown[0]}
 
 
 class Lora(_RequestModel):

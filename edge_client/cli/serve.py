@@ -66,6 +66,10 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     help="Folder of jobs and images. Default: in the data folder of this user.",
 )  # fmt: skip
 @click.option("--max-jobs", type=click.IntRange(1), default=1000, show_default=True, help="Finished jobs to keep.")
+@click.option(
+    "--max-data-mib", type=click.IntRange(64), default=10240, show_default=True,
+    help="Size of their images. Beyond both, the oldest job of the token with most is deleted.",
+)  # fmt: skip
 @click.option("--max-queue", type=click.IntRange(1), default=256, show_default=True, help="Jobs that may wait.")
 @click.option("--max-body-mib", type=click.IntRange(1, 1024), default=32, show_default=True, help="Of one request.")
 @click.option(
@@ -145,6 +149,7 @@ def _settings(options: dict[str, Any]) -> Settings:
         workers=options["workers"],
         max_queue=options["max_queue"],
         max_jobs=options["max_jobs"],
+        max_data_bytes=options["max_data_mib"] << 20,
         max_body_bytes=options["max_body_mib"] << 20,
         cloud_dollars_per_hour=options["cloud_price"],
     )

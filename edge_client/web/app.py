@@ -70,7 +70,10 @@ def create_app(
     Raises:
         InvalidRequest: FIELD_INVALID if the data folder cannot be used.
     """
-    store = Store(settings.data_dir, max_jobs=settings.max_jobs)
+    num_owners = max(1, len(set(settings.tokens)))
+    store = Store(
+        settings.data_dir, max_jobs=settings.max_jobs, max_bytes=settings.max_data_bytes, num_owners=num_owners
+    )
     access = Access(settings.tokens, store.secret())
     views = Views(access, store)
     webhooks = Webhooks(settings.webhook_hosts, store, lambda job: views.job(job, None))
@@ -79,7 +82,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         queue = JobQueue(
             store, JobWorker(bundle=bundle, models=models, cloud=cloud, others=others), num_workers=settings.workers,
-            max_waiting=settings.max_queue, view=views.job, on_end=webhooks.send,
+            max_waiting=settings.max_queue, num_owners=num_owners, view=views.job, on_end=webhooks.send,
         )  # fmt: skip
         app.state.gateway = Gateway(
             bundle=bundle, models=models, cloud=cloud, watch=CloudWatch(cloud), store=store, queue=queue, access=access,

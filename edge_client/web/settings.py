@@ -24,7 +24,9 @@ class Settings:
     max_queue: int = 256
     """Limit of waiting jobs."""
     max_jobs: int = 1000
-    """Limit of finished jobs; the oldest are deleted."""
+    """Limit of finished jobs; beyond it the oldest of whoever has most is deleted."""
+    max_data_bytes: int = 10 << 30
+    """Limit of the images of finished jobs, likewise."""
     max_body_bytes: int = 32 << 20
     cloud_dollars_per_hour: float | None = None
     """What the cloud costs while it computes; the page says it for each split. None: not known."""

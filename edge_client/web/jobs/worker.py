@@ -81,6 +81,14 @@ class JobWorker:
             )
         return filled
 
+    def needs_cloud(self, create: JobCreate) -> bool:
+        """Returns whether a job may wait for the cloud."""
+        if self.cloud is None or create.hybrid.mode == "edge":
+            return False
+        return not create.hybrid.segments or any(
+            each.place == "cloud" for each in parse_segments(create.hybrid.segments)
+        )
+
     def run(
         self, create: JobCreate, upload: Upload, *, is_cancelled: Callable[[], bool], done: Container[int] = ()
     ) -> Generator[WorkerEvent]:

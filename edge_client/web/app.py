@@ -46,8 +46,9 @@ class _Application(FastAPI):
     def build_middleware_stack(self) -> ASGIApp:
         """See Starlette."""
         return SecurityMiddleware(
-            super().build_middleware_stack(), hosts=self._security.hosts, origins=self._security.cors_origins
-        )
+            super().build_middleware_stack(), hosts=self._security.hosts, origins=self._security.cors_origins,
+            any_address=self._security.any_address,
+        )  # fmt: skip
 
 
 def create_app(

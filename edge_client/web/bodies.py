@@ -8,7 +8,8 @@ import email.message
 import json
 from collections import Counter
 from collections.abc import Callable, Coroutine
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
@@ -29,6 +30,9 @@ PATIENCE_S = 20.0
 MIN_RATE = 8192
 """Bytes per second at which a body must come."""
 
+T = TypeVar("T")
+
+_threads = ThreadPoolExecutor(2, thread_name_prefix="body")
 _WITHOUT_BODY = ("GET", "HEAD", "OPTIONS")
 
 
@@ -58,7 +62,7 @@ class BodyMiddleware:
             body.check_length(request.headers.get("content-length", ""))
             if _is_json(request.headers.get("content-type", "")):
                 content = await body.read()
-                await asyncio.to_thread(check_json, content)
+                await in_thread(check_json, content)
                 receive = _replay(content, receive)
             else:
                 receive = body.receive
@@ -70,6 +74,11 @@ class BodyMiddleware:
         finally:
             if body is not None:
                 body.release()
+
+
+async def in_thread(work: Callable[..., T], *args: Any) -> T:
+    """Does short work on a body in a thread, apart from those that convert images and may keep others waiting."""
+    return await asyncio.get_running_loop().run_in_executor(_threads, work, *args)
 
 
 class JsonRoute(APIRoute):
@@ -88,7 +97,7 @@ class JsonRoute(APIRoute):
 class _JsonRequest(Request):
     async def json(self) -> Any:
         body = await self.body()
-        return await asyncio.to_thread(parse_json, body)
+        return await in_thread(parse_json, body)
 
 
 def check_json(content: bytes) -> None:

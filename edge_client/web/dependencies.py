@@ -1,6 +1,5 @@
 """What request handlers get: the gateway and the caller."""
 
-import asyncio
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -12,6 +11,7 @@ from edge_client.cloud.types import Capabilities as CloudCapabilities
 from edge_client.cloud.types import CloudModel
 from edge_client.inference.models import Models
 from edge_client.web.auth import Access, Caller
+from edge_client.web.bodies import in_thread
 from edge_client.web.cloud_watch import CloudWatch
 from edge_client.web.jobs.queue import JobQueue
 from edge_client.web.jobs.store import Store, StoredJob
@@ -44,7 +44,7 @@ class Gateway:
             HybridSDError: The request is invalid; TOO_MANY_JOBS.
         """
         self.webhooks.check(create.webhook)
-        create, upload = await asyncio.to_thread(split_uploads, create)
+        create, upload = await in_thread(split_uploads, create)
         return await self.queue.submit(create, upload, owner=caller.owner, api=api)
 
     def compatible_models(self, found: CloudCapabilities | None) -> list[CloudModel]:

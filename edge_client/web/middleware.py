@@ -1,5 +1,6 @@
 """Checks before every request: host names and origins, and the security headers of every response."""
 
+import ipaddress
 from collections.abc import Sequence
 
 from fastapi import Request
@@ -28,11 +29,15 @@ class SecurityMiddleware:
     Args:
         app: The application behind it.
         hosts: Accepted names in the Host header, "*" for any. Prevents DNS rebinding.
+        any_address: Whether any IP address is accepted there.
         origins: Other sites whose pages may send requests that change something, by their Origin header.
     """
 
-    def __init__(self, app: ASGIApp, hosts: Sequence[str], origins: Sequence[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, hosts: Sequence[str], origins: Sequence[str], *, any_address: bool = False
+    ) -> None:
         self._app, self._hosts, self._origins = app, frozenset(hosts), frozenset(origins)
+        self._any_address = any_address
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -54,7 +59,8 @@ class SecurityMiddleware:
     def _check(self, request: Request) -> Response | None:
         host = request.headers.get("host", "")
         name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-        if "*" not in self._hosts and name.casefold() not in self._hosts:
+        is_known = name.casefold() in self._hosts or (self._any_address and _is_address(name))
+        if "*" not in self._hosts and not is_known:
             return _refuse(f"host {name[:80]!r} is not allowed; the operator allows it with --allowed-host")
         origin = request.headers.get("origin")
         if origin is None or request.method in _SAFE or origin in self._origins:
@@ -62,6 +68,14 @@ class SecurityMiddleware:
         if origin in (f"http://{host}", f"https://{host}"):
             return None
         return _refuse(f"origin {origin[:80]!r} is not allowed; the operator allows it with --cors-origin")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return False
+    return True
 
 
 def _refuse(message: str) -> Response:

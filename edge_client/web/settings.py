@@ -15,6 +15,8 @@ class Settings:
     """Tokens that are accepted; none: no token is needed."""
     hosts: Sequence[str] = ("*",)
     """Accepted Host names. Others are refused, which prevents DNS rebinding."""
+    any_address: bool = False
+    """Whether any IP address is accepted as a Host: those cannot be rebound."""
     cors_origins: Sequence[str] = ()
     """Other sites whose pages may use the gateway."""
     webhook_hosts: Sequence[str] = ()

@@ -11,7 +11,7 @@ from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Container, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import structlog
 from pydantic import ValidationError
@@ -25,6 +25,8 @@ from edge_client.web.schemas.native import JobCreate, State
 from hybridsd.errors import HybridSDError, Reason
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 MAX_ATTEMPTS = 3
 """A job that was started this often and never ended fails: it may be what crashes the gateway."""
@@ -198,15 +200,19 @@ class JobQueue:
             add = functools.partial(self._add, create, upload, owner, api, digest)
             if upload == Upload():
                 job, filled = await loop.run_in_executor(self._checks, add)
-            else:  # one at a time, and owners in turns
-                async with self._checking.setdefault(owner, asyncio.Lock()):
-                    job, filled = await loop.run_in_executor(self._decodes, add)
+            else:
+                job, filled = await self.decode(owner, add)
         finally:
             self._admitted[owner] -= 1
         if filled is not None:
             self._admit(job, filled)
             self._begin_jobs()
         return job
+
+    async def decode(self, owner: str, work: Callable[..., T], *args: Any) -> T:
+        """Does work that decodes images in a thread: one at a time, and owners in turns."""
+        async with self._checking.setdefault(owner, asyncio.Lock()):
+            return await asyncio.get_running_loop().run_in_executor(self._decodes, work, *args)
 
     def _add(
         self, create: JobCreate, upload: Upload, owner: str, api: str, digest: str

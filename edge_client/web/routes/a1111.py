@@ -238,10 +238,10 @@ async def scripts(_caller: AuthorizedCaller) -> dict[str, Any]:
 
 
 @router.post("/png-info", responses=answers(401, 413, 422))
-async def png_info(body: PngInfo, _caller: AuthorizedCaller) -> dict[str, Any]:
+async def png_info(body: PngInfo, gateway: SharedGateway, caller: AuthorizedCaller) -> dict[str, Any]:
     """Returns the parameters that a PNG file holds."""
     content = decode(body.image, "image")
-    return await asyncio.to_thread(_read_info, content)
+    return await gateway.queue.decode(caller.owner, _read_info, content)
 
 
 def _create(body: TextToImage, fields: dict[str, Any], model: str) -> JobCreate:

@@ -127,10 +127,8 @@ async def read_image(
     download: Annotated[Literal["0", "1"], Query()] = "0",
 ) -> Response:
     """Returns an image. A PNG file holds its parameters."""
-    if key and gateway.access.is_signed(request.url.path, key):
-        job = gateway.store.get(job_id)
-    else:
-        job = gateway.store.get(job_id, gateway.access.caller(request).owner)
+    caller = gateway.access.reader(request, key)
+    job = gateway.store.get(job_id, None if caller is None else caller.owner)
     content = await asyncio.to_thread(gateway.views.image, job, index, wanted, quality, max_side)
     headers = {"Cache-Control": "private, max-age=31536000, immutable"}
     if download == "1":

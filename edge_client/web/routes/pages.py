@@ -1,5 +1,6 @@
 """The page, and the health checks of operators."""
 
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -8,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import FileResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from edge_client.web.dependencies import SharedGateway
+from hybridsd.errors import AccessDenied
 
 STATIC = Path(__file__).parents[1] / "static"
 FOREVER = "public, max-age=31536000, immutable"
@@ -60,11 +62,22 @@ async def healthz() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/readyz", tags=["operation"], response_model=dict[str, Any])
-async def readyz(gateway: SharedGateway) -> Any:
-    """Whether the gateway takes jobs. It does so without a cloud, too: this device then runs all steps."""
-    found, message = await gateway.watch.poll(wait_s=0.5)
-    return {"status": "ok", "cloud_reachable": found is not None, "cloud_message": message, **gateway.queue.load}
+@router.get(
+    "/readyz", tags=["operation"], response_model=dict[str, Any], summary="Is it ready?",
+    responses={503: {"description": "all workers are held by jobs that make no progress", "model": dict[str, Any]}},
+)  # fmt: skip
+async def readyz(gateway: SharedGateway, request: Request) -> Any:
+    """Whether the gateway takes jobs and gets on with them. Without a cloud it does, too: this device runs all steps.
+
+    Strangers are told no more than that.
+    """
+    found, _ = await gateway.watch.poll(wait_s=0.5)
+    is_stalled = gateway.queue.is_stalled
+    answer: dict[str, Any] = {"status": "stalled" if is_stalled else "ok", "cloud_reachable": found is not None}
+    with contextlib.suppress(AccessDenied):
+        gateway.access.caller(request)
+        answer |= gateway.queue.load
+    return JSONResponse(answer, 503 if is_stalled else 200)
 
 
 @router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)

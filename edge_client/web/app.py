@@ -91,8 +91,10 @@ def create_app(
             cloud_dollars_per_hour=settings.cloud_dollars_per_hour,
         )  # fmt: skip
         queue.start()
+        asking = asyncio.create_task(app.state.gateway.watch.poll(wait_s=0))  # so that the first job can be checked
         warming = None if models.low_memory else asyncio.create_task(asyncio.to_thread(_warm_up, models))
         yield
+        await asking
         await queue.stop()
         if warming is not None:
             await warming

@@ -231,6 +231,10 @@ class JobQueue:
                 raise
             return same, None
 
+    def needs_cloud(self, create: JobCreate) -> bool:
+        """Returns whether a job may wait for the cloud."""
+        return self._worker.needs_cloud(create)
+
     def cancel(self, job: StoredJob) -> StoredJob:
         """Cancels a waiting or running job.
 

@@ -15,6 +15,7 @@ from PIL import Image as Pillow
 from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.client import Cloud
 from edge_client.cloud.types import Queued, Waiting
+from edge_client.generation.components import Components
 from edge_client.generation.events import Event, Finished, Planned, StepDone
 from edge_client.generation.pipeline import generate
 from edge_client.generation.resolve import resolve
@@ -66,8 +67,8 @@ class JobWorker:
             HybridSDError: The job is invalid; names the field.
         """
         filled = create if create.seed is not None else create.model_copy(update={"seed": secrets.randbelow(2**32)})
-        for request in self._requests(filled, upload)[:1]:
-            resolve(request, self.bundle.manifest)
+        components = Components(bundle=self.bundle, models=self.models, others=self.others, cloud=None)
+        components.check(resolve(self._requests(filled, upload)[0], self.bundle.manifest))
         goals = _goals(filled)
         if goals is not None and (filled.hybrid.split or filled.hybrid.cloud_steps is not None):
             raise Reason.SPLIT_INVALID.error(

@@ -28,7 +28,8 @@ JOB_ID = r"^[A-Za-z0-9_-]{1,64}$"
 State = Literal["queued", "running", "completed", "failed", "cancelled"]
 Prompt = Annotated[str, StringConstraints(min_length=1, max_length=MAX_PROMPT_CHARS, pattern=r"\S")]
 Format = Literal["png", "jpeg", "webp"]
-Side = Annotated[int, Field(ge=8, le=MAX_SIZE)]
+Side = Annotated[int, Field(json_schema_extra={"minimum": 8, "maximum": MAX_SIZE})]
+"""Checked with the models' limits, in one message."""
 
 
 class _RequestModel(BaseModel):
@@ -223,6 +224,8 @@ class CloudInfo(BaseModel):
     target: str
     message: str | None
     models: list[CloudModelInfo]
+    min_size: int = Field(description="least width and height of an image with cloud steps; of this device without one")
+    max_size: int
     num_running: int
     num_queued: int
     step_s: float

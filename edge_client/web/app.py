@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.client import Cloud
 from edge_client.inference.models import Models
-from edge_client.web import errors
+from edge_client.web import errors, openapi
 from edge_client.web.auth import Access
 from edge_client.web.bodies import BodyMiddleware
 from edge_client.web.cloud_watch import CloudWatch
@@ -29,7 +29,6 @@ from edge_client.web.jobs.webhooks import Webhooks
 from edge_client.web.jobs.worker import JobWorker
 from edge_client.web.middleware import SecurityMiddleware
 from edge_client.web.routes import a1111, jobs, openai, pages
-from edge_client.web.schemas.native import Problem
 from edge_client.web.settings import Settings
 from hybridsd.errors import HybridSDError
 
@@ -106,11 +105,16 @@ def create_app(
         version=importlib.metadata.version("hybridsd"),
         summary="Images that the cloud begins and this device finishes.",
         lifespan=lifespan,
+        docs_url=None,  # ours is below, offline
+        redoc_url=None,
+        generate_unique_id_function=openapi.operation_id,
     )
     app.state.tasks = a1111.Tasks()
     errors.install(app)
     for router in (jobs.router, openai.router, a1111.router, pages.router):
         app.include_router(router)
+    api_docs = StaticFiles(directory=pages.API_DOCS, html=True)
+    app.mount("/docs", GZipMiddleware(api_docs, minimum_size=500), name="docs")
     app.mount("/static", GZipMiddleware(pages.Assets(directory=pages.STATIC), minimum_size=500), name="static")
     app.add_middleware(BodyMiddleware, access=access, max_bytes=settings.max_body_bytes)
     if settings.cors_origins:  # around it, so that these pages can read its answers
@@ -119,15 +123,7 @@ def create_app(
             allow_headers=["Authorization", "Content-Type", "Last-Event-ID"],
             expose_headers=["Location", "Retry-After"],
         )  # fmt: skip
-    original = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        document = original()
-        reference = "#/components/schemas/{model}"
-        document["components"]["schemas"]["Problem"] = Problem.model_json_schema(ref_template=reference)
-        return document
-
-    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way
+    openapi.install(app, needs_token=not access.is_open)
     return app
 
 

@@ -19,8 +19,6 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
-_DOCS = ("/docs", "/redoc")
-"""FastAPI's pages, which load scripts from a CDN. The policy would forbid it."""
 
 
 class SecurityMiddleware:
@@ -44,10 +42,9 @@ class SecurityMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        is_framework_page = scope["path"] in _DOCS
 
         async def harden(message: Message) -> None:
-            if message["type"] == "http.response.start" and not is_framework_page:
+            if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)

@@ -17,6 +17,7 @@ from edge_client.web.dependencies import SharedGateway
 from hybridsd.errors import AccessDenied
 
 STATIC = Path(__file__).parents[1] / "static"
+API_DOCS = Path(__file__).parents[1] / "api_docs"
 FOREVER = "public, max-age=31536000, immutable"
 REVALIDATE = "no-cache"
 router = APIRouter()
@@ -63,7 +64,7 @@ async def healthz() -> dict[str, str]:
 
 
 @router.get(
-    "/readyz", tags=["operation"], response_model=dict[str, Any], summary="Is it ready?",
+    "/readyz", tags=["operation"], response_model=dict[str, Any],
     responses={503: {"description": "all workers are held by jobs that make no progress", "model": dict[str, Any]}},
 )  # fmt: skip
 async def readyz(gateway: SharedGateway, request: Request) -> Any:

@@ -22,14 +22,15 @@ class FolderLock:
 
     def __init__(self, folder: Path) -> None:
         holder = folder / "holder"
-        # SQLite knows how to lock a file on every system
-        self._connection = sqlite3.connect(folder / "lock", timeout=0, isolation_level=None, check_same_thread=False)
-        try:
-            self._connection.execute("BEGIN EXCLUSIVE")
-        except sqlite3.OperationalError as error:
-            self._connection.close()
+        try:  # SQLite knows how to lock a file on every system
+            self._connection = connection = sqlite3.connect(
+                folder / "lock", timeout=0, isolation_level=None, check_same_thread=False
+            )
+            connection.execute("BEGIN EXCLUSIVE")
+        except sqlite3.Error as error:
             if getattr(error, "sqlite_errorcode", None) != sqlite3.SQLITE_BUSY:
                 raise OSError(f"cannot lock it: {error}") from error
+            connection.close()
             who = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
             raise Reason.FIELD_INVALID.error(
                 f"{folder} is used by another gateway ({who}); end it, or choose another --data-dir", field="data_dir"

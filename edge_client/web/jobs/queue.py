@@ -156,16 +156,14 @@ class JobQueue:
         """Starts the workers, first with the unfinished jobs of the last run."""
         for job in self._store.unfinished():
             try:
-                create = JobCreate.model_validate(_body(job.request))
-            except ValidationError as error:  # an older gateway took it
+                self._admit(job, JobCreate.model_validate(_body(job.request)))
+            except (ValidationError, HybridSDError) as error:  # an older gateway took it
                 log.warning("job_not_understood", job=job.id, error=str(error)[:200])
                 unknown = Reason.FIELD_INVALID.error(
                     f"job {job.id} was accepted by an older version of the gateway, and this one cannot read its "
                     "request; send it again"
                 )
                 self._spawn_webhook(self._store.finish(job.id, "failed", problem_of(unknown)))
-            else:
-                self._admit(job, create)
         for job in self._store.pending_webhooks():
             self._spawn_webhook(job)
         self._is_started = True

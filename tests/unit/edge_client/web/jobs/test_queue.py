@@ -29,6 +29,8 @@ class ScriptedWorker:
         return create
 
     def needs_cloud(self, create: JobCreate) -> bool:
+        if create.hybrid.segments == "x":
+            raise Reason.SPLIT_INVALID.error("segments are written otherwise now")
         return create.hybrid.mode != "edge"
 
     def run(
@@ -164,14 +166,16 @@ async def test_a_job_that_is_not_understood_any_more_fails(tmp_path: Path) -> No
     """A field that an update has dropped fails that job, with a reason; the others are drawn."""
     store = Store(tmp_path, max_jobs=10)
     old = store.add("old", "", "native", {"prompt": "a fox", "sharpness": 3, "n": 1}, "old", Upload())
+    syntax = JobCreate(prompt="a fox", hybrid=Hybrid(segments="x")).model_dump(mode="json")
+    other = store.add("other", "", "native", syntax, "other", Upload())
     fine = store.add("fine", "", "native", JobCreate(prompt="a fox").model_dump(mode="json"), "fine", Upload())
     store.close()
     worker = ScriptedWorker()
     worker.may_begin.set()
     async with working(tmp_path, worker) as queue:
-        ends = [await queue.finished(job) for job in (old, fine)]
+        ends = [await queue.finished(job) for job in (old, other, fine)]
 
-    assert [job.state for job in ends] == ["failed", "completed"]
+    assert [job.state for job in ends] == ["failed", "failed", "completed"]
     assert ends[0].error is not None
     assert (ends[0].error["reason"], "older version" in ends[0].error["detail"]) == ("FIELD_INVALID", True)
 

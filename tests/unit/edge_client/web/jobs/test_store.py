@@ -148,6 +148,14 @@ def test_a_folder_has_one_gateway(tmp_path: Path) -> None:
     assert (caught.value.reason, caught.value.field) == (Reason.FIELD_INVALID, "data_dir")
 
 
+def test_a_folder_that_cannot_be_locked_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(HybridSDError, match="--data-dir") as caught:
+        Store(tmp_path, max_jobs=1)
+
+    assert (caught.value.reason, caught.value.field) == (Reason.FIELD_INVALID, "data_dir")
+
+
 OLD = """
 CREATE TABLE jobs (number INTEGER NOT NULL PRIMARY KEY, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL, api TEXT NOT NULL,
     state TEXT NOT NULL, created_at FLOAT NOT NULL, started_at FLOAT, finished_at FLOAT, attempts INTEGER NOT NULL,

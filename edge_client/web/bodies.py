@@ -177,10 +177,10 @@ class _Body:
 
     async def read(self) -> bytes:
         """Returns the whole body."""
-        parts: list[bytes] = []
+        content = bytearray()  # not a list: it may come in single bytes
         while not self._is_whole:
-            parts.append((await self.receive()).get("body", b""))
-        return b"".join(parts)
+            content += (await self.receive()).get("body", b"")
+        return bytes(content)
 
     def release(self) -> None:
         """Gives back what was charged."""

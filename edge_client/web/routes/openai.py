@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import contextlib
-import json
 import time
 from collections.abc import AsyncIterator
 from typing import Any, Literal
@@ -15,7 +14,7 @@ from starlette.datastructures import UploadFile
 from edge_client.cloud.types import Capabilities as CloudCapabilities
 from edge_client.images.inputs import MAX_BYTES
 from edge_client.web.auth import Caller
-from edge_client.web.bodies import JsonRoute
+from edge_client.web.bodies import JsonRoute, parse_json
 from edge_client.web.dependencies import AuthorizedCaller, Gateway, SharedGateway
 from edge_client.web.errors import answers, openai_error, problem_of, request_validation
 from edge_client.web.jobs.store import StoredJob
@@ -234,7 +233,7 @@ def _put(fields: dict[str, Any], name: str, value: str) -> None:
         return
     if name == "hybrid":
         try:
-            fields[name] = json.loads(value)
+            fields[name] = parse_json(value.encode())
         except ValueError as error:
             raise Reason.FIELD_INVALID.error(f"hybrid is not JSON: {error}", field="hybrid") from error
         return

@@ -167,3 +167,20 @@ def test_bodies_in_memory_are_bounded_and_shared(closed: GatewayServer, monkeypa
     assert (refused.status_code, refused.json()["reason"]) == (429, "TOO_MANY_JOBS")
     assert refused.headers["retry-after"] == "1"
     assert (other.status_code, again.status_code) == (422, 422)  # no image, but read
+
+
+@pytest.mark.parametrize("content", ["[" * 60_000, '{"a":' * 5000])
+def test_depth_in_a_form_field_is_bounded(content: str, client: httpx.Client) -> None:
+    files = {"image": ("a.png", b"image", "image/png")}
+    answer = client.post("/v1/images/edits", files=files, data={"prompt": "a fox", "hybrid": content})
+
+    assert (answer.status_code, answer.json()["reason"]) == (422, "FIELD_INVALID")
+
+
+def test_a_body_in_single_bytes(server: GatewayServer) -> None:
+    """It comes together, whatever the pieces."""
+    with server.client() as client:
+        body = json.dumps(ask(n=0)).encode()
+        answer = client.post("/v1/jobs", content=(body[at : at + 1] for at in range(len(body))), headers=JSON)
+
+    assert (answer.status_code, answer.json()["field"]) == (422, "n")

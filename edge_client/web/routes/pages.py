@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from edge_client.web.dependencies import SharedGateway
-from hybridsd.errors import AccessDenied
+from edge_client.web.errors import answers, problem_of, respond
+from hybridsd.errors import AccessDenied, Reason
 
 STATIC = Path(__file__).parents[1] / "static"
 API_DOCS = Path(__file__).parents[1] / "api_docs"
@@ -63,22 +64,23 @@ async def healthz() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get(
-    "/readyz", tags=["operation"], response_model=dict[str, Any],
-    responses={503: {"description": "all workers are held by jobs that make no progress", "model": dict[str, Any]}},
-)  # fmt: skip
+@router.get("/readyz", tags=["operation"], response_model=dict[str, Any], responses=answers(503))
 async def readyz(gateway: SharedGateway, request: Request) -> Any:
     """Whether the gateway takes jobs and gets on with them. Without a cloud it does, too: this device runs all steps.
 
-    Strangers are told no more than that.
+    Strangers are told no more than that. 503: all workers are held by jobs that make no progress.
     """
     found, _ = await gateway.watch.poll(wait_s=0.5)
-    is_stalled = gateway.queue.is_stalled
-    answer: dict[str, Any] = {"status": "stalled" if is_stalled else "ok", "cloud_reachable": found is not None}
+    if gateway.queue.is_stalled:
+        stalled = Reason.UNAVAILABLE.error(
+            "all workers are held by jobs that make no progress; only jobs that need no cloud go on: look at the cloud"
+        )
+        return respond(problem_of(stalled, status=503))
+    answer: dict[str, Any] = {"status": "ok", "cloud_reachable": found is not None}
     with contextlib.suppress(AccessDenied):
         gateway.access.caller(request)
         answer |= gateway.queue.load
-    return JSONResponse(answer, 503 if is_stalled else 200)
+    return answer
 
 
 @router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)

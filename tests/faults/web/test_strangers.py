@@ -189,7 +189,7 @@ def test_readiness_tells_of_a_stuck_cloud(
         assert finish(client, hybrid={"mode": "edge"})["state"] == "completed"
         monkeypatch.setattr(queue_module, "STALLED_S", -1.0)
         answer = client.get("/readyz")
-        assert (answer.status_code, answer.json()["status"]) == (503, "stalled")
+        assert (answer.status_code, answer.json()["reason"]) == (503, "UNAVAILABLE")
         monkeypatch.undo()
         gate.open()
         assert {wait_for(client, job["id"]).name for job in stuck} == {"completed"}

@@ -67,7 +67,8 @@ class Stage:
             else ""
         )
         steps = "*" if self.steps is None else self.steps
-        return f"{self.model}:{steps}@{self.place}(guidance={self.guidance_scale:g}{schedule})"
+        guidance = f"{self.guidance_scale!r}".removesuffix(".0")
+        return f"{self.model}:{steps}@{self.place}(guidance={guidance}{schedule})"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,6 +132,8 @@ class Request:
     image_index: int = 0
     width: int | None = None
     height: int | None = None
+    output_size: tuple[int, int] | None = None
+    """Width and height that the drawn image is resized to; None leaves it as it is drawn."""
     codec: str = "fp16"
     """"fp32", "fp16" or "int8": how the cloud's tensors travel."""
     deadline_s: float | None = None

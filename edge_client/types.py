@@ -6,6 +6,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from hybridsd.errors import Reason
+
 Latents = NDArray[np.float32]
 """Latents without a batch axis, `[channels, height / 8, width / 8]`, float32; VP scale unless said otherwise."""
 Embeds = NDArray[np.float32]
@@ -46,6 +48,26 @@ class CallSkipping:
     extrapolation: float = 0.3
     """In [0, 1]."""
 
+    def describe(self) -> str:
+        """Returns it as `parse` reads it."""
+        return f"{self.warm_up_calls},{self.skipped_calls},{self.extrapolation!r}"
+
+    @classmethod
+    def parse(cls, text: str) -> "CallSkipping":
+        """Returns what "WARMUP,SKIP" or "WARMUP,SKIP,A" says; its ranges are checked with the request.
+
+        Raises:
+            InvalidRequest: FIELD_INVALID if it is neither.
+        """
+        try:
+            warm_up, skipped, *rest = text.split(",")
+            (extrapolation,) = map(float, rest or ["0.3"])
+            return cls(warm_up_calls=int(warm_up), skipped_calls=int(skipped), extrapolation=extrapolation)
+        except ValueError as error:
+            raise Reason.FIELD_INVALID.error(
+                f"`cloud_skip` is {text[:40]!r}; give WARMUP,SKIP or WARMUP,SKIP,A", field="cloud_skip"
+            ) from error
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ImageInput:
@@ -59,3 +81,9 @@ class ImageInput:
     """`[1, H, W]` in [0, 1]: 1 is drawn, 0 kept. None redraws all."""
     mask_cells: NDArray[np.float32] | None = None
     """The same for latents, `[1, h, w]`."""
+    fit: str = "crop"
+    """How the image and the mask came to their size."""
+    mask_blur: float = 0.0
+    """Pixels that the mask was softened by."""
+    invert_mask: bool = False
+    """Whether the mask was given the other way round."""

@@ -184,23 +184,26 @@ def read_modes(options: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
     Raises:
         InvalidRequest: Where options contradict each other, or a file cannot be used.
     """
-    width, height, image_input = _image(options, manifest)
+    width, height, output_size, image_input = _image(options, manifest)
     return {
         "segments": () if options["segments"] is None else parse_segments(options["segments"]),
         "width": width,
         "height": height,
+        "output_size": output_size,
         "image_input": image_input,
         "text_options": TextOptions(options["long_prompt"], options["prompt_weighting"]),
         "loras": tuple(map(_lora, options["loras"])),
-        "call_skipping": _skipping(options["cloud_skip"]),
+        "call_skipping": None if options["cloud_skip"] is None else CallSkipping.parse(options["cloud_skip"]),
         "state_every": options["state_every"],
         "safety": options["safety_checker"],
     }
 
 
-def _image(options: dict[str, Any], manifest: Manifest) -> tuple[int | None, int | None, ImageInput | None]:
-    """Returns width, height and the image to begin with."""
-    width, height = options["width"], options["height"]
+def _image(
+    options: dict[str, Any], manifest: Manifest
+) -> tuple[int | None, int | None, tuple[int, int] | None, ImageInput | None]:
+    """Returns width, height, the size that the image is resized to, and the image to begin with."""
+    width, height, output_size = options["width"], options["height"], None
     area, multiple = manifest.defaults.width * manifest.defaults.height, manifest.size_multiple
     if options["aspect"] is not None:
         if width is not None or height is not None:
@@ -210,15 +213,18 @@ def _image(options: dict[str, Any], manifest: Manifest) -> tuple[int | None, int
             width, height = min(manifest.sizes, key=lambda size: abs(size[0] / size[1] - ratio))
         else:
             width, height = inputs.size_of_aspect(ratio, multiple, area)
+    if options["fit_size"] and (width is not None or height is not None):
+        width, height, output_size = inputs.fit_size(manifest, width, height)
     if options["image"] is None:
         for name in ("mask", "strength"):
             if options[name] is not None:
                 raise _refuse(name, f"--{name} goes with --image; give the image, too")
-        return width, height, None
-    return read_image(
+        return width, height, output_size, None
+    width, height, image_input = read_image(
         manifest, options["image"], width=width, height=height, strength=options["strength"], how=options["fit"],
         mask=options["mask"], mask_blur=options["mask_blur"],
     )  # fmt: skip
+    return width, height, output_size, image_input
 
 
 def _lora(text: str) -> tuple[str, float]:
@@ -229,17 +235,6 @@ def _lora(text: str) -> tuple[str, float]:
         return name, float(weight)
     except ValueError as error:
         raise _refuse("loras", f"lora is {text[:80]!r}; give NAME or NAME:WEIGHT, such as style:0.8") from error
-
-
-def _skipping(text: str | None) -> CallSkipping | None:
-    if text is None:
-        return None
-    try:
-        warm_up, skipped, *rest = text.split(",")
-        (extrapolation,) = map(float, rest or ["0.3"])
-        return CallSkipping(warm_up_calls=int(warm_up), skipped_calls=int(skipped), extrapolation=extrapolation)
-    except ValueError as error:
-        raise _refuse("cloud_skip", f"cloud-skip is {text[:40]!r}; give WARMUP,SKIP or WARMUP,SKIP,A") from error
 
 
 def _refuse(field: str, message: str) -> HybridSDError:

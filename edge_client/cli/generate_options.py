@@ -90,6 +90,10 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--width", type=int, help="In pixels. Default: the bundle's."),
     click.option("--height", type=int, help="In pixels. Default: the bundle's."),
     click.option(
+        "--fit-size", is_flag=True,
+        help="Take any width and height: draw the nearest size that the models have, and resize.",
+    ),
+    click.option(
         "--codec", type=click.Choice(list(ENCODINGS)), default="fp16", show_default=True,
         help="How the cloud's tensors travel: fp32 is exact, int8 small.",
     ),

@@ -7,9 +7,10 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from edge_client.images.files import FORMATS
 from hybridsd.errors import HybridSDError, Reason
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+IMAGE_SUFFIXES = tuple(FORMATS)
 
 
 def is_folder(output: str) -> bool:

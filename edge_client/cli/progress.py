@@ -153,8 +153,8 @@ def describe(event: Event) -> str | None:
             return f"cloud: {position} ahead in the queue"
         case Retrying(delay_s=delay_s, message=message):
             return f"cloud: {message}; asking again" + (f" in {delay_s:.1f} s" if delay_s else "")
-        case CloudStarted(model=model, num_dropped_tokens=dropped):
-            return f"cloud: {model} began" + (f"; {dropped} tokens of the text did not fit" if dropped else "")
+        case CloudStarted(model=model):
+            return f"cloud: {model} began"
         case Fallback(planned=planned, actual=actual, reason=reason, message=message):
             return f"edge takes over after {actual} of {planned} cloud steps ({reason.name}: {message})"
         case EarlyHandoff(planned=planned, actual=actual, reason=text):
@@ -178,4 +178,6 @@ def _summary(result: Result) -> str:
     if result.safety.action != "off":
         parts.append("safety checker: " + ("flagged" if result.safety.flagged else "not flagged"))
     parts.append(f"decode {result.decode_s:.2f} s")
+    if result.num_dropped_tokens:
+        parts.append(f"{result.num_dropped_tokens} tokens of the text did not fit and were dropped")
     return f"{result.mode}: {'; '.join(parts)}; all {result.elapsed_s:.2f} s; seed {result.seed}"

@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from hybridsd.errors import Reason
 log = structlog.get_logger()
 
 DEFAULT_PORT = 8080
+_DEMO = ("deploy", "demo", "edge")
+"""Where the repository has the demo's bundle."""
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -84,6 +87,11 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     "--edge-model", "edge_models", envvar="HYBRIDSD_EDGE_EDGE_MODEL", multiple=True, metavar="NAME=DIR",
     help="Another edge bundle, for segments that name it. Repeatable.",
 )  # fmt: skip
+@click.option(
+    "--fit-size/--no-fit-size", default=None,
+    help="Take any width and height: draw the nearest size that the models have, and resize. A request may differ. "
+    "Default: only with the demo's bundle.",
+)  # fmt: skip
 @click.option("--no-cloud", is_flag=True, help="Draw everything here.")
 @server_options
 @patience_options
@@ -100,6 +108,8 @@ def serve(**options: Any) -> None:
     if not options["no_cloud"]:
         access = {name: options[name] for name in ("token_file", "tls_ca", "insecure")}
         cloud = open_cloud(options["server"], patience=read_patience(options), **access)
+    if options["fit_size"] is None:
+        settings = replace(settings, fit_size=bundle.folder.parts[-3:] == _DEMO)
     app = create_app(settings, bundle, models, cloud, others=others)
     listener = _listen(options["host"], options["port"])
     port = listener.getsockname()[1]
@@ -158,6 +168,7 @@ def _settings(options: dict[str, Any]) -> Settings:
         max_queue=options["max_queue"],
         max_jobs=options["max_jobs"],
         max_data_bytes=options["max_data_mib"] << 20,
+        fit_size=bool(options["fit_size"]),
         max_body_bytes=options["max_body_mib"] << 20,
         cloud_dollars_per_hour=options["cloud_price"],
     )

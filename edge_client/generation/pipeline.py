@@ -18,7 +18,7 @@ from edge_client.generation.events import Event, Finished
 from edge_client.generation.result import SafetyReport
 from edge_client.generation.schedules import enter_schedule, start_from_image
 from edge_client.generation.trajectory import Trajectory
-from edge_client.images.pixels import composite, to_u8
+from edge_client.images.pixels import composite, resize, to_u8
 from edge_client.inference.models import Models
 from edge_client.request import Resolved, Stage, TimestepSchedule
 from hybridsd.errors import HybridSDError
@@ -67,6 +67,8 @@ def generate(
     given = request.image_input
     if given is not None and given.mask is not None:
         image_u8 = composite(image_u8, to_u8(given.image), given.mask)
+    if request.output_size is not None:
+        image_u8 = resize(image_u8, *request.output_size)
     decode_s = time.perf_counter() - decode_begin
     safety = SafetyReport(action=request.safety)
     if request.safety != "off":

@@ -75,6 +75,11 @@ def resolve(request: Request, manifest: Manifest) -> Resolved:
     else:
         count = _cloud_steps(request, schedule.num_steps, defaults.cloud_steps / defaults.num_inference_steps)
         stages = _two_stages(request, schedule, count, float(guidance))
+    if request.loras and not any(stage.place == "cloud" for stage in stages):
+        raise Reason.FIELD_INVALID.error(
+            "`loras` are of the cloud's model, and no step runs there; leave them out, or give the cloud steps",
+            field="loras",
+        )
     cell = manifest.vae_scale_factor
     shape = (manifest.latent_channels, height // cell, width // cell)
     if request.initial_latents is not None and request.initial_latents.shape != shape:
@@ -195,6 +200,11 @@ def _check_rest(request: Request, manifest: Manifest, width: int, height: int) -
     if not 0 <= request.state_every <= MAX_EVERY:
         raise Reason.FIELD_INVALID.error(
             f"state_every is {request.state_every}; choose 0 to {MAX_EVERY}", field="state_every"
+        )
+    if request.output_size is not None and not all(8 <= side <= MAX_SIZE for side in request.output_size):
+        raise Reason.SIZE_INVALID.error(
+            "the size is {}x{}; choose `width` and `height` from 8 to {}".format(*request.output_size, MAX_SIZE),
+            field="width",
         )
     _check_loras(request.loras)
     _check_skipping(request.call_skipping)

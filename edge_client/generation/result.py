@@ -1,9 +1,10 @@
 """A finished image and how it came about."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from edge_client.cloud.types import Usage
+from edge_client.request import Request
 from edge_client.types import Conditioning, ImageU8, Latents, Mode, Place, SafetyAction
 from hybridsd.errors import Reason
 from hybridsd.plan import Plan
@@ -93,3 +94,9 @@ class Result:
     strength: float | None = None
     """How much of the given image was redrawn; None when none was given."""
     has_mask: bool = False
+    begin_step: int = 0
+    """Steps that the given image left out; `num_inference_steps` has those that ran."""
+    request: Request = field(default_factory=Request)
+    """What was asked for."""
+    drawn_size: tuple[int, int] | None = None
+    """Width and height that were drawn, before the image was resized; None if it was not."""

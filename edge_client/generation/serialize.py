@@ -1,19 +1,27 @@
 """Events and results as plain values: for `--json`, PNG files and the web APIs alike."""
 
+import hashlib
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from edge_client.cloud.types import CloudStarted, Queued, Waiting
 from edge_client.generation.events import EarlyHandoff, Event, Fallback, Finished, Planned, Retrying, StepDone
 from edge_client.generation.result import Result
+from edge_client.types import ImageInput, Latents
 from hybridsd import schedulers
-from hybridsd.errors import HybridSDError
+from hybridsd.errors import HybridSDError, Reason
 
+MAX_PARAMETERS_CHARS = 65_536
+"""Characters of `parameters` that are read; more are those of no image."""
+_FIELD = re.compile(r'\s*(?P<name>\w[\w \-/]{1,63}):\s*(?P<value>"(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+"""A field of `parameters`, as AUTOMATIC1111 writes it."""
 _REST_FIELDS = (
     "prompt", "negative_prompt", "seed", "image_index", "width", "height", "scheduler", "num_inference_steps",
-    "guidance_scale", "mode", "cloud_model", "edge_model", "planned_cloud_steps", "actual_cloud_steps",
-    "fallback_message", "early_handoff_reason", "received_bytes", "decode_s", "elapsed_s",
+    "begin_step", "guidance_scale", "mode", "cloud_model", "edge_model", "planned_cloud_steps", "actual_cloud_steps",
+    "fallback_message", "early_handoff_reason", "received_bytes", "num_dropped_tokens", "decode_s", "elapsed_s",
 )  # fmt: skip
 
 
@@ -64,7 +72,6 @@ def result_json(result: Result) -> dict[str, Any]:
         **provenance(result),
         "fallback_message": result.fallback_message,
         "request_id": result.request_id,
-        "num_dropped_tokens": result.num_dropped_tokens,
         "received_bytes": result.received_bytes,
         "usage": None if result.usage is None else asdict(result.usage),
         "steps": [
@@ -77,17 +84,24 @@ def result_json(result: Result) -> dict[str, Any]:
 
 
 def provenance(result: Result) -> dict[str, Any]:
-    """Returns how an image was made, as plain values: what the `hybridsd` chunk holds."""
+    """Returns how an image was made, as plain values: what its file holds. `replay` reads it."""
+    request = result.request
     return {
         "prompt": result.prompt,
         "negative_prompt": result.negative_prompt,
+        "long_prompt": request.text_options.long_prompt,
+        "prompt_weighting": request.text_options.weighting,
+        "num_dropped_tokens": result.num_dropped_tokens,
         "seed": result.seed,
         "image_index": result.image_index,
+        "initial_latents": _digest(request.initial_latents),
         "scheduler": result.scheduler,
         "num_inference_steps": result.num_inference_steps,
+        "begin_step": result.begin_step,  # steps that the given image left out, beside `num_inference_steps`
         "guidance_scale": result.guidance_scale,
         "width": result.width,
         "height": result.height,
+        "drawn_size": None if result.drawn_size is None else list(result.drawn_size),  # before it was resized
         "mode": result.mode,
         "cloud_model": result.cloud_model,
         "edge_model": result.edge_model,
@@ -99,10 +113,14 @@ def provenance(result: Result) -> dict[str, Any]:
             "reason": None if result.fallback_reason is None else result.fallback_reason.name,
         },
         "early_handoff": result.early_handoff_reason or None,  # why the cloud's part was shortened on purpose
+        "segments": ",".join(result.stages) if request.segments else None,
         "stages": list(result.stages),
         "loras": dict(result.loras),
         "unapplied_loras": list(result.unapplied),  # in steps that a lost cloud left to the edge
+        "cloud_skip": None if request.call_skipping is None else request.call_skipping.describe(),
+        "private": request.private,
         "image": None if result.strength is None else {"strength": result.strength, "mask": result.has_mask},
+        **_fit_json(request.image_input),
         "safety_checker": asdict(result.safety),
         "codec": result.codec,
         "plan_digest": result.plan.digest().hex(),
@@ -110,16 +128,64 @@ def provenance(result: Result) -> dict[str, Any]:
     }
 
 
+def replay(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the body of `POST /v1/jobs` that makes an image again.
+
+    Args:
+        record: Its `provenance`. The image and the mask that it began with, if any, are to be added.
+
+    Raises:
+        InvalidRequest: FIELD_INVALID if it began with latents of its own, which no request can give.
+    """
+    if record["initial_latents"] is not None:
+        raise Reason.FIELD_INVALID.error(
+            "the image began with latents from a file; draw it with `load_latents` again", field="initial_latents"
+        )
+    body: dict[str, Any] = {
+        name: record[name]
+        for name in (
+            "prompt", "negative_prompt", "long_prompt", "prompt_weighting", "seed", "image_index", "scheduler",
+            "guidance_scale", "width", "height",
+        )
+    }  # fmt: skip
+    body["num_inference_steps"] = record["num_inference_steps"] + record["begin_step"]
+    body["fit_size"] = record["drawn_size"] is not None
+    body["loras"] = [{"name": name, "weight": weight} for name, weight in record["loras"].items()]
+    body["safety_checker"] = record["safety_checker"]["action"]
+    if record["image"] is not None:
+        body |= {"strength": record["image"]["strength"]}
+        body |= {name: record[name] for name in ("fit", "mask_blur", "invert_mask")}
+    hybrid: dict[str, Any] = {name: record[name] for name in ("codec", "private", "cloud_skip")}
+    if record["segments"] is not None:
+        hybrid["segments"] = record["segments"]
+    else:
+        hybrid |= {"mode": record["mode"], "model": record["cloud_model"]}
+        if record["mode"] == "hybrid":
+            hybrid["cloud_steps"] = record["handoff"]["actual"]
+    return {**body, "hybrid": hybrid}
+
+
 def parameters(result: Result) -> str:
-    """Returns how an image was made in the form of AUTOMATIC1111."""
+    """Returns how an image was made in the form of AUTOMATIC1111; `parse_parameters` reads it."""
+    request, given = result.request, result.request.image_input
     model = result.edge_model if result.mode == "edge" else result.cloud_model
-    fields = {
-        "Steps": result.num_inference_steps,
+    fields: dict[str, object] = {
+        "Steps": result.num_inference_steps + result.begin_step,
         "Sampler": _sampler(result.scheduler),
-        "CFG scale": f"{result.guidance_scale:g}",
+        "CFG scale": _number(result.guidance_scale),
         "Seed": result.seed,
         "Size": f"{result.width}x{result.height}",
         "Model": model,
+    }
+    if given is not None:
+        fields["Denoising strength"] = _number(given.strength)
+        if given.mask is not None:
+            fields |= {
+                "Mask blur": _number(given.mask_blur),
+                "Mask mode": "Inpaint not masked" if given.invert_mask else None,
+            }
+        fields["Fit"] = None if given.fit == "stretch" else given.fit
+    fields |= {
         "Image index": result.image_index,
         "Hybrid mode": result.mode,
         "Cloud steps": result.actual_cloud_steps,
@@ -127,14 +193,47 @@ def parameters(result: Result) -> str:
     }
     if result.fallback_reason is not None:
         fields |= {"Planned cloud steps": result.planned_cloud_steps, "Fallback": result.fallback_reason.name}
-    lines = [result.prompt]
+    options = request.text_options
+    cuts = options.long_prompt == "truncate" and result.num_dropped_tokens
+    fields |= {
+        "Long prompt": options.long_prompt if cuts or options.long_prompt != "truncate" else None,
+        "Dropped tokens": result.num_dropped_tokens or None,
+        "Segments": ",".join(result.stages) if request.segments else None,
+        "Cloud skip": None if request.call_skipping is None else request.call_skipping.describe(),
+        "Codec": None if result.codec == "fp16" else result.codec,
+        "Private": True if request.private else None,
+        "Drawn size": None if result.drawn_size is None else "{}x{}".format(*result.drawn_size),
+        "Initial latents": _digest(request.initial_latents),
+        "Safety checker": None if result.safety.action == "off" else result.safety.action,
+    }
+    prompt = _weighed(result.prompt, weighting=options.weighting)
+    lines = [prompt + "".join(f" <lora:{name}:{_number(weight)}>" for name, weight in result.loras)]
     if result.negative_prompt:
-        lines.append(f"Negative prompt: {result.negative_prompt}")
-    return "\n".join([*lines, ", ".join(f"{key}: {_quoted(value)}" for key, value in fields.items())])
+        lines.append(f"Negative prompt: {_weighed(result.negative_prompt, weighting=options.weighting)}")
+    written = ", ".join(f"{key}: {_quoted(value)}" for key, value in fields.items() if value is not None)
+    return "\n".join([*lines, written])
+
+
+def parse_parameters(text: str) -> dict[str, str]:
+    """Returns the fields of a text that AUTOMATIC1111, or `parameters`, wrote; "Prompt" and "Negative prompt" too.
+
+    Returns:
+        Nothing if the text has no fields.
+    """
+    *lines, last = text.strip()[:MAX_PARAMETERS_CHARS].split("\n")
+    found = list(_FIELD.finditer(last))
+    if not found:
+        return {}
+    fields = {field["name"]: _unquoted(field["value"]) for field in found}
+    negative = [index for index, line in enumerate(lines) if line.startswith("Negative prompt: ")]
+    end = negative[0] if negative else len(lines)
+    fields["Prompt"] = "\n".join(lines[:end])
+    fields["Negative prompt"] = "\n".join(lines[end:]).removeprefix("Negative prompt: ")
+    return fields
 
 
 def png_text(result: Result) -> dict[str, str]:
-    """Returns the text chunks of a PNG file: `parameters` as AUTOMATIC1111 writes it, `hybridsd` with more, as JSON.
+    """Returns what an image file says: `parameters` as AUTOMATIC1111 writes it, `hybridsd` with more, as JSON.
 
     Neither holds times, so equal images are equal files.
     """
@@ -156,10 +255,38 @@ def rest_image(index: int, result: Result) -> dict[str, Any]:
     }
 
 
+def _fit_json(given: ImageInput | None) -> dict[str, Any]:
+    """Returns how a given image and its mask came to their size."""
+    if given is None:
+        return {}
+    return {"fit": given.fit, "mask_blur": given.mask_blur, "invert_mask": given.invert_mask}
+
+
+def _digest(latents: Latents | None) -> str | None:
+    return None if latents is None else hashlib.sha256(latents.tobytes()).hexdigest()
+
+
+def _weighed(text: str, *, weighting: bool) -> str:
+    """Returns a text as AUTOMATIC1111 reads it, where brackets are weights: escaped if they were letters."""
+    return text if weighting else re.sub(r"([\\()\[\]])", r"\\\1", text)
+
+
+def _number(value: float) -> str:
+    """Returns a number, all of its digits, without a needless ".0"."""
+    return repr(float(value)).removesuffix(".0")
+
+
 def _quoted(value: object) -> str:
     """Returns a value as AUTOMATIC1111 writes it: in quotes where it would read as more than one field."""
     text = str(value)
-    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",:\n") else text
+    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ',:\n"') else text
+
+
+def _unquoted(text: str) -> str:
+    try:
+        return str(json.loads(text)) if text.startswith('"') else text.strip()
+    except ValueError:
+        return text.strip('" ')
 
 
 def _sampler(scheduler: str) -> str:

@@ -1,8 +1,10 @@
 """Images that the user gives: to begin with, and masks of what is to be drawn anew."""
 
 import io
+import math
 import threading
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +33,9 @@ _one_at_a_time = threading.RLock()
 """Held while an image is decoded and fitted, which may take 20 bytes per pixel."""
 
 
-def load_image(source: Path | bytes, *, field: str = "image", keep_alpha: bool = False) -> Image.Image:
+def load_image(
+    source: Path | bytes, *, field: str = "image", keep_alpha: bool = False, formats: Sequence[str] = FORMATS
+) -> Image.Image:
     """Returns a PNG, JPEG or WebP image, upright, as RGB; transparent parts are white.
 
     Of an animation it is the first frame. Images are decoded one at a time.
@@ -40,6 +44,7 @@ def load_image(source: Path | bytes, *, field: str = "image", keep_alpha: bool =
         source: A file, or its content.
         field: What to name in errors.
         keep_alpha: Gives RGBA where the file has transparency.
+        formats: What is read, by Pillow's names; of an animation the first image.
 
     Raises:
         InvalidRequest: FIELD_INVALID where it is no such image, or larger than MAX_PIXELS or MAX_BYTES.
@@ -48,7 +53,7 @@ def load_image(source: Path | bytes, *, field: str = "image", keep_alpha: bool =
     try:
         with _one_at_a_time, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata, and of bombs: our own limit is lower
-            return _decode(_read(source), name, field, keep_alpha)
+            return _decode(_read(source), name, field, keep_alpha, tuple(formats))
     except HybridSDError:
         raise
     except Exception as error:  # decoders raise whatever a broken file makes them stumble over
@@ -65,10 +70,10 @@ def _read(source: Path | bytes) -> bytes:
         return stream.read(MAX_BYTES + 1)
 
 
-def _decode(content: bytes, name: str, field: str, keep_alpha: bool) -> Image.Image:
+def _decode(content: bytes, name: str, field: str, keep_alpha: bool, formats: tuple[str, ...]) -> Image.Image:
     if len(content) > MAX_BYTES:
         raise _refuse(field, f"{name} has more than {MAX_BYTES} bytes; make it smaller")
-    opened = Image.open(io.BytesIO(content), formats=FORMATS)
+    opened = Image.open(io.BytesIO(content), formats=formats)
     if opened.width * opened.height > MAX_PIXELS:
         raise _refuse(
             field,
@@ -145,6 +150,35 @@ def size_of_aspect(ratio: float, multiple: int, pixels: int) -> tuple[int, int]:
     height = (pixels / ratio) ** 0.5
     width, height = (max(multiple, round(side / multiple) * multiple) for side in (height * ratio, height))
     return int(width), int(height)
+
+
+def fit_size(manifest: Manifest, width: int | None, height: int | None) -> tuple[int, int, tuple[int, int] | None]:
+    """Returns a size that a bundle's models can draw, for any size that is asked for.
+
+    Args:
+        manifest: Of the bundle that draws.
+        width: Pixels; None: the bundle's.
+        height: Pixels.
+
+    Returns:
+        Width and height to draw, and what the image is to be resized to: None where the models have the size itself.
+        Otherwise that is the size they were trained for whose shape is nearest.
+    """
+    defaults, multiple = manifest.defaults, manifest.size_multiple
+    wanted = (width or defaults.width, height or defaults.height)
+    largest = 2 * max(defaults.width, defaults.height)  # beyond, clouds refuse, and models repeat themselves
+    trained = manifest.sizes or ((defaults.width, defaults.height),)
+    if wanted in (*trained, (defaults.width, defaults.height)):
+        return *wanted, None
+    if not manifest.sizes:
+        if all(side % multiple == 0 and multiple <= side <= largest for side in wanted):
+            return *wanted, None
+        sides = size_of_aspect(wanted[0] / wanted[1], multiple, defaults.width * defaults.height)
+        limit = largest // multiple * multiple
+        return min(sides[0], limit), min(sides[1], limit), wanted
+    ratio = wanted[0] / wanted[1]
+    drawn = min(trained, key=lambda size: abs(math.log(size[0] / size[1] / ratio)))
+    return *drawn, wanted
 
 
 def parse_aspect(text: str) -> float:
@@ -259,4 +293,7 @@ def _read_image(
     if strength is None:
         strength = DEFAULT_STRENGTH if drawn is None else 1.0
     pixels = fit(image, width, height, how)
-    return width, height, ImageInput(image=pixels, strength=strength, mask=drawn, mask_cells=cells)
+    return width, height, ImageInput(
+        image=pixels, strength=strength, mask=drawn, mask_cells=cells, fit=how, mask_blur=mask_blur,
+        invert_mask=invert_mask,
+    )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageOps
 
 from edge_client.types import ImageU8
 from hybridsd.errors import Reason
@@ -23,6 +24,12 @@ def from_u8(image_u8: ImageU8) -> NDArray[np.float32]:
     """Returns an image, `[H, W, 3]` in 0 to 255, as `[3, H, W]` in [-1, 1]."""
     floats: NDArray[np.float32] = image_u8.astype(np.float32).transpose(2, 0, 1) / np.float32(127.5) - np.float32(1)
     return floats
+
+
+def resize(image_u8: ImageU8, width: int, height: int) -> ImageU8:
+    """Returns an image, `[H, W, 3]`, in another size, by Lanczos; what sticks out of the new shape is cut off."""
+    resized = ImageOps.fit(Image.fromarray(image_u8), (width, height), Image.Resampling.LANCZOS)
+    return np.asarray(resized, dtype=np.uint8)
 
 
 def to_cells(mask: NDArray[np.float32], cell: int) -> NDArray[np.float32]:

@@ -28,8 +28,8 @@ from edge_client.web.jobs.store import Store
 from edge_client.web.jobs.view import Views
 from edge_client.web.jobs.webhooks import Webhooks
 from edge_client.web.jobs.worker import JobWorker
-from edge_client.web.middleware import SecurityMiddleware
-from edge_client.web.routes import a1111, jobs, openai, pages
+from edge_client.web.middleware import HeadMiddleware, SecurityMiddleware
+from edge_client.web.routes import a1111, a1111_lists, jobs, openai, pages
 from edge_client.web.settings import Settings
 from hybridsd.errors import HybridSDError
 
@@ -82,8 +82,9 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         queue = JobQueue(
-            store, JobWorker(bundle=bundle, models=models, cloud=cloud, others=others), num_workers=settings.workers,
-            max_waiting=settings.max_queue, num_owners=num_owners, view=views.job, on_end=webhooks.send,
+            store, JobWorker(bundle=bundle, models=models, cloud=cloud, others=others, fit_size=settings.fit_size),
+            num_workers=settings.workers, max_waiting=settings.max_queue, num_owners=num_owners, view=views.job,
+            on_end=webhooks.send,
         )  # fmt: skip
         app.state.gateway = Gateway(
             bundle=bundle, models=models, cloud=cloud, watch=CloudWatch(cloud), store=store, queue=queue, access=access,
@@ -112,13 +113,14 @@ def create_app(
     )
     app.state.tasks = a1111.Tasks()
     errors.install(app)
-    for router in (jobs.router, openai.router, a1111.router, pages.router):
+    for router in (jobs.router, openai.router, a1111.router, a1111_lists.router, pages.router):
         app.include_router(router)
     api_docs = StaticFiles(directory=pages.API_DOCS, html=True)
     app.mount("/docs", GZipMiddleware(api_docs, minimum_size=500), name="docs")
     app.mount("/static", GZipMiddleware(pages.Assets(directory=pages.STATIC), minimum_size=500), name="static")
     app.add_middleware(BodyMiddleware, access=access, max_bytes=settings.max_body_bytes)
-    if settings.cors_origins:  # around it, so that these pages can read its answers
+    app.add_middleware(HeadMiddleware)
+    if settings.cors_origins:  # around them, so that these pages can read their answers
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["Authorization", "Content-Type", "Last-Event-ID"],

@@ -56,7 +56,13 @@ class Gateway:
             await self.watch.poll()
         for is_last in (False, True):
             found = None if is_here else self.watch.known
-            error = refusal(create, self.bundle.manifest, found, self.compatible_models(found))
+            error = refusal(
+                create,
+                self.bundle.manifest,
+                found,
+                self.compatible_models(found),
+                fits_size=self.queue.fits_size(create),
+            )
             if error is None:
                 return
             if is_here or is_last:

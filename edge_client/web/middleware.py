@@ -75,5 +75,31 @@ def _is_address(name: str) -> bool:
     return True
 
 
+class HeadMiddleware:
+    """Answers HEAD as GET, without the body; a stream is not begun."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+        is_answered = False
+
+        async def receive_or_end() -> Message:
+            return {"type": "http.disconnect"} if is_answered else await receive()
+
+        async def send_start(message: Message) -> None:
+            nonlocal is_answered
+            if message["type"] == "http.response.start" and not is_answered:
+                is_answered = True
+                await send(message)
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        await self._app({**scope, "method": "GET"}, receive_or_end, send_start)
+
+
 def _refuse(message: str) -> Response:
     return respond(problem_of(Reason.PERMISSION_DENIED.error(message)))

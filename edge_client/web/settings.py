@@ -29,6 +29,8 @@ class Settings:
     """Limit of finished jobs; beyond it the oldest of whoever has most is deleted."""
     max_data_bytes: int = 10 << 30
     """Limit of the images of finished jobs, likewise."""
+    fit_size: bool = False
+    """Whether images may have sizes that the models lack: they draw the nearest, which is resized."""
     max_body_bytes: int = 32 << 20
     cloud_dollars_per_hour: float | None = None
     """What the cloud costs while it computes; the page says it for each split. None: not known."""

@@ -93,8 +93,9 @@ def parse_weights(text: str, *, field: str = "prompt") -> list[tuple[str, float]
     r"""Returns the fragments of a text and their weights, by the rules that AUTOMATIC1111 made common.
 
     "(a)" multiplies the weight of a by 1.1, "[a]" divides it by 1.1, "(a:1.3)" multiplies it by 1.3, and pairs nest.
-    "\(", "\)", "\[", "\]" and "\\" are the characters themselves, and so is a bracket without its partner. Neighbours
-    of equal weight are one fragment; the empty text is one empty fragment of weight 1.
+    "\(", "\)", "\[", "\]" and "\\" are the characters themselves. As there, a bracket that is never closed weighs all
+    that follows, one that was never opened is the character itself, and round and square brackets may cross.
+    Neighbours of equal weight are one fragment; the empty text is one empty fragment of weight 1.
 
     Args:
         text: What the user wrote.
@@ -106,19 +107,19 @@ def parse_weights(text: str, *, field: str = "prompt") -> list[tuple[str, float]
     parts = list(_PARTS.finditer(text))
     factors = _match_brackets(parts)
     fragments: list[tuple[str, float]] = []
-    weights = [1.0]
+    weights = {"(": [1.0], "[": [1.0]}
     for index, part in enumerate(parts):
         if index not in factors:
-            literal = part["escaped"] or part[0]
-            _check_weight(weights[-1], field)
-            if fragments and fragments[-1][1] == weights[-1]:
+            literal, weight = part["escaped"] or part[0], weights["("][-1] * weights["["][-1]
+            _check_weight(weight, field)
+            if fragments and fragments[-1][1] == weight:
                 literal = fragments.pop()[0] + literal
-            fragments.append((literal, weights[-1]))
-        elif part[0] in ("(", "["):
-            weights.append(weights[-1] * factors[index])
+            fragments.append((literal, weight))
+        elif part[0] in weights:
+            weights[part[0]].append(weights[part[0]][-1] * factors[index])
         else:
             _check_weight(factors[index], field)
-            weights.pop()
+            weights["[" if part[0] == "]" else "("].pop()
     return fragments or [("", 1.0)]
 
 
@@ -175,22 +176,20 @@ def encode(text: str, options: TextOptions, encoder: Encoder, *, num_chunks: int
 
 
 def _match_brackets(parts: Sequence[re.Match[str]]) -> dict[int, float]:
-    """Returns the factor of each part that begins or ends a pair; pairs nest, and do not cross."""
+    """Returns the factor of each part that begins or ends a range of words; one that nothing ends goes to the end."""
     factors: dict[int, float] = {}
-    opened: list[int] = []
-    num_open = {"(": 0, "[": 0}
+    usual = {"(": BRACKET_WEIGHT, "[": 1 / BRACKET_WEIGHT}
+    opened: dict[str, list[int]] = {"(": [], "[": []}
     for index, part in enumerate(parts):
-        if part["bracket"] in num_open:
-            opened.append(index)
-            num_open[part[0]] += 1
+        if part["bracket"] in opened:
+            opened[part[0]].append(index)
         elif part["bracket"] or part["weight"]:
-            opener, factor = ("[", 1 / BRACKET_WEIGHT) if part[0] == "]" else ("(", BRACKET_WEIGHT)
-            while num_open[opener]:
-                at = opened.pop()
-                num_open[parts[at][0]] -= 1
-                if parts[at][0] == opener:
-                    factors[at] = factors[index] = float(part["weight"]) if part["weight"] else factor
-                    break
+            opener = "[" if part[0] == "]" else "("
+            if opened[opener]:
+                factor = float(part["weight"]) if part["weight"] else usual[opener]
+                factors[opened[opener].pop()] = factors[index] = factor
+    for opener, left in opened.items():
+        factors.update(dict.fromkeys(left, usual[opener]))
     return factors
 
 

@@ -19,7 +19,12 @@ def size_range(manifest: Manifest, found: Capabilities | None) -> tuple[int, int
 
 
 def refusal(
-    create: JobCreate, manifest: Manifest, found: Capabilities | None, models: list[CloudModel]
+    create: JobCreate,
+    manifest: Manifest,
+    found: Capabilities | None,
+    models: list[CloudModel],
+    *,
+    fits_size: bool = False,
 ) -> HybridSDError | None:
     """Returns why the cloud would refuse a job; None if it would not, as far as is known.
 
@@ -28,10 +33,11 @@ def refusal(
         manifest: Of the bundle that draws.
         found: The cloud's answer; None if there is none, or no need for the cloud.
         models: Those of it that the bundle can continue.
+        fits_size: Whether the job takes the nearest size that there is.
     """
     low, high = size_range(manifest, found)
     for name, side in (("width", create.width), ("height", create.height)):
-        if side is not None and (side % manifest.size_multiple or not low <= side <= high):
+        if side is not None and not fits_size and (side % manifest.size_multiple or not low <= side <= high):
             larger = "; `mode` edge has no such limit" if side > high and high < MAX_SIZE else ""
             return Reason.SIZE_INVALID.error(
                 f"`{name}` is {side}; choose a multiple of {manifest.size_multiple} from {low} to {high}{larger}",

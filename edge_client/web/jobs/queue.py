@@ -49,6 +49,9 @@ class Worker(Protocol):
     def needs_cloud(self, create: JobCreate) -> bool:
         """Returns whether a job may wait for the cloud."""
 
+    def fits_size(self, create: JobCreate) -> bool:
+        """Returns whether a job may have a size that the models lack."""
+
     def run(
         self, create: JobCreate, upload: Upload, *, is_cancelled: Callable[[], bool], done: Container[int] = ()
     ) -> Generator[WorkerEvent]:
@@ -232,6 +235,10 @@ class JobQueue:
     def needs_cloud(self, create: JobCreate) -> bool:
         """Returns whether a job may wait for the cloud."""
         return self._worker.needs_cloud(create)
+
+    def fits_size(self, create: JobCreate) -> bool:
+        """Returns whether a job may have a size that the models lack."""
+        return self._worker.fits_size(create)
 
     def cancel(self, job: StoredJob) -> StoredJob:
         """Cancels a waiting or running job.

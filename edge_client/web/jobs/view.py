@@ -1,11 +1,9 @@
 """Jobs and images as clients get them."""
 
 import base64
-import io
 from typing import Any
 
-from PIL import Image as Pillow
-
+from edge_client.images.files import convert
 from edge_client.web.auth import Access
 from edge_client.web.jobs.store import Store, StoredJob
 from edge_client.web.schemas.native import Format
@@ -39,7 +37,7 @@ class Views:
     def image(
         self, job: StoredJob, index: int, wanted: Format = "png", quality: int = 95, max_side: int | None = None
     ) -> bytes:
-        """Returns an image as a file. Only a PNG of its own size holds its parameters.
+        """Returns an image as a file; one of its own size says how it was made.
 
         Args:
             job: Whose image it is.
@@ -57,7 +55,7 @@ class Views:
             raise Reason.NOT_FOUND.error(
                 f"job {job.id} has no image {index}; it has {len(job.images)}, counted from 0"
             ) from error
-        return content if wanted == "png" and max_side is None else _reencode(content, wanted, quality, max_side)
+        return content if wanted == "png" and max_side is None else convert(content, wanted, quality, max_side)
 
     def image_base64(self, job: StoredJob, index: int, wanted: Format = "png", quality: int = 95) -> str:
         """Returns an image as `image` does, in base64."""
@@ -67,26 +65,4 @@ class Views:
 def preview_base64(data_url: str, wanted: Format = "png") -> str:
     """Returns the preview of a "preview" event in another format, in base64."""
     content = base64.b64decode(data_url.partition(",")[2])
-    return base64.b64encode(_reencode(content, wanted)).decode("ascii")
-
-
-def _reencode(content: bytes, wanted: Format, quality: int = 95, max_side: int | None = None) -> bytes:
-    """Converts an image to another format.
-
-    Args:
-        content: An image file.
-        wanted: Its format.
-        quality: 0 to 100, for JPEG and WebP. 100 makes WebP lossless.
-        max_side: Scales it down to at most so many pixels a side.
-    """
-    stream = io.BytesIO()
-    with Pillow.open(io.BytesIO(content)) as image:
-        if max_side is not None:
-            image.thumbnail((max_side, max_side))
-        options: dict[str, Any] = {} if wanted == "png" else {"quality": quality}
-        if wanted == "webp" and quality == 100:
-            options["lossless"] = True
-        if wanted == "jpeg" and quality >= 90:
-            options["subsampling"] = 0
-        image.convert("RGB").save(stream, format=wanted.upper(), **options)
-    return stream.getvalue()
+    return base64.b64encode(convert(content, wanted)).decode("ascii")

@@ -22,13 +22,13 @@ from edge_client.generation.resolve import resolve
 from edge_client.generation.segments import parse_segments
 from edge_client.generation.serialize import event_json, png_text, rest_image
 from edge_client.images.files import encode_png
-from edge_client.images.inputs import read_image
+from edge_client.images.inputs import fit_size, read_image
 from edge_client.images.pixels import to_u8
 from edge_client.inference.models import Models
 from edge_client.request import Request
 from edge_client.split.auto_split import AutoSplit, choose_split
 from edge_client.split.handoff_policy import Goals
-from edge_client.types import Latents
+from edge_client.types import CallSkipping, Latents
 from edge_client.web.jobs.uploads import Upload
 from edge_client.web.schemas.native import JobCreate
 from hybridsd.errors import Reason
@@ -59,6 +59,8 @@ class JobWorker:
     models: Models
     cloud: Cloud | None
     others: Mapping[str, Models] = field(default_factory=dict)
+    fit_size: bool = False
+    """Whether jobs that do not say may have sizes that the models lack."""
 
     def fill_in(self, create: JobCreate, upload: Upload) -> JobCreate:
         """Checks a job and returns it with a seed, so that a second run makes the same images.
@@ -66,9 +68,16 @@ class JobWorker:
         Raises:
             HybridSDError: The job is invalid; names the field.
         """
-        filled = create if create.seed is not None else create.model_copy(update={"seed": secrets.randbelow(2**32)})
+        filled = create.model_copy(
+            update={
+                "seed": secrets.randbelow(2**32) if create.seed is None else create.seed,
+                "fit_size": self.fits_size(create),
+            }
+        )
         components = Components(bundle=self.bundle, models=self.models, others=self.others, cloud=None)
-        components.check(resolve(self._requests(filled, upload)[0], self.bundle.manifest))
+        requests = self._requests(filled, upload)
+        for request in (requests[0], requests[-1]):
+            components.check(resolve(request, self.bundle.manifest))
         goals = _goals(filled)
         if goals is not None and (filled.hybrid.split or filled.hybrid.cloud_steps is not None):
             raise Reason.SPLIT_INVALID.error(
@@ -81,6 +90,10 @@ class JobWorker:
                 field="hybrid",
             )
         return filled
+
+    def fits_size(self, create: JobCreate) -> bool:
+        """Returns whether a job may have a size that the models lack."""
+        return self.fit_size if create.fit_size is None else create.fit_size
 
     def needs_cloud(self, create: JobCreate) -> bool:
         """Returns whether a job may wait for the cloud."""
@@ -190,6 +203,9 @@ class JobWorker:
         """Returns one request per image."""
         manifest, hybrid = self.bundle.manifest, create.hybrid
         width, height, image_input = create.width, create.height, None
+        output_size = None
+        if create.fit_size and (width is not None or height is not None):
+            width, height, output_size = fit_size(manifest, width, height)
         for name, needs in (("mask", upload.mask), ("strength", create.strength)):
             if needs is not None and upload.image is None:
                 raise Reason.FIELD_INVALID.error(f"{name} needs an image; give both", field=name)
@@ -211,6 +227,7 @@ class JobWorker:
             guidance_scale=create.guidance_scale,
             width=width,
             height=height,
+            output_size=output_size,
             codec=hybrid.codec,
             deadline_s=None if hybrid.deadline_ms is None else hybrid.deadline_ms / 1000,
             fallback=hybrid.fallback,
@@ -218,6 +235,7 @@ class JobWorker:
             segments=() if hybrid.segments is None else parse_segments(hybrid.segments),
             image_input=image_input,
             text_options=TextOptions(create.long_prompt, create.prompt_weighting),
+            call_skipping=None if hybrid.cloud_skip is None else CallSkipping.parse(hybrid.cloud_skip),
             loras=tuple((lora.name, lora.weight) for lora in create.loras),
             safety=create.safety_checker,
         )
@@ -225,7 +243,7 @@ class JobWorker:
             replace(
                 base, request_id=Request().request_id,
                 seed=(seed + index) % (MAX_SEED + 1) if create.consecutive_seeds else seed,
-                image_index=0 if create.consecutive_seeds else index,
+                image_index=create.image_index + (0 if create.consecutive_seeds else index),
             )
             for index in range(create.n)
         ]  # fmt: skip

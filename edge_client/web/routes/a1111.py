@@ -4,19 +4,22 @@ Unlike there, progress and interrupt concern only the caller's own task.
 """
 
 import asyncio
+import base64
 import hashlib
 import io
 import json
-import re
+import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
-from PIL import Image as Pillow
 
-from edge_client.images.inputs import load_image
+from edge_client.generation.serialize import parse_parameters
+from edge_client.images.files import encode, read_text
+from edge_client.images.inputs import fit, load_image
+from edge_client.images.pixels import to_u8
 from edge_client.web.auth import Caller
 from edge_client.web.bodies import JsonRoute
 from edge_client.web.dependencies import AuthorizedCaller, Gateway, SharedGateway
@@ -24,24 +27,38 @@ from edge_client.web.errors import answers, request_validation
 from edge_client.web.jobs.store import UNFINISHED, StoredJob
 from edge_client.web.jobs.uploads import decode
 from edge_client.web.jobs.view import preview_base64
-from edge_client.web.schemas.a1111 import Drawn, ImageToImage, PngInfo, TextToImage
-from edge_client.web.schemas.native import MAX_IMAGES, JobCreate, Lora
+from edge_client.web.prompt_syntax import EMPTY, check_syntax, read_prompt
+from edge_client.web.schemas.a1111 import (
+    HARMLESS_SETTINGS,
+    NEUTRAL_SETTINGS,
+    Drawn,
+    ImageToImage,
+    PngInfo,
+    TextToImage,
+    refuse_others,
+)
+from edge_client.web.schemas.native import MAX_IMAGES, Format, Hybrid, JobCreate
 from edge_client.web.wait_for_job import finish_job, require_completed
 from hybridsd import schedulers
 from hybridsd.errors import HybridSDError, Reason
+from hybridsd.limits import MIN_GUIDANCE
 
 router = APIRouter(prefix="/sdapi/v1", tags=["sdapi"], route_class=JsonRoute)
 
 MAX_TASKS = 1000
 """Limit of callers whose last task is remembered."""
 _PREVIEWS = 4
-_LORA = re.compile(r"<lora:([^:<>]{1,64})(?::(-?\d{1,2}(?:\.\d{1,6})?))?>")
 _ANSWERS = answers(401, 403, 409, 410, 413, 422, 429, 499, 502, 503, 504)
-_UNSUPPORTED = {
-    "enable_hr": (False, None), "restore_faces": (False, None), "tiling": (False, None), "script_name": (None, ""),
-    "subseed_strength": (0, 0.0, None), "refiner_checkpoint": (None, "", "None"),
+_FORMATS: dict[str, Format] = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp"}
+_PLAIN = ("", "automatic", "normal", "uniform")
+"""Names of the schedule that a sampler has by itself."""
+_SCHEDULES = {
+    "automatic": "Automatic", "uniform": "Uniform", "karras": "Karras", "exponential": "Exponential",
+    "polyexponential": "Polyexponential", "sgm_uniform": "SGM Uniform", "kl_optimal": "KL Optimal",
+    "align_your_steps": "Align Your Steps", "simple": "Simple", "normal": "Normal", "ddim": "DDIM", "beta": "Beta",
+    "turbo": "Turbo",
 }  # fmt: skip
-"""Fields that are not supported and would change the image, with the values that have no effect."""
+"""AUTOMATIC1111's names of noise schedules; `hybridsd.schedulers` says which of them there are for a sampler."""
 
 
 class Tasks:
@@ -90,21 +107,27 @@ async def img2img(
     body: ImageToImage, request: Request, gateway: SharedGateway, tasks: SharedTasks, caller: AuthorizedCaller
 ) -> Any:
     """Edits an image, or the white area of a mask."""
-    fields = {
-        "image": body.init_images[0],
-        "mask": body.mask,
+    fields: dict[str, Any] = {
+        "image": await gateway.queue.decode(caller.owner, _as_png, body.init_images[0], "image"),
         "strength": body.denoising_strength,
-        "fit": {0: "stretch", 1: "crop", 2: "pad", 3: "stretch"}[body.resize_mode],
-        "mask_blur": body.mask_blur or 0.0,
-        "invert_mask": bool(body.inpainting_mask_invert),
+        "fit": body.fit or {0: "stretch", 1: "crop", 2: "pad"}[body.resize_mode],
     }
+    if body.mask:
+        fields |= {
+            "mask": await gateway.queue.decode(caller.owner, _as_png, body.mask, "mask"),
+            "mask_blur": body.mask_blur or 0.0,
+            "invert_mask": bool(body.inpainting_mask_invert),
+        }
+    if body.denoising_strength == 0:
+        return await _unchanged(body, fields, gateway, caller, tasks.models.get(caller, ""))
     return await _draw(body, fields, request, gateway, tasks, caller)
 
 
 async def _draw(
     body: TextToImage, fields: dict[str, Any], request: Request, gateway: Gateway, tasks: Tasks, caller: Caller
 ) -> dict[str, Any]:
-    create = _create(body, fields, tasks.models.get(caller, ""))
+    create = _create(body, fields, tasks.models.get(caller, ""), gateway)
+    wanted, quality = _output(body.override_settings)
     job = await gateway.submit(create, caller, "sdapi")
     tasks.remember(caller, job.id)
     job = await finish_job(request, gateway, job)
@@ -114,12 +137,45 @@ async def _draw(
     images = []
     if body.send_images:
         for record in view["images"]:
-            images.append(await asyncio.to_thread(gateway.views.image_base64, job, record["index"]))
+            images.append(await asyncio.to_thread(gateway.views.image_base64, job, record["index"], wanted, quality))
         preview = gateway.queue.last(job, "preview") if job.state == "cancelled" else None
         if preview is not None:
-            images.append(await asyncio.to_thread(preview_base64, preview["image"]))  # the unfinished image
-    parameters = body.model_dump(mode="json", exclude={"init_images", "mask"})
-    return {"images": images, "parameters": parameters, "info": json.dumps(_info(job, view), ensure_ascii=False)}
+            images.append(await asyncio.to_thread(preview_base64, preview["image"], wanted))  # the unfinished image
+    info = {"job_timestamp": _timestamp(job.created_at), "interrupted": job.state == "cancelled", "task_id": job.id}
+    return _answer(body, images, _info(job.request, view["images"]) | info)
+
+
+async def _unchanged(
+    body: ImageToImage, fields: dict[str, Any], gateway: Gateway, caller: Caller, model: str
+) -> dict[str, Any]:
+    """Answers a strength of 0: the image itself, in the size that was asked for."""
+    create = _create(body, {**fields, "strength": None}, model, gateway)
+    wanted, quality = _output(body.override_settings)
+    defaults = gateway.bundle.manifest.defaults
+    record: dict[str, Any] = {
+        "seed": secrets.randbelow(2**32) if create.seed is None else create.seed,
+        "scheduler": create.scheduler or defaults.scheduler,
+        "num_inference_steps": create.num_inference_steps or defaults.num_inference_steps,
+        "guidance_scale": defaults.guidance_scale if create.guidance_scale is None else create.guidance_scale,
+    }
+
+    def fit_image() -> bytes:
+        image = load_image(base64.b64decode(fields["image"]))
+        width, height = create.width or image.width, create.height or image.height
+        text = f"{create.prompt}\nDenoising strength: 0, Size: {width}x{height}"
+        record.update(width=width, height=height, parameters=text)
+        return encode(to_u8(fit(image, width, height, create.fit)), {"parameters": text}, wanted, quality)
+
+    images = [base64.b64encode(await gateway.queue.decode(caller.owner, fit_image)).decode("ascii")] * create.n
+    info = _info(create.model_dump(mode="json"), [record] * create.n)
+    info |= {"job_timestamp": _timestamp(time.time()), "interrupted": False, "denoising_strength": 0}
+    return _answer(body, images if body.send_images else [], info)
+
+
+def _answer(body: TextToImage, images: list[str], info: dict[str, Any]) -> dict[str, Any]:
+    hidden = {"auth"} if getattr(body, "include_init_images", False) else {"auth", "init_images", "mask"}
+    parameters = body.model_dump(mode="json", exclude=hidden)
+    return {"images": images, "parameters": parameters, "info": json.dumps(info, ensure_ascii=False)}
 
 
 @router.get("/progress", responses=answers(401, 422))
@@ -175,6 +231,12 @@ async def interrupt(
     return {}
 
 
+@router.post("/skip", responses=answers(401, 422))
+async def skip(gateway: SharedGateway, tasks: SharedTasks, caller: AuthorizedCaller) -> dict[str, Any]:
+    """Cancels the caller's last task, as `interrupt` does: a job is not continued with its next image."""
+    return await interrupt(gateway, tasks, caller)
+
+
 @router.get("/options", responses=answers(401))
 async def read_options(gateway: SharedGateway, tasks: SharedTasks, caller: AuthorizedCaller) -> dict[str, Any]:
     """Returns the supported options."""
@@ -191,7 +253,9 @@ async def read_options(gateway: SharedGateway, tasks: SharedTasks, caller: Autho
 async def set_options(
     body: dict[str, Any], gateway: SharedGateway, tasks: SharedTasks, caller: AuthorizedCaller
 ) -> dict[str, Any] | None:
-    """Sets the cloud's model for this caller. Other options are ignored."""
+    """Sets the cloud's model for this caller. Options that would change images in another way are refused."""
+    others = {name: value for name, value in body.items() if name != "sd_model_checkpoint"}
+    refuse_others(others, HARMLESS_SETTINGS, NEUTRAL_SETTINGS)
     wanted = body.get("sd_model_checkpoint")
     if wanted is not None:
         tasks.models[caller] = _named(wanted, await _models(gateway))
@@ -208,18 +272,24 @@ async def sd_models(gateway: SharedGateway, _caller: AuthorizedCaller) -> list[d
 
 @router.get("/samplers", responses=answers(401))
 async def samplers(_caller: AuthorizedCaller) -> list[dict[str, Any]]:
-    """Lists the samplers."""
+    """Lists the samplers; `options.schedulers` has the noise schedules that each can be combined with."""
     return [
-        {"name": spec.label, "aliases": [spec.name, *spec.aliases[1:]], "options": {}} for spec in schedulers.SCHEDULERS
-    ]
+        {
+            "name": spec.label, "aliases": [spec.name, *spec.aliases[1:]],
+            "options": {"schedulers": ", ".join(_schedules(spec.label))},
+        }
+        for spec in schedulers.SCHEDULERS
+    ]  # fmt: skip
 
 
 @router.get("/schedulers", responses=answers(401))
 async def noise_schedules(_caller: AuthorizedCaller) -> list[dict[str, Any]]:
-    """Lists the noise schedules that a sampler can be combined with."""
+    """Lists the noise schedules that some sampler can be combined with; `samplers` says which."""
+    offered = {label for spec in schedulers.SCHEDULERS for label in _schedules(spec.label)}
     return [
         {"name": name, "label": label, "aliases": None, "default_rho": -1.0, "need_inner_model": False}
-        for name, label in (("automatic", "Automatic"), ("karras", "Karras"))
+        for name, label in _SCHEDULES.items()
+        if label in offered
     ]
 
 
@@ -239,71 +309,148 @@ async def scripts(_caller: AuthorizedCaller) -> dict[str, Any]:
 
 @router.post("/png-info", responses=answers(401, 413, 422))
 async def png_info(body: PngInfo, gateway: SharedGateway, caller: AuthorizedCaller) -> dict[str, Any]:
-    """Returns the parameters that a PNG file holds."""
+    """Returns the parameters that an image file holds: PNG, JPEG, WebP or GIF."""
     content = decode(body.image, "image")
     return await gateway.queue.decode(caller.owner, _read_info, content)
 
 
-def _create(body: TextToImage, fields: dict[str, Any], model: str) -> JobCreate:
-    for name, nothing in _UNSUPPORTED.items():
-        value = getattr(body, name, None) if name in TextToImage.model_fields else (body.model_extra or {}).get(name)
-        if value is not None and value not in nothing:
-            raise Reason.FIELD_INVALID.error(
-                f"{name} is {str(value)[:40]!r}, which is not supported; omit it",
-                field=name,
-            )
+def _create(body: TextToImage, fields: dict[str, Any], model: str, gateway: Gateway) -> JobCreate:
+    body.check()
     n = body.batch_size * body.n_iter
     if n > MAX_IMAGES:
         raise Reason.FIELD_INVALID.error(f"batch_size * n_iter is {n}; choose at most {MAX_IMAGES}", field="n_iter")
-    settings = body.override_settings or {}
-    hybrid = body.hybrid
-    chosen = str(settings.get("sd_model_checkpoint") or model)
-    if chosen and not hybrid.model:
-        hybrid = hybrid.model_copy(update={"model": chosen.partition(" [")[0][:64]})
-    if body.refiner_switch_at is not None:
-        if body.steps is None:
-            raise Reason.FIELD_INVALID.error(
-                "refiner_switch_at is a share of steps, which is missing; give both", field="steps"
-            )
-        hybrid = hybrid.model_copy(update={"cloud_steps": round(body.refiner_switch_at * body.steps)})
+    defaults = gateway.bundle.manifest.defaults
+    hybrid = _with_share(body, _with_model(body, model, gateway))
+    prompt, loras = read_prompt(body.prompt)
+    check_syntax(body.negative_prompt, "negative_prompt")
+    guidance = None if body.cfg_scale is None else max(body.cfg_scale, MIN_GUIDANCE)
+    is_guided = (defaults.guidance_scale if guidance is None else guidance) > 1
+    scheduler = _scheduler(body, schedulers.find(defaults.scheduler))
+    _check_eta(body.eta, scheduler or schedulers.find(defaults.scheduler))
     with request_validation():
-        prompt, loras = _adapters(body.prompt)
         return JobCreate(
             id=body.force_task_id,
             prompt=prompt,
-            negative_prompt=body.negative_prompt,
+            negative_prompt=body.negative_prompt if is_guided else "",  # has no effect, there neither
             n=n,
             width=body.width,
             height=body.height,
             num_inference_steps=body.steps,
-            guidance_scale=body.cfg_scale,
+            guidance_scale=guidance,
             seed=None if body.seed == -1 else body.seed,
+            image_index=body.image_index,
             consecutive_seeds=True,
-            scheduler=_scheduler(body),
+            scheduler=None if scheduler is None else scheduler.name,
             hybrid=hybrid,
             previews=_PREVIEWS,
-            loras=loras,
+            loras=[] if body.disable_extra_networks else loras,
             prompt_weighting=True,
-            long_prompt="chunk",
+            long_prompt=body.long_prompt,
+            fit_size=body.fit_size,
+            safety_checker=body.safety_checker,
             **fields,
         )
 
 
-def _adapters(prompt: str) -> tuple[str, list[Lora]]:
-    """Splits a prompt into its text and the adapters that it names as <lora:name:weight>."""
-    found = [Lora(name=name, weight=float(weight or 1)) for name, weight in _LORA.findall(prompt)]
-    return _LORA.sub("", prompt).strip(), found
+def _with_model(body: TextToImage, model: str, gateway: Gateway) -> Hybrid:
+    """Returns the `hybrid` object of a body with the model of its settings, else with that of its caller."""
+    wanted, hybrid = body.override_settings.get("sd_model_checkpoint") or "", body.hybrid
+    name = str(wanted).partition(" [")[0][:64]
+    if name and hybrid.model not in ("", name):
+        raise Reason.FIELD_INVALID.error(
+            f"sd_model_checkpoint is {name!r} and hybrid.model {hybrid.model!r}; give one",
+            field="override_settings.sd_model_checkpoint",
+        )
+    name = hybrid.model or name or model
+    here = gateway.bundle.manifest.name
+    if gateway.cloud is None and name not in ("", here):
+        raise Reason.MODEL_UNKNOWN.error(f"there is no model {name!r}; choose {here}", field="sd_model_checkpoint")
+    return hybrid.model_copy(update={"model": "" if gateway.cloud is None else name})
 
 
-def _scheduler(body: TextToImage) -> str | None:
-    """Returns our name of a sampler with its noise schedule."""
+def _with_share(body: TextToImage, hybrid: Hybrid) -> Hybrid:
+    """Returns a `hybrid` object with the share of the cloud, of the steps that are run."""
+    if body.refiner_switch_at is None:
+        return hybrid
+    if body.steps is None:
+        raise Reason.FIELD_INVALID.error(
+            "refiner_switch_at is a share of steps, which is missing; give both", field="steps"
+        )
+    strength = body.denoising_strength if isinstance(body, ImageToImage) else 1
+    cloud_steps = round(body.refiner_switch_at * int(body.steps * strength))
+    if hybrid.cloud_steps not in (None, cloud_steps):
+        raise Reason.FIELD_INVALID.error(
+            f"refiner_switch_at means {cloud_steps} cloud steps, hybrid.cloud_steps {hybrid.cloud_steps}; give one",
+            field="refiner_switch_at",
+        )
+    return hybrid.model_copy(update={"cloud_steps": cloud_steps})
+
+
+def _scheduler(body: TextToImage, default: schedulers.SchedulerSpec) -> schedulers.SchedulerSpec | None:
+    """Returns a sampler with its noise schedule; None where neither is given."""
     name = body.sampler_name or body.sampler_index
-    if name is None:
+    schedule = (body.scheduler or "").casefold()
+    if not name and schedule in _PLAIN:
         return None
-    schedule = (body.scheduler or "automatic").casefold()
-    if schedule in ("automatic", "normal", ""):
-        return schedulers.find(name).name
-    return schedulers.find(f"{name} {body.scheduler}").name
+    sampler = schedulers.find(name) if name else default
+    if schedule in _PLAIN:
+        return sampler
+    try:
+        return schedulers.find(f"{name or sampler.label} {_SCHEDULES.get(schedule, schedule)}")
+    except HybridSDError as error:
+        raise Reason.SCHEDULER_UNKNOWN.error(
+            f"`scheduler` is {schedule[:40]!r}, which {sampler.label} does not take; choose one of "
+            f"{', '.join(_schedules(sampler.label)) or 'Automatic'}",
+            field="scheduler",
+        ) from error
+
+
+def _schedules(sampler: str) -> list[str]:
+    """Returns the labels of the noise schedules that a sampler can be combined with."""
+    found = [label for name, label in _SCHEDULES.items() if name not in _PLAIN and _is_known(f"{sampler} {label}")]
+    return [_SCHEDULES["automatic"], *found]
+
+
+def _is_known(name: str) -> bool:
+    try:
+        schedulers.find(name)
+    except HybridSDError:
+        return False
+    return True
+
+
+def _check_eta(eta: float | None, sampler: schedulers.SchedulerSpec) -> None:
+    """Makes sure that the share of fresh noise is the sampler's own; those that draw none do not read it."""
+    words = sampler.label.split()
+    own = 0.0 if words[0] == "DDIM" else 1.0 if "a" in words or "SDE" in words else eta
+    if eta not in (None, own):
+        raise Reason.FIELD_INVALID.error(
+            f"`eta` is {eta:g}, which is not supported; give {own:g} for {sampler.label}, or leave it out", field="eta"
+        )
+
+
+def _output(settings: dict[str, Any]) -> tuple[Format, int]:
+    """Returns format and quality of the images of an answer."""
+    wanted, quality = settings.get("samples_format") or "png", settings.get("jpeg_quality") or 80
+    if wanted not in _FORMATS:
+        raise Reason.FIELD_INVALID.error(
+            f"samples_format is {wanted!r:.20}; choose {', '.join(_FORMATS)}", field="override_settings.samples_format"
+        )
+    if not isinstance(quality, int) or not 1 <= quality <= 100:
+        raise Reason.FIELD_INVALID.error(
+            f"jpeg_quality is {quality!r:.20}; choose 1 to 100", field="override_settings.jpeg_quality"
+        )
+    return _FORMATS[wanted], quality
+
+
+def _as_png(text: str, field: str) -> str:
+    """Returns an image in base64; one of a format that only this API takes, GIF or BMP, as PNG."""
+    content = decode(text, field)
+    if content.startswith((b"GIF8", b"BM")):
+        stream = io.BytesIO()
+        load_image(content, field=field, formats=("GIF", "BMP"), keep_alpha=True).save(stream, format="PNG")
+        content = stream.getvalue()
+    return base64.b64encode(content).decode("ascii")
 
 
 def _named(wanted: object, models: list[dict[str, Any]]) -> str:
@@ -328,14 +475,14 @@ async def _models(gateway: Gateway) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _info(job: StoredJob, view: Mapping[str, Any]) -> dict[str, Any]:
+def _info(asked: Mapping[str, Any], images: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns the `info` of a batch, which clients read seeds and texts from."""
-    images, asked = view["images"], job.request
     seeds = [image["seed"] for image in images] or [asked["seed"]]
     first = images[0] if images else {}
+    prompt = "" if asked["prompt"] == EMPTY else asked["prompt"]
     return {
-        "prompt": asked["prompt"],
-        "all_prompts": [asked["prompt"]] * len(seeds),
+        "prompt": prompt,
+        "all_prompts": [prompt] * len(seeds),
         "negative_prompt": asked["negative_prompt"],
         "all_negative_prompts": [asked["negative_prompt"]] * len(seeds),
         "seed": seeds[0],
@@ -347,46 +494,32 @@ def _info(job: StoredJob, view: Mapping[str, Any]) -> dict[str, Any]:
         "height": first.get("height"),
         "sampler_name": None if not first else schedulers.find(first["scheduler"]).label,
         "cfg_scale": first.get("guidance_scale"),
-        "steps": first.get("num_inference_steps"),
+        "steps": first["num_inference_steps"] + first.get("begin_step", 0) if first else None,
         "batch_size": asked["n"],
         "restore_faces": False,
+        "face_restoration_model": None,
         "sd_model_name": first.get("cloud_model") or first.get("edge_model"),
         "sd_model_hash": None,
+        "sd_vae_name": None,
+        "sd_vae_hash": None,
+        "seed_resize_from_w": -1,
+        "seed_resize_from_h": -1,
         "denoising_strength": asked["strength"],
+        "extra_generation_params": {},
         "infotexts": [image["parameters"] for image in images],
+        "styles": [],
         "index_of_first_image": 0,
-        "job_timestamp": _timestamp(job.created_at),
         "clip_skip": 1,
         "is_using_inpainting_conditioning": False,
-        "interrupted": job.state == "cancelled",
-        "task_id": job.id,
         "hybrid": images,
     }
 
 
 def _read_info(content: bytes) -> dict[str, Any]:
-    load_image(content)  # refuses other files and images that are too large
-    with Pillow.open(io.BytesIO(content)) as image:
-        items = {str(key): str(value) for key, value in getattr(image, "text", {}).items()}
+    load_image(content, formats=("PNG", "JPEG", "WEBP", "GIF", "BMP"))  # refuses what is no image, or too large
+    items = read_text(content)
     info = items.get("parameters", "")
-    return {"info": info, "items": items, "parameters": _fields(info)}
-
-
-def _fields(info: str) -> dict[str, str]:
-    """Parses the text that AUTOMATIC1111 writes into PNG files."""
-    *texts, last = info.split("\n") if info else [""]
-    fields = {}
-    for part in last.split(", "):
-        name, colon, value = part.partition(": ")
-        if colon:
-            fields[name] = value.strip('"')
-    if not fields:
-        return {}
-    negative = [index for index, line in enumerate(texts) if line.startswith("Negative prompt: ")]
-    end = negative[0] if negative else len(texts)
-    fields["Prompt"] = "\n".join(texts[:end])
-    fields["Negative prompt"] = "\n".join(texts[end:]).removeprefix("Negative prompt: ")
-    return fields
+    return {"info": info, "items": items, "parameters": parse_parameters(info)}
 
 
 def _timestamp(seconds: float) -> str:

@@ -127,7 +127,7 @@ async def read_image(
     request: Request,
     gateway: SharedGateway,
     wanted: Annotated[Format, Query(alias="format")] = "png",
-    quality: Annotated[int, Query(ge=1, le=100)] = 95,
+    quality: Annotated[int, Query(ge=0, le=100)] = 95,
     max_side: Annotated[int | None, Query(ge=16, le=4096, description="pixels; a thumbnail")] = None,
     key: Annotated[str, Query(max_length=64, description="from the URL in a job; replaces the token")] = "",
     download: Annotated[Literal["0", "1"], Query()] = "0",

@@ -4,58 +4,77 @@ import asyncio
 import base64
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 from sse_starlette import EventSourceResponse, JSONServerSentEvent
-from starlette.datastructures import UploadFile
 
 from edge_client.cloud.types import Capabilities as CloudCapabilities
 from edge_client.images.inputs import MAX_BYTES
 from edge_client.web.auth import Caller
 from edge_client.web.bodies import JsonRoute, parse_json
 from edge_client.web.dependencies import AuthorizedCaller, Gateway, SharedGateway
-from edge_client.web.errors import answers, openai_error, problem_of, request_validation
+from edge_client.web.errors import answers, openai_error, problem_of, request_validation, respond
 from edge_client.web.jobs.store import StoredJob
 from edge_client.web.jobs.view import preview_base64
-from edge_client.web.schemas.native import Format, Hybrid, JobCreate
-from edge_client.web.schemas.openai import Generation, Images, ModelList
+from edge_client.web.prompt_syntax import EMPTY
+from edge_client.web.schemas.native import MAX_IMAGES, Format, Hybrid, JobCreate
+from edge_client.web.schemas.openai import Generation, Images, Model, ModelList
 from edge_client.web.wait_for_job import finish_job, require_completed
 from hybridsd.errors import HybridSDError, Reason
 
-router = APIRouter(prefix="/v1", tags=["openai"], route_class=JsonRoute)
 
+class _OpenAIRoute(JsonRoute):
+    """Answers as OpenAI does where its clients ask again: of a 409 they make three jobs that fail alike."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """See FastAPI."""
+        handle = super().get_route_handler()
+
+        async def handle_or_refuse(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except HybridSDError as error:
+                if error.reason.value.http_status != 409:
+                    raise
+                status = 404 if error.reason in (Reason.MODEL_UNKNOWN, Reason.LORA_UNKNOWN) else 422
+                return respond(problem_of(error, status=status))
+
+        return handle_or_refuse
+
+
+router = APIRouter(prefix="/v1", tags=["openai"], route_class=_OpenAIRoute)
+
+MAX_INPUTS = 10
+"""Images of one edit."""
 DEFAULT_MODEL = "hybrid"
 """The cloud's first model, then the edge model."""
 _FOREIGN = ("dall-e", "gpt-image", "chatgpt-image")
 """Prefixes of OpenAI's model names, which many clients send by default. They mean the default model."""
+_URL_BY_DEFAULT = "dall-e"
+"""Prefix of those whose clients expect addresses of images."""
 _KEEP_ALIVE_S = 10
 Operation = Literal["image_generation", "image_edit"]
 
 
 _STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
-_ANSWERS = answers(401, 403, 409, 413, 422, 429, 499, 502, 503, 504)
-_FORM = {
-    "required": True,
-    "content": {
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "required": ["image", "prompt"],
-                "properties": {
-                    "image": {"type": "string", "format": "binary"},
-                    "mask": {"type": "string", "format": "binary"},
-                    "prompt": {"type": "string"},
-                    "n": {"type": "integer"},
-                    "size": {"type": "string"},
-                    "strength": {"type": "number"},
-                    "hybrid": {"type": "string", "description": "JSON of the `hybrid` object"},
-                },
-            }
-        }
-    },
-}
+_ANSWERS = answers(401, 403, 404, 413, 422, 429, 499, 502, 503, 504)
+
+
+def _form(*required: str) -> dict[str, Any]:
+    """Returns the OpenAPI document of a form."""
+    fields = {
+        "image": {"type": "string", "format": "binary"},
+        "mask": {"type": "string", "format": "binary"},
+        "prompt": {"type": "string"},
+        "n": {"type": "integer"},
+        "size": {"type": "string"},
+        "strength": {"type": "number"},
+        "hybrid": {"type": "string", "description": "JSON of the `hybrid` object"},
+    }
+    schema = {"type": "object", "required": list(required), "properties": fields}
+    return {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
 
 
 @router.get("/models", response_model=ModelList, responses=answers(401))
@@ -65,103 +84,163 @@ async def list_models(gateway: SharedGateway, _caller: AuthorizedCaller) -> Any:
     return {"data": [{"id": name} for name in _names(gateway, found)]}
 
 
+@router.get("/models/{model:path}", response_model=Model, responses=answers(401, 404, 422))
+async def read_model(model: str, gateway: SharedGateway, _caller: AuthorizedCaller) -> Any:
+    """Returns a model of the list."""
+    found, _ = await gateway.watch.poll()
+    return {"id": _known(model, _names(gateway, found), "model")}
+
+
 @router.post(
     "/images/generations", response_model=Images, responses={200: {"content": _STREAM}, **_ANSWERS}
 )  # fmt: skip
 async def generate(body: Generation, request: Request, gateway: SharedGateway, caller: AuthorizedCaller) -> Any:
     """Generates images. With `stream`, partial and finished images are sent as server-sent events."""
-    return await _serve(body, None, None, "image_generation", request, gateway, caller)
+    return await _serve(body, [None], None, "image_generation", request, gateway, caller)
 
 
 @router.post(
     "/images/edits", response_model=Images, responses={200: {"content": _STREAM}, **_ANSWERS},
-    openapi_extra={"requestBody": _FORM},
+    openapi_extra={"requestBody": _form("image", "prompt")},
 )  # fmt: skip
 async def edit(request: Request, gateway: SharedGateway, caller: AuthorizedCaller) -> Any:
-    """Edits an image, or the transparent area of a mask. The image never leaves this device."""
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise Reason.FIELD_INVALID.error(
-            "an edit must be multipart/form-data with image and prompt", field="content-type"
-        )
-    async with request.form(max_files=3, max_part_size=64 * 1024) as form:
-        files = {"image": b"", "mask": b""}
-        fields: dict[str, Any] = {}
-        for name, value in form.multi_items():
-            plain = name.removesuffix("[]")
-            if isinstance(value, UploadFile):
-                if files.get(plain):
-                    raise Reason.FIELD_INVALID.error(f"there is more than one {plain}; send only one", field=plain)
-                files[plain] = await value.read(MAX_BYTES + 1)
-            else:
-                _put(fields, name, value)
-    if not files["image"]:
-        raise Reason.FIELD_INVALID.error("image is missing; send a PNG, JPEG or WebP file", field="image")
+    """Edits an image, or the transparent area of a mask; of several images each. They never leave this device."""
+    fields, images, mask = await _read_form(request)
     with request_validation():
         body = Generation.model_validate(fields)
-    return await _serve(body, files["image"], files["mask"] or None, "image_edit", request, gateway, caller)
+    return await _serve(body, images, mask, "image_edit", request, gateway, caller)
+
+
+@router.post(
+    "/images/variations", response_model=Images, responses=_ANSWERS, openapi_extra={"requestBody": _form("image")}
+)
+async def vary(request: Request, gateway: SharedGateway, caller: AuthorizedCaller) -> Any:
+    """Draws variations of an image, by its content alone unless there is a prompt; `strength` says how far."""
+    fields, images, mask = await _read_form(request)
+    if mask is not None:
+        raise Reason.FIELD_INVALID.error("a variation takes no mask; leave it out, or send an edit", field="mask")
+    with request_validation():
+        body = Generation.model_validate({"prompt": EMPTY, **fields})
+    return await _serve(body, images, None, "image_edit", request, gateway, caller)
+
+
+async def _read_form(request: Request) -> tuple[dict[str, Any], list[bytes | None], bytes | None]:
+    """Returns the fields, the images and the mask of a form."""
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise Reason.FIELD_INVALID.error("send the image as multipart/form-data", field="content-type")
+    files: dict[str, list[bytes | None]] = {"image": [], "mask": []}
+    fields: dict[str, Any] = {}
+    async with request.form(max_files=MAX_INPUTS + 1, max_part_size=64 * 1024) as form:
+        for name, value in form.multi_items():
+            plain = name.partition("[")[0]
+            if isinstance(value, str):
+                _put(fields, name, value)
+            elif plain in files:
+                files[plain].append(await value.read(MAX_BYTES + 1))
+            else:
+                raise Reason.FIELD_INVALID.error(f"{name[:40]!r} is no file of this call; leave it out", field="image")
+    if not files["image"] or not all(files["image"]):
+        raise Reason.FIELD_INVALID.error("image is missing; send a PNG, JPEG or WebP file", field="image")
+    if len(files["mask"]) > 1:
+        raise Reason.FIELD_INVALID.error("there is more than one mask; send only one", field="mask")
+    return fields, files["image"], files["mask"][0] or None if files["mask"] else None
 
 
 async def _serve(
     body: Generation,
-    image: bytes | None,
+    images: Sequence[bytes | None],
     mask: bytes | None,
     operation: Operation,
     request: Request,
     gateway: Gateway,
     caller: Caller,
 ) -> Any:
-    create = await _create(body, image, mask, gateway)
-    job = await gateway.submit(create, caller, "openai")
-    if body.stream:
-        return EventSourceResponse(_stream(body, operation, request, gateway, job), ping=_KEEP_ALIVE_S)
-    job = require_completed(await finish_job(request, gateway, job))
-    view = gateway.view(job)
-    images = []
-    for record in view["images"]:
-        if body.response_format == "url":
-            wanted = "" if _format(body) == "png" else f"{'&' if '?' in record['url'] else '?'}format={_format(body)}"
-            images.append({"url": str(request.base_url).rstrip("/") + record["url"] + wanted})
-        else:
-            images.append({"b64_json": await _b64(body, gateway, job, record["index"])})
+    """Runs a job for each image, the first with the mask, and answers with what they drew."""
+    count = len(images) * (body.n or 1)
+    if count > MAX_IMAGES:
+        raise Reason.FIELD_INVALID.error(
+            f"{len(images)} images with n {body.n or 1} make {count}; choose at most {MAX_IMAGES} in all", field="n"
+        )
+    creates = [await _create(body, image, mask if index == 0 else None, gateway) for index, image in enumerate(images)]
+    jobs: list[StoredJob] = []
+    try:
+        for create in creates:
+            jobs.append(await gateway.submit(create, caller, "openai"))
+        if body.stream:
+            return EventSourceResponse(_stream(body, operation, request, gateway, jobs), ping=_KEEP_ALIVE_S)
+        done = [require_completed(await finish_job(request, gateway, job)) for job in jobs]
+    except BaseException:
+        _cancel(gateway, jobs)
+        raise
+    data, records = [], []
+    for job in done:
+        for record in gateway.view(job)["images"]:
+            records.append(record)
+            if _wants_url(body):
+                data.append({"url": str(request.base_url).rstrip("/") + record["url"] + _query(body, record["url"])})
+            else:
+                data.append({"b64_json": await _b64(body, gateway, job, record["index"])})
     return {
-        "created": int(job.created_at), "data": images, "output_format": _format(body), "size": _size(view["images"]),
-        "hybrid": {"job": job.id, "images": view["images"]},
+        "created": int(done[0].created_at), "data": data, "output_format": _format(body), "size": _size(records),
+        "usage": _NO_TOKENS, "hybrid": {"job": done[0].id, "jobs": [job.id for job in done], "images": records},
     }  # fmt: skip
 
 
+def _wants_url(body: Generation) -> bool:
+    """Whether images are answered as addresses; of DALL-E that is the default."""
+    default = "url" if (body.model or "").startswith(_URL_BY_DEFAULT) else "b64_json"
+    return (body.response_format or default) == "url"
+
+
+def _query(body: Generation, url: str) -> str:
+    """Returns what an image's address says of its format and quality."""
+    if _format(body) == "png":
+        return ""
+    mark = "&" if "?" in url else "?"
+    quality = "" if body.output_compression is None else f"&quality={body.output_compression}"
+    return f"{mark}format={_format(body)}{quality}"
+
+
+def _cancel(gateway: Gateway, jobs: Sequence[StoredJob]) -> None:
+    for job in jobs:
+        with contextlib.suppress(HybridSDError):
+            gateway.queue.cancel(job)
+
+
 async def _stream(
-    body: Generation, operation: Operation, request: Request, gateway: Gateway, job: StoredJob
+    body: Generation, operation: Operation, request: Request, gateway: Gateway, jobs: Sequence[StoredJob]
 ) -> AsyncIterator[JSONServerSentEvent]:
-    """Yields events as OpenAI's SDK reads them; cancels the job when the client disconnects."""
+    """Yields events as OpenAI's SDK reads them; cancels the jobs when the client disconnects."""
     common = {"output_format": _format(body), "quality": "auto", "background": "opaque"}
     partial_index = 0
     try:
-        async for event in gateway.queue.events(job):
-            now = {"created_at": int(time.time()), **common}
-            if event.name == "preview":
-                kind = f"{operation}.partial_image"
-                image = await asyncio.to_thread(preview_base64, event.data["image"], _format(body))
-                data = {
-                    "type": kind, "b64_json": image, "size": body.size or "auto",
-                    "partial_image_index": partial_index, **now,
-                }  # fmt: skip
-                partial_index += 1
-                yield JSONServerSentEvent(data, event=kind)
-            elif event.name == "image":
-                record, kind = event.data["image"], f"{operation}.completed"
-                data = {
-                    "type": kind, "b64_json": await _b64(body, gateway, job, record["index"]),
-                    "size": _size([record]), "usage": _NO_TOKENS, "hybrid": record, **now,
-                }  # fmt: skip
-                yield JSONServerSentEvent(data, event=kind)
-            elif event.name in ("failed", "cancelled"):
-                problem = event.data["job"]["error"] or problem_of(
-                    Reason.CANCELLED.error(f"job {job.id} was cancelled")
-                )
-                yield JSONServerSentEvent({"type": "error", "error": openai_error(problem)}, event="error")
+        for job in jobs:
+            async for event in gateway.queue.events(job):
+                now = {"created_at": int(time.time()), **common}
+                if event.name == "preview":
+                    kind = f"{operation}.partial_image"
+                    image = await asyncio.to_thread(preview_base64, event.data["image"], _format(body))
+                    data = {
+                        "type": kind, "b64_json": image, "size": body.size or "auto",
+                        "partial_image_index": partial_index, **now,
+                    }  # fmt: skip
+                    partial_index += 1
+                    yield JSONServerSentEvent(data, event=kind)
+                elif event.name == "image":
+                    record, kind = event.data["image"], f"{operation}.completed"
+                    data = {
+                        "type": kind, "b64_json": await _b64(body, gateway, job, record["index"]),
+                        "size": _size([record]), "usage": _NO_TOKENS, "hybrid": record, **now,
+                    }  # fmt: skip
+                    yield JSONServerSentEvent(data, event=kind)
+                elif event.name in ("failed", "cancelled"):
+                    problem = event.data["job"]["error"] or problem_of(
+                        Reason.CANCELLED.error(f"job {job.id} was cancelled")
+                    )
+                    yield JSONServerSentEvent({"type": "error", "error": openai_error(problem)}, event="error")
+                    return
     finally:
-        with contextlib.suppress(HybridSDError):
-            gateway.queue.cancel(job)
+        _cancel(gateway, jobs)
 
 
 _NO_TOKENS = {
@@ -178,6 +257,7 @@ async def _create(body: Generation, image: bytes | None, mask: bytes | None, gat
     fields = body.model_dump(
         include={
             "prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "seed", "scheduler", "strength",
+            "fit_size",
         }
     )  # fmt: skip
     images = {
@@ -188,6 +268,7 @@ async def _create(body: Generation, image: bytes | None, mask: bytes | None, gat
         return JobCreate(
             **fields, image=images["image"], mask=images["mask"], width=width, height=height, n=body.n or 1,
             hybrid=hybrid, previews=partial if body.stream else 0, preview_decoder="vae",
+            prompt_weighting=body.prompt == EMPTY,
         )  # fmt: skip
 
 
@@ -200,9 +281,15 @@ async def _with_model(body: Generation, gateway: Gateway) -> Hybrid:
         return body.hybrid.model_copy(update={"mode": "edge"})
     found, _ = await gateway.watch.poll()
     names = _names(gateway, found)
-    if name not in names and found is not None:
-        raise Reason.MODEL_UNKNOWN.error(f"there is no model {name!r}; choose one of {', '.join(names)}", field="model")
+    if found is not None or gateway.cloud is None:  # of a cloud that is away nobody knows
+        _known(name, names, "model")
     return body.hybrid.model_copy(update={"model": name[:64]})
+
+
+def _known(name: str, names: Sequence[str], field: str) -> str:
+    if name in names:
+        return name
+    raise Reason.MODEL_UNKNOWN.error(f"there is no model {name[:64]!r}; choose one of {', '.join(names)}", field=field)
 
 
 def _names(gateway: Gateway, found: CloudCapabilities | None) -> list[str]:

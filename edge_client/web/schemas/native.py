@@ -9,6 +9,7 @@ from edge_client.types import Mode, Place, SafetyAction
 from hybridsd.limits import (
     MAX_DEADLINE_S,
     MAX_GUIDANCE,
+    MAX_IMAGE_INDEX,
     MAX_LORA_WEIGHT,
     MAX_LORAS,
     MAX_PROMPT_CHARS,
@@ -74,6 +75,9 @@ class Hybrid(_RequestModel):
     codec: Literal["fp32", "fp16", "int8"] = Field("fp16", description="format of the cloud's tensors on the wire")
     private: bool = Field(False, description="encode the prompt on this device, so that the cloud does not see it")
     fallback: bool = Field(True, description="continue on this device if the cloud fails, is busy or too slow")
+    cloud_skip: Annotated[str, StringConstraints(pattern=r"^\d{1,4},\d{1,4}(,\d(\.\d{1,20})?)?$")] | None = Field(
+        None, description="calls that the cloud leaves out: warm-up, skipped, extrapolation", examples=["4,1,0.3"]
+    )
     deadline_ms: int | None = Field(
         None, ge=1, le=MAX_DEADLINE_S * 1000, description="time limit of the cloud's part; then this device continues"
     )
@@ -93,14 +97,20 @@ class JobCreate(_RequestModel):
     num_inference_steps: int | None = Field(None, ge=1, le=MAX_STEPS)
     guidance_scale: float | None = Field(None, ge=MIN_GUIDANCE, le=MAX_GUIDANCE, description="1: no guidance")
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="the same seed gives the same image; null: random")
+    image_index: int = Field(
+        0, ge=0, le=MAX_IMAGE_INDEX, description="of the first image: makes one image of an earlier job again"
+    )
     consecutive_seeds: bool = Field(
-        False, description="image i uses seed + i; else all use the seed, with image_index i"
+        False, description="image i uses seed + i; else all use the seed, with image_index + i"
     )
     scheduler: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
     hybrid: Hybrid = Field(default_factory=Hybrid)
     image: str | None = Field(None, description="initial image: base64 or a data URL")
     mask: str | None = Field(None, description="area to redraw: white, or transparent")
     strength: float | None = Field(None, gt=0, le=1, description="how much of the image is redrawn")
+    fit_size: bool | None = Field(
+        None, description="draw the nearest size that the models have, and resize; null: as the gateway is set"
+    )
     fit: Fit = Field("crop", description="how image and mask are resized to width and height")
     mask_blur: float = Field(0.0, ge=0, le=256, description="pixels")
     invert_mask: bool = False
@@ -151,6 +161,7 @@ class Image(BaseModel):
     height: int
     scheduler: str
     num_inference_steps: int
+    begin_step: int = Field(0, description="steps that the given image left out; num_inference_steps has the others")
     guidance_scale: float
     mode: Mode
     cloud_model: str
@@ -161,6 +172,7 @@ class Image(BaseModel):
     fallback_message: str
     early_handoff_reason: str
     received_bytes: int
+    num_dropped_tokens: int = Field(0, description="tokens of the texts that did not fit and had no effect")
     decode_s: float
     preview_s: float = Field(0.0, description="what the previews took; part of elapsed_s")
     elapsed_s: float

@@ -9,9 +9,9 @@ from hybridsd.limits import MAX_GUIDANCE, MAX_PROMPT_CHARS, MAX_SEED, MAX_STEPS,
 
 
 class Generation(BaseModel):
-    """Request of OpenAI's `images.generate` with our additional fields. Unknown fields are ignored."""
+    """Request of OpenAI's `images.generate` with our additional fields. Unknown fields are errors, as there."""
 
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     prompt: Prompt
     model: Annotated[str, StringConstraints(max_length=128)] | None = Field(None, description="see GET /v1/models")
@@ -31,7 +31,15 @@ class Generation(BaseModel):
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
     scheduler: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
     strength: float | None = Field(None, gt=0, le=1, description="how much an edit changes the image")
+    fit_size: bool | None = Field(
+        None, description="draw the nearest size that the models have, and resize; null: as the gateway is set"
+    )
     hybrid: Hybrid = Field(default_factory=Hybrid)
+    quality: str | None = Field(None, max_length=64, description="read over: steps and the split say it here")
+    style: str | None = Field(None, max_length=64, description="read over")
+    moderation: str | None = Field(None, max_length=64, description="read over")
+    input_fidelity: str | None = Field(None, max_length=64, description="read over: see strength")
+    user: str | None = Field(None, max_length=512, description="read over")
 
 
 class Model(BaseModel):
@@ -64,5 +72,7 @@ class Images(BaseModel):
     data: list[GeneratedImage]
     output_format: Format
     size: str
+    quality: Literal["auto"] = "auto"
     background: Literal["opaque"] = "opaque"
+    usage: dict[str, Any] = Field(description="zeros: nothing is counted in tokens here")
     hybrid: dict[str, Any]

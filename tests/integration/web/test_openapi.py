@@ -125,9 +125,9 @@ BODIES: dict[str, bytes] = {
         {"prompt": "a fox", "size": "32x32", "n": 1, "stream": False, "num_inference_steps": 4, "hybrid": {}}
     ).encode(),
     "/sdapi/v1/txt2img": json.dumps(
-        {"prompt": "a fox", "seed": 5, "steps": 4, "width": 32, "height": 32, "sampler_name": "DDIM", "eta": 0.5}
+        {"prompt": "a fox", "seed": 5, "steps": 4, "width": 32, "height": 32, "sampler_name": "DDIM", "eta": 0.0}
     ).encode(),
-    "/sdapi/v1/options": json.dumps({"sd_model_checkpoint": "fake-large", "x": [1, {"y": None}]}).encode(),
+    "/sdapi/v1/options": json.dumps({"sd_model_checkpoint": "fake-large", "send_seed": [1, {"y": None}]}).encode(),
     "/v1/images/edits": b"".join(
         b'--x\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n' % part
         for part in (

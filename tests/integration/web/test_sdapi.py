@@ -18,6 +18,7 @@ from webuiapi.webuiapi import raw_b64_img
 
 from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.client import Cloud
+from edge_client.images.files import read_text
 from edge_client.inference.models import Models
 from hybridsd import schedulers
 from tests.integration.web.conftest import (
@@ -34,7 +35,7 @@ from tests.integration.web.conftest import (
 from tests.support.fake_cloud import FakeCloud
 from tests.support.patience import HANG_S
 
-WANTED = {"prompt": "a red fox", "seed": 5, "steps": 6, "cfg_scale": 3.0, "width": 32, "height": 32}
+WANTED = {"eta": 0, "prompt": "a red fox", "seed": 5, "steps": 6, "cfg_scale": 3.0, "width": 32, "height": 32}
 
 
 def webui(server: GatewayServer, token: str | None = None) -> WebUIApi:
@@ -108,7 +109,14 @@ def test_img2img_with_a_mask(api: WebUIApi) -> None:
     """White is drawn anew, black stays; inverted it is the other way round."""
     image = Image.open(io.BytesIO(picture()))
     mask = Image.fromarray(np.repeat(np.repeat([[255, 0]], 16, axis=1), 32, axis=0).astype(np.uint8))
-    fields = {**WANTED, "images": [image], "mask_image": mask, "mask_blur": 0, "denoising_strength": 0.9}
+    fields = {
+        **WANTED,
+        "images": [image],
+        "mask_image": mask,
+        "mask_blur": 0,
+        "inpaint_full_res": False,
+        "denoising_strength": 0.9,
+    }
     result, inverted = api.img2img(**fields), api.img2img(**fields, inpainting_mask_invert=1)
     changed = [np.abs(array(each.image).astype(int) - array(image)).max(axis=(0, 2)) for each in (result, inverted)]
 
@@ -165,6 +173,102 @@ def test_what_there_is_to_choose(api: WebUIApi) -> None:
     assert api.txt2img(**WANTED).info["sd_model_name"] == "fake-large"
     refused = api.session.post(f"{api.baseurl}/options", json={"sd_model_checkpoint": "other"})
     assert (refused.status_code, refused.json()["reason"]) == (409, "MODEL_UNKNOWN")
+
+
+def test_schedules_of_samplers(api: WebUIApi) -> None:
+    """Each sampler says which noise schedules it takes; those exist, and others are refused with what there is."""
+    samplers = api.session.get(f"{api.baseurl}/samplers").json()
+    offered = {each["label"] for each in api.session.get(f"{api.baseurl}/schedulers").json()}
+    for sampler in samplers:
+        taken = sampler["options"]["schedulers"].split(", ")
+        assert set(taken) <= offered
+        assert all(schedulers.find(f"{sampler['name']} {label}") for label in taken if label != "Automatic")
+    assert set().union(*(each["options"]["schedulers"].split(", ") for each in samplers)) == offered
+    for schedule in ("karras", "no such"):
+        refused = api.session.post(
+            f"{api.baseurl}/txt2img", json={"prompt": "a fox", "sampler_name": "LCM", "scheduler": schedule}
+        )
+        assert (refused.status_code, refused.json()["field"]) == (422, "scheduler")
+        assert "Automatic" in refused.json()["detail"]
+
+
+def test_options_that_would_change_images_are_refused(api: WebUIApi) -> None:
+    """All of a request, or nothing."""
+    url = f"{api.baseurl}/options"
+    refused = api.session.post(url, json={"sd_model_checkpoint": "fake-large", "CLIP_stop_at_last_layers": 2})
+    known = api.session.post(url, json={"CLIP_stop_at_last_layers": 1, "samples_save": False})
+
+    assert (refused.status_code, refused.json()["field"]) == (422, "CLIP_stop_at_last_layers")
+    assert known.status_code == 200
+
+
+def test_fields_that_contradict_each_other(api: WebUIApi) -> None:
+    """None wins silently."""
+    url, hybrid = f"{api.baseurl}/txt2img", {"hybrid": {"cloud_steps": 2, "model": "fake-large"}}
+    for more, field in (
+        ({"refiner_switch_at": 0.5}, "refiner_switch_at"),
+        ({"override_settings": {"sd_model_checkpoint": "other"}}, "override_settings.sd_model_checkpoint"),
+    ):
+        refused = api.session.post(url, json={**WANTED, **hybrid, **more})
+        assert (refused.status_code, refused.json()["field"]) == (422, field)
+
+
+def test_the_share_of_the_cloud_in_an_edit(api: WebUIApi) -> None:
+    """Is one of the steps that are run."""
+    body = {**WANTED, "init_images": [base64.b64encode(picture()).decode()], "denoising_strength": 0.5}
+    answer = api.session.post(
+        f"{api.baseurl}/img2img", json={**body, "sampler_name": "DDIM", "refiner_switch_at": 0.67}
+    )
+    info = json.loads(answer.json()["info"])
+    (record,) = info["hybrid"]
+
+    assert (record["num_inference_steps"], record["planned_cloud_steps"]) == (3, 2)
+    assert info["steps"] == 6
+
+
+def test_without_a_cloud(tmp_path: Path, bundle: Bundle, models: Models) -> None:
+    """Its models and adapters are refused, not left out."""
+    with serving(tmp_path, bundle, models, None) as server, server.client() as client:
+        answers = [
+            client.post("/sdapi/v1/txt2img", json={**WANTED, **more})
+            for more in (
+                {"override_settings": {"sd_model_checkpoint": "sd-9"}}, {"prompt": "a fox <lora:style:1>"},
+                {"override_settings": {"sd_model_checkpoint": bundle.manifest.name}},
+            )
+        ]  # fmt: skip
+        unknown = client.post("/v1/images/generations", json={"prompt": "a fox", "model": "sd-9"})
+
+    assert [answer.status_code for answer in answers] == [409, 422, 200]
+    assert [answer.json().get("field") for answer in answers] == ["sd_model_checkpoint", "loras", None]
+    assert unknown.status_code == 404
+
+
+def test_every_list_of_that_client(api: WebUIApi) -> None:
+    """Is one, so that it shows something else than our problems."""
+    for name in (
+        "samplers", "sd_vae", "upscalers", "latent_upscale_modes", "loras", "sd_models", "hypernetworks", "schedulers",
+        "face_restorers", "realesrgan_models", "prompt_styles",
+    ):  # fmt: skip
+        assert isinstance(getattr(api, f"get_{name}")(), list), name
+    assert api.get_embeddings()["loaded"] == {}
+    assert set(api.get_memory()) == {"ram", "cuda"}
+    assert api.get_cmd_flags()["api"]
+    wide = api.extra_single_image(Image.open(io.BytesIO(picture((8, 8)))), upscaler_1="Lanczos", upscaling_resize=3)
+    assert wide.image.size == (24, 24)
+    for call in (api.refresh_checkpoints, api.skip, api.interrupt):
+        call()
+
+
+def test_formats_of_answers(api: WebUIApi) -> None:
+    """`samples_format` is followed; the file says how it was made, as a PNG does."""
+    answer = api.session.post(
+        f"{api.baseurl}/txt2img",
+        json={**WANTED, "sampler_name": "DDIM", "override_settings": {"samples_format": "jpg", "jpeg_quality": 90}},
+    ).json()
+    content = base64.b64decode(answer["images"][0])
+
+    assert content.startswith(b"\xff\xd8")
+    assert read_text(content)["parameters"] == json.loads(answer["info"])["infotexts"][0]
 
 
 @pytest.mark.parametrize(("share", "cloud_steps"), [(0.0, 0), (0.34, 2), (0.5, 3), (1.0, 6)])

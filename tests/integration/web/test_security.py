@@ -174,7 +174,7 @@ def text_bomb() -> bytes:
 
 NO_PICTURES = {
     "text": b"an image of a fox", "empty": b"", "truncated": picture((64, 64))[:200], "bomb": bomb(),
-    "text bomb": text_bomb(), "gif": picture(kind="GIF"), "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "text bomb": text_bomb(), "tiff": picture(kind="TIFF"), "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
     "head": b"\x89PNG\r\n\x1a\n",
 }  # fmt: skip
 

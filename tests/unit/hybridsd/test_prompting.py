@@ -48,15 +48,19 @@ def ids_of(encoded: EncodedText) -> list[int]:
         ("([a])b", [("a", 1.0), ("b", 1.0)]),
         (r"a \(film\) \[x\] \\ \n", [(r"a (film) [x] \ \n", 1.0)]),
         (r"(a \(film\):1.5)", [("a (film)", 1.5)]),
-        ("a) (b", [("a) (b", 1.0)]),
+        ("a) (b", [("a) ", 1.0), ("b", 1.1)]),
+        ("(unbalanced", [("unbalanced", 1.1)]),  # as the doctest of AUTOMATIC1111's parser
+        ("a [b", [("a ", 1.0), ("b", 1 / 1.1)]),
+        ("(a:1.3", [("a:1.3", 1.1)]),
+        ("((a) b", [("a", 1.1 * 1.1), (" b", 1.1)]),
         ("a:1.3) [b:2]", [("a:1.3) ", 1.0), ("b:2", 1 / 1.1)]),
-        ("([a)]", [("[a", 1.1), ("]", 1.0)]),
+        ("([a)b]c", [("a", 1.0), ("b", 1 / 1.1), ("c", 1.0)]),
         (":-) (:0)", [(":-) ", 1.0)]),
         ("()", [("", 1.0)]),
     ],
 )
 def test_weights_of_words(text: str, fragments: list[tuple[str, float]]) -> None:
-    """Brackets weigh and nest; escaped and lonely ones are text."""
+    """Brackets weigh, nest and cross; escaped ones and those that close nothing are text."""
     parsed = parse_weights(text)
 
     assert [fragment for fragment, _ in parsed] == [fragment for fragment, _ in merge(fragments)]
@@ -75,7 +79,7 @@ def merge(fragments: list[tuple[str, float]]) -> list[tuple[str, float]]:
 
 
 @pytest.mark.parametrize(
-    "text", ["(a:4.1)", "(a:-1)", "(10:30)", "((a:3):2)", "(" * 15 + "a" + ")" * 15, "(a:9e)(b:9)"]
+    "text", ["(a:4.1)", "(a:-1)", "(10:30)", "((a:3):2)", "(" * 15 + "a" + ")" * 15, "(a:9e)(b:9)", "(:" * 2000]
 )
 def test_weights_have_limits(text: str) -> None:
     """Alone or multiplied, a weight outside [0, 4] is refused, with the field and the way out."""
@@ -86,10 +90,10 @@ def test_weights_have_limits(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["(" * 4000, "[" * 2000 + ")" * 2000, "[(" * 1000 + "])" * 1000, "(:" * 2000, "\\" * 3999]
+    "text", ["(" * 4000, "[" * 2000 + ")" * 2000, "[(" * 1000 + "])" * 1000, "[:" * 2000, "\\" * 3999]
 )
 def test_any_text_is_read(text: str) -> None:
-    """Hostile texts of the greatest length are read at once; no character of a text without pairs is lost."""
+    """Hostile texts of the greatest length are read at once."""
     read = "".join(fragment for fragment, _ in parse_weights(text))
 
     assert len(read) <= len(text)

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from edge_client.generation.result import Result
-from edge_client.generation.serialize import parameters, png_text, provenance
+from edge_client.generation.serialize import parameters, parse_parameters, png_text, provenance, replay
 from edge_client.images import files
+from edge_client.types import ImageInput
 from hybridsd.errors import Reason
 
 
@@ -41,3 +42,24 @@ def test_fallback_is_written_down(result: Result) -> None:
 def test_unknown_schedulers_keep_their_name(result: Result) -> None:
     """A plan from elsewhere may have any name."""
     assert "Sampler: mine," in parameters(dataclasses.replace(result, scheduler="mine"))
+
+
+def test_parameters_are_read_again(result: Result) -> None:
+    """Quoted values, commas and line breaks included."""
+    known = parse_parameters(parameters(dataclasses.replace(result, prompt="a fox: 1,\n(red)", edge_model='a, "b"')))
+
+    assert known["Prompt"] == "a fox: 1,\n\\(red\\)"  # brackets were letters, and are so in the text
+    assert (known["Negative prompt"], known["Edge model"], known["CFG scale"]) == ("blurry", 'a, "b"', "3")
+    assert parse_parameters("a fox") == parse_parameters("") == {}
+
+
+def test_steps_are_those_that_were_asked_for(result: Result) -> None:
+    """Not those that were left after the image that it began with."""
+    given = ImageInput(image=np.zeros((3, 32, 32), np.float32), strength=0.25, fit="pad")
+    request = dataclasses.replace(result.request, image_input=given)
+    begun = dataclasses.replace(result, num_inference_steps=2, begin_step=6, request=request, strength=0.25)
+    body = replay(provenance(begun))
+
+    assert "Steps: 8, " in parameters(begun)
+    assert "Denoising strength: 0.25, Fit: pad" in parameters(begun)
+    assert (body["num_inference_steps"], body["strength"], body["fit"]) == (8, 0.25, "pad")

@@ -2,13 +2,14 @@
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from edge_client.images import inputs
-from edge_client.images.pixels import composite, to_cells
+from edge_client.images.pixels import composite, resize, to_cells
 from hybridsd.errors import InvalidRequest
 
 
@@ -94,3 +95,39 @@ def test_sizes_follow_shapes() -> None:
     for wrong in ("16x9", "1:0", "100:1", ":", "²:1"):
         with pytest.raises(InvalidRequest, match="aspect"):
             inputs.parse_aspect(wrong)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "wanted", "drawn", "resized"),
+    [
+        ((), (128, 128), (128, 128), None),
+        ((), (192, 256), (192, 256), None),  # a multiple, up to twice the default side
+        ((), (512, 512), (128, 128), (512, 512)),
+        ((), (100, 100), (128, 128), (100, 100)),
+        ((), (1792, 1024), (160, 96), (1792, 1024)),
+        ((), (4096, 8), (256, 32), (4096, 8)),
+        ((), (None, 512), (64, 256), (128, 512)),
+        (((128, 128), (160, 96), (96, 160)), (1024, 1536), (96, 160), (1024, 1536)),
+        (((128, 128), (160, 96), (96, 160)), (160, 96), (160, 96), None),
+        (((128, 128), (160, 96), (96, 160)), (64, 64), (128, 128), (64, 64)),
+    ],
+)
+def test_the_nearest_size_that_models_have(
+    sizes: tuple[tuple[int, int], ...], wanted: tuple[int | None, int | None], drawn: tuple[int, int],
+    resized: tuple[int, int] | None,
+) -> None:  # fmt: skip
+    """By shape, of the area that they were trained for; what they have is drawn as it is."""
+    defaults = SimpleNamespace(width=128, height=128)
+    manifest = SimpleNamespace(defaults=defaults, size_multiple=32, sizes=sizes)
+
+    assert inputs.fit_size(manifest, *wanted) == (*drawn, resized)  # type: ignore[arg-type]
+
+
+def test_a_resized_image_keeps_its_shapes() -> None:
+    """What sticks out of the new shape is cut off on both sides alike."""
+    image = np.zeros((32, 64, 3), np.uint8)
+    image[:, 16:48] = 255
+    resized = resize(image, 100, 100)
+
+    assert resized.shape == (100, 100, 3)
+    assert resized.min() > 128

@@ -63,3 +63,5 @@ def test_what_is_fine_or_not_known(manifest: Manifest) -> None:
         assert refusal(JobCreate.model_validate({"prompt": "a fox", **fields}), manifest, FOUND, models) is None
     unknown = JobCreate.model_validate({"prompt": "a fox", "hybrid": {"model": "x"}, "loras": [{"name": "x"}]})
     assert refusal(unknown, manifest, None, []) is None
+    odd = JobCreate(prompt="a fox", width=5000, height=33)
+    assert refusal(odd, manifest, FOUND, models, fits_size=True) is None

@@ -28,6 +28,9 @@ class ScriptedWorker:
     def fill_in(self, create: JobCreate, upload: Upload) -> JobCreate:
         return create
 
+    def fits_size(self, create: JobCreate) -> bool:
+        return False
+
     def needs_cloud(self, create: JobCreate) -> bool:
         if create.hybrid.segments == "x":
             raise Reason.SPLIT_INVALID.error("segments are written otherwise now")

@@ -1,5 +1,6 @@
 """What FastAPI does not know of the OpenAPI document: tokens, summaries, examples and events."""
 
+import re
 from typing import Any
 
 from fastapi import FastAPI
@@ -43,7 +44,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
 
 def operation_id(route: APIRoute) -> str:
     """Returns the name that generated clients give an operation."""
-    return "_".join((*map(str, route.tags[:1]), route.name))
+    return re.sub(r"\W+", "_", "_".join((*map(str, route.tags[:1]), route.name)))
 
 
 def install(app: FastAPI, *, needs_token: bool) -> None:

@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from edge_client.cloud.connection import is_loopback
 from edge_client.inference.models import Models
 from edge_client.web.app import create_app
 from edge_client.web.auth import read_tokens
+from edge_client.web.connections import server_config
 from edge_client.web.settings import Settings
 from hybridsd.errors import Reason
 
@@ -54,7 +56,8 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @click.option(
     "--allowed-host", "allowed_hosts", envvar="HYBRIDSD_EDGE_ALLOWED_HOST", multiple=True, metavar="NAME",
-    help="Name by which clients call the gateway. Repeatable. Default: this machine's, or any with tokens.",
+    help="Name by which clients call the gateway. Repeatable. Default: this machine's name and addresses, or any with "
+    "tokens.",
 )  # fmt: skip
 @click.option(
     "--cors-origin", "cors_origins", envvar="HYBRIDSD_EDGE_CORS_ORIGIN", multiple=True, metavar="ORIGIN",
@@ -69,6 +72,10 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     help="Folder of jobs and images. Default: in the data folder of this user.",
 )  # fmt: skip
 @click.option("--max-jobs", type=click.IntRange(1), default=1000, show_default=True, help="Finished jobs to keep.")
+@click.option(
+    "--max-data-mib", type=click.IntRange(64), default=10240, show_default=True,
+    help="Size of their images. Beyond both, the oldest job of the token with most is deleted.",
+)  # fmt: skip
 @click.option("--max-queue", type=click.IntRange(1), default=256, show_default=True, help="Jobs that may wait.")
 @click.option("--max-body-mib", type=click.IntRange(1, 1024), default=32, show_default=True, help="Of one request.")
 @click.option(
@@ -112,8 +119,8 @@ def serve(**options: Any) -> None:
         part = options["port_file"].with_name(options["port_file"].name + ".part")
         part.write_text(f"{port}\n", encoding="utf-8")
         part.replace(options["port_file"])  # readers see no file or all of it
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=5, server_header=False,
+    config = server_config(
+        app, log_level="warning", timeout_graceful_shutdown=5,
         ssl_certfile=options["tls_cert"], ssl_keyfile=options["tls_key"],
     )  # fmt: skip
     try:
@@ -130,6 +137,10 @@ def probe(gateway: str, timeout: float) -> None:
     """Asks a gateway whether it takes jobs; exit code 4 if not. For health checks."""
     try:
         answer = httpx.get(f"{gateway.rstrip('/')}/readyz", timeout=timeout, trust_env=False)
+        if answer.status_code == 503:
+            raise Reason.UNAVAILABLE.error(
+                f"{gateway} is not ready: {answer.text[:200]}; look at its log and at the cloud"
+            )
         answer.raise_for_status()
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise Reason.UNAVAILABLE.error(f"{gateway} does not answer: {error}; look at its log") from error
@@ -145,20 +156,38 @@ def _settings(options: dict[str, Any]) -> Settings:
             f"{host} can be reached from elsewhere, and nobody would need a token; give --client-tokens, or --open",
             field="host",
         )
-    names = options["allowed_hosts"] or (_LOOPBACK_NAMES if is_loopback(host) and not tokens else ("*",))
+    names, any_address = _host_names(host, options["allowed_hosts"], has_tokens=bool(tokens))
     return Settings(
         data_dir=options["data_dir"] or platformdirs.user_data_path("hybridsd") / "gateway",
         tokens=tokens,
         hosts=names,
+        any_address=any_address,
         cors_origins=options["cors_origins"],
         webhook_hosts=options["webhook_hosts"],
         workers=options["workers"],
         max_queue=options["max_queue"],
         max_jobs=options["max_jobs"],
+        max_data_bytes=options["max_data_mib"] << 20,
         fit_size=bool(options["fit_size"]),
         max_body_bytes=options["max_body_mib"] << 20,
         cloud_dollars_per_hour=options["cloud_price"],
     )
+
+
+def _host_names(host: str, allowed: Sequence[str], *, has_tokens: bool) -> tuple[Sequence[str], bool]:
+    """Returns the names that clients may call the gateway by, and whether they may use any address.
+
+    Without tokens, a site whose name points here could else have its visitors' browsers use the gateway. It needs a
+    name for that: an address is nobody else's.
+    """
+    if allowed:
+        return allowed, False
+    if has_tokens:
+        return ("*",), True
+    if is_loopback(host):
+        return _LOOPBACK_NAMES, False
+    name = socket.gethostname().casefold()
+    return (*_LOOPBACK_NAMES, host.casefold(), name, f"{name}.local"), True
 
 
 def _configure_log() -> None:

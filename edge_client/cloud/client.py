@@ -328,6 +328,8 @@ class Cloud:
             num_queued=reply.load.num_queued,
             call_s=to_seconds(reply.load.call_duration),
             max_batch=max(1, reply.limits.max_batch),
+            min_size=max(0, reply.limits.min_size),
+            max_size=max(0, reply.limits.max_size),
         )
 
     def compile_plan(self, model: str, scheduler: str, num_inference_steps: int, begin_step: int = 0) -> Plan:

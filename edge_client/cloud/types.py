@@ -121,6 +121,9 @@ class Capabilities:
     call_s: float = 0.0
     """Recent duration of a call of the U-Net there; 0 when none has run."""
     max_batch: int = 1
+    min_size: int = 0
+    max_size: int = 0
+    """Least and largest width and height in pixels; 0 where it does not say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,6 +2,7 @@
 
 import io
 import math
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,24 +10,35 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFilter, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from edge_client.images.pixels import from_u8, to_cells
 from edge_client.types import ImageInput
-from hybridsd.errors import HybridSDError, InvalidRequest, Reason
+from hybridsd.errors import HybridSDError, Reason
 from hybridsd.limits import MAX_SIZE
 from hybridsd.manifest import Manifest
 
 Fit = Literal["crop", "pad", "stretch"]
 FORMATS = ("PNG", "JPEG", "WEBP")
-MAX_PIXELS = 64_000_000
+MAX_PIXELS = MAX_SIZE * MAX_SIZE
+"""Of an image that is given, the most that can be drawn. Looked at before anything is decoded."""
 MAX_BYTES = 64 << 20
+MAX_SCANS = 100
+"""Of a progressive JPEG file, which has about 10. Each is a pass over all pixels, in as little as 20 bytes."""
+MAX_TEXT_BYTES = 4 << 20
+"""Of the texts in a PNG file, unpacked."""
+PngImagePlugin.MAX_TEXT_MEMORY = MAX_TEXT_BYTES
+
+_one_at_a_time = threading.RLock()
+"""Held while an image is decoded and fitted, which may take 20 bytes per pixel."""
 
 
 def load_image(
     source: Path | bytes, *, field: str = "image", keep_alpha: bool = False, formats: Sequence[str] = FORMATS
 ) -> Image.Image:
     """Returns a PNG, JPEG or WebP image, upright, as RGB; transparent parts are white.
+
+    Of an animation it is the first frame. Images are decoded one at a time.
 
     Args:
         source: A file, or its content.
@@ -39,24 +51,41 @@ def load_image(
     """
     name = str(source) if isinstance(source, Path) else "the upload"
     try:
-        content = source.read_bytes() if isinstance(source, Path) else source
-        if len(content) > MAX_BYTES:
-            raise _refuse(field, f"{name} has {len(content)} bytes; at most {MAX_BYTES} are allowed")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is checked below
-            opened = Image.open(io.BytesIO(content), formats=tuple(formats))
-            if opened.width * opened.height > MAX_PIXELS:
-                raise _refuse(field, f"{name} has {opened.width}x{opened.height} pixels; at most {MAX_PIXELS} in all")
-            opened.load()
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, InvalidRequest):
-            raise
+        with _one_at_a_time, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata, and of bombs: our own limit is lower
+            return _decode(_read(source), name, field, keep_alpha, tuple(formats))
+    except HybridSDError:
+        raise
+    except Exception as error:  # decoders raise whatever a broken file makes them stumble over
         known = isinstance(error, OSError) and not isinstance(error, UnidentifiedImageError)
         what = f"unreadable ({error})" if known else "no image that can be read"
         raise _refuse(field, f"{name} is {what}; give a PNG, JPEG or WebP file") from error
+
+
+def _read(source: Path | bytes) -> bytes:
+    """Returns at most one byte more than is allowed."""
+    if isinstance(source, bytes):
+        return source
+    with source.open("rb") as stream:
+        return stream.read(MAX_BYTES + 1)
+
+
+def _decode(content: bytes, name: str, field: str, keep_alpha: bool, formats: tuple[str, ...]) -> Image.Image:
+    if len(content) > MAX_BYTES:
+        raise _refuse(field, f"{name} has more than {MAX_BYTES} bytes; make it smaller")
+    opened = Image.open(io.BytesIO(content), formats=formats)
+    if opened.width * opened.height > MAX_PIXELS:
+        raise _refuse(
+            field,
+            f"{name} has {opened.width}x{opened.height} pixels; at most {MAX_PIXELS} in all, such as "
+            f"{MAX_SIZE}x{MAX_SIZE}, can be drawn: make it smaller",
+        )
+    if opened.format in ("JPEG", "MPO") and content.count(b"\xff\xda") > MAX_SCANS:
+        raise _refuse(field, f"{name} has more than {MAX_SCANS} scans; save it as a plain JPEG file")
+    opened.load()
     upright = ImageOps.exif_transpose(opened)
     if upright.mode.startswith("I"):  # 16 bits of grey, which Pillow's convert() would clip at 255
-        upright = Image.fromarray((np.asarray(upright).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        upright = Image.fromarray((np.asarray(upright).astype(np.int32) >> 8).clip(0, 255).astype(np.uint8))
     if not upright.has_transparency_data:
         return upright.convert("RGB")
     rgba = upright.convert("RGBA")
@@ -216,6 +245,25 @@ def read_image(
     Raises:
         InvalidRequest: Where one of them cannot be used, naming the field.
     """
+    with _one_at_a_time:
+        return _read_image(
+            manifest, source, width=width, height=height, strength=strength, how=how, mask=mask, mask_blur=mask_blur,
+            invert_mask=invert_mask,
+        )  # fmt: skip
+
+
+def _read_image(
+    manifest: Manifest,
+    source: Source,
+    *,
+    width: int | None,
+    height: int | None,
+    strength: float | None,
+    how: Fit,
+    mask: Source | None,
+    mask_blur: float,
+    invert_mask: bool,
+) -> tuple[int, int, ImageInput]:
     multiple, defaults = manifest.size_multiple, manifest.defaults
     if "vae_encoder" not in manifest.files:
         raise Reason.FIELD_INVALID.error(

@@ -4,6 +4,7 @@ import base64
 import binascii
 import hashlib
 import hmac
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,11 @@ from pathlib import Path
 from fastapi import Request
 
 from hybridsd.errors import Reason
+
+KEY_S = 24 * 3600
+"""How long a signed address is valid at least."""
+KEY_STEP_S = 3600
+"""Addresses that are signed within this time are equal, so that browsers keep their images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +65,33 @@ class Access:
         return Caller(owner, host)
 
     def sign(self, path: str) -> str:
-        """Returns the key that gives access to a path without a token."""
-        return hmac.new(self._secret, path.encode(), hashlib.sha256).hexdigest()[:32]
+        """Returns the key that gives access to a path without a token for `KEY_S`, and up to `KEY_STEP_S` longer."""
+        until = (int(time.time()) // KEY_STEP_S + 1) * KEY_STEP_S + KEY_S
+        return f"{until}-{self._mac(path, until)}"
 
-    def is_signed(self, path: str, key: str) -> bool:
-        """Returns whether `key` belongs to `path`."""
-        return hmac.compare_digest(self.sign(path).encode(), key.encode())
+    def reader(self, request: Request, key: str) -> Caller | None:
+        """Returns the client of a request for what may have a signed address; None if its key gives access.
+
+        Raises:
+            AccessDenied: UNAUTHENTICATED.
+        """
+        until, _, mac = key.partition("-")
+        is_own = (
+            until.isascii()
+            and until.isdigit()
+            and len(until) <= 12
+            and hmac.compare_digest(self._mac(request.url.path, int(until)).encode(), mac.encode())
+        )
+        if is_own and int(until) >= time.time():
+            return None
+        if is_own and not self.is_open and "authorization" not in request.headers:
+            raise Reason.UNAUTHENTICATED.error(
+                "this address has expired; read the job again for a new one, or send a token"
+            )
+        return self.caller(request)
+
+    def _mac(self, path: str, until: int) -> str:
+        return hmac.new(self._secret, f"{path} {until}".encode(), hashlib.sha256).hexdigest()[:32]
 
 
 def read_tokens(path: Path | None) -> list[str]:

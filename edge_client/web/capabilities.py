@@ -4,6 +4,7 @@ import importlib.metadata
 from typing import Any
 
 from edge_client.web.dependencies import Gateway
+from edge_client.web.jobs.check_cloud import size_range
 from edge_client.web.schemas.native import MAX_IMAGES
 from hybridsd import schedulers
 from hybridsd.limits import MAX_GUIDANCE, MAX_PROMPT_CHARS, MAX_SEED, MAX_SIZE, MAX_STEPS, MIN_GUIDANCE
@@ -13,6 +14,7 @@ async def capabilities(gateway: Gateway) -> dict[str, Any]:
     """Returns a `schemas.native.Capabilities`."""
     manifest, defaults = gateway.bundle.manifest, gateway.bundle.manifest.defaults
     found, message = await gateway.watch.poll()
+    least, largest = size_range(manifest, found)
     offline: dict[str, list[int]] = {}
     for name in gateway.bundle.plan_names():
         scheduler, _, steps = name.partition("/")
@@ -43,6 +45,8 @@ async def capabilities(gateway: Gateway) -> dict[str, Any]:
                 }
                 for model in gateway.compatible_models(found)
             ],
+            "min_size": least,
+            "max_size": largest,
             "num_running": found.num_running if found else 0,
             "num_queued": found.num_queued if found else 0,
             "step_s": found.call_s if found else 0.0,

@@ -23,6 +23,11 @@ class CloudWatch:
         self._capabilities: CloudCapabilities | None = None
         self._message = "no cloud is configured; start the gateway with --server" if cloud is None else "not asked yet"
 
+    @property
+    def known(self) -> CloudCapabilities | None:
+        """The cloud's last answer, without asking again; None if it did not answer."""
+        return self._capabilities
+
     async def poll(self, wait_s: float = POLL_TIMEOUT_S) -> tuple[CloudCapabilities | None, str | None]:
         """Returns the cloud's capabilities; None and the reason where it cannot be reached.
 

@@ -1,6 +1,5 @@
 """What request handlers get: the gateway and the caller."""
 
-import asyncio
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -12,7 +11,9 @@ from edge_client.cloud.types import Capabilities as CloudCapabilities
 from edge_client.cloud.types import CloudModel
 from edge_client.inference.models import Models
 from edge_client.web.auth import Access, Caller
+from edge_client.web.bodies import in_thread
 from edge_client.web.cloud_watch import CloudWatch
+from edge_client.web.jobs.check_cloud import refusal
 from edge_client.web.jobs.queue import JobQueue
 from edge_client.web.jobs.store import Store, StoredJob
 from edge_client.web.jobs.uploads import split_uploads
@@ -44,8 +45,29 @@ class Gateway:
             HybridSDError: The request is invalid; TOO_MANY_JOBS.
         """
         self.webhooks.check(create.webhook)
-        create, upload = await asyncio.to_thread(split_uploads, create)
+        await self._check_cloud(create)
+        create, upload = await in_thread(split_uploads, create)
         return await self.queue.submit(create, upload, owner=caller.owner, api=api)
+
+    async def _check_cloud(self, create: JobCreate) -> None:
+        """Refuses what the cloud is known not to do. What may have changed since its last answer is asked again."""
+        is_here = self.cloud is None or not self.queue.needs_cloud(create)
+        if not is_here and (create.hybrid.model or create.hybrid.segments or create.loras):
+            await self.watch.poll()
+        for is_last in (False, True):
+            found = None if is_here else self.watch.known
+            error = refusal(
+                create,
+                self.bundle.manifest,
+                found,
+                self.compatible_models(found),
+                fits_size=self.queue.fits_size(create),
+            )
+            if error is None:
+                return
+            if is_here or is_last:
+                raise error
+            await self.watch.poll()
 
     def compatible_models(self, found: CloudCapabilities | None) -> list[CloudModel]:
         """Returns the cloud's models in this device's latent space."""

@@ -26,20 +26,33 @@ _DESCRIPTIONS = {
     401: "the token is missing or wrong",
     403: "access is not allowed",
     404: "not found",
+    408: "the request comes too slowly",
     409: "not possible in this state or with these models",
     410: "the job was deleted",
     413: "the request body is too large",
     422: "a field is invalid",
-    429: "too many jobs wait; retry after Retry-After",
+    429: "too many jobs or requests; retry after Retry-After",
     499: "the job was cancelled",
     500: "internal error",
     502: "the cloud is unreachable or failed",
     503: "the cloud is busy, or the gateway stops",
     504: "the cloud did not answer in time",
 }
-_ALWAYS = (400, 403, 413, 500)
+_ALWAYS = (400, 403, 408, 413, 429, 500)
 _EMPTY = ("missing", "string_too_short", "string_pattern_mismatch")
 _TITLES = {499: "Client Closed Request"}
+
+
+class Refusal(HTTPException):
+    """An error while a body is read, which FastAPI lets through: it makes a 400 of others.
+
+    Attributes:
+        problem: The problem details.
+    """
+
+    def __init__(self, error: HybridSDError, status: int | None = None) -> None:
+        self.problem = problem_of(error, status=status)
+        super().__init__(self.problem["status"], error.message)
 
 
 def problem_of(error: HybridSDError, *, status: int | None = None) -> dict[str, Any]:
@@ -109,6 +122,8 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def by_status(_request: Request, error: HTTPException) -> JSONResponse:
+        if isinstance(error, Refusal):
+            return respond(error.problem)
         reason = _BY_STATUS.get(error.status_code, Reason.FIELD_INVALID)
         message = f"{error.detail}; see /docs"
         return respond(problem_of(reason.error(message), status=error.status_code), dict(error.headers or {}))

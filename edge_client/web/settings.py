@@ -15,6 +15,8 @@ class Settings:
     """Tokens that are accepted; none: no token is needed."""
     hosts: Sequence[str] = ("*",)
     """Accepted Host names. Others are refused, which prevents DNS rebinding."""
+    any_address: bool = False
+    """Whether any IP address is accepted as a Host: those cannot be rebound."""
     cors_origins: Sequence[str] = ()
     """Other sites whose pages may use the gateway."""
     webhook_hosts: Sequence[str] = ()
@@ -24,7 +26,9 @@ class Settings:
     max_queue: int = 256
     """Limit of waiting jobs."""
     max_jobs: int = 1000
-    """Limit of finished jobs; the oldest are deleted."""
+    """Limit of finished jobs; beyond it the oldest of whoever has most is deleted."""
+    max_data_bytes: int = 10 << 30
+    """Limit of the images of finished jobs, likewise."""
     fit_size: bool = False
     """Whether images may have sizes that the models lack: they draw the nearest, which is resized."""
     max_body_bytes: int = 32 << 20

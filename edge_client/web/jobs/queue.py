@@ -3,19 +3,22 @@
 import asyncio
 import bisect
 import contextlib
+import functools
 import hashlib
 import threading
 import uuid
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Container, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import structlog
+from pydantic import ValidationError
 
 from edge_client.web.errors import problem_of
 from edge_client.web.jobs.store import Store, StoredJob
+from edge_client.web.jobs.turns import Turns
 from edge_client.web.jobs.uploads import Upload
 from edge_client.web.jobs.worker import WorkerEvent
 from edge_client.web.schemas.native import JobCreate, State
@@ -23,12 +26,16 @@ from hybridsd.errors import HybridSDError, Reason
 
 log = structlog.get_logger()
 
+T = TypeVar("T")
+
 MAX_ATTEMPTS = 3
 """A job that was started this often and never ended fails: it may be what crashes the gateway."""
 KEPT_LOGS = 256
 """Finished jobs whose events can be replayed. Older jobs have only their last event."""
 ATTEMPT_EVENTS = 1_000_000
 """Event numbers of attempt `a` start at `a` times this, so that they grow across restarts."""
+STALLED_S = 120.0
+"""A job that says nothing for this long is taken to make no progress."""
 DEFAULT_JOB_S = 5.0
 """Estimated duration of a job, for Retry-After, until one has run."""
 
@@ -38,6 +45,12 @@ class Worker(Protocol):
 
     def fill_in(self, create: JobCreate, upload: Upload) -> JobCreate:
         """Checks a job and returns it with its seed."""
+
+    def needs_cloud(self, create: JobCreate) -> bool:
+        """Returns whether a job may wait for the cloud."""
+
+    def fits_size(self, create: JobCreate) -> bool:
+        """Returns whether a job may have a size that the models lack."""
 
     def run(
         self, create: JobCreate, upload: Upload, *, is_cancelled: Callable[[], bool], done: Container[int] = ()
@@ -59,6 +72,13 @@ class _Live:
     """A job that waits, runs or has ended recently, with its events."""
 
     create: JobCreate
+    needs_cloud: bool = False
+    is_with_cloud: bool = False
+    """It runs, and its last word was not of a step here."""
+    spoke_at: float = 0.0
+    """Time of its last event, of the event loop's clock."""
+    position: int = -1
+    """Number of jobs before it, as told last; -1: not told yet."""
     events: list[JobEvent] = field(default_factory=list)
     number: int = 0
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -81,13 +101,16 @@ class _Live:
 
 
 class JobQueue:
-    """Runs jobs in order of arrival, several at once.
+    """Runs jobs, several at once: each owner's in order of arrival, owners in turns.
+
+    Jobs that need no cloud do not wait for those that wait for it: while a cloud is stuck, they are drawn.
 
     Args:
         store: Keeps the jobs.
         worker: Runs a job.
         num_workers: Jobs that run at once. While one waits for the cloud, another computes here.
-        max_waiting: Limit of waiting jobs.
+        max_waiting: Limit of waiting jobs. An owner below its equal share of it is not refused for what others have.
+        num_owners: Among whom places are shared.
         view: Turns a stored job and its queue position into the JSON that clients get.
         on_end: Called with each finished job that has a webhook.
     """
@@ -99,20 +122,24 @@ class JobQueue:
         *,
         num_workers: int,
         max_waiting: int,
+        num_owners: int = 1,
         view: Callable[[StoredJob, int | None], dict[str, Any]],
         on_end: Callable[[StoredJob], Awaitable[None]],
     ) -> None:
         self.max_waiting = max_waiting
         self._store, self._worker, self._view, self._on_end = store, worker, view, on_end
         self._num_workers = num_workers
-        self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="worker")
+        self._share = max(1, max_waiting // num_owners) if num_owners > 1 else 0
+        self._pool = ThreadPoolExecutor(num_workers + 1, thread_name_prefix="worker")
         self._checks = ThreadPoolExecutor(2, thread_name_prefix="check")
-        self._waiting: deque[str] = deque()
-        self._num_admitted = 0
+        self._decodes = ThreadPoolExecutor(1, thread_name_prefix="decode")
+        self._checking: dict[str, asyncio.Lock] = {}
+        self._waiting = Turns()
+        self._admitted: Counter[str] = Counter()
         self._running: set[str] = set()
         self._live: OrderedDict[str, _Live] = OrderedDict()
-        self._has_work = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._is_started = False
         self._stopping = False
         self._job_s = DEFAULT_JOB_S
 
@@ -121,14 +148,29 @@ class JobQueue:
         """The numbers of running and waiting jobs."""
         return {"num_running": len(self._running), "num_waiting": len(self._waiting)}
 
+    @property
+    def is_stalled(self) -> bool:
+        """Whether all workers are held by jobs that make no progress."""
+        since = asyncio.get_running_loop().time() - STALLED_S
+        num_stalled = sum(self._live[job_id].spoke_at <= since for job_id in self._running)
+        return num_stalled >= self._num_workers
+
     def start(self) -> None:
         """Starts the workers, first with the unfinished jobs of the last run."""
         for job in self._store.unfinished():
-            self._admit(job, JobCreate.model_validate(_body(job.request)))
+            try:
+                self._admit(job, JobCreate.model_validate(_body(job.request)))
+            except (ValidationError, HybridSDError) as error:  # an older gateway took it
+                log.warning("job_not_understood", job=job.id, error=str(error)[:200])
+                unknown = Reason.FIELD_INVALID.error(
+                    f"job {job.id} was accepted by an older version of the gateway, and this one cannot read its "
+                    "request; send it again"
+                )
+                self._spawn_webhook(self._store.finish(job.id, "failed", problem_of(unknown)))
         for job in self._store.pending_webhooks():
-            self._spawn(self._on_end(job))
-        for _ in range(self._num_workers):
-            self._spawn(self._work())
+            self._spawn_webhook(job)
+        self._is_started = True
+        self._begin_jobs()
 
     async def stop(self) -> None:
         """Stops the workers. The next start runs the unfinished jobs again."""
@@ -140,7 +182,8 @@ class JobQueue:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.to_thread(self._pool.shutdown, wait=True)
-        self._checks.shutdown(wait=False)
+        for pool in (self._checks, self._decodes):
+            pool.shutdown(wait=False)
 
     async def submit(self, create: JobCreate, upload: Upload, *, owner: str, api: str) -> StoredJob:
         """Adds a job. The same request with the same id is added once.
@@ -148,28 +191,54 @@ class JobQueue:
         Raises:
             HybridSDError: The request is invalid; TOO_MANY_JOBS with a delay when the queue is full.
         """
-        digest = _digest(create, upload)
+        loop = asyncio.get_running_loop()
+        digest = await loop.run_in_executor(self._checks, _digest, create, upload)
         if create.id is not None and (same := self._same(create.id, owner, digest)) is not None:
             return same
-        if len(self._waiting) + self._num_admitted >= self.max_waiting:
-            delay_s = round(max(1.0, self._job_s * len(self._waiting) / self._num_workers), 1)
-            raise Reason.TOO_MANY_JOBS.error(
-                f"{len(self._waiting)} jobs wait, which is the limit; retry in {delay_s:g} s",
-                retry_delay_s=delay_s,
-            )
-        self._num_admitted += 1  # reserves its place during the check
+        self._check_room(owner)
+        self._admitted[owner] += 1  # reserves its place during the check
         try:
-            loop = asyncio.get_running_loop()
-            filled = await loop.run_in_executor(self._checks, self._worker.fill_in, create, upload)
-            request = filled.model_dump(mode="json", exclude={"id"})
-            request |= {"image": upload.image is not None, "mask": upload.mask is not None}
-            if create.id is not None and (same := self._same(create.id, owner, digest)) is not None:
-                return same  # the same request arrived again during the check
-            job = self._store.add(create.id or uuid.uuid4().hex, owner, api, request, digest, upload)
+            add = functools.partial(self._add, create, upload, owner, api, digest)
+            if upload == Upload():
+                job, filled = await loop.run_in_executor(self._checks, add)
+            else:
+                job, filled = await self.decode(owner, add)
         finally:
-            self._num_admitted -= 1
-        self._admit(job, filled)
+            self._admitted[owner] -= 1
+        if filled is not None:
+            self._admit(job, filled)
+            self._begin_jobs()
         return job
+
+    async def decode(self, owner: str, work: Callable[..., T], *args: Any) -> T:
+        """Does work that decodes images in a thread: one at a time, and owners in turns."""
+        async with self._checking.setdefault(owner, asyncio.Lock()):
+            return await asyncio.get_running_loop().run_in_executor(self._decodes, work, *args)
+
+    def _add(
+        self, create: JobCreate, upload: Upload, owner: str, api: str, digest: str
+    ) -> tuple[StoredJob, JobCreate | None]:
+        """Checks and stores a job, in a thread. Returns no request if the same job is there already."""
+        filled = self._worker.fill_in(create, upload)
+        request = filled.model_dump(mode="json", exclude={"id"})
+        request |= {"image": upload.image is not None, "mask": upload.mask is not None}
+        try:
+            return self._store.add(create.id or uuid.uuid4().hex, owner, api, request, digest, upload), filled
+        except HybridSDError as error:
+            if error.reason is not Reason.REQUEST_ID_REUSED or create.id is None:
+                raise
+            same = self._same(create.id, owner, digest)  # the same request arrived again during the check
+            if same is None:
+                raise
+            return same, None
+
+    def needs_cloud(self, create: JobCreate) -> bool:
+        """Returns whether a job may wait for the cloud."""
+        return self._worker.needs_cloud(create)
+
+    def fits_size(self, create: JobCreate) -> bool:
+        """Returns whether a job may have a size that the models lack."""
+        return self._worker.fits_size(create)
 
     def cancel(self, job: StoredJob) -> StoredJob:
         """Cancels a waiting or running job.
@@ -189,7 +258,7 @@ class JobQueue:
 
     def position(self, job_id: str) -> int | None:
         """Returns the number of jobs ahead of a waiting job; None for other jobs."""
-        return self._waiting.index(job_id) if job_id in self._waiting else None
+        return self._waiting.position(job_id) if job_id in self._waiting else None
 
     def last(self, job: StoredJob, name: str) -> dict[str, Any] | None:
         """Returns the data of the last event with this name; None without one."""
@@ -239,30 +308,50 @@ class JobQueue:
             raise Reason.REQUEST_ID_REUSED.error(f"id {job_id} belongs to another job; choose another id", field="id")
         return job
 
+    def _check_room(self, owner: str) -> None:
+        num_own = self._waiting.count(owner) + self._admitted[owner]
+        if len(self._waiting) + self._admitted.total() < self.max_waiting or num_own < self._share:
+            return
+        delay_s = round(max(1.0, self._job_s * len(self._waiting) / self._num_workers), 1)
+        raise Reason.TOO_MANY_JOBS.error(
+            f"{len(self._waiting)} jobs wait, which is the limit, {num_own} of them yours; retry in {delay_s:g} s",
+            retry_delay_s=delay_s,
+        )
+
     def _admit(self, job: StoredJob, create: JobCreate) -> None:
-        live = _Live(create)
+        live = _Live(create, self._worker.needs_cloud(create))
         live.number = ATTEMPT_EVENTS * (job.attempts + 1)
         self._live[job.id] = live
-        self._waiting.append(job.id)
-        live.emit("queued", {"position": len(self._waiting) - 1})
-        self._has_work.set()
+        self._waiting.add(job.id, job.owner, create.n)
+        self._emit_positions()
 
-    async def _work(self) -> None:
-        while True:
-            while not self._waiting:
-                self._has_work.clear()
-                await self._has_work.wait()
-            job_id = self._waiting.popleft()
-            self._emit_positions()
+    def _begin_jobs(self) -> None:
+        """Begins the jobs whose turn it is, while there are workers for them."""
+        while self._is_started and not self._stopping and (job_id := self._next()) is not None:
             self._running.add(job_id)
-            try:
-                await self._run(job_id)
-            except Exception:  # the store failed; the next start finds the job unfinished
-                log.exception("job_lost", job=job_id)
-                self._live[job_id].is_finished = True
-                self._live[job_id].wake()
-            finally:
-                self._running.discard(job_id)
+            self._emit_positions()
+            self._spawn(self._work(job_id))
+
+    def _next(self) -> str | None:
+        """Takes the next job that may begin. Where all workers wait for the cloud, there is one for what needs none."""
+        if len(self._running) < self._num_workers:
+            return self._waiting.pop()
+        if len(self._running) > self._num_workers or not all(self._live[each].is_with_cloud for each in self._running):
+            return None
+        return self._waiting.pop(lambda job_id: not self._live[job_id].needs_cloud)
+
+    async def _work(self, job_id: str) -> None:
+        live = self._live[job_id]
+        live.is_with_cloud, live.spoke_at = live.needs_cloud, asyncio.get_running_loop().time()
+        try:
+            await self._run(job_id)
+        except Exception:  # the store failed; the next start finds the job unfinished
+            log.exception("job_lost", job=job_id)
+            live.is_finished = True
+            live.wake()
+        finally:
+            self._running.discard(job_id)
+            self._begin_jobs()
 
     async def _run(self, job_id: str) -> None:
         live, loop = self._live[job_id], asyncio.get_running_loop()
@@ -295,12 +384,19 @@ class JobQueue:
         events = self._worker.run(live.create, upload, is_cancelled=live.cancelled.is_set, done=done)
         with contextlib.closing(events):
             for event in events:
-                asyncio.run_coroutine_threadsafe(self._handle(job, live, event), loop).result()
+                size = 0 if event.png is None else self._store.write_image(job, int(event.data["index"]), event.png)
+                asyncio.run_coroutine_threadsafe(self._handle(job, live, event, size), loop).result()
 
-    async def _handle(self, job: StoredJob, live: _Live, event: WorkerEvent) -> None:
+    async def _handle(self, job: StoredJob, live: _Live, event: WorkerEvent, size: int) -> None:
         data = event.data
+        if live.events and (event.name, data) == (live.events[-1].name, live.events[-1].data):
+            return  # the cloud repeats itself, which is no progress
+        live.spoke_at = asyncio.get_running_loop().time()
+        if event.name in ("step", "planned"):
+            live.is_with_cloud = live.needs_cloud and data.get("place") != "edge"
+            self._begin_jobs()
         if event.png is not None:
-            self._store.add_image(job, data, event.png)
+            self._store.add_image(job, data, size)
             views = self._view(self._store.get(job.id), None)["images"]
             data = {"image": next(view for view in views if view["index"] == event.data["index"])}
         live.emit(event.name, data)
@@ -313,12 +409,18 @@ class JobQueue:
         log.info("job_ended", job=job_id, state=state, reason=error and error["reason"], api=job.api)
         for old in [key for key, each in self._live.items() if each.is_finished][:-KEPT_LOGS]:
             del self._live[old]
-        if job.webhook_due:
-            self._spawn(self._on_end(job))
+        self._spawn_webhook(job)
 
     def _emit_positions(self) -> None:
         for position, job_id in enumerate(self._waiting):
-            self._live[job_id].emit("queued", {"position": position})
+            live = self._live[job_id]
+            if live.position != position:
+                live.position = position
+                live.emit("queued", {"position": position})
+
+    def _spawn_webhook(self, job: StoredJob) -> None:
+        if job.webhook_due:
+            self._spawn(self._on_end(job))
 
     def _spawn(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)

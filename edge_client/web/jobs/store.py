@@ -1,13 +1,15 @@
 """Jobs and their images on disk, so that they survive a restart: rows in SQLite, images as files beside it.
 
-Each call is one short transaction of a few milliseconds and may be made from the event loop.
+Each call is one short transaction of a few milliseconds and may be made from the event loop, but for `add` and
+`write_image`, which write files and belong into a thread.
 """
 
+import contextlib
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import uuid
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,16 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 
+from edge_client.web.jobs.folder_lock import FolderLock
 from edge_client.web.jobs.uploads import Upload
 from edge_client.web.schemas.native import State
 from hybridsd.errors import Reason
 
 UNFINISHED: tuple[State, ...] = ("queued", "running")
+SCHEMA_VERSION = 1
+"""Of the tables. Version 0 had no sizes."""
+RETRY_S = 10.0
+"""When to come again with an image for which there is no room."""
 _REMOVED = "removed"
 """Not visible to clients: the row remembers that the job existed."""
 
@@ -39,6 +46,8 @@ _jobs = sa.Table(
     sa.Column("digest", sa.Text, nullable=False),
     sa.Column("error", sa.JSON),
     sa.Column("webhook_due", sa.Boolean, nullable=False, default=False),
+    sa.Column("upload_bytes", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("image_bytes", sa.Integer, nullable=False, server_default="0"),
 )  # fmt: skip
 _images = sa.Table(
     "images", _meta,
@@ -69,54 +78,81 @@ class StoredJob:
     """Hash of the original request, to recognize a repeated one."""
     error: dict[str, Any] | None
     webhook_due: bool
+    upload_bytes: int = 0
+    """Size of its uploaded images, until it has finished."""
+    image_bytes: int = 0
+    """Size of its finished images."""
     images: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Store:
     """The jobs of one gateway.
 
+    Where there are too many finished jobs, or too many bytes of them, the oldest job of whoever has most is deleted:
+    nobody loses images to somebody who keeps more.
+
     Args:
-        folder: Where they are stored; created if missing.
-        max_jobs: Finished jobs beyond this many are deleted, the oldest first.
+        folder: Where they are stored; created if missing, and locked.
+        max_jobs: Finished jobs to keep. Of deleted ones as many ids are remembered.
+        max_bytes: Of their images. A quarter of it is the limit of uploaded images of waiting jobs.
+        num_owners: Among whom that limit is shared.
 
     Raises:
-        InvalidRequest: FIELD_INVALID if the folder cannot be used.
+        InvalidRequest: FIELD_INVALID if the folder cannot be used, or is used by another gateway.
     """
 
-    def __init__(self, folder: Path, *, max_jobs: int) -> None:
-        self._folder, self._max_jobs = folder, max_jobs
+    def __init__(self, folder: Path, *, max_jobs: int, max_bytes: int = 1 << 62, num_owners: int = 1) -> None:
+        self._folder, self._max_jobs, self._max_bytes = folder, max_jobs, max_bytes
+        self._max_upload_bytes = max_bytes // 4 // num_owners
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._engine = sa.create_engine(f"sqlite:///{folder / 'jobs.sqlite'}")
-            sa.event.listen(self._engine, "connect", _configure)
-            _meta.create_all(self._engine)
+            self._lock = FolderLock(folder)
+            with contextlib.ExitStack() as opened:
+                opened.callback(self._lock.close)
+                self._engine = sa.create_engine(f"sqlite:///{folder / 'jobs.sqlite'}")
+                opened.callback(self._engine.dispose)
+                sa.event.listen(self._engine, "connect", _configure)
+                self._migrate()
+                self._opened = opened.pop_all()
         except (OSError, sa.exc.SQLAlchemyError) as error:
             raise Reason.FIELD_INVALID.error(f"cannot store jobs in {folder}: {error}; choose another --data-dir",
                 field="data_dir",
             ) from error  # fmt: skip
+        for left in (folder / "uploads").glob("new-*"):  # by a crash
+            shutil.rmtree(left, ignore_errors=True)
 
     def close(self) -> None:
-        """Closes the connections."""
-        self._engine.dispose()
+        """Closes the connections and lets others have the folder."""
+        self._opened.close()
 
     def add(self, job_id: str, owner: str, api: str, request: dict[str, Any], digest: str, upload: Upload) -> StoredJob:
         """Stores a new job.
 
         Raises:
             InvalidRequest: REQUEST_ID_REUSED if the id is taken, also by a deleted job.
+            CloudBusy: TOO_MANY_JOBS if there is no room for its images.
         """
+        num_bytes = sum(len(content) for content in (upload.image, upload.mask) if content is not None)
         values = {
             "id": job_id, "owner": owner, "api": api, "state": "queued", "created_at": time.time(),
             "request": request, "digest": digest, "webhook_due": request.get("webhook") is not None,
+            "upload_bytes": num_bytes,
         }  # fmt: skip
+        self._check_room(owner, num_bytes)
+        new = self._folder / "uploads" / f"new-{uuid.uuid4().hex}"
         try:
+            with self._guard():
+                _write(new, upload)
             with self._begin() as connection:
                 number = connection.execute(_jobs.insert().values(values)).inserted_primary_key[0]  # type: ignore[index]
-                self._write_upload(number, upload)  # before the commit: a job cannot run without its images
+                if num_bytes:
+                    new.rename(self._upload(number, "image").parent)  # a job cannot run without its images
         except sa.exc.IntegrityError as error:
             raise Reason.REQUEST_ID_REUSED.error(
                 f"id {job_id} belongs to another job; choose another id", field="id"
             ) from error
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
         return self.get(job_id)
 
     def begin(self, job_id: str) -> StoredJob:
@@ -125,24 +161,36 @@ class Store:
         self._update(job_id, state="running", started_at=now, attempts=_jobs.c.attempts + 1)
         return self.get(job_id)
 
-    def add_image(self, job: StoredJob, record: dict[str, Any], png: bytes) -> None:
-        """Stores a finished image; replaces the one of an earlier attempt."""
-        path = self.image_path(job, int(record["index"]))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_bytes(png)
-        partial.replace(path)
+    def write_image(self, job: StoredJob, index: int, png: bytes) -> int:
+        """Writes a finished image; replaces the one of an earlier attempt. Returns the bytes of all the job has."""
+        path = self.image_path(job, index)
+        with self._guard():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            partial.write_bytes(png)
+            partial.replace(path)
+            return _size(path.parent)
+
+    def add_image(self, job: StoredJob, record: dict[str, Any], num_bytes: int) -> None:
+        """Adds a written image to its job.
+
+        Args:
+            job: The job.
+            record: How the image was made.
+            num_bytes: Of all its images.
+        """
         with self._begin() as connection:
             same = (_images.c.job == job.number) & (_images.c.index == record["index"])
             connection.execute(_images.delete().where(same))
             connection.execute(_images.insert().values(job=job.number, index=record["index"], record=record))
+            connection.execute(_jobs.update().where(_jobs.c.number == job.number).values(image_bytes=num_bytes))
 
     def finish(self, job_id: str, state: State, error: dict[str, Any] | None = None) -> StoredJob:
-        """Marks a job as finished, and deletes the oldest beyond the limit."""
-        self._update(job_id, state=state, error=error, finished_at=time.time())
+        """Marks a job as finished, and deletes older ones beyond the limits."""
+        self._update(job_id, state=state, error=error, finished_at=time.time(), upload_bytes=0)
         job = self.get(job_id)
         shutil.rmtree(self._upload(job.number, "image").parent, ignore_errors=True)
-        self._prune()
+        self._prune(job.number)
         return job
 
     def finish_webhook(self, job_id: str) -> None:
@@ -165,7 +213,7 @@ class Store:
                 raise Reason.NOT_FOUND.error(f"there is no job {job_id[:64]!r}; list the jobs")
             if row.state == _REMOVED:
                 raise Reason.JOB_GONE.error(f"job {job_id[:64]} was deleted; create it again with a new id")
-            return self._job(connection, row)
+            return self._with_images(connection, [row])[0]
 
     def page(self, owner: str, *, limit: int, before: int | None = None, state: str | None = None) -> list[StoredJob]:
         """Returns jobs of an owner, newest first."""
@@ -176,19 +224,19 @@ class Store:
             query = query.where(_jobs.c.state == state)
         with self._begin() as connection:
             rows = connection.execute(query.order_by(_jobs.c.number.desc()).limit(limit)).all()
-            return [self._job(connection, row) for row in rows]
+            return self._with_images(connection, rows)
 
     def unfinished(self) -> list[StoredJob]:
         """Returns waiting and running jobs, oldest first."""
         query = sa.select(_jobs).where(_jobs.c.state.in_(UNFINISHED)).order_by(_jobs.c.number)
         with self._begin() as connection:
-            return [self._job(connection, row) for row in connection.execute(query)]
+            return self._with_images(connection, connection.execute(query).all())
 
     def pending_webhooks(self) -> list[StoredJob]:
         """Returns finished jobs whose webhook has not been called."""
         query = sa.select(_jobs).where(_jobs.c.webhook_due, _jobs.c.state.in_(("completed", "failed", "cancelled")))
         with self._begin() as connection:
-            return [self._job(connection, row) for row in connection.execute(query)]
+            return self._with_images(connection, connection.execute(query).all())
 
     def remove(self, job: StoredJob) -> None:
         """Deletes a finished job with its images; its id stays taken."""
@@ -218,46 +266,109 @@ class Store:
             partial.replace(path)  # all or nothing: a part could be guessed
         return path.read_bytes()
 
-    def _write_upload(self, number: int, upload: Upload) -> None:
-        for name, content in (("image", upload.image), ("mask", upload.mask)):
-            if content is not None:
-                path = self._upload(number, name)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content)
-
     def _upload(self, number: int, name: str) -> Path:
         return self._folder / "uploads" / str(number) / name
 
-    def _job(self, connection: Connection, row: Row[Any]) -> StoredJob:
-        query = sa.select(_images.c.record).where(_images.c.job == row.number).order_by(_images.c.index)
-        images = [record for (record,) in connection.execute(query)]
-        return StoredJob(**row._mapping, images=images)
+    def _with_images(self, connection: Connection, rows: Sequence[Row[Any]]) -> list[StoredJob]:
+        images: dict[int, list[dict[str, Any]]] = {row.number: [] for row in rows}
+        query = sa.select(_images.c.job, _images.c.record).where(_images.c.job.in_(list(images)))
+        for number, record in connection.execute(query.order_by(_images.c.index)) if rows else ():
+            images[number].append(record)
+        return [StoredJob(**row._mapping, images=images[row.number]) for row in rows]
+
+    def _migrate(self) -> None:
+        """Creates the tables, or brings those of an older gateway up to date."""
+        with self._engine.begin() as connection:
+            version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
+            if version > SCHEMA_VERSION:
+                raise Reason.FIELD_INVALID.error(
+                    f"{self._folder} was written by a newer gateway (version {version} of its tables; this one knows "
+                    f"{SCHEMA_VERSION}); update this one, or choose another --data-dir",
+                    field="data_dir",
+                )
+            is_old = version == 0 and sa.inspect(connection).has_table("jobs")
+            if is_old:
+                for name in ("upload_bytes", "image_bytes"):
+                    connection.exec_driver_sql(f"ALTER TABLE jobs ADD COLUMN {name} INTEGER NOT NULL DEFAULT 0")
+            _meta.create_all(connection)
+            for number in connection.scalars(sa.select(_jobs.c.number)).all() if is_old else ():
+                sizes = {
+                    "upload_bytes": _size(self._upload(number, "image").parent),
+                    "image_bytes": _size(self._folder / "images" / str(number)),
+                }
+                connection.execute(_jobs.update().where(_jobs.c.number == number).values(sizes))
+            connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    def _check_room(self, owner: str, num_bytes: int) -> None:
+        """Refuses an upload that would fill the folder before its job has run."""
+        if not num_bytes:
+            return
+        query = sa.select(sa.func.sum(_jobs.c.upload_bytes)).where(_jobs.c.owner == owner)
+        with self._begin() as connection:
+            waiting = connection.scalar(query) or 0
+        if waiting + num_bytes > self._max_upload_bytes:
+            raise Reason.TOO_MANY_JOBS.error(
+                f"images of {waiting + num_bytes} bytes would wait; at most {self._max_upload_bytes} may: retry in "
+                f"{RETRY_S:g} s, or ask the operator for a larger --max-data-mib",
+                retry_delay_s=RETRY_S,
+            )
 
     def _update(self, job_id: str, **values: Any) -> None:
         with self._begin() as connection:
             connection.execute(_jobs.update().where(_jobs.c.id == job_id).values(values))
 
-    def _prune(self) -> None:
-        states = (*UNFINISHED, _REMOVED)
-        query = sa.select(_jobs.c.number).where(_jobs.c.state.not_in(states)).order_by(_jobs.c.finished_at.desc())
+    def _prune(self, kept: int) -> None:
+        """Deletes finished jobs beyond the limits, but not the one that has just ended; forgets deleted ones."""
+        is_done = _jobs.c.state.not_in((*UNFINISHED, _REMOVED))
         with self._begin() as connection:
-            for (number,) in connection.execute(query.offset(self._max_jobs)).all():
-                self._remove(connection, number)
+            for column, limit in ((sa.literal(1), self._max_jobs), (_jobs.c.image_bytes, self._max_bytes)):
+                amount = sa.func.sum(column)
+                query = sa.select(_jobs.c.owner, amount).where(is_done).group_by(_jobs.c.owner).order_by(amount.desc())
+                while (owners := connection.execute(query).all()) and sum(each for _, each in owners) > limit:
+                    oldest = (
+                        sa.select(_jobs.c.number)
+                        .where(is_done, _jobs.c.owner == owners[0][0], _jobs.c.number != kept)
+                        .order_by(_jobs.c.finished_at)
+                    )
+                    if (number := connection.scalar(oldest.limit(1))) is None:
+                        break
+                    self._remove(connection, number)
+            removed = sa.select(_jobs.c.number).where(_jobs.c.state == _REMOVED).order_by(_jobs.c.number.desc())
+            known = removed.limit(self._max_jobs)
+            connection.execute(_jobs.delete().where(_jobs.c.state == _REMOVED, _jobs.c.number.not_in(known)))
 
     def _remove(self, connection: Connection, number: int) -> None:
         connection.execute(_images.delete().where(_images.c.job == number))
-        gone: dict[str, Any] = {"state": _REMOVED, "request": {}, "digest": "", "error": None, "webhook_due": False}
+        gone: dict[str, Any] = {
+            "state": _REMOVED, "request": {}, "digest": "", "error": None, "webhook_due": False, "image_bytes": 0,
+        }  # fmt: skip
         connection.execute(_jobs.update().where(_jobs.c.number == number).values(gone))
         shutil.rmtree(self._folder / "images" / str(number), ignore_errors=True)
 
-    @contextmanager
+    @contextlib.contextmanager
     def _begin(self) -> Iterator[Connection]:
+        with self._guard(), self._engine.begin() as connection:
+            yield connection
+
+    @contextlib.contextmanager
+    def _guard(self) -> Iterator[None]:
         try:
-            with self._engine.begin() as connection:
-                yield connection
+            yield
         except (sa.exc.OperationalError, OSError) as error:  # such as a full disk or a locked file
             what = getattr(error, "orig", error)
             raise Reason.INTERNAL.error(f"the job store fails: {what}; check the disk of --data-dir") from error
+
+
+def _write(folder: Path, upload: Upload) -> None:
+    for name, content in (("image", upload.image), ("mask", upload.mask)):
+        if content is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+
+
+def _size(folder: Path) -> int:
+    """Returns the bytes of the files in a folder; 0 if there is none."""
+    return sum(path.stat().st_size for path in folder.iterdir()) if folder.is_dir() else 0
 
 
 def _configure(connection: Any, _record: object) -> None:

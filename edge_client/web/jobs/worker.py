@@ -15,6 +15,7 @@ from PIL import Image as Pillow
 from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.client import Cloud
 from edge_client.cloud.types import Queued, Waiting
+from edge_client.generation.components import Components
 from edge_client.generation.events import Event, Finished, Planned, StepDone
 from edge_client.generation.pipeline import generate
 from edge_client.generation.resolve import resolve
@@ -70,12 +71,13 @@ class JobWorker:
         filled = create.model_copy(
             update={
                 "seed": secrets.randbelow(2**32) if create.seed is None else create.seed,
-                "fit_size": self.fit_size if create.fit_size is None else create.fit_size,
+                "fit_size": self.fits_size(create),
             }
         )
+        components = Components(bundle=self.bundle, models=self.models, others=self.others, cloud=None)
         requests = self._requests(filled, upload)
         for request in (requests[0], requests[-1]):
-            resolve(request, self.bundle.manifest)
+            components.check(resolve(request, self.bundle.manifest))
         goals = _goals(filled)
         if goals is not None and (filled.hybrid.split or filled.hybrid.cloud_steps is not None):
             raise Reason.SPLIT_INVALID.error(
@@ -88,6 +90,18 @@ class JobWorker:
                 field="hybrid",
             )
         return filled
+
+    def fits_size(self, create: JobCreate) -> bool:
+        """Returns whether a job may have a size that the models lack."""
+        return self.fit_size if create.fit_size is None else create.fit_size
+
+    def needs_cloud(self, create: JobCreate) -> bool:
+        """Returns whether a job may wait for the cloud."""
+        if self.cloud is None or create.hybrid.mode == "edge":
+            return False
+        return not create.hybrid.segments or any(
+            each.place == "cloud" for each in parse_segments(create.hybrid.segments)
+        )
 
     def run(
         self, create: JobCreate, upload: Upload, *, is_cancelled: Callable[[], bool], done: Container[int] = ()

@@ -21,6 +21,7 @@ from edge_client.images.files import encode, read_text
 from edge_client.images.inputs import fit, load_image
 from edge_client.images.pixels import to_u8
 from edge_client.web.auth import Caller
+from edge_client.web.bodies import JsonRoute
 from edge_client.web.dependencies import AuthorizedCaller, Gateway, SharedGateway
 from edge_client.web.errors import answers, request_validation
 from edge_client.web.jobs.store import UNFINISHED, StoredJob
@@ -42,7 +43,7 @@ from hybridsd import schedulers
 from hybridsd.errors import HybridSDError, Reason
 from hybridsd.limits import MIN_GUIDANCE
 
-router = APIRouter(prefix="/sdapi/v1", tags=["sdapi"])
+router = APIRouter(prefix="/sdapi/v1", tags=["sdapi"], route_class=JsonRoute)
 
 MAX_TASKS = 1000
 """Limit of callers whose last task is remembered."""
@@ -107,18 +108,18 @@ async def img2img(
 ) -> Any:
     """Edits an image, or the white area of a mask."""
     fields: dict[str, Any] = {
-        "image": await asyncio.to_thread(_as_png, body.init_images[0], "image"),
+        "image": await gateway.queue.decode(caller.owner, _as_png, body.init_images[0], "image"),
         "strength": body.denoising_strength,
         "fit": body.fit or {0: "stretch", 1: "crop", 2: "pad"}[body.resize_mode],
     }
     if body.mask:
         fields |= {
-            "mask": await asyncio.to_thread(_as_png, body.mask, "mask"),
+            "mask": await gateway.queue.decode(caller.owner, _as_png, body.mask, "mask"),
             "mask_blur": body.mask_blur or 0.0,
             "invert_mask": bool(body.inpainting_mask_invert),
         }
     if body.denoising_strength == 0:
-        return await _unchanged(body, fields, gateway, tasks.models.get(caller, ""))
+        return await _unchanged(body, fields, gateway, caller, tasks.models.get(caller, ""))
     return await _draw(body, fields, request, gateway, tasks, caller)
 
 
@@ -144,7 +145,9 @@ async def _draw(
     return _answer(body, images, _info(job.request, view["images"]) | info)
 
 
-async def _unchanged(body: ImageToImage, fields: dict[str, Any], gateway: Gateway, model: str) -> dict[str, Any]:
+async def _unchanged(
+    body: ImageToImage, fields: dict[str, Any], gateway: Gateway, caller: Caller, model: str
+) -> dict[str, Any]:
     """Answers a strength of 0: the image itself, in the size that was asked for."""
     create = _create(body, {**fields, "strength": None}, model, gateway)
     wanted, quality = _output(body.override_settings)
@@ -163,7 +166,7 @@ async def _unchanged(body: ImageToImage, fields: dict[str, Any], gateway: Gatewa
         record.update(width=width, height=height, parameters=text)
         return encode(to_u8(fit(image, width, height, create.fit)), {"parameters": text}, wanted, quality)
 
-    images = [base64.b64encode(await asyncio.to_thread(fit_image)).decode("ascii")] * create.n
+    images = [base64.b64encode(await gateway.queue.decode(caller.owner, fit_image)).decode("ascii")] * create.n
     info = _info(create.model_dump(mode="json"), [record] * create.n)
     info |= {"job_timestamp": _timestamp(time.time()), "interrupted": False, "denoising_strength": 0}
     return _answer(body, images if body.send_images else [], info)
@@ -305,10 +308,10 @@ async def scripts(_caller: AuthorizedCaller) -> dict[str, Any]:
 
 
 @router.post("/png-info", responses=answers(401, 413, 422))
-async def png_info(body: PngInfo, _caller: AuthorizedCaller) -> dict[str, Any]:
+async def png_info(body: PngInfo, gateway: SharedGateway, caller: AuthorizedCaller) -> dict[str, Any]:
     """Returns the parameters that an image file holds: PNG, JPEG, WebP or GIF."""
     content = decode(body.image, "image")
-    return await asyncio.to_thread(_read_info, content)
+    return await gateway.queue.decode(caller.owner, _read_info, content)
 
 
 def _create(body: TextToImage, fields: dict[str, Any], model: str, gateway: Gateway) -> JobCreate:

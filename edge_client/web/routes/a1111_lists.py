@@ -1,6 +1,5 @@
 """What else clients of AUTOMATIC1111 ask for before and after they draw. Where we have nothing, the list is empty."""
 
-import asyncio
 import base64
 import io
 from typing import Annotated, Any
@@ -10,6 +9,7 @@ from PIL import ImageOps
 from PIL.Image import Image, Resampling
 
 from edge_client.images.inputs import load_image
+from edge_client.web.bodies import JsonRoute
 from edge_client.web.dependencies import AuthorizedCaller, SharedGateway
 from edge_client.web.errors import answers
 from edge_client.web.jobs.uploads import decode
@@ -18,7 +18,7 @@ from edge_client.web.schemas.a1111 import Enlarge
 from hybridsd.errors import Reason
 from hybridsd.limits import MAX_SIZE
 
-router = APIRouter(tags=["sdapi"])
+router = APIRouter(tags=["sdapi"], route_class=JsonRoute)
 
 UPSCALERS = ("None", "Lanczos")
 _PREFIX = "/sdapi/v1"
@@ -76,20 +76,20 @@ async def interrogate(_caller: AuthorizedCaller) -> dict[str, Any]:
 
 
 @router.post(f"{_PREFIX}/extra-single-image", responses=answers(401, 413, 422))
-async def extra_single_image(body: Enlarge, _caller: AuthorizedCaller) -> dict[str, Any]:
+async def extra_single_image(body: Enlarge, gateway: SharedGateway, caller: AuthorizedCaller) -> dict[str, Any]:
     """Enlarges an image by Lanczos."""
     body.check()
     if body.upscaler_1 not in UPSCALERS:
         raise Reason.FIELD_INVALID.error(
             f"`upscaler_1` is {body.upscaler_1[:40]!r}; choose one of {', '.join(UPSCALERS)}", field="upscaler_1"
         )
-    image = await asyncio.to_thread(_enlarge, body)
+    image = await gateway.queue.decode(caller.owner, _enlarge, body)
     return {"html_info": "", "image": image}
 
 
 @router.get("/internal/ping", responses=answers(401))
 async def ping(_caller: AuthorizedCaller) -> dict[str, Any]:
-    """Answers."""
+    """Answers, so that clients know that the gateway is there."""
     return {}
 
 

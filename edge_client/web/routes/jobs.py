@@ -1,12 +1,17 @@
-"""The native API: jobs, their events and images, and the gateway's capabilities."""
+"""The native API: jobs, their events and images, and the gateway's capabilities.
+
+Jobs are sent as they are stored, without a look at the schema: they may be of an older version of the gateway.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Path, Query, Request, Response, status
+from fastapi.responses import JSONResponse
 from sse_starlette import EventSourceResponse, JSONServerSentEvent
 
+from edge_client.web.bodies import JsonRoute
 from edge_client.web.capabilities import capabilities
 from edge_client.web.dependencies import AuthorizedCaller, SharedGateway
 from edge_client.web.errors import answers
@@ -15,7 +20,7 @@ from edge_client.web.jobs.view import MEDIA_TYPES
 from edge_client.web.schemas.native import Capabilities, Format, Job, JobCreate, JobPage, State
 from hybridsd.errors import Reason
 
-router = APIRouter(prefix="/v1", tags=["jobs"])
+router = APIRouter(prefix="/v1", tags=["jobs"], route_class=JsonRoute)
 
 KEEP_ALIVE_S = 10
 JobId = Annotated[str, Path(min_length=1, max_length=64)]
@@ -31,11 +36,10 @@ async def read_capabilities(gateway: SharedGateway, _caller: AuthorizedCaller) -
     "/jobs", response_model=Job, status_code=status.HTTP_202_ACCEPTED,
     responses=answers(401, 403, 409, 410, 413, 422, 429),
 )  # fmt: skip
-async def create_job(create: JobCreate, gateway: SharedGateway, caller: AuthorizedCaller, response: Response) -> Any:
+async def create_job(create: JobCreate, gateway: SharedGateway, caller: AuthorizedCaller) -> Response:
     """Adds a job to the queue and returns at once."""
     job = await gateway.submit(create, caller, "native")
-    response.headers["Location"] = f"/v1/jobs/{job.id}"
-    return gateway.view(job)
+    return JSONResponse(gateway.view(job), status.HTTP_202_ACCEPTED, headers={"Location": f"/v1/jobs/{job.id}"})
 
 
 @router.get("/jobs", response_model=JobPage, responses=answers(401, 422))
@@ -45,19 +49,19 @@ async def list_jobs(
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     before: Annotated[str | None, Query(pattern=r"^\d{1,18}$", description="`next` of the previous page")] = None,
     state: Annotated[State | None, Query()] = None,
-) -> Any:
+) -> Response:
     """Lists the caller's jobs, newest first."""
     number = None if before is None else int(before)
     jobs = gateway.store.page(caller.owner, limit=limit + 1, before=number, state=state)
     more = len(jobs) > limit
     jobs = jobs[:limit]
-    return {"jobs": [gateway.view(job) for job in jobs], "next": str(jobs[-1].number) if more else None}
+    return JSONResponse({"jobs": [gateway.view(job) for job in jobs], "next": str(jobs[-1].number) if more else None})
 
 
 @router.get("/jobs/{job_id}", response_model=Job, responses=answers(401, 404, 410, 422))
-async def read_job(job_id: JobId, gateway: SharedGateway, caller: AuthorizedCaller) -> Any:
+async def read_job(job_id: JobId, gateway: SharedGateway, caller: AuthorizedCaller) -> Response:
     """Returns a job."""
-    return gateway.view(gateway.store.get(job_id, caller.owner))
+    return JSONResponse(gateway.view(gateway.store.get(job_id, caller.owner)))
 
 
 @router.delete("/jobs/{job_id}", status_code=204, responses=answers(401, 404, 409, 410, 422))
@@ -71,14 +75,17 @@ async def delete_job(job_id: JobId, gateway: SharedGateway, caller: AuthorizedCa
 
 
 @router.post("/jobs/{job_id}/cancel", response_model=Job, responses=answers(401, 404, 409, 410, 422))
-async def cancel_job(job_id: JobId, gateway: SharedGateway, caller: AuthorizedCaller) -> Any:
+async def cancel_job(job_id: JobId, gateway: SharedGateway, caller: AuthorizedCaller) -> Response:
     """Cancels a waiting or running job. A running job stops after its current step."""
-    return gateway.view(gateway.queue.cancel(gateway.store.get(job_id, caller.owner)))
+    return JSONResponse(gateway.view(gateway.queue.cancel(gateway.store.get(job_id, caller.owner))))
 
 
 @router.get(
     "/jobs/{job_id}/events", response_class=EventSourceResponse,
-    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}, **answers(401, 404, 410, 422)},
+    responses={
+        200: {"content": {"text/event-stream": {"schema": {"$ref": "#/components/schemas/JobEvent"}}}},
+        **answers(401, 404, 410, 422),
+    },
 )  # fmt: skip
 async def watch_job(
     job_id: JobId,
@@ -126,10 +133,8 @@ async def read_image(
     download: Annotated[Literal["0", "1"], Query()] = "0",
 ) -> Response:
     """Returns an image. A PNG file holds its parameters."""
-    if key and gateway.access.is_signed(request.url.path, key):
-        job = gateway.store.get(job_id)
-    else:
-        job = gateway.store.get(job_id, gateway.access.caller(request).owner)
+    caller = gateway.access.reader(request, key)
+    job = gateway.store.get(job_id, None if caller is None else caller.owner)
     content = await asyncio.to_thread(gateway.views.image, job, index, wanted, quality, max_side)
     headers = {"Cache-Control": "private, max-age=31536000, immutable"}
     if download == "1":

@@ -3,18 +3,17 @@
 import asyncio
 import base64
 import contextlib
-import json
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request, Response
-from fastapi.routing import APIRoute
 from sse_starlette import EventSourceResponse, JSONServerSentEvent
 
 from edge_client.cloud.types import Capabilities as CloudCapabilities
 from edge_client.images.inputs import MAX_BYTES
 from edge_client.web.auth import Caller
+from edge_client.web.bodies import JsonRoute, parse_json
 from edge_client.web.dependencies import AuthorizedCaller, Gateway, SharedGateway
 from edge_client.web.errors import answers, openai_error, problem_of, request_validation, respond
 from edge_client.web.jobs.store import StoredJob
@@ -26,7 +25,7 @@ from edge_client.web.wait_for_job import finish_job, require_completed
 from hybridsd.errors import HybridSDError, Reason
 
 
-class _OpenAIRoute(APIRoute):
+class _OpenAIRoute(JsonRoute):
     """Answers as OpenAI does where its clients ask again: of a 409 they make three jobs that fail alike."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -321,7 +320,7 @@ def _put(fields: dict[str, Any], name: str, value: str) -> None:
         return
     if name == "hybrid":
         try:
-            fields[name] = json.loads(value)
+            fields[name] = parse_json(value.encode())
         except ValueError as error:
             raise Reason.FIELD_INVALID.error(f"hybrid is not JSON: {error}", field="hybrid") from error
         return

@@ -1,5 +1,6 @@
 """The page, and the health checks of operators."""
 
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -13,8 +14,11 @@ from fastapi.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from edge_client.web.dependencies import SharedGateway
+from edge_client.web.errors import answers, problem_of, respond
+from hybridsd.errors import AccessDenied, Reason
 
 STATIC = Path(__file__).parents[1] / "static"
+API_DOCS = Path(__file__).parents[1] / "api_docs"
 FOREVER = "public, max-age=31536000, immutable"
 REVALIDATE = "no-cache"
 router = APIRouter()
@@ -60,11 +64,23 @@ async def healthz() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/readyz", tags=["operation"], response_model=dict[str, Any])
-async def readyz(gateway: SharedGateway) -> Any:
-    """Whether the gateway takes jobs. It does so without a cloud, too: this device then runs all steps."""
-    found, message = await gateway.watch.poll(wait_s=0.5)
-    return {"status": "ok", "cloud_reachable": found is not None, "cloud_message": message, **gateway.queue.load}
+@router.get("/readyz", tags=["operation"], response_model=dict[str, Any], responses=answers(503))
+async def readyz(gateway: SharedGateway, request: Request) -> Any:
+    """Whether the gateway takes jobs and gets on with them. Without a cloud it does, too: this device runs all steps.
+
+    Strangers are told no more than that. 503: all workers are held by jobs that make no progress.
+    """
+    found, _ = await gateway.watch.poll(wait_s=0.5)
+    if gateway.queue.is_stalled:
+        stalled = Reason.UNAVAILABLE.error(
+            "all workers are held by jobs that make no progress; only jobs that need no cloud go on: look at the cloud"
+        )
+        return respond(problem_of(stalled, status=503))
+    answer: dict[str, Any] = {"status": "ok", "cloud_reachable": found is not None}
+    with contextlib.suppress(AccessDenied):
+        gateway.access.caller(request)
+        answer |= gateway.queue.load
+    return answer
 
 
 @router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from edge_client.images.inputs import Fit
 from edge_client.types import Mode, Place, SafetyAction
@@ -29,13 +29,23 @@ JOB_ID = r"^[A-Za-z0-9_-]{1,64}$"
 State = Literal["queued", "running", "completed", "failed", "cancelled"]
 Prompt = Annotated[str, StringConstraints(min_length=1, max_length=MAX_PROMPT_CHARS, pattern=r"\S")]
 Format = Literal["png", "jpeg", "webp"]
-Side = Annotated[int, Field(ge=8, le=MAX_SIZE)]
+Side = Annotated[int, Field(json_schema_extra={"minimum": 8, "maximum": MAX_SIZE})]
+"""Checked with the models' limits, in one message."""
 
 
 class _RequestModel(BaseModel):
     """Part of a request. Unknown fields are errors, so that none is ignored silently."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_unknown(cls, value: Any) -> Any:
+        """Keeps one unknown field: one error is enough, and pydantic would make one of each."""
+        if not isinstance(value, dict) or len(value) <= len(cls.model_fields):
+            return value
+        unknown = [name for name in value if name not in cls.model_fields]
+        return {name: each for name, each in value.items() if name in cls.model_fields or name == unknown[0]}
 
 
 class Lora(_RequestModel):
@@ -226,6 +236,8 @@ class CloudInfo(BaseModel):
     target: str
     message: str | None
     models: list[CloudModelInfo]
+    min_size: int = Field(description="least width and height of an image with cloud steps; of this device without one")
+    max_size: int
     num_running: int
     num_queued: int
     step_s: float

@@ -25,6 +25,7 @@ from edge_client.cache import Cache
 from edge_client.cloud.client import Cloud
 from edge_client.inference.models import Models
 from edge_client.web.app import create_app
+from edge_client.web.connections import server_config
 from edge_client.web.dependencies import Gateway
 from edge_client.web.settings import Settings
 from hybridsd.v1 import denoising_service_pb2 as pb
@@ -96,9 +97,7 @@ class GatewayServer:
 def listening(app: FastAPI) -> Iterator[str]:
     """Serves an application on a free port; yields its address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(
-            uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=1, lifespan="on")
-        )
+        server = uvicorn.Server(server_config(app, log_level="error", timeout_graceful_shutdown=1, lifespan="on"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -5,7 +5,7 @@ from pathlib import Path
 from edge_client.bundles.bundle import Bundle, open_bundle
 from edge_client.cloud.client import Cloud
 from edge_client.inference.models import Models
-from tests.integration.web.conftest import finish, pixels, serving, submit, wait_for
+from tests.integration.web.conftest import ask, finish, pixels, serving
 from tests.support.tiny_bundle import write_bundle
 
 
@@ -18,16 +18,16 @@ def test_segments_may_name_other_models_of_the_device(
     others = {"other": Models(other.folder, other.manifest, provider="cpu", threads=1)}
     with serving(tmp_path / "data", bundle, models, cloud, others=others) as server, server.client() as client:
         jobs = [
-            finish(client, hybrid={"segments": f"cloud:2@cloud,{name}:4@edge"})
+            finish(client, hybrid={"segments": f"fake-large:2@cloud,{name}:4@edge"})
             for name in (bundle.manifest.name, "other")
         ]
         drawn = [pixels(client.get(job["images"][0]["url"]).content) for job in jobs]
-        unknown = wait_for(client, submit(client, hybrid={"segments": "cloud:2@cloud,nobody:4@edge"})["id"]).data["job"]
+        unknown = client.post("/v1/jobs", json=ask(hybrid={"segments": "fake-large:2@cloud,nobody:4@edge"}))
 
     assert [job["state"] for job in jobs] == ["completed"] * 2
     assert [[step["place"] for step in job["images"][0]["steps"]] for job in jobs] == [["cloud"] * 2 + ["edge"] * 4] * 2
     assert (drawn[0] != drawn[1]).any()
-    assert (unknown["state"], unknown["error"]["reason"]) == ("failed", "MODEL_UNKNOWN")
+    assert (unknown.status_code, unknown.json()["reason"]) == (409, "MODEL_UNKNOWN")
 
 
 def test_a_split_is_chosen_for_a_goal(tmp_path: Path, bundle: Bundle, models: Models, cloud: Cloud) -> None:

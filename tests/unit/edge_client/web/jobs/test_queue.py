@@ -1,16 +1,21 @@
 """The queue with a scripted worker: no reader misses an event, however slowly it reads."""
 
+import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Container, Generator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from edge_client.web.jobs.queue import JobQueue
+import pytest
+
+from edge_client.web.jobs import queue as queue_module
+from edge_client.web.jobs.queue import ATTEMPT_EVENTS, STALLED_S, JobQueue
 from edge_client.web.jobs.store import Store, StoredJob
 from edge_client.web.jobs.uploads import Upload
 from edge_client.web.jobs.worker import WorkerEvent
-from edge_client.web.schemas.native import JobCreate
+from edge_client.web.schemas.native import Hybrid, JobCreate
+from hybridsd.errors import HybridSDError, Reason
 from tests.support.patience import HANG_S
 
 
@@ -22,6 +27,14 @@ class ScriptedWorker:
 
     def fill_in(self, create: JobCreate, upload: Upload) -> JobCreate:
         return create
+
+    def fits_size(self, create: JobCreate) -> bool:
+        return False
+
+    def needs_cloud(self, create: JobCreate) -> bool:
+        if create.hybrid.segments == "x":
+            raise Reason.SPLIT_INVALID.error("segments are written otherwise now")
+        return create.hybrid.mode != "edge"
 
     def run(
         self, create: JobCreate, upload: Upload, *, is_cancelled: Callable[[], bool], done: Container[int] = ()
@@ -40,9 +53,11 @@ async def ignore(job: StoredJob) -> None:
 
 
 @asynccontextmanager
-async def working(folder: Path, worker: ScriptedWorker) -> AsyncIterator[JobQueue]:
+async def working(folder: Path, worker: ScriptedWorker, num_owners: int = 1) -> AsyncIterator[JobQueue]:
     store = Store(folder, max_jobs=10)
-    queue = JobQueue(store, worker, num_workers=1, max_waiting=4, view=view, on_end=ignore)
+    queue = JobQueue(
+        store, worker, num_workers=1, max_waiting=4, num_owners=num_owners, view=view, on_end=ignore
+    )  # fmt: skip
     queue.start()
     yield queue
     worker.may_begin.set()
@@ -76,3 +91,115 @@ async def test_numbers_name_events_for_good(tmp_path: Path) -> None:
         for index, event in enumerate(whole):
             assert [each async for each in queue.events(job, event.number)] == whole[index + 1 :]
         assert [each async for each in queue.events(job, whole[-1].number + 1)] == []
+
+
+class HeldWorker(ScriptedWorker):
+    """A worker whose jobs with the cloud hang in it; those of this device end at once."""
+
+    def run(
+        self, create: JobCreate, upload: Upload, *, is_cancelled: Callable[[], bool], done: Container[int] = ()
+    ) -> Generator[WorkerEvent]:
+        if create.hybrid.mode != "edge":
+            yield WorkerEvent("planned", {"image_index": 0})
+            while not self.may_begin.wait(0.01) and not is_cancelled():
+                yield WorkerEvent("waiting", {"position": 0})
+        yield WorkerEvent("step", {"image_index": 0, "step": 0, "num_inference_steps": 1, "place": "edge"})
+        yield WorkerEvent("image", {"index": 0}, b"image")
+
+
+def here(prompt: str) -> JobCreate:
+    return JobCreate(prompt=prompt, hybrid=Hybrid(mode="edge"))
+
+
+async def add(queue: JobQueue, create: JobCreate, owner: str = "") -> StoredJob:
+    return await queue.submit(create, Upload(), owner=owner, api="native")
+
+
+async def test_a_stuck_cloud_does_not_hold_jobs_of_this_device(tmp_path: Path) -> None:
+    """All workers hang in the cloud, more such jobs wait: what needs no cloud is drawn, one after the other."""
+    worker = HeldWorker()
+    async with working(tmp_path, worker) as queue:
+        stuck = [await add(queue, JobCreate(prompt="stuck")) for _ in range(2)]
+        for _ in range(3):
+            ended = await queue.finished(await add(queue, here("a fox")))
+            assert ended.state == "completed"
+        assert queue.load == {"num_running": 1, "num_waiting": 1}
+        assert queue.position(stuck[1].id) == 0
+
+
+async def test_a_cloud_that_repeats_itself_makes_no_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same word again is no event, and after a while the queue says that it is stalled; until something moves."""
+    now = asyncio.get_running_loop().time
+    passed_s = 0.0
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now() + passed_s)
+    worker = HeldWorker()
+    async with working(tmp_path, worker) as queue:
+        job = await add(queue, JobCreate(prompt="stuck"))
+        events = queue.events(job)
+        names = [(await anext(events)).name for _ in range(4)]
+        assert not queue.is_stalled
+        passed_s = 2 * STALLED_S
+        assert queue.is_stalled
+        worker.may_begin.set()
+        names += [event.name async for event in events]
+        assert not queue.is_stalled
+
+    assert names == ["queued", "started", "planned", "waiting", "step", "image", "completed"]
+
+
+async def test_an_owner_below_its_share_finds_a_place(tmp_path: Path) -> None:
+    """One fills the queue; another still gets its share of it, and its turn before the first one's rest."""
+    worker = ScriptedWorker()
+    async with working(tmp_path, worker, num_owners=2) as queue:
+        first = [await add(queue, JobCreate(prompt="a fox"), "a") for _ in range(5)]  # one of them runs
+        with pytest.raises(HybridSDError, match="4 of them yours") as caught:
+            await add(queue, JobCreate(prompt="a fox"), "a")
+        second = [await add(queue, JobCreate(prompt="a cat"), "b") for _ in range(2)]
+        with pytest.raises(HybridSDError, match="2 of them yours"):
+            await add(queue, JobCreate(prompt="a cat"), "b")
+        positions = [queue.position(job.id) for job in (*first, *second)]
+        told = [(await anext(queue.events(job, after=ATTEMPT_EVENTS + 1))).data for job in first[2:]]
+
+    assert caught.value.reason is Reason.TOO_MANY_JOBS
+    assert positions == [None, 1, 3, 4, 5, 0, 2]
+    assert told == [{"position": 2}, {"position": 3}, {"position": 4}]  # of each job the first change, by b's first job
+
+
+async def test_a_job_that_is_not_understood_any_more_fails(tmp_path: Path) -> None:
+    """A field that an update has dropped fails that job, with a reason; the others are drawn."""
+    store = Store(tmp_path, max_jobs=10)
+    old = store.add("old", "", "native", {"prompt": "a fox", "sharpness": 3, "n": 1}, "old", Upload())
+    syntax = JobCreate(prompt="a fox", hybrid=Hybrid(segments="x")).model_dump(mode="json")
+    other = store.add("other", "", "native", syntax, "other", Upload())
+    fine = store.add("fine", "", "native", JobCreate(prompt="a fox").model_dump(mode="json"), "fine", Upload())
+    store.close()
+    worker = ScriptedWorker()
+    worker.may_begin.set()
+    async with working(tmp_path, worker) as queue:
+        ends = [await queue.finished(job) for job in (old, other, fine)]
+
+    assert [job.state for job in ends] == ["failed", "failed", "completed"]
+    assert ends[0].error is not None
+    assert (ends[0].error["reason"], "older version" in ends[0].error["detail"]) == ("FIELD_INVALID", True)
+
+
+async def test_files_are_not_touched_on_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uploads are hashed and written, images written, in threads."""
+    seen: list[tuple[str, bool]] = []
+
+    def noting(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any) -> Any:
+            seen.append((name, threading.current_thread() is threading.main_thread()))
+            return work(*args)
+
+        return noted
+
+    monkeypatch.setattr(Path, "write_bytes", noting("write", Path.write_bytes))
+    monkeypatch.setattr(queue_module, "_digest", noting("hash", queue_module._digest))
+    worker = ScriptedWorker()
+    worker.may_begin.set()
+    async with working(tmp_path, worker) as queue:
+        upload = Upload(image=b"image", mask=b"mask")
+        await queue.finished(await queue.submit(JobCreate(prompt="a fox"), upload, owner="", api="native"))
+
+    assert seen == [("hash", False), ("write", False), ("write", False), ("write", False)]

@@ -1,8 +1,12 @@
 """What is kept is whole: a job with its images or no job, the newest ends, a secret of full length."""
 
+import contextlib
+import os
+import sqlite3
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from edge_client.web.jobs.store import Store
 from edge_client.web.jobs.uploads import Upload
@@ -40,8 +44,152 @@ def test_the_oldest_ends_are_forgotten_not_the_oldest_beginnings(tmp_path: Path)
 def test_the_secret_is_made_once(tmp_path: Path) -> None:
     """It survives a restart, is long, and nobody else may read it; what a crash left of one is not used."""
     (tmp_path / "secret.partial").write_bytes(b"x")
-    first = Store(tmp_path, max_jobs=1).secret()
+    store = Store(tmp_path, max_jobs=1)
+    first = store.secret()
+    store.close()
 
     assert Store(tmp_path, max_jobs=1).secret() == first
     assert len(first) == 32
     assert (tmp_path / "secret").stat().st_mode & 0o077 == 0
+
+
+def finished(store: Store, job_id: str, owner: str, num_bytes: int = 0) -> None:
+    """Adds a job with one image of that size, and ends it."""
+    job = store.add(job_id, owner, "native", {}, job_id, Upload())
+    if num_bytes:
+        store.add_image(job, {"index": 0}, store.write_image(job, 0, bytes(num_bytes)))
+    store.finish(job_id, "completed")
+
+
+def kept(store: Store, owner: str) -> list[str]:
+    return [job.id for job in store.page(owner, limit=100)]
+
+
+def test_whoever_keeps_most_loses_the_oldest(tmp_path: Path) -> None:
+    """By number: a flood of one owner evicts its own jobs, never those of another."""
+    store = Store(tmp_path, max_jobs=4)
+    finished(store, "b", "b")
+    for index in range(20):
+        finished(store, f"a{index}", "a")
+
+    assert kept(store, "b") == ["b"]
+    assert kept(store, "a") == ["a19", "a18", "a17"]
+
+
+def test_whoever_keeps_most_bytes_loses_the_oldest(tmp_path: Path) -> None:
+    """By size: as by number; the files go too, and the job that has just ended stays."""
+    store = Store(tmp_path, max_jobs=100, max_bytes=1000)
+    finished(store, "b", "b", 300)
+    for index in range(5):
+        finished(store, f"a{index}", "a", 300)
+    assert kept(store, "b") == ["b"]
+    assert kept(store, "a") == ["a4", "a3"]
+    assert len(list((tmp_path / "images").iterdir())) == 3
+
+    finished(store, "huge", "a", 2000)
+    assert (kept(store, "a"), kept(store, "b")) == (["huge"], ["b"])
+    finished(store, "next", "a", 10)
+    assert (kept(store, "a"), kept(store, "b")) == (["next"], ["b"])
+
+
+def test_uploads_that_wait_have_a_share(tmp_path: Path) -> None:
+    """Each owner's, so that nobody's leave no room for another's; what has run makes room."""
+    store = Store(tmp_path, max_jobs=100, max_bytes=800, num_owners=2)
+    store.add("a", "a", "native", {"image": True}, "a", Upload(image=bytes(60), mask=bytes(30)))
+    with pytest.raises(HybridSDError, match="max-data-mib") as caught:
+        store.add("a2", "a", "native", {"image": True}, "a2", Upload(image=bytes(20)))
+    store.add("b", "b", "native", {"image": True}, "b", Upload(image=bytes(100)))
+    store.finish("a", "failed")
+    store.add("a2", "a", "native", {"image": True}, "a2", Upload(image=bytes(20)))
+
+    assert caught.value.reason is Reason.TOO_MANY_JOBS
+    assert caught.value.retry_delay_s
+    assert sorted(path.name for path in (tmp_path / "uploads").iterdir()) == ["2", "3"]
+
+
+def test_deleted_jobs_are_forgotten_in_the_end(tmp_path: Path) -> None:
+    """The last ones are known to be gone; of the others not even a row is left."""
+    store = Store(tmp_path, max_jobs=3)
+    for index in range(10):
+        finished(store, f"a{index}", "a")
+    reasons = []
+    for index in range(7):
+        with pytest.raises(HybridSDError) as caught:
+            store.get(f"a{index}")
+        reasons.append(caught.value.reason)
+    store.close()
+
+    assert reasons == [Reason.NOT_FOUND] * 4 + [Reason.JOB_GONE] * 3
+    with contextlib.closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as connection:
+        assert connection.execute("SELECT count(*) FROM jobs").fetchone() == (6,)
+
+
+def test_a_page_is_two_queries(tmp_path: Path) -> None:
+    """However many jobs and images are on it."""
+    store = Store(tmp_path, max_jobs=100)
+    for index in range(30):
+        finished(store, f"a{index}", "a", 1)
+    said: list[str] = []
+    sa.event.listen(store._engine, "before_cursor_execute", lambda _c, _cursor, statement, *_: said.append(statement))
+    jobs = store.page("a", limit=30)
+
+    assert len(said) == 2
+    assert [[record["index"] for record in job.images] for job in jobs] == [[0]] * 30
+
+
+def test_a_folder_has_one_gateway(tmp_path: Path) -> None:
+    """A second one is told who has it; when the first is gone, however it went, it may have it."""
+    store = Store(tmp_path, max_jobs=1)
+    with pytest.raises(HybridSDError, match=f"process {os.getpid()} on .*--data-dir") as caught:
+        Store(tmp_path, max_jobs=1)
+    store.close()
+    Store(tmp_path, max_jobs=1).close()
+
+    assert (caught.value.reason, caught.value.field) == (Reason.FIELD_INVALID, "data_dir")
+
+
+def test_a_folder_that_cannot_be_locked_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(HybridSDError, match="--data-dir") as caught:
+        Store(tmp_path, max_jobs=1)
+
+    assert (caught.value.reason, caught.value.field) == (Reason.FIELD_INVALID, "data_dir")
+
+
+OLD = """
+CREATE TABLE jobs (number INTEGER NOT NULL PRIMARY KEY, id TEXT NOT NULL UNIQUE, owner TEXT NOT NULL, api TEXT NOT NULL,
+    state TEXT NOT NULL, created_at FLOAT NOT NULL, started_at FLOAT, finished_at FLOAT, attempts INTEGER NOT NULL,
+    request JSON NOT NULL, digest TEXT NOT NULL, error JSON, webhook_due BOOLEAN NOT NULL);
+CREATE TABLE images (job INTEGER NOT NULL REFERENCES jobs (number), "index" INTEGER NOT NULL, record JSON NOT NULL,
+    PRIMARY KEY (job, "index"));
+INSERT INTO jobs VALUES (1, 'done', '', 'native', 'completed', 1, 1, 2, 1, '{}', '', 'null', 0);
+INSERT INTO jobs VALUES (2, 'waits', '', 'native', 'queued', 1, NULL, NULL, 0, '{"image": true}', '', 'null', 0);
+INSERT INTO images VALUES (1, 0, '{"index": 0}');
+"""
+"""The tables of the first gateway."""
+
+
+def test_tables_of_an_older_gateway_are_brought_up_to_date(tmp_path: Path) -> None:
+    """Nothing is lost, and what the files take is known."""
+    with contextlib.closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as connection:
+        connection.executescript(OLD)
+    for name, size in (("images/1/0.png", 700), ("uploads/2/image", 30)):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(bytes(size))
+    for _ in range(2):  # the second time there is nothing to do
+        store = Store(tmp_path, max_jobs=10)
+        jobs = store.page("", limit=10)
+        store.close()
+
+    assert [(job.id, job.image_bytes, job.upload_bytes) for job in jobs] == [("waits", 0, 30), ("done", 700, 0)]
+    assert jobs[1].images == [{"index": 0}]
+
+
+def test_tables_of_a_newer_gateway_are_left_alone(tmp_path: Path) -> None:
+    Store(tmp_path, max_jobs=1).close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as connection:
+        connection.execute("PRAGMA user_version = 999")
+    with pytest.raises(HybridSDError, match=r"newer gateway.*999"):
+        Store(tmp_path, max_jobs=1)
+    with pytest.raises(HybridSDError, match="newer gateway"):  # and not: used by another
+        Store(tmp_path, max_jobs=1)

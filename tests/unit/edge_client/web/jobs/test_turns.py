@@ -1,0 +1,89 @@
+"""Who begins next: in order of arrival for one owner, in turns for several."""
+
+from edge_client.web.jobs.turns import Turns
+
+
+def drain(turns: Turns) -> list[str]:
+    order = list(turns)
+    assert [turns.position(job_id) for job_id in order] == list(range(len(order)))
+    begun = []
+    while (job_id := turns.pop()) is not None:
+        begun.append(job_id)
+    assert begun == order
+    return begun
+
+
+def test_one_owner_is_served_in_order() -> None:
+    turns = Turns()
+    for index, num_images in enumerate((10, 1, 3, 1)):
+        turns.add(str(index), "a", num_images)
+    turns.remove("2")
+
+    assert ("2" in turns, "1" in turns, len(turns), turns.count("a")) == (False, True, 3, 3)
+    assert drain(turns) == ["0", "1", "3"]
+    assert (len(turns), turns.count("a"), turns.pop()) == (0, 0, None)
+
+
+def test_a_newcomer_does_not_wait_for_a_flood() -> None:
+    """It comes after one job of the other at most; then they take turns."""
+    turns = Turns()
+    for index in range(50):
+        turns.add(f"a{index}", "a", 10)
+    begun = [turns.pop(), turns.pop()]
+    for index in range(2):
+        turns.add(f"b{index}", "b", 10)
+
+    assert begun == ["a0", "a1"]
+    assert drain(turns)[:5] == ["b0", "a2", "b1", "a3", "a4"]
+
+
+def test_turns_are_by_images() -> None:
+    """Ten jobs of one image are one of ten."""
+    turns = Turns()
+    for index in range(3):
+        turns.add(f"a{index}", "a", 10)
+    for index in range(20):
+        turns.add(f"b{index:02}", "b", 1)
+    order = drain(turns)
+
+    assert order[0] == "a0"
+    assert order.index("a1") == 11
+    assert order.index("a2") == 22
+
+
+def test_who_was_away_saves_no_turns() -> None:
+    """An owner that comes late has no claim to what others got before; one that had much has no debt for ever."""
+    turns = Turns()
+    for index in range(100):
+        turns.add(f"a{index}", "a", 1)
+        turns.pop()
+    for index in range(3):
+        turns.add(f"b{index}", "b", 1)
+        turns.add(f"c{index}", "a", 1)
+
+    assert drain(turns) == ["b0", "c0", "b1", "c1", "b2", "c2"]
+
+
+def test_some_may_not_begin_yet() -> None:
+    turns = Turns()
+    for name in ("cloud", "edge", "more"):
+        turns.add(name, "a", 1)
+
+    assert turns.pop(lambda job_id: job_id == "edge") == "edge"
+    assert turns.pop(lambda job_id: job_id == "edge") is None
+    assert drain(turns) == ["cloud", "more"]
+
+
+def test_a_cancelled_flood_is_no_debt() -> None:
+    """What never began costs no turns: the jobs behind it move up."""
+    turns = Turns()
+    for index in range(50):
+        turns.add(f"a{index}", "a", 10)
+    assert turns.pop() == "a0"
+    for index in range(1, 50):
+        turns.remove(f"a{index}")
+    for index in range(30):
+        turns.add(f"b{index}", "b", 1)
+    turns.add("again", "a", 1)
+
+    assert drain(turns).index("again") <= 11

@@ -11,7 +11,8 @@ from typing import Any
 
 import click
 
-from edge_client.cli.shared_options import CONTEXT, model_options, open_bundle, open_cloud, server_options
+from edge_client.cli.open_parts import open_bundle, open_cloud
+from edge_client.cli.shared_options import CONTEXT, model_options, server_options
 from edge_client.cli.system_info import describe_machine
 from edge_client.cloud.client import Cloud
 from edge_client.generation.events import Finished, StepDone

@@ -13,7 +13,9 @@ import numpy as np
 from edge_client.bundles import bundle as bundles
 from edge_client.bundles.bundle import Bundle
 from edge_client.cli import system_info
-from edge_client.cli.shared_options import CONTEXT, model_options, open_cloud, server_options
+from edge_client.cli.open_parts import open_cloud
+from edge_client.cli.shared_options import CONTEXT, model_options, server_options
+from edge_client.cli.words import in_options
 from edge_client.cloud.client import Cloud
 from edge_client.inference.models import Models
 from edge_client.inference.providers import available_providers, openvino_installed
@@ -192,4 +194,4 @@ def check_cloud(cloud: Cloud, bundle: Bundle | None) -> Iterator[Check]:
 
 
 def _failed(name: str, error: HybridSDError) -> Check:
-    return Check(name, False, error.message, error.reason.value.exit_code)
+    return Check(name, False, in_options(error.message), error.reason.value.exit_code)

@@ -12,15 +12,12 @@ from edge_client.bundles.bundle import Bundle
 from edge_client.cli import output_files
 from edge_client.cli.build_requests import read_goals, read_requests
 from edge_client.cli.generate_options import generate_options
+from edge_client.cli.open_parts import open_bundle, open_cloud, open_edge_models
 from edge_client.cli.patience_options import read_patience
 from edge_client.cli.progress import Display, choose_display
-from edge_client.cli.shared_options import (
-    CONTEXT,
-    open_bundle,
-    open_cloud,
-    open_edge_models,
-)
+from edge_client.cli.shared_options import CONTEXT
 from edge_client.cli.side_outputs import SideOutputs, read_side_outputs
+from edge_client.cli.words import in_options
 from edge_client.cloud.client import Cloud
 from edge_client.generation.cloud_steps import Advisor
 from edge_client.generation.events import Finished, StepDone
@@ -169,7 +166,7 @@ def _dry_json(resolved: Resolved, path: Path) -> dict[str, Any]:
 def _error_json(error: HybridSDError) -> dict[str, Any]:
     return {
         "reason": error.reason.name,
-        "message": error.message,
+        "message": in_options(error.message),
         "field": error.field,
         "exit_code": error.reason.value.exit_code,
     }

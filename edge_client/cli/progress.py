@@ -8,6 +8,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from edge_client.cli.words import in_options
 from edge_client.cloud.types import CloudStarted, Queued
 from edge_client.generation.events import EarlyHandoff, Event, Fallback, Finished, Planned, Retrying, StepDone
 from edge_client.generation.result import Result
@@ -148,6 +149,11 @@ def choose_display(*, quiet: bool, jsonl: bool) -> Display:
 
 def describe(event: Event) -> str | None:
     """Returns an event in a few words; None where there is nothing to say."""
+    text = _describe(event)
+    return None if text is None else in_options(text)
+
+
+def _describe(event: Event) -> str | None:
     match event:
         case Queued(position=position) if position > 0:
             return f"cloud: {position} ahead in the queue"

@@ -7,20 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-import httpx
 import platformdirs
 import structlog
 import uvicorn
 
+from edge_client.cli.open_parts import open_bundle, open_cloud, open_edge_models
 from edge_client.cli.patience_options import patience_options, read_patience
-from edge_client.cli.shared_options import (
-    CONTEXT,
-    model_options,
-    open_bundle,
-    open_cloud,
-    open_edge_models,
-    server_options,
-)
+from edge_client.cli.shared_options import CONTEXT, DEFAULT_PORT, model_options, server_options
 from edge_client.cloud.connection import is_loopback
 from edge_client.inference.models import Models
 from edge_client.web.app import create_app
@@ -30,7 +23,6 @@ from hybridsd.errors import Reason
 
 log = structlog.get_logger()
 
-DEFAULT_PORT = 8080
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
@@ -111,19 +103,6 @@ def serve(**options: Any) -> None:
     finally:
         if cloud is not None:
             cloud.close()
-
-
-@click.command(context_settings=CONTEXT)
-@click.option("--gateway", default=f"http://127.0.0.1:{DEFAULT_PORT}", show_default=True, help="Its address.")
-@click.option("--timeout", type=click.FloatRange(0.1), default=3.0, show_default=True, help="Seconds.")
-def probe(gateway: str, timeout: float) -> None:
-    """Asks a gateway whether it takes jobs; exit code 4 if not. For health checks."""
-    try:
-        answer = httpx.get(f"{gateway.rstrip('/')}/readyz", timeout=timeout, trust_env=False)
-        answer.raise_for_status()
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise Reason.UNAVAILABLE.error(f"{gateway} does not answer: {error}; look at its log") from error
-    click.echo(answer.text)
 
 
 def _settings(options: dict[str, Any]) -> Settings:

@@ -82,7 +82,7 @@ def load(path: Path) -> SavedState | Latents:
 
     def refuse(what: object) -> HybridSDError:
         return Reason.STATE_INVALID.error(
-            f"{path} cannot be loaded: {what}; give a file of --save-latents", field="latents"
+            f"{path} cannot be loaded: {what}; give a file of saved latents", field="latents"
         )
 
     try:

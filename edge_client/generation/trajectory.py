@@ -63,7 +63,7 @@ class Trajectory:
         step = saved.plan.step_at(saved.call)
         if saved.call != saved.plan.first_call(step) and step < resolved.cloud_steps:
             raise Reason.SPLIT_INVALID.error(
-                f"the saved state is in the middle of step {step}, which only the edge can resume; use --mode edge",
+                f"the saved state is in the middle of step {step}, which only the edge can resume; set `mode` to edge",
                 field="load_latents",
             )
         return cls(

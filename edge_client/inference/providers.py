@@ -166,6 +166,6 @@ def _openvino_devices() -> list[str]:
 
 def _unknown(requested: str, why: str) -> HybridSDError:
     return Reason.FIELD_INVALID.error(
-        f"provider {requested[:64]!r}: {why}; choose {', '.join(available_providers())}",
+        f"`provider` {requested[:64]!r}: {why}; choose {', '.join(available_providers())}",
         field="provider",
     )

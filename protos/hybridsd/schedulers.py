@@ -108,6 +108,6 @@ def find(name: str) -> SchedulerSpec:
         if wanted == spec.diffusers_class.casefold():
             return spec
     raise Reason.SCHEDULER_UNKNOWN.error(
-        f"scheduler {name[:64]!r} is unknown; choose one of {', '.join(spec.name for spec in SCHEDULERS)}",
+        f"`scheduler` {name[:64]!r} is unknown; choose one of {', '.join(spec.name for spec in SCHEDULERS)}",
         field="scheduler",
     )

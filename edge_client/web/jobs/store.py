@@ -91,7 +91,7 @@ class Store:
             sa.event.listen(self._engine, "connect", _configure)
             _meta.create_all(self._engine)
         except (OSError, sa.exc.SQLAlchemyError) as error:
-            raise Reason.FIELD_INVALID.error(f"cannot store jobs in {folder}: {error}; choose another --data-dir",
+            raise Reason.FIELD_INVALID.error(f"cannot store jobs in {folder}: {error}; change `data_dir`",
                 field="data_dir",
             ) from error  # fmt: skip
 
@@ -257,7 +257,7 @@ class Store:
                 yield connection
         except (sa.exc.OperationalError, OSError) as error:  # such as a full disk or a locked file
             what = getattr(error, "orig", error)
-            raise Reason.INTERNAL.error(f"the job store fails: {what}; check the disk of --data-dir") from error
+            raise Reason.INTERNAL.error(f"the job store fails: {what}; check the disk of `data_dir`") from error
 
 
 def _configure(connection: Any, _record: object) -> None:

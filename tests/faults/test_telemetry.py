@@ -1,0 +1,89 @@
+"""Nothing of a drawn image leaves this device by itself: no dependency writes about it elsewhere, or asks for a host.
+
+ONNX Runtime keeps a device id and a store of events in the home folder, from its import on, and sends them later; without
+the store it has nothing to send. Every other package of the edge is imported here as well.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.patience import HANG_S
+from tests.support.tiny_bundle import write_bundle
+
+DRAW = """
+import json, os, sys, threading
+
+asked = []
+def watch(event, arguments):
+    if event.startswith("socket.") and event not in ("socket.__new__", "socket.gethostname"):
+        asked.append([event, repr(arguments)])
+sys.addaudithook(watch)
+
+import importlib, pkgutil
+import edge_client
+for module in pkgutil.walk_packages(edge_client.__path__, "edge_client."):
+    importlib.import_module(module.name)
+from edge_client.cli.main import main
+main(json.loads(sys.argv[1]), standalone_mode=False)
+sockets = [os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{n}")]
+print(json.dumps({"asked": asked, "sockets": [name for name in sockets if name.startswith("socket:")]}))
+"""
+
+
+def draw(tmp_path: Path, *before: str) -> dict[str, list[str]]:
+    """Draws an image in a process of its own with an empty home, and returns what it asked the network for."""
+    home = tmp_path / "home"
+    home.mkdir()
+    write_bundle(tmp_path / "edge")
+    arguments = ["generate", "a fox", "--mode", "edge", "--bundle", str(tmp_path / "edge"), "-q"]
+    arguments += ["--seed", "1", "-o", str(tmp_path / "fox.png")]
+    kept = ("PATH", "PYTHONPATH", "OMP_NUM_THREADS")
+    environment = {name: os.environ[name] for name in kept if name in os.environ} | {"HOME": str(home)}
+    done = subprocess.run(
+        [*before, sys.executable, "-c", DRAW, json.dumps(arguments)],
+        capture_output=True, text=True, timeout=HANG_S, check=False, env=environment, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "fox.png").is_file()
+    found: dict[str, list[str]] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.slow
+def test_an_image_leaves_nothing_but_itself(tmp_path: Path) -> None:
+    """Drawing an image writes it and our own cache, opens no socket and asks for no name."""
+    before = {"edge", "home"}
+    found = draw(tmp_path)
+    written = sorted(path.relative_to(tmp_path / "home") for path in (tmp_path / "home").rglob("*") if path.is_file())
+
+    assert [path for path in written if path.parts[:2] != (".cache", "hybridsd")] == []
+    assert {path.name for path in tmp_path.iterdir()} - before == {"fox.png"}
+    assert found == {"asked": [], "sockets": []}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace, which sees what libraries in C++ do")
+def test_no_library_speaks_to_the_network(tmp_path: Path) -> None:
+    """The kernel is asked for no socket of the internet, by whatever library, from the start of the process to its end."""
+    log = tmp_path / "calls"
+    draw(tmp_path, "strace", "-f", "-e", "trace=socket,connect,sendto,sendmsg", "-o", str(log))
+    calls = log.read_text(encoding="utf-8", errors="replace")
+
+    assert "+++ exited with 0 +++" in calls
+    assert [line for line in calls.splitlines() if "AF_INET" in line or "AF_UNIX" in line] == []
+
+
+def test_training_sends_nothing_either(tmp_path: Path) -> None:
+    """The same variable is set before training, which checks its exports with ONNX Runtime, imports anything."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import training, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"],
+        capture_output=True, text=True, timeout=HANG_S, check=False,
+        env={name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"},
+    )  # fmt: skip
+    assert done.stdout == "1\n"

@@ -1,12 +1,15 @@
 """Where images go. Chooses names, and never writes over a file unless asked to."""
 
+import contextlib
 import errno
+import itertools
 import os
 import re
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from edge_client.paths import write_whole
 from hybridsd.errors import HybridSDError, Reason
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -106,16 +109,19 @@ def probe(paths: Iterable[Path]) -> None:
 
 
 def write(path: Path, content: bytes, *, overwrite: bool) -> None:
-    """Writes a file, and the folders above it; without `overwrite` never over another one, whoever made it.
+    """Writes a file whole or not at all, and the folders above it; without `overwrite` never over another one.
 
     Raises:
         InvalidRequest: FIELD_INVALID when it is there already or cannot be written.
     """
+    made = list(itertools.takewhile(lambda folder: not folder.exists(), path.parents))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb" if overwrite else "xb") as stream:
-            stream.write(content)
+        write_whole(path, content, overwrite=overwrite)
     except OSError as error:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         if isinstance(error, FileExistsError):
             check(path, overwrite=overwrite)
         raise _cannot_write(path, error) from error

@@ -11,6 +11,7 @@ import platformdirs
 import structlog
 import uvicorn
 
+from edge_client.cli import output_files
 from edge_client.cli.open_parts import open_bundle, open_cloud, open_edge_models
 from edge_client.cli.patience_options import patience_options, read_patience
 from edge_client.cli.shared_options import CONTEXT, DEFAULT_PORT, model_options, server_options
@@ -91,9 +92,7 @@ def serve(**options: Any) -> None:
     scheme = "http" if options["tls_cert"] is None else "https"
     click.echo(f"serving on {scheme}://{_shown(options['host'])}:{port}/", err=True)
     if options["port_file"] is not None:
-        part = options["port_file"].with_name(options["port_file"].name + ".part")
-        part.write_text(f"{port}\n", encoding="utf-8")
-        part.replace(options["port_file"])  # readers see no file or all of it
+        output_files.write(options["port_file"], f"{port}\n".encode(), overwrite=True)
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=5, server_header=False,
         ssl_certfile=options["tls_cert"], ssl_keyfile=options["tls_key"],

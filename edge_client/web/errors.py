@@ -61,10 +61,11 @@ _NATIVE = {
 }
 _WORDS: Mapping[str, Mapping[str, str]] = {
     "native": _NATIVE,
-    "openai": {**_NATIVE, "width": "size", "height": "size"},
+    "openai": {**_NATIVE, "width": "width of size", "height": "height of size", "model": "model"},
     "sdapi": {
         **_NATIVE, "num_inference_steps": "steps", "guidance_scale": "cfg_scale", "scheduler": "sampler_name",
         "image": "init_images", "strength": "denoising_strength", "loras": "<lora:NAME:WEIGHT> of prompt",
+        "model": "sd_model_checkpoint",
     },
 }  # fmt: skip
 """What each API calls a field of a request, where it is not the field's own name."""
@@ -96,15 +97,9 @@ def problem_of(error: HybridSDError, *, status: int | None = None, api: str = "n
         "status": code,
         "detail": in_words(error.message, api),
         "reason": error.reason.name,
-        "field": None if error.field is None else _json_name(error.field, api),
+        "field": error.field,
         "retry_delay_s": error.retry_delay_s,
     }
-
-
-def _json_name(field: str, api: str) -> str:
-    """Returns the name of a field in an API's JSON; of what only the operator can set, our own name."""
-    word = _WORDS[api].get(field, field)
-    return field if " " in word else word
 
 
 def respond(problem: dict[str, Any], headers: dict[str, str] | None = None) -> JSONResponse:

@@ -1,7 +1,7 @@
 """Nothing of a drawn image leaves this device by itself: no dependency writes about it elsewhere, or asks for a host.
 
-ONNX Runtime keeps a device id and a store of events in the home folder, from its import on, and sends them later; without
-the store it has nothing to send. Every other package of the edge is imported here as well.
+ONNX Runtime keeps a device id and a store of events in the home folder, from its import on, and sends them later;
+without the store it has nothing to send. Every other package of the edge is imported here as well.
 """
 
 import json
@@ -31,8 +31,9 @@ for module in pkgutil.walk_packages(edge_client.__path__, "edge_client."):
     importlib.import_module(module.name)
 from edge_client.cli.main import main
 main(json.loads(sys.argv[1]), standalone_mode=False)
-sockets = [os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{n}")]
-print(json.dumps({"asked": asked, "sockets": [name for name in sockets if name.startswith("socket:")]}))
+files = [f"/proc/self/fd/{n}" for n in os.listdir("/proc/self/fd")]
+names = [os.readlink(name) for name in files if os.path.lexists(name)]
+print(json.dumps({"asked": asked, "sockets": [name for name in names if name.startswith("socket:")]}))
 """
 
 
@@ -70,7 +71,7 @@ def test_an_image_leaves_nothing_but_itself(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace, which sees what libraries in C++ do")
 def test_no_library_speaks_to_the_network(tmp_path: Path) -> None:
-    """The kernel is asked for no socket of the internet, by whatever library, from the start of the process to its end."""
+    """The kernel is asked for no socket by any library, from the start of the process to its end."""
     log = tmp_path / "calls"
     draw(tmp_path, "strace", "-f", "-e", "trace=socket,connect,sendto,sendmsg", "-o", str(log))
     calls = log.read_text(encoding="utf-8", errors="replace")

@@ -101,13 +101,13 @@ def test_words_by_interface(message: str, terminal: str, page: str, a1111: str) 
     assert in_words(message, "sdapi") == a1111
 
 
-def test_a_problem_names_the_field_of_its_api() -> None:
-    """The field of a problem is the JSON field of the API that was called."""
+def test_a_problem_is_in_the_words_of_its_api() -> None:
+    """The detail of a problem is for the client of an API; its field is ours, the same in every API."""
     error = Reason.STEPS_INVALID.error("`num_inference_steps` is 0", field="num_inference_steps")
+    problems = [problem_of(error, api=api) for api in ("native", "openai", "sdapi")]
 
-    assert [problem_of(error, api=api)["field"] for api in ("native", "openai", "sdapi")] == [
-        "num_inference_steps", "num_inference_steps", "steps",
-    ]  # fmt: skip
+    assert [problem["detail"] for problem in problems] == ["num_inference_steps is 0"] * 2 + ["steps is 0"]
+    assert {problem["field"] for problem in problems} == {"num_inference_steps"}
 
 
 def test_the_list_of_commands_repeats_their_help() -> None:

@@ -1,6 +1,7 @@
 """The options of `hybridsd generate` as requests, and a name for each image."""
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from edge_client.generation import saved_state
 from edge_client.generation.segments import parse_segments
 from edge_client.images import inputs
 from edge_client.images.inputs import read_image
-from edge_client.request import Request, SavedState
+from edge_client.request import Request, Resolved, SavedState
 from edge_client.split.handoff_policy import Goals
 from edge_client.types import MODES, CallSkipping, ImageInput, Mode
 from hybridsd.errors import HybridSDError, InvalidRequest, Reason
@@ -23,7 +24,7 @@ from hybridsd.prompting import TextOptions
 
 _FIXED_BY_STATE = (
     "prompt", "prompt_option", "negative_prompt", "prompts_file", "csv_file", "steps", "scheduler",
-    "guidance_scale", "seed", "num_images", "width", "height",
+    "guidance_scale", "seed", "num_images", "image_index", "width", "height",
 )  # fmt: skip
 
 
@@ -34,6 +35,11 @@ def read_requests(ctx: click.Context, options: dict[str, Any], manifest: Manifes
         InvalidRequest: Where options contradict each other, or a file cannot be used.
     """
     cloud_steps, steps = _split(options)
+    features = read_modes(options, manifest)
+    if features["image_input"] is not None and cloud_steps is not None:
+        cloud_steps = _of_those_run(
+            cloud_steps, steps or manifest.defaults.num_inference_steps, features["image_input"]
+        )
     seed = secrets.randbelow(2**32) if options["seed"] == -1 else options["seed"]
     base = Request(
         mode=_mode(options["mode"]),
@@ -43,7 +49,7 @@ def read_requests(ctx: click.Context, options: dict[str, Any], manifest: Manifes
         cloud_steps=cloud_steps,
         guidance_scale=options["guidance_scale"],
         seed=seed,
-        **read_modes(options, manifest),
+        **features,
         codec=options["codec"],
         deadline_s=options["deadline"],
         fallback=not options["no_fallback"],
@@ -67,7 +73,7 @@ def read_requests(ctx: click.Context, options: dict[str, Any], manifest: Manifes
     requests, names = [], []
     for row, pair in enumerate(_pairs(ctx, options)):
         for index in range(options["num_images"]):
-            number = f"-{index}" if options["num_images"] > 1 else ""
+            number = f"-{options['image_index'] + index}" if options["num_images"] > 1 else ""
             path = Path(pair.name)
             named = str(path.with_stem(path.stem + number)) if pair.name else ""
             names.append(named or f"{output_files.slug(pair.prompt)}-{seed + row}{number}.png?")
@@ -75,10 +81,41 @@ def read_requests(ctx: click.Context, options: dict[str, Any], manifest: Manifes
             requests.append(
                 replace(
                     base, prompt=pair.prompt, negative_prompt=pair.negative_prompt, seed=seed + row,
-                    image_index=index, request_id=fresh,
+                    image_index=options["image_index"] + index, request_id=fresh,
                 )
             )  # fmt: skip
     return requests, names
+
+
+_OF_THE_CLOUD = {
+    "cloud_skip": "--cloud-skip", "codec": "--codec", "deadline": "--deadline", "loras": "--lora", "model": "--model",
+    "state_every": "--state-every",
+}  # fmt: skip
+"""Options that say how the cloud runs its steps."""
+
+
+def check_cloud_options(ctx: click.Context, resolved: Sequence[Resolved]) -> None:
+    """Makes sure that options for the cloud are not given where it runs no step.
+
+    Args:
+        ctx: Says which options are on the command line; those of the environment are for every command.
+        resolved: What to draw.
+
+    Raises:
+        InvalidRequest: FIELD_INVALID, naming the option and the mode.
+    """
+    request = resolved[0].request
+    asks_for_none = request.mode == "edge" or request.cloud_steps == 0 or bool(request.segments)
+    if not asks_for_none or any(stage.place == "cloud" for each in resolved for stage in each.stages):
+        return
+    where = "mode edge" if request.mode == "edge" else f"mode {request.mode} without cloud steps"
+    for name, flag in _OF_THE_CLOUD.items():
+        given = _on_the_line(ctx, name) or (name == "loras" and request.loras)
+        if given:  # an adapter changes the image, wherever it was asked for
+            raise Reason.FIELD_INVALID.error(
+                f"{flag} is for the cloud, and {where} runs no step there; leave it out, or choose another --mode",
+                field=name,
+            )
 
 
 def _on_the_line(ctx: click.Context, name: str) -> bool:
@@ -129,6 +166,19 @@ def _split(options: dict[str, Any]) -> tuple[int | None, int | None]:
             field="split",
         )
     return cloud, cloud + edge
+
+
+def _of_those_run(cloud_steps: int, steps: int, given: ImageInput) -> int:
+    """Returns how many of the steps that an image to begin with leaves are the cloud's: the same share.
+
+    Raises:
+        InvalidRequest: SPLIT_INVALID if there are more cloud steps than steps.
+    """
+    if cloud_steps > steps:
+        raise Reason.SPLIT_INVALID.error(
+            f"--cloud-steps is {cloud_steps}, but there are {steps} steps; choose 0 to {steps}", field="cloud_steps"
+        )
+    return round(cloud_steps / steps * int(steps * given.strength)) if 0 < given.strength <= 1 else cloud_steps
 
 
 def _mode(name: str) -> Mode:

@@ -13,6 +13,7 @@ from edge_client.images.inputs import DEFAULT_STRENGTH
 from edge_client.types import MODES, SafetyAction
 from hybridsd import schedulers
 from hybridsd.codec import ENCODINGS
+from hybridsd.limits import MAX_IMAGE_INDEX
 from hybridsd.prompting import LongPrompt
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -52,7 +53,11 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         help="Rows of file name, caption and, optionally, negative prompt below a header; images go to OUTPUT/name. "
         "Row i is drawn with seed + i.",
     ),
-    click.option("--output", "-o", help="File or folder. Default: a free name made of prompt and seed."),
+    click.option(
+        "--output", "-o",
+        help="File (.png, .jpg, .webp) or folder; - writes the PNG file to standard output. Default: a free name made "
+        "of prompt and seed.",
+    ),
     click.option("--overwrite", is_flag=True, help="Allow to write over files."),
     server_options,
     click.option(
@@ -61,11 +66,14 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "auto: hybrid if a cloud answers, else edge.",
     ),
     click.option("--model", default="", help="The cloud's model. Default: the server's first."),
-    click.option("--split", metavar="CLOUD,EDGE", help="Steps there and here, such as 8,17; their sum is --steps."),
+    click.option(
+        "--split", metavar="CLOUD,EDGE",
+        help="Steps there and here, such as 8,17; their sum is --steps. With --image both parts shrink alike.",
+    ),
     click.option(
         "--cloud-steps", type=CloudSteps(),
-        help="Steps in the cloud; auto chooses by measured times and the bundle's quality. Default: the bundle's "
-        "share.",
+        help="Steps in the cloud, of --steps; auto chooses by measured times and the bundle's quality. Default: the "
+        "bundle's share. With --image as many fewer as --strength leaves out.",
     ),
     click.option(
         "--quality", type=click.FloatRange(0, 1),
@@ -86,6 +94,10 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--num-images", type=click.IntRange(1, 65536), default=1, show_default=True, help="Images a prompt."
+    ),
+    click.option(
+        "--image-index", type=click.IntRange(0, MAX_IMAGE_INDEX), default=0, show_default=True,
+        help="Number of the first image of a seed: 3 draws again what --num-images drew fourth.",
     ),
     click.option("--width", type=int, help="In pixels. Default: the bundle's."),
     click.option("--height", type=int, help="In pixels. Default: the bundle's."),
@@ -166,7 +178,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option("--jsonl", is_flag=True, help="Print each event as a line of JSON."),
     click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing."),
-    click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
+    click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors; not the path of the image either."),
 )  # fmt: skip
 
 

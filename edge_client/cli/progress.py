@@ -1,7 +1,9 @@
 """Events for people and for machines: bars on a terminal, short lines elsewhere, JSON where it was asked for."""
 
 import json
+import sys
 import time
+from pathlib import Path
 from typing import Protocol
 
 import click
@@ -24,6 +26,9 @@ class Display(Protocol):
     def note(self, text: str) -> None:
         """Says something beside the events."""
 
+    def written(self, path: Path) -> None:
+        """Says where an image is: on standard output, for whatever comes next in a pipe."""
+
     def close(self) -> None:
         """Leaves the terminal in order."""
 
@@ -35,6 +40,9 @@ class Silent:
         """Shows nothing."""
 
     def note(self, text: str) -> None:
+        """Says nothing."""
+
+    def written(self, path: Path) -> None:
         """Says nothing."""
 
     def close(self) -> None:
@@ -72,6 +80,10 @@ class Lines(Silent):
         """Prints a line."""
         click.echo(text, err=True)
 
+    def written(self, path: Path) -> None:
+        """Prints the path, and says so where standard output is read by somebody else."""
+        _print_path(self, path)
+
 
 class Bars(Silent):
     """Two bars on a terminal: the cloud's steps and the edge's."""
@@ -102,6 +114,10 @@ class Bars(Silent):
     def note(self, text: str) -> None:
         """Prints a line above the bars."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def written(self, path: Path) -> None:
+        """Prints the path, and says so where standard output is read by somebody else."""
+        _print_path(self, path)
 
     def close(self) -> None:
         """Stops drawing."""
@@ -147,6 +163,12 @@ def choose_display(*, quiet: bool, jsonl: bool) -> Display:
     return Bars(console) if console.is_terminal else Lines()
 
 
+def _print_path(display: Display, path: Path) -> None:
+    if not sys.stdout.isatty():
+        display.note(f"wrote {path}")
+    click.echo(str(path))
+
+
 def describe(event: Event) -> str | None:
     """Returns an event in a few words; None where there is nothing to say."""
     text = _describe(event)
@@ -159,8 +181,8 @@ def _describe(event: Event) -> str | None:
             return f"cloud: {position} ahead in the queue"
         case Retrying(delay_s=delay_s, message=message):
             return f"cloud: {message}; asking again" + (f" in {delay_s:.1f} s" if delay_s else "")
-        case CloudStarted(model=model, num_dropped_tokens=dropped):
-            return f"cloud: {model} began" + (f"; {dropped} tokens of the text did not fit" if dropped else "")
+        case CloudStarted(model=model):
+            return f"cloud: {model} began"
         case Fallback(planned=planned, actual=actual, reason=reason, message=message):
             return f"edge takes over after {actual} of {planned} cloud steps ({reason.name}: {message})"
         case EarlyHandoff(planned=planned, actual=actual, reason=text):
@@ -181,6 +203,8 @@ def _summary(result: Result) -> str:
         parts.append(f"cloud {num_cloud} steps {cloud_s:.2f} s, {kib:.0f} KiB")
     if num_edge:
         parts.append(f"edge {num_edge} steps {edge_s:.2f} s")
+    if result.num_dropped_tokens:
+        parts.append(f"{result.num_dropped_tokens} tokens of the text did not fit")
     if result.safety.action != "off":
         parts.append("safety checker: " + ("flagged" if result.safety.flagged else "not flagged"))
     parts.append(f"decode {result.decode_s:.2f} s")

@@ -1,4 +1,4 @@
-"""Image files: PNG with text chunks, and JPEG."""
+"""Image files: PNG with text chunks, JPEG and WebP."""
 
 import io
 import json
@@ -25,9 +25,12 @@ def encode_png(image_u8: ImageU8, text: Mapping[str, str] = MappingProxyType({})
 
 
 def encode_file(path: Path, image_u8: ImageU8, text: Mapping[str, str] = MappingProxyType({})) -> bytes:
-    """Returns the image in the format of the path's ending: PNG with some text chunks, or JPEG without."""
+    """Returns the image in the format of the path's ending: PNG with some text chunks, or JPEG or WebP without."""
+    stream = io.BytesIO()
+    if path.suffix.lower() == ".webp":
+        Image.fromarray(image_u8).save(stream, format="WEBP", quality=95)
+        return stream.getvalue()
     if path.suffix.lower() in (".jpg", ".jpeg"):
-        stream = io.BytesIO()
         Image.fromarray(image_u8).save(stream, format="JPEG", quality=95, subsampling=0)
         return stream.getvalue()
     return encode_png(image_u8, text)

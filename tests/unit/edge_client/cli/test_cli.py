@@ -57,11 +57,11 @@ def pixels(path: str | Path) -> np.ndarray:
 
 
 def test_generate_writes_a_picture(shell: Shell) -> None:
-    """The plainest call draws an image with the cloud's help and says where it is, on standard error only."""
+    """The plainest call draws an image with the cloud's help and prints where it is, and nothing else."""
     result = shell("generate", "a red fox", "--seed", "5")
     picture, provenance, parameters = files.read_png(shell.folder / "a-red-fox-5.png")
 
-    assert result.stdout == ""
+    assert result.stdout == "a-red-fox-5.png\n"
     assert "wrote a-red-fox-5.png" in result.stderr
     assert picture.shape == (32, 32, 3)
     assert provenance is not None

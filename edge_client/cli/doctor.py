@@ -169,7 +169,7 @@ def _hints(models: Models) -> Iterator[Check]:
     )  # fmt: skip
     if models.choice.is_reference and system_info.cpu_flags() & {"amx_bf16", "avx512_bf16"}:
         how = "--provider openvino computes in bf16, which this CPU has in hardware"
-        what = how if openvino_installed() else f"{how}; pip install 'hybridsd[edge,openvino]'"
+        what = how if openvino_installed() else f"{how}; pip install openvino"
         yield Check("speed", True, f"{what} (slightly different images)")
 
 

@@ -13,9 +13,9 @@ from edge_client.bundles.bundle import Bundle
 from edge_client.cli import output_files
 from edge_client.cli.build_requests import check_cloud_options, read_goals, read_requests
 from edge_client.cli.generate_options import generate_options
-from edge_client.cli.open_parts import open_bundle, open_cloud, open_edge_models
-from edge_client.cli.patience_options import read_patience
+from edge_client.cli.open_parts import open_bundle, open_cloud, open_edge_models, wait_for_server
 from edge_client.cli.output_files import STDOUT
+from edge_client.cli.patience_options import read_patience
 from edge_client.cli.progress import Display, choose_display
 from edge_client.cli.shared_options import CONTEXT
 from edge_client.cli.side_outputs import SideOutputs, read_side_outputs
@@ -67,6 +67,7 @@ def _generate(ctx: click.Context, options: dict[str, Any], done: list[dict[str, 
     others = open_edge_models(options["edge_models"], bundle.manifest, **runs_with)
     split: AutoSplit | None = None
     if goals is not None:
+        wait_for_server(options["server"], options["wait_for_server"], lambda text: click.echo(text, err=True))
         with _open_cloud(options) as asked:
             split = choose_split(resolve(requests[0], bundle.manifest), goals, bundle, models, asked)
         requests = [replace(request, cloud_steps=split.choice.cloud_steps) for request in requests]
@@ -95,6 +96,7 @@ def _generate(ctx: click.Context, options: dict[str, Any], done: list[dict[str, 
         cloud: Cloud | None = None
         given_up = False
         if any(stage.place == "cloud" for each in resolved for stage in each.stages):
+            wait_for_server(options["server"], options["wait_for_server"], display.note)
             cloud = stack.enter_context(_open_cloud(options))
         for each, path in zip(resolved, paths, strict=True):
             advisor = None if split is None else split.advisor(each, bundle)

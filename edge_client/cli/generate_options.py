@@ -61,6 +61,10 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--overwrite", is_flag=True, help="Allow to write over files."),
     server_options,
     click.option(
+        "--wait-for-server", type=click.FloatRange(0, 3600), default=0.0, show_default=True, metavar="SECONDS",
+        help="Let a server that is just starting come up first.",
+    ),
+    click.option(
         "--mode", type=click.Choice(MODES), default="auto", show_default=True,
         help="hybrid: cloud, then edge. cloud: all steps there, decoded here. edge: offline. "
         "auto: hybrid if a cloud answers, else edge.",

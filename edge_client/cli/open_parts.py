@@ -1,7 +1,9 @@
 """Opens the bundle, models and cloud that options name."""
 
 import os
-from collections.abc import Sequence
+import socket
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +70,32 @@ def open_cloud(
     return Cloud(
         server, token=token, tls_ca=tls_ca, insecure=insecure, cache=cache.Cache(cache_folder()), patience=patience
     )
+
+
+POLL_INTERVAL_S = 0.2
+
+
+def wait_for_server(server: str, patience_s: float, note: Callable[[str], None]) -> None:
+    """Waits until a server that is starting listens, which it does when its models are loaded.
+
+    Args:
+        server: host:port. What is none is left to whoever connects.
+        patience_s: How long, in seconds. Nothing is raised in the end: the cloud is then away, as any other.
+        note: Says once that it waits.
+    """
+    host, _, port = server.rpartition(":")
+    give_up_at = time.monotonic() + patience_s
+    has_said = False
+    while port.isdigit() and not _listens(host.strip("[]"), int(port)) and time.monotonic() < give_up_at:
+        if not has_said:
+            note(f"cloud: waiting for {server}, {patience_s:g} s at most")
+            has_said = True
+        time.sleep(POLL_INTERVAL_S)
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=1.0).close()
+    except (OSError, ValueError, OverflowError):  # a name that is none, a port that is none
+        return False
+    return True

@@ -89,7 +89,7 @@ def load(path: Path) -> SavedState | Latents:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as raw:
             arrays = {name: raw[name] for name in raw.files}
     except Exception as error:  # what numpy and zipfile raise for rubbish shares no base class
-        raise refuse(error or type(error).__name__) from error
+        raise refuse("it is no .npz file of plain arrays") from error
     for name in set(arrays) - {"head", "plan"}:
         if arrays[name].dtype.kind != "f" or not np.isfinite(arrays[name]).all():
             raise refuse(f"{name} must be finite floating-point numbers")

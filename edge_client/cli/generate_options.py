@@ -121,7 +121,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--aspect", metavar="W:H", help="Shape, such as 16:9, instead of width and height."),
     click.option(
         "--image", type=_FILE,
-        help="Image to begin with. It is encoded here: its pixels never leave this device.",
+        help="Image to begin with. It is encoded here; the cloud, if it takes part, gets its latents.",
     ),
     click.option(
         "--strength", type=float,
@@ -156,7 +156,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "--safety-checker", type=click.Choice(get_args(SafetyAction)), default="off", show_default=True,
         help="Let the bundle's checker look at each image here: report what it says, or blank flagged ones too.",
     ),
-    click.option("--private", is_flag=True, help="Encode the text here: the prompt never leaves this device."),
+    click.option("--private", is_flag=True, help="Encode the text here: the cloud gets embeddings, not the prompt."),
     click.option("--deadline", type=float, help="Seconds that the cloud may take; then the edge takes over."),
     patience_options,
     click.option("--no-fallback", is_flag=True, help="Fail, in mode auto too, rather than continue without the cloud."),

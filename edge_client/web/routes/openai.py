@@ -78,7 +78,7 @@ async def generate(body: Generation, request: Request, gateway: SharedGateway, c
     openapi_extra={"requestBody": _FORM},
 )  # fmt: skip
 async def edit(request: Request, gateway: SharedGateway, caller: AuthorizedCaller) -> Any:
-    """Edits an image, or the transparent area of a mask. The image never leaves this device."""
+    """Edits an image, or the transparent area of a mask. Its pixels stay on this device; a cloud gets its latents."""
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise Reason.FIELD_INVALID.error(
             "an edit must be multipart/form-data with image and prompt", field="content-type"

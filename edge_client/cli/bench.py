@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from edge_client.cli import output_files
+from edge_client.cli.build_requests import check_cloud_options
 from edge_client.cli.open_parts import open_bundle, open_cloud
 from edge_client.cli.shared_options import CONTEXT, model_options, server_options
 from edge_client.cli.system_info import describe_machine
@@ -71,6 +72,7 @@ def bench(**options: Any) -> None:
     }
     request = Request(**fields, num_inference_steps=options["steps"], fallback=options["mode"] == "auto")
     resolved = resolve(request, bundle.manifest)
+    check_cloud_options(click.get_current_context(), [resolved])
     runs = []
     with ExitStack() as stack:
         cloud: Cloud | None = None

@@ -698,3 +698,13 @@ def test_bench_says_where_the_time_goes(shell: Shell) -> None:
     assert (alone["received_bytes"], alone["cloud_steps_s"]) == (0, 0)
     assert alone["text_s"] > 0
     shell("bench", "--runs", "1", "-o", "nowhere/x.json", code=2)
+    assert "--model is for the cloud" in shell("bench", "--mode", "edge", "--model", "large", code=2).stderr
+
+
+def test_bench_counts_the_steps_that_were_asked_for(shell: Shell) -> None:
+    """--steps and --cloud-steps are those of the image, not the bundle's."""
+    shell("bench", "--runs", "1", "--steps", "4", "--mode", "edge", "-o", "edge.json")
+    shell("bench", "--runs", "1", "--steps", "8", "--cloud-steps", "7", "-o", "both.json")
+    records = [json.loads((shell.folder / name).read_text()) for name in ("edge.json", "both.json")]
+
+    assert [(record["cloud_steps"], record["num_inference_steps"]) for record in records] == [(0, 4), (7, 8)]

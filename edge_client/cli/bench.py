@@ -71,8 +71,8 @@ def bench(**options: Any) -> None:
         name: options[name] for name in ("prompt", "mode", "model", "scheduler", "width", "height", "cloud_steps")
     }
     request = Request(**fields, num_inference_steps=options["steps"], fallback=options["mode"] == "auto")
+    check_cloud_options(click.get_current_context(), request)
     resolved = resolve(request, bundle.manifest)
-    check_cloud_options(click.get_current_context(), [resolved])
     runs = []
     with ExitStack() as stack:
         cloud: Cloud | None = None

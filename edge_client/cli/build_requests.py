@@ -1,7 +1,6 @@
 """The options of `hybridsd generate` as requests, and a name for each image."""
 
 import secrets
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ from edge_client.generation import saved_state
 from edge_client.generation.segments import parse_segments
 from edge_client.images import inputs
 from edge_client.images.inputs import read_image
-from edge_client.request import Request, Resolved, SavedState
+from edge_client.request import Request, SavedState
 from edge_client.split.handoff_policy import Goals
-from edge_client.types import MODES, CallSkipping, ImageInput, Mode
+from edge_client.types import MODES, CallSkipping, Conditioning, ImageInput, Mode
 from hybridsd.errors import HybridSDError, InvalidRequest, Reason
 from hybridsd.limits import MAX_DEADLINE_S
 from hybridsd.manifest import Manifest
@@ -56,12 +55,15 @@ def read_requests(ctx: click.Context, options: dict[str, Any], manifest: Manifes
         private=options["private"],
         preview_every=1 if options["save_steps"] is not None else options["preview_every"],
     )
+    check_cloud_options(ctx, base)
+    if options["load_embeddings"] is not None:
+        base = replace(base, conditioning=_embeddings(ctx, options))
     if options["load_latents"] is not None:
         loaded = saved_state.load(options["load_latents"])
         if isinstance(loaded, SavedState):
-            if base.segments or base.image_input is not None:
+            if base.segments or base.image_input is not None or base.conditioning is not None:
                 raise Reason.FIELD_INVALID.error(
-                    "the saved state fixes what is drawn; leave out --segments and --image",
+                    "the saved state fixes what is drawn; leave out --segments, --image and --load-embeddings",
                     field="load_latents",
                 )
             for name in _FIXED_BY_STATE:
@@ -94,19 +96,18 @@ _OF_THE_CLOUD = {
 """Options that say how the cloud runs its steps."""
 
 
-def check_cloud_options(ctx: click.Context, resolved: Sequence[Resolved]) -> None:
-    """Makes sure that options for the cloud are not given where it runs no step.
+def check_cloud_options(ctx: click.Context, request: Request) -> None:
+    """Makes sure that options for the cloud are not given where it is to run no step.
 
     Args:
         ctx: Says which options are on the command line; those of the environment are for every command.
-        resolved: What to draw.
+        request: What to draw.
 
     Raises:
         InvalidRequest: FIELD_INVALID, naming the option and the mode.
     """
-    request = resolved[0].request
-    asks_for_none = request.mode == "edge" or request.cloud_steps == 0 or bool(request.segments)
-    if not asks_for_none or any(stage.place == "cloud" for each in resolved for stage in each.stages):
+    only_edge = bool(request.segments) and all(segment.place == "edge" for segment in request.segments)
+    if request.mode != "edge" and request.cloud_steps != 0 and not only_edge:
         return
     where = "mode edge" if request.mode == "edge" else f"mode {request.mode} without cloud steps"
     for name, flag in _OF_THE_CLOUD.items():
@@ -126,6 +127,8 @@ def _pairs(ctx: click.Context, options: dict[str, Any]) -> list[prompt_files.Pro
     """Returns the prompts, from the one place that was given; the command line wins over the environment."""
     given = [name for name in ("prompt", "prompt_option", "prompts_file", "csv_file") if options[name] is not None]
     given = [name for name in given if _on_the_line(ctx, name)] or given
+    if not given and options["load_embeddings"] is not None:
+        return [prompt_files.PromptPair("")]
     if len(given) != 1:
         raise InvalidRequest(
             Reason.PROMPT_EMPTY if not given else Reason.FIELD_INVALID,
@@ -145,6 +148,21 @@ def _pairs(ctx: click.Context, options: dict[str, Any]) -> list[prompt_files.Pro
     except UnicodeDecodeError as error:
         raise Reason.FIELD_INVALID.error(f"{given[0]} is not UTF-8 text: {error}", field=given[0]) from error
     return [prompt_files.PromptPair(options[given[0]], options["negative_prompt"])]
+
+
+def _embeddings(ctx: click.Context, options: dict[str, Any]) -> Conditioning:
+    """Returns the embeddings of a file.
+
+    Raises:
+        InvalidRequest: FIELD_INVALID where options speak of a text as well; TENSOR_INVALID where the file has none.
+    """
+    for name in ("negative_prompt", "prompts_file", "csv_file", "long_prompt", "prompt_weighting"):
+        if _on_the_line(ctx, name):
+            flag = name.removesuffix("_file") if name == "csv_file" else name
+            raise Reason.FIELD_INVALID.error(
+                f"--load-embeddings takes the place of the text; leave out --{flag.replace('_', '-')}", field=name
+            )
+    return saved_state.load_embeddings(options["load_embeddings"])
 
 
 def _split(options: dict[str, Any]) -> tuple[int | None, int | None]:

@@ -11,7 +11,7 @@ import click
 
 from edge_client.bundles.bundle import Bundle
 from edge_client.cli import output_files
-from edge_client.cli.build_requests import check_cloud_options, read_goals, read_requests
+from edge_client.cli.build_requests import read_goals, read_requests
 from edge_client.cli.generate_options import generate_options
 from edge_client.cli.open_parts import open_bundle, open_cloud, open_edge_models, wait_for_server
 from edge_client.cli.output_files import STDOUT
@@ -74,8 +74,6 @@ def _generate(ctx: click.Context, options: dict[str, Any], done: list[dict[str, 
         if options["explain_split"] and not options["quiet"]:
             click.echo(explain(split.choice), err=True)
     resolved = [resolve(request, bundle.manifest) for request in requests]
-    if split is None:
-        check_cloud_options(ctx, resolved)
     paths = output_files.choose(options["output"], names, overwrite=options["overwrite"])
     side_outputs = read_side_outputs(options, resolved, paths)
     if STDOUT in paths:

@@ -178,6 +178,11 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         help="Start from unit normal latents, or continue a saved state.",
     ),
     click.option(
+        "--load-embeddings", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="Text embeddings of your own in place of the prompt, as .npz: prompt_embeds, negative_prompt_embeds and, "
+        "for SDXL, pooled ones, named as in diffusers.",
+    ),
+    click.option(
         "--json", "as_json", envvar="HYBRIDSD_EDGE_JSON", is_flag=True, help="Print one JSON object at the end."
     ),
     click.option("--jsonl", is_flag=True, help="Print each event as a line of JSON."),

@@ -7,6 +7,7 @@ _OPTIONS = {
     "allowed_hosts": "--allowed-host",
     "webhook_hosts": "--webhook-host",
     "call_skipping": "--cloud-skip",
+    "conditioning": "--load-embeddings",
     "deadline_s": "--deadline",
     "edge_models": "--edge-model",
     "extrapolation": "A of --cloud-skip",

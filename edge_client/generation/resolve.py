@@ -4,7 +4,7 @@ from dataclasses import fields, replace
 
 from edge_client.generation.segments import resolve_segments
 from edge_client.request import Patience, Request, Resolved, SavedState, Stage, TimestepSchedule
-from edge_client.types import CallSkipping, ImageInput, Mode
+from edge_client.types import CallSkipping, Conditioning, ImageInput, Mode
 from hybridsd import schedulers
 from hybridsd.codec import ENCODINGS
 from hybridsd.errors import Reason
@@ -46,7 +46,7 @@ def resolve(request: Request, manifest: Manifest) -> Resolved:
     if request.resume is not None:
         return _resolve_saved(_with_saved(request, request.resume), request.resume, manifest)
     defaults = manifest.defaults
-    if not request.prompt.strip():
+    if not request.prompt.strip() and request.conditioning is None:
         raise Reason.PROMPT_EMPTY.error("the prompt is empty; say what to draw", field="prompt")
     scheduler = schedulers.find(defaults.scheduler if request.scheduler is None else request.scheduler).name
     steps = defaults.num_inference_steps if request.num_inference_steps is None else request.num_inference_steps
@@ -65,6 +65,8 @@ def resolve(request: Request, manifest: Manifest) -> Resolved:
             "a negative prompt has no effect at `guidance_scale` 1; leave it out or raise `guidance_scale`",
             field="negative_prompt",
         )
+    if request.conditioning is not None:
+        _check_conditioning(request.conditioning, manifest, guided=everywhere != {1})
     width = defaults.width if request.width is None else request.width
     height = defaults.height if request.height is None else request.height
     _check_rest(request, manifest, width, height)
@@ -155,6 +157,39 @@ def _resolve_saved(request: Request, saved: SavedState, manifest: Manifest) -> R
 def _is_chunks(shape: tuple[int, ...], chunk: tuple[int, int]) -> bool:
     """Whether embeddings are a whole number of chunks of text."""
     return len(shape) == 2 and shape[1] == chunk[1] and shape[0] in {n * chunk[0] for n in range(1, MAX_CHUNKS + 1)}
+
+
+def _check_conditioning(given: Conditioning, manifest: Manifest, *, guided: bool) -> None:
+    """Refuses embeddings that the bundle's U-Net cannot read."""
+    takes_negative = manifest.guidance != "embedded"
+    pooled = manifest.pooled_dim > 0
+    if guided and takes_negative and given.negative_prompt_embeds is None:
+        raise Reason.GUIDANCE_INVALID.error(
+            "the embeddings have no negative_prompt_embeds; add them, or set `guidance_scale` to 1",
+            field="conditioning",
+        )
+    if not _is_chunks(given.prompt_embeds.shape, (manifest.context_length, manifest.embed_dim)):
+        raise Reason.TENSOR_INVALID.error(
+            f"prompt_embeds are {list(given.prompt_embeds.shape)}; bundle {manifest.name} takes 1 to {MAX_CHUNKS} "
+            f"times {manifest.context_length} tokens of {manifest.embed_dim}",
+            field="conditioning",
+        )
+    shapes = {
+        "negative_prompt_embeds": (given.negative_prompt_embeds, given.prompt_embeds.shape),
+        "pooled_prompt_embeds": (given.pooled_prompt_embeds, (manifest.pooled_dim,)),
+        "negative_pooled_prompt_embeds": (given.negative_pooled_prompt_embeds, (manifest.pooled_dim,)),
+    }
+    needed = {
+        "pooled_prompt_embeds": pooled,
+        "negative_pooled_prompt_embeds": pooled and given.negative_prompt_embeds is not None,
+    }
+    for name, (array, shape) in shapes.items():
+        if array is None and not needed.get(name, False):
+            continue
+        if array is None or array.shape != shape or ("pooled" in name and not pooled):
+            found = "missing" if array is None else list(array.shape)
+            wanted = list(shape) if pooled or "pooled" not in name else "absent"
+            raise Reason.TENSOR_INVALID.error(f"{name} are {found}; they must be {wanted}", field="conditioning")
 
 
 def _check_texts(request: Request) -> None:

@@ -59,7 +59,8 @@ class Trajectory:
         """Returns the beginning, or where a saved state is."""
         saved = resolved.request.resume
         if saved is None:
-            return cls(resolved=resolved, prediction_type=prediction_type)
+            given = resolved.request.conditioning
+            return cls(resolved=resolved, prediction_type=prediction_type, conditioning=given)
         step = saved.plan.step_at(saved.call)
         if saved.call != saved.plan.first_call(step) and step < resolved.cloud_steps:
             raise Reason.SPLIT_INVALID.error(

@@ -56,6 +56,8 @@ def read_requests(ctx: click.Context, options: dict[str, Any], manifest: Manifes
         preview_every=1 if options["save_steps"] is not None else options["preview_every"],
     )
     check_cloud_options(ctx, base)
+    if base.segments and _on_the_line(ctx, "model"):
+        raise Reason.FIELD_INVALID.error("--segments name the models; leave out --model", field="model")
     if options["load_embeddings"] is not None:
         base = replace(base, conditioning=_embeddings(ctx, options))
     if options["load_latents"] is not None:
@@ -134,6 +136,10 @@ def _pairs(ctx: click.Context, options: dict[str, Any]) -> list[prompt_files.Pro
             Reason.PROMPT_EMPTY if not given else Reason.FIELD_INVALID,
             "say what to draw, in one way: PROMPT, --prompt, --prompts-file or --csv",
             field="prompt",
+        )
+    if given[0] in ("prompts_file", "csv_file") and _on_the_line(ctx, "negative_prompt"):
+        raise Reason.FIELD_INVALID.error(
+            "the file has the negative prompts; leave out --negative-prompt", field="negative_prompt"
         )
     try:
         if given == ["prompts_file"]:
@@ -279,9 +285,14 @@ def _image(options: dict[str, Any], manifest: Manifest) -> tuple[int | None, int
         else:
             width, height = inputs.size_of_aspect(ratio, multiple, area)
     if options["image"] is None:
-        for name in ("mask", "strength"):
-            if options[name] is not None:
+        for name, given in (("mask", options["mask"]), ("strength", options["strength"])):
+            if given is not None:
                 raise _refuse(name, f"--{name} goes with --image; give the image, too")
+        if options["fit"] != "crop":
+            raise _refuse("fit", "--fit goes with --image; give the image, too")
+    if options["mask"] is None and options["mask_blur"]:
+        raise _refuse("mask_blur", "--mask-blur goes with --mask; give the mask, too")
+    if options["image"] is None:
         return width, height, None
     return read_image(
         manifest, options["image"], width=width, height=height, strength=options["strength"], how=options["fit"],

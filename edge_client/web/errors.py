@@ -140,7 +140,7 @@ def install(app: FastAPI) -> None:
     async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         where = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
-        field = ".".join(where) or "body"
+        field = "body" if first["type"] == "json_invalid" else ".".join(where) or "body"  # it names a position
         if field == "prompt" and first["type"] in _EMPTY:
             return respond(
                 problem_of(Reason.PROMPT_EMPTY.error("the prompt is empty; describe the image", field=field))
@@ -199,7 +199,7 @@ _KINDS = {
     "finite_number": "send a finite number",
     "int_from_float": "send a whole number",
     "string_unicode": "it has an unpaired surrogate; send valid UTF-8",
-    "json_invalid": "the body is not JSON; send a JSON object",
+    "json_invalid": "it is not JSON; send a JSON object",
 }
 """What to send, by the kinds of pydantic's errors; fields of `ctx` in braces."""
 _ENDINGS = {

@@ -111,6 +111,28 @@ def test_mode_edge_swallows_no_option(generate, option: str, value: str) -> None
     assert list(Path().iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--fit", "pad"], "--fit goes with --image"),
+        (["--mask-blur", "3"], "--mask-blur goes with --mask"),
+        (["--segments", "small:3@cloud,small:3@edge", "--model", "large"], "leave out --model"),
+    ],
+)
+def test_no_option_is_swallowed(generate, options: list[str], says: str) -> None:
+    """An option without an effect is refused, whatever it is about."""
+    assert says in generate("a fox", *options, code=2).stderr
+
+
+def test_a_file_has_the_negative_prompts(generate) -> None:
+    """A list of prompts and --negative-prompt exclude each other."""
+    Path("prompts.txt").write_text("a fox\nblurry\n")
+    Path("list.csv").write_text("name,caption\na.png,a fox\n")
+
+    for words in (["--prompts-file", "prompts.txt"], ["--csv", "list.csv", "-o", "out/"]):
+        assert "leave out --negative-prompt" in generate(*words, "-n", "ugly", code=2).stderr
+
+
 def test_the_environment_is_for_every_command(generate) -> None:
     """A variable that sets how tensors travel does not forbid mode edge; an adapter, which would be missed, does."""
     generate(*AT_THE_EDGE, HYBRIDSD_EDGE_CODEC="int8")

@@ -60,7 +60,7 @@ def _ask(gateway: str, timeout_s: float) -> str:
     finally:
         connection.close()
     if response.status != http.client.OK:
-        raise _away(gateway, f"it answers {response.status} {response.reason}")
+        raise _away(gateway, f"it answers {response.status} {response.reason} {text[:200]}".rstrip())
     return text
 
 

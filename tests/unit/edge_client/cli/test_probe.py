@@ -42,7 +42,7 @@ def test_probe_tells_what_the_gateway_says(gateway: HTTPServer) -> None:
     ready, lost = probe(f"{address}/"), probe(f"{address}/elsewhere")
 
     assert (ready.exit_code, ready.stdout) == (0, '{"status": "ok"}\n')
-    assert (lost.exit_code, "answers 404" in lost.stderr) == (4, True)
+    assert (lost.exit_code, 'answers 404 Not Found {"status"' in lost.stderr) == (4, True)
 
 
 def test_probe_does_not_wait_for_a_silent_gateway() -> None:

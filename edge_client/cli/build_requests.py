@@ -96,6 +96,8 @@ _OF_THE_CLOUD = {
     "state_every": "--state-every",
 }  # fmt: skip
 """Options that say how the cloud runs its steps."""
+_AS_HERE = {"codec": "fp32", "state_every": 1}
+"""Values that ask for no more than this device does anyway: exact numbers, and every state."""
 
 
 def check_cloud_options(ctx: click.Context, request: Request) -> None:
@@ -114,6 +116,8 @@ def check_cloud_options(ctx: click.Context, request: Request) -> None:
     where = "mode edge" if request.mode == "edge" else f"mode {request.mode} without cloud steps"
     for name, flag in _OF_THE_CLOUD.items():
         given = _on_the_line(ctx, name) or (name == "loras" and request.loras)
+        if name in _AS_HERE and ctx.params.get(name) == _AS_HERE[name]:
+            continue
         if given:  # an adapter changes the image, wherever it was asked for
             raise Reason.FIELD_INVALID.error(
                 f"{flag} is for the cloud, and {where} runs no step there; leave it out, or choose another --mode",

@@ -8,35 +8,22 @@ import os
 import sys
 import threading
 from collections.abc import Iterator, MutableMapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 
 from edge_client.cli.words import in_options
 from hybridsd.errors import HybridSDError, Reason
 
-
-class Place(NamedTuple):
-    """Where a command is, and the first sentence of its help, which its module repeats."""
-
-    module: str
-    summary: str
-
-
 COMMANDS = {
-    "bench": Place(
-        "bench", "Draws images and prints where the time goes: medians over the runs, and this machine's name."
-    ),
-    "bundle": Place("bundle", "Looks at, checks and gets the models of this device."),
-    "doctor": Place(
-        "doctor", "Checks bundle, models and cloud, one line each, and says what to do where something is wrong."
-    ),
-    "generate": Place("generate", "Draws images: the cloud begins each, this device finishes it."),
-    "probe": Place("probe", "Asks a gateway whether it takes jobs; exit code 4 if not."),
-    "serve": Place(
-        "serve", "Serves web clients: OpenAI's images API, AUTOMATIC1111's, jobs with events, and a page to draw with."
-    ),
+    "bench": "Draws images and prints where the time goes: medians over the runs, and this machine's name.",
+    "bundle": "Looks at, checks and gets the models of this device.",
+    "doctor": "Checks bundle, models and cloud, one line each, and says what to do where something is wrong.",
+    "generate": "Draws images: the cloud begins each, this device finishes it.",
+    "probe": "Asks a gateway whether it takes jobs; exit code 4 if not.",
+    "serve": "Serves web clients: OpenAI's images API, AUTOMATIC1111's, jobs with events, and a page to draw with.",
 }
+"""The first sentence of each command's help, which its module repeats; the module is named as the command."""
 
 
 class _Commands(MutableMapping[str, click.Command]):
@@ -46,9 +33,10 @@ class _Commands(MutableMapping[str, click.Command]):
         self._loaded: dict[str, click.Command] = {}
 
     def __getitem__(self, name: str) -> click.Command:
+        if name not in COMMANDS:
+            raise KeyError(name)
         if name not in self._loaded:
-            module = importlib.import_module(f"edge_client.cli.{COMMANDS[name].module}")
-            self._loaded[name] = getattr(module, name)
+            self._loaded[name] = getattr(importlib.import_module(f"edge_client.cli.{name}"), name)
         return self._loaded[name]
 
     def __setitem__(self, name: str, command: click.Command) -> None:
@@ -90,7 +78,7 @@ class _Group(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Lists the commands without importing them."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, place.summary) for name, place in COMMANDS.items()])
+            formatter.write_dl(list(COMMANDS.items()))
 
 
 def _end_now(exit_code: int) -> None:

@@ -112,5 +112,5 @@ def test_a_problem_is_in_the_words_of_its_api() -> None:
 
 def test_the_list_of_commands_repeats_their_help() -> None:
     """The help of the program, which imports no command, says of each what its own help says."""
-    for name, place in COMMANDS.items():
-        assert main.commands[name].get_short_help_str(limit=1000) == place.summary
+    for name, summary in COMMANDS.items():
+        assert main.commands[name].get_short_help_str(limit=1000) == summary

@@ -133,6 +133,11 @@ def test_a_file_has_the_negative_prompts(generate) -> None:
         assert "leave out --negative-prompt" in generate(*words, "-n", "ugly", code=2).stderr
 
 
+def test_what_happens_anyway_may_be_asked_for(generate) -> None:
+    """Exact numbers and every state are what this device has without a cloud."""
+    generate(*AT_THE_EDGE, "--codec", "fp32", "--state-every", "1")
+
+
 def test_the_environment_is_for_every_command(generate) -> None:
     """A variable that sets how tensors travel does not forbid mode edge; an adapter, which would be missed, does."""
     generate(*AT_THE_EDGE, HYBRIDSD_EDGE_CODEC="int8")

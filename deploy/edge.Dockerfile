@@ -3,7 +3,10 @@ FROM python:3.11-slim AS build
 WORKDIR /src
 RUN python -m venv /opt/hybridsd
 ENV PATH=/opt/hybridsd/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-COPY constraints.txt pyproject.toml README.md LICENSE ./
+# What it needs comes first and by itself: a change of the sources installs none of it again.
+COPY constraints.txt pyproject.toml deploy/requirements.py ./
+RUN python requirements.py edge > needed.txt && pip install -c constraints.txt -r needed.txt
+COPY README.md LICENSE ./
 COPY protos/hybridsd protos/hybridsd
 COPY cloud_server cloud_server
 COPY edge_client edge_client

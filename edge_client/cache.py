@@ -4,10 +4,11 @@ Whoever reads an entry checks it against its digest. Safe between processes: eve
 broken or missing entry is as good as none.
 """
 
+import contextlib
 import hashlib
-import os
-import tempfile
 from pathlib import Path
+
+from edge_client.paths import write_whole
 
 MAX_OBJECTS = 512
 """The oldest objects beyond this many are dropped: 512 embeddings of SD 1.x in fp16 are 60 MB."""
@@ -51,8 +52,9 @@ class Cache:
             return
 
     def drop(self, digest: bytes) -> None:
-        """Forgets an object that turned out not to match its digest."""
-        (self._folder / "objects" / digest.hex()).unlink(missing_ok=True)
+        """Forgets an object that turned out not to match its digest; in a folder that cannot be written it stays."""
+        with contextlib.suppress(OSError):
+            (self._folder / "objects" / digest.hex()).unlink(missing_ok=True)
 
     def _prune(self) -> None:
         for kind in ("objects", "index"):
@@ -71,11 +73,4 @@ def _name(key: tuple[str, ...]) -> str:
 
 def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handle, temporary = tempfile.mkstemp(dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        Path(temporary).replace(path)
-    except OSError:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(path, content, mode=0o600)

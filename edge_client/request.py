@@ -148,6 +148,8 @@ class Request:
     """Asks the cloud for a preview after every this many steps; 0 never. It may send more."""
     initial_latents: Latents | None = None
     """Unit normal noise to start from instead of the seed's."""
+    conditioning: Conditioning | None = None
+    """Text embeddings of the caller's own; then the prompt is only a name."""
     resume: SavedState | None = None
     """A saved trajectory to continue; then what it fixes is taken from it."""
     segments: tuple[Segment, ...] = ()

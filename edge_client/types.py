@@ -71,7 +71,7 @@ class CallSkipping:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ImageInput:
-    """An image to begin with, or of which to keep a part. It never leaves the device as pixels."""
+    """An image to begin with, or of which to keep a part. A cloud gets latents of it, never pixels."""
 
     image: NDArray[np.float32]
     """`[3, H, W]` in [-1, 1]."""

@@ -140,7 +140,7 @@ def locate(given: str | None) -> Path:
     if fetched_ones:
         return fetched_ones[0]
     raise Reason.MANIFEST_INVALID.error(
-        "there is no edge bundle; give --bundle DIR, or get one with `hybridsd bundle fetch NAME --server host:port`",
+        "there is no edge bundle; set `bundle` to a folder, or get one with `hybridsd bundle fetch NAME`",
         field="bundle",
     )
 

@@ -55,7 +55,7 @@ def fetch(source: Downloads, name: str, files: tuple[BundleFile, ...], into: Pat
         into.parent.mkdir(parents=True, exist_ok=True)
         partial.rename(into)
     except OSError as error:
-        raise Reason.FIELD_INVALID.error(f"cannot write {partial}: {error.strerror or error}; choose another --into",
+        raise Reason.FIELD_INVALID.error(f"cannot write {partial}: {error.strerror or error}; change `into`",
             field="into",
         ) from error  # fmt: skip
 

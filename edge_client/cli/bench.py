@@ -11,7 +11,10 @@ from typing import Any
 
 import click
 
-from edge_client.cli.shared_options import CONTEXT, model_options, open_bundle, open_cloud, server_options
+from edge_client.cli import output_files
+from edge_client.cli.build_requests import check_cloud_options
+from edge_client.cli.open_parts import open_bundle, open_cloud
+from edge_client.cli.shared_options import CONTEXT, model_options, server_options
 from edge_client.cli.system_info import describe_machine
 from edge_client.cloud.client import Cloud
 from edge_client.generation.events import Finished, StepDone
@@ -52,6 +55,13 @@ PHASES = {
 @click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="JSON file for all numbers.")
 def bench(**options: Any) -> None:
     """Draws images and prints where the time goes: medians over the runs, and this machine's name."""
+    if options["output"] is not None:
+        folder = options["output"].parent
+        if not folder.is_dir():
+            raise Reason.FIELD_INVALID.error(
+                f"there is no folder {folder}; make it, or choose another --output", field="output"
+            )
+        output_files.probe([options["output"]])
     bundle = open_bundle(options["bundle_name"])
     models = Models(
         bundle.folder, bundle.manifest, provider=options["provider"], threads=options["threads"],
@@ -61,6 +71,7 @@ def bench(**options: Any) -> None:
         name: options[name] for name in ("prompt", "mode", "model", "scheduler", "width", "height", "cloud_steps")
     }
     request = Request(**fields, num_inference_steps=options["steps"], fallback=options["mode"] == "auto")
+    check_cloud_options(click.get_current_context(), request)
     resolved = resolve(request, bundle.manifest)
     runs = []
     with ExitStack() as stack:
@@ -87,12 +98,7 @@ def bench(**options: Any) -> None:
             "scheduler": resolved.scheduler, "cloud_steps": cloud_steps, "num_inference_steps": steps,
             "medians": medians, "runs": runs,
         }  # fmt: skip
-        try:
-            options["output"].write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise Reason.FIELD_INVALID.error(
-                f"cannot write {options['output']}: {error.strerror}", field="output"
-            ) from error
+        output_files.write(options["output"], (json.dumps(record, indent=2) + "\n").encode(), overwrite=True)
 
 
 def _time(resolved: Resolved, bundle: Any, models: Models, cloud: Cloud | None) -> dict[str, float]:

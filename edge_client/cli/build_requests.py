@@ -15,7 +15,7 @@ from edge_client.images import inputs
 from edge_client.images.inputs import read_image
 from edge_client.request import Request, SavedState
 from edge_client.split.handoff_policy import Goals
-from edge_client.types import MODES, CallSkipping, ImageInput, Mode
+from edge_client.types import MODES, CallSkipping, Conditioning, ImageInput, Mode
 from hybridsd.errors import HybridSDError, InvalidRequest, Reason
 from hybridsd.limits import MAX_DEADLINE_S
 from hybridsd.manifest import Manifest
@@ -23,7 +23,7 @@ from hybridsd.prompting import TextOptions
 
 _FIXED_BY_STATE = (
     "prompt", "prompt_option", "negative_prompt", "prompts_file", "csv_file", "steps", "scheduler",
-    "guidance_scale", "seed", "num_images", "width", "height",
+    "guidance_scale", "seed", "num_images", "image_index", "width", "height",
 )  # fmt: skip
 
 
@@ -34,6 +34,11 @@ def read_requests(ctx: click.Context, options: dict[str, Any], manifest: Manifes
         InvalidRequest: Where options contradict each other, or a file cannot be used.
     """
     cloud_steps, steps = _split(options)
+    features = read_modes(options, manifest)
+    if features["image_input"] is not None and cloud_steps is not None:
+        cloud_steps = _of_those_run(
+            cloud_steps, steps or manifest.defaults.num_inference_steps, features["image_input"]
+        )
     seed = secrets.randbelow(2**32) if options["seed"] == -1 else options["seed"]
     base = Request(
         mode=_mode(options["mode"]),
@@ -43,19 +48,25 @@ def read_requests(ctx: click.Context, options: dict[str, Any], manifest: Manifes
         cloud_steps=cloud_steps,
         guidance_scale=options["guidance_scale"],
         seed=seed,
-        **read_modes(options, manifest),
+        **features,
         codec=options["codec"],
         deadline_s=options["deadline"],
         fallback=not options["no_fallback"],
         private=options["private"],
         preview_every=1 if options["save_steps"] is not None else options["preview_every"],
     )
+    check_cloud_options(ctx, base)
+    if base.segments and _on_the_line(ctx, "model"):
+        raise Reason.FIELD_INVALID.error("--segments name the models; leave out --model", field="model")
+    if options["load_embeddings"] is not None:
+        base = replace(base, conditioning=_embeddings(ctx, options))
     if options["load_latents"] is not None:
         loaded = saved_state.load(options["load_latents"])
         if isinstance(loaded, SavedState):
-            if base.image_input is not None:
+            if base.image_input is not None or base.conditioning is not None:
                 raise Reason.FIELD_INVALID.error(
-                    "the saved state fixes what is drawn; leave out --image", field="load_latents"
+                    "the saved state fixes what is drawn; leave out --image and --load-embeddings",
+                    field="load_latents",
                 )
             for name in _FIXED_BY_STATE:
                 if _on_the_line(ctx, name):
@@ -66,7 +77,7 @@ def read_requests(ctx: click.Context, options: dict[str, Any], manifest: Manifes
     requests, names = [], []
     for row, pair in enumerate(_pairs(ctx, options)):
         for index in range(options["num_images"]):
-            number = f"-{index}" if options["num_images"] > 1 else ""
+            number = f"-{options['image_index'] + index}" if options["num_images"] > 1 else ""
             path = Path(pair.name)
             named = str(path.with_stem(path.stem + number)) if pair.name else ""
             names.append(named or f"{output_files.slug(pair.prompt)}-{seed + row}{number}.png?")
@@ -74,10 +85,44 @@ def read_requests(ctx: click.Context, options: dict[str, Any], manifest: Manifes
             requests.append(
                 replace(
                     base, prompt=pair.prompt, negative_prompt=pair.negative_prompt, seed=seed + row,
-                    image_index=index, request_id=fresh,
+                    image_index=options["image_index"] + index, request_id=fresh,
                 )
             )  # fmt: skip
     return requests, names
+
+
+_OF_THE_CLOUD = {
+    "cloud_skip": "--cloud-skip", "codec": "--codec", "deadline": "--deadline", "loras": "--lora", "model": "--model",
+    "state_every": "--state-every",
+}  # fmt: skip
+"""Options that say how the cloud runs its steps."""
+_AS_HERE = {"codec": "fp32", "state_every": 1}
+"""Values that ask for no more than this device does anyway: exact numbers, and every state."""
+
+
+def check_cloud_options(ctx: click.Context, request: Request) -> None:
+    """Makes sure that options for the cloud are not given where it is to run no step.
+
+    Args:
+        ctx: Says which options are on the command line; those of the environment are for every command.
+        request: What to draw.
+
+    Raises:
+        InvalidRequest: FIELD_INVALID, naming the option and the mode.
+    """
+    only_edge = bool(request.segments) and all(segment.place == "edge" for segment in request.segments)
+    if request.mode != "edge" and request.cloud_steps != 0 and not only_edge:
+        return
+    where = "mode edge" if request.mode == "edge" else f"mode {request.mode} without cloud steps"
+    for name, flag in _OF_THE_CLOUD.items():
+        given = _on_the_line(ctx, name) or (name == "loras" and request.loras)
+        if name in _AS_HERE and ctx.params.get(name) == _AS_HERE[name]:
+            continue
+        if given:  # an adapter changes the image, wherever it was asked for
+            raise Reason.FIELD_INVALID.error(
+                f"{flag} is for the cloud, and {where} runs no step there; leave it out, or choose another --mode",
+                field=name,
+            )
 
 
 def _on_the_line(ctx: click.Context, name: str) -> bool:
@@ -88,11 +133,17 @@ def _pairs(ctx: click.Context, options: dict[str, Any]) -> list[prompt_files.Pro
     """Returns the prompts, from the one place that was given; the command line wins over the environment."""
     given = [name for name in ("prompt", "prompt_option", "prompts_file", "csv_file") if options[name] is not None]
     given = [name for name in given if _on_the_line(ctx, name)] or given
+    if not given and options["load_embeddings"] is not None:
+        return [prompt_files.PromptPair("")]
     if len(given) != 1:
         raise InvalidRequest(
             Reason.PROMPT_EMPTY if not given else Reason.FIELD_INVALID,
             "say what to draw, in one way: PROMPT, --prompt, --prompts-file or --csv",
             field="prompt",
+        )
+    if given[0] in ("prompts_file", "csv_file") and _on_the_line(ctx, "negative_prompt"):
+        raise Reason.FIELD_INVALID.error(
+            "the file has the negative prompts; leave out --negative-prompt", field="negative_prompt"
         )
     try:
         if given == ["prompts_file"]:
@@ -107,6 +158,21 @@ def _pairs(ctx: click.Context, options: dict[str, Any]) -> list[prompt_files.Pro
     except UnicodeDecodeError as error:
         raise Reason.FIELD_INVALID.error(f"{given[0]} is not UTF-8 text: {error}", field=given[0]) from error
     return [prompt_files.PromptPair(options[given[0]], options["negative_prompt"])]
+
+
+def _embeddings(ctx: click.Context, options: dict[str, Any]) -> Conditioning:
+    """Returns the embeddings of a file.
+
+    Raises:
+        InvalidRequest: FIELD_INVALID where options speak of a text as well; TENSOR_INVALID where the file has none.
+    """
+    for name in ("negative_prompt", "prompts_file", "csv_file", "long_prompt", "prompt_weighting"):
+        if _on_the_line(ctx, name):
+            flag = name.removesuffix("_file") if name == "csv_file" else name
+            raise Reason.FIELD_INVALID.error(
+                f"--load-embeddings takes the place of the text; leave out --{flag.replace('_', '-')}", field=name
+            )
+    return saved_state.load_embeddings(options["load_embeddings"])
 
 
 def _split(options: dict[str, Any]) -> tuple[int | None, int | None]:
@@ -128,6 +194,19 @@ def _split(options: dict[str, Any]) -> tuple[int | None, int | None]:
             field="split",
         )
     return cloud, cloud + edge
+
+
+def _of_those_run(cloud_steps: int, steps: int, given: ImageInput) -> int:
+    """Returns how many of the steps that an image to begin with leaves are the cloud's: the same share.
+
+    Raises:
+        InvalidRequest: SPLIT_INVALID if there are more cloud steps than steps.
+    """
+    if cloud_steps > steps:
+        raise Reason.SPLIT_INVALID.error(
+            f"--cloud-steps is {cloud_steps}, but there are {steps} steps; choose 0 to {steps}", field="cloud_steps"
+        )
+    return round(cloud_steps / steps * int(steps * given.strength)) if 0 < given.strength <= 1 else cloud_steps
 
 
 def _mode(name: str) -> Mode:
@@ -215,9 +294,14 @@ def _image(
     if options["fit_size"] and (width is not None or height is not None):
         width, height, output_size = inputs.fit_size(manifest, width, height)
     if options["image"] is None:
-        for name in ("mask", "strength"):
-            if options[name] is not None:
+        for name, given in (("mask", options["mask"]), ("strength", options["strength"])):
+            if given is not None:
                 raise _refuse(name, f"--{name} goes with --image; give the image, too")
+        if options["fit"] != "crop":
+            raise _refuse("fit", "--fit goes with --image; give the image, too")
+    if options["mask"] is None and options["mask_blur"]:
+        raise _refuse("mask_blur", "--mask-blur goes with --mask; give the mask, too")
+    if options["image"] is None:
         return width, height, output_size, None
     width, height, image_input = read_image(
         manifest, options["image"], width=width, height=height, strength=options["strength"], how=options["fit"],

@@ -9,7 +9,8 @@ import click
 
 from edge_client.bundles import bundle as bundles
 from edge_client.bundles import download
-from edge_client.cli.shared_options import CONTEXT, bundle_option, open_cloud, server_options
+from edge_client.cli.open_parts import open_cloud
+from edge_client.cli.shared_options import CONTEXT, bundle_option, server_options
 from edge_client.paths import bundles_folder
 from hybridsd.errors import Reason
 

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ import numpy as np
 from edge_client.bundles import bundle as bundles
 from edge_client.bundles.bundle import Bundle
 from edge_client.cli import system_info
-from edge_client.cli.shared_options import CONTEXT, model_options, open_cloud, server_options
+from edge_client.cli.open_parts import open_cloud
+from edge_client.cli.shared_options import CONTEXT, model_options, server_options
+from edge_client.cli.words import in_options
 from edge_client.cloud.client import Cloud
 from edge_client.inference.models import Models
 from edge_client.inference.providers import available_providers, openvino_installed
@@ -31,7 +33,17 @@ class Check:
     ok: bool
     detail: str
     """What was found; where it is wrong, also what to do."""
-    exit_code: int = 0
+    failure_code: int = 70
+    """Exit code of the command if this is what is wrong."""
+
+    @property
+    def exit_code(self) -> int:
+        """0 if nothing is wrong."""
+        return 0 if self.ok else self.failure_code
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns it as plain values."""
+        return {"name": self.name, "ok": self.ok, "detail": self.detail, "exit_code": self.exit_code}
 
 
 @click.command(context_settings=CONTEXT)
@@ -76,8 +88,8 @@ def doctor(
             note(_failed("cloud", error))
     exit_code = next((check.exit_code for check in checks if not check.ok), 0)
     if as_json:
-        rows = [asdict(check) for check in checks]
-        click.echo(json.dumps({"ok": exit_code == 0, "checks": rows}))
+        rows = [check.as_json() for check in checks]
+        click.echo(json.dumps({"ok": exit_code == 0, "exit_code": exit_code, "checks": rows}))
     click.get_current_context().exit(exit_code)
 
 
@@ -100,10 +112,10 @@ def check_device(bundle: Bundle, **options: Any) -> Iterator[Check]:
     started = asked is None or models.choice.by_name
     others = ", ".join(sorted(set(available_providers()) - {models.choice.name}))
     also = f"; also here: {others}" if others else ""
-    yield Check("provider", started, f"{models.choice.describe()}{also}", 0 if started else 70)
+    yield Check("provider", started, f"{models.choice.describe()}{also}")
     report = models.self_test(fresh=True)
     if report is not None:
-        yield Check("self-test", report.ok, report.describe(), 0 if report.ok else 70)
+        yield Check("self-test", report.ok, report.describe())
     yield from _hints(models)
     names = bundle.plan_names()
     default = f"{manifest.defaults.scheduler}/{manifest.defaults.num_inference_steps}"
@@ -135,7 +147,7 @@ def check_device(bundle: Bundle, **options: Any) -> Iterator[Check]:
     ]
     if wrong:
         what = ", ".join(wrong)
-        yield Check("models", False, f"{what}: wrong shape or values; choose another --provider or export again", 70)
+        yield Check("models", False, f"{what}: wrong shape or values; choose another --provider or export again")
     else:
         times = f"one step ({1e3 * step_s:.0f} ms) and a decode ({1e3 * decode_s:.0f} ms)"
         yield Check("models", True, f"text, {times} at {expected[2]}x{expected[1]}: all finite")
@@ -154,11 +166,10 @@ def _hints(models: Models) -> Iterator[Check]:
         "memory", enough or models.low_memory,
         f"{found.free_bytes / 2**20:.0f} MiB are free, the models are {needed / 2**20:.0f} MiB{advice};"
         f" {found.num_cores} cores{limited}",
-        70,
     )  # fmt: skip
     if models.choice.is_reference and system_info.cpu_flags() & {"amx_bf16", "avx512_bf16"}:
         how = "--provider openvino computes in bf16, which this CPU has in hardware"
-        what = how if openvino_installed() else f"{how}; pip install 'hybridsd[edge,openvino]'"
+        what = how if openvino_installed() else f"{how}; pip install openvino"
         yield Check("speed", True, f"{what} (slightly different images)")
 
 
@@ -168,7 +179,7 @@ def check_cache(folder: Path) -> Check:
         free = system_info.free_disk_bytes(folder)
     except OSError as error:
         what = f"{folder} cannot be written ({error.strerror}); set HYBRIDSD_EDGE_CACHE to a folder that can"
-        return Check("cache", False, what, 70)
+        return Check("cache", False, what)
     return Check("cache", True, f"{folder}, {free / 2**20:.0f} MiB free on its disk")
 
 
@@ -197,4 +208,4 @@ def check_cloud(cloud: Cloud, bundle: Bundle | None) -> Iterator[Check]:
 
 
 def _failed(name: str, error: HybridSDError) -> Check:
-    return Check(name, False, error.message, error.reason.value.exit_code)
+    return Check(name, False, in_options(error.message), error.reason.value.exit_code)

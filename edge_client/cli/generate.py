@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,13 @@ from edge_client.bundles.bundle import Bundle
 from edge_client.cli import output_files
 from edge_client.cli.build_requests import read_goals, read_requests
 from edge_client.cli.generate_options import generate_options
+from edge_client.cli.open_parts import open_bundle, open_cloud, open_edge_models, wait_for_server
+from edge_client.cli.output_files import STDOUT
 from edge_client.cli.patience_options import read_patience
 from edge_client.cli.progress import Display, choose_display
-from edge_client.cli.shared_options import (
-    CONTEXT,
-    open_bundle,
-    open_cloud,
-    open_edge_models,
-)
+from edge_client.cli.shared_options import CONTEXT
 from edge_client.cli.side_outputs import SideOutputs, read_side_outputs
+from edge_client.cli.words import in_options
 from edge_client.cloud.client import Cloud
 from edge_client.generation.cloud_steps import Advisor
 from edge_client.generation.events import Finished, StepDone
@@ -42,7 +41,8 @@ from hybridsd.errors import HybridSDError, Reason
 def generate(ctx: click.Context, /, **options: Any) -> None:
     """Draws images: the cloud begins each, this device finishes it.
 
-    When the cloud is lost, late or full, this device resumes from the last state it has, and says so.
+    When the cloud is lost, late or full, this device resumes from the last state it has, and says so. The path of each
+    image is printed to standard output, everything else to standard error.
     """
     done: list[dict[str, Any]] = []
     try:
@@ -57,6 +57,8 @@ def generate(ctx: click.Context, /, **options: Any) -> None:
 
 def _generate(ctx: click.Context, options: dict[str, Any], done: list[dict[str, Any]]) -> None:
     """Draws what the options say; `done` grows with each image that is written."""
+    if options["as_json"] and options["jsonl"]:
+        raise Reason.FIELD_INVALID.error("--json and --jsonl exclude each other; give one", field="json")
     bundle = open_bundle(options["bundle_name"])
     goals = read_goals(options)
     requests, names = read_requests(ctx, options, bundle.manifest)
@@ -65,6 +67,7 @@ def _generate(ctx: click.Context, options: dict[str, Any], done: list[dict[str, 
     others = open_edge_models(options["edge_models"], bundle.manifest, **runs_with)
     split: AutoSplit | None = None
     if goals is not None:
+        wait_for_server(options["server"], options["wait_for_server"], lambda text: click.echo(text, err=True))
         with _open_cloud(options) as asked:
             split = choose_split(resolve(requests[0], bundle.manifest), goals, bundle, models, asked)
         requests = [replace(request, cloud_steps=split.choice.cloud_steps) for request in requests]
@@ -73,6 +76,8 @@ def _generate(ctx: click.Context, options: dict[str, Any], done: list[dict[str, 
     resolved = [resolve(request, bundle.manifest) for request in requests]
     paths = output_files.choose(options["output"], names, overwrite=options["overwrite"])
     side_outputs = read_side_outputs(options, resolved, paths)
+    if STDOUT in paths:
+        _check_stdout(options)
     if options["dry_run"]:
         plans = [_dry_json(*each) for each in zip(resolved, paths, strict=True)]
         edge = {"bundle": str(bundle.folder), "edge_model": bundle.manifest.name, "server": options["server"]}
@@ -89,6 +94,7 @@ def _generate(ctx: click.Context, options: dict[str, Any], done: list[dict[str, 
         cloud: Cloud | None = None
         given_up = False
         if any(stage.place == "cloud" for each in resolved for stage in each.stages):
+            wait_for_server(options["server"], options["wait_for_server"], display.note)
             cloud = stack.enter_context(_open_cloud(options))
         for each, path in zip(resolved, paths, strict=True):
             advisor = None if split is None else split.advisor(each, bundle)
@@ -99,7 +105,8 @@ def _generate(ctx: click.Context, options: dict[str, Any], done: list[dict[str, 
             done.append({"path": str(path), **result_json(result)})
             if options["jsonl"]:
                 click.echo(json.dumps({"event": "finished", **done[-1]}, ensure_ascii=False))
-            display.note(f"wrote {path}")
+            elif path != STDOUT:
+                display.written(path)
             side_outputs.write(path, result, steps, models)
             never_there = result.fallback_reason is Reason.UNAVAILABLE and result.received_bytes == 0
             if cloud is not None and never_there and not given_up and len(done) < len(requests):
@@ -141,6 +148,24 @@ def _open_cloud(options: dict[str, Any]) -> Cloud:
     )  # fmt: skip
 
 
+def _check_stdout(options: dict[str, Any]) -> None:
+    """Makes sure that nothing but the image goes to standard output.
+
+    Raises:
+        InvalidRequest: FIELD_INVALID.
+    """
+    for name in ("as_json", "jsonl", "save_steps", "preview_every"):
+        if options[name]:
+            option = name.removeprefix("as_").replace("_", "-")
+            raise Reason.FIELD_INVALID.error(
+                f"--output - gives standard output to the image; leave out --{option}, or give a file", field="output"
+            )
+    if sys.stdout.isatty() and not options["dry_run"]:
+        raise Reason.FIELD_INVALID.error(
+            "--output - would write an image file to the terminal; redirect standard output", field="output"
+        )
+
+
 def _dry_json(resolved: Resolved, path: Path) -> dict[str, Any]:
     request = resolved.request
     return {
@@ -169,7 +194,7 @@ def _dry_json(resolved: Resolved, path: Path) -> dict[str, Any]:
 def _error_json(error: HybridSDError) -> dict[str, Any]:
     return {
         "reason": error.reason.name,
-        "message": error.message,
+        "message": in_options(error.message),
         "field": error.field,
         "exit_code": error.reason.value.exit_code,
     }

@@ -13,6 +13,7 @@ from edge_client.images.inputs import DEFAULT_STRENGTH
 from edge_client.types import MODES, SafetyAction
 from hybridsd import schedulers
 from hybridsd.codec import ENCODINGS
+from hybridsd.limits import MAX_IMAGE_INDEX
 from hybridsd.prompting import LongPrompt
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -52,20 +53,31 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         help="Rows of file name, caption and, optionally, negative prompt below a header; images go to OUTPUT/name. "
         "Row i is drawn with seed + i.",
     ),
-    click.option("--output", "-o", help="File or folder. Default: a free name made of prompt and seed."),
+    click.option(
+        "--output", "-o",
+        help="File (.png, .jpg, .webp) or folder; - writes the PNG file to standard output. Default: a free name made "
+        "of prompt and seed.",
+    ),
     click.option("--overwrite", is_flag=True, help="Allow to write over files."),
     server_options,
+    click.option(
+        "--wait-for-server", type=click.FloatRange(0, 3600), default=0.0, show_default=True, metavar="SECONDS",
+        help="Let a server that is just starting come up first.",
+    ),
     click.option(
         "--mode", type=click.Choice(MODES), default="auto", show_default=True,
         help="hybrid: cloud, then edge. cloud: all steps there, decoded here. edge: offline. "
         "auto: hybrid if a cloud answers, else edge.",
     ),
     click.option("--model", default="", help="The cloud's model. Default: the server's first."),
-    click.option("--split", metavar="CLOUD,EDGE", help="Steps there and here, such as 8,17; their sum is --steps."),
+    click.option(
+        "--split", metavar="CLOUD,EDGE",
+        help="Steps there and here, such as 8,17; their sum is --steps. With --image both parts shrink alike.",
+    ),
     click.option(
         "--cloud-steps", type=CloudSteps(),
-        help="Steps in the cloud; auto chooses by measured times and the bundle's quality. Default: the bundle's "
-        "share.",
+        help="Steps in the cloud, of --steps; auto chooses by measured times and the bundle's quality. Default: the "
+        "bundle's share. With --image as many fewer as --strength leaves out.",
     ),
     click.option(
         "--quality", type=click.FloatRange(0, 1),
@@ -86,6 +98,10 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--num-images", type=click.IntRange(1, 65536), default=1, show_default=True, help="Images a prompt."
+    ),
+    click.option(
+        "--image-index", type=click.IntRange(0, MAX_IMAGE_INDEX), default=0, show_default=True,
+        help="Number of the first image of a seed: 3 draws again what --num-images drew fourth.",
     ),
     click.option("--width", type=int, help="In pixels. Default: the bundle's."),
     click.option("--height", type=int, help="In pixels. Default: the bundle's."),
@@ -109,7 +125,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--aspect", metavar="W:H", help="Shape, such as 16:9, instead of width and height."),
     click.option(
         "--image", type=_FILE,
-        help="Image to begin with. It is encoded here: its pixels never leave this device.",
+        help="Image to begin with. It is encoded here; the cloud, if it takes part, gets its latents.",
     ),
     click.option(
         "--strength", type=float,
@@ -144,7 +160,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "--safety-checker", type=click.Choice(get_args(SafetyAction)), default="off", show_default=True,
         help="Let the bundle's checker look at each image here: report what it says, or blank flagged ones too.",
     ),
-    click.option("--private", is_flag=True, help="Encode the text here: the prompt never leaves this device."),
+    click.option("--private", is_flag=True, help="Encode the text here: the cloud gets embeddings, not the prompt."),
     click.option("--deadline", type=float, help="Seconds that the cloud may take; then the edge takes over."),
     patience_options,
     click.option("--no-fallback", is_flag=True, help="Fail, in mode auto too, rather than continue without the cloud."),
@@ -166,11 +182,16 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         help="Start from unit normal latents, or continue a saved state.",
     ),
     click.option(
+        "--load-embeddings", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="Text embeddings of your own in place of the prompt, as .npz: prompt_embeds, negative_prompt_embeds and, "
+        "for SDXL, pooled ones, named as in diffusers.",
+    ),
+    click.option(
         "--json", "as_json", envvar="HYBRIDSD_EDGE_JSON", is_flag=True, help="Print one JSON object at the end."
     ),
     click.option("--jsonl", is_flag=True, help="Print each event as a line of JSON."),
     click.option("--dry-run", is_flag=True, help="Print what would be done, and do nothing."),
-    click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
+    click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors; not the path of the image either."),
 )  # fmt: skip
 
 

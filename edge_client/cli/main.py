@@ -1,19 +1,55 @@
-"""The command line `hybridsd`: puts the commands together and turns errors into exit codes."""
+"""The command line `hybridsd`: finds the commands and turns errors into exit codes.
 
-import importlib.metadata
+A command's module is imported when the command runs, so that a health check does not wait for a web framework.
+"""
+
+import importlib
 import os
 import sys
 import threading
+from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 import click
 
-from edge_client.cli.bench import bench
-from edge_client.cli.bundle import bundle
-from edge_client.cli.doctor import doctor
-from edge_client.cli.generate import generate
-from edge_client.cli.serve import probe, serve
+from edge_client.cli.words import in_options
 from hybridsd.errors import HybridSDError, Reason
+
+COMMANDS = {
+    "bench": "Draws images and prints where the time goes: medians over the runs, and this machine's name.",
+    "bundle": "Looks at, checks and gets the models of this device.",
+    "doctor": "Checks bundle, models and cloud, one line each, and says what to do where something is wrong.",
+    "generate": "Draws images: the cloud begins each, this device finishes it.",
+    "probe": "Asks a gateway whether it takes jobs; exit code 4 if not.",
+    "serve": "Serves web clients: OpenAI's images API, AUTOMATIC1111's, jobs with events, and a page to draw with.",
+}
+"""The first sentence of each command's help, which its module repeats; the module is named as the command."""
+
+
+class _Commands(MutableMapping[str, click.Command]):
+    """The commands by name, each imported when it is asked for."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, click.Command] = {}
+
+    def __getitem__(self, name: str) -> click.Command:
+        if name not in COMMANDS:
+            raise KeyError(name)
+        if name not in self._loaded:
+            self._loaded[name] = getattr(importlib.import_module(f"edge_client.cli.{name}"), name)
+        return self._loaded[name]
+
+    def __setitem__(self, name: str, command: click.Command) -> None:
+        self._loaded[name] = command
+
+    def __delitem__(self, name: str) -> None:
+        del self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
 
 
 class _Group(click.Group):
@@ -23,7 +59,7 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except HybridSDError as error:
-            click.echo(f"Error: {error.message}", err=True)
+            click.echo(f"Error: {in_options(error.message)}", err=True)
             ctx.exit(error.reason.value.exit_code)
         except (KeyboardInterrupt, click.Abort):
             click.echo("Interrupted.", err=True)
@@ -39,6 +75,11 @@ class _Group(click.Group):
             )
             ctx.exit(Reason.INTERNAL.value.exit_code)
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Lists the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
 
 def _end_now(exit_code: int) -> None:
     """Ends the process, if a thread that loads a model would have to be waited for: who interrupts has no time."""
@@ -49,8 +90,8 @@ def _end_now(exit_code: int) -> None:
         os._exit(exit_code)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(importlib.metadata.version("hybridsd"), prog_name="hybridsd")
+@click.group(cls=_Group, commands=_Commands(), context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="hybridsd", prog_name="hybridsd")
 def main() -> None:
     """Edge-cloud Stable Diffusion: the cloud begins the image, this device finishes it.
 
@@ -60,11 +101,3 @@ def main() -> None:
     Exit codes: 0 done, 2 wrong usage, 3 the cloud refused, 4 the cloud is away and --no-fallback was given, 70 a bug,
     130 interrupted.
     """
-
-
-main.add_command(generate)
-main.add_command(doctor)
-main.add_command(serve)
-main.add_command(probe)
-main.add_command(bench)
-main.add_command(bundle)

@@ -1,21 +1,28 @@
 """Where images go. Chooses names, and never writes over a file unless asked to."""
 
+import contextlib
 import errno
+import itertools
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from edge_client.images.files import FORMATS
+from edge_client.paths import write_whole
 from hybridsd.errors import HybridSDError, Reason
 
 IMAGE_SUFFIXES = tuple(FORMATS)
+STDOUT = Path("-")
+"""Standard output, where `--output -` writes the image itself."""
 
 
 def is_folder(output: str) -> bool:
     """Returns whether an --output means a folder: it is one, ends like one, or has no ending of an image."""
-    return output.endswith(("/", os.sep)) or os.path.isdir(output) or Path(output).suffix.lower() == ""
+    ends_like_one = output.endswith(("/", os.sep)) or Path(output).suffix.lower() == ""
+    return output != str(STDOUT) and (ends_like_one or os.path.isdir(output))
 
 
 def slug(prompt: str) -> str:
@@ -36,6 +43,12 @@ def choose(output: str | None, names: Sequence[str], *, overwrite: bool) -> list
         InvalidRequest: FIELD_INVALID when a file is there already or the ending is not an image's.
     """
     paths: list[Path] = []
+    if output == str(STDOUT):
+        if len(names) > 1:
+            raise Reason.FIELD_INVALID.error(
+                f"standard output takes one image, not {len(names)}; give --output FOLDER", field="output"
+            )
+        return [STDOUT]
     if output is not None and not is_folder(output):
         single = Path(output)
         if len(names) == 1:
@@ -94,6 +107,8 @@ def probe(paths: Iterable[Path]) -> None:
         InvalidRequest: FIELD_INVALID when a file is protected, or the nearest folder there is takes no files.
     """
     for path in paths:
+        if path == STDOUT:
+            continue
         try:
             folder = path.parent
             while not folder.exists():
@@ -107,16 +122,25 @@ def probe(paths: Iterable[Path]) -> None:
 
 
 def write(path: Path, content: bytes, *, overwrite: bool) -> None:
-    """Writes a file, and the folders above it; without `overwrite` never over another one, whoever made it.
+    """Writes a file whole or not at all, and the folders above it; without `overwrite` never over another one.
+
+    `STDOUT` is written to standard output.
 
     Raises:
         InvalidRequest: FIELD_INVALID when it is there already or cannot be written.
     """
+    if path == STDOUT:
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
+        return
+    made = list(itertools.takewhile(lambda folder: not folder.exists(), path.parents))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb" if overwrite else "xb") as stream:
-            stream.write(content)
+        write_whole(path, content, overwrite=overwrite)
     except OSError as error:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         if isinstance(error, FileExistsError):
             check(path, overwrite=overwrite)
         raise _cannot_write(path, error) from error

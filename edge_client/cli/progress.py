@@ -1,13 +1,16 @@
 """Events for people and for machines: bars on a terminal, short lines elsewhere, JSON where it was asked for."""
 
 import json
+import sys
 import time
+from pathlib import Path
 from typing import Protocol
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from edge_client.cli.words import in_options
 from edge_client.cloud.types import CloudStarted, Queued
 from edge_client.generation.events import EarlyHandoff, Event, Fallback, Finished, Planned, Retrying, StepDone
 from edge_client.generation.result import Result
@@ -23,6 +26,9 @@ class Display(Protocol):
     def note(self, text: str) -> None:
         """Says something beside the events."""
 
+    def written(self, path: Path) -> None:
+        """Says where an image is: on standard output, for whatever comes next in a pipe."""
+
     def close(self) -> None:
         """Leaves the terminal in order."""
 
@@ -34,6 +40,9 @@ class Silent:
         """Shows nothing."""
 
     def note(self, text: str) -> None:
+        """Says nothing."""
+
+    def written(self, path: Path) -> None:
         """Says nothing."""
 
     def close(self) -> None:
@@ -71,6 +80,10 @@ class Lines(Silent):
         """Prints a line."""
         click.echo(text, err=True)
 
+    def written(self, path: Path) -> None:
+        """Prints the path, and says so where standard output is read by somebody else."""
+        _print_path(self, path)
+
 
 class Bars(Silent):
     """Two bars on a terminal: the cloud's steps and the edge's."""
@@ -101,6 +114,10 @@ class Bars(Silent):
     def note(self, text: str) -> None:
         """Prints a line above the bars."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def written(self, path: Path) -> None:
+        """Prints the path, and says so where standard output is read by somebody else."""
+        _print_path(self, path)
 
     def close(self) -> None:
         """Stops drawing."""
@@ -146,8 +163,19 @@ def choose_display(*, quiet: bool, jsonl: bool) -> Display:
     return Bars(console) if console.is_terminal else Lines()
 
 
+def _print_path(display: Display, path: Path) -> None:
+    if not sys.stdout.isatty():
+        display.note(f"wrote {path}")
+    click.echo(str(path))
+
+
 def describe(event: Event) -> str | None:
     """Returns an event in a few words; None where there is nothing to say."""
+    text = _describe(event)
+    return None if text is None else in_options(text)
+
+
+def _describe(event: Event) -> str | None:
     match event:
         case Queued(position=position) if position > 0:
             return f"cloud: {position} ahead in the queue"
@@ -175,6 +203,8 @@ def _summary(result: Result) -> str:
         parts.append(f"cloud {num_cloud} steps {cloud_s:.2f} s, {kib:.0f} KiB")
     if num_edge:
         parts.append(f"edge {num_edge} steps {edge_s:.2f} s")
+    if result.num_dropped_tokens:
+        parts.append(f"{result.num_dropped_tokens} tokens of the text did not fit")
     if result.safety.action != "off":
         parts.append("safety checker: " + ("flagged" if result.safety.flagged else "not flagged"))
     parts.append(f"decode {result.decode_s:.2f} s")

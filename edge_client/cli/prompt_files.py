@@ -1,6 +1,7 @@
 """Lists of prompts from files: alternating lines, and CSV, as in the Hybrid-SD reference, read forgivingly."""
 
 import csv
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -30,7 +31,9 @@ def parse_prompts(text: str) -> list[PromptPair]:
     Raises:
         InvalidRequest: PROMPT_EMPTY if there is no prompt.
     """
-    lines = [line.strip() for line in text.lstrip("\ufeff").splitlines()]
+    lines = [
+        line.strip() for line in re.split(r"\r\n|\r|\n", text.lstrip("\ufeff"))
+    ]  # a prompt may hold U+2028 and such
     pairs: list[PromptPair] = []
     at = 0
     while at < len(lines):
@@ -48,15 +51,28 @@ def parse_prompts(text: str) -> list[PromptPair]:
 def parse_csv(lines: Iterable[str]) -> list[PromptPair]:
     """Returns the rows of a CSV file: a header, then file name, caption and, if there is one, negative prompt.
 
+    The header says how many columns there are, so a comma that should be in quotes is found.
+
     Raises:
-        InvalidRequest: If a row has too few columns, no caption, a name twice, or one that leaves the output folder.
+        InvalidRequest: If a row has too few or too many columns, no caption, a name twice, or one that leaves the
+            output folder.
     """
     pairs: list[PromptPair] = []
     seen: set[str] = set()
-    for number, (line, row) in enumerate(_rows(lines)):
-        if number == 0 or not any(cell.strip() for cell in row):
+    num_columns: int | None = None
+    for line, row in _rows(lines):
+        if num_columns is None:
+            num_columns = len(row)
+            continue
+        if not any(cell.strip() for cell in row):
             continue
         where = f"CSV line {line}"
+        if len(row) > num_columns and any(cell.strip() for cell in row[num_columns:]):
+            raise Reason.FIELD_INVALID.error(
+                f"{where} has {len(row)} cells, the header {num_columns}; put a caption with commas in double quotes, "
+                "or name every column in the header",
+                field="csv",
+            )
         if len(row) < 2 or not row[0].strip() or not row[1].strip():
             raise Reason.FIELD_INVALID.error(
                 f"{where} needs a file name and a caption, as in fox.png,a red fox", field="csv"

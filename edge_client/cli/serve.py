@@ -9,20 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import click
-import httpx
 import platformdirs
 import structlog
 import uvicorn
 
+from edge_client.cli import output_files
+from edge_client.cli.open_parts import open_bundle, open_cloud, open_edge_models
 from edge_client.cli.patience_options import patience_options, read_patience
-from edge_client.cli.shared_options import (
-    CONTEXT,
-    model_options,
-    open_bundle,
-    open_cloud,
-    open_edge_models,
-    server_options,
-)
+from edge_client.cli.shared_options import CONTEXT, DEFAULT_PORT, model_options, server_options
 from edge_client.cloud.connection import is_loopback
 from edge_client.inference.models import Models
 from edge_client.web.app import create_app
@@ -33,7 +27,6 @@ from hybridsd.errors import Reason
 
 log = structlog.get_logger()
 
-DEFAULT_PORT = 8080
 _DEMO = ("deploy", "demo", "edge")
 """Where the repository has the demo's bundle."""
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
@@ -116,9 +109,7 @@ def serve(**options: Any) -> None:
     scheme = "http" if options["tls_cert"] is None else "https"
     click.echo(f"serving on {scheme}://{_shown(options['host'])}:{port}/", err=True)
     if options["port_file"] is not None:
-        part = options["port_file"].with_name(options["port_file"].name + ".part")
-        part.write_text(f"{port}\n", encoding="utf-8")
-        part.replace(options["port_file"])  # readers see no file or all of it
+        output_files.write(options["port_file"], f"{port}\n".encode(), overwrite=True)
     config = server_config(
         app, log_level="warning", timeout_graceful_shutdown=5,
         ssl_certfile=options["tls_cert"], ssl_keyfile=options["tls_key"],
@@ -128,23 +119,6 @@ def serve(**options: Any) -> None:
     finally:
         if cloud is not None:
             cloud.close()
-
-
-@click.command(context_settings=CONTEXT)
-@click.option("--gateway", default=f"http://127.0.0.1:{DEFAULT_PORT}", show_default=True, help="Its address.")
-@click.option("--timeout", type=click.FloatRange(0.1), default=3.0, show_default=True, help="Seconds.")
-def probe(gateway: str, timeout: float) -> None:
-    """Asks a gateway whether it takes jobs; exit code 4 if not. For health checks."""
-    try:
-        answer = httpx.get(f"{gateway.rstrip('/')}/readyz", timeout=timeout, trust_env=False)
-        if answer.status_code == 503:
-            raise Reason.UNAVAILABLE.error(
-                f"{gateway} is not ready: {answer.text[:200]}; look at its log and at the cloud"
-            )
-        answer.raise_for_status()
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise Reason.UNAVAILABLE.error(f"{gateway} does not answer: {error}; look at its log") from error
-    click.echo(answer.text)
 
 
 def _settings(options: dict[str, Any]) -> Settings:

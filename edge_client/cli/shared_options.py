@@ -1,25 +1,17 @@
-"""Options that several commands share, and the bundle, models and cloud that they name."""
+"""Options that several commands share. Imports nothing that is slow to import."""
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from edge_client import cache
-from edge_client.bundles import bundle as bundles
-from edge_client.cloud.client import Cloud
-from edge_client.inference.models import Models
-from edge_client.paths import cache_folder
-from edge_client.request import Patience
-from hybridsd.errors import Reason
-from hybridsd.manifest import Manifest
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 CONTEXT: dict[str, Any] = {"auto_envvar_prefix": "HYBRIDSD_EDGE", "help_option_names": ["-h", "--help"]}
 DEFAULT_SERVER = "127.0.0.1:50051"
+DEFAULT_PORT = 8080
+DEFAULT_GATEWAY = f"http://127.0.0.1:{DEFAULT_PORT}"
 
 
 def server_options(command: F) -> F:
@@ -65,58 +57,3 @@ bundle_option = click.option(
     envvar="HYBRIDSD_EDGE_BUNDLE",
     help="Folder of the edge bundle, or the name of a fetched one. Default: the repository's demo, then a fetched one.",
 )
-
-
-def open_bundle(name: str | None) -> bundles.Bundle:
-    """Returns the bundle to use, its files checked."""
-    bundle = bundles.open_bundle(bundles.locate(name))
-    bundle.verify_once(cache_folder())
-    return bundle
-
-
-def open_edge_models(given: Sequence[str], manifest: Manifest, **options: Any) -> dict[str, Models]:
-    """Returns more edge models by name, from `NAME=DIR` texts.
-
-    Args:
-        given: The texts; DIR is a folder or the name of a fetched bundle.
-        manifest: Of the bundle that they go with.
-        **options: Of `Models`.
-
-    Raises:
-        InvalidRequest: FIELD_INVALID for a text that is none; MANIFEST_INVALID for a folder that is no bundle.
-        ModelMismatch: LATENT_SPACE_MISMATCH.
-    """
-    models = {}
-    for text in given:
-        name, equals, where = text.partition("=")
-        if not (name and equals and where):
-            raise Reason.FIELD_INVALID.error(f"edge-model is {text[:80]!r}; give NAME=DIR", field="edge_models")
-        bundle = open_bundle(where)
-        if bundle.manifest.latent_space != manifest.latent_space:
-            raise Reason.LATENT_SPACE_MISMATCH.error(
-                f"edge model {name} has latent space {bundle.manifest.latent_space!r}, {manifest.name} has "
-                f"{manifest.latent_space!r}; choose models of one",
-                field="edge_models",
-            )
-        models[name] = Models(bundle.folder, bundle.manifest, **options)
-    return models
-
-
-def open_cloud(
-    server: str,
-    *,
-    token_file: Path | None,
-    tls_ca: Path | None,
-    insecure: bool,
-    patience: Patience | None = None,
-) -> Cloud:
-    """Returns a connection to the cloud; nothing is sent yet."""
-    token = os.environ.get("HYBRIDSD_EDGE_TOKEN", "").strip() or None
-    if token_file is not None:
-        try:
-            token = token_file.read_text(encoding="utf-8").strip()
-        except (OSError, ValueError) as error:
-            raise Reason.FIELD_INVALID.error(f"cannot read {token_file}: {error}", field="token_file") from error
-    return Cloud(
-        server, token=token, tls_ca=tls_ca, insecure=insecure, cache=cache.Cache(cache_folder()), patience=patience
-    )

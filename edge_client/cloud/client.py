@@ -380,7 +380,7 @@ class Cloud:
     def silence(self, silent_s: float) -> HybridSDError:
         """Returns the exception for a server that has sent nothing."""
         return Reason.DEADLINE_EXCEEDED.error(
-            f"{self.target} has sent nothing for {silent_s:.3g} s; if its --heartbeat is longer, raise `idle_timeout`"
+            f"{self.target} has sent nothing for {silent_s:.3g} s; raise `idle_timeout` if its heartbeat is longer"
         )
 
 

@@ -211,7 +211,7 @@ class Conversation:
                 _refuse(f"latent space {started.latent_space[:64]!r} in the middle of an image of {latent_space!r}")
             raise Reason.LATENT_SPACE_MISMATCH.error(
                 f"the cloud's model {started.model[:64]!r} is of latent space {started.latent_space[:64]!r}, "
-                f"the bundle of {latent_space!r}; choose another --model or --bundle",
+                f"the bundle of {latent_space!r}; change `model` or `bundle`",
                 field="latent_space",
             )
         guidance_scale = self._asked.stages[0].guidance_scale

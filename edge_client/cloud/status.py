@@ -38,7 +38,7 @@ def translate(error: Any) -> HybridSDError:
     if delay_s is None and (reason is Reason.QUEUE_FULL or (has_info and reason is Reason.UNAVAILABLE)):
         delay_s = DEFAULT_RETRY_DELAY_S
     if isinstance(kind := reason.error(text), AccessDenied):
-        text = f"{kind.message}; give the right --token-file"
+        text = f"{kind.message}; set `token_file` to the right one"
     found = reason.error(text, field=field, retry_delay_s=delay_s)
     found.is_bare = not has_info
     return found

@@ -68,12 +68,13 @@ def make_cloud_segment(
     resolved, request, schedule = trajectory.resolved, trajectory.resolved.request, stages[0].schedule
     known_plan = trajectory.plan or bundle.find_plan(schedule.scheduler, schedule.num_inference_steps)
     one_call_a_step = known_plan is not None and len(known_plan.rows) == known_plan.num_inference_steps
+    is_own = request.private or request.resume is not None or request.conditioning is not None
     return CloudSegment(
         resolved=resolved,
         stages=tuple(stages),
         request_id=_request_id(request.request_id, trajectory.num_cloud_segments),
         image_index=trajectory.image_index,
-        conditioning=trajectory.conditioning if request.private or request.resume is not None else None,
+        conditioning=trajectory.conditioning if is_own else None,
         takes_negative=takes_negative,
         known_plan=known_plan,
         sent_plan=trajectory.plan,

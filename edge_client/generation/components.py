@@ -28,7 +28,7 @@ class Components:
         request = resolved.request
         if request.safety != "off" and not self.models.has_safety_checker:
             raise Reason.FIELD_INVALID.error(
-                f"bundle {self.bundle.manifest.name} has no safety checker; choose --safety-checker off, or export the "
+                f"bundle {self.bundle.manifest.name} has no safety checker; set `safety` to off, or export the "
                 "bundle with one",
                 field="safety_checker",
             )
@@ -39,7 +39,7 @@ class Components:
             if self.guidance(stage) == "embedded" and stage.schedule.scheduler != "lcm":
                 raise Reason.SPLIT_INVALID.error(
                     f"{stage.model or stage.place + ' model'} is a consistency model, whose output scheduler "
-                    f"{stage.schedule.scheduler} cannot use; choose --scheduler lcm, or give its segment a timestep "
+                    f"{stage.schedule.scheduler} cannot use; set `scheduler` to lcm, or give its segment a timestep "
                     "schedule of its own, as in (scheduler=lcm,steps=8)",
                     field="segments",
                 )

@@ -4,7 +4,7 @@ from dataclasses import fields, replace
 
 from edge_client.generation.segments import resolve_segments
 from edge_client.request import Patience, Request, Resolved, SavedState, Stage, TimestepSchedule
-from edge_client.types import CallSkipping, ImageInput, Mode
+from edge_client.types import CallSkipping, Conditioning, ImageInput, Mode
 from hybridsd import schedulers
 from hybridsd.codec import ENCODINGS
 from hybridsd.errors import Reason
@@ -46,23 +46,27 @@ def resolve(request: Request, manifest: Manifest) -> Resolved:
     if request.resume is not None:
         return _resolve_saved(_with_saved(request, request.resume), request.resume, manifest)
     defaults = manifest.defaults
-    if not request.prompt.strip():
+    if not request.prompt.strip() and request.conditioning is None:
         raise Reason.PROMPT_EMPTY.error("the prompt is empty; say what to draw", field="prompt")
     scheduler = schedulers.find(defaults.scheduler if request.scheduler is None else request.scheduler).name
     steps = defaults.num_inference_steps if request.num_inference_steps is None else request.num_inference_steps
     if not 1 <= steps <= MAX_STEPS:
-        raise Reason.STEPS_INVALID.error(f"steps is {steps}; choose 1 to {MAX_STEPS}", field="steps")
+        raise Reason.STEPS_INVALID.error(
+            f"`num_inference_steps` is {steps}; choose 1 to {MAX_STEPS}", field="num_inference_steps"
+        )
     guidance = defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
     if not MIN_GUIDANCE <= guidance <= MAX_GUIDANCE:
         raise Reason.GUIDANCE_INVALID.error(
-            f"guidance_scale is {guidance}; choose {MIN_GUIDANCE:g} to {MAX_GUIDANCE:g}", field="guidance_scale"
+            f"`guidance_scale` is {guidance}; choose {MIN_GUIDANCE:g} to {MAX_GUIDANCE:g}", field="guidance_scale"
         )
     everywhere = {segment.guidance_scale or guidance for segment in request.segments} or {guidance}
     if everywhere == {1} and request.negative_prompt:
         raise Reason.GUIDANCE_INVALID.error(
-            "a negative prompt has no effect at guidance_scale 1; leave it out or raise guidance_scale",
+            "a negative prompt has no effect at `guidance_scale` 1; leave it out or raise `guidance_scale`",
             field="negative_prompt",
         )
+    if request.conditioning is not None:
+        _check_conditioning(request.conditioning, manifest, guided=everywhere != {1})
     width = defaults.width if request.width is None else request.width
     height = defaults.height if request.height is None else request.height
     _check_rest(request, manifest, width, height)
@@ -84,7 +88,7 @@ def resolve(request: Request, manifest: Manifest) -> Resolved:
     shape = (manifest.latent_channels, height // cell, width // cell)
     if request.initial_latents is not None and request.initial_latents.shape != shape:
         raise Reason.TENSOR_INVALID.error(
-            f"initial latents are {list(request.initial_latents.shape)}; "
+            f"`initial_latents` are {list(request.initial_latents.shape)}; "
             f"for {width}x{height} they must be {list(shape)}",
             field="initial_latents",
         )
@@ -126,7 +130,7 @@ def _resolve_saved(request: Request, saved: SavedState, manifest: Manifest) -> R
     if embeds is not None and not _is_chunks(embeds.prompt_embeds.shape, embed_shape):
         raise Reason.MODEL_UNKNOWN.error(
             f"the saved state has embeddings {list(embeds.prompt_embeds.shape)}; bundle {manifest.name} takes "
-            f"{list(embed_shape)}: choose another --bundle",
+            f"{list(embed_shape)}: change `bundle`",
             field="load_latents",
         )
     steps, cell = saved.plan.num_inference_steps, manifest.vae_scale_factor
@@ -163,6 +167,39 @@ def _is_chunks(shape: tuple[int, ...], chunk: tuple[int, int]) -> bool:
     return len(shape) == 2 and shape[1] == chunk[1] and shape[0] in {n * chunk[0] for n in range(1, MAX_CHUNKS + 1)}
 
 
+def _check_conditioning(given: Conditioning, manifest: Manifest, *, guided: bool) -> None:
+    """Refuses embeddings that the bundle's U-Net cannot read."""
+    takes_negative = manifest.guidance != "embedded"
+    pooled = manifest.pooled_dim > 0
+    if guided and takes_negative and given.negative_prompt_embeds is None:
+        raise Reason.GUIDANCE_INVALID.error(
+            "the embeddings have no negative_prompt_embeds; add them, or set `guidance_scale` to 1",
+            field="conditioning",
+        )
+    if not _is_chunks(given.prompt_embeds.shape, (manifest.context_length, manifest.embed_dim)):
+        raise Reason.TENSOR_INVALID.error(
+            f"prompt_embeds are {list(given.prompt_embeds.shape)}; bundle {manifest.name} takes 1 to {MAX_CHUNKS} "
+            f"times {manifest.context_length} tokens of {manifest.embed_dim}",
+            field="conditioning",
+        )
+    shapes = {
+        "negative_prompt_embeds": (given.negative_prompt_embeds, given.prompt_embeds.shape),
+        "pooled_prompt_embeds": (given.pooled_prompt_embeds, (manifest.pooled_dim,)),
+        "negative_pooled_prompt_embeds": (given.negative_pooled_prompt_embeds, (manifest.pooled_dim,)),
+    }
+    needed = {
+        "pooled_prompt_embeds": pooled,
+        "negative_pooled_prompt_embeds": pooled and given.negative_prompt_embeds is not None,
+    }
+    for name, (array, shape) in shapes.items():
+        if array is None and not needed.get(name, False):
+            continue
+        if array is None or array.shape != shape or ("pooled" in name and not pooled):
+            found = "missing" if array is None else list(array.shape)
+            wanted = list(shape) if pooled or "pooled" not in name else "absent"
+            raise Reason.TENSOR_INVALID.error(f"{name} are {found}; they must be {wanted}", field="conditioning")
+
+
 def _check_texts(request: Request) -> None:
     texts = (("prompt", request.prompt), ("negative_prompt", request.negative_prompt), ("model", request.model))
     for name, text in texts:
@@ -170,11 +207,11 @@ def _check_texts(request: Request) -> None:
             text.encode("utf-8")
         except UnicodeEncodeError as error:  # what Python makes of other bytes on a command line
             raise Reason.FIELD_INVALID.error(
-                f"{name} is not UTF-8 text; check the terminal's encoding", field=name
+                f"`{name}` is not UTF-8 text; check the terminal's encoding", field=name
             ) from error
         if len(text) > MAX_PROMPT_CHARS:
             raise Reason.PROMPT_TOO_LONG.error(
-                f"{name} has {len(text)} characters; at most {MAX_PROMPT_CHARS} are allowed",
+                f"`{name}` has {len(text)} characters; at most {MAX_PROMPT_CHARS} are allowed",
                 field=name,
             )
 
@@ -185,24 +222,24 @@ def _check_rest(request: Request, manifest: Manifest, width: int, height: int) -
     for name, size in (("width", width), ("height", height)):
         if size % multiple or not multiple <= size <= MAX_SIZE:
             raise Reason.SIZE_INVALID.error(
-                f"{name} is {size}; choose a multiple of {multiple} from {multiple} to {MAX_SIZE}",
+                f"`{name}` is {size}; choose a multiple of {multiple} from {multiple} to {MAX_SIZE}",
                 field=name,
             )
     if not 0 <= request.seed <= MAX_SEED:
-        raise Reason.FIELD_INVALID.error(f"seed is {request.seed}; choose 0 to {MAX_SEED}", field="seed")
+        raise Reason.FIELD_INVALID.error(f"`seed` is {request.seed}; choose 0 to {MAX_SEED}", field="seed")
     if not 0 <= request.image_index <= MAX_IMAGE_INDEX:
         raise Reason.FIELD_INVALID.error(
-            f"image_index is {request.image_index}; choose 0 to {MAX_IMAGE_INDEX}", field="image_index"
+            f"`image_index` is {request.image_index}; choose 0 to {MAX_IMAGE_INDEX}", field="image_index"
         )
     if request.codec not in ENCODINGS:
-        raise Reason.FIELD_INVALID.error(f"codec is {request.codec!r}; choose {', '.join(ENCODINGS)}", field="codec")
+        raise Reason.FIELD_INVALID.error(f"`codec` is {request.codec!r}; choose {', '.join(ENCODINGS)}", field="codec")
     if not 0 <= request.preview_every <= MAX_EVERY:
         raise Reason.FIELD_INVALID.error(
-            f"preview_every is {request.preview_every}; choose 0 to {MAX_EVERY}", field="preview_every"
+            f"`preview_every` is {request.preview_every}; choose 0 to {MAX_EVERY}", field="preview_every"
         )
     if not 0 <= request.state_every <= MAX_EVERY:
         raise Reason.FIELD_INVALID.error(
-            f"state_every is {request.state_every}; choose 0 to {MAX_EVERY}", field="state_every"
+            f"`state_every` is {request.state_every}; choose 0 to {MAX_EVERY}", field="state_every"
         )
     if request.output_size is not None and not all(8 <= side <= MAX_SIZE for side in request.output_size):
         raise Reason.SIZE_INVALID.error(
@@ -215,7 +252,7 @@ def _check_rest(request: Request, manifest: Manifest, width: int, height: int) -
     _check_patience(request.patience)
     if request.deadline_s is not None and not 0 < request.deadline_s <= MAX_DEADLINE_S:
         raise Reason.FIELD_INVALID.error(
-            f"deadline is {request.deadline_s} s; choose more than 0 and at most {MAX_DEADLINE_S}",
+            f"`deadline_s` is {request.deadline_s}; choose more than 0 and at most {MAX_DEADLINE_S} seconds",
             field="deadline_s",
         )
 
@@ -223,12 +260,12 @@ def _check_rest(request: Request, manifest: Manifest, width: int, height: int) -
 def _check_loras(loras: tuple[tuple[str, float], ...]) -> None:
     if len(loras) > MAX_LORAS or len({name for name, _ in loras}) < len(loras):
         raise Reason.FIELD_INVALID.error(
-            f"there are {len(loras)} loras; give at most {MAX_LORAS}, each once", field="loras"
+            f"`loras` has {len(loras)}; give at most {MAX_LORAS}, each once", field="loras"
         )
     for name, weight in loras:
         if not MIN_LORA_WEIGHT <= weight <= MAX_LORA_WEIGHT:
             raise Reason.FIELD_INVALID.error(
-                f"lora {name[:64]!r} has weight {weight}; choose {MIN_LORA_WEIGHT:g} to {MAX_LORA_WEIGHT:g}",
+                f"{name[:64]!r} of `loras` has weight {weight}; choose {MIN_LORA_WEIGHT:g} to {MAX_LORA_WEIGHT:g}",
                 field="loras",
             )
 
@@ -266,7 +303,7 @@ def _check_skipping(skipping: CallSkipping | None) -> None:
         ("extrapolation", skipping.extrapolation, 0, 1),
     ):
         if not low <= value <= high:
-            raise Reason.FIELD_INVALID.error(f"{name} is {value}; choose {low} to {high}", field="call_skipping")
+            raise Reason.FIELD_INVALID.error(f"`{name}` is {value}; choose {low} to {high}", field="call_skipping")
 
 
 def _check_image(given: ImageInput | None, width: int, height: int) -> None:
@@ -275,7 +312,7 @@ def _check_image(given: ImageInput | None, width: int, height: int) -> None:
     for name, array in (("image", given.image), ("mask", given.mask)):
         if array is not None and array.shape[1:] != (height, width):
             raise Reason.SIZE_INVALID.error(
-                f"{name} has {array.shape[2]}x{array.shape[1]} pixels, the image {width}x{height}; fit it before",
+                f"`{name}` has {array.shape[2]}x{array.shape[1]} pixels, the image {width}x{height}; fit it before",
                 field=name,
             )
 
@@ -284,15 +321,15 @@ def _cloud_steps(request: Request, steps: int, default_share: float) -> int:
     """Returns how many of the steps are the cloud's."""
     given = request.cloud_steps
     if given is not None and not 0 <= given <= steps:
-        raise Reason.SPLIT_INVALID.error(f"cloud_steps is {given}, but there are {steps} steps; choose 0 to {steps}",
+        raise Reason.SPLIT_INVALID.error(f"`cloud_steps` is {given}, but there are {steps} steps; choose 0 to {steps}",
             field="cloud_steps",
         )  # fmt: skip
     fixed = {"edge": 0, "cloud": steps}.get(request.mode)
     if fixed is not None:
         if given is not None and given != fixed:
             raise Reason.SPLIT_INVALID.error(
-                f"mode {request.mode} runs {fixed} of {steps} steps in the cloud, not {given}; "
-                "leave cloud_steps out or choose mode hybrid",
+                f"`mode` {request.mode} runs {fixed} of {steps} steps in the cloud, not {given}; "
+                "leave `cloud_steps` out or set `mode` to hybrid",
                 field="cloud_steps",
             )
         return fixed
@@ -353,15 +390,15 @@ def _begin_step(request: Request, steps: int) -> int:
     if given is None:
         return 0
     if request.initial_latents is not None:
-        raise Reason.FIELD_INVALID.error("an image and initial latents exclude each other; give one", field="image")
+        raise Reason.FIELD_INVALID.error("`image` and `initial_latents` exclude each other; give one", field="image")
     if not 0 < given.strength <= 1:
         raise Reason.FIELD_INVALID.error(
-            f"strength is {given.strength}; choose more than 0 and at most 1", field="strength"
+            f"`strength` is {given.strength}; choose more than 0 and at most 1", field="strength"
         )
     run = int(steps * given.strength)
     if run == 0:
         raise Reason.FIELD_INVALID.error(
-            f"strength {given.strength} of {steps} steps runs none; choose at least {1 / steps:.3g}, or more steps",
+            f"`strength` {given.strength} of {steps} steps runs none; choose at least {1 / steps:.3g}, or more steps",
             field="strength",
         )
     return steps - run

@@ -1,15 +1,19 @@
-"""Latents and stopped trajectories as `.npz` files.
+"""Latents, stopped trajectories and text embeddings as `.npz` files.
 
-Two kinds: a *state* (plan, call, arrays, conditioning: can be resumed, or only decoded when all calls are done), and
-bare *latents* (one array named `latents`, unit normal noise to start from, with or without a batch axis of 1).
+Three kinds: a *state* (plan, call, arrays, conditioning: can be resumed, or only decoded when all calls are done), bare
+*latents* (one array named `latents`, unit normal noise to start from, with or without a batch axis of 1), and text
+*embeddings* (arrays named as in diffusers, likewise).
 """
 
 import io
 import json
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_client.generation.events import StepDone
 from edge_client.generation.result import Result, count_cloud_steps
@@ -82,14 +86,10 @@ def load(path: Path) -> SavedState | Latents:
 
     def refuse(what: object) -> HybridSDError:
         return Reason.STATE_INVALID.error(
-            f"{path} cannot be loaded: {what}; give a file of --save-latents", field="latents"
+            f"{path} cannot be loaded: {what}; give a file of saved latents", field="latents"
         )
 
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as raw:
-            arrays = {name: raw[name] for name in raw.files}
-    except Exception as error:  # what numpy and zipfile raise for rubbish shares no base class
-        raise refuse(error or type(error).__name__) from error
+    arrays = _read_arrays(path, refuse)
     for name in set(arrays) - {"head", "plan"}:
         if arrays[name].dtype.kind != "f" or not np.isfinite(arrays[name]).all():
             raise refuse(f"{name} must be finite floating-point numbers")
@@ -129,3 +129,37 @@ def load(path: Path) -> SavedState | Latents:
         if isinstance(error, InvalidRequest):
             raise
         raise refuse(error) from error
+
+
+def load_embeddings(path: Path) -> Conditioning:
+    """Returns the text embeddings in a file: arrays named as the fields of `Conditioning`, a batch axis of 1 or none.
+
+    Raises:
+        InvalidRequest: TENSOR_INVALID, saying what is wrong with it.
+    """
+
+    def refuse(what: object) -> HybridSDError:
+        return Reason.TENSOR_INVALID.error(f"{path} has no embeddings to use: {what}", field="conditioning")
+
+    arrays = _read_arrays(path, refuse)
+    axes = {item.name: 1 if "pooled" in item.name else 2 for item in fields(Conditioning)}
+    odd = set(arrays) - set(axes)
+    if odd or "prompt_embeds" not in arrays:
+        raise refuse(f"it has {', '.join(sorted(arrays))[:200] or 'no arrays'}; name them {', '.join(axes)}")
+    found: dict[str, NDArray[np.float32] | None] = dict.fromkeys(axes)
+    for name, array in arrays.items():
+        if array.dtype.kind != "f" or not np.isfinite(array).all():
+            raise refuse(f"{name} must be finite floating-point numbers")
+        bare = array[0] if array.ndim == axes[name] + 1 and len(array) == 1 else array
+        if bare.ndim != axes[name]:
+            raise refuse(f"{name} are {list(array.shape)}; they must have {axes[name]} axes")
+        found[name] = bare.astype(np.float32)
+    return Conditioning(**found)  # type: ignore[arg-type]
+
+
+def _read_arrays(path: Path, refuse: Callable[[object], HybridSDError]) -> dict[str, NDArray[Any]]:
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as raw:
+            return {name: raw[name] for name in raw.files}
+    except Exception as error:  # what numpy and zipfile raise for rubbish shares no base class
+        raise refuse("it is no .npz file of plain arrays") from error

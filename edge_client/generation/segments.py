@@ -64,7 +64,7 @@ def _guidance(text: str | None) -> float | None:
         value = 0.0
     if not MIN_GUIDANCE <= value <= MAX_GUIDANCE:
         raise Reason.GUIDANCE_INVALID.error(
-            f"guidance is {text[:20]!r}; choose {MIN_GUIDANCE:g} to {MAX_GUIDANCE:g}", field="segments"
+            f"guidance of `segments` is {text[:20]!r}; choose {MIN_GUIDANCE:g} to {MAX_GUIDANCE:g}", field="segments"
         )
     return value
 
@@ -87,7 +87,7 @@ def _scheduler(text: str | None) -> str | None:
 
 
 def _refuse(what: str) -> HybridSDError:
-    return Reason.SPLIT_INVALID.error(f"segments: {what}", field="segments")
+    return Reason.SPLIT_INVALID.error(f"`segments`: {what}", field="segments")
 
 
 def resolve_segments(
@@ -144,7 +144,9 @@ def resolve_segments(
     if not stages:
         raise _refuse("they have no steps at all")
     if left and num_schedules == 1:
-        raise _refuse(f"they make {first.num_steps - left} of {first.num_steps} steps; add {left}, or give --steps")
+        raise _refuse(
+            f"they make {first.num_steps - left} of {first.num_steps} steps; add {left}, or set `num_inference_steps`"
+        )
     if num_schedules > 1 and segments[-1].steps is not None:
         raise _refuse(
             f"where the last schedule is entered is known only on the way; let segment {len(segments)} take its rest: "

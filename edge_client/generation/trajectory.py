@@ -59,12 +59,13 @@ class Trajectory:
         """Returns the beginning, or where a saved state is."""
         saved = resolved.request.resume
         if saved is None:
-            return cls(resolved=resolved, prediction_type=prediction_type)
+            given = resolved.request.conditioning
+            return cls(resolved=resolved, prediction_type=prediction_type, conditioning=given)
         step = saved.plan.step_at(saved.call)
         begins_there = bool(resolved.stages) and resolved.stages[0].place == "cloud"
         if saved.call != saved.plan.first_call(step) and begins_there:
             raise Reason.SPLIT_INVALID.error(
-                f"the saved state is in the middle of step {step}, which only the edge can resume; use --mode edge",
+                f"the saved state is in the middle of step {step}, which only the edge can resume; set `mode` to edge",
                 field="load_latents",
             )
         return cls(
@@ -99,10 +100,14 @@ class Trajectory:
     def record(
         self, plan: Plan, call: int, place: Place, elapsed_s: float, state: tuple[Latents, ...], x0: Latents | None
     ) -> StepDone:
-        """Notes one call that is done, and returns it as an event."""
+        """Notes that the calls before `call` are done, and returns the last of them as an event."""
+        done = range(self.call + 1, call + 1)  # the cloud sends a state after some calls only
+        self.steps += [
+            StepRecord(step=plan.rows[each - 1].step, call=each, place=place, elapsed_s=elapsed_s / len(done))
+            for each in done
+        ]
         self.call, self.state = call, state
         step = plan.rows[call - 1].step
-        self.steps.append(StepRecord(step=step, call=call, place=place, elapsed_s=elapsed_s))
         return StepDone(
             step=step, call=call, ends_step=plan.step_at(call) > step, place=place, elapsed_s=elapsed_s, state=state,
             x0_preview=x0,

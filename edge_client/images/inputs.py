@@ -124,7 +124,7 @@ def load_mask(
         InvalidRequest: FIELD_INVALID.
     """
     if not 0 <= blur_px <= 256:
-        raise _refuse("mask_blur", f"mask_blur is {blur_px}; choose 0 to 256 pixels")
+        raise _refuse("mask_blur", f"`mask_blur` is {blur_px}; choose 0 to 256 pixels")
     image = load_image(source, field="mask", keep_alpha=True)
     has_holes = image.mode == "RGBA" and np.asarray(image.getchannel("A")).min() < 255  # many editors save opaque RGBA
     grey = ImageOps.invert(image.getchannel("A")) if has_holes else image.convert("L")
@@ -196,7 +196,7 @@ def parse_aspect(text: str) -> float:
         and 1 / 8 <= int(width) / int(height) <= 8
     ):
         return int(width) / int(height)
-    raise _refuse("aspect", f"aspect is {text[:20]!r}; give width:height such as 16:9, at most 8:1")
+    raise _refuse("aspect", f"`aspect` is {text[:20]!r}; give width:height such as 16:9, at most 8:1")
 
 
 def _resize(image: Image.Image, width: int, height: int, how: Fit, fill: object) -> Image.Image:
@@ -277,7 +277,7 @@ def _read_image(
     for name, side in (("width", width), ("height", height)):
         if not multiple <= side <= MAX_SIZE or side % multiple:
             raise Reason.SIZE_INVALID.error(
-                f"{name} is {side}; choose a multiple of {multiple} from {multiple} to {MAX_SIZE}",
+                f"`{name}` is {side}; choose a multiple of {multiple} from {multiple} to {MAX_SIZE}",
                 field=name,
             )
     drawn = cells = None

@@ -185,7 +185,7 @@ class Models:
                 self_test.remember(self._reports, key, report)
             if not report.ok and self.choice.by_name:
                 raise Reason.FIELD_INVALID.error(
-                    f"provider {self.choice.name} {report.describe()}; choose --provider cpu, or leave it out",
+                    f"`provider` {self.choice.name} {report.describe()}; set `provider` to cpu, or leave it out",
                     field="provider",
                 )
             self._tested = True

@@ -69,7 +69,7 @@ class Network:
             results = self.session.run(feeds)
         except ProviderFailed as error:
             raise Reason.INTERNAL.error(
-                f"a model failed to run: {error}; run `hybridsd doctor`, or choose another --provider"
+                f"a model failed to run: {error}; run `hybridsd doctor`, or change `provider`"
             ) from error
         return {
             name: result.astype(np.float32, copy=False)

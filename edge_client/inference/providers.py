@@ -135,7 +135,7 @@ def _choose_named(requested: str, name: str, words: list[str]) -> Choice:
 
 def _choose_openvino(requested: str, words: list[str]) -> Choice:
     if not openvino_installed():
-        raise _unknown(requested, "the openvino package is not installed (pip install 'hybridsd[edge,openvino]')")
+        raise _unknown(requested, "the openvino package is not installed (pip install openvino)")
     import openvino  # an extra, and slow to import
 
     device = words.pop(0) if words and words[0] in _OPENVINO_DEVICES else "cpu"
@@ -166,6 +166,6 @@ def _openvino_devices() -> list[str]:
 
 def _unknown(requested: str, why: str) -> HybridSDError:
     return Reason.FIELD_INVALID.error(
-        f"provider {requested[:64]!r}: {why}; choose {', '.join(available_providers())}",
+        f"`provider` {requested[:64]!r}: {why}; choose {', '.join(available_providers())}",
         field="provider",
     )

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_client.inference.providers import Choice
+from edge_client.paths import write_whole
 
 ROLES = ("unet", "vae_decoder")
 """What is compared: the two models that make the image."""
@@ -91,8 +92,6 @@ def remember(folder: Path, name: str, report: Report) -> None:
     """Keeps a finding; a folder that cannot be written costs a self-test at every start, nothing else."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"{name}.partial"
-        temporary.write_text(json.dumps(asdict(report)), encoding="utf-8")
-        temporary.replace(folder / name)
+        write_whole(folder / name, json.dumps(asdict(report)).encode())
     except OSError:
         return

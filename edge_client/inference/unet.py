@@ -103,8 +103,8 @@ class UNet:
             return [prompt, prompt]
         if negative_embeds is None:
             raise Reason.GUIDANCE_INVALID.error(
-                f"guidance_scale is {guidance_scale:g}, but there are no unconditional embeddings; give them, or "
-                "choose guidance_scale 1",
+                f"`guidance_scale` is {guidance_scale:g}, but there are no unconditional embeddings; give them, or "
+                "set `guidance_scale` to 1",
                 field="conditioning",
             )
         return [(negative_embeds, self._pooled(conditioning.negative_pooled_prompt_embeds)), prompt]

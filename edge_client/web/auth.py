@@ -108,7 +108,7 @@ def read_tokens(path: Path | None) -> list[str]:
         raise Reason.FIELD_INVALID.error(f"cannot read {path}: {error}", field="client_tokens") from error
     if not tokens or any(not (token.isascii() and token.isprintable()) for token in tokens):
         raise Reason.FIELD_INVALID.error(
-            f"{path} must have one token per line, in printable ASCII; see --client-tokens",
+            f"{path} must have one token per line, in printable ASCII; change `client_tokens`",
             field="client_tokens",
         )
     return tokens

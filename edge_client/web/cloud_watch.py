@@ -5,6 +5,7 @@ import time
 
 from edge_client.cloud.client import Cloud
 from edge_client.cloud.types import Capabilities as CloudCapabilities
+from edge_client.web.errors import in_words
 from hybridsd.errors import HybridSDError
 
 POLL_INTERVAL_S = 3.0
@@ -21,7 +22,7 @@ class CloudWatch:
         self._task: asyncio.Task[None] | None = None
         self._polled_s = -POLL_INTERVAL_S
         self._capabilities: CloudCapabilities | None = None
-        self._message = "no cloud is configured; start the gateway with --server" if cloud is None else "not asked yet"
+        self._message = "no cloud is configured; set the operator's --server" if cloud is None else "not asked yet"
 
     @property
     def known(self) -> CloudCapabilities | None:
@@ -45,6 +46,6 @@ class CloudWatch:
         try:
             self._capabilities = await asyncio.to_thread(cloud.capabilities)
         except HybridSDError as error:
-            self._capabilities, self._message = None, error.message
+            self._capabilities, self._message = None, in_words(error.message)
         finally:
             self._polled_s, self._task = time.monotonic(), None

@@ -2,7 +2,7 @@
 
 import http
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from hybridsd.errors import HybridSDError, Reason
+from hybridsd.errors import HybridSDError, Reason, name_fields
 
 log = structlog.get_logger()
 
@@ -42,6 +42,46 @@ _ALWAYS = (400, 403, 408, 413, 429, 500)
 _EMPTY = ("missing", "string_too_short", "string_pattern_mismatch")
 _TITLES = {499: "Client Closed Request"}
 
+_OPERATOR = (
+    "allowed_hosts", "bundle", "busy_timeout", "cors_origins", "data_dir", "edge_models", "idle_timeout", "insecure",
+    "low_memory", "max_body_mib", "progress_timeout", "provider", "queue_timeout", "reattach_timeout", "server",
+    "silence_memory", "threads", "tls_ca", "token", "token_file", "webhook_hosts",
+)  # fmt: skip
+"""Fields that only who runs the gateway can set."""
+_HYBRID = (
+    "cloud_steps", "codec", "fallback", "max_cloud_steps", "mode", "model", "private", "quality", "segments", "split",
+)  # fmt: skip
+_NATIVE = {
+    **{name: f"hybrid.{name}" for name in _HYBRID},
+    **{name: f"the operator's --{name.removesuffix('s').replace('_', '-')}" for name in _OPERATOR},
+    "threads": "the operator's --threads",
+    "deadline_s": "hybrid.deadline_ms",
+    "max_latency": "hybrid.max_latency_ms",
+    "image_input": "image",
+    "safety": "safety_checker",
+    "token": "the operator's HYBRIDSD_EDGE_TOKEN",
+}
+_WORDS: Mapping[str, Mapping[str, str]] = {
+    "native": _NATIVE,
+    "openai": {**_NATIVE, "width": "width of size", "height": "height of size", "model": "model"},
+    "sdapi": {
+        **_NATIVE, "num_inference_steps": "steps", "guidance_scale": "cfg_scale", "scheduler": "sampler_name",
+        "image": "init_images", "strength": "denoising_strength", "loras": "<lora:NAME:WEIGHT> of prompt",
+        "model": "sd_model_checkpoint",
+    },
+}  # fmt: skip
+"""What each API calls a field of a request, where it is not the field's own name."""
+
+
+def in_words(message: str, api: str = "native") -> str:
+    """Returns a message with the words of an API for the fields that it names."""
+    return name_fields(message, lambda field: _WORDS[api].get(field, field))
+
+
+def _api(path: str) -> str:
+    """Returns whose words are spoken at a path."""
+    return "sdapi" if path.startswith("/sdapi/") else "openai" if path.startswith("/v1/images/") else "native"
+
 
 class Refusal(HTTPException):
     """An error while a body is read, which FastAPI lets through: it makes a 400 of others.
@@ -55,12 +95,13 @@ class Refusal(HTTPException):
         super().__init__(self.problem["status"], error.message)
 
 
-def problem_of(error: HybridSDError, *, status: int | None = None) -> dict[str, Any]:
+def problem_of(error: HybridSDError, *, status: int | None = None, api: str = "native") -> dict[str, Any]:
     """Returns the problem details of an error.
 
     Args:
         error: The error.
         status: Replaces the status of the table.
+        api: Whose words to say it in: "native", "openai" or "sdapi".
     """
     row = error.reason.value
     code = row.http_status if status is None else status
@@ -68,7 +109,7 @@ def problem_of(error: HybridSDError, *, status: int | None = None) -> dict[str, 
         "type": f"urn:hybridsd:problem:{error.reason.name}",
         "title": _TITLES.get(code) or http.HTTPStatus(code).phrase,
         "status": code,
-        "detail": error.message,
+        "detail": in_words(error.message, api),
         "reason": error.reason.name,
         "field": error.field,
         "retry_delay_s": error.retry_delay_s,
@@ -106,14 +147,14 @@ def install(app: FastAPI) -> None:
     """Makes an application answer every exception with problem details."""
 
     @app.exception_handler(HybridSDError)
-    async def ours(_request: Request, error: HybridSDError) -> JSONResponse:
-        return respond(problem_of(error))
+    async def ours(request: Request, error: HybridSDError) -> JSONResponse:
+        return respond(problem_of(error, api=_api(request.url.path)))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         where = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
-        field = ".".join(where) or "body"
+        field = "body" if first["type"] == "json_invalid" else ".".join(where) or "body"  # it names a position
         if field == "prompt" and first["type"] in _EMPTY:
             return respond(
                 problem_of(Reason.PROMPT_EMPTY.error("the prompt is empty; describe the image", field=field))
@@ -135,10 +176,61 @@ def install(app: FastAPI) -> None:
 
 
 def _describe(field: str, error: Any) -> str:
-    """Returns one sentence: the field, its value if that is short, and what is wrong."""
+    """Returns one sentence: the field, its value if that is short, and what to send, in our words."""
     given = error.get("input")
     value = f" is {given!r:.80}" if isinstance(given, str | int | float | bool) and len(str(given)) <= 80 else ""
-    return f"{field}{value}: {error['msg']}"
+    limits = error.get("ctx") or {}
+    kind = str(error["type"])
+    if kind == "value_error":  # of our own validators
+        what = str(limits.get("error", "")) or "it is not valid; see /docs"
+    elif kind == "string_pattern_mismatch":
+        what = _PATTERNS.get(str(limits.get("pattern")), "it is written otherwise; see /docs")
+    elif kind in _KINDS:
+        what = _KINDS[kind].format(**limits)
+    else:
+        what = next((text for ending, text in _ENDINGS.items() if kind.endswith(ending)), "it is not valid; see /docs")
+    return f"{field}{value}: {what}"
+
+
+_PATTERNS = {
+    r"\S": "send a text that is not empty",
+    r"^[A-Za-z0-9_-]{1,64}$": "send 1 to 64 letters, digits, - and _",
+    r"^\d{1,4},\d{1,4}$": "send cloud and edge steps, such as 8,17",
+    r"^(auto|\d{1,4}x\d{1,4})$": "send WIDTHxHEIGHT, such as 512x512, or auto",
+}
+"""What to send where a text has to match; see the schemas."""
+_KINDS = {
+    "missing": "it is missing; send it",
+    "extra_forbidden": "there is no such field; leave it out",
+    "greater_than": "choose more than {gt}",
+    "greater_than_equal": "choose {ge} or more",
+    "less_than": "choose less than {lt}",
+    "less_than_equal": "choose {le} or less",
+    "literal_error": "choose {expected}",
+    "enum": "choose {expected}",
+    "string_too_short": "send at least {min_length} characters",
+    "string_too_long": "send at most {max_length} characters",
+    "too_short": "send at least {min_length}",
+    "too_long": "send at most {max_length}",
+    "finite_number": "send a finite number",
+    "int_from_float": "send a whole number",
+    "string_unicode": "it has an unpaired surrogate; send valid UTF-8",
+    "json_invalid": "it is not JSON; send a JSON object",
+}
+"""What to send, by the kinds of pydantic's errors; fields of `ctx` in braces."""
+_ENDINGS = {
+    "string_type": "send a text",
+    "int_type": "send a whole number",
+    "int_parsing": "send a whole number",
+    "float_type": "send a number",
+    "float_parsing": "send a number",
+    "bool_type": "send true or false",
+    "bool_parsing": "send true or false",
+    "list_type": "send a list",
+    "dict_type": "send an object",
+    "model_type": "send an object",
+    "model_attributes_type": "send an object",
+}
 
 
 def answers(*statuses: int) -> dict[int | str, dict[str, Any]]:

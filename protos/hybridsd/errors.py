@@ -16,6 +16,8 @@ Knows nothing of gRPC or HTTP libraries: codes are names and numbers.
     └── InternalError       a bug; details are in the log of the process that had it
 """
 
+import re
+from collections.abc import Callable
 from enum import Enum
 from typing import NamedTuple
 
@@ -28,7 +30,8 @@ class HybridSDError(Exception):
 
     Attributes:
         reason: The row.
-        message: One sentence for a person: the value, the allowed range, the next action.
+        message: One sentence for a person: the value, the allowed range, the next action. Fields of the request stand
+            in backticks, as in "set `mode` to edge"; each interface says its own word for them, see `name_fields`.
         field: The name of the request field at fault, or None.
         retry_delay_s: When to come again, in seconds, or None.
         is_bare: Whether it stands for a gRPC status without our `ErrorInfo`, as a proxy sends it.
@@ -153,3 +156,16 @@ def reason_for_grpc_code(code: str) -> Reason:
     return general.get(code) or next(
         (r for r in Reason if r.value.grpc_code == code and r is not Reason.OUTPUT_NOT_FINITE), Reason.INTERNAL
     )
+
+
+_FIELD = re.compile(r"`([a-z][a-z0-9_]*)`")
+
+
+def name_fields(message: str, say: Callable[[str], str]) -> str:
+    """Returns a message with every field in backticks as an interface calls it.
+
+    Args:
+        message: Of an error.
+        say: Returns the interface's word for a field, such as --steps for num_inference_steps.
+    """
+    return _FIELD.sub(lambda found: say(found[1]), message)

@@ -8,6 +8,7 @@ everything at its smallest size: its numbers say nothing, but all of it has run.
 import argparse
 import asyncio
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -366,12 +367,29 @@ def bench_edge_memory(bundle_folder: Path, *options: str) -> None:
         say(f"edge process, one image alone, {mode} memory mode: peak {float(done.stdout):.0f} MiB")
 
 
+def bench_start(bundle_folder: Path, repeats: int) -> None:
+    """Prints what a command costs before it does anything: CPU seconds of its process, median."""
+    commands = {
+        "hybridsd --version": ["--version"],
+        "hybridsd probe, a health check": ["probe", "--gateway", "http://127.0.0.1:9"],
+        "hybridsd generate, up to its first step": ["generate", PROMPT, "--dry-run", "--bundle", str(bundle_folder)],
+    }
+    for name, words in commands.items():
+        taken = []
+        for _ in range(repeats):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run([BIN / "hybridsd", *words], capture_output=True, check=False, env=ENVIRONMENT)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            taken.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        say(f"start of {name}: {statistics.median(taken):.2f} CPU s")
+
+
 def main() -> None:
     """Runs the benchmarks that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="full-size shapes with random weights: minutes, 10 GiB")
     parser.add_argument("--family", type=Path, default=DEMO, help="folder with large/ and edge/")
-    parser.add_argument("--only", choices=["engine", "hybrid", "wire", "codec", "memory"], action="append")
+    parser.add_argument("--only", choices=["engine", "hybrid", "wire", "codec", "start", "memory"], action="append")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--smoke", action="store_true", help="the smallest size of everything: does it run?")
@@ -400,7 +418,7 @@ def main() -> None:
         say(
             f"models: large U-Net {model.info.num_parameters:,}, small U-Net {edge.num_parameters['unet']:,} parameters"
         )
-        wanted = options.only or ["engine", "hybrid", "wire", "codec", "memory"]
+        wanted = options.only or ["engine", "hybrid", "wire", "codec", "start", "memory"]
         if "engine" in wanted:
             bench_engine(family / "large", options.dtype, repeats=repeats, num_calls=calls, num_pairs=pairs)
         if "hybrid" in wanted:
@@ -410,6 +428,8 @@ def main() -> None:
             bench_wire(Path(folder), codecs=("int8",) if options.smoke else tuple(codec.ENCODINGS))
         if "codec" in wanted and not options.full:  # random weights say nothing about errors
             bench_codec(model, family / "edge", steps=steps, k=k, num_images=images)
+        if "start" in wanted:
+            bench_start(family / "edge", repeats)
         if "memory" in wanted:
             bench_edge_memory(family / "edge", *(("--steps", str(steps)) if options.smoke else ()))
 

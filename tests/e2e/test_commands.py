@@ -53,6 +53,8 @@ NOT_RUN = {
     r"docker compose ": "needs an engine; tests/e2e/test_compose.py runs the same commands as processes",
     r"pip install ": "needs the network; make test has done it",
     r"curl ": "test_curl below",
+    r"sudo ": "needs another user and systemd; tests/e2e/test_units.py parses the units",
+    r"eval ": "of a shell; test_completion below",
     r"SD=": "an assignment",
 }
 
@@ -203,6 +205,18 @@ def test_make(checkout: Path, target: str) -> None:
     if target != "golden":  # its floats are this machine's; tests/contract/test_golden.py has tolerances
         after = sources()
         assert [path for path in before if before[path] != after.get(path)] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "variable", "says"),
+    [("hybridsd gen", "_HYBRIDSD_COMPLETE", "generate"), ("hybridsd-cloud se", "_HYBRIDSD_CLOUD_COMPLETE", "serve")],
+)
+def test_completion(words: str, variable: str, says: str) -> None:
+    """The variables of docs/operations.md make the shell complete commands."""
+    assert f"{variable}=bash_source {words.split()[0]}" in (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    environment = {variable: "bash_complete", "COMP_WORDS": words, "COMP_CWORD": "1"}
+
+    assert run([BIN / words.split()[0]], ROOT, **environment) == f"plain,{says}\n"
 
 
 @pytest.mark.slow

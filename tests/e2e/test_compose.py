@@ -83,6 +83,37 @@ def test_images_are_slim_and_nobody_is_root(service: str) -> None:
     assert SERVICES[service]["cap_drop"] == ["ALL"]
 
 
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_service_is_bounded(service: str) -> None:
+    """Its image has a name, its memory and processes have limits, and its log does not fill the disk."""
+    found = SERVICES[service]
+
+    assert filled_in(found["image"]) == f"hybridsd-{'cloud' if service == 'cloud' else 'edge'}:latest"
+    assert filled_in(found["mem_limit"]).endswith("g")
+    assert found["pids_limit"] > 0
+    assert {"max-size", "max-file"} <= set(found["logging"]["options"])
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_sources_come_after_what_they_need(service: str, tmp_path: Path) -> None:
+    """What is installed before the sources are copied is all that the package needs: a change of them costs seconds."""
+    steps = instructions(SERVICES[service]["build"]["dockerfile"])
+    extra = "cloud" if service == "cloud" else "edge"
+    needed = f"python requirements.py {extra} > needed.txt && pip install -c constraints.txt -r needed.txt"
+    printed = subprocess.run(
+        [BIN / "python", "deploy/requirements.py", extra], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    wanted = {
+        requirement.name
+        for requirement in map(Requirement, importlib.metadata.requires("hybridsd") or [])
+        if requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+    }
+
+    assert {Requirement(line).name for line in printed} == wanted
+    first_source = min(index for index, (_, words) in enumerate(steps) if words.startswith("protos/hybridsd"))
+    assert ("RUN", needed) in steps[:first_source]
+
+
 def test_one_port_is_published_to_this_machine_alone() -> None:
     """The page is all that can be reached, and the port is the one that its command listens on."""
     (published,) = [filled_in(port) for service in SERVICES.values() for port in service.get("ports", [])]
@@ -95,11 +126,13 @@ def test_one_port_is_published_to_this_machine_alone() -> None:
 
 
 def test_the_gpu_file_changes_the_cloud_alone() -> None:
-    """It names a service that there is, asks for a GPU, and its command is the same but for the device."""
+    """It names a service that there is, asks for a GPU, and leaves its command to the other file."""
     (name,) = GPU["services"]
     (device,) = GPU["services"][name]["deploy"]["resources"]["reservations"]["devices"]
 
-    assert GPU["services"][name]["command"] == [*SERVICES[name]["command"], "--device", "cuda"]
+    assert "command" not in GPU["services"][name]
+    assert GPU["services"][name]["environment"] == {"HYBRIDSD_CLOUD_DEVICE": "cuda"}
+    assert "--device" not in SERVICES[name]["command"]  # which would win
     assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
 
 

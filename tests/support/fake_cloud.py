@@ -279,12 +279,12 @@ class Running:
     server: grpc.Server
 
 
-def serve(fake: FakeCloud, credentials: grpc.ServerCredentials | None = None) -> Running:
-    """Starts a server on a free loopback port, in plain text without credentials."""
+def serve(fake: FakeCloud, credentials: grpc.ServerCredentials | None = None, *, port: int = 0) -> Running:
+    """Starts a server on a loopback port, a free one by default, in plain text without credentials."""
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=4), options=[("grpc.so_reuseport", 0)])
     denoising_service_pb2_grpc.add_DenoisingServiceServicer_to_server(fake, server)
     bundle_service_pb2_grpc.add_BundleServiceServicer_to_server(fake, server)
-    address = "127.0.0.1:0"
-    port = server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
+    address = f"127.0.0.1:{port}"
+    taken = server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
     server.start()
-    return Running(fake, f"127.0.0.1:{port}", server)
+    return Running(fake, f"127.0.0.1:{taken}", server)

@@ -63,9 +63,11 @@ def check_text(unet: Any, text_encoder: CLIPTextModel, second: SecondText | None
     width = width if isinstance(width, int) else width[0]
     embed_dim = text_encoder.config.hidden_size + (0 if second is None else second.encoder.config.hidden_size)
     if pooled and second is None:
-        raise ValueError("the U-Net is one of SDXL, which reads two text encoders; give second_text as well")
+        raise ValueError(
+            "the U-Net is one of SDXL, which reads two text encoders, but the model has one; choose a model of SDXL"
+        )
     if second is not None and not pooled:
-        raise ValueError("there is a second text encoder, but the U-Net reads one; leave second_text out")
+        raise ValueError("the model has two text encoders, but the U-Net reads one; choose models of one base")
     if width != embed_dim:
         raise ValueError(
             f"the U-Net reads embeddings of {width} features, but the text encoder gives {embed_dim}; take both from"

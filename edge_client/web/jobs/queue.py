@@ -359,17 +359,17 @@ class JobQueue:
         live.emit("started", {"attempt": job.attempts})
         if job.attempts > MAX_ATTEMPTS:
             stops = Reason.INTERNAL.error(f"the gateway stopped {MAX_ATTEMPTS} times during this job; see its log")
-            self._end(job_id, "failed", problem_of(stops))
+            self._end(job_id, "failed", problem_of(stops, api=job.api))
             return
         began = loop.time()
         try:
             await loop.run_in_executor(self._pool, self._run_worker, job, live, loop)
         except HybridSDError as error:
-            self._end(job_id, "failed", problem_of(error))
+            self._end(job_id, "failed", problem_of(error, api=job.api))
         except Exception:
             log.exception("job_failed", job=job_id)
             bug = Reason.INTERNAL.error(f"internal error; see job {job_id} in the gateway's log")
-            self._end(job_id, "failed", problem_of(bug))
+            self._end(job_id, "failed", problem_of(bug, api=job.api))
         else:
             is_whole = len(self._store.get(job_id).images) == live.create.n
             if self._stopping and not is_whole:

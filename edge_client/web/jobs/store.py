@@ -115,7 +115,7 @@ class Store:
                 self._migrate()
                 self._opened = opened.pop_all()
         except (OSError, sa.exc.SQLAlchemyError) as error:
-            raise Reason.FIELD_INVALID.error(f"cannot store jobs in {folder}: {error}; choose another --data-dir",
+            raise Reason.FIELD_INVALID.error(f"cannot store jobs in {folder}: {error}; change `data_dir`",
                 field="data_dir",
             ) from error  # fmt: skip
         for left in (folder / "uploads").glob("new-*"):  # by a crash
@@ -356,7 +356,7 @@ class Store:
             yield
         except (sa.exc.OperationalError, OSError) as error:  # such as a full disk or a locked file
             what = getattr(error, "orig", error)
-            raise Reason.INTERNAL.error(f"the job store fails: {what}; check the disk of --data-dir") from error
+            raise Reason.INTERNAL.error(f"the job store fails: {what}; check the disk of `data_dir`") from error
 
 
 def _write(folder: Path, upload: Upload) -> None:

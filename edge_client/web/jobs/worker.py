@@ -29,6 +29,7 @@ from edge_client.request import Request
 from edge_client.split.auto_split import AutoSplit, choose_split
 from edge_client.split.handoff_policy import Goals
 from edge_client.types import CallSkipping, Latents
+from edge_client.web.errors import in_words
 from edge_client.web.jobs.uploads import Upload
 from edge_client.web.schemas.native import JobCreate
 from hybridsd.errors import Reason
@@ -172,9 +173,13 @@ class JobWorker:
                     yield WorkerEvent("preview", {**preview, "elapsed_s": round(time.perf_counter() - begin, 6)})
             case Finished():
                 result = event.result
-                yield WorkerEvent("image", rest_image(index, result), encode_png(result.image_u8, png_text(result)))
+                record = rest_image(index, result)
+                record["fallback_message"] = in_words(result.fallback_message)
+                yield WorkerEvent("image", record, encode_png(result.image_u8, png_text(result)))
             case _:
                 data = event_json(event)
+                if "message" in data:
+                    data["message"] = in_words(data["message"])
                 yield WorkerEvent(str(data["event"]), {**_without(data, "event", "request_id"), "image_index": index})
 
     def preview(self, latents: Latents, *, quick: bool) -> str:

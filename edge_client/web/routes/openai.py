@@ -104,7 +104,10 @@ async def generate(body: Generation, request: Request, gateway: SharedGateway, c
     openapi_extra={"requestBody": _form("image", "prompt")},
 )  # fmt: skip
 async def edit(request: Request, gateway: SharedGateway, caller: AuthorizedCaller) -> Any:
-    """Edits an image, or the transparent area of a mask; of several images each. They never leave this device."""
+    """Edits an image, or the transparent area of a mask; of several images each.
+
+    Their pixels stay on this device; a cloud gets their latents.
+    """
     fields, images, mask = await _read_form(request)
     with request_validation():
         body = Generation.model_validate(fields)

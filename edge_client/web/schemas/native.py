@@ -58,7 +58,11 @@ class Lora(_RequestModel):
 class Hybrid(_RequestModel):
     """Which steps run in the cloud and which on this device."""
 
-    mode: Mode = Field("auto", description="auto: hybrid if the cloud answers, else edge")
+    mode: Mode = Field(
+        "auto",
+        description="auto: hybrid if the cloud answers, else edge. edge: the cloud sees nothing. cloud: it computes "
+        "the final latents; see docs/security.md",
+    )
     split: Annotated[str, StringConstraints(pattern=r"^\d{1,4},\d{1,4}$")] | None = Field(
         None, description="cloud steps, edge steps; their sum is num_inference_steps", examples=["8,17"]
     )
@@ -73,7 +77,7 @@ class Hybrid(_RequestModel):
     )
     model: Annotated[str, StringConstraints(max_length=64)] = Field("", description="the cloud's model; else its first")
     codec: Literal["fp32", "fp16", "int8"] = Field("fp16", description="format of the cloud's tensors on the wire")
-    private: bool = Field(False, description="encode the prompt on this device, so that the cloud does not see it")
+    private: bool = Field(False, description="encode the prompt on this device; the cloud gets its embeddings")
     fallback: bool = Field(True, description="continue on this device if the cloud fails, is busy or too slow")
     cloud_skip: Annotated[str, StringConstraints(pattern=r"^\d{1,4},\d{1,4}(,\d(\.\d{1,20})?)?$")] | None = Field(
         None, description="calls that the cloud leaves out: warm-up, skipped, extrapolation", examples=["4,1,0.3"]
@@ -105,7 +109,9 @@ class JobCreate(_RequestModel):
     )
     scheduler: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
     hybrid: Hybrid = Field(default_factory=Hybrid)
-    image: str | None = Field(None, description="initial image: base64 or a data URL")
+    image: str | None = Field(
+        None, description="initial image: base64 or a data URL; a cloud that takes part gets its latents"
+    )
     mask: str | None = Field(None, description="area to redraw: white, or transparent")
     strength: float | None = Field(None, gt=0, le=1, description="how much of the image is redrawn")
     fit_size: bool | None = Field(

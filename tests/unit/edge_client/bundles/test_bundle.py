@@ -96,7 +96,7 @@ def test_fetch_into_what_is_no_folder(tmp_path: Path, bundle_folder: Path) -> No
     (tmp_path / "file").touch()
     source = Source(bundle_folder)
     for into in (tmp_path / "file" / "fetched", tmp_path / ("x" * 300)):
-        with pytest.raises(InvalidRequest, match=r"cannot write .* choose another --into"):
+        with pytest.raises(InvalidRequest, match=r"cannot write .* change `into`"):
             list(fetch(source, "tiny-edge", source.files(), into))
 
 

@@ -57,11 +57,11 @@ def pixels(path: str | Path) -> np.ndarray:
 
 
 def test_generate_writes_a_picture(shell: Shell) -> None:
-    """The plainest call draws an image with the cloud's help and says where it is, on standard error only."""
+    """The plainest call draws an image with the cloud's help and prints where it is, and nothing else."""
     result = shell("generate", "a red fox", "--seed", "5")
     picture, provenance, parameters = files.read_png(shell.folder / "a-red-fox-5.png")
 
-    assert result.stdout == ""
+    assert result.stdout == "a-red-fox-5.png\n"
     assert "wrote a-red-fox-5.png" in result.stderr
     assert picture.shape == (32, 32, 3)
     assert provenance is not None
@@ -173,21 +173,21 @@ def test_a_prompt_of_the_line_wins(shell: Shell, fake: FakeCloud, monkeypatch: p
         (["a fox", "--split", "0,0"], "give cloud and edge steps"),
         (["a fox", "--split", "2,4", "--steps", "7"], "2 cloud steps of 6"),
         (["a fox", "--cloud-steps", "9"], "choose 0 to 6"),
-        (["a fox", "--mode", "edge", "--cloud-steps", "2"], "mode edge runs 0 of 6 steps in the cloud, not 2"),
-        (["a fox", "--mode", "cloud", "--split", "2,4"], "mode cloud runs 6 of 6 steps"),
-        (["a fox", "--steps", "0"], "choose 1 to 1000"),
+        (["a fox", "--mode", "edge", "--cloud-steps", "2"], "--mode edge runs 0 of 6 steps in the cloud, not 2"),
+        (["a fox", "--mode", "cloud", "--split", "2,4"], "--mode cloud runs 6 of 6 steps"),
+        (["a fox", "--steps", "0"], "--steps is 0; choose 1 to 1000"),
         (["a fox", "--steps", "1001"], "choose 1 to 1000"),
         (["a fox", "--guidance-scale", "0.5"], "choose 1 to 30"),
-        (["a fox", "--cfg-scale", "1", "-n", "blurry"], "leave it out or raise guidance_scale"),
+        (["a fox", "--cfg-scale", "1", "-n", "blurry"], "leave it out or raise --guidance-scale"),
         (["a fox", "--width", "33"], "choose a multiple of 16"),
         (["a fox", "--height", "8192"], "choose a multiple of 16 from 16 to 4096"),
-        (["a fox", "--seed", "-2"], "seed is -2; choose 0 to"),
+        (["a fox", "--seed", "-2"], "--seed is -2; choose 0 to"),
         (["a fox", "--scheduler", "magic"], "'magic' is unknown; choose one of ddim"),
         (["a fox", "--deadline", "-1"], "choose more than 0"),
         (["a fox", "--deadline", "nan"], "choose more than 0"),
         (["a fox", "--deadline", "inf"], "at most 86400"),
-        (["a fox \udcff"], "prompt is not UTF-8"),
-        (["a fox", "--model", "\udcff"], "model is not UTF-8"),
+        (["a fox \udcff"], "--prompt is not UTF-8"),
+        (["a fox", "--model", "\udcff"], "--model is not UTF-8"),
         (["a fox", "--save-latents", "x.npz", "--save-latents-at", "6"], "choose 1 to 5, or leave it out"),
         (["a fox", "--save-latents", "x.png", "-o", "x.png"], "are both x.png"),
         (["a fox", "-o", "\udcff.png"], "is not UTF-8"),
@@ -698,6 +698,16 @@ def test_bench_says_where_the_time_goes(shell: Shell) -> None:
     assert (alone["received_bytes"], alone["cloud_steps_s"]) == (0, 0)
     assert alone["text_s"] > 0
     shell("bench", "--runs", "1", "-o", "nowhere/x.json", code=2)
+    assert "--model is for the cloud" in shell("bench", "--mode", "edge", "--model", "large", code=2).stderr
+
+
+def test_bench_counts_the_steps_that_were_asked_for(shell: Shell) -> None:
+    """--steps and --cloud-steps are those of the image, not the bundle's."""
+    shell("bench", "--runs", "1", "--steps", "4", "--mode", "edge", "-o", "edge.json")
+    shell("bench", "--runs", "1", "--steps", "8", "--cloud-steps", "7", "-o", "both.json")
+    records = [json.loads((shell.folder / name).read_text()) for name in ("edge.json", "both.json")]
+
+    assert [(record["cloud_steps"], record["num_inference_steps"]) for record in records] == [(0, 4), (7, 8)]
 
 
 def test_doctor_pairs_models_that_read_the_same_texts(shell: Shell, fake: FakeCloud) -> None:

@@ -613,7 +613,7 @@ def test_token_opens_the_door(bundle: Bundle, models: Models, running: Running, 
     cache = Cache(tmp_path / "cache")
     with Cloud(running.target, token="secret", cache=cache) as cloud:
         assert run(REQUEST, bundle, models, cloud)[0].actual_cloud_steps == 3
-    with Cloud(running.target, cache=cache) as cloud, pytest.raises(AccessDenied, match="--token-file"):
+    with Cloud(running.target, cache=cache) as cloud, pytest.raises(AccessDenied, match="`token_file`"):
         run(REQUEST, bundle, models, cloud)
 
 

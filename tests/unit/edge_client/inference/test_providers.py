@@ -56,7 +56,7 @@ def test_a_wrong_provider_is_not_trusted(bundle: Bundle, tmp_path: Path) -> None
     assert chosen.choice.is_reference
     assert "differs from the CPU" in chosen.choice.reason
     asked = Models(bundle.folder, bundle.manifest, provider="cuda", threads=1, reports=tmp_path)
-    with pytest.raises(InvalidRequest, match=r"tolerance.*--provider cpu"):
+    with pytest.raises(InvalidRequest, match=r"tolerance.*`provider` to cpu"):
         asked.predict_noise(LATENTS, 9.0, GIVEN, guidance_scale=2.0)
 
 

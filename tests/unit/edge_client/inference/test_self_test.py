@@ -164,7 +164,7 @@ def test_a_provider_whose_output_is_not_finite_is_refused(
     for runs in (TESTED, []):
         asked = models(tmp_path / "a", reports)
         with pytest.raises(
-            InvalidRequest, match=r"provider cuda differs from the CPU by inf: .*choose --provider cpu"
+            InvalidRequest, match=r"`provider` cuda differs from the CPU by inf: .*set `provider` to cpu"
         ) as caught:
             asked.decode(np.zeros((4, 4, 4), dtype=np.float32))
         assert caught.value.field == "provider"

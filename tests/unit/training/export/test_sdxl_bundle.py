@@ -196,10 +196,10 @@ def test_drawings_to_calibrate_with_fit_the_graph(parts: Parts, kind: str) -> No
 
 def test_what_does_not_fit_is_refused(parts: Parts, tmp_path: Path) -> None:
     """The message says which part is wrong, and what to give."""
-    with pytest.raises(ValueError, match="reads two text encoders; give second_text"):
+    with pytest.raises(ValueError, match="reads two text encoders, but the model has one"):
         check_text(tiny_unet(), parts.encoder, None)
     plain = tiny_unet(addition_embed_type=None, cross_attention_dim=EMBED_DIM)
-    with pytest.raises(ValueError, match="the U-Net reads one; leave second_text out"):
+    with pytest.raises(ValueError, match="the U-Net reads one; choose models of one base"):
         check_text(plain, parts.encoder, parts.second)
     with pytest.raises(ValueError, match="reads embeddings of 8 features, but the text encoder gives 20"):
         check_text(tiny_unet(cross_attention_dim=8), parts.encoder, parts.second)

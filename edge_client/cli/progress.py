@@ -203,8 +203,6 @@ def _summary(result: Result) -> str:
         parts.append(f"cloud {num_cloud} steps {cloud_s:.2f} s, {kib:.0f} KiB")
     if num_edge:
         parts.append(f"edge {num_edge} steps {edge_s:.2f} s")
-    if result.num_dropped_tokens:
-        parts.append(f"{result.num_dropped_tokens} tokens of the text did not fit")
     if result.safety.action != "off":
         parts.append("safety checker: " + ("flagged" if result.safety.flagged else "not flagged"))
     parts.append(f"decode {result.decode_s:.2f} s")

@@ -172,7 +172,7 @@ def weights_of(folder: Path, stem: str, variant: str | None = None) -> Weights:
     else:
         shards = read_json(folder / f"{stem}.safetensors.index{dotted}.json").get("weight_map", {}).values()
         files = tuple(folder / name for name in sorted(set(shards)))
-    for path in files:
+    for path in filter(Path.is_file, files):
         read_weights_header(path)
     return Weights(files, chosen)
 

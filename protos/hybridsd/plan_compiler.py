@@ -124,7 +124,12 @@ def compile_plan(
         return compiled(num_inference_steps, begin_step)
     except _Breakdown as error:
         breakdown = error
-    most = _most_steps(scheduler, num_inference_steps) if timesteps is None else None
+    if timesteps is not None:
+        raise Reason.STEPS_INVALID.error(
+            f"scheduler {name[:80]} refuses its timesteps: {breakdown}; choose others, or leave them out",
+            field="scheduler",
+        ) from breakdown
+    most = _most_steps(scheduler, num_inference_steps)
     for steps in (*_PROBED_STEPS, num_inference_steps) if most is None else (min(most, _PROBED_STEPS[0]),):
         try:
             compiled(steps, 0)

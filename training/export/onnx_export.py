@@ -7,6 +7,7 @@ casts when it loads the file.
 
 from __future__ import annotations
 
+import ast
 import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -25,6 +26,7 @@ from torch import nn
 from training.export.graphs import Graph
 
 OPSET = 23  # its Attention keeps the matrix of attention out of memory
+NAME_SCOPES = "pkg.torch.onnx.name_scopes"  # of the modules that a node is of, the outermost first
 SMALLEST_HALF = 16  # initializers with fewer elements stay as they are: constants of the graph
 DATA_LIMIT = 2_000_000_000
 """Bytes of weights that one ONNX file holds; protobuf reads no file above 2 GiB."""
@@ -126,7 +128,25 @@ def trace(graph: Graph) -> onnx.ModelProto:
     if program is None:
         raise RuntimeError(f"torch.onnx.export gave nothing for {graph.role}; is torch older than 2.8?")
     model = program.model_proto
+    name_products(model)
     return strip(model)
+
+
+def name_products(model: onnx.ModelProto) -> None:
+    """Names the matrix of each linear layer without bias, in place, after its module: "unet.....to_q.weight.T".
+
+    The exporter transposes it and gives it a number; which module it is of is in the metadata alone.
+    """
+    stored, renamed = {tensor.name for tensor in model.graph.initializer}, {}
+    for node in model.graph.node:
+        scopes = next((entry.value for entry in node.metadata_props if entry.key == NAME_SCOPES), None)
+        if node.op_type == "MatMul" and node.input[1] in stored and scopes is not None:
+            renamed[node.input[1]] = f"{ast.literal_eval(scopes)[-2]}.weight.T"
+    renamed = {old: new for old, new in renamed.items() if new not in stored}
+    for tensor in model.graph.initializer:
+        tensor.name = renamed.get(tensor.name, tensor.name)
+    for node in model.graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
 
 
 def strip(message: Message) -> Any:

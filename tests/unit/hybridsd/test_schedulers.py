@@ -2,8 +2,10 @@
 
 import diffusers
 import pytest
+import torch
 
 from hybridsd.errors import InvalidRequest, Reason
+from hybridsd.plan_compiler import compile_named, compile_plan
 from hybridsd.schedulers import AYS, SCHEDULERS, SIGMAS, SPACINGS, find, make, timesteps_of
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -106,3 +108,20 @@ def test_own_timesteps_are_as_many_as_there_are_steps() -> None:
     """Otherwise the number that they are is said."""
     with pytest.raises(InvalidRequest, match="set `steps` to 3"):
         timesteps_of(find("euler+timesteps=900-500-100"), 4)
+
+
+@pytest.mark.parametrize("name", ["dpmpp_2m+ays", "euler+timesteps=999-700-400-200-100-50-40-30-20-10", "tcd+ays"])
+def test_own_timesteps_can_be_begun_late(name: str) -> None:
+    """For an image to begin with, as any other plan."""
+    whole, late = (
+        compile_named(diffusers, BETAS, name, 10, torch.from_numpy, begin_step=begin) for begin in (0, 4)
+    )  # fmt: skip
+
+    assert [row.timestep for row in late.rows] == [row.timestep for row in whole.rows[4:]]
+
+
+def test_timesteps_that_a_scheduler_refuses_are_said_to_be_that() -> None:
+    """And not a number of steps."""
+    scheduler = make(diffusers, BETAS | {"num_train_timesteps": 500}, find("euler"))
+    with pytest.raises(InvalidRequest, match="refuses its timesteps"):
+        compile_plan(scheduler, 2, torch.from_numpy, timesteps=lambda _scheduler: (999, "x"))  # type: ignore[arg-type, return-value]

@@ -13,6 +13,7 @@ from google.protobuf.duration_pb2 import Duration
 from cloud_server.models.load import Model
 from hybridsd import codec, noise
 from hybridsd.prompting import TextOptions
+from hybridsd.schedulers import SCHEDULERS
 from hybridsd.v1 import denoising_service_pb2 as pb
 from hybridsd.v1 import plan_pb2, tensor_pb2
 from tests.support.engine_fakes import (
@@ -325,7 +326,8 @@ async def test_capabilities_say_what_is_served(start_server: StartServer, tiny_m
     assert (model.prediction_type, model.default_num_inference_steps) == ("epsilon", 8)
     assert model.num_parameters == tiny_model.info.num_parameters
     assert model.schedulers[0] == "ddim"
-    assert len(model.schedulers) == 16
+    assert sorted(model.schedulers) == sorted(spec.name for spec in SCHEDULERS)
+    assert "clip_sample" in model.scheduler_note  # of the tiny model's own DDIM
     assert answer.limits == pb.Limits(
         max_num_inference_steps=1000, min_size=16, max_size=128, max_prompt_chars=4000, max_queue=5, max_batch=3
     )

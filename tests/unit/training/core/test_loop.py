@@ -1,6 +1,7 @@
 """The loop: resume, averaged weights, turns, stopping, and checkpoints that are whole or absent."""
 
 import csv
+import json
 import errno
 import subprocess
 import sys
@@ -387,6 +388,27 @@ def test_saying_something_leaves_the_precision_alone() -> None:
     assert accelerator.mixed_precision == "bf16"
     with accelerator.autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+
+
+class Loaded(Line):
+    """A network that was loaded from a folder, as diffusers notes in its configuration."""
+
+    def save(self, directory: Path) -> None:
+        """Writes a configuration as `save_pretrained` does."""
+        (directory / "vae").mkdir(parents=True)
+        config = {"_name_or_path": str(Path.home() / "models/secret"), "width": 4}
+        (directory / "vae" / "config.json").write_text(json.dumps(config))
+
+
+def test_what_is_written_does_not_say_where_things_lie(tmp_path: Path) -> None:
+    """Neither the result nor the checkpoints name a folder of this machine."""
+    list(train(Run(Loaded(), POINTS, SCHEDULE), tmp_path))
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+
+    assert json.loads((tmp_path / "vae" / "config.json").read_text()) == {"width": 4}
+    assert len(files) > 4
+    for secret in (str(tmp_path), str(Path.home()) + "/", str(Path.cwd())):
+        assert not [path for path in files if secret.encode() in path.read_bytes()]
 
 
 def test_a_checkpoint_holds_no_pickles(tmp_path: Path) -> None:

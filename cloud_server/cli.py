@@ -272,8 +272,6 @@ def _load(settings: Settings, placement: "Placement") -> "dict[str, Model]":
     named = {text.partition("=")[0] for text in settings.configs if "=" in text} | {lora.model for lora in loras}
     if unknown := sorted(named - served - {""}):
         raise ModelError(f"--config or --lora is for {unknown[0]!r}; the models are {', '.join(sorted(served))}")
-    for name in served:
-        preflight.check_ids("--lora", [lora.name for lora in loras if lora.model in ("", name)])
     for source in settings.models:  # before the first is loaded
         parsed = parse_source(source, variant=settings.variant)
         if Path(parsed.where).exists():
@@ -300,11 +298,16 @@ def _load(settings: Settings, placement: "Placement") -> "dict[str, Model]":
 
 
 def _loras(settings: Settings) -> "list[LoraSource]":
+    """Returns the adapters, whose names and files are there as far as this machine knows."""
     if not settings.loras:
         return []
-    from cloud_server.models.loras import parse_source  # peft takes seconds to import
+    from cloud_server.models.loras import check_sources, parse_source  # peft takes seconds to import
+    from cloud_server.models.sources import parse_source as parse_model
 
-    return [parse_source(text) for text in settings.loras]
+    loras = [parse_source(text) for text in settings.loras]
+    for model in settings.models:
+        check_sources([lora for lora in loras if lora.model in ("", parse_model(model).id)])
+    return loras
 
 
 if __name__ == "__main__":

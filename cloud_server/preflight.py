@@ -3,6 +3,7 @@
 Knows nothing of models or gRPC. Every error names the option at fault.
 """
 
+import errno
 import re
 import socket
 import ssl
@@ -45,7 +46,8 @@ def check_port(host: str, port: int) -> None:
             probe.bind(address)
             probe.listen(1)
         except OSError as error:
-            raise ValueError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
+            option = "--host" if error.errno == errno.EADDRNOTAVAIL else "--port"
+            raise ValueError(f"cannot listen on {host}:{port}: {error.strerror}; choose another {option}") from error
 
 
 def check_tls(cert: Path, key: Path) -> None:

@@ -92,6 +92,23 @@ class LoraSet:
         self._selected = loras
 
 
+def check_sources(sources: Sequence[LoraSource]) -> None:
+    """Refuses adapters of one model that cannot be meant, before that model is loaded.
+
+    Raises:
+        ModelError: If two have one name, or a file is not there.
+    """
+    twice = [name for name, count in Counter(source.name for source in sources).items() if count > 1]
+    if twice:
+        raise ModelError(f"two loras have the name {twice[0]}; give each its own")
+    for source in sources:
+        if not _is_hub_id(source.where):
+            try:
+                _find(source)
+            except ValueError as error:
+                raise ModelError(f"lora {source.name}: {source.where}: {error}") from error
+
+
 def install(unet: Any, text_encoders: Sequence[Any], sources: Sequence[LoraSource]) -> LoraSet:
     """Reads adapters into networks.
 
@@ -103,9 +120,7 @@ def install(unet: Any, text_encoders: Sequence[Any], sources: Sequence[LoraSourc
     Raises:
         ModelError: If two have one name, or a file cannot be read or does not fit these networks as a whole.
     """
-    twice = [name for name, count in Counter(source.name for source in sources).items() if count > 1]
-    if twice:
-        raise ModelError(f"two loras have the name {twice[0]}; give each its own")
+    check_sources(sources)
     networks, infos = (unet, *text_encoders), []
     for index, source in enumerate(sources):
         before = {id(parameter) for network in networks for parameter in network.parameters()}
@@ -153,8 +168,12 @@ def _find(source: LoraSource) -> Path:
         if len(files) != 1:
             raise ValueError(f"the folder has {len(files)} .safetensors files and no {_WEIGHTS}; name the file")
         return files[0]
-    if source.where.startswith((".", "/", "~")) or source.where.count("/") != 1:
+    if not _is_hub_id(source.where):
         raise ValueError("it is neither a file, nor a folder, nor a hub id such as owner/name")
     from huggingface_hub import hf_hub_download
 
     return Path(hf_hub_download(source.where, _WEIGHTS))
+
+
+def _is_hub_id(where: str) -> bool:
+    return not (Path(where).exists() or where.startswith((".", "/", "~")) or where.count("/") != 1)

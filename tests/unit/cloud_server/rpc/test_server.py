@@ -78,6 +78,22 @@ async def test_a_token_is_demanded_but_not_for_health(start_server: StartServer)
     assert (await client.denoise(message(), metadata=good))[-1].HasField("finished")
 
 
+async def test_each_of_several_tokens_is_good(start_server: StartServer) -> None:
+    """So that callers can change from one to the next; half of one, or both, is none."""
+    client = await start_server(tokens=("old", "new"))
+
+    async def ask(*tokens: str) -> pb.GetCapabilitiesResponse:
+        metadata = [("authorization", f"Bearer {token}") for token in tokens]
+        return await client.denoising.GetCapabilities(pb.GetCapabilitiesRequest(), metadata=metadata)
+
+    assert (await ask("old")).models
+    assert (await ask("new")).models
+    for wrong in (["ol"], ["oldnew"], ["old", "new"], [""]):
+        with pytest.raises(grpc.RpcError) as refused:
+            await ask(*wrong)
+        assert failure(refused.value)[1] == "UNAUTHENTICATED"
+
+
 async def test_reflection_lists_the_services(start_server: StartServer) -> None:
     """A stranger's tool can find out what the server speaks."""
     client = await start_server()

@@ -20,6 +20,7 @@ from cloud_server.models.load import Model, load_model
 from cloud_server.models.loras import parse_source
 from cloud_server.rpc.server import CloudServer
 from cloud_server.settings import Settings
+from hybridsd import codec
 from hybridsd.v1 import denoising_service_pb2 as pb
 from hybridsd.v1 import plan_pb2, tensor_pb2
 from tests.support import tiny_loras
@@ -621,3 +622,14 @@ async def test_the_warm_up_is_the_jobs(models: dict[str, Model]) -> None:
     times = [row.timestep for row in started(warm).plan.rows]
     assert [time for _, _, time in recorders["tiny"].calls] == times[:3]
     assert [time for _, _, time in recorders["other"].calls] == [times[call] for call in (3, 4, 6)]
+
+
+async def test_a_plan_that_cannot_keep_a_part_is_refused(client: Client, tiny_model: Model) -> None:
+    """Where no output of a call that runs leads to what is to be kept; other calls, and other jobs, may be so."""
+    plan = codec.encode_plan(tiny_model.plans.plan("ddim", 6))
+    plan.rows[2].x0_output = 0.0
+    own: dict[str, Any] = {"scheduler": None, "plan": plan, **keeping(full(0.5, MASK))}
+
+    assert (await refusal(client.denoise(message(**own, handoff_step=3))))[1:] == ("PLAN_INVALID", "plan")
+    for good in (message(**own, handoff_step=2), message(scheduler=None, plan=plan, handoff_step=6)):
+        assert (await client.denoise(good))[-1].HasField("finished")

@@ -622,7 +622,7 @@ class Queued(_message.Message):
 
     POSITION_FIELD_NUMBER: _builtins.int
     position: _builtins.int
-    """At most so many jobs begin before this one, 0 or more."""
+    """As things are, so many jobs begin before this one, 0 or more. Callers take turns, so it may rise."""
     def __init__(
         self,
         *,

@@ -30,7 +30,7 @@ class DenoisingServiceStub:
 
     Every failure is a canonical gRPC status with a `google.rpc.ErrorInfo` whose domain is "hybridsd" and whose
     reason is a row of the error table (docs/protocol.md); INVALID_ARGUMENT names the field in a
-    `google.rpc.BadRequest`, RESOURCE_EXHAUSTED says in a `google.rpc.RetryInfo` when to come again.
+    `google.rpc.BadRequest`, RESOURCE_EXHAUSTED and UNAVAILABLE say in a `google.rpc.RetryInfo` when to come again.
     """
 
     def __init__(self, channel):
@@ -66,7 +66,7 @@ class DenoisingServiceServicer:
 
     Every failure is a canonical gRPC status with a `google.rpc.ErrorInfo` whose domain is "hybridsd" and whose
     reason is a row of the error table (docs/protocol.md); INVALID_ARGUMENT names the field in a
-    `google.rpc.BadRequest`, RESOURCE_EXHAUSTED says in a `google.rpc.RetryInfo` when to come again.
+    `google.rpc.BadRequest`, RESOURCE_EXHAUSTED and UNAVAILABLE say in a `google.rpc.RetryInfo` when to come again.
     """
 
     def Denoise(self, request, context):
@@ -141,7 +141,7 @@ class DenoisingService:
 
     Every failure is a canonical gRPC status with a `google.rpc.ErrorInfo` whose domain is "hybridsd" and whose
     reason is a row of the error table (docs/protocol.md); INVALID_ARGUMENT names the field in a
-    `google.rpc.BadRequest`, RESOURCE_EXHAUSTED says in a `google.rpc.RetryInfo` when to come again.
+    `google.rpc.BadRequest`, RESOURCE_EXHAUSTED and UNAVAILABLE say in a `google.rpc.RetryInfo` when to come again.
     """
 
     @staticmethod

@@ -31,7 +31,7 @@ class DenoisingServiceStub:
 
     Every failure is a canonical gRPC status with a `google.rpc.ErrorInfo` whose domain is "hybridsd" and whose
     reason is a row of the error table (docs/protocol.md); INVALID_ARGUMENT names the field in a
-    `google.rpc.BadRequest`, RESOURCE_EXHAUSTED says in a `google.rpc.RetryInfo` when to come again.
+    `google.rpc.BadRequest`, RESOURCE_EXHAUSTED and UNAVAILABLE say in a `google.rpc.RetryInfo` when to come again.
     """
 
     @_typing.overload
@@ -64,7 +64,7 @@ class DenoisingServiceAsyncStub(DenoisingServiceStub):
 
     Every failure is a canonical gRPC status with a `google.rpc.ErrorInfo` whose domain is "hybridsd" and whose
     reason is a row of the error table (docs/protocol.md); INVALID_ARGUMENT names the field in a
-    `google.rpc.BadRequest`, RESOURCE_EXHAUSTED says in a `google.rpc.RetryInfo` when to come again.
+    `google.rpc.BadRequest`, RESOURCE_EXHAUSTED and UNAVAILABLE say in a `google.rpc.RetryInfo` when to come again.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -93,7 +93,7 @@ class DenoisingServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Every failure is a canonical gRPC status with a `google.rpc.ErrorInfo` whose domain is "hybridsd" and whose
     reason is a row of the error table (docs/protocol.md); INVALID_ARGUMENT names the field in a
-    `google.rpc.BadRequest`, RESOURCE_EXHAUSTED says in a `google.rpc.RetryInfo` when to come again.
+    `google.rpc.BadRequest`, RESOURCE_EXHAUSTED and UNAVAILABLE say in a `google.rpc.RetryInfo` when to come again.
     """
 
     @_abc_1.abstractmethod

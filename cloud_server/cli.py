@@ -134,7 +134,8 @@ def serve(log_format: logs.LogFormat, token_file: Path | None, **options: Any) -
                 part.write_text(f"{port}\n", encoding="utf-8")
                 part.replace(settings.port_file)  # readers see no file or all of it
 
-        asyncio.run(process.run(settings, models, bundles, on_listening=on_listening))
+        if asyncio.run(process.run(settings, models, bundles, on_listening=on_listening)) is False:
+            _exit_now(0)
     except process.EngineLost as error:
         log.critical("engine_lost", message=str(error))
         _exit_now(EXIT_LOST)

@@ -15,7 +15,7 @@ import torch
 
 from cloud_server.engine.event_buffer import EventBuffer
 from cloud_server.engine.events import Failed, Finished, Started
-from cloud_server.engine.executor import Batch, BatchTooLarge, Call, Executor
+from cloud_server.engine.executor import Batch, BatchTooLarge, Call, Executor, is_out_of_memory
 from cloud_server.engine.job import Job
 from cloud_server.engine.request import JobRequest
 from cloud_server.engine.scheduler import Load, Scheduler
@@ -88,6 +88,11 @@ class Engine:
             if thread.ident is not None:
                 thread.join(max(0.0, limit_s - time.monotonic()))
         self._executor.close()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a thread has not ended: before `stop`, or after it where one is stuck."""
+        return any(thread.is_alive() for thread in self._threads)
 
     def drain(self) -> None:
         """Refuses new jobs from now on; those that are here go on."""
@@ -335,7 +340,15 @@ class Engine:
                 job.trajectory = changed
 
     def _fail(self, job: Job, error: Exception) -> None:
-        if not isinstance(error, HybridSDError):
+        request = job.request
+        if is_out_of_memory(error):
+            log.warning("out_of_memory", jobs=1, request_id=request.request_id, shape=request.latent_shape)
+            error = Reason.SIZE_INVALID.error(
+                f"an image of {request.size[0]}x{request.size[1]} pixels does not fit into the memory of the server;"
+                " choose a smaller `width` and `height`, or another server",
+                field="width",
+            )
+        elif not isinstance(error, HybridSDError):
             log.error("job_failed", request_id=job.request.request_id, call=job.num_calls, exc_info=error)
             error = Reason.INTERNAL.error("the job failed; the server's log has the details under its request_id")
         with self._changed:

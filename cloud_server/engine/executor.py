@@ -15,10 +15,10 @@ import torch
 from cloud_server.engine import step
 from cloud_server.engine.events import Snapshot
 from cloud_server.engine.job import Job
-from cloud_server.engine.request import JobRequest, Stage
+from cloud_server.engine.request import Stage
 from cloud_server.engine.step import Group, Progress, Texts, Trajectory
 from cloud_server.models.denoiser import Conditions, Denoiser, Encoded, TextCache
-from hybridsd.errors import HybridSDError, Reason
+from hybridsd.errors import Reason
 
 log = structlog.get_logger()
 
@@ -62,20 +62,12 @@ class Executor:
         """Encodes all texts of a job and makes its first state.
 
         Raises:
-            HybridSDError: SIZE_INVALID if there is no memory for it.
             torch.AcceleratorError: If the device is lost to this process.
         """
         request, first = job.request, job.request.stages[0]
         started_s = time.monotonic()
-        try:
-            job.texts = tuple(self._encode(job, stage) for stage in request.stages)
-            trajectory = step.begin(self._denoisers[first.model], request, *job.texts[0])
-        except torch.AcceleratorError:
-            raise
-        except Exception as error:
-            if not _is_out_of_memory(error):
-                raise
-            raise _too_large(request) from None
+        job.texts = tuple(self._encode(job, stage) for stage in request.stages)
+        trajectory = step.begin(self._denoisers[first.model], request, *job.texts[0])
         log.debug("job_prepared", request_id=request.request_id, elapsed_ms=1e3 * (time.monotonic() - started_s))
         return trajectory
 
@@ -97,14 +89,12 @@ class Executor:
             job.first_call_s = started_s if job.first_call_s is None else job.first_call_s
             step.draw_ahead(trajectory, self._noises)
         results = self._try(denoiser, trajectories, groups)
-        if isinstance(results, Exception) and _is_out_of_memory(results):
+        if isinstance(results, Exception) and is_out_of_memory(results):
             if denoiser.device.type == "cuda":
                 torch.cuda.empty_cache()
             if len(batch) > 1:
                 raise BatchTooLarge
             results = self._try(denoiser, trajectories, groups)  # alone, and with all memory that others left
-            if isinstance(results, Exception) and _is_out_of_memory(results):
-                results = _too_large(batch[0][0].request)
         if isinstance(results, Exception):
             if len(batch) == 1:
                 return [Call(*batch[0], 0.0, results)]
@@ -125,7 +115,7 @@ class Executor:
             raise
         except Exception as error:
             self._joined.clear()
-            return MemoryError() if _is_out_of_memory(error) else error
+            return MemoryError() if is_out_of_memory(error) else error
         return results
 
     def advance(self, job: Job, trajectory: Trajectory, result: Progress) -> bool:
@@ -212,15 +202,6 @@ def _publish(job: Job, result: Progress) -> bool:
     return is_handoff
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory was short, of the device or of the machine."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
-def _too_large(request: JobRequest) -> HybridSDError:
-    width, height = request.size
-    log.warning("out_of_memory", jobs=1, request_id=request.request_id, shape=request.latent_shape)
-    return Reason.SIZE_INVALID.error(
-        f"an image of {width}x{height} pixels does not fit into the memory of the server; choose a smaller `width` and"
-        " `height`, or another server",
-        field="width",
-    )

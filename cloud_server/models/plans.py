@@ -20,6 +20,8 @@ from hybridsd.plan_compiler import compile_plan
 log = structlog.get_logger()
 
 MAX_PLANS = 256
+MAX_ROWS = 50_000
+"""Of all plans that a model keeps: some 50 MB."""
 
 
 class PlanCompiler:
@@ -48,8 +50,10 @@ class PlanCompiler:
         plan = self._compile(spec, num_inference_steps, begin_step)
         with self._lock:
             found = self._plans[spec.name, num_inference_steps, begin_step] = plan, plan.digest()
-            if len(self._plans) > self._max_plans:
-                self._plans.popitem(last=False)
+            num_rows = sum(len(held.rows) for held, _ in self._plans.values())
+            while len(self._plans) > 1 and (len(self._plans) > self._max_plans or num_rows > MAX_ROWS):
+                _, (oldest, _) = self._plans.popitem(last=False)
+                num_rows -= len(oldest.rows)
         return found
 
     def held(self, scheduler: str, num_inference_steps: int, begin_step: int = 0) -> Plan | None:

@@ -157,7 +157,11 @@ class CloudServer:
         was_well = True
         while True:
             await asyncio.sleep(min(1.0, self._settings.stall_timeout_s / 4))
-            is_well, stalled_s = self.engine.watch(), self.engine.stalled_s()
+            try:
+                is_well, stalled_s = self.engine.watch(), self.engine.stalled_s()
+            except Exception:
+                log.exception("watch_failed")  # and the watch goes on
+                continue
             if is_well != was_well:
                 log.log(20 if is_well else 40, "health", is_well=is_well, stalled_s=stalled_s)
                 await self._set_health(_SERVING if is_well else _NOT_SERVING)
@@ -168,8 +172,11 @@ class CloudServer:
 
 async def run(
     settings: Settings, models: Mapping[str, Model], bundles: Sequence[Bundle], *, on_listening: Callable[[int], None]
-) -> None:
+) -> bool:
     """Serves until SIGTERM or SIGINT, then drains; at a second signal jobs end with UNAVAILABLE.
+
+    Returns:
+        Whether all threads of the engine have ended; one that is stuck would hold up the end of the process.
 
     Raises:
         EngineLost: If the engine cannot work any more; all streams have ended then.
@@ -195,6 +202,7 @@ async def run(
     await stopping
     if server.lost.is_set():
         raise EngineLost("the engine has died or is stuck; see the log. Start the server again")
+    return not server.engine.is_running
 
 
 async def first_of(*waits: Awaitable[object], timeout_s: float | None = None) -> None:

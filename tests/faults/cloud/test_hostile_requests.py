@@ -9,7 +9,9 @@ from typing import Any
 import grpc
 import pytest
 
+from cloud_server.models import plans as models_plans
 from cloud_server.models.load import Model
+from cloud_server.models.plans import PlanCompiler
 from cloud_server.rpc import plan_pool, read_conditioning, read_request, write_response
 from cloud_server.rpc.interceptors import MAX_REQUEST_BYTES
 from hybridsd import codec, noise, prompting
@@ -125,6 +127,18 @@ async def test_a_plan_is_compiled_once_for_all(slow_to_compile: StartServer, pla
     await blocking
     assert len(digests) == 1
     assert plans.begun == [("euler", 30), ("euler", 31)]
+
+
+def test_plans_at_hand_are_bounded_by_their_rows(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long plans are not kept by the hundred; the newest is."""
+    monkeypatch.setattr(models_plans, "MAX_ROWS", 30)
+    compiler = PlanCompiler(tiny_model.plans._base_config)
+    for steps in (8, 9, 10, 11):
+        compiler.plan("ddim", steps)
+    assert [steps for steps in (8, 9, 10, 11) if compiler.held("ddim", steps)] == [9, 10, 11]
+    compiler.plan("ddim", 40)
+
+    assert [steps for steps in (9, 10, 11, 40) if compiler.held("ddim", steps)] == [40]
 
 
 async def test_reading_is_bounded(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -573,6 +573,29 @@ async def test_stop_does_not_wait_for_a_stuck_step(
 
     assert isinstance(last, Failed)
     assert last.error.reason is Reason.UNAVAILABLE
+    assert engine.is_running
+    gated.open()
+    engine.stop()
+    assert not engine.is_running
+
+
+async def test_a_text_too_large_for_memory(tiny_model: Model, make_engine: MakeEngine, gated: GatedDenoiser) -> None:
+    """Is no bug either, and the next job may fit."""
+    errors = [torch.OutOfMemoryError("full")]
+
+    def encode(*given: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return tiny_model.denoiser.encode(*given)
+
+    gated.encode = encode  # type: ignore[method-assign]
+    gated.open()
+    engine = make_engine({"tiny": gated})
+    first, second = [(await events_of(engine, job_request(tiny_model)))[-1] for _ in range(2)]
+
+    assert isinstance(first, Failed)
+    assert first.error.reason is Reason.SIZE_INVALID
+    assert isinstance(second, Finished)
 
 
 @pytest.mark.parametrize("error", [SystemExit(), torch.AcceleratorError("device lost")], ids=["exit", "device"])

@@ -113,7 +113,6 @@ def serve(log_format: logs.LogFormat, token_file: Path | None, **options: Any) -
         settings.port_file.unlink(missing_ok=True)  # an old one would send scripts to a dead port
     try:
         preflight.check(settings)
-        _check_ids(settings)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     from cloud_server.models.load import ModelError
@@ -186,7 +185,10 @@ def probe(server: str, tls_ca: Path | None, timeout_s: float) -> None:
     if tls_ca is None:
         channel = grpc.insecure_channel(server, options=[("grpc.enable_http_proxy", 0)])
     else:
-        channel = grpc.secure_channel(server, grpc.ssl_channel_credentials(tls_ca.read_bytes()))
+        authority = tls_ca.read_bytes()
+        if b"-----BEGIN CERTIFICATE" not in authority:
+            raise click.UsageError(f"--tls-ca {tls_ca} is no PEM file with a certificate; give one")
+        channel = grpc.secure_channel(server, grpc.ssl_channel_credentials(authority))
     with channel:
         try:
             stub: Any = health_pb2_grpc.HealthStub(channel)  # typed as if it had no methods
@@ -201,10 +203,14 @@ def probe(server: str, tls_ca: Path | None, timeout_s: float) -> None:
 
 
 def _settings(**options: Any) -> Settings:
+    from cloud_server.models.sources import parse_source
+
     try:
-        return Settings(**options)
+        settings = Settings(**options)
+        preflight.check_ids("--model", [parse_source(source).id for source in settings.models])
     except ValueError as error:
         raise click.UsageError(str(error)) from error
+    return settings
 
 
 def _shown(settings: Settings) -> dict[str, object]:
@@ -224,13 +230,6 @@ def _tokens(path: Path | None) -> tuple[str, ...]:
         return () if path is None else preflight.read_tokens(path)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-
-
-def _check_ids(settings: Settings) -> None:
-    """Refuses two models of one id before either is loaded."""
-    from cloud_server.models.sources import parse_source
-
-    preflight.check_ids("--model", [parse_source(source).id for source in settings.models])
 
 
 def _exit_now(code: int) -> None:

@@ -102,6 +102,18 @@ def test_a_model_given_twice(serve: Serve, tiny_folder: Path) -> None:
     says = serve("--model", f"tiny={tiny_folder / 'other'}")
 
     assert "tiny is given twice" in says
+    checked = CliRunner().invoke(main, ["check", "--model", f"tiny={tiny_folder}", "--model", f"tiny={tiny_folder}"])
+    assert checked.exit_code == 2
+    assert "tiny is given twice" in checked.output
+
+
+def test_a_probe_with_an_authority_that_is_none(tmp_path: Path) -> None:
+    """It is not the server that does not answer."""
+    (tmp_path / "ca.pem").write_bytes(b"garbage")
+    result = CliRunner().invoke(main, ["probe", "--tls-ca", str(tmp_path / "ca.pem")])
+
+    assert result.exit_code == 2
+    assert "--tls-ca" in result.output
 
 
 def test_an_adapter_given_twice(serve: Serve) -> None:

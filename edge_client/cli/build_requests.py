@@ -53,10 +53,9 @@ def read_requests(ctx: click.Context, options: dict[str, Any], manifest: Manifes
     if options["load_latents"] is not None:
         loaded = saved_state.load(options["load_latents"])
         if isinstance(loaded, SavedState):
-            if base.segments or base.image_input is not None:
+            if base.image_input is not None:
                 raise Reason.FIELD_INVALID.error(
-                    "the saved state fixes what is drawn; leave out --segments and --image",
-                    field="load_latents",
+                    "the saved state fixes what is drawn; leave out --image", field="load_latents"
                 )
             for name in _FIXED_BY_STATE:
                 if _on_the_line(ctx, name):

@@ -182,13 +182,18 @@ def check_cloud(cloud: Cloud, bundle: Bundle | None) -> Iterator[Check]:
     if bundle is None:
         yield Check("pairing", False, f"no bundle to pair with {ids}", 2)
         return
-    space = bundle.manifest.latent_space
-    fitting = [model.id for model in found.models if model.latent_space == space]
+    manifest = bundle.manifest
+    space, texts = manifest.latent_space, ((manifest.context_length, manifest.embed_dim), manifest.pooled_dim)
+    same_space = [model for model in found.models if model.latent_space == space]
+    fitting = [model.id for model in same_space if model.reads_as(*texts)]
+    apart = [f"{model.id} reads texts as {model.describe_texts()}" for model in same_space if model.id not in fitting]
+    also = f"; not {', '.join(apart)}" if apart else ""
     if fitting:
-        yield Check("pairing", True, f"latent space {space!r} is that of {', '.join(fitting)}")
+        yield Check("pairing", True, f"latent space {space!r} is that of {', '.join(fitting)}{also}")
     else:
-        others = ", ".join(f"{model.id}: {model.latent_space!r}" for model in found.models) or "no models"
-        yield Check("pairing", False, f"latent space {space!r} is of none there ({others}); choose another --bundle", 3)
+        others = ", ".join(apart or (f"{model.id}: {model.latent_space!r}" for model in found.models)) or "no models"
+        what = f"{manifest.name} (latent space {space!r}, texts as {texts[0][0]} tokens of {texts[0][1]} features)"
+        yield Check("pairing", False, f"{what} fits none there ({others}); choose another --bundle", 3)
 
 
 def _failed(name: str, error: HybridSDError) -> Check:

@@ -13,6 +13,7 @@ from edge_client.inference.models import Models
 from edge_client.request import Stage
 from edge_client.types import Latents
 from hybridsd import noise, noise_levels
+from hybridsd.errors import Reason
 from hybridsd.plan import PlanRow, denoise, initial_state
 
 
@@ -35,6 +36,12 @@ def run_edge_stage(stage: Stage, trajectory: Trajectory, components: Components)
         None if request.image_input is None else request.image_input.mask_cells,
     )
     assert conditioning is not None
+    if mask is not None and not all(row.x0_output for row in plan.rows[trajectory.call : stop]):
+        raise Reason.PLAN_INVALID.error(
+            f"plan {plan.scheduler} has a call whose output does not show the final image, so no part of one can be "
+            "kept; choose another `scheduler`, or leave the mask out",
+            field="scheduler",
+        )
 
     def predict(latents: Latents, timestep: float) -> Latents:
         sample = latents.astype(np.float32)

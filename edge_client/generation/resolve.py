@@ -127,15 +127,18 @@ def _resolve_saved(request: Request, saved: SavedState, manifest: Manifest) -> R
     steps, cell = saved.plan.num_inference_steps, manifest.vae_scale_factor
     height, width = shape[1] * cell, shape[2] * cell
     _check_rest(request, manifest, width, height)
-    cloud_steps = _cloud_steps(request, steps, saved.cloud_steps / steps)
-    schedule = TimestepSchedule(scheduler=saved.plan.scheduler, num_inference_steps=steps)
-    stages = _two_stages(
-        request, schedule, cloud_steps, saved.guidance_scale, first_step=saved.plan.step_at(saved.call)
-    )
+    first_step = saved.plan.step_at(saved.call)
+    if request.segments:
+        stages = _stages_of_the_rest(request, saved, first_step)
+        cloud_steps = sum(stage.steps or 0 for stage in stages if stage.place == "cloud")
+    else:
+        cloud_steps = _cloud_steps(request, steps, saved.cloud_steps / steps)
+        schedule = TimestepSchedule(scheduler=saved.plan.scheduler, num_inference_steps=steps)
+        stages = _two_stages(request, schedule, cloud_steps, saved.guidance_scale, first_step=first_step)
     _check_cloud_only(request, stages)
     return Resolved(
         request=request,
-        mode="edge" if cloud_steps == 0 else "cloud" if cloud_steps == steps else "hybrid",
+        mode=_mode(stages) if request.segments else _mode_of(cloud_steps, steps),
         scheduler=saved.plan.scheduler,
         num_inference_steps=steps,
         cloud_steps=cloud_steps,
@@ -293,6 +296,11 @@ def _mode(stages: tuple[Stage, ...]) -> Mode:
     return "hybrid" if len(places) == 2 else "cloud" if places == {"cloud"} else "edge"
 
 
+def _mode_of(cloud_steps: int, steps: int) -> Mode:
+    """The same of a saved state, of whose steps some may have been run before."""
+    return "edge" if cloud_steps == 0 else "cloud" if cloud_steps == steps else "hybrid"
+
+
 def _two_stages(
     request: Request, schedule: TimestepSchedule, cloud_steps: int, guidance_scale: float, *, first_step: int = 0
 ) -> tuple[Stage, ...]:
@@ -306,11 +314,25 @@ def _two_stages(
     return tuple(stage for stage in stages if stage.steps)
 
 
-def _explicit_stages(request: Request, schedule: TimestepSchedule, guidance_scale: float) -> tuple[Stage, ...]:
-    if request.mode != "auto" or request.cloud_steps is not None or request.resume is not None:
+def _stages_of_the_rest(request: Request, saved: SavedState, first_step: int) -> tuple[Stage, ...]:
+    """Returns the stages of segments that continue a saved state: they count the steps that are left of its plan."""
+    if request.segments[0].begins_schedule:
         raise Reason.SPLIT_INVALID.error(
-            "segments say what runs where; leave out --mode, --split, --cloud-steps and --load-latents of a state",
+            "the first of `segments` continues the timestep schedule of the saved state; leave its scheduler and steps "
+            "out, or let another follow it",
             field="segments",
+        )
+    steps = saved.plan.num_inference_steps
+    rest = TimestepSchedule(scheduler=saved.plan.scheduler, num_inference_steps=steps, begin_step=first_step)
+    whole = replace(rest, begin_step=0)
+    stages = _explicit_stages(request, rest, saved.guidance_scale)
+    return tuple(replace(stage, schedule=whole) if stage.schedule == rest else stage for stage in stages)
+
+
+def _explicit_stages(request: Request, schedule: TimestepSchedule, guidance_scale: float) -> tuple[Stage, ...]:
+    if request.mode != "auto" or request.cloud_steps is not None:
+        raise Reason.SPLIT_INVALID.error(
+            "`segments` say what runs where; leave out `mode` and `cloud_steps`", field="segments"
         )
     return resolve_segments(request.segments, schedule, guidance_scale)
 

@@ -61,7 +61,8 @@ class Trajectory:
         if saved is None:
             return cls(resolved=resolved, prediction_type=prediction_type)
         step = saved.plan.step_at(saved.call)
-        if saved.call != saved.plan.first_call(step) and step < resolved.cloud_steps:
+        begins_there = bool(resolved.stages) and resolved.stages[0].place == "cloud"
+        if saved.call != saved.plan.first_call(step) and begins_there:
             raise Reason.SPLIT_INVALID.error(
                 f"the saved state is in the middle of step {step}, which only the edge can resume; use --mode edge",
                 field="load_latents",

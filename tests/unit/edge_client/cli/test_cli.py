@@ -698,3 +698,23 @@ def test_bench_says_where_the_time_goes(shell: Shell) -> None:
     assert (alone["received_bytes"], alone["cloud_steps_s"]) == (0, 0)
     assert alone["text_s"] > 0
     shell("bench", "--runs", "1", "-o", "nowhere/x.json", code=2)
+
+
+def test_doctor_pairs_models_that_read_the_same_texts(shell: Shell, fake: FakeCloud) -> None:
+    """A latent space in common is not enough: a model of another text width fits no bundle of this one."""
+    fake.embed_shape = (8, 999)
+    result = shell("doctor", code=3)
+
+    assert "WRONG  pairing" in result.stdout
+    assert "fake-large reads texts as 8 tokens of 999 features" in result.stdout
+    fake.embed_shape = (0, 0)
+    assert "ok     pairing" in shell("doctor").stdout
+
+
+def test_patience_is_an_option(shell: Shell, fake: FakeCloud) -> None:
+    """How long the cloud is waited for can be said in the command and in the environment."""
+    fake.hang_after_call = 1
+    result = shell("generate", "a fox", "--seed", "1", "--idle-timeout", "0.3", "-o", "fox.png")
+
+    assert "has sent nothing for 0.3" in result.stderr
+    assert "not in the range" in shell("generate", "a fox", "--queue-timeout", "0", code=2).stderr

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,10 +21,11 @@ from edge_client.generation.resolve import resolve
 from edge_client.generation.result import Result
 from edge_client.generation.saved_state import saved_state
 from edge_client.generation.segments import parse_segments
-from edge_client.generation.serialize import parameters
+from edge_client.generation.serialize import parameters, result_json
 from edge_client.images.pixels import to_u8
 from edge_client.inference.models import Models
 from edge_client.request import Patience, Request
+from edge_client.types import CallSkipping, ImageInput
 from hybridsd.codec import FLOAT32, encode_plan, encode_tensor, tensor_digest
 from hybridsd.errors import (
     AccessDenied,
@@ -642,3 +644,77 @@ def test_the_safety_checker_is_an_explicit_choice(score: float, flagged: bool, t
     assert np.array_equal(results["off"].image_u8, results["report"].image_u8)
     assert results["off"].image_u8.any()
     assert results["blank"].image_u8.any() == (not flagged)
+
+
+@pytest.mark.parametrize("text", ["e:1@edge,fake-large:2@cloud,e:1@edge", "fake-large:4@cloud", "fake-large:*@cloud"])
+def test_segments_continue_a_saved_state(
+    text: str, bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud
+) -> None:
+    """Segments share out the steps that are left of it, as a request of the whole would have."""
+    whole, events = run(replace(REQUEST, cloud_steps=2), bundle, models, cloud)
+    at = next(e for e in events if isinstance(e, StepDone) and e.call == 2)
+    resume = saved_state(whole, bundle.manifest.latent_space, at)
+    request = Request(codec="fp32", resume=resume, segments=parse_segments(text))
+    result, _ = run(request, bundle, models, cloud)
+    places = ["edge", "cloud", "cloud", "edge"] if text.startswith("e") else ["cloud"] * 4
+
+    assert [(record.step, record.place) for record in result.steps] == list(zip(range(2, 6), places, strict=True))
+    assert result.actual_cloud_steps == 2 + places.count("cloud")
+    assert fake.requests[-1].first_step == (3 if text.startswith("e") else 2)
+    with pytest.raises(InvalidRequest, match="only 4 are left"):
+        run(replace(request, segments=parse_segments("e:6@edge")), bundle, models, cloud)
+    with pytest.raises(InvalidRequest, match="continues the timestep schedule"):
+        run(replace(request, segments=parse_segments("e:4@edge(steps=8)")), bundle, models, cloud)
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [({"loras": (("style", 0.5),)}, "loras"), ({"call_skipping": CallSkipping()}, "call_skipping")],
+)
+def test_what_only_the_cloud_can_do_is_not_dropped(
+    given: dict[str, Any], field: str, bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud
+) -> None:
+    """Where no step is the cloud's it is refused, however that was said."""
+    for where in ({"mode": "edge"}, {"mode": "hybrid", "cloud_steps": 0}):
+        with pytest.raises(InvalidRequest, match=f"`{field}`") as raised:
+            run(replace(REQUEST, **{"cloud_steps": None, **where}, **given), bundle, models, cloud)
+        assert raised.value.field == field
+
+
+def test_a_takeover_says_which_adapters_it_is_without(
+    bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud
+) -> None:
+    """The steps that the edge runs instead of the cloud lack them; an image that went as planned lacks none."""
+    request = replace(REQUEST, loras=(("style", 0.5),))
+    planned, _ = run(request, bundle, models, cloud)
+    fake.die_after_call = 2
+    result, _ = run(request, bundle, models, cloud)
+
+    assert (planned.loras, planned.unapplied) == (request.loras, ())
+    assert result.unapplied == ("style",)
+    assert "without adapter style" in result.fallback_message
+    assert result_json(result)["unapplied_loras"] == ["style"]
+
+
+@pytest.mark.parametrize("field", ["idle_timeout", "progress_timeout", "queue_timeout", "busy_timeout"])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_patience_has_a_range(field: str, value: float, bundle: Bundle) -> None:
+    """A wait of no time, or of no end, is refused by its name."""
+    with pytest.raises(InvalidRequest, match=f"`{field}`"):
+        resolve(replace(REQUEST, patience=Patience(**{f"{field}_s": value})), bundle.manifest)
+
+
+def test_a_mask_needs_outputs_that_show_the_image(bundle: Bundle, models: Models) -> None:
+    """A plan in which a call says nothing of the final image cannot keep a part of one, and is refused as such."""
+    plan = make_plan("ddim", 6)
+    blind = replace(plan, rows=(*plan.rows[:3], replace(plan.rows[3], x0_output=0.0), *plan.rows[4:]))
+    image, mask = np.zeros((3, 32, 32), dtype=np.float32), np.ones((1, 32, 32), dtype=np.float32)
+    given = ImageInput(image=image, strength=1.0, mask=mask, mask_cells=mask[:, ::8, ::8])
+    request = Request(prompt="a fox", mode="edge", image_input=given)
+    holder = replace(bundle)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("edge_client.generation.schedules.find_plan", lambda *_: blind)
+        with pytest.raises(InvalidRequest, match="mask") as raised:
+            run(request, holder, models, None)
+
+    assert raised.value.reason is Reason.PLAN_INVALID

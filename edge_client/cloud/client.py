@@ -489,17 +489,21 @@ class RemoteJob:
         self, inbox: Inbox, connection: Connection, usage_until: float, poll_interval_s: float | None
     ) -> Generator[CloudEvent, None, Any]:
         """Returns the next message; yields `Waiting` meanwhile, and ends what does not get on."""
-        cloud, had_bytes, wait_s = self._cloud, self._cloud.count_bytes(), self._left_s(inbox)
+        cloud, had_bytes, has_counted, wait_s = self._cloud, None, False, self._left_s(inbox)
         polled_at = time.monotonic()
         while True:
             now = time.monotonic()
             waits = [wait_s, usage_until - now]
+            if not has_counted:
+                waits.append(min(LOOK_S, wait_s / 4))
             if poll_interval_s is not None:
                 waits.append(polled_at + poll_interval_s - now)
             item = inbox.get(min(waits))
             if item is not NOTHING:
                 return item
             now = time.monotonic()
+            if not has_counted:  # only once a message is late: counting looks at every socket of the process
+                had_bytes, has_counted = cloud.count_bytes(), True
             if now >= usage_until:
                 raise cloud.silence(inbox.silent_s)
             if poll_interval_s is not None and now >= polled_at + poll_interval_s:

@@ -101,7 +101,7 @@ def provenance(result: Result) -> dict[str, Any]:
         "early_handoff": result.early_handoff_reason or None,  # why the cloud's part was shortened on purpose
         "stages": list(result.stages),
         "loras": dict(result.loras),
-        "unapplied_loras": list(result.unapplied),  # in steps that a lost cloud left to the edge
+        "unapplied_loras": list(result.unapplied),  # in steps that the edge ran instead of the cloud
         "image": None if result.strength is None else {"strength": result.strength, "mask": result.has_mask},
         "safety_checker": asdict(result.safety),
         "codec": result.codec,

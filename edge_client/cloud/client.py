@@ -14,7 +14,7 @@ from typing import Any, Self
 from edge_client.cache import Cache
 from edge_client.cloud.breaker import Breaker
 from edge_client.cloud.connection import Connection, Connections, is_loopback, read_ca, read_target
-from edge_client.cloud.conversion import Conversation
+from edge_client.cloud.conversion import Conversation, check_plan
 from edge_client.cloud.progress import Progress
 from edge_client.cloud.status import translate
 from edge_client.cloud.stream import NOTHING, Inbox
@@ -179,7 +179,11 @@ class Cloud:
         """Returns why there is no connection, where gRPC's text says that there is none."""
         no_trust, other_name = "CERTIFICATE_VERIFY_FAILED", "does not match SSL server name"
         if no_trust in text or other_name in text:
-            why = text.rpartition(no_trust)[2].strip(" :")[:100] if no_trust in text else "it is that of another host"
+            why = (
+                text.rpartition(no_trust)[2].removesuffix(": OK").strip(" :")[:100]
+                if no_trust in text
+                else "it is that of another host"
+            )
             return Reason.UNAUTHENTICATED.error(
                 f"the certificate of {self.target} is not trusted ({why or 'it cannot be verified'}); give the file of "
                 "the authority that signed it as `tls_ca`, and the host that it names as `server`"
@@ -324,15 +328,17 @@ class Cloud:
             server_version=printable(reply.server_version),
             models=models,
             bundles=bundles,
-            num_running=reply.load.num_running,
-            num_queued=reply.load.num_queued,
-            call_s=to_seconds(reply.load.call_duration),
+            num_running=max(0, reply.load.num_running),
+            num_queued=max(0, reply.load.num_queued),
+            call_s=max(0.0, to_seconds(reply.load.call_duration)),
             max_batch=max(1, reply.limits.max_batch),
             min_size=max(0, reply.limits.min_size),
             max_size=max(0, reply.limits.max_size),
         )
 
-    def compile_plan(self, model: str, scheduler: str, num_inference_steps: int, begin_step: int = 0) -> Plan:
+    def compile_plan(
+        self, model: str, scheduler: str, num_inference_steps: int, begin_step: int = 0, *, prediction_type: str = ""
+    ) -> Plan:
         """Returns the plan of a scheduler, as the server compiles it.
 
         Args:
@@ -340,6 +346,7 @@ class Cloud:
             scheduler: A name of `hybridsd.schedulers`.
             num_inference_steps: Steps, counted from pure noise.
             begin_step: Of them those to leave out.
+            prediction_type: What the plan must be for; empty for any.
 
         Raises:
             HybridSDError: By the table of errors.
@@ -351,11 +358,20 @@ class Cloud:
             try:
                 reply = connection.denoising.CompilePlan(request, timeout=PLAN_TIMEOUT_S, metadata=self.metadata())
             except grpc.RpcError as error:
-                raise self.failed(connection, error, by_stream=True) from error
+                found = self.failed(connection, error, by_stream=True)
+                if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                    self.fell_silent(connection, found, by_stream=True)
+                raise found from error
         try:
             plan = codec.decode_plan(reply.plan)
         except InvalidRequest as error:
             raise Reason.INTERNAL.error(f"the cloud sent a plan that cannot be used: {error.message}") from error
+        if plan.num_inference_steps != num_inference_steps - begin_step:
+            raise Reason.INTERNAL.error(
+                f"the cloud sent a plan that cannot be used: it has {plan.num_inference_steps} steps, not "
+                f"{num_inference_steps - begin_step}"
+            )
+        check_plan(plan, prediction_type)
         return replace(plan, scheduler=printable(plan.scheduler))
 
     def download(self, bundle: str, path: str, offset_bytes: int) -> Iterator[bytes]:
@@ -475,17 +491,21 @@ class RemoteJob:
         self, inbox: Inbox, connection: Connection, usage_until: float, poll_interval_s: float | None
     ) -> Generator[CloudEvent, None, Any]:
         """Returns the next message; yields `Waiting` meanwhile, and ends what does not get on."""
-        cloud, had_bytes, wait_s = self._cloud, self._cloud.count_bytes(), self._left_s(inbox)
+        cloud, had_bytes, has_counted, wait_s = self._cloud, None, False, self._left_s(inbox)
         polled_at = time.monotonic()
         while True:
             now = time.monotonic()
             waits = [wait_s, usage_until - now]
+            if not has_counted:
+                waits.append(min(LOOK_S, wait_s / 4))
             if poll_interval_s is not None:
                 waits.append(polled_at + poll_interval_s - now)
             item = inbox.get(min(waits))
             if item is not NOTHING:
                 return item
             now = time.monotonic()
+            if not has_counted:  # only once a message is late: counting looks at every socket of the process
+                had_bytes, has_counted = cloud.count_bytes(), True
             if now >= usage_until:
                 raise cloud.silence(inbox.silent_s)
             if poll_interval_s is not None and now >= polled_at + poll_interval_s:

@@ -227,7 +227,7 @@ class Conversation:
         if self._started_once and prediction_type != self._prediction_type:
             _refuse(f"prediction type {prediction_type[:40]!r} after {self._prediction_type!r}")
         if segment.sent_plan is None:
-            _check_plan(plan, prediction_type, has_mask=segment.image_latents is not None)
+            check_plan(plan, prediction_type, has_mask=segment.image_latents is not None)
         conditioning = self._own
         if conditioning is None and started.HasField("prompt"):
             prompt, pooled = self._embeds(started.prompt, segment.request.prompt)
@@ -342,11 +342,19 @@ def _encode_exactly(array: Latents, codec_name: str) -> tensor_pb2.Tensor:
     return codec.encode_tensor(array, codec.FLOAT32)
 
 
-def _check_plan(plan: Plan, prediction_type: str, *, has_mask: bool) -> None:
+def check_plan(plan: Plan, prediction_type: str, *, has_mask: bool = False) -> None:
     """Refuses a plan that is not one for what its model is said to predict, or that cannot keep a part of an image.
 
     The first row previews x0 from u = alpha x0 + sigma noise: as u / alpha - (sigma / alpha) e of an epsilon,
     as alpha u - sigma e of a v.
+
+    Args:
+        plan: From the cloud.
+        prediction_type: What it is said to be for; empty where nothing is said.
+        has_mask: Whether a part of an image is to be kept.
+
+    Raises:
+        InternalError: INTERNAL.
     """
     row = plan.rows[0]
     if row.unet_input[0] == 0.0:

@@ -88,7 +88,7 @@ class Result:
     loras: tuple[tuple[str, float], ...] = ()
     """Adapters that the cloud applied, with their weights."""
     unapplied: tuple[str, ...] = ()
-    """Of the adapters that were asked for those that steps of a lost cloud are without."""
+    """Of the adapters that were asked for those that steps which the edge ran instead of the cloud are without."""
     stages: tuple[str, ...] = ()
     """What ran where by plan, as `--segments` writes it."""
     strength: float | None = None

@@ -25,8 +25,10 @@ def find_plan(schedule: TimestepSchedule, trajectory: Trajectory, components: Co
     if cloud is not None and cloud.away is None and lost is None:
         try:
             model = _plan_model(cloud, bundle.manifest, trajectory.resolved.request.model, bundle.describe_plans())
-            return cloud.compile_plan(model, *wanted)
-        except CLOUD_FAILURES as error:
+            return cloud.compile_plan(model, *wanted, prediction_type=bundle.manifest.prediction_type)
+        except HybridSDError as error:
+            if not isinstance(error, CLOUD_FAILURES) and not trajectory.steps:
+                raise  # a refusal must not cost what has been drawn
             lost = error
     try:
         return bundle.plan(*wanted)

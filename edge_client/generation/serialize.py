@@ -116,7 +116,7 @@ def provenance(result: Result) -> dict[str, Any]:
         "segments": ",".join(result.stages) if request.segments else None,
         "stages": list(result.stages),
         "loras": dict(result.loras),
-        "unapplied_loras": list(result.unapplied),  # in steps that a lost cloud left to the edge
+        "unapplied_loras": list(result.unapplied),  # in steps that the edge ran instead of the cloud
         "cloud_skip": None if request.call_skipping is None else request.call_skipping.describe(),
         "private": request.private,
         "image": None if result.strength is None else {"strength": result.strength, "mask": result.has_mask},

@@ -44,8 +44,6 @@ class Trajectory:
     """When the cloud must be done with all its segments, in `time.monotonic()` seconds."""
     lost: HybridSDError | None = None
     """Why the cloud is not asked any more."""
-    unapplied: tuple[str, ...] = ()
-    """Adapters that steps of the cloud were to have, and the edge ran without."""
     early_handoff_reason: str = ""
     """Why the cloud's part was shortened on purpose."""
     usage: Usage | None = None
@@ -83,6 +81,12 @@ class Trajectory:
     def step(self) -> int:
         """The step that `call` belongs to."""
         return 0 if self.plan is None else self.plan.step_at(self.call)
+
+    @property
+    def unapplied(self) -> tuple[str, ...]:
+        """Adapters that steps of the cloud were to have, and have not: the edge runs them without."""
+        is_short = self.cloud_steps < self.resolved.planned_cloud_steps
+        return tuple(name for name, _ in self.resolved.request.loras) if is_short else ()
 
     @property
     def image_index(self) -> int:
@@ -135,8 +139,7 @@ class Trajectory:
     def fall_back(self, error: HybridSDError) -> Fallback:
         """Notes that the cloud failed, and returns that as an event."""
         message = error.message
-        if self.resolved.request.loras and self.cloud_steps < self.resolved.planned_cloud_steps:
-            self.unapplied = tuple(name for name, _ in self.resolved.request.loras)
+        if self.unapplied:
             message += f"; the steps that are drawn here are without adapter {', '.join(self.unapplied)}"
         self.lost = error.reason.error(message)
         return Fallback(

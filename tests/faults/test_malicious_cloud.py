@@ -23,6 +23,7 @@ from edge_client.inference.models import Models
 from edge_client.request import Patience, Request
 from hybridsd import codec
 from hybridsd.errors import AccessDenied, HybridSDError, InvalidRequest, Reason
+from hybridsd.plan import Plan
 from hybridsd.v1 import denoising_service_pb2 as pb
 from tests.support.fake_cloud import FakeCloud, Rewrite, one_process, refuse, text_embeds
 from tests.support.tiny_bundle import Floats, make_plan
@@ -453,3 +454,28 @@ def test_broken_bytes_are_an_end_like_any_other(bundle: Bundle, models: Models, 
 
     assert (result.fallback_reason, result.actual_cloud_steps) == (Reason.INTERNAL, 2)
     assert np.abs(result.latents - one_process("ddim", STEPS, 2)).max() < EXACT
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        make_plan("ddim", STEPS),
+        Plan(
+            scheduler="ddim",
+            num_inference_steps=9,
+            init_noise_sigma=1.0,
+            rows=tuple(replace(row, x0_state=(0.3,), x0_output=-0.95) for row in make_plan("ddim", 9).rows),
+        ),
+    ],
+)
+def test_a_plan_that_was_asked_for_is_checked(
+    plan: Plan, bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud
+) -> None:
+    """A cloud that answers with the plan of other steps, or of another prediction type, is no help."""
+    request = replace(REQUEST, mode="edge", cloud_steps=None, num_inference_steps=9)
+    assert draw(request, bundle, models, cloud).num_inference_steps == 9
+    fake.compiled = plan
+    with pytest.raises(HybridSDError, match=r"the cloud is no help.*cannot be used") as raised:
+        draw(request, bundle, models, cloud)
+
+    assert raised.value.reason is Reason.PLAN_MISSING

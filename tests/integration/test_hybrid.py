@@ -3,6 +3,7 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,14 @@ from cloud_server.models.denoiser import Conditions
 from cloud_server.models.load import Model
 from cloud_server.rpc.server import CloudServer
 from edge_client.bundles.bundle import Bundle
+from edge_client.cache import Cache
 from edge_client.cloud.client import Cloud
 from edge_client.generation.events import Fallback, Finished, StepDone
 from edge_client.generation.pipeline import generate
 from edge_client.generation.resolve import resolve
 from edge_client.generation.result import Result
 from edge_client.inference.models import Models
-from edge_client.request import Request
+from edge_client.request import Patience, Request
 from edge_client.types import Conditioning
 from hybridsd import codec
 from hybridsd.errors import ModelMismatch, Reason
@@ -28,6 +30,7 @@ from tests.integration.conftest import Connect, running_server
 from tests.support.engine_fakes import GatedDenoiser
 from tests.support.patience import HANG_S
 from tests.support.reference import predict_by, run_from_seed
+from tests.support.slow_link import SlowLink
 
 PROMPT = "a fox under a donut"
 GUIDANCE = 3.0
@@ -232,3 +235,39 @@ def test_private_sends_no_prompt(
 
     assert seen == []
     assert result.actual_cloud_steps == 3
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpmpp_2m", "euler_ancestral", "heun"])
+@pytest.mark.parametrize("is_restarted", [False, True])
+def test_a_broken_job_goes_on_where_it_was(
+    scheduler: str, is_restarted: bool, bundle: Bundle, models: Models, model: Model, tmp_path: Path
+) -> None:
+    """A server that still has the job is attached to, one that lost it gets the held state: no call is run twice."""
+    gate = GatedDenoiser(model.denoiser)
+    asked = request(scheduler, 5)
+    with (
+        running_server(model, gate) as first,
+        running_server(model) as second,
+        SlowLink(first.port) as link,
+        Cloud(link.target, cache=Cache(tmp_path), patience=Patience(reattach_timeout_s=HANG_S)) as cloud,
+    ):
+        steps = []
+        gate.allow(2)
+        for event in generate(resolve(asked, bundle.manifest), bundle, models, cloud):
+            if isinstance(event, StepDone):
+                steps.append(event)
+                if event.call == 2:  # for Heun in the middle of a step, or not
+                    link.lead_to(second.port if is_restarted else first.port)
+                    gate.open()
+        assert isinstance(event, Finished)
+    result = event.result
+    plan = model.plans.plan(scheduler, STEPS)
+
+    calls = [each.call for each in steps]
+    assert calls == sorted(set(calls))  # states that came while nobody read may be missing, and none comes twice
+    assert (result.fallback_reason, result.actual_cloud_steps) == (None, 5)
+    expected = one_process(model, models, scheduler, plan.first_call(5), asked)
+    assert np.abs(result.latents - expected).max() < EXACT
+    if is_restarted and scheduler != "heun":
+        assert result.usage is not None
+        assert result.usage.num_calls == plan.first_call(5) - 2

@@ -111,6 +111,8 @@ class FakeCloud(denoising_service_pb2_grpc.DenoisingServiceServicer, bundle_serv
     """Changes what is sent, as a whole."""
     embed_shape: tuple[int, int] = (0, 0)
     """What `GetCapabilities` says of the model's texts."""
+    compiled: Plan | None = None
+    """What `CompilePlan` answers, whatever is asked for."""
     remembers: bool = False
     """Whether it keeps jobs: then an id with other content is refused, as the server does."""
     bundle: Path | None = None
@@ -244,6 +246,11 @@ class FakeCloud(denoising_service_pb2_grpc.DenoisingServiceServicer, bundle_serv
         self.cancel_seen.set()
         return pb.CancelDenoiseResponse(cancelled=True)
 
+    def CompilePlan(self, request: pb.CompilePlanRequest, context: grpc.ServicerContext) -> pb.CompilePlanResponse:
+        spec = request.scheduler
+        plan = self.compiled or self.plan(spec.name, spec.num_inference_steps - spec.begin_step)
+        return pb.CompilePlanResponse(plan=codec.encode_plan(plan), plan_digest=plan.digest())
+
     def GetCapabilities(
         self, request: pb.GetCapabilitiesRequest, context: grpc.ServicerContext
     ) -> pb.GetCapabilitiesResponse:
@@ -251,6 +258,7 @@ class FakeCloud(denoising_service_pb2_grpc.DenoisingServiceServicer, bundle_serv
         reply = pb.GetCapabilitiesResponse(
             server_version="0.1.0", models=[pb.Model(id="fake-large", latent_space=self.latent_space)]
         )
+        reply.models[0].prediction_type = "epsilon"
         reply.models[0].context_length, reply.models[0].embed_dim = self.embed_shape
         if self.bundle is not None:
             info = reply.bundles.add(name="tiny-edge", latent_space=self.latent_space)

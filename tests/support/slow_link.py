@@ -40,6 +40,14 @@ class SlowLink:
                 each.shutdown(socket.SHUT_RDWR)
             each.close()
 
+    def lead_to(self, port: int) -> None:
+        """Breaks every connection; those to come lead to another port."""
+        self._port, broken, self._sockets = port, self._sockets[1:], self._sockets[:1]
+        for each in broken:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
     def _accept(self) -> None:
         while not self._stop.is_set():
             try:

@@ -672,6 +672,36 @@ def test_again_with_this_says_what_it_did(page: Page) -> None:
     expect(page.get_by_test_id("generate")).to_be_focused()
 
 
+def test_again_with_this_is_the_same_request(page: Page) -> None:
+    """Also for what other clients ask for: weights, texts in parts, one of several images with a seed."""
+    how = {"long_prompt": "chunk", "prompt_weighting": True}
+    image = image_of(image_index=2)
+    asked = tell(page, job_of(images=[image], request=request_of(**how)), content=png(128, 128))
+    page.get_by_test_id("prompt").fill(PROMPT)
+    generate(page)
+    finish(page)
+    page.locator(f"[data-job={JOB_ID}-1] .tile").click()
+    page.get_by_test_id("again").click()
+    generate(page)
+    page.get_by_test_id("dice").click()
+    generate(page)
+
+    _, again, other = asked
+    for name in (
+        "prompt",
+        "seed",
+        "width",
+        "height",
+        "scheduler",
+        "num_inference_steps",
+        "guidance_scale",
+        "image_index",
+    ):
+        assert again[name] == image[name], name
+    assert {name: again[name] for name in how} == how
+    assert "image_index" not in other
+
+
 def test_the_gallery_is_searched_starred_and_cleared(page: Page) -> None:
     """Words of the prompt find an image, favourites stay after a reload, several are deleted at once."""
     for seed in (901, 902):

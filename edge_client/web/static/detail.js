@@ -24,6 +24,9 @@ export function requestOf({ job, image }) {
     guidance_scale: image.guidance_scale,
     seed: image.seed,
     scheduler: image.scheduler,
+    ...(image.image_index ? { image_index: image.image_index } : {}),  // one of several with one seed
+    long_prompt: job.request.long_prompt ?? "truncate",
+    prompt_weighting: job.request.prompt_weighting ?? false,
     hybrid: splitRequest(image.planned_cloud_steps, job.request.hybrid?.model),
     loras: image.planned_cloud_steps ? job.request.loras ?? [] : [],
     image: null,
@@ -187,6 +190,8 @@ function facts(job, image) {
     ["Prompt", image.prompt],
     ["Cut off", dropped > 0 && `the last ${plural(dropped, "token")} of the text did not fit into the model`],
     ["Negative prompt", image.negative_prompt],
+    ["Text", [job.request.long_prompt === "chunk" && "read in parts", job.request.prompt_weighting && "with weights"]
+      .filter(Boolean).join(", ")],
     ["Who drew", splitWords(image)],
     ["Planned", planned === actual ? null : `${planned} steps in the cloud; it ran ${actual}`],
     ["Why", image.fallback_reason && [image.fallback_message, `(${image.fallback_reason})`].filter(Boolean).join(" ")],

@@ -22,6 +22,7 @@ const SHAPES = [
 const KEPT = [
   "prompt", "negative", "steps", "scheduler", "guidance", "size", "width", "height", "seed", "random-seed", "count",
   "split", "auto-split", "max-seconds", "strength", "fit", "quality-metric",
+  "long-prompt", "prompt-weighting",
 ];
 /** Numbers, by id. An empty one would silently become a default, so those that must be there are `required`. */
 const NUMBERS = ["steps", "guidance", "width", "height", "seed", "max-seconds"];
@@ -29,6 +30,7 @@ const NUMBERS = ["steps", "guidance", "width", "height", "seed", "max-seconds"];
 export class Form {
   #split;
   #capabilities = null;
+  #imageIndex = 0;  // which of several images with one seed
   #adapters = new Adapters();
   #start = new StartImage({
     onChange: () => this.#changed(),
@@ -43,6 +45,7 @@ export class Form {
     this.#split = split;
     byId("form").addEventListener("input", () => this.#changed());
     byId("dice").addEventListener("click", () => this.throwDice());
+    for (const id of ["seed", "random-seed"]) byId(id).addEventListener("input", () => (this.#imageIndex = 0));
     byId("own-shape").addEventListener("click", () => this.#takeOwnShape());
     byId("prompt").addEventListener("keydown", (event) => {
       if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
@@ -94,6 +97,9 @@ export class Form {
       seed: byId("random-seed").checked || byId("seed").value === "" ? null : byId("seed").valueAsNumber,
       scheduler: byId("scheduler").value,
       hybrid: this.#split.request(),
+      ...(this.#imageIndex && !byId("random-seed").checked ? { image_index: this.#imageIndex } : {}),
+      long_prompt: byId("long-prompt").checked ? "chunk" : "truncate",
+      prompt_weighting: byId("prompt-weighting").checked,
       loras: this.#hasCloudSteps ? this.#adapters.chosen : [],
       ...this.#start.request(),
       previews: NUM_PREVIEWS,
@@ -131,6 +137,10 @@ export class Form {
     }
     const missing = this.#choose({ scheduler: request.scheduler, fit: request.fit ?? asked.fit, "cloud-model": request.hybrid?.model });
     byId("random-seed").checked = request.seed === undefined;
+    this.#imageIndex = request.image_index ?? 0;
+    byId("long-prompt").checked = request.long_prompt === "chunk";
+    byId("prompt-weighting").checked = request.prompt_weighting === true;
+    byId("text-details").open ||= byId("long-prompt").checked || byId("prompt-weighting").checked;
     const size = `${request.width}x${request.height}`;
     if (request.width && request.height) byId("size").value = isOffered(byId("size"), size) ? size : "custom";
     if (!request.negative_prompt && request.prompt !== undefined) byId("negative").value = "";
@@ -157,6 +167,7 @@ export class Form {
 
   /** Fixes another seed. */
   throwDice() {
+    this.#imageIndex = 0;
     byId("seed").value = String(randomSeed(this.#capabilities?.limits.max_seed));
     byId("random-seed").checked = false;
     this.#changed();

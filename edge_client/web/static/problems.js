@@ -91,7 +91,9 @@ function planText({ scheduler, num_inference_steps: steps }, capabilities) {
   const numSteps = steps ?? capabilities.defaults.num_inference_steps;
   const name = schedulerName(wanted, capabilities);
   const own = offlinePlans(wanted, capabilities);
-  const why = `${numSteps} steps with ${name} need the cloud, and it is away.`;
+  const { configured, reachable } = capabilities.cloud;
+  const cloud = !configured ? "and none is configured" : reachable ? "and it could not help" : "and it is away";
+  const why = `${numSteps} steps with ${name} need the cloud, ${cloud}.`;
   if (own) return { text: `${why} Alone, this device draws ${name} with ${listNumbers(own.steps)} steps.`, steps: true };
   const others = capabilities.edge.offline.map((each) => schedulerName(each.scheduler, capabilities)).join(", ");
   return { text: `${why} Alone, this device draws ${others || "nothing"}.`, steps: false };

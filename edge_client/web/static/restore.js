@@ -32,6 +32,7 @@ function fromOwn(text) {
     width: number(made.width), height: number(made.height), scheduler: String(made.scheduler ?? ""),
     cloud_steps: number(made.handoff?.planned), model: String(made.cloud_model ?? ""),
     strength: number(made.image?.strength), fit: made.image?.fit,
+    image_index: number(made.image_index), long_prompt: made.long_prompt, prompt_weighting: made.prompt_weighting,
     loras: Object.entries(made.loras ?? {}).map(([name, weight]) => ({ name, weight: Number(weight) || 0 })),
   };
   return { values, notes: made.image ? ["It began with another image: choose that, too."] : [] };
@@ -50,7 +51,7 @@ function fromParameters(fields, { schedulers }) {
     prompt: fields.Prompt.replace(ADAPTER, "").trim(), negative_prompt: fields["Negative prompt"] ?? "",
     seed: number(fields.Seed), num_inference_steps: number(fields.Steps), guidance_scale: number(fields["CFG scale"]),
     width, height, scheduler: scheduler?.name ?? "", cloud_steps: number(fields["Cloud steps"]), model: "",
-    strength: number(fields["Denoising strength"]), loras,
+    strength: number(fields["Denoising strength"]), loras, long_prompt: "chunk", prompt_weighting: true,
   };
   return { values, notes };
 }

@@ -30,12 +30,25 @@ function fromOwn(text) {
     prompt: made.prompt, negative_prompt: String(made.negative_prompt ?? ""), seed: number(made.seed),
     num_inference_steps: number((number(made.num_inference_steps) ?? NaN) + leftOut), guidance_scale: number(made.guidance_scale),
     width: number(made.width), height: number(made.height), scheduler: String(made.scheduler ?? ""),
-    cloud_steps: number(made.handoff?.planned), model: String(made.cloud_model ?? ""),
-    strength: number(made.image?.strength), fit: made.image?.fit,
+    cloud_steps: number(made.handoff?.actual), model: String(made.cloud_model ?? ""),
+    strength: number(made.image?.strength), fit: made.fit,
     image_index: number(made.image_index), long_prompt: made.long_prompt, prompt_weighting: made.prompt_weighting,
     loras: Object.entries(made.loras ?? {}).map(([name, weight]) => ({ name, weight: Number(weight) || 0 })),
   };
-  return { values, notes: made.image ? ["It began with another image: choose that, too."] : [] };
+  const notes = made.image ? ["It began with another image: choose that, too."] : [];
+  const others = notOnThePage(made);
+  if (others.length) notes.push(`It was made with what this page has no field for: ${others.join(", ")}.`);
+  return { values, notes };
+}
+
+/** @returns {string[]} options of an image that the page cannot set, by their names in the API */
+function notOnThePage(made) {
+  const differs = {
+    segments: Boolean(made.segments), cloud_skip: Boolean(made.cloud_skip),
+    codec: (made.codec ?? "fp16") !== "fp16", private: made.private === true,
+    initial_latents: Boolean(made.initial_latents),
+  };
+  return Object.keys(differs).filter((name) => differs[name]);
 }
 
 function fromParameters(fields, { schedulers }) {

@@ -1,8 +1,8 @@
 """The loop: resume, averaged weights, turns, stopping, and checkpoints that are whole or absent."""
 
 import csv
-import json
 import errno
+import json
 import subprocess
 import sys
 from collections.abc import Mapping

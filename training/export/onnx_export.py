@@ -137,12 +137,15 @@ def name_products(model: onnx.ModelProto) -> None:
 
     The exporter transposes it and gives it a number; which module it is of is in the metadata alone.
     """
-    stored, renamed = {tensor.name for tensor in model.graph.initializer}, {}
+    stored: set[str] = {tensor.name for tensor in model.graph.initializer}
+    renamed: dict[str, str] = {}
     for node in model.graph.node:
         scopes = next((entry.value for entry in node.metadata_props if entry.key == NAME_SCOPES), None)
         if node.op_type == "MatMul" and node.input[1] in stored and scopes is not None:
-            renamed[node.input[1]] = f"{ast.literal_eval(scopes)[-2]}.weight.T"
-    renamed = {old: new for old, new in renamed.items() if new not in stored}
+            module = (["", *ast.literal_eval(scopes)])[-2]
+            name = f"{module}.weight.T"
+            if module and name not in stored | set(renamed.values()):
+                renamed.setdefault(node.input[1], name)
     for tensor in model.graph.initializer:
         tensor.name = renamed.get(tensor.name, tensor.name)
     for node in model.graph.node:

@@ -17,6 +17,7 @@ from training.export.onnx_export import (
     ParityError,
     data_path,
     export_graph,
+    name_products,
     prepared,
     save_onnx,
     store_as_half,
@@ -169,6 +170,19 @@ def test_nothing_is_said_beside_the_network_at_any_depth(tmp_path: Path) -> None
     assert secret.encode() not in strip(model).SerializeToString()
     assert len(model.functions[0].node[0].attribute) == 2
     assert model.graph.initializer[0].raw_data
+
+
+def test_names_of_matrices_stay_apart() -> None:
+    """Two products of one module, and one of none, are not named alike: the second keeps its number."""
+    matrices = [onnx.numpy_helper.from_array(np.eye(2, dtype=np.float32), name) for name in ("val_1", "val_2", "val_3")]
+    nodes = [onnx.helper.make_node("MatMul", [f"x{i}", f"val_{i}"], [f"x{i + 1}"]) for i in (1, 2, 3)]
+    for node, scopes in zip(nodes, ("['', 'a.b', 'matmul']", "['', 'a.b', 'matmul']", "['', 'matmul']"), strict=True):
+        node.metadata_props.add(key="pkg.torch.onnx.name_scopes", value=scopes)
+    model = onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [], [], matrices))
+    name_products(model)
+
+    assert [tensor.name for tensor in model.graph.initializer] == ["a.b.weight.T", "val_2", "val_3"]
+    assert [node.input[1] for node in model.graph.node] == ["a.b.weight.T", "val_2", "val_3"]
 
 
 def test_only_lossless_weights_are_halved() -> None:

@@ -115,6 +115,8 @@ class FakeCloud(denoising_service_pb2_grpc.DenoisingServiceServicer, bundle_serv
     """What `CompilePlan` answers, whatever is asked for."""
     remembers: bool = False
     """Whether it keeps jobs: then an id with other content is refused, as the server does."""
+    loras: tuple[str, ...] = ()
+    """What `GetCapabilities` says that the model can be given."""
     bundle: Path | None = None
     known_jobs: dict[str, pb.DenoiseRequest] = field(default_factory=dict)
     requests: list[pb.DenoiseRequest] = field(default_factory=list)
@@ -259,6 +261,7 @@ class FakeCloud(denoising_service_pb2_grpc.DenoisingServiceServicer, bundle_serv
             server_version="0.1.0", models=[pb.Model(id="fake-large", latent_space=self.latent_space)]
         )
         reply.models[0].prediction_type = "epsilon"
+        reply.models[0].loras.extend(pb.Lora(name=name) for name in self.loras)
         reply.models[0].context_length, reply.models[0].embed_dim = self.embed_shape
         if self.bundle is not None:
             info = reply.bundles.add(name="tiny-edge", latent_space=self.latent_space)

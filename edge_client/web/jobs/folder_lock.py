@@ -33,7 +33,7 @@ class FolderLock:
             connection.close()
             who = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
             raise Reason.FIELD_INVALID.error(
-                f"{folder} is used by another gateway ({who}); end it, or choose another --data-dir", field="data_dir"
+                f"{folder} is used by another gateway ({who}); end it, or change `data_dir`", field="data_dir"
             ) from error
         since = time.strftime("%Y-%m-%d %H:%M:%S %z")
         holder.write_text(f"process {os.getpid()} on {socket.gethostname()} since {since}", encoding="utf-8")

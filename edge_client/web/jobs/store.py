@@ -283,7 +283,7 @@ class Store:
             if version > SCHEMA_VERSION:
                 raise Reason.FIELD_INVALID.error(
                     f"{self._folder} was written by a newer gateway (version {version} of its tables; this one knows "
-                    f"{SCHEMA_VERSION}); update this one, or choose another --data-dir",
+                    f"{SCHEMA_VERSION}); update this one, or change `data_dir`",
                     field="data_dir",
                 )
             is_old = version == 0 and sa.inspect(connection).has_table("jobs")

@@ -128,7 +128,7 @@ def models(bundle: Bundle) -> Models:
 
 @pytest.fixture(scope="session")
 def running_cloud() -> Iterator[Running]:
-    started = serve(FakeCloud())
+    started = serve(FakeCloud(loras=("style", "ink")))
     yield started
     started.fake.released.set()
     started.server.stop(grace=None).wait()

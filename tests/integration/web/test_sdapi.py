@@ -167,7 +167,7 @@ def test_what_there_is_to_choose(api: WebUIApi) -> None:
     assert {"automatic", "karras"} <= set(api.util_get_scheduler_names())
     assert api.util_get_model_names() == ["fake-large"]
     assert api.util_get_current_model() == "fake-large"
-    assert api.get_loras() == []
+    assert [lora["name"] for lora in api.get_loras()] == ["ink", "style"]
     assert api.get_scripts() == {"txt2img": [], "img2img": []}
     api.util_set_model("fake-large", find_closest=False)
     assert api.txt2img(**WANTED).info["sd_model_name"] == "fake-large"

@@ -140,7 +140,7 @@ def test_a_page_is_two_queries(tmp_path: Path) -> None:
 def test_a_folder_has_one_gateway(tmp_path: Path) -> None:
     """A second one is told who has it; when the first is gone, however it went, it may have it."""
     store = Store(tmp_path, max_jobs=1)
-    with pytest.raises(HybridSDError, match=f"process {os.getpid()} on .*--data-dir") as caught:
+    with pytest.raises(HybridSDError, match=f"process {os.getpid()} on .*data_dir") as caught:
         Store(tmp_path, max_jobs=1)
     store.close()
     Store(tmp_path, max_jobs=1).close()
@@ -150,7 +150,7 @@ def test_a_folder_has_one_gateway(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_locked_is_refused(tmp_path: Path) -> None:
     (tmp_path / "lock").mkdir()
-    with pytest.raises(HybridSDError, match="--data-dir") as caught:
+    with pytest.raises(HybridSDError, match="data_dir") as caught:
         Store(tmp_path, max_jobs=1)
 
     assert (caught.value.reason, caught.value.field) == (Reason.FIELD_INVALID, "data_dir")

@@ -40,11 +40,14 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
         limits: pb.Limits,
         bundles: list[pb.BundleInfo],
         heartbeat_s: float = 5.0,
+        stall_timeout_s: float = 60.0,
     ) -> None:
         """Takes an engine that serves `models`, the default first."""
         self._engine, self._models, self._version = engine, models, version
         self._limits, self._bundles, self._heartbeat_s = limits, bundles, heartbeat_s
-        self._reader = RequestReader(models, max_size=limits.max_size, min_size=limits.min_size)
+        self._reader = RequestReader(
+            models, max_size=limits.max_size, min_size=limits.min_size, stall_timeout_s=stall_timeout_s
+        )
         self._answers = WorkerPool("answers", ANSWER_THREADS)  # each stream has one piece of work at a time
         self.num_streams = 0
 

@@ -14,6 +14,8 @@ QUICK_STEPS = 100
 """Plans of more steps, which take up to 15 s, have a thread of their own."""
 MAX_COMPILING = 8
 """Plans that may wait for either thread."""
+STALL_RETRY_S = 5.0
+"""When to come again while a plan takes too long; once it is there, it is kept."""
 
 _FIELDS = {Reason.SCHEDULER_UNKNOWN: "scheduler.name", Reason.STEPS_INVALID: "scheduler.num_inference_steps"}
 
@@ -24,7 +26,9 @@ Compiled = tuple[Plan, bytes]
 class PlanPool:
     """Compiles plans off the event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, stall_timeout_s: float) -> None:
+        """Takes how long a plan may take; after more nobody waits for it, nor for those behind it."""
+        self._stall_timeout_s = stall_timeout_s
         self._quick = WorkerPool("plans", 1, max_waiting=MAX_COMPILING)
         self._slow = WorkerPool("long plans", 1, max_waiting=MAX_COMPILING)
         self._running: dict[Key, tuple[asyncio.Task[Compiled], list[object]]] = {}
@@ -39,7 +43,7 @@ class PlanPool:
 
         Raises:
             HybridSDError: What `PlanCompiler.plan` raises, naming the field; QUEUE_FULL with a retry delay where too
-                many wait.
+                many wait, UNAVAILABLE with one where a plan does not come.
         """
         try:
             held = model.plans.held_with_digest(scheduler, num_inference_steps, begin_step)
@@ -53,8 +57,9 @@ class PlanPool:
     async def _compiled(self, model: Model, scheduler: str, num_inference_steps: int, begin_step: int) -> Compiled:
         """Waits for a plan that is being compiled; when the last who waits leaves, it need not be begun."""
         key = (model.info.id, scheduler, num_inference_steps, begin_step)
+        pool = self._quick if num_inference_steps <= QUICK_STEPS else self._slow
+        self._check_stall(pool)
         if key not in self._running:
-            pool = self._quick if num_inference_steps <= QUICK_STEPS else self._slow
             compiling = pool.run(model.plans.with_digest, scheduler, num_inference_steps, begin_step)
             task = asyncio.create_task(compiling)
             task.add_done_callback(lambda done: self._forget(key, done))
@@ -63,12 +68,22 @@ class PlanPool:
         ticket = object()
         waiting.append(ticket)
         try:
+            while not (await asyncio.wait({task}, timeout=self._stall_timeout_s / 4))[0]:
+                self._check_stall(pool)
             return await asyncio.shield(task)
         finally:
             waiting.remove(ticket)
             if not waiting and not task.done():
                 task.cancel()
                 self._forget(key, task)
+
+    def _check_stall(self, pool: WorkerPool) -> None:
+        if (stalled_s := pool.stalled_s) >= self._stall_timeout_s:
+            raise Reason.UNAVAILABLE.error(
+                f"a plan has not been compiled for {stalled_s:.0f} s; choose a scheduler and a number of steps that were"
+                " used before, another server, or come again",
+                retry_delay_s=STALL_RETRY_S,
+            )
 
     def _forget(self, key: Key, task: "asyncio.Task[Compiled]") -> None:
         if key in self._running and self._running[key][0] is task:

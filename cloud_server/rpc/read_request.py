@@ -62,11 +62,13 @@ class AnswerStyle:
 class RequestReader:
     """Checks requests against the served models."""
 
-    def __init__(self, models: Mapping[str, Model], *, max_size: int, min_size: int) -> None:
-        """Takes models by id, the default first, and the limits of width and height in pixels."""
+    def __init__(
+        self, models: Mapping[str, Model], *, max_size: int, min_size: int, stall_timeout_s: float = 60.0
+    ) -> None:
+        """Takes models by id, the default first, the limits of width and height in pixels, and of a plan's time."""
         self._models, self._max_size, self._min_size = models, max_size, min_size
         self._reading = WorkerPool("requests", READING_THREADS, max_waiting=MAX_READING)
-        self._plans = PlanPool()
+        self._plans = PlanPool(stall_timeout_s=stall_timeout_s)
 
     def close(self) -> None:
         """Ends what is being read with UNAVAILABLE."""

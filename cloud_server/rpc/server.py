@@ -79,6 +79,7 @@ class CloudServer:
             limits=limits,
             bundles=[bundle.info() for bundle in bundles],
             heartbeat_s=settings.heartbeat_s,
+            stall_timeout_s=settings.stall_timeout_s,
         )
         self._bundles = BundleService(bundles)
         token = [TokenInterceptor(settings.tokens)] if settings.tokens else []

@@ -35,6 +35,7 @@ class WorkerPool:
         self._futures: set[Future[Any]] = set()  # not done yet; this and what follows under the lock
         self._threads: list[threading.Thread] = []
         self._num_waiting = 0
+        self._busy_since_s: dict[int, float] = {}  # by thread
         self._mean_s = 0.0
         self._is_closed = False
 
@@ -46,6 +47,12 @@ class WorkerPool:
             Exception: Whatever the function raises.
         """
         return await asyncio.wrap_future(self._submit(lambda: function(*args, **kwargs)))
+
+    @property
+    def stalled_s(self) -> float:
+        """Seconds since the oldest piece of work in hand was begun; 0 where there is none."""
+        with self._lock:
+            return max((time.monotonic() - since_s for since_s in self._busy_since_s.values()), default=0.0)
 
     def close(self) -> None:
         """Ends all work, waiting or running, with UNAVAILABLE for who waits for it, and the threads after it."""
@@ -66,7 +73,9 @@ class WorkerPool:
                 self._num_waiting -= 1
             if future.done():
                 return
-            started_s = time.monotonic()
+            thread, started_s = threading.get_ident(), time.monotonic()
+            with self._lock:
+                self._busy_since_s[thread] = started_s
             with contextlib.suppress(InvalidStateError):  # cancelled, or the pool was closed
                 try:
                     result = function()
@@ -75,6 +84,7 @@ class WorkerPool:
                 else:
                     future.set_result(result)
             with self._lock:
+                del self._busy_since_s[thread]
                 self._mean_s += 0.2 * (time.monotonic() - started_s - self._mean_s)
 
         with self._lock:

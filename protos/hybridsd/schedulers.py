@@ -39,6 +39,8 @@ CLIPPING = ("clip_sample", "thresholding")
 """Options that clip values, which no plan can say."""
 ZERO_SNR = "rescale_betas_zero_snr"
 """The option of a model that was trained down to pure noise (Lin et al. 2024)."""
+_LEAST_ALPHA = 2.0**-24
+"""What some of diffusers' schedulers say of alpha squared at pure noise, whose level is infinite, and others leave 0."""
 _PLAIN = {f"use_{name}_sigmas": False for name in SIGMAS}
 _MAX_NAME = 1024
 
@@ -327,7 +329,8 @@ def _meaning(spec: SchedulerSpec) -> tuple[object, ...]:
 
 def _interpolated(table: Sequence[int], num_steps: int, alphas_cumprod: Any) -> list[int]:
     """Returns timesteps whose noise levels lie between those of a table, geometrically, as the paper's authors do."""
-    levels = [0.5 * math.log((1.0 - float(alpha)) / float(alpha)) for alpha in alphas_cumprod]  # rising
+    alphas = [max(float(alpha), _LEAST_ALPHA) for alpha in alphas_cumprod]
+    levels = [0.5 * math.log((1.0 - alpha) / alpha) for alpha in alphas]  # rising
     known = [levels[timestep] for timestep in table]
     result: list[int] = []
     for step in range(num_steps):

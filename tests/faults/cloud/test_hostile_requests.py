@@ -129,6 +129,23 @@ async def test_a_plan_is_compiled_once_for_all(slow_to_compile: StartServer, pla
     assert plans.begun == [("euler", 30), ("euler", 31)]
 
 
+async def test_nobody_waits_for_a_plan_that_does_not_come(slow_to_compile: StartServer, plans: GatedPlans) -> None:
+    """Its streams end with UNAVAILABLE, as do those behind it; jobs with plans at hand go on; it may come after all."""
+    client = await slow_to_compile(stall_timeout_s=0.2, heartbeat_s=0.02)
+    streams = [asyncio.create_task(client.denoise(message(scheduler=spec(steps)))) for steps in (51, 52)]
+    for call in (*streams, compiled(client, spec(53))):
+        with pytest.raises(grpc.RpcError) as ended:
+            await call
+        code, reason, _, delay = failure(ended.value)
+        assert (code, reason) == ("UNAVAILABLE", "UNAVAILABLE")
+        assert delay is not None
+    assert (await client.denoise(message()))[-1].HasField("finished")
+    plans.open()
+    await until(lambda: client.server._service._reader._plans._quick.stalled_s == 0.0)
+
+    assert (await compiled(client, spec(51))).plan_digest
+
+
 def test_plans_at_hand_are_bounded_by_their_rows(tiny_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long plans are not kept by the hundred; the newest is."""
     monkeypatch.setattr(models_plans, "MAX_ROWS", 30)

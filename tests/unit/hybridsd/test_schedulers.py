@@ -104,6 +104,16 @@ def test_aligned_steps_are_interpolated(name: str, steps: int) -> None:
         assert tuple(found) == tuple(AYS[name])
 
 
+@pytest.mark.parametrize("name", ["lcm", "tcd", "ddpm"])
+def test_aligned_steps_begin_at_pure_noise(name: str) -> None:
+    """Of a model whose noise levels end there, too, where their logarithm is infinite."""
+    base = {**BETAS, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    plan = compile_named(diffusers, base, f"{name}+ays", 4, torch.from_numpy)
+
+    assert plan.rows[0].timestep == 999
+    assert len(plan.rows) == 4
+
+
 def test_own_timesteps_are_as_many_as_there_are_steps() -> None:
     """Otherwise the number that they are is said."""
     with pytest.raises(InvalidRequest, match="set `steps` to 3"):

@@ -80,8 +80,8 @@ class PlanPool:
     def _check_stall(self, pool: WorkerPool) -> None:
         if (stalled_s := pool.stalled_s) >= self._stall_timeout_s:
             raise Reason.UNAVAILABLE.error(
-                f"a plan has not been compiled for {stalled_s:.0f} s; choose a scheduler and a number of steps that were"
-                " used before, another server, or come again",
+                f"a plan has not been compiled for {stalled_s:.0f} s; choose another scheduler or number of steps, or"
+                " come again",
                 retry_delay_s=STALL_RETRY_S,
             )
 

@@ -40,7 +40,7 @@ CLIPPING = ("clip_sample", "thresholding")
 ZERO_SNR = "rescale_betas_zero_snr"
 """The option of a model that was trained down to pure noise (Lin et al. 2024)."""
 _LEAST_ALPHA = 2.0**-24
-"""What some of diffusers' schedulers say of alpha squared at pure noise, whose level is infinite, and others leave 0."""
+"""Stands for an alpha squared of 0, whose level is infinite, as in some of diffusers' schedulers."""
 _PLAIN = {f"use_{name}_sigmas": False for name in SIGMAS}
 _MAX_NAME = 1024
 

@@ -264,7 +264,7 @@ def _leave_threads_to_the_engine(settings: Settings) -> Settings:
 
 def _load(settings: Settings, placement: "Placement") -> "dict[str, Model]":
     """Loads the models, by id."""
-    from cloud_server.models.load import ModelError, config_for, load_model
+    from cloud_server.models.load import ModelError, config_for, load_model, size_multiple
     from cloud_server.models.sources import locate, parse_source
 
     loras = _loras(settings)
@@ -272,10 +272,20 @@ def _load(settings: Settings, placement: "Placement") -> "dict[str, Model]":
     named = {text.partition("=")[0] for text in settings.configs if "=" in text} | {lora.model for lora in loras}
     if unknown := sorted(named - served - {""}):
         raise ModelError(f"--config or --lora is for {unknown[0]!r}; the models are {', '.join(sorted(served))}")
+
+    def check_max_size(model: str, multiple: int) -> None:
+        if settings.max_size is not None and settings.max_size < multiple:
+            raise ModelError(
+                f"--max-size is {settings.max_size}, but model {model} takes multiples of {multiple} pixels; choose at"
+                " least that"
+            )
+
     for source in settings.models:  # before the first is loaded
         parsed = parse_source(source, variant=settings.variant)
         if Path(parsed.where).exists():
-            locate(parsed, config_for(parsed.id, settings.configs))
+            files = locate(parsed, config_for(parsed.id, settings.configs))
+            if settings.max_size is not None:
+                check_max_size(parsed.id, size_multiple(files))
     logs.quiet_libraries()
     models = {}
     for source in settings.models:
@@ -284,6 +294,7 @@ def _load(settings: Settings, placement: "Placement") -> "dict[str, Model]":
             source, placement, latent_space=settings.latent_space, variant=settings.variant, configs=settings.configs,
             loras=loras,
         )  # fmt: skip
+        check_max_size(model.info.id, model.info.size_multiple)  # of one from the hub
         models[model.info.id] = model
         log.info(
             "model_loaded",

@@ -4,6 +4,7 @@ Knows nothing of models; reads nothing by itself.
 """
 
 import ipaddress
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,6 +48,9 @@ class Settings:
     """And for this long the end of the process."""
 
     def __post_init__(self) -> None:
+        for name in ("drain_timeout", "heartbeat", "stall_timeout", "stall_exit"):
+            if math.isnan(getattr(self, f"{name}_s")):
+                raise ValueError(f"--{name.replace('_', '-')} is nan; give seconds")
         if self.heartbeat_s > MAX_HEARTBEAT_S:
             raise ValueError(
                 f"--heartbeat is {self.heartbeat_s:g} s; choose at most {MAX_HEARTBEAT_S:g}: edges take longer silence"

@@ -132,6 +132,21 @@ def load_model(
         raise ModelError(f"model {name}: its configuration lacks {error}; save it with diffusers again") from error
 
 
+def size_multiple(files: Files) -> int:
+    """Returns of what widths and heights of a model's images are multiples, in pixels; its weights are not read."""
+    try:
+        return _halvings(files.read("vae/config.json")) * _halvings(read_json(files.unet / "config.json"))
+    except KeyError as error:
+        raise ModelError(
+            f"model {files.source.id}: its configuration lacks {error}; save it with diffusers again"
+        ) from error
+
+
+def _halvings(config: dict[str, Any]) -> int:
+    """Returns by what the blocks of a network divide width and height."""
+    return int(2 ** (len(config["block_out_channels"]) - 1))
+
+
 def _load(files: Files, placement: Placement, latent_space: str | None, loras: Sequence[LoraSource]) -> Model:
     name, unet_config = files.source.id, read_json(files.unet / "config.json")
     parts = ["text_encoder", "text_encoder_2"][: 2 if is_sdxl(unet_config) else 1]
@@ -191,15 +206,14 @@ def _describe(
     first, note = _default_scheduler(name, metadata, scheduler, usable, lambda own: compiler.plan(own, num_steps))
     if note:
         log.warning("scheduler_replaced", model=name, note=note)
-    vae_scale_factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    size_multiple = vae_scale_factor * 2 ** (len(unet["block_out_channels"]) - 1)
+    vae_scale_factor = _halvings(vae)
     default_size = metadata.get("default_size", _trained_size(unet) * vae_scale_factor)
     info = ModelInfo(
         id=name,
         latent_space=latent_space or metadata.get("latent_space") or _latent_space(files, vae),
         latent_channels=unet["in_channels"],
         vae_scale_factor=vae_scale_factor,
-        size_multiple=size_multiple,
+        size_multiple=vae_scale_factor * _halvings(unet),
         default_size=default_size,
         context_length=architecture.context_length,
         embed_dim=architecture.embed_dim,
@@ -213,7 +227,9 @@ def _describe(
         scheduler_note=note,
     )
     _check_defaults(info)
-    return replace(info, sizes=aspect_buckets.buckets(default_size, size_multiple)) if architecture.is_sdxl else info
+    return (
+        replace(info, sizes=aspect_buckets.buckets(default_size, info.size_multiple)) if architecture.is_sdxl else info
+    )
 
 
 def config_for(name: str, configs: Sequence[str]) -> str | None:

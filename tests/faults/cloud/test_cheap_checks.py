@@ -179,6 +179,17 @@ def test_times_that_do_not_fit_together(serve: Serve, option: str, value: str) -
     assert option in serve(option, value)
 
 
+@pytest.mark.parametrize("option", ["--heartbeat", "--drain-timeout", "--stall-timeout", "--stall-exit"])
+def test_times_that_are_no_numbers(serve: Serve, option: str) -> None:
+    """They would pass every comparison: nothing would ever be stuck."""
+    assert f"{option} is nan" in serve(option, "nan")
+
+
+def test_no_size_that_any_image_can_have(serve: Serve) -> None:
+    """Every request would be refused."""
+    assert "--max-size is 15, but model tiny takes multiples of 16 pixels" in serve("--max-size", "15")
+
+
 def test_settings_check_themselves() -> None:
     """Also where no command line has looked at them."""
     for changes in ({"heartbeat_s": 10.1}, {"stall_timeout_s": 60.0, "stall_exit_s": 59.0}):

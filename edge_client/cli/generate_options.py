@@ -6,6 +6,7 @@ from typing import Any, TypeVar, get_args
 
 import click
 
+from edge_client.cli.numbers import RealRange
 from edge_client.cli.patience_options import patience_options
 from edge_client.cli.shared_options import model_options, server_options
 from edge_client.images import inputs
@@ -61,7 +62,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--overwrite", is_flag=True, help="Allow to write over files."),
     server_options,
     click.option(
-        "--wait-for-server", type=click.FloatRange(0, 3600), default=0.0, show_default=True, metavar="SECONDS",
+        "--wait-for-server", type=RealRange(0, 3600), default=0.0, show_default=True, metavar="SECONDS",
         help="Let a server that is just starting come up first.",
     ),
     click.option(
@@ -80,7 +81,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "bundle's share. With --image as many fewer as --strength leaves out.",
     ),
     click.option(
-        "--quality", type=click.FloatRange(0, 1),
+        "--quality", type=RealRange(0, 1),
         help="Choose the split: the fewest cloud steps for it; 0 is the edge's own image, 1 the cloud's.",
     ),
     click.option(

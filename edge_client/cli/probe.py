@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 
 import click
 
+from edge_client.cli.numbers import RealRange
 from edge_client.cli.shared_options import CONTEXT, DEFAULT_GATEWAY
 from hybridsd.errors import HybridSDError, Reason
 
@@ -14,7 +15,7 @@ _MAX_BYTES = 65_536
 
 @click.command(context_settings=CONTEXT)
 @click.option("--gateway", default=DEFAULT_GATEWAY, show_default=True, help="Its address.")
-@click.option("--timeout", type=click.FloatRange(0.1, 3600), default=3.0, show_default=True, help="Seconds in all.")
+@click.option("--timeout", type=RealRange(0.1, 3600), default=3.0, show_default=True, help="Seconds in all.")
 def probe(gateway: str, timeout: float) -> None:
     """Asks a gateway whether it takes jobs; exit code 4 if not. For health checks."""
     outcome: list[str | HybridSDError] = []

@@ -283,10 +283,16 @@ def _check_defaults(info: ModelInfo) -> None:
             f"model {info.id}: default_guidance_scale is {info.default_guidance_scale}; "
             f"it must be in [{MIN_GUIDANCE:g}, {MAX_GUIDANCE:g}]"
         )
-    if not info.schedulers or not 1 <= info.default_num_inference_steps <= MAX_STEPS:
+    if not 1 <= info.default_num_inference_steps <= MAX_STEPS:
         raise ModelError(
             f"model {info.id}: default_num_inference_steps is {info.default_num_inference_steps}, with which no"
             f" scheduler works; it must be in [1, {MAX_STEPS}]"
+        )
+    if not info.schedulers:
+        why = f": {_CONSISTENCY_SCHEDULER}, which it needs, does not" if info.guidance == "embedded" else ""
+        raise ModelError(
+            f"model {info.id}: no scheduler works with its scheduler_config.json in"
+            f" {info.default_num_inference_steps} steps{why}; look at its prediction_type and betas"
         )
 
 

@@ -272,6 +272,14 @@ def test_every_kind_says_what_it_takes(make_folder: MakeFolder, kind: Kind, says
     assert all(side % info.size_multiple == 0 for size in info.sizes for side in size)
 
 
+def test_what_is_at_fault_is_the_schedule_and_not_the_steps(make_folder: MakeFolder, tmp_path: Path) -> None:
+    """At pure noise an epsilon says nothing of the image: no number of steps helps."""
+    copy = Path(shutil.copytree(make_folder("lcm"), tmp_path / "copy"))
+    edit(copy, "scheduler/scheduler_config.json", rescale_betas_zero_snr=True)
+    with pytest.raises(ModelError, match=r"scheduler_config\.json in 8 steps: lcm, which it needs, does not"):
+        load_model(str(copy), CPU)
+
+
 def test_a_consistency_model_takes_no_other_scheduler(make_folder: MakeFolder, tmp_path: Path) -> None:
     """Whatever its folder says: 8 steps of "lcm" are the default, and a solver of the ODE is refused."""
     copy = Path(shutil.copytree(make_folder("lcm"), tmp_path / "copy"))

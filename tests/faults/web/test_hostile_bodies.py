@@ -17,7 +17,7 @@ from edge_client.bundles.bundle import Bundle
 from edge_client.inference.models import Models
 from edge_client.web import bodies
 from edge_client.web.schemas.native import JobCreate
-from tests.integration.web.conftest import TOKENS, GatewayServer, ask, serving
+from tests.integration.web.conftest import TOKENS, GatewayServer, ask, picture, serving
 from tests.support.patience import HANG_S
 
 PATHS = ("/v1/jobs", "/v1/images/generations", "/sdapi/v1/txt2img", "/sdapi/v1/png-info", "/sdapi/v1/options")
@@ -133,6 +133,17 @@ def test_json_that_cannot_be_read(content: bytes, said: str, path: str, client: 
 
     assert (answer.status_code, answer.json()["field"]) == (422, "body")
     assert said in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("name", ["prompt", "n", "hybrid[mode]"])
+def test_a_form_field_that_is_there_twice(name: str, client: httpx.Client) -> None:
+    """None wins silently."""
+    parts = {"image": ("a.png", picture(), "image/png")}
+    data = {"prompt": "a fox", name: ["1", "2"]}
+    answer = client.post("/v1/images/edits", files=parts, data=data)
+
+    assert (answer.status_code, answer.json()["field"]) == (422, name)
+    assert "twice" in answer.json()["detail"]
 
 
 def test_a_whole_number_that_is_too_large(client: httpx.Client) -> None:

@@ -9,8 +9,8 @@ from starlette.types import Receive, Scope, Send
 from edge_client.web.auth import Caller
 from hybridsd.errors import Reason
 
-MAX_STREAMS = 64
-"""Of one client; a browser opens 6."""
+MAX_STREAMS = 256
+"""Of one token, or without tokens of one address, behind which there may be many users; a browser opens 6."""
 KEEP_ALIVE_S = 10
 
 

@@ -31,6 +31,7 @@ from edge_client.web.jobs.worker import JobWorker
 from edge_client.web.middleware import HeadMiddleware, SecurityMiddleware
 from edge_client.web.routes import a1111, a1111_lists, jobs, openai, pages
 from edge_client.web.settings import Settings
+from edge_client.web.streams import Streams
 from hybridsd.errors import HybridSDError
 
 log = structlog.get_logger()
@@ -88,7 +89,7 @@ def create_app(
         )  # fmt: skip
         app.state.gateway = Gateway(
             bundle=bundle, models=models, cloud=cloud, watch=CloudWatch(cloud), store=store, queue=queue, access=access,
-            views=views, webhooks=webhooks, max_body_bytes=settings.max_body_bytes,
+            views=views, webhooks=webhooks, streams=Streams(), max_body_bytes=settings.max_body_bytes,
             cloud_dollars_per_hour=settings.cloud_dollars_per_hour,
         )  # fmt: skip
         queue.start()

@@ -115,14 +115,23 @@ def parse_json(content: bytes) -> Any:
     """Returns what JSON says.
 
     Raises:
-        Refusal: FIELD_INVALID for more than `MAX_DEPTH` objects and lists in one another.
-        ValueError: It is none.
+        Refusal: FIELD_INVALID for more than `MAX_DEPTH` objects and lists in one another, for text that is not Unicode,
+            and for numbers of thousands of digits.
+        JSONDecodeError: It is none.
     """
     try:
         value = json.loads(content)
         is_deep = _is_deep(value)
     except RecursionError:
         is_deep = True
+    except json.JSONDecodeError:
+        raise
+    except UnicodeDecodeError as error:
+        message = "the body is not UTF-8; send JSON in UTF-8, without Content-Encoding"
+        raise Refusal(Reason.FIELD_INVALID.error(message, field="body")) from error
+    except ValueError as error:  # Python's limit of digits
+        message = "the body has a number of thousands of digits; send a smaller one"
+        raise Refusal(Reason.FIELD_INVALID.error(message, field="body")) from error
     if is_deep:
         message = f"the body has more than {MAX_DEPTH} objects and lists in one another; send fewer"
         raise Refusal(Reason.FIELD_INVALID.error(message, field="body"))

@@ -1,4 +1,4 @@
-"""Connections of clients: whoever does not send a request is not waited for."""
+"""Connections of clients: whoever does not send a request, or does not read its answer, is not waited for."""
 
 import asyncio
 from typing import Any
@@ -11,14 +11,23 @@ HEAD_S = 10.0
 """How long the head of a request may take."""
 MAX_HEADLESS = 512
 """Connections without a whole head at once; beyond it the oldest is closed."""
+UNREAD_S = 60.0
+"""How often it is looked whether a client reads an answer that waits for it."""
+MIN_READ_RATE = 1024
+"""Bytes per second that it has to read."""
 _headless: dict["PatientProtocol", None] = {}
 """The oldest first."""
 
 
 class PatientProtocol(H11Protocol):
-    """HTTP/1.1 with a time limit for the heads of requests, and for what comes of bodies that nobody reads any more."""
+    """HTTP/1.1 with time limits: for heads of requests, what comes of bodies that nobody reads, and unread answers.
+
+    Closing is no help against the last: it waits until all is sent.
+    """
 
     _timer: asyncio.TimerHandle | None = None
+    _reading: asyncio.TimerHandle | None = None
+    _unread = 0
 
     def connection_made(self, transport: Any) -> None:
         """See asyncio."""
@@ -33,7 +42,32 @@ class PatientProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio."""
         self._stop_timer()
+        self._stop_reading()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """See asyncio."""
+        super().pause_writing()
+        self._unread = self.transport.get_write_buffer_size()
+        self._reading = self.loop.call_later(UNREAD_S, self._check_reader)
+
+    def resume_writing(self) -> None:
+        """See asyncio."""
+        self._stop_reading()
+        super().resume_writing()
+
+    def _check_reader(self) -> None:
+        unread = self.transport.get_write_buffer_size()
+        if self._unread - unread < MIN_READ_RATE * UNREAD_S:
+            self.transport.abort()
+            return
+        self._unread = unread
+        self._reading = self.loop.call_later(UNREAD_S, self._check_reader)
+
+    def _stop_reading(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
 
     def _watch(self) -> None:
         """Starts the timer where no request is being answered. More of the same head does not start it anew."""

@@ -20,6 +20,7 @@ from edge_client.web.jobs.uploads import split_uploads
 from edge_client.web.jobs.view import Views
 from edge_client.web.jobs.webhooks import Webhooks
 from edge_client.web.schemas.native import JobCreate
+from edge_client.web.streams import Streams
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +36,7 @@ class Gateway:
     access: Access
     views: Views
     webhooks: Webhooks
+    streams: Streams
     max_body_bytes: int
     cloud_dollars_per_hour: float | None = None
 

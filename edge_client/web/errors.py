@@ -40,6 +40,8 @@ _DESCRIPTIONS = {
 }
 _ALWAYS = (400, 403, 408, 413, 429, 500)
 _EMPTY = ("missing", "string_too_short", "string_pattern_mismatch")
+_MAX_FIELD = 120
+"""Characters of the name of a field in an answer: who sends a longer one does not get it back."""
 _TITLES = {499: "Client Closed Request"}
 
 _OPERATOR = (
@@ -154,7 +156,9 @@ def install(app: FastAPI) -> None:
     async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         where = [str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")]
-        field = "body" if first["type"] == "json_invalid" else ".".join(where) or "body"  # it names a position
+        field = (
+            "body" if first["type"] == "json_invalid" else ".".join(where)[:_MAX_FIELD] or "body"
+        )  # it names a position
         if field == "prompt" and first["type"] in _EMPTY:
             return respond(
                 problem_of(Reason.PROMPT_EMPTY.error("the prompt is empty; describe the image", field=field))
@@ -166,7 +170,7 @@ def install(app: FastAPI) -> None:
         if isinstance(error, Refusal):
             return respond(error.problem)
         reason = _BY_STATUS.get(error.status_code, Reason.FIELD_INVALID)
-        message = f"{error.detail}; see /docs"
+        message = f"{str(error.detail).rstrip('.')}; see /docs"
         return respond(problem_of(reason.error(message), status=error.status_code), dict(error.headers or {}))
 
     @app.exception_handler(Exception)
@@ -196,6 +200,7 @@ _PATTERNS = {
     r"\S": "send a text that is not empty",
     r"^[A-Za-z0-9_-]{1,64}$": "send 1 to 64 letters, digits, - and _",
     r"^\d{1,4},\d{1,4}$": "send cloud and edge steps, such as 8,17",
+    r"^\d{1,4},\d{1,4}(,\d(\.\d{1,20})?)?$": "send warm-up and skipped calls, such as 4,1 or 4,1,0.3 (extrapolated)",
     r"^(auto|\d{1,4}x\d{1,4})$": "send WIDTHxHEIGHT, such as 512x512, or auto",
 }
 """What to send where a text has to match; see the schemas."""
@@ -222,6 +227,7 @@ _ENDINGS = {
     "string_type": "send a text",
     "int_type": "send a whole number",
     "int_parsing": "send a whole number",
+    "int_parsing_size": "send a smaller whole number",
     "float_type": "send a number",
     "float_parsing": "send a number",
     "bool_type": "send true or false",

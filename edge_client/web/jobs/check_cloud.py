@@ -38,7 +38,8 @@ def refusal(
     low, high = size_range(manifest, found)
     for name, side in (("width", create.width), ("height", create.height)):
         if side is not None and not fits_size and (side % manifest.size_multiple or not low <= side <= high):
-            larger = "; `mode` edge has no such limit" if side > high and high < MAX_SIZE else ""
+            is_larger_here = high < side <= MAX_SIZE and not manifest.sizes
+            larger = f"; with `mode` edge to {MAX_SIZE}" if is_larger_here else ""
             return Reason.SIZE_INVALID.error(
                 f"`{name}` is {side}; choose a multiple of {manifest.size_multiple} from {low} to {high}{larger}",
                 field=name,

@@ -82,12 +82,12 @@ class JobWorker:
         goals = _goals(filled)
         if goals is not None and (filled.hybrid.split or filled.hybrid.cloud_steps is not None):
             raise Reason.SPLIT_INVALID.error(
-                "a split and goals for an automatic one exclude each other; omit split and cloud_steps, or the goals",
+                "a split and goals of one exclude each other; omit `split` and `cloud_steps`, or the goals",
                 field="hybrid",
             )
         if goals is not None and (filled.hybrid.segments or filled.hybrid.mode in ("edge", "cloud")):
             raise Reason.SPLIT_INVALID.error(
-                "mode or segments fix the split; omit them, or the goals of an automatic split",
+                "`mode` or `segments` fix the split; omit them, or the goals of an automatic split",
                 field="hybrid",
             )
         return filled
@@ -273,8 +273,8 @@ def _steps(create: JobCreate) -> tuple[int | None, int | None]:
     cloud, edge = map(int, create.hybrid.split.split(","))
     if cloud + edge == 0 or cloud_steps not in (None, cloud) or steps not in (None, cloud + edge):
         raise Reason.SPLIT_INVALID.error(
-            f"split {create.hybrid.split} means {cloud} cloud steps of {cloud + edge}, which must be 1 or more; omit "
-            "cloud_steps and num_inference_steps, or make them agree",
+            f"`split` {create.hybrid.split} means {cloud} cloud steps of {cloud + edge}, which must be 1 or more; omit "
+            "`cloud_steps` and `num_inference_steps`, or make them agree",
             field="hybrid.split",
         )
     return cloud, cloud + edge

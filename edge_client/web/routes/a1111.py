@@ -355,7 +355,12 @@ def _create(body: TextToImage, fields: dict[str, Any], model: str, gateway: Gate
 def _with_model(body: TextToImage, model: str, gateway: Gateway) -> Hybrid:
     """Returns the `hybrid` object of a body with the model of its settings, else with that of its caller."""
     wanted, hybrid = body.override_settings.get("sd_model_checkpoint") or "", body.hybrid
-    name = str(wanted).partition(" [")[0][:64]
+    if not isinstance(wanted, str):
+        raise Reason.FIELD_INVALID.error(
+            f"sd_model_checkpoint is {wanted!r:.40}; give the name of a model",
+            field="override_settings.sd_model_checkpoint",
+        )
+    name = wanted.partition(" [")[0][:64]
     if name and hybrid.model not in ("", name):
         raise Reason.FIELD_INVALID.error(
             f"sd_model_checkpoint is {name!r} and hybrid.model {hybrid.model!r}; give one",
@@ -431,12 +436,13 @@ def _check_eta(eta: float | None, sampler: schedulers.SchedulerSpec) -> None:
 
 def _output(settings: dict[str, Any]) -> tuple[Format, int]:
     """Returns format and quality of the images of an answer."""
-    wanted, quality = settings.get("samples_format") or "png", settings.get("jpeg_quality") or 80
-    if wanted not in _FORMATS:
+    given = {name: value for name, value in settings.items() if value not in (None, "")}
+    wanted, quality = given.get("samples_format", "png"), given.get("jpeg_quality", 80)
+    if not isinstance(wanted, str) or wanted not in _FORMATS:
         raise Reason.FIELD_INVALID.error(
             f"samples_format is {wanted!r:.20}; choose {', '.join(_FORMATS)}", field="override_settings.samples_format"
         )
-    if not isinstance(quality, int) or not 1 <= quality <= 100:
+    if type(quality) is not int or not 1 <= quality <= 100:  # a bool is an int, too
         raise Reason.FIELD_INVALID.error(
             f"jpeg_quality is {quality!r:.20}; choose 1 to 100", field="override_settings.jpeg_quality"
         )

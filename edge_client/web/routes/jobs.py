@@ -22,7 +22,6 @@ from hybridsd.errors import Reason
 
 router = APIRouter(prefix="/v1", tags=["jobs"], route_class=JsonRoute)
 
-KEEP_ALIVE_S = 10
 JobId = Annotated[str, Path(min_length=1, max_length=64)]
 
 
@@ -84,7 +83,7 @@ async def cancel_job(job_id: JobId, gateway: SharedGateway, caller: AuthorizedCa
     "/jobs/{job_id}/events", response_class=EventSourceResponse,
     responses={
         200: {"content": {"text/event-stream": {"schema": {"$ref": "#/components/schemas/JobEvent"}}}},
-        **answers(401, 404, 410, 422),
+        **answers(401, 404, 410, 422, 429),
     },
 )  # fmt: skip
 async def watch_job(
@@ -111,7 +110,7 @@ async def watch_job(
         async for event in gateway.queue.events(job, after):
             yield JSONServerSentEvent(event.data, event=event.name, id=str(event.number))
 
-    return EventSourceResponse(stream(), ping=KEEP_ALIVE_S, headers={"X-Accel-Buffering": "no"})
+    return gateway.streams.respond(caller, stream())
 
 
 @router.get(

@@ -133,10 +133,14 @@ async def _read_form(request: Request) -> tuple[dict[str, Any], list[bytes | Non
         raise Reason.FIELD_INVALID.error("send the image as multipart/form-data", field="content-type")
     files: dict[str, list[bytes | None]] = {"image": [], "mask": []}
     fields: dict[str, Any] = {}
+    names: set[str] = set()
     async with request.form(max_files=MAX_INPUTS + 1, max_part_size=64 * 1024) as form:
         for name, value in form.multi_items():
             plain = name.partition("[")[0]
             if isinstance(value, str):
+                if name in names:  # none wins silently
+                    raise Reason.FIELD_INVALID.error(f"{name[:40]!r} is there twice; send it once", field=name[:40])
+                names.add(name)
                 _put(fields, name, value)
             elif plain in files:
                 files[plain].append(await value.read(MAX_BYTES + 1))

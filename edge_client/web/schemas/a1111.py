@@ -292,4 +292,4 @@ def _is_idle(script: Any) -> bool:
 
 
 def _refuse(field: str, what: str) -> Exception:
-    return Reason.FIELD_INVALID.error(f"`{field}`: {what}", field=field)
+    return Reason.FIELD_INVALID.error(f"{field}: {what}", field=field)  # AUTOMATIC1111's own name: not in backticks

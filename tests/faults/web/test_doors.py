@@ -77,6 +77,32 @@ def test_what_the_cloud_does_not_have(
     assert limited.fake.requests == []
 
 
+def test_what_is_promised_instead_is_taken(client: httpx.Client) -> None:
+    """A size that this device does not draw either is not said to be one that it has."""
+    for changes in ({"width": 8192}, {"width": 4112}, {"width": 130}, {"height": 4096}):
+        said = client.post("/v1/jobs", json=ask(**changes)).json()["detail"]
+        larger = [side for side in changes.values() if side <= 4096]
+        assert ("hybrid.mode edge to 4096" in said) == bool(larger)
+
+
+@pytest.mark.parametrize(
+    ("hybrid", "words"),
+    [
+        ({"split": "3,3"}, ("hybrid.split 3,3", "hybrid.cloud_steps")),
+        ({"split": "3,3", "max_latency_ms": 5}, ("hybrid.split", "hybrid.cloud_steps")),
+        ({"mode": "edge", "max_latency_ms": 5}, ("hybrid.mode", "hybrid.segments")),
+        ({"cloud_skip": "0.1"}, ("4,1,0.3",)),
+    ],
+)
+def test_fields_are_named_as_they_are_sent(
+    hybrid: dict[str, Any], words: tuple[str, ...], client: httpx.Client
+) -> None:
+    answer = client.post("/v1/jobs", json={"prompt": "a fox", "num_inference_steps": 10, "hybrid": hybrid})
+
+    assert answer.status_code == 422
+    assert all(word in answer.json()["detail"] for word in words), answer.json()["detail"]
+
+
 def test_what_this_device_can_do_alone(client: httpx.Client) -> None:
     """A size beyond the cloud's is no trouble for steps here."""
     assert finish(client, width=128, hybrid={"mode": "edge"})["state"] == "completed"

@@ -1,5 +1,6 @@
 """Bodies that would stall everybody: refused before they are read or parsed, or parsed where nobody waits for it."""
 
+import gzip
 import json
 import socket
 import threading
@@ -16,7 +17,7 @@ from edge_client.bundles.bundle import Bundle
 from edge_client.inference.models import Models
 from edge_client.web import bodies
 from edge_client.web.schemas.native import JobCreate
-from tests.integration.web.conftest import TOKENS, GatewayServer, ask, serving
+from tests.integration.web.conftest import TOKENS, GatewayServer, ask, picture, serving
 from tests.support.patience import HANG_S
 
 PATHS = ("/v1/jobs", "/v1/images/generations", "/sdapi/v1/txt2img", "/sdapi/v1/png-info", "/sdapi/v1/options")
@@ -105,6 +106,51 @@ def test_an_unknown_field_is_named(client: httpx.Client) -> None:
     answer = client.post("/v1/jobs", json=ask(colour="red", size="large"))
 
     assert (answer.status_code, answer.json()["field"]) == (422, "colour")
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/images/generations", "/sdapi/v1/txt2img"])
+def test_a_long_name_does_not_come_back(path: str, client: httpx.Client) -> None:
+    """Of a megabyte, or of many in one another."""
+    for name in ("k" * 1_000_000, "\N{SNOWMAN}" * 100_000):
+        answer = client.post(path, json={"prompt": "a fox", name: 1})
+        assert answer.status_code == 422
+        assert name[:50] in answer.json()["detail"]
+        assert len(answer.content) < 4000
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"prompt": "\xff"}', "UTF-8"),
+        (gzip.compress(b'{"prompt": "a fox"}'), "Content-Encoding"),
+        (b'{"prompt": "a fox", "seed": ' + b"9" * 5000 + b"}", "digits"),
+    ],
+)
+def test_json_that_cannot_be_read(content: bytes, said: str, path: str, client: httpx.Client) -> None:
+    """The answer says what it is."""
+    answer = client.post(path, content=content, headers=JSON)
+
+    assert (answer.status_code, answer.json()["field"]) == (422, "body")
+    assert said in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("name", ["prompt", "n", "hybrid[mode]"])
+def test_a_form_field_that_is_there_twice(name: str, client: httpx.Client) -> None:
+    """None wins silently."""
+    parts = {"image": ("a.png", picture(), "image/png")}
+    data = {"prompt": "a fox", name: ["1", "2"]}
+    answer = client.post("/v1/images/edits", files=parts, data=data)
+
+    assert (answer.status_code, answer.json()["field"]) == (422, name)
+    assert "twice" in answer.json()["detail"]
+
+
+def test_a_whole_number_that_is_too_large(client: httpx.Client) -> None:
+    answer = client.get("/v1/jobs", params={"limit": "9" * 5000})
+
+    assert answer.status_code == 422
+    assert "smaller" in answer.json()["detail"]
 
 
 @pytest.mark.parametrize("path", PATHS)

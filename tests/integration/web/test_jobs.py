@@ -17,7 +17,7 @@ import pytest
 from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.client import Cloud
 from edge_client.inference.models import Models
-from edge_client.web.routes import jobs as jobs_api
+from edge_client.web import streams
 from edge_client.web.schemas.native import Image, Job
 from hybridsd.errors import Reason
 from tests.integration.web.conftest import (
@@ -158,7 +158,7 @@ def test_a_last_event_id_that_is_none_is_refused(given: str, client: httpx.Clien
 
 def test_a_silent_stream_is_kept_alive(client: httpx.Client, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> None:
     """A comment comes while nothing happens, so that nobody between takes the connection for dead."""
-    monkeypatch.setattr(jobs_api, "KEEP_ALIVE_S", 0.05)
+    monkeypatch.setattr(streams, "KEEP_ALIVE_S", 0.05)
     gate.close()
     job = submit(client)
     gate.wait()

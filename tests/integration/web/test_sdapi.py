@@ -202,6 +202,24 @@ def test_options_that_would_change_images_are_refused(api: WebUIApi) -> None:
     assert known.status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("samples_format", ["png"]), ("samples_format", {"a": 1}), ("samples_format", 0),
+        ("jpeg_quality", 0), ("jpeg_quality", True), ("jpeg_quality", [80]),
+        ("sd_model_checkpoint", ["fake-large"]), ("sd_vae", "other"), ("CLIP_stop_at_last_layers", [1]),
+    ],
+)  # fmt: skip
+def test_settings_of_a_wrong_kind(name: str, value: Any, api: WebUIApi) -> None:
+    """Are refused by name, in plain words; none is taken for another value, and none is our bug."""
+    body = {**WANTED, "override_settings": {name: value}}
+    refused = api.session.post(f"{api.baseurl}/txt2img", json=body)
+
+    assert (refused.status_code, refused.json()["field"]) == (422, f"override_settings.{name}")
+    assert name in refused.json()["detail"]
+    assert "`" not in refused.json()["detail"]
+
+
 def test_fields_that_contradict_each_other(api: WebUIApi) -> None:
     """None wins silently."""
     url, hybrid = f"{api.baseurl}/txt2img", {"hybrid": {"cloud_steps": 2, "model": "fake-large"}}

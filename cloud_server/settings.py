@@ -10,6 +10,8 @@ from pathlib import Path
 MAX_HEARTBEAT_S = 10.0
 """Half the silence after which an edge goes on alone."""
 
+MAX_WAIT_S = 86_400.0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
@@ -47,6 +49,10 @@ class Settings:
     """And for this long the end of the process."""
 
     def __post_init__(self) -> None:
+        for name in ("drain_timeout", "heartbeat", "stall_timeout", "stall_exit"):
+            seconds = getattr(self, f"{name}_s")
+            if not seconds <= MAX_WAIT_S:  # not a number is no time either
+                raise ValueError(f"--{name.replace('_', '-')} is {seconds:g} s; choose at most {MAX_WAIT_S:g}")
         if self.heartbeat_s > MAX_HEARTBEAT_S:
             raise ValueError(
                 f"--heartbeat is {self.heartbeat_s:g} s; choose at most {MAX_HEARTBEAT_S:g}: edges take longer silence"

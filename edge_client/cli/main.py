@@ -3,6 +3,7 @@
 A command's module is imported when the command runs, so that a health check does not wait for a web framework.
 """
 
+import errno
 import importlib
 import os
 import sys
@@ -24,6 +25,10 @@ COMMANDS = {
     "serve": "Serves web clients: OpenAI's images API, AUTOMATIC1111's, jobs with events, and a page to draw with.",
 }
 """The first sentence of each command's help, which its module repeats; the module is named as the command."""
+
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What no command can help, on standard output as well."""
 
 
 class _Commands(MutableMapping[str, click.Command]):
@@ -68,6 +73,9 @@ class _Group(click.Group):
         except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
             raise
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in _DISK_FULL:
+                click.echo(f"Error: cannot write: {error.strerror}; make room, or write elsewhere", err=True)
+                ctx.exit(Reason.FIELD_INVALID.value.exit_code)
             if os.environ.get("HYBRIDSD_EDGE_DEBUG"):
                 raise
             click.echo(

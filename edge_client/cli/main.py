@@ -6,6 +6,7 @@ A command's module is imported when the command runs, so that a health check doe
 import errno
 import importlib
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator, MutableMapping
@@ -67,6 +68,7 @@ class _Group(click.Group):
             click.echo(f"Error: {in_options(error.message)}", err=True)
             ctx.exit(error.reason.value.exit_code)
         except (KeyboardInterrupt, click.Abort):
+            _ignore_interrupts()
             click.echo("Interrupted.", err=True)
             _end_now(Reason.CANCELLED.value.exit_code)
             ctx.exit(Reason.CANCELLED.value.exit_code)
@@ -87,6 +89,12 @@ class _Group(click.Group):
         """Lists the commands without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
+
+
+def _ignore_interrupts() -> None:
+    """Lets a second Ctrl-C change nothing: the command is ending already, and its exit code says why."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _end_now(exit_code: int) -> None:

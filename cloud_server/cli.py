@@ -17,7 +17,7 @@ import click
 import structlog
 
 from cloud_server import logs, preflight
-from cloud_server.settings import MAX_HEARTBEAT_S, Settings
+from cloud_server.settings import MAX_HEARTBEAT_S, MAX_WAIT_S, Settings
 
 if TYPE_CHECKING:
     from cloud_server.models.devices import Placement
@@ -179,6 +179,8 @@ def check(log_format: logs.LogFormat, **options: Any) -> None:
 @_option("--timeout", "timeout_s", type=click.FloatRange(0.1), default=3.0, help="Seconds.")
 def probe(server: str, tls_ca: Path | None, timeout_s: float) -> None:
     """Asks a server whether it serves, by gRPC's health protocol; exit code 4 if not. For health checks."""
+    if not timeout_s <= MAX_WAIT_S:
+        raise click.UsageError(f"--timeout is {timeout_s:g} s; choose 0.1 to {MAX_WAIT_S:g}")
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 

@@ -4,12 +4,13 @@ Knows nothing of models; reads nothing by itself.
 """
 
 import ipaddress
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 MAX_HEARTBEAT_S = 10.0
 """Half the silence after which an edge goes on alone."""
+
+MAX_WAIT_S = 86_400.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,8 +50,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("drain_timeout", "heartbeat", "stall_timeout", "stall_exit"):
-            if math.isnan(getattr(self, f"{name}_s")):
-                raise ValueError(f"--{name.replace('_', '-')} is nan; give seconds")
+            seconds = getattr(self, f"{name}_s")
+            if not seconds <= MAX_WAIT_S:  # not a number is no time either
+                raise ValueError(f"--{name.replace('_', '-')} is {seconds:g} s; choose at most {MAX_WAIT_S:g}")
         if self.heartbeat_s > MAX_HEARTBEAT_S:
             raise ValueError(
                 f"--heartbeat is {self.heartbeat_s:g} s; choose at most {MAX_HEARTBEAT_S:g}: edges take longer silence"

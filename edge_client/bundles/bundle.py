@@ -147,4 +147,4 @@ def locate(given: str | None) -> Path:
 
 def _by_steps(name: str) -> tuple[str, int]:
     scheduler, _, steps = name.partition("/")
-    return scheduler, int(steps) if steps.isdigit() else 0
+    return scheduler, int(steps) if steps.isdecimal() and len(steps) < 5 else 0

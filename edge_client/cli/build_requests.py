@@ -156,7 +156,9 @@ def _pairs(ctx: click.Context, options: dict[str, Any]) -> list[prompt_files.Pro
                 )
             return prompt_files.parse_csv(options["csv_file"])
     except UnicodeDecodeError as error:
-        raise Reason.FIELD_INVALID.error(f"{given[0]} is not UTF-8 text: {error}", field=given[0]) from error
+        raise Reason.FIELD_INVALID.error(
+            f"`{given[0]}` is not UTF-8 text (byte {error.start + 1}); save it as UTF-8", field=given[0]
+        ) from error
     return [prompt_files.PromptPair(options[given[0]], options["negative_prompt"])]
 
 
@@ -186,10 +188,12 @@ def _split(options: dict[str, Any]) -> tuple[int | None, int | None]:
     except ValueError:
         cloud = edge = -1
     if cloud < 0 or edge < 0 or cloud + edge == 0:
-        raise Reason.SPLIT_INVALID.error(f"split is {text!r}; give cloud and edge steps, such as 8,17", field="split")
+        raise Reason.SPLIT_INVALID.error(
+            f"`split` is {text[:80]!r}; give cloud and edge steps, such as 8,17", field="split"
+        )
     if (cloud_steps is not None and cloud_steps != cloud) or (steps is not None and steps != cloud + edge):
         raise Reason.SPLIT_INVALID.error(
-            f"split {text} means {cloud} cloud steps of {cloud + edge}; --cloud-steps or --steps says otherwise: "
+            f"`split` {text} means {cloud} cloud steps of {cloud + edge}; --cloud-steps or --steps says otherwise: "
             "leave it out",
             field="split",
         )
@@ -252,7 +256,9 @@ def _seconds(text: str | None) -> float | None:
     except ValueError:
         value = -1.0
     if not 0 < value <= MAX_DEADLINE_S:
-        raise Reason.FIELD_INVALID.error(f"max-latency is {text[:20]!r}; give seconds, such as 4s", field="max_latency")
+        raise Reason.FIELD_INVALID.error(
+            f"`max_latency` is {text[:20]!r}; give seconds, such as 4s", field="max_latency"
+        )
     return value
 
 
@@ -317,7 +323,7 @@ def _lora(text: str) -> tuple[str, float]:
     try:
         return name, float(weight)
     except ValueError as error:
-        raise _refuse("loras", f"lora is {text[:80]!r}; give NAME or NAME:WEIGHT, such as style:0.8") from error
+        raise _refuse("loras", f"`loras` is {text[:80]!r}; give NAME or NAME:WEIGHT, such as style:0.8") from error
 
 
 def _refuse(field: str, message: str) -> HybridSDError:

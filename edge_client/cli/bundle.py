@@ -76,6 +76,8 @@ def fetch(
     with open_cloud(server, token_file=token_file, tls_ca=tls_ca, insecure=insecure) as cloud:
         offered = cloud.capabilities().bundles
         if name is None:
+            if not offered:
+                click.echo(f"{server} offers no bundles; its operator names them with --bundle", err=True)
             for key, files in offered.items():
                 click.echo(f"{key}  {sum(file.size_bytes for file in files) / 2**20:.1f} MiB")
             return

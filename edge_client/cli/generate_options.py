@@ -6,9 +6,8 @@ from typing import Any, TypeVar, get_args
 
 import click
 
-from edge_client.cli.numbers import RealRange
 from edge_client.cli.patience_options import patience_options
-from edge_client.cli.shared_options import model_options, server_options
+from edge_client.cli.shared_options import NumberRange, model_options, server_options
 from edge_client.images import inputs
 from edge_client.images.inputs import DEFAULT_STRENGTH
 from edge_client.types import MODES, SafetyAction
@@ -33,9 +32,15 @@ class CloudSteps(click.ParamType[int | str]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
         """Returns the number, or "auto"."""
         text = str(value)
-        if text != AUTO and not text.isdigit():
-            self.fail(f"{text!r} is no number from 0 on, nor auto", param, ctx)
-        return AUTO if text == AUTO else int(text)
+        if text == AUTO:
+            return AUTO
+        try:
+            number = int(text)
+        except ValueError:
+            number = -1
+        if number < 0:
+            self.fail(f"{text[:20]!r} is no number from 0 on, nor auto", param, ctx)
+        return number
 
 
 _OPTIONS: tuple[Callable[[Any], Any], ...] = (
@@ -62,7 +67,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--overwrite", is_flag=True, help="Allow to write over files."),
     server_options,
     click.option(
-        "--wait-for-server", type=RealRange(0, 3600), default=0.0, show_default=True, metavar="SECONDS",
+        "--wait-for-server", type=NumberRange(0, 3600), default=0.0, show_default=True, metavar="SECONDS",
         help="Let a server that is just starting come up first.",
     ),
     click.option(
@@ -81,7 +86,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "bundle's share. With --image as many fewer as --strength leaves out.",
     ),
     click.option(
-        "--quality", type=RealRange(0, 1),
+        "--quality", type=NumberRange(0, 1),
         help="Choose the split: the fewest cloud steps for it; 0 is the edge's own image, 1 the cloud's.",
     ),
     click.option(

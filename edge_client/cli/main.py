@@ -3,8 +3,10 @@
 A command's module is imported when the command runs, so that a health check does not wait for a web framework.
 """
 
+import errno
 import importlib
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator, MutableMapping
@@ -24,6 +26,10 @@ COMMANDS = {
     "serve": "Serves web clients: OpenAI's images API, AUTOMATIC1111's, jobs with events, and a page to draw with.",
 }
 """The first sentence of each command's help, which its module repeats; the module is named as the command."""
+
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What no command can help, on standard output as well."""
 
 
 class _Commands(MutableMapping[str, click.Command]):
@@ -62,12 +68,16 @@ class _Group(click.Group):
             click.echo(f"Error: {in_options(error.message)}", err=True)
             ctx.exit(error.reason.value.exit_code)
         except (KeyboardInterrupt, click.Abort):
+            _ignore_interrupts()
             click.echo("Interrupted.", err=True)
             _end_now(Reason.CANCELLED.value.exit_code)
             ctx.exit(Reason.CANCELLED.value.exit_code)
         except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
             raise
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in _DISK_FULL:
+                click.echo(f"Error: cannot write: {error.strerror}; make room, or write elsewhere", err=True)
+                ctx.exit(Reason.FIELD_INVALID.value.exit_code)
             if os.environ.get("HYBRIDSD_EDGE_DEBUG"):
                 raise
             click.echo(
@@ -79,6 +89,12 @@ class _Group(click.Group):
         """Lists the commands without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
+
+
+def _ignore_interrupts() -> None:
+    """Lets a second Ctrl-C change nothing: the command is ending already, and its exit code says why."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _end_now(exit_code: int) -> None:

@@ -40,7 +40,7 @@ def open_edge_models(given: Sequence[str], manifest: Manifest, **options: Any) -
     for text in given:
         name, equals, where = text.partition("=")
         if not (name and equals and where):
-            raise Reason.FIELD_INVALID.error(f"edge-model is {text[:80]!r}; give NAME=DIR", field="edge_models")
+            raise Reason.FIELD_INVALID.error(f"`edge_models` is {text[:80]!r}; give NAME=DIR", field="edge_models")
         bundle = open_bundle(where)
         if bundle.manifest.latent_space != manifest.latent_space:
             raise Reason.LATENT_SPACE_MISMATCH.error(
@@ -73,6 +73,8 @@ def open_cloud(
 
 
 POLL_INTERVAL_S = 0.2
+MAX_DIGITS = 5
+"""Of a port."""
 
 
 def wait_for_server(server: str, patience_s: float, note: Callable[[str], None]) -> None:
@@ -86,7 +88,8 @@ def wait_for_server(server: str, patience_s: float, note: Callable[[str], None])
     host, _, port = server.rpartition(":")
     give_up_at = time.monotonic() + patience_s
     has_said = False
-    while port.isdigit() and not _listens(host.strip("[]"), int(port)) and time.monotonic() < give_up_at:
+    is_number = port.isdecimal() and len(port) <= MAX_DIGITS
+    while is_number and not _listens(host.strip("[]"), int(port)) and time.monotonic() < give_up_at:
         if not has_said:
             note(f"cloud: waiting for {server}, {patience_s:g} s at most")
             has_said = True

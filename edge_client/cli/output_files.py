@@ -130,8 +130,13 @@ def write(path: Path, content: bytes, *, overwrite: bool) -> None:
         InvalidRequest: FIELD_INVALID when it is there already or cannot be written.
     """
     if path == STDOUT:
-        sys.stdout.buffer.write(content)
-        sys.stdout.buffer.flush()
+        try:
+            sys.stdout.buffer.write(content)
+            sys.stdout.buffer.flush()
+        except BrokenPipeError:  # whoever reads has enough
+            raise
+        except OSError as error:
+            raise _cannot_write(Path("standard output"), error) from error
         return
     made = list(itertools.takewhile(lambda folder: not folder.exists(), path.parents))
     try:

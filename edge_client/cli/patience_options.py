@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import click
 
-from edge_client.cli.numbers import RealRange
+from edge_client.cli.shared_options import NumberRange
 from edge_client.request import Patience
 from hybridsd.limits import MAX_DEADLINE_S
 
@@ -27,7 +27,7 @@ def patience_options(command: F) -> F:
     for name, what in reversed(_OPTIONS.items()):
         is_open = name != "silence_memory"
         command = click.option(
-            f"--{name.replace('_', '-')}", type=RealRange(0, MAX_DEADLINE_S, min_open=is_open), help=what,
+            f"--{name.replace('_', '-')}", type=NumberRange(0, MAX_DEADLINE_S, min_open=is_open), help=what,
             default=getattr(Patience(), f"{name}_s"), show_default=True, metavar="SECONDS",
         )(command)  # fmt: skip
     return command

@@ -6,8 +6,7 @@ from urllib.parse import urlsplit
 
 import click
 
-from edge_client.cli.numbers import RealRange
-from edge_client.cli.shared_options import CONTEXT, DEFAULT_GATEWAY
+from edge_client.cli.shared_options import CONTEXT, DEFAULT_GATEWAY, NumberRange
 from hybridsd.errors import HybridSDError, Reason
 
 _MAX_BYTES = 65_536
@@ -15,7 +14,7 @@ _MAX_BYTES = 65_536
 
 @click.command(context_settings=CONTEXT)
 @click.option("--gateway", default=DEFAULT_GATEWAY, show_default=True, help="Its address.")
-@click.option("--timeout", type=RealRange(0.1, 3600), default=3.0, show_default=True, help="Seconds in all.")
+@click.option("--timeout", type=NumberRange(0.1, 3600), default=3.0, show_default=True, help="Seconds in all.")
 def probe(gateway: str, timeout: float) -> None:
     """Asks a gateway whether it takes jobs; exit code 4 if not. For health checks."""
     outcome: list[str | HybridSDError] = []
@@ -32,7 +31,7 @@ def probe(gateway: str, timeout: float) -> None:
     answer = outcome[0] if outcome else _away(gateway, f"nothing came in {timeout:g} s")
     if isinstance(answer, HybridSDError):
         raise answer
-    click.echo(answer)
+    click.echo(_shown(answer))
 
 
 def _ask(gateway: str, timeout_s: float) -> str:
@@ -66,4 +65,9 @@ def _ask(gateway: str, timeout_s: float) -> str:
 
 
 def _away(gateway: str, why: str) -> HybridSDError:
-    return Reason.UNAVAILABLE.error(f"{gateway} is not ready: {why}; look at its log")
+    return Reason.UNAVAILABLE.error(f"{gateway} is not ready: {_shown(why)}; look at its log")
+
+
+def _shown(text: str) -> str:
+    """Returns what a peer says without what would steer the terminal."""
+    return "".join(character if character.isprintable() else "?" for character in text)

@@ -14,10 +14,9 @@ import structlog
 import uvicorn
 
 from edge_client.cli import output_files
-from edge_client.cli.numbers import RealRange
 from edge_client.cli.open_parts import open_bundle, open_cloud, open_edge_models
 from edge_client.cli.patience_options import patience_options, read_patience
-from edge_client.cli.shared_options import CONTEXT, DEFAULT_PORT, model_options, server_options
+from edge_client.cli.shared_options import CONTEXT, DEFAULT_PORT, NumberRange, model_options, server_options
 from edge_client.cloud.connection import is_loopback
 from edge_client.inference.models import Models
 from edge_client.web.app import create_app
@@ -73,7 +72,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--max-queue", type=click.IntRange(1), default=256, show_default=True, help="Jobs that may wait.")
 @click.option("--max-body-mib", type=click.IntRange(1, 1024), default=32, show_default=True, help="Of one request.")
 @click.option(
-    "--cloud-price", type=RealRange(0, min_open=True), metavar="DOLLARS",
+    "--cloud-price", type=NumberRange(0, min_open=True), metavar="DOLLARS",
     help="What an hour of the cloud's computing costs. The page says the cents of each split.",
 )  # fmt: skip
 @click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Jobs that run at once.")

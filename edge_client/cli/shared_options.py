@@ -1,5 +1,6 @@
 """Options that several commands share. Imports nothing that is slow to import."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -7,6 +8,18 @@ from typing import Any, TypeVar
 import click
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class NumberRange(click.FloatRange):
+    """A number in a range; NaN, which no comparison finds outside, is in none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Returns the number."""
+        number: float = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{number} is not in the range {self._describe_range()}.", param, ctx)
+        return number
+
 
 CONTEXT: dict[str, Any] = {"auto_envvar_prefix": "HYBRIDSD_EDGE", "help_option_names": ["-h", "--help"]}
 DEFAULT_SERVER = "127.0.0.1:50051"

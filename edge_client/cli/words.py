@@ -8,6 +8,7 @@ _OPTIONS = {
     "webhook_hosts": "--webhook-host",
     "call_skipping": "--cloud-skip",
     "conditioning": "--load-embeddings",
+    "csv_file": "--csv",
     "deadline_s": "--deadline",
     "edge_models": "--edge-model",
     "extrapolation": "A of --cloud-skip",

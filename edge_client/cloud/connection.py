@@ -28,7 +28,7 @@ def read_target(target: str) -> tuple[str, int]:
             f"`server` is {target[:200]!r}, which is a URL; give host:port, as in 127.0.0.1:50051", field="server"
         )
     host, colon, port = plain.rpartition(":")
-    if not (colon and host and port.isascii() and port.isdigit() and 1 <= int(port) <= 65535):
+    if not (colon and host and port.isascii() and port.isdigit() and len(port) <= 5 and 1 <= int(port) <= 65535):
         raise Reason.FIELD_INVALID.error(
             f"`server` is {target[:200]!r}; give host:port, as in 127.0.0.1:50051", field="server"
         )

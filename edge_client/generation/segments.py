@@ -18,7 +18,7 @@ from hybridsd.limits import MAX_GUIDANCE, MAX_STEPS, MIN_GUIDANCE
 MAX_SEGMENTS = 8
 MAX_SCHEDULES = 4
 """Each draws noise of its own (`edge_client.generation.trajectory`)."""
-_SEGMENT = re.compile(r"(?P<model>[^:@(),]*):(?P<steps>\d+|\*)@(?P<place>cloud|edge)(?:\((?P<options>[^()]*)\))?")
+_SEGMENT = re.compile(r"(?P<model>[^:@(),]*):(?P<steps>\d{1,9}|\*)@(?P<place>cloud|edge)(?:\((?P<options>[^()]*)\))?")
 _EXAMPLE = "such as large:8@cloud,small:17@edge"
 
 
@@ -72,7 +72,7 @@ def _guidance(text: str | None) -> float | None:
 def _steps(text: str | None) -> int | None:
     if text is None:
         return None
-    if not (text.isdigit() and 1 <= int(text) <= MAX_STEPS):
+    if not (text.isdecimal() and len(text) < 5 and 1 <= int(text) <= MAX_STEPS):
         raise _refuse(f"steps is {text[:20]!r}; choose 1 to {MAX_STEPS}")
     return int(text)
 

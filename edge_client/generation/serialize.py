@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from numpy.typing import NDArray
+
 from edge_client.cloud.types import CloudStarted, Queued, Waiting
 from edge_client.generation.events import EarlyHandoff, Event, Fallback, Finished, Planned, Retrying, StepDone
 from edge_client.generation.result import Result
-from edge_client.types import ImageInput, Latents
+from edge_client.request import Request
+from edge_client.types import ImageInput
 from hybridsd import schedulers
 from hybridsd.errors import HybridSDError, Reason
 
@@ -121,6 +124,7 @@ def provenance(result: Result) -> dict[str, Any]:
         "private": request.private,
         "image": None if result.strength is None else {"strength": result.strength, "mask": result.has_mask},
         **_fit_json(request.image_input),
+        **_given_digests(request),
         "safety_checker": asdict(result.safety),
         "codec": result.codec,
         "plan_digest": result.plan.digest().hex(),
@@ -135,11 +139,15 @@ def replay(record: Mapping[str, Any]) -> dict[str, Any]:
         record: Its `provenance`. The image and the mask that it began with, if any, are to be added.
 
     Raises:
-        InvalidRequest: FIELD_INVALID if it began with latents of its own, which no request can give.
+        InvalidRequest: FIELD_INVALID if it began with latents or embeddings of its own, which no request can give.
     """
-    if record["initial_latents"] is not None:
+    if record["initial_latents"] is not None or record.get("saved_state") is not None:
         raise Reason.FIELD_INVALID.error(
             "the image began with latents from a file; draw it with `load_latents` again", field="initial_latents"
+        )
+    if record.get("embeddings") is not None:
+        raise Reason.FIELD_INVALID.error(
+            "the image was drawn from embeddings of a file; draw it with `load_embeddings` again", field="conditioning"
         )
     body: dict[str, Any] = {
         name: record[name]
@@ -204,6 +212,7 @@ def parameters(result: Result) -> str:
         "Private": True if request.private else None,
         "Drawn size": None if result.drawn_size is None else "{}x{}".format(*result.drawn_size),
         "Initial latents": _digest(request.initial_latents),
+        **{name.capitalize().replace("_", " "): digest for name, digest in _given_digests(request).items()},
         "Safety checker": None if result.safety.action == "off" else result.safety.action,
     }
     prompt = _weighed(result.prompt, weighting=options.weighting)
@@ -262,8 +271,27 @@ def _fit_json(given: ImageInput | None) -> dict[str, Any]:
     return {"fit": given.fit, "mask_blur": given.mask_blur, "invert_mask": given.invert_mask}
 
 
-def _digest(latents: Latents | None) -> str | None:
-    return None if latents is None else hashlib.sha256(latents.tobytes()).hexdigest()
+def _given_digests(request: Request) -> dict[str, str]:
+    """Returns the SHA-256 of the arrays that files gave, as they were used: images that differ by them say so."""
+    given, texts, saved = request.image_input, request.conditioning, request.resume
+    digests = {
+        "image_digest": None if given is None else _digest(given.image),
+        "mask_digest": None if given is None else _digest(given.mask),
+        "embeddings": None
+        if texts is None
+        else _digest(
+            texts.prompt_embeds, texts.negative_prompt_embeds, texts.pooled_prompt_embeds,
+            texts.negative_pooled_prompt_embeds,
+        ),
+        "saved_state": None if saved is None else _digest(*saved.state),
+    }  # fmt: skip
+    return {name: digest for name, digest in digests.items() if digest is not None}
+
+
+def _digest(*arrays: NDArray[Any] | None) -> str | None:
+    """Returns the SHA-256 of those that are there; None where none is."""
+    content = [b"" if array is None else array.tobytes() for array in arrays]
+    return hashlib.sha256(b"".join(content)).hexdigest() if any(content) else None
 
 
 def _weighed(text: str, *, weighting: bool) -> str:

@@ -163,9 +163,15 @@ def fit_size(manifest: Manifest, width: int | None, height: int | None) -> tuple
     Returns:
         Width and height to draw, and what the image is to be resized to: None where the models have the size itself.
         Otherwise that is the size they were trained for whose shape is nearest.
+
+    Raises:
+        InvalidRequest: FIELD_INVALID for a side that is none.
     """
     defaults, multiple = manifest.defaults, manifest.size_multiple
-    wanted = (width or defaults.width, height or defaults.height)
+    wanted = (defaults.width if width is None else width, defaults.height if height is None else height)
+    for name, side in zip(("width", "height"), wanted, strict=True):
+        if side < 1:
+            raise _refuse(name, f"`{name}` is {side}; choose at least 1, or leave it out")
     largest = 2 * max(defaults.width, defaults.height)  # beyond, clouds refuse, and models repeat themselves
     trained = manifest.sizes or ((defaults.width, defaults.height),)
     if wanted in (*trained, (defaults.width, defaults.height)):
@@ -190,6 +196,7 @@ def parse_aspect(text: str) -> float:
     width, _, height = text.partition(":")
     if (
         text.isascii()
+        and len(text) <= 20
         and width.isdigit()
         and height.isdigit()
         and int(height) > 0

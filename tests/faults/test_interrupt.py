@@ -48,3 +48,28 @@ def test_a_model_that_is_loading_is_not_waited_for(
 
     assert (process.returncode, told.splitlines()[-1]) == (130, "Interrupted.")
     assert fake.cancel_seen.wait(HANG_S)
+
+
+_TWICE = """
+import atexit, os, signal, sys
+from edge_client.cli.main import main
+
+def interrupt(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+atexit.register(interrupt)
+sys.modules["edge_client.cli.probe"] = type(sys)("probe")
+import click
+sys.modules["edge_client.cli.probe"].probe = click.Command("probe", callback=interrupt)
+main(["probe"])
+"""
+
+
+def test_a_second_interrupt_changes_nothing() -> None:
+    """Who presses Ctrl-C twice gets the exit code and the one line of an interrupt, and no traceback."""
+    process = subprocess.run(
+        [sys.executable, "-c", _TWICE], capture_output=True, text=True, timeout=HANG_S, check=False
+    )
+
+    assert (process.returncode, process.stderr) == (130, "Interrupted.\n")

@@ -103,3 +103,18 @@ def test_threads_are_left_to_the_engine(tiny_folder: Path, monkeypatch: pytest.M
         torch.set_num_threads(before)
 
     assert seen == [(2, 1), (3, 1)]
+
+
+@pytest.mark.parametrize("option", ["--heartbeat", "--drain-timeout", "--stall-timeout", "--stall-exit"])
+def test_times_are_numbers(tiny_folder: Path, option: str) -> None:
+    """NaN, which no comparison finds too large, is refused before a model is loaded."""
+    result = CliRunner().invoke(main, ["serve", "--model", str(tiny_folder), option, "nan"])
+
+    assert (result.exit_code, f"{option} is nan s; choose at most" in result.output) == (2, True), result.output
+
+
+def test_the_time_of_a_probe_is_a_number() -> None:
+    """NaN is no time."""
+    for seconds in ("nan", "inf"):
+        result = CliRunner().invoke(main, ["probe", "--timeout", seconds])
+        assert (result.exit_code, "--timeout is" in result.output) == (2, True), result.output

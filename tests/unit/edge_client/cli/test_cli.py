@@ -586,6 +586,13 @@ def test_bundle_commands(shell: Shell, fake: FakeCloud, bundle_folder: Path) -> 
     assert str(folder) in shell("bundle", "verify", "--bundle", "tiny-edge").stdout
 
 
+def test_a_cloud_without_bundles_says_so(shell: Shell) -> None:
+    """An empty list is explained, and standard output stays a list."""
+    said = shell("bundle", "fetch")
+
+    assert (said.stdout, "offers no bundles; its operator names them with --bundle" in said.stderr) == ("", True)
+
+
 def test_interrupting_cancels_the_job(shell: Shell, fake: FakeCloud, running: Running, bundle_folder: Path) -> None:
     """Ctrl-C in the cloud's part stops the cloud's job too and exits with 130."""
     fake.hang_after_call = 1

@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 
 from edge_client.cli.main import main
 from tests.support.fake_cloud import Running
+from tests.support.patience import HANG_S
 
 AT_THE_EDGE = ("a fox", "--mode", "edge", "--seed", "1")
 
@@ -186,3 +189,57 @@ def test_messages_name_options(generate) -> None:
 
     assert "Error: --steps is 0; choose 1 to 1000" in result.stderr
     assert json.loads(result.stdout)["error"]["message"].startswith("--steps is 0")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--quality", "nan"], "'--quality': nan is not in the range 0<=x<=1"),
+        (["--wait-for-server", "nan"], "'--wait-for-server': nan is not in the range"),
+        (["--idle-timeout", "nan"], "'--idle-timeout': nan is not in the range"),
+        (["--cloud-steps", "\u00b2"], "is no number from 0 on, nor auto"),
+        (["--cloud-steps", "9" * 5000], "is no number from 0 on, nor auto"),
+        (["--segments", f"large:{'9' * 5000}@cloud"], "is not MODEL:STEPS@PLACE"),
+        (["--segments", "small:*@edge(steps=\u00b2)"], "steps is '\u00b2'; choose 1 to"),
+        (["--aspect", f"{'9' * 5000}:1"], "--aspect is '9999"),
+        (["--fit-size", "--width", "0"], "--width is 0; choose at least 1"),
+        (["--fit-size", "--height", "-8"], "--height is -8; choose at least 1"),
+        (["--split", "5"], "--split is '5'; give"),
+        (["--max-latency", "0"], "--max-latency is '0'; give"),
+        (["--lora", "a:b"], "--lora is 'a:b'; give"),
+        (["--edge-model", "x"], "--edge-model is 'x'; give"),
+    ],
+)
+def test_numbers_that_are_none(generate, options: list[str], says: str) -> None:
+    """NaN, digits of other scripts, numbers of thousands of digits: wrong usage, named as the option."""
+    assert says in generate("a fox", *options, code=2).stderr
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("option", ["--prompts-file", "--csv"])
+def test_files_in_another_encoding(generate, option: str) -> None:
+    """A file that Windows saved as UTF-16 is refused by the option's name, with what to do."""
+    Path("prompts").write_text("a fox\n\n", encoding="utf-16")
+
+    assert f"{option} is not UTF-8 text (byte 1); save it as UTF-8" in generate(option, "prompts", code=2).stderr
+
+
+def test_a_port_that_is_no_number(generate) -> None:
+    """A server that cannot be is refused, however long one waits for it."""
+    for port in ("\u00b2", "9" * 5000):
+        said = generate("a fox", "--server", f"127.0.0.1:{port}", "--wait-for-server", "9", code=2)
+        assert "give host:port" in said.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("words", [["-o", "-"], []])
+def test_a_full_disk_is_no_bug(tmp_path: Path, bundle_folder: Path, words: list[str]) -> None:
+    """Where standard output takes nothing more, the exit code and the message say so."""
+    command = [sys.executable, "-c", "from edge_client.cli.main import main; main()"]
+    with Path("/dev/full").open("wb") as full:
+        run = subprocess.run(
+            [*command, "generate", *AT_THE_EDGE, *words, "--bundle", str(bundle_folder)],
+            cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, timeout=HANG_S, check=False,
+        )  # fmt: skip
+
+    assert (run.returncode, "cannot write" in run.stderr, "bug" in run.stderr) == (2, True, False), run.stderr

@@ -60,3 +60,27 @@ def test_probe_wants_an_address(address: str) -> None:
     said = probe(address)
 
     assert (said.exit_code, "give its address" in said.stderr) == (2, True)
+
+
+def test_a_gateway_does_not_steer_the_terminal() -> None:
+    """Whatever listens there, its words are shown without control characters."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            with listener.accept()[0] as connection:
+                connection.recv(4096)
+                connection.sendall(b"HTTP/1.0 200 OK\r\n\r\n\x1b[2Jready")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        said = probe(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        thread.join()
+
+    assert (said.exit_code, said.stdout) == (0, "?[2Jready\n")
+
+
+def test_a_time_that_is_no_number() -> None:
+    """NaN is outside every range."""
+    said = probe("http://127.0.0.1:1", "--timeout", "nan")
+
+    assert (said.exit_code, "'--timeout': nan is not in the range 0.1<=x<=3600" in said.stderr) == (2, True)

@@ -4,11 +4,12 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from edge_client.generation.result import Result
 from edge_client.generation.serialize import parameters, parse_parameters, png_text, provenance, replay
 from edge_client.images import files
-from edge_client.types import ImageInput
+from edge_client.types import Conditioning, ImageInput
 from hybridsd.errors import Reason
 
 
@@ -63,3 +64,27 @@ def test_steps_are_those_that_were_asked_for(result: Result) -> None:
     assert "Steps: 8, " in parameters(begun)
     assert "Denoising strength: 0.25, Fit: pad" in parameters(begun)
     assert (body["num_inference_steps"], body["strength"], body["fit"]) == (8, 0.25, "pad")
+
+
+def _given(name: str, value: float) -> dict[str, object]:
+    """Returns a field of a request that a file gave, filled with a value."""
+    image, texts = np.full((3, 32, 32), value, np.float32), np.full((8, 4), value, np.float32)
+    return {
+        "image": {"image_input": ImageInput(image=image, strength=0.5)},
+        "mask": {"image_input": ImageInput(image=np.zeros_like(image), strength=0.5, mask=image[:1])},
+        "embeddings": {"conditioning": Conditioning(prompt_embeds=texts, negative_prompt_embeds=None)},
+        "latents": {"initial_latents": image},
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["image", "mask", "embeddings", "latents"])
+def test_images_that_differ_by_a_file_say_so(result: Result, name: str) -> None:
+    """Another image, mask, embedding or noise to begin with is another text in the file; the same is the same."""
+
+    def text(value: float) -> dict[str, str]:
+        return png_text(dataclasses.replace(result, request=dataclasses.replace(result.request, **_given(name, value))))
+
+    plain, one, other = png_text(result), text(0.25), text(0.5)
+
+    assert all(len({plain[key], one[key], other[key]}) == 3 for key in plain)
+    assert one == text(0.25)

@@ -101,7 +101,8 @@ def test_an_infotext_that_cannot_be_followed(text: str) -> None:
 
 def test_an_infotext_gives_what_is_not_sent() -> None:
     text = "a fox,\nred\nNegative prompt: blurry\nSteps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, "
-    body = TextToImage.model_validate({"infotext": f"{text}Seed: 3, Size: 512x256, Version: v1.10", "seed": 4})
+    rest = "Version: v1.10, Image digest: 00ff"
+    body = TextToImage.model_validate({"infotext": f"{text}Seed: 3, Size: 512x256, {rest}", "seed": 4})
 
     assert (body.prompt, body.negative_prompt, body.steps, body.seed) == ("a fox,\nred", "blurry", 20, 4)
     assert (body.sampler_name, body.scheduler, body.width, body.height) == ("DPM++ 2M", "Karras", 512, 256)

@@ -92,8 +92,10 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
     ) -> Any:
         """See `grpc.aio.ServerInterceptor`."""
         handler = await continuation(details)
-        if handler is None or not details.method.startswith(_OURS):
+        if handler is None or (handler.request_deserializer is None and not details.method.startswith(_OURS)):
             return handler
+        if not details.method.startswith(_OURS):
+            return _with_checked_bytes(handler)
         inner: Handler = handler.unary_stream or handler.unary_unary or handler.stream_stream
         decode = handler.request_deserializer  # None where a call is refused
         method = details.method.rpartition("/")[2]
@@ -111,6 +113,32 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
                 return await _run(run, request, context, method)
 
         return _with_handler(handler, outer)
+
+
+def _with_checked_bytes(handler: Any) -> Any:
+    """Returns a handler of health or reflection for which bytes that are no message are no error of the server."""
+    decode = handler.request_deserializer
+    if handler.request_streaming:
+
+        def decode_or_empty(received: bytes) -> Any:
+            try:
+                return _decode(decode, received)
+            except HybridSDError:
+                return decode(b"")  # which reflection answers with an error
+
+        return grpc.stream_stream_rpc_method_handler(
+            handler.stream_stream, decode_or_empty, handler.response_serializer
+        )
+    inner: Handler = handler.unary_stream or handler.unary_unary
+
+    async def outer(received: bytes, context: "grpc.aio.ServicerContext[Any, Any]") -> Any:
+        try:
+            request = _decode(decode, received)
+        except HybridSDError as error:
+            await context.abort_with_status(rich_status(error))
+        return await inner(request, context)
+
+    return _with_handler(handler, outer)
 
 
 def _decode(decode: Callable[[bytes], Any], received: bytes) -> Any:

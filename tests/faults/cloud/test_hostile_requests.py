@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_reflection.v1alpha import reflection_pb2
 
 from cloud_server.models import plans as models_plans
 from cloud_server.models.load import Model
@@ -322,6 +323,32 @@ async def test_bytes_that_are_no_message(start_server: StartServer, log_lines: A
     lines = log_lines()
     assert [line["code"] for line in lines if line["event"] == "call"] == ["INVALID_ARGUMENT"]
     assert not any(line.get("level") in ("error", "critical") or "exception" in line for line in lines)
+
+
+@pytest.mark.parametrize("method", ["Check", "Watch"])
+async def test_bytes_that_are_no_health_check(start_server: StartServer, log_lines: Any, method: str) -> None:
+    """Anybody may send them, without a token."""
+    client = await start_server()
+    kind: Any = client.channel.unary_stream if method == "Watch" else client.channel.unary_unary
+    call = kind(f"/grpc.health.v1.Health/{method}")(b"\xff\xff")
+    with pytest.raises(grpc.RpcError) as refused:
+        await (call.read() if method == "Watch" else call)
+
+    assert failure(refused.value)[:2] == ("INVALID_ARGUMENT", "FIELD_INVALID")
+    assert not [line for line in log_lines() if line["level"] == "error"]
+
+
+async def test_bytes_that_are_no_question_of_reflection(start_server: StartServer, log_lines: Any) -> None:
+    """They are answered with an error, and the stream goes on."""
+    client = await start_server()
+    call = client.channel.stream_stream("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")()
+    await call.write(b"\xff\xff")
+
+    answer = reflection_pb2.ServerReflectionResponse.FromString(await call.read())
+    assert answer.error_response.error_code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+    await call.write(reflection_pb2.ServerReflectionRequest(list_services="").SerializeToString())
+    assert reflection_pb2.ServerReflectionResponse.FromString(await call.read()).list_services_response.service
+    assert not [line for line in log_lines() if line["level"] == "error"]
 
 
 @pytest.mark.parametrize("sent", [b"\xff", bytes(MAX_REQUEST_BYTES + 1)])

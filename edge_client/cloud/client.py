@@ -267,8 +267,10 @@ class Cloud:
             self._models = (now, self.capabilities().models)
         return self._models[1]
 
-    def check_texts(self, segment: CloudSegment) -> None:
-        """Refuses models that read texts otherwise than the edge's do; says nothing where the server does not answer.
+    def check_pairing(self, segment: CloudSegment) -> None:
+        """Refuses models of another latent space than the edge's, or that read texts otherwise.
+
+        Goes by what the server says of its models; says nothing where it does not answer.
 
         Raises:
             ModelMismatch: LATENT_SPACE_MISMATCH.
@@ -280,6 +282,12 @@ class Cloud:
         resolved = segment.resolved
         asked = {stage.model or models[0].id for stage in segment.stages} if models else set()
         for model in models:
+            if model.id in asked and resolved.latent_space and model.latent_space != resolved.latent_space:
+                raise Reason.LATENT_SPACE_MISMATCH.error(
+                    f"cloud model {model.id} is of latent space {model.latent_space!r}, the bundle of "
+                    f"{resolved.latent_space!r}; change `model` or `bundle`",
+                    field="latent_space",
+                )
             if model.id in asked and not model.reads_as(resolved.embed_shape, resolved.pooled_dim):
                 features = f"{resolved.embed_shape[1]} features" + (", pooled too" if resolved.pooled_dim else "")
                 raise Reason.LATENT_SPACE_MISMATCH.error(

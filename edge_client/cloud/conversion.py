@@ -180,7 +180,6 @@ class Conversation:
 
         Raises:
             InternalError: INTERNAL, saying what about the message is wrong.
-            ModelMismatch: LATENT_SPACE_MISMATCH.
         """
         kind = message.WhichOneof("event")
         try:
@@ -207,13 +206,7 @@ class Conversation:
     def _started(self, started: pb.Started) -> CloudStarted:
         segment, latent_space = self._segment, self._segment.resolved.latent_space
         if latent_space and started.latent_space != latent_space:
-            if self._started_once or segment.initial_state:
-                _refuse(f"latent space {started.latent_space[:64]!r} in the middle of an image of {latent_space!r}")
-            raise Reason.LATENT_SPACE_MISMATCH.error(
-                f"the cloud's model {started.model[:64]!r} is of latent space {started.latent_space[:64]!r}, "
-                f"the bundle of {latent_space!r}; change `model` or `bundle`",
-                field="latent_space",
-            )
+            _refuse(f"latent space {started.latent_space[:64]!r}, not {latent_space!r}")
         guidance_scale = self._asked.stages[0].guidance_scale
         if not abs(started.guidance_scale - guidance_scale) <= 1e-9:  # NaN too
             _refuse(f"guidance_scale {started.guidance_scale}, not {guidance_scale}")

@@ -145,7 +145,7 @@ def run_cloud_segment(
                     ended = True  # only the usage is missing
                     continue
                 if isinstance(error, InternalError) and not follower.holds_state:
-                    cloud.check_texts(segment)  # the models may be no pair, which is no lie
+                    cloud.check_pairing(segment)  # the models may be no pair, which is no lie
                 delay_s = retries.delay_s(error, trajectory.call if follower.has_state else None, remote.num_messages)
                 if delay_s is None and _may_stop(error, follower.holds_state):
                     raise

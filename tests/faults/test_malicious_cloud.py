@@ -316,6 +316,7 @@ LIES: dict[str, tuple[Rewrite, int | None]] = {
     "other guidance": (in_started(setting(guidance_scale=30.0)), None),
     "unknown prediction type": (in_started(setting(prediction_type="noise\x1b[2J")), None),
     "forged prediction type": (in_started(setting(prediction_type="v_prediction")), None),
+    "forged latent space": (in_started(setting(latent_space="other")), None),
     "forged sample": (in_started(setting(prediction_type="sample")), None),
     "embeddings NaN": (in_started(embeds(CHUNK * np.nan)), None),
     "embeddings of another width": (in_started(embeds(CHUNK[:, :-1])), None),

@@ -1,8 +1,8 @@
 """OpenAI's images API: requests and responses."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from edge_client.web.schemas.native import MAX_IMAGES, Format, Hybrid, Prompt
 from hybridsd.limits import MAX_GUIDANCE, MAX_PROMPT_CHARS, MAX_SEED, MAX_STEPS, MIN_GUIDANCE
@@ -35,11 +35,32 @@ class Generation(BaseModel):
         None, description="draw the nearest size that the models have, and resize; null: as the gateway is set"
     )
     hybrid: Hybrid = Field(default_factory=Hybrid)
-    quality: str | None = Field(None, max_length=64, description="read over: steps and the split say it here")
-    style: str | None = Field(None, max_length=64, description="read over")
-    moderation: str | None = Field(None, max_length=64, description="read over")
-    input_fidelity: str | None = Field(None, max_length=64, description="read over: see strength")
+    quality: Literal["auto", "low", "medium", "high", "standard", "hd"] | None = Field(
+        None, description="read over: steps and the split say it here"
+    )
+    style: Literal["vivid", "natural"] | None = Field(None, description="read over")
+    moderation: Literal["auto", "low"] | None = Field(None, description="read over")
+    input_fidelity: Literal["low", "high"] | None = Field(None, description="read over: see strength")
     user: str | None = Field(None, max_length=512, description="read over")
+
+    @field_validator("negative_prompt", mode="before")
+    @classmethod
+    def none_is_empty(cls, value: object) -> object:
+        """Takes null, which clients send for what was not given."""
+        return "" if value is None else value
+
+    @model_validator(mode="after")
+    def has_no_idle_field(self) -> Self:
+        """Refuses what would have no effect."""
+        if self.partial_images and not self.stream:
+            raise ValueError(
+                f"partial_images is {self.partial_images} without stream; set stream to true, or leave it out"
+            )
+        if self.output_format == "png" and self.output_compression not in (None, 100):
+            raise ValueError(
+                f"output_compression is {self.output_compression}, but png is exact; leave it out, or choose jpeg or webp"
+            )
+        return self
 
 
 class Model(BaseModel):

@@ -294,3 +294,29 @@ def test_a_caller_who_goes_away_cancels_the_job(server: GatewayServer, client: h
     job_id = client.get("/v1/jobs", params={"limit": 1}).json()["jobs"][0]["id"]
 
     assert wait_for(client, job_id).name == "cancelled"
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"quality": "excellent"}, "quality"),
+        ({"style": "cubist"}, "style"),
+        ({"moderation": "none"}, "moderation"),
+        ({"partial_images": 2}, "set stream to true"),
+        ({"output_format": "png", "output_compression": 50}, "choose jpeg or webp"),
+    ],
+)
+def test_nothing_is_taken_without_effect(client: httpx.Client, fields: dict[str, Any], says: str) -> None:
+    """A value that OpenAI has not, or that nothing would come of, is refused by name."""
+    answer = client.post("/v1/images/generations", json={"prompt": "a fox", **fields})
+
+    assert answer.status_code == 422
+    assert says in answer.json()["detail"]
+
+
+def test_null_is_what_was_not_given(client: httpx.Client) -> None:
+    """Of every field that OpenAI's clients send as null."""
+    nulls = dict.fromkeys(("n", "size", "quality", "style", "stream", "partial_images", "negative_prompt", "user"))
+    answer = client.post("/v1/images/generations", json={"prompt": "a fox", **nulls})
+
+    assert answer.status_code == 200

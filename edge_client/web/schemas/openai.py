@@ -58,7 +58,7 @@ class Generation(BaseModel):
             )
         if self.output_format == "png" and self.output_compression not in (None, 100):
             raise ValueError(
-                f"output_compression is {self.output_compression}, but png is exact; leave it out, or choose jpeg or webp"
+                f"output_compression is {self.output_compression}, but png is exact; leave it out, or choose jpeg, webp"
             )
         return self
 

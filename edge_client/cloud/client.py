@@ -241,20 +241,22 @@ class Cloud:
         """
         if self._away is not None:
             return
-        with self.lend() as connection:
-            future = connection.denoising.CancelDenoise.future(
-                pb.CancelDenoiseRequest(request_id=request_id), timeout=CANCEL_TIMEOUT_S,
-                metadata=self.metadata(request_id),
-            )  # fmt: skip
-            with self._cancels_lock:
-                self._cancels.add(future)  # dropped, it would be cancelled before it is sent
-            future.add_done_callback(self._forget_cancel)
-            if wait_s > 0:
-                _wait(future, wait_s)
-
-    def _forget_cancel(self, future: Any) -> None:
+        connection = self._connections.take()  # until the answer is here: another silence would close it before
+        future = connection.denoising.CancelDenoise.future(
+            pb.CancelDenoiseRequest(request_id=request_id), timeout=CANCEL_TIMEOUT_S,
+            metadata=self.metadata(request_id),
+        )  # fmt: skip
         with self._cancels_lock:
-            self._cancels.discard(future)
+            self._cancels.add(future)  # dropped, it would be cancelled before it is sent
+
+        def answered(_future: Any) -> None:
+            with self._cancels_lock:
+                self._cancels.discard(future)
+            self._connections.put_back(connection)
+
+        future.add_done_callback(answered)
+        if wait_s > 0:
+            _wait(future, wait_s)
 
     def models(self) -> tuple[CloudModel, ...]:
         """Returns the models of the server, as it said within the last minute.

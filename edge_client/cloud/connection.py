@@ -98,15 +98,23 @@ class Connections:
     @contextlib.contextmanager
     def use(self) -> Iterator[Connection]:
         """Lends the current one for a call."""
-        with self._lock:
-            connection = self._current
-            connection.num_users += 1
+        connection = self.take()
         try:
             yield connection
         finally:
-            with self._lock:
-                connection.num_users -= 1
+            self.put_back(connection)
             self._close_unused()
+
+    def take(self) -> Connection:
+        """Lends the current one until it is put back."""
+        with self._lock:
+            self._current.num_users += 1
+            return self._current
+
+    def put_back(self, connection: Connection) -> None:
+        """Ends a loan; closes nothing, so that it may be called from gRPC's own threads."""
+        with self._lock:
+            connection.num_users -= 1
 
     def replace(self, silent: Connection | None = None) -> None:
         """Opens another in the place of one whose peer is silent, unless that was done already; None is the current."""

@@ -54,11 +54,11 @@ class Generation(BaseModel):
         """Refuses what would have no effect."""
         if self.partial_images and not self.stream:
             raise ValueError(
-                f"partial_images is {self.partial_images} without stream; set stream to true, or leave it out"
+                f"there are {self.partial_images} partial_images without stream; set stream to true, or leave it out"
             )
         if self.output_format == "png" and self.output_compression not in (None, 100):
             raise ValueError(
-                f"output_compression is {self.output_compression}, but png is exact; leave it out, or choose jpeg, webp"
+                f"there is output_compression {self.output_compression}, but png is exact; leave it out or choose webp"
             )
         return self
 

@@ -40,7 +40,7 @@ def test_one_range_of_sizes(name: str, side: int, manifest: Manifest) -> None:
 
     assert (reason, field) == (Reason.SIZE_INVALID, name)
     assert message.startswith(f"`{name}` is {side}; choose a multiple of 32 from 32 to 256")
-    assert ("`mode` edge" in message) == (side > 256)
+    assert ("`mode` edge" in message) == (256 < side <= 4096)
     assert "from 32 to 4096" in check(manifest, None, width=130)[2]
 
 

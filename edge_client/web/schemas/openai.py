@@ -58,7 +58,8 @@ class Generation(BaseModel):
             )
         if self.output_format == "png" and self.output_compression not in (None, 100):
             raise ValueError(
-                f"there is output_compression {self.output_compression}, but png is exact; leave it out or choose webp"
+                f"there is output_compression {self.output_compression}, but png is exact; leave it out, "
+                "or choose jpeg or webp"
             )
         return self
 

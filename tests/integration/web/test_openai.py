@@ -303,7 +303,7 @@ def test_a_caller_who_goes_away_cancels_the_job(server: GatewayServer, client: h
         ({"style": "cubist"}, "style"),
         ({"moderation": "none"}, "moderation"),
         ({"partial_images": 2}, "set stream to true"),
-        ({"output_format": "png", "output_compression": 50}, "choose webp"),
+        ({"output_format": "png", "output_compression": 50}, "choose jpeg or webp"),
     ],
 )
 def test_nothing_is_taken_without_effect(client: httpx.Client, fields: dict[str, Any], says: str) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import structlog
 import torch
 
+from cloud_server.engine.caller import NOBODY, Caller
 from cloud_server.engine.event_buffer import EventBuffer
 from cloud_server.engine.events import Failed, Finished, Started
 from cloud_server.engine.executor import Batch, BatchTooLarge, Call, Executor, is_out_of_memory
@@ -106,7 +107,7 @@ class Engine:
         *,
         deadline_s: float | None = None,
         arrived_s: float | None = None,
-        caller: str = "",
+        caller: Caller = NOBODY,
     ) -> Job:
         """Starts a job, or attaches to the one of that id, and posts its events to `buffer`.
 

@@ -6,6 +6,7 @@ Knows nothing of models or messages. Times are `time.monotonic()` seconds.
 import threading
 import time
 
+from cloud_server.engine.caller import NOBODY, Caller
 from cloud_server.engine.event_buffer import EventBuffer
 from cloud_server.engine.events import Event, Failed, Finished, Queued, Snapshot, Started, Usage
 from cloud_server.engine.request import JobRequest
@@ -16,7 +17,7 @@ from hybridsd.errors import HybridSDError, Reason
 class Job:
     """A job, its newest events, and the one stream that reads them."""
 
-    def __init__(self, request: JobRequest, arrived_s: float | None = None, *, caller: str = "") -> None:
+    def __init__(self, request: JobRequest, arrived_s: float | None = None, *, caller: Caller = NOBODY) -> None:
         """Takes what is to be run, when it was asked for, and by whom: callers get equal shares."""
         self.request, self.caller = request, caller
         self.arrived_s = time.monotonic() if arrived_s is None else arrived_s

@@ -10,6 +10,7 @@ import time
 from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass
 
+from cloud_server.engine.caller import Caller
 from cloud_server.engine.events import Failed, Finished, Queued
 from cloud_server.engine.job import Job
 from cloud_server.engine.step import Group
@@ -66,7 +67,7 @@ class Scheduler:
         self._batch_caps: OrderedDict[Group, BatchCap] = OrderedDict()
         self._call_s = 0.0
         self._turn = 0
-        self._served: dict[str, int] = {}  # by caller: when it last got a place, counted in places
+        self._served: dict[Caller, int] = {}  # by caller: when it last got a place, counted in places
         self._num_served = 0
 
     @property
@@ -263,7 +264,7 @@ class Scheduler:
             shares[job.caller] += 1
         return [job for *_, job in sorted(ranked, key=lambda item: item[:3])]
 
-    def _note_served(self, caller: str) -> None:
+    def _note_served(self, caller: Caller) -> None:
         self._num_served += 1
         self._served[caller] = self._num_served
         if len(self._served) > MAX_CALLERS:

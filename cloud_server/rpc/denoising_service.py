@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 
+from cloud_server.engine.caller import Caller
 from cloud_server.engine.engine import Engine
 from cloud_server.engine.event_buffer import EventBuffer
 from cloud_server.engine.events import Failed, Finished, Snapshot, Started
@@ -176,7 +177,7 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
         )
 
 
-def caller_of(context: "grpc.aio.ServicerContext[Any, Any]") -> str:
+def caller_of(context: "grpc.aio.ServicerContext[Any, Any]") -> Caller:
     """Returns who calls, as far as shares are concerned: the token, if there is one, and the machine."""
     token = next((str(value) for key, value in context.invocation_metadata() or () if key == "authorization"), "")
-    return f"{context.peer().rpartition(':')[0]} {token}"
+    return Caller(principal=f"{context.peer().rpartition(':')[0]} {token}")

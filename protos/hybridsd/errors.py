@@ -133,6 +133,7 @@ class Reason(Enum):
     JOB_FINISHED = Row(WrongState, "FAILED_PRECONDITION", 409, 3, "the job is finished, or not yet")
     BODY_TOO_LARGE = Row(InvalidRequest, "INVALID_ARGUMENT", 413, 2, "the request has more bytes than allowed")
     TOO_MANY_JOBS = Row(CloudBusy, "RESOURCE_EXHAUSTED", 429, 4, "too many jobs wait at the edge")
+    QUOTA_EXCEEDED = Row(CloudBusy, "RESOURCE_EXHAUSTED", 429, 4, "a limit of the token is reached")
     QUEUE_FULL = Row(CloudBusy, "RESOURCE_EXHAUSTED", 503, 4, "too many jobs wait")
     UNAVAILABLE = Row(CloudUnreachable, "UNAVAILABLE", 502, 4, "the server cannot be reached, or stops")
     DEADLINE_EXCEEDED = Row(CloudTimeout, "DEADLINE_EXCEEDED", 504, 4, "the deadline passed")

@@ -50,6 +50,30 @@ what does not fit even then is dropped, and counted.
 """
 Global___LongPrompt: _TypeAlias = LongPrompt  # noqa: Y015
 
+class _EnergySource:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EnergySourceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EnergySource.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ENERGY_SOURCE_UNSPECIFIED: _EnergySource.ValueType  # 0
+    """Not set: ENERGY_SOURCE_MODELLED."""
+    ENERGY_SOURCE_MODELLED: _EnergySource.ValueType  # 1
+    """Estimated from multiply-accumulates and a constant of the device."""
+    ENERGY_SOURCE_MEASURED: _EnergySource.ValueType  # 2
+    """Read from a counter of the device, this job's part of each batch."""
+
+class EnergySource(_EnergySource, metaclass=_EnergySourceEnumTypeWrapper):
+    """How an energy is known."""
+
+ENERGY_SOURCE_UNSPECIFIED: EnergySource.ValueType  # 0
+"""Not set: ENERGY_SOURCE_MODELLED."""
+ENERGY_SOURCE_MODELLED: EnergySource.ValueType  # 1
+"""Estimated from multiply-accumulates and a constant of the device."""
+ENERGY_SOURCE_MEASURED: EnergySource.ValueType  # 2
+"""Read from a counter of the device, this job's part of each batch."""
+Global___EnergySource: _TypeAlias = EnergySource  # noqa: Y015
+
 class _GuidanceKind:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -810,6 +834,7 @@ class Usage(_message.Message):
     NUM_CALLS_FIELD_NUMBER: _builtins.int
     SENT_BYTES_FIELD_NUMBER: _builtins.int
     NUM_SKIPPED_CALLS_FIELD_NUMBER: _builtins.int
+    ENERGY_FIELD_NUMBER: _builtins.int
     num_calls: _builtins.int
     """Calls of the U-Net that were run for the job."""
     sent_bytes: _builtins.int
@@ -828,6 +853,10 @@ class Usage(_message.Message):
     def compute_duration(self) -> _duration_pb2.Duration:
         """Time in U-Net calls that this job took part in, alone or in a batch."""
 
+    @_builtins.property
+    def energy(self) -> Global___Energy:
+        """Energy of the server's part; absent where the server knows nothing of it."""
+
     def __init__(
         self,
         *,
@@ -837,14 +866,41 @@ class Usage(_message.Message):
         num_calls: _builtins.int = ...,
         sent_bytes: _builtins.int = ...,
         num_skipped_calls: _builtins.int = ...,
+        energy: Global___Energy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["compute_duration", b"compute_duration", "queue_duration", b"queue_duration", "text_duration", b"text_duration"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["compute_duration", b"compute_duration", "energy", b"energy", "queue_duration", b"queue_duration", "text_duration", b"text_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_duration", b"compute_duration", "num_calls", b"num_calls", "num_skipped_calls", b"num_skipped_calls", "queue_duration", b"queue_duration", "sent_bytes", b"sent_bytes", "text_duration", b"text_duration"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_duration", b"compute_duration", "energy", b"energy", "num_calls", b"num_calls", "num_skipped_calls", b"num_skipped_calls", "queue_duration", b"queue_duration", "sent_bytes", b"sent_bytes", "text_duration", b"text_duration"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Usage: _TypeAlias = Usage  # noqa: Y015
+
+@_typing.final
+class Energy(_message.Message):
+    """What a part of a job took of electricity."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOULES_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    joules: _builtins.float
+    """Joules, 0 or more."""
+    source: Global___EnergySource.ValueType
+    """How they are known."""
+    def __init__(
+        self,
+        *,
+        joules: _builtins.float = ...,
+        source: Global___EnergySource.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["joules", b"joules", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Energy: _TypeAlias = Energy  # noqa: Y015
 
 @_typing.final
 class Heartbeat(_message.Message):
@@ -1171,6 +1227,7 @@ class Load(_message.Message):
     NUM_RUNNING_FIELD_NUMBER: _builtins.int
     NUM_QUEUED_FIELD_NUMBER: _builtins.int
     CALL_DURATION_FIELD_NUMBER: _builtins.int
+    WAIT_DURATION_FIELD_NUMBER: _builtins.int
     num_running: _builtins.int
     """Jobs that are stepping."""
     num_queued: _builtins.int
@@ -1179,16 +1236,21 @@ class Load(_message.Message):
     def call_duration(self) -> _duration_pb2.Duration:
         """The recent mean time of one U-Net call; 0 when nothing has run yet."""
 
+    @_builtins.property
+    def wait_duration(self) -> _duration_pb2.Duration:
+        """As things are, how long a new job of this caller would wait for its first call; 0 where a place is free."""
+
     def __init__(
         self,
         *,
         num_running: _builtins.int = ...,
         num_queued: _builtins.int = ...,
         call_duration: _duration_pb2.Duration | None = ...,
+        wait_duration: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["call_duration", b"call_duration"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["call_duration", b"call_duration", "wait_duration", b"wait_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_duration", b"call_duration", "num_queued", b"num_queued", "num_running", b"num_running"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_duration", b"call_duration", "num_queued", b"num_queued", "num_running", b"num_running", "wait_duration", b"wait_duration"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from cloud_server.engine.caller import Caller
 from cloud_server.engine.events import Failed, Finished, Queued, Usage
 from cloud_server.engine.job import Job
 from cloud_server.engine.request import JobRequest
@@ -22,7 +23,7 @@ def make_job(name: str, *, model: str = "tiny", width: int = 8, caller: str = ""
         JobRequest(
             request_id=name, model=model, prompt="", latent_shape=(4, 8, width), plan=plan, handoff_call=len(plan.rows)
         ),
-        caller=caller,
+        caller=Caller(principal=caller),
     )
 
 

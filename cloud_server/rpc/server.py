@@ -16,9 +16,10 @@ from grpc_reflection.v1alpha import reflection
 from cloud_server.engine.engine import Engine
 from cloud_server.models.load import Model
 from cloud_server.rpc import write_response
+from cloud_server.rpc.auth import AuthInterceptor
 from cloud_server.rpc.bundle_service import Bundle, BundleService
 from cloud_server.rpc.denoising_service import DenoisingService
-from cloud_server.rpc.interceptors import MAX_RECEIVED_BYTES, RequestInterceptor, TokenInterceptor
+from cloud_server.rpc.interceptors import MAX_RECEIVED_BYTES, RequestInterceptor
 from cloud_server.settings import Settings
 from hybridsd.v1 import bundle_service_pb2, bundle_service_pb2_grpc, denoising_service_pb2_grpc
 from hybridsd.v1 import denoising_service_pb2 as pb
@@ -82,8 +83,9 @@ class CloudServer:
             stall_timeout_s=settings.stall_timeout_s,
         )
         self._bundles = BundleService(bundles)
-        token = [TokenInterceptor(settings.tokens)] if settings.tokens else []
-        self._server = grpc.aio.server(interceptors=[RequestInterceptor(), *token], options=_OPTIONS)
+        self._server = grpc.aio.server(
+            interceptors=[RequestInterceptor(), AuthInterceptor(settings.tokens)], options=_OPTIONS
+        )
         self._health = health.aio.HealthServicer()
         denoising_service_pb2_grpc.add_DenoisingServiceServicer_to_server(self._service, self._server)
         bundle_service_pb2_grpc.add_BundleServiceServicer_to_server(self._bundles, self._server)
@@ -160,6 +162,8 @@ class CloudServer:
             await asyncio.sleep(min(1.0, self._settings.stall_timeout_s / 4))
             try:
                 is_well, stalled_s = self.engine.watch(), self.engine.stalled_s()
+                if self._settings.tokens is not None:
+                    self._settings.tokens.reload()  # a broken edit is said when it is made
             except Exception:
                 log.exception("watch_failed")  # and the watch goes on
                 continue

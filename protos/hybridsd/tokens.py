@@ -124,14 +124,18 @@ def _has_tables(text: str) -> bool:
 
 
 def _plain(text: str) -> tuple[Token, ...]:
-    lines = [line.strip() for line in text.splitlines()]
-    values = [line for line in lines if line and not line.startswith("#")]
-    if any(not (value.isascii() and value.isprintable()) for value in values):
-        raise ValueError("a token has characters that cannot be sent; give printable ASCII, one token a line")
+    lines = {number: line.strip() for number, line in enumerate(text.splitlines(), 1)}
+    lines = {number: line for number, line in lines.items() if line and not line.startswith("#")}
+    values = list(lines.values())
+    for number, value in lines.items():
+        if not (value.isascii() and value.isprintable()):
+            raise ValueError(
+                f"the token of line {number} has characters that cannot be sent; give printable ASCII, one token a line"
+            )
     if any(re.match(r"sha256\s*=", value) for value in values):
         raise ValueError("sha256 stands outside of a table; begin one with [NAME]")  # and is no token to call with
     if not values:
-        raise ValueError("it has no tokens; give one a line, or tables made with `tokens add`")
+        raise ValueError("it is empty, and has no tokens; give one a line, or tables made with `tokens add`")
     scopes = frozenset({"generate", "metrics"})
     return tuple(
         Token(name=f"token-{index}", sha256=hash_token(value), scopes=scopes, is_plain=True)
@@ -255,7 +259,7 @@ def _read(path: Path) -> dict[bytes, Token]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
+        raise ValueError(f"{path} cannot be read: {error}") from None
     try:
         return _by_digest(parse_tokens(text))
     except ValueError as error:

@@ -17,6 +17,7 @@ import click
 import structlog
 
 from cloud_server import logs, preflight
+from cloud_server.jobs_cli import jobs
 from cloud_server.settings import MAX_HEARTBEAT_S, MAX_WAIT_S, Settings
 from cloud_server.tokens_cli import tokens
 from hybridsd.tokens import Tokens, warn_of_readers
@@ -102,6 +103,7 @@ def main() -> None:
 
 
 main.add_command(tokens)
+main.add_command(jobs)
 
 
 @main.command()

@@ -394,10 +394,11 @@ class CertificateFiles:
         return Contents(_read(self._cert), _read(self._key), client_ca)
 
     def _look(self) -> tuple[tuple[int, int, int] | None, ...]:
-        return tuple(map(_stamp, filter(None, (self._cert, self._key, self._client_ca))))
+        return tuple(map(stamp, filter(None, (self._cert, self._key, self._client_ca))))
 
 
-def _stamp(path: Path) -> tuple[int, int, int] | None:
+def stamp(path: Path) -> tuple[int, int, int] | None:
+    """Returns what changes with the content of a file; None if it is not there."""
     try:
         found = path.stat()
     except OSError:

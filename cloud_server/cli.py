@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 import structlog
 
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its core logs each handshake that fails; read at the import of grpc
+
 from cloud_server import logs, preflight
 from cloud_server.settings import MAX_HEARTBEAT_S, MAX_WAIT_S, Settings
 from hybridsd import certificates

@@ -1,6 +1,7 @@
 """Connections of clients: whoever does not send a request, or does not read its answer, is not waited for."""
 
 import asyncio
+import ssl
 from typing import Any
 
 import uvicorn
@@ -90,11 +91,16 @@ class PatientProtocol(H11Protocol):
         self.transport.abort()
 
 
-def server_config(app: FastAPI, **options: Any) -> uvicorn.Config:
+def server_config(app: FastAPI, *, tls: ssl.SSLContext | None = None, **options: Any) -> uvicorn.Config:
     """Returns how the gateway is served.
 
     Args:
         app: The gateway.
+        tls: With the certificate; None serves plain HTTP.
         options: Of uvicorn.
     """
-    return uvicorn.Config(app, http=PatientProtocol, ws="none", access_log=False, server_header=False, **options)
+    config = uvicorn.Config(app, http=PatientProtocol, ws="none", access_log=False, server_header=False, **options)
+    if tls is not None:
+        config.load()
+        config.ssl = tls
+    return config

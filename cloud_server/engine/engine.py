@@ -130,7 +130,7 @@ class Engine:
                     )
                 job.attach(buffer, deadline_s)
                 return job
-            self._check_room()
+            self._check_room(request.request_id, caller)
             job = Job(request, arrived_s, caller=caller)
             self._scheduler.add(job)
             job.attach(buffer, deadline_s)
@@ -138,7 +138,7 @@ class Engine:
             self._scheduler.post_positions()
             return job
 
-    def check_room(self, request_id: str) -> None:
+    def check_room(self, request_id: str, caller: Caller = NOBODY) -> None:
         """Refuses a call for which `submit` would have no room now, before anything costly is done for it.
 
         Raises:
@@ -146,7 +146,7 @@ class Engine:
         """
         with self._changed:
             if self._scheduler.find(request_id) is None:
-                self._check_room()
+                self._check_room(request_id, caller)
 
     def detach(self, job: Job, buffer: EventBuffer) -> None:
         """Says that a stream of a job has ended, for whatever reason."""
@@ -154,9 +154,10 @@ class Engine:
         with self._changed:
             self._sweep()
 
-    def cancel(self, request_id: str) -> bool:
+    def cancel(self, request_id: str, caller: Caller = NOBODY) -> bool:
         """Stops a job at its next step boundary. Returns whether one of that id was queued or running."""
         with self._changed:
+            self._scheduler.forget_promise(request_id, caller)
             job = self._scheduler.live(request_id)
             if job is None:
                 return False
@@ -164,10 +165,10 @@ class Engine:
             self._sweep()
             return True
 
-    def load(self) -> Load:
-        """Returns how busy the engine is."""
+    def load(self, caller: Caller = NOBODY) -> Load:
+        """Returns how busy the engine is, and how long a new job of a caller would wait."""
         with self._changed:
-            return self._scheduler.load()
+            return self._scheduler.load(caller)
 
     @property
     def is_idle(self) -> bool:
@@ -203,7 +204,7 @@ class Engine:
         return max((now_s - since_s for since_s in self._busy_since_s.values()), default=0.0)
 
     def _is_stuck(self) -> bool:
-        return self._stalled_s() >= max(self._stall_timeout_s, SLOW_CALLS * self._scheduler.load().call_s)
+        return self._stalled_s() >= max(self._stall_timeout_s, SLOW_CALLS * self._scheduler.call_s)
 
     def _says_stuck(self) -> str:
         if self._is_dead:
@@ -213,14 +214,14 @@ class Engine:
             " another server or later"
         )
 
-    def _check_room(self) -> None:
+    def _check_room(self, request_id: str, caller: Caller) -> None:
         if self._is_draining and not self._is_dead:
             raise Reason.UNAVAILABLE.error(
                 "the server is stopping; try another one, or later", retry_delay_s=DRAIN_RETRY_S
             )
         if self._is_stuck():
             raise Reason.UNAVAILABLE.error(self._says_stuck(), retry_delay_s=DRAIN_RETRY_S)
-        self._scheduler.check_room()
+        self._scheduler.check_room(request_id, caller)
 
     def _admit(self) -> None:
         """Gives places to waiting jobs, and their texts to be read; then there may be something to do."""
@@ -310,11 +311,14 @@ class Engine:
             self._scheduler.limit_batch(group, cap)
 
     def _note(self, calls: list[Call]) -> None:
-        """Remembers how long a call took."""
-        durations = {call.elapsed_s for call in calls if not isinstance(call.outcome, Exception)}
+        """Charges what a call took to its jobs; after one that failed, each had one for itself."""
+        batches: dict[float, list[Job]] = {}
+        for call in calls:
+            if not isinstance(call.outcome, Exception):
+                batches.setdefault(call.elapsed_s, []).append(call.job)
         with self._changed:
-            for elapsed_s in durations:
-                self._scheduler.note_call(elapsed_s)
+            for elapsed_s, jobs in batches.items():
+                self._scheduler.charge(jobs, elapsed_s)
 
     def _follow(self, call: Call) -> None:
         """Takes a job to where its call led, or ends it."""

@@ -27,7 +27,9 @@ class Job:
         """None until its texts are encoded, and after its end."""
         self.last_turn = 0
         self.num_turns = 0
-        """Turns since it got its place."""
+        """Turns since it stood in line."""
+        self.in_line_since = 0
+        """Counted in jobs that stood in line before it."""
         # Only the thread that has the job in hand touches these: texts first, then steps.
         self.texts: tuple[Texts, ...] = ()
         """Of each stage."""

@@ -63,7 +63,9 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
         arrived_s = time.monotonic()
         remaining_s = context.time_remaining()
         deadline_s = None if remaining_s is None else arrived_s + remaining_s
-        self._engine.check_room(request.request_id)  # before a plan is compiled for a job that cannot come in
+        self._engine.check_room(
+            request.request_id, caller_of(context)
+        )  # before a plan is compiled for a job that cannot come in
         self.num_streams += 1
         try:
             job_request, style = await self._read(request, context)
@@ -162,7 +164,7 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
     ) -> pb.CancelDenoiseResponse:
         """Stops a job."""
         check_request_id(request.request_id, may_be_empty=False)
-        return pb.CancelDenoiseResponse(cancelled=self._engine.cancel(request.request_id))
+        return pb.CancelDenoiseResponse(cancelled=self._engine.cancel(request.request_id, caller_of(context)))
 
     async def GetCapabilities(
         self, request: pb.GetCapabilitiesRequest, context: "grpc.aio.ServicerContext[Any, Any]"
@@ -173,7 +175,7 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
             models=[model.info for model in self._models.values()],
             bundles=self._bundles,
             limits=self._limits,
-            load=self._engine.load(),
+            load=self._engine.load(caller_of(context)),
         )
 
 

@@ -27,7 +27,7 @@ class Outlook:
     """How busy it is and will be, as far as measured work tells."""
 
     waiting: Sequence[Caller]
-    """In the order in which their jobs get places."""
+    """In the order in which their jobs begin."""
     begins_s: Sequence[float]
     """When they do, from now on."""
     running: Sequence[Caller]

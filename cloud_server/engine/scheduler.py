@@ -5,7 +5,6 @@ turn for its group: see `shares`. Who may wait, and who is to come again when: s
 threads: the engine holds its lock.
 """
 
-import heapq
 import random
 import time
 from collections import Counter, OrderedDict
@@ -82,6 +81,7 @@ class Scheduler:
         self._finished: OrderedDict[str, tuple[float, Job]] = OrderedDict()
         self._batch_caps: OrderedDict[Group, BatchCap] = OrderedDict()
         self._call_s = 0.0
+        self._calls_s: OrderedDict[object, float] = OrderedDict()  # the same by `Job.kind`
         self._turn = 0
 
     @property
@@ -115,10 +115,15 @@ class Scheduler:
         """
         if not self._waiting and self.free_places():
             return 0.0
-        if self._shares.loser(caller, self._movable(self._active), self._active) is not None:
+        kinds = Counter(job.kind for job in [*self._active, *self._waiting])
+        like = next(job for job in [*self._active, *self._waiting] if job.kind == kinds.most_common(1)[0][0])
+        job = Job(like.request, 0.0, caller=caller)
+        job.in_line_since, job.in_line_turn = self._num_in_line + 1, self._turn
+        line = self._shares.line([*self._waiting, job], self._active, self._turn)
+        ahead = next(index for index, claim in enumerate(line) if claim.job is job)
+        rivals = [other for other in self._movable(self._active) if other.kind == job.kind]
+        if not ahead and self._shares.loser(line[0], rivals, self._active) is not None:
             return self._call_s
-        of_principal, _ = self._shares.claim(caller, self._waiting, self._active)
-        ahead = sum(not claim.is_barred and claim.of_principal <= of_principal for claim in self._line())
         return self._look().begin_s(ahead + self._door.num_promised(caller, self._clock()))
 
     def find(self, request_id: str) -> Job | None:
@@ -155,6 +160,7 @@ class Scheduler:
         """Puts a new job into the queue."""
         self.forget_promise(job.request.request_id, job.caller)
         self._jobs[job.request.request_id] = job
+        self._waiting.append(job)
         self._stand_in_line(job)
 
     def post_positions(self) -> None:
@@ -174,8 +180,9 @@ class Scheduler:
             if loser is not None:
                 self._active.remove(loser)
                 self._waiting.append(loser)
+                loser.in_line_turn = self._turn
                 if loser.caller == job.caller:
-                    self._stand_in_line(loser, is_new=False)
+                    self._stand_in_line(loser)
                 if loser in admitted:
                     admitted.remove(loser)
             self._waiting.remove(job)
@@ -190,11 +197,11 @@ class Scheduler:
         """Returns who gets a place now, and who makes room for it where none is free."""
         if not self._waiting:
             return None
-        places = Counter(_key(job) for job in self._active)
+        places = Counter(job.kind for job in self._active)
         is_full = len(self._active) >= GROUPS_IN_FLIGHT * self._max_batch
         tried = set()
         for claim in self._line():
-            job, key = claim.job, _key(claim.job)
+            job, key = claim.job, claim.job.kind
             if claim.is_barred:
                 return None  # and so are all behind it
             if places[key] < self._max_batch and not is_full:
@@ -203,9 +210,9 @@ class Scheduler:
                 continue
             tried.add((key, job.caller))
             rivals = [
-                other for other in self._movable(self._active) if places[key] < self._max_batch or _key(other) == key
+                other for other in self._movable(self._active) if places[key] < self._max_batch or other.kind == key
             ]
-            loser = self._shares.loser(job.caller, rivals, self._active) or _oldest(job.caller, rivals)
+            loser = self._shares.loser(claim, rivals, self._active) or _oldest(job.caller, rivals)
             if loser is not None:
                 return job, loser
         return None
@@ -218,13 +225,13 @@ class Scheduler:
         ready = self._movable(self._active)
         if not ready:
             return []
-        longest = min(ready, key=lambda job: job.last_turn)
-        is_overdue = self._turn - longest.last_turn >= MAX_WAIT_TURNS
-        group = _group(longest if is_overdue else min(ready, key=self._turn_order))
-        jobs = [job for job in ready if _group(job) == group]
-        cap = self._cap(group)
+        groups: dict[Group | None, list[Job]] = {}
+        for job in ready:
+            groups.setdefault(_group(job), []).append(job)
+        group = min(groups, key=lambda group: self._turn_order(groups[group]))
+        jobs, cap = groups[group], self._cap(group)
         if len(jobs) > cap:
-            chosen = set(sorted(jobs, key=self._turn_order)[:cap])
+            chosen = set(sorted(jobs, key=lambda job: self._turn_order([job]))[:cap])
             jobs = [job for job in jobs if job in chosen]  # in order of places, as are the stacked embeddings
         self._turn += 1
         for job in jobs:
@@ -233,8 +240,12 @@ class Scheduler:
         self._recover(group, len(jobs))
         return jobs
 
-    def _turn_order(self, job: Job) -> tuple[float, float, int]:
-        return (*self._shares.standing(job.caller), job.last_turn)
+    def _turn_order(self, jobs: Sequence[Job]) -> tuple[bool, float, float, int]:
+        """Returns what the next turn goes by: who is overdue, then who has had least, then who waited longest."""
+        last_turn = min(job.last_turn for job in jobs)
+        standings = [self._shares.standing(job.caller) for job in jobs]
+        principals, users = (round(sum(column) / len(jobs), 6) for column in zip(*standings, strict=True))
+        return (self._turn - last_turn < MAX_WAIT_TURNS, principals, users, last_turn)
 
     def limit_batch(self, group: Group, cap: int) -> None:
         """Makes batches of a group no larger than `cap`, for a while: memory that was short may be there later."""
@@ -255,8 +266,11 @@ class Scheduler:
 
     def charge(self, batch: Sequence[Job], elapsed_s: float) -> None:
         """Charges a call of the U-Net to the jobs that it was for."""
-        past = CALL_MEMORY if self._call_s else 0.0
-        self._call_s = past * self._call_s + (1.0 - past) * elapsed_s
+        self._call_s = _mean(self._call_s, elapsed_s)
+        key = batch[0].kind
+        self._calls_s[key] = _mean(self._calls_s.pop(key, 0.0), elapsed_s)
+        if len(self._calls_s) > MAX_CAPS:
+            self._calls_s.popitem(last=False)
         self._shares.charge(batch, elapsed_s, [*self._active, *self._waiting])
 
     def sweep(self, *, active: bool) -> None:
@@ -308,15 +322,13 @@ class Scheduler:
         """Returns when the queue will have moved on for a caller, in seconds."""
         return max(0.5, self.wait_s(caller))
 
-    def _stand_in_line(self, job: Job, *, is_new: bool = True) -> None:
+    def _stand_in_line(self, job: Job) -> None:
         """Sends a job to the end of its user's line."""
         self._num_in_line += 1
-        job.in_line_since, job.num_turns = self._num_in_line, 0
-        if is_new:
-            self._waiting.append(job)
+        job.in_line_since, job.in_line_turn, job.num_turns = self._num_in_line, self._turn, 0
 
     def _line(self) -> list[Claim]:
-        return self._shares.line(self._waiting, self._active)
+        return self._shares.line(self._waiting, self._active, self._turn)
 
     def _movable(self, jobs: Sequence[Job]) -> list[Job]:
         """Returns those jobs whose texts are read."""
@@ -330,25 +342,31 @@ class Scheduler:
         state = (self._turn, self._num_in_line, len(self._waiting), len(self._active))
         if self._outlook is not None and self._outlook[0] == state:
             return self._outlook[1]
-        round_s = max(1, len(self.groups)) * self._call_s
-        frees_s = [max(0, job.calls_left) * round_s for job in self._active] + [0.0] * self.free_places()
-        heapq.heapify(frees_s)
         waiting = [claim.job for claim in self._line() if not claim.is_barred]
-        begins_s = []
+        keys = Counter(job.kind for job in [*self._active, *waiting])
+        round_s = sum(self._calls_s.get(key, self._call_s) for key in keys)
+        frees_s: dict[object, list[float]] = {key: [] for key in keys}
+        for job in self._active:
+            frees_s[job.kind].append(max(0, job.calls_left) * round_s)
+        begins = []
         for job in waiting:
-            begins_s.append(frees_s[0])
-            heapq.heapreplace(frees_s, frees_s[0] + job.calls_left * round_s)
+            places = frees_s[job.kind]
+            begins.append((_next_s(places, self._max_batch), job.caller))
+            if len(places) >= self._max_batch:
+                places.remove(begins[-1][0])
+            places.append(begins[-1][0] + job.calls_left * round_s)
+        begins.sort(key=lambda begin: begin[0])
         here = [*self._active, *waiting]
         mean_s = sum(job.request.handoff_call - job.request.first_call for job in here) / max(1, len(here)) * round_s
         self._outlook = (
             state,
             Outlook(
-                waiting=[job.caller for job in waiting],
-                begins_s=begins_s,
+                waiting=[caller for _, caller in begins],
+                begins_s=[begin_s for begin_s, _ in begins],
                 running=[job.caller for job in self._active],
                 num_free=self.free_places(),
-                spacing_s=mean_s / len(frees_s),
-                next_s=frees_s[0],
+                next_s=max((_next_s(places, self._max_batch) for places in frees_s.values()), default=0.0),
+                spacing_s=mean_s / max(self._max_batch, sum(map(len, frees_s.values()))),
             ),
         )
         return self._outlook[1]
@@ -358,15 +376,20 @@ class Scheduler:
         return self._max_batch if held is None else held.size
 
 
+def _next_s(places_s: list[float], max_batch: int) -> float:
+    """Returns when a place of a group is free, given when those that are taken will be."""
+    return 0.0 if len(places_s) < max_batch else min(places_s)
+
+
+def _mean(past_s: float, new_s: float) -> float:
+    """Returns a running mean that begins with the first value."""
+    return CALL_MEMORY * past_s + (1.0 - CALL_MEMORY) * new_s if past_s else new_s
+
+
 def _oldest(caller: Caller, rivals: Sequence[Job]) -> Job | None:
     """Returns the job of the same user that has had its place for longest, if that was for `PLACE_TURNS`."""
     mine = [job for job in rivals if job.caller == caller and job.num_turns >= PLACE_TURNS]
     return max(mine, key=lambda job: job.num_turns, default=None)
-
-
-def _key(job: Job) -> object:
-    model = job.request.model if job.trajectory is None else job.trajectory.group[0]
-    return (model, job.request.latent_shape, job.request.loras)
 
 
 def _group(job: Job) -> Group | None:

@@ -15,9 +15,16 @@ naming users. Whoever is behind comes first. Three rules make that safe:
   changes places with another only when a quantum and more lies between them: batches are stable.
 
 Priority is a head start of `HEAD_START` quanta (borrowed virtual time: Duda, Cheriton, SOSP 1999): it buys an early
-place, not a larger share, and so ages by itself. A quantum is `QUANTUM_CALLS` times the mean seconds of a job in a call.
+place, not a larger share, and so ages by itself.
+
+The bound: whoever has no place for a kind of job, and has waited for one for `MAX_LINE_TURNS` calls, comes before all
+others, whatever they have, or have not, had; within a principal the same holds for its users. So the first job of each
+begins within that many calls and one for each other that waits as long; the next ones after it in turn.
+
+A quantum is `QUANTUM_CALLS` times the mean seconds of a job in a call.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +38,8 @@ HEAD_START = 16
 """Quanta by which whoever has priority counts as behind."""
 MAX_LAG = 32
 """Quanta by which an account may be before or behind the clock; more than `HEAD_START`."""
+MAX_LINE_TURNS = 256
+"""Calls of the U-Net after which whoever has no place yet gets the next."""
 MAX_ACCOUNTS = 1024
 """Of those who have no job here, at each level."""
 MEMORY = 0.98
@@ -140,54 +149,51 @@ class Shares:
                 self.quantum_s,
             )
 
-    def line(self, waiting: Iterable[Job], active: Iterable[Job]) -> list[Claim]:
+    def line(self, waiting: Iterable[Job], active: Iterable[Job], turn: int) -> list[Claim]:
         """Returns the jobs that wait in the order in which they get places; those that may not yet are last.
 
-        Within a user the longest in line is the first: that is what its position promised.
+        Places are of a kind of job, and so are claims. Within a user the longest in line is the first: that is what its
+        position promised. Who has no place of a kind, and has waited `MAX_LINE_TURNS` for one, comes before all others.
         """
-        principals, users = _places(active)
+        held, num_running = _Held(active), Counter(job.caller.principal for job in active)
         claims = []
         for job in sorted(waiting, key=lambda job: job.in_line_since):
-            users[_user(job.caller)] += 1
-            claims.append(Claim(0.0, self._of_user(job.caller, users[_user(job.caller)]), job))
+            user = self._of_user(job.caller, held.add_of_user(job))
+            is_old = turn - job.in_line_turn >= MAX_LINE_TURNS and held.of_user(job) == 1
+            claims.append(Claim(0.0, -math.inf if is_old else user, job))
         claims.sort(key=lambda claim: claim.of_user)  # stable
         for claim in claims:
-            caller = claim.job.caller
-            principals[caller.principal] += 1
-            claim.of_principal = self._of_principal(caller, principals[caller.principal])
-            claim.is_barred = caller.quota.jobs is not None and principals[caller.principal] > caller.quota.jobs
+            job, caller = claim.job, claim.job.caller
+            num_running[caller.principal] += 1
+            claim.of_principal = self._of_principal(caller, held.add_of_principal(job))
+            if turn - job.in_line_turn >= MAX_LINE_TURNS and held.of_principal(job) == 1:
+                claim.of_principal = -math.inf
+            claim.is_barred = caller.quota.jobs is not None and num_running[caller.principal] > caller.quota.jobs
         return sorted(claims, key=lambda claim: (claim.is_barred, claim.of_principal, claim.job.in_line_since))
 
-    def claim(self, caller: Caller, waiting: Iterable[Job], active: Iterable[Job]) -> tuple[float, float]:
-        """Returns what a new job would claim, behind its caller's others."""
-        principals, users = _places([*waiting, *active])
-        return (
-            self._of_principal(caller, principals[caller.principal] + 1),
-            self._of_user(caller, users[_user(caller)] + 1),
-        )
+    def loser(self, claim: Claim, rivals: Sequence[Job], active: Iterable[Job]) -> Job | None:
+        """Returns who of `rivals` makes room for a job that waits; None where nobody has to.
 
-    def loser(self, caller: Caller, rivals: Sequence[Job], active: Iterable[Job]) -> Job | None:
-        """Returns who of `rivals` makes room for a job of a caller; None where nobody has to.
-
-        That is the newest job of whoever is furthest ahead, if the caller would still be behind with one place more.
+        That is the newest job of whoever is furthest ahead, if the other would still be behind with one place more.
         """
-        principals, users = _places(active)
+        held, caller = _Held(active), claim.job.caller
 
-        def held(other: Job) -> tuple[float, float, int]:
+        def standing(other: Job) -> tuple[float, float, int]:
             who = other.caller
             return (
-                self._of_principal(who, principals[who.principal]),
-                self._of_user(who, users[_user(who)]),
+                self._of_principal(who, held.of_principal(other)),
+                self._of_user(who, held.of_user(other)),
                 other.in_line_since,
             )
 
-        last = max(rivals, key=held, default=None)
-        if last is None or _user(last.caller) == _user(caller):
+        last = max(rivals, key=standing, default=None)
+        if last is None:
             return None
-        if last.caller.principal == caller.principal:
-            is_behind = self._of_user(caller, users[_user(caller)] + 2) < held(last)[1]
+        of_principal, of_user, _ = standing(last)
+        if last.caller.principal != caller.principal:
+            is_behind = claim.of_principal + self.quantum_s / caller.weight < of_principal
         else:
-            is_behind = self._of_principal(caller, principals[caller.principal] + 2) < held(last)[0]
+            is_behind = last.caller.user != caller.user and claim.of_user + self.quantum_s < of_user
         return last if is_behind else None
 
     def _of_principal(self, caller: Caller, places: int) -> float:
@@ -199,14 +205,36 @@ class Shares:
         return (0.0 if users is None else users.of(caller.user)) + places * self.quantum_s
 
 
+class _Held:
+    """Places of each kind of job that principals and users have."""
+
+    def __init__(self, active: Iterable[Job]) -> None:
+        jobs = list(active)
+        self._principals = Counter(map(self._principal, jobs))
+        self._users = Counter(map(self._user, jobs))
+
+    def of_principal(self, job: Job) -> int:
+        return self._principals[self._principal(job)]
+
+    def of_user(self, job: Job) -> int:
+        return self._users[self._user(job)]
+
+    def add_of_principal(self, job: Job) -> int:
+        self._principals[self._principal(job)] += 1
+        return self.of_principal(job)
+
+    def add_of_user(self, job: Job) -> int:
+        self._users[self._user(job)] += 1
+        return self.of_user(job)
+
+    @staticmethod
+    def _principal(job: Job) -> tuple[object, str]:
+        return (job.kind, job.caller.principal)
+
+    @staticmethod
+    def _user(job: Job) -> tuple[object, str, str]:
+        return (job.kind, job.caller.principal, job.caller.user)
+
+
 def _sums(names: Iterable[str], each: float) -> dict[str, float]:
     return {name: each * count for name, count in Counter(names).items()}
-
-
-def _places(jobs: Iterable[Job]) -> tuple[Counter[str], Counter[tuple[str, str]]]:
-    callers = [job.caller for job in jobs]
-    return Counter(caller.principal for caller in callers), Counter(map(_user, callers))
-
-
-def _user(caller: Caller) -> tuple[str, str]:
-    return (caller.principal, caller.user)

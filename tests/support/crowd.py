@@ -118,10 +118,8 @@ class Crowd:
             try:
                 self.check_room(name, member)
             except CloudBusy as refused:
-                assert refused.retry_delay_s is not None
-                self._arrive(
-                    self.now_s + refused.retry_delay_s * self.rng.uniform(1.0, 1.05), member, name, asked_s, retries + 1
-                )
+                delay_s = (refused.retry_delay_s or 0.0) * self.rng.uniform(1.0, 1.05)
+                self._arrive(self.now_s + delay_s, member, name, asked_s, retries + 1)
                 continue
             calls = member.calls[member.num_asked % len(member.calls)]
             member.num_asked += 1

@@ -49,14 +49,12 @@ class Crowd:
             max_batch=max_batch, max_queue=max_queue, keep_finished=1, keep_finished_s=60.0,
             clock=lambda: self.now_s, rand=self.rng.random,
         )  # fmt: skip
-        self.batches: list[int] = []
+        self.batches: list[list[Job]] = []
         self.cost: Counter[str] = Counter()
-        """Seconds that each principal was charged."""
+        """Seconds that each principal was charged, and each of its users as `principal/user`."""
         self.history: list[tuple[float, Counter[str]]] = []
         self.waits_s: list[float] = []
         """From the first request to the first step."""
-        self.groups: list[int] = []
-        """Widths of the calls, in order."""
         self._owners: dict[Job, tuple[Member, float, int]] = {}
         self._arrivals: list[tuple[float, int, Member, str, float, int]] = []
         self._number = 0
@@ -90,10 +88,10 @@ class Crowd:
                 self.waits_s.append(self.now_s - self._owners[job][1])
         self._listen(self.now_s + elapsed_s)
         self.scheduler.charge(batch, elapsed_s)
-        self.batches.append(len(batch))
-        self.groups.append(batch[0].request.latent_shape[2])
+        self.batches.append(list(batch))
         for job in batch:
             self.cost[job.caller.principal] += elapsed_s / len(batch)
+            self.cost[f"{job.caller.principal}/{job.caller.user}"] += elapsed_s / len(batch)
             job.num_calls += 1
             if job.calls_left == 0:
                 self.scheduler.end(job, Finished(Usage(0, 0, 0, job.num_calls)))

@@ -133,8 +133,8 @@ class Door:
             return room.num_waiting + kept < most + self._extra
         if room.is_within_part_with(soon):
             return room.num_waiting + kept < most
-        if room.is_first_of_user:
-            return room.num_waiting + kept < most + self._extra // 2
+        if room.num_of_user == 0:
+            return room.num_waiting + kept < most + self._extra // 2 - (self._spare if room.has_other_principals else 0)
         return room.num_waiting + kept < most - (self._spare if room.is_shared else 0)
 
     def _may_promise(self, room: "_Room", others: list[Promise], caller: Caller) -> bool:
@@ -157,12 +157,14 @@ class _Room:
         self._weight = sum(self._weights.values())
         self.share = caller.weight / self._weight
         users = {one.user for one in here if one.principal == caller.principal}
-        self.is_shared = len(self._weights) > 1 or len(users) > 1
+        self.has_other_principals = len(self._weights) > 1
+        self.is_shared = self.has_other_principals or len(users) > 1
         self._waiting = Counter(one.principal for one in outlook.waiting)
+        self._users = Counter(one.user for one in outlook.waiting if one.principal == caller.principal)
         self._promised = promised
         self.num_waiting = len(outlook.waiting) - outlook.num_free
         self.num_of_principal = self._waiting[caller.principal]
-        self.num_of_user = sum(map(self._is_user, outlook.waiting))
+        self.num_of_user = self._users[caller.user]
         self.part = self._part(caller.principal)
         self.part_of_user = max(1, self.part // len(users))
 
@@ -183,17 +185,16 @@ class _Room:
         num = sum(one.principal == self.caller.principal for one in promised)
         return self.num_of_principal + num < self.part and self.num_of_user + num_users < self.part_of_user
 
-    @property
-    def is_first_of_user(self) -> bool:
-        """Whether it is the first job of a user, whose principal has not much more than its part."""
-        return self.num_of_user == 0 and self.num_of_principal < self.part + self.part // 4
-
     def kept(self, promised: Sequence[Caller]) -> int:
-        """Returns how much of the queue is kept for these: of each principal not more than its part."""
-        counts = Counter(one.principal for one in promised)
-        return sum(
-            min(count, max(0, self._part(name) - self._waiting[name])) if name != self.caller.principal else count
-            for name, count in counts.items()
+        """Returns how much of the queue is kept for these: of each principal, or user, not more than its part."""
+        own, me = self.caller.principal, self.caller.user
+        principals = Counter(one.principal for one in promised)
+        users = Counter(one.user for one in promised if one.principal == own)
+        del principals[own]
+        return (
+            users.pop(me, 0)
+            + sum(min(count, max(0, self.part_of_user - self._users[name])) for name, count in users.items())
+            + sum(min(count, max(0, self._part(name) - self._waiting[name])) for name, count in principals.items())
         )
 
     def opens_s(self, outlook: Outlook, most: int) -> float:

@@ -22,7 +22,7 @@ from edge_client.cloud.client import Cloud
 from edge_client.cloud.progress import Progress
 from edge_client.cloud.stream import NOTHING, Inbox
 from edge_client.cloud.types import Waiting
-from edge_client.generation.cloud_steps import JITTER
+from edge_client.generation.cloud_steps import PROMISE_JITTER
 from edge_client.generation.events import Event, Finished, Retrying, StepDone
 from edge_client.generation.pipeline import generate
 from edge_client.generation.resolve import resolve
@@ -330,7 +330,7 @@ def test_delays_are_as_long_as_asked_and_not_all_alike(
         _, events = draw(replace(REQUEST, patience=replace(SHORT, busy_timeout_s=HANG_S)), bundle, models, cloud)
         delays += [event.delay_s for event in events if isinstance(event, Retrying)]
 
-    assert all(0.3 <= delay <= 0.3 * (1 + JITTER) for delay in delays)
+    assert all(0.3 <= delay <= 0.3 * (1 + PROMISE_JITTER) for delay in delays)
     assert len(set(delays)) == 3
 
 

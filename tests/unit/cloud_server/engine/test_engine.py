@@ -14,6 +14,7 @@ import torch
 from cloud_server.engine.engine import Engine
 from cloud_server.engine.event_buffer import EventBuffer
 from cloud_server.engine.events import Failed, Finished, Queued, Snapshot, Started
+from cloud_server.engine.job import Job
 from cloud_server.models.load import Model
 from hybridsd import noise
 from hybridsd.errors import HybridSDError, Reason
@@ -530,7 +531,7 @@ async def test_a_stuck_step_ends_its_jobs(tiny_model: Model, make_engine: MakeEn
 async def test_a_slow_machine_is_not_stuck(tiny_model: Model, make_engine: MakeEngine, gated: GatedDenoiser) -> None:
     """Where all steps take long, a long step is none of those that never come back."""
     engine = make_engine({"tiny": gated}, stall_timeout_s=0.01)
-    engine._scheduler.note_call(1e6)
+    engine._scheduler.charge([Job(job_request(tiny_model))], 1e6)
     buffer = EventBuffer()
     engine.submit(job_request(tiny_model), buffer)
     await asyncio.to_thread(gated.entered.acquire)

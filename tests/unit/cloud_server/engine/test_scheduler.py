@@ -71,35 +71,35 @@ def test_a_group_that_did_not_fit_gets_smaller_batches() -> None:
     assert [len(scheduler.choose()) for _ in range(4)] == [2, 1, 1, 2]
 
 
+def refusal_s(scheduler: Scheduler, name: str, caller: str = "") -> float:
+    """Returns the delay that a request is refused with."""
+    with pytest.raises(CloudBusy) as refused:
+        scheduler.check_room(name, Caller(principal=caller))
+    assert refused.value.reason is Reason.QUEUE_FULL
+    assert refused.value.retry_delay_s is not None
+    return refused.value.retry_delay_s
+
+
 def test_the_queue_is_bounded() -> None:
     """Beyond the places, `max_queue` jobs wait; the next one is told when to come again."""
     scheduler = make_scheduler(max_batch=1)
-    add(scheduler, *(make_job(str(index)) for index in range(4)))
-    scheduler.note_call(2.0)
+    jobs = [make_job(str(index)) for index in range(4)]
+    add(scheduler, *jobs)
+    scheduler.charge(jobs[:1], 2.0)
 
-    with pytest.raises(CloudBusy) as refused:
-        scheduler.check_room()
-
-    assert refused.value.retry_delay_s is not None
-    assert refused.value.retry_delay_s >= 6 * 2.0  # until the first place is free
+    assert 6 * 2.0 <= refusal_s(scheduler, "more") <= 1.1 * 6 * 2.0  # until the first place is free
 
 
 def test_the_refused_do_not_come_again_together() -> None:
-    """Delays are spread over the time that the queue takes, which is longer behind a longer queue."""
+    """Each is given another time, as room comes: one after another, and not before the room is there."""
+    scheduler = make_scheduler(max_batch=1, max_queue=30)
+    jobs = [make_job(str(index)) for index in range(31)]
+    add(scheduler, *jobs)
+    scheduler.charge(jobs[:1], 0.1)
 
-    def delays(num_jobs: int) -> list[float]:
-        scheduler = make_scheduler(max_batch=1, max_queue=num_jobs - 1)
-        add(scheduler, *(make_job(str(index)) for index in range(num_jobs)))
-        scheduler.note_call(0.1)
-        return [scheduler.retry_delay_s() for _ in range(200)]
+    delays = [refusal_s(scheduler, f"more-{index}") for index in range(100)]
 
-    short, long = delays(2), delays(30)
-
-    assert len(set(long)) == 200
-    assert min(short) >= 0.6  # the first place
-    assert max(short) <= 0.6 + 1.2
-    assert max(long) - min(long) > 9.0  # of 18 s that 30 jobs take
-    assert max(long) <= 60.0
+    assert all(0.6 * (index + 1) - 1e-6 <= delay <= 0.63 * (index + 1) + 0.1 for index, delay in enumerate(delays))
 
 
 def test_a_hint_is_never_close_to_nothing() -> None:
@@ -107,7 +107,7 @@ def test_a_hint_is_never_close_to_nothing() -> None:
     scheduler = make_scheduler(max_batch=1)
     add(scheduler, *(make_job(str(index)) for index in range(4)))
 
-    assert all(0.5 <= scheduler.retry_delay_s() <= 60.0 for _ in range(100))
+    assert all(0.5 <= refusal_s(scheduler, f"more-{index}") <= 60.0 for index in range(100))
 
 
 def test_a_batch_cap_recovers() -> None:
@@ -139,6 +139,7 @@ def test_callers_take_turns_for_places() -> None:
     assert one._queued == Queued(0)
     assert [job._queued for job in many[1:]] == [Queued(1), Queued(2), Queued(3)]
 
+    scheduler.charge(many[:1], 1.0)
     scheduler.end(many[0], Failed(Reason.INTERNAL.error("oh")))
 
     assert scheduler.admit() == [one]
@@ -153,6 +154,7 @@ def test_a_long_job_does_not_keep_others_waiting() -> None:
     for _ in range(PLACE_TURNS):
         assert scheduler.admit() == []
         assert scheduler.choose() == [long]
+        scheduler.charge([long], 1.0)
 
     assert scheduler.admit() == [short]
     begin(short)

@@ -195,7 +195,7 @@ class Engine:
     def jobs(self, caller: Caller = NOBODY) -> list[JobView]:
         """Returns what a caller may know of the jobs that run and wait: of its own, or of all where an admin asks.
 
-        Jobs that are everybody's are listed for the machine that asked for them: an id is all that it takes to stop one.
+        Jobs that are everybody's are listed for the machine that asked: an id is all that it takes to stop one.
         """
 
         def is_listed(job: Job) -> bool:

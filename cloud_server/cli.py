@@ -232,7 +232,7 @@ def _shown(settings: Settings) -> dict[str, object]:
         "port_file": str(settings.port_file) if settings.port_file else None,
         "tls_cert": str(settings.tls_cert) if settings.tls_cert else None,
         "tls_key": str(settings.tls_key) if settings.tls_key else None,
-        "num_tokens": 0 if settings.tokens is None else len(settings.tokens.all),
+        "num_tokens": None if settings.tokens is None else len(settings.tokens.all),
     }
 
 

@@ -270,14 +270,11 @@ class Engine:
         """Refuses a job more of a principal that has as many waiting as it may."""
         if caller.quota.queued is None:
             return
-
-        def count(jobs: list[Job]) -> int:
-            return sum(job.caller.principal == caller.principal for job in jobs)
-
+        num_running, num_waiting = self._scheduler.count(caller.principal)
         check_queued(
             caller,
-            num_running=count(self._scheduler.running),
-            num_waiting=num_reading + count(self._scheduler.waiting),
+            num_running=num_running,
+            num_waiting=num_waiting + num_reading,
             free_places=self._scheduler.free_places(),
             retry_delay_s=self._scheduler.retry_delay_s,
         )

@@ -136,7 +136,7 @@ class Engine:
             self._check_room(request.request_id, caller)
             job = Job(request, arrived_s, caller=caller)
             self._check_queued(caller)
-            self._scheduler.quotas.charge(caller, job.num_asked_calls)
+            self._scheduler.quotas.charge(caller, job.key, job.num_asked_calls)
             self._scheduler.add(job)
             job.attach(buffer, deadline_s)
             self._admit()
@@ -159,7 +159,7 @@ class Engine:
             if self._scheduler.find((caller.owner, request_id)) is None:
                 self._check_room(request_id, caller)
                 self._check_queued(caller, num_reading)
-                self._scheduler.quotas.check(caller, max(0, steps))
+                self._scheduler.quotas.check(caller, (caller.owner, request_id), max(0, steps))
 
     def detach(self, job: Job, buffer: EventBuffer) -> None:
         """Says that a stream of a job has ended, for whatever reason."""
@@ -195,15 +195,20 @@ class Engine:
             return bool(jobs)
 
     def jobs(self, caller: Caller = NOBODY) -> list[JobView]:
-        """Returns what a caller may know of the jobs that run and wait: of its own, or of all where an admin asks."""
+        """Returns what a caller may know of the jobs that run and wait: of its own, or of all where an admin asks.
+
+        Jobs that are everybody's are listed for the machine that asked: an id is all that it takes to stop one.
+        """
+
+        def is_listed(job: Job) -> bool:
+            is_same = job.caller.principal == caller.principal
+            return _may_see(caller, job) and (caller.is_admin or bool(caller.owner) or is_same)
+
         with self._changed:
             free = self._scheduler.free_places()
+            running = [job.view(None) for job in self._scheduler.running if is_listed(job)]
             waiting = enumerate(self._scheduler.waiting)
-            places = [
-                *((job, None) for job in self._scheduler.running),
-                *((job, max(0, i - free)) for i, job in waiting),
-            ]
-            return [job.view(position) for job, position in places if _may_see(caller, job)]
+            return running + [job.view(max(0, index - free)) for index, job in waiting if is_listed(job)]
 
     def load(self, caller: Caller = NOBODY) -> Load:
         """Returns how busy the engine is, and how long a new job of a caller would wait."""
@@ -267,14 +272,11 @@ class Engine:
         """Refuses a job more of a principal that has as many waiting as it may."""
         if caller.quota.queued is None:
             return
-
-        def count(jobs: list[Job]) -> int:
-            return sum(job.caller.principal == caller.principal for job in jobs)
-
+        num_running, num_waiting = self._scheduler.count(caller.principal)
         check_queued(
             caller,
-            num_running=count(self._scheduler.running),
-            num_waiting=num_reading + count(self._scheduler.waiting),
+            num_running=num_running,
+            num_waiting=num_waiting + num_reading,
             free_places=self._scheduler.free_places(),
             retry_delay_s=lambda: jittered(self._scheduler.retry_delay_s(caller)),
         )

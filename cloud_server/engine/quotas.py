@@ -1,75 +1,121 @@
 """What a principal may have: how many jobs, how many steps a minute. Knows nothing of threads, models or messages."""
 
+import random
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from cloud_server.engine.caller import Caller
 from hybridsd.errors import HybridSDError, Reason
-from hybridsd.quotas import Bucket, jittered
+from hybridsd.quotas import Bucket
 from hybridsd.tokens import Quota
 
 if TYPE_CHECKING:
     from cloud_server.engine.job import Job
 
-MAX_BUCKETS = 4096
+MAX_ACCOUNTS = 4096
 """Principals whose steps are counted; of more, those that asked longest ago begin anew."""
 MIN_RETRY_S = 0.5
+MAX_PROMISE_S = 120.0
+"""So far ahead steps are kept for who was refused; beyond it, delays are random up to this."""
+GRACE_S = 5.0
+"""For so long after its time a promise is kept."""
+JITTER = 0.05
+"""Part of a delay that is added at random at most."""
+Key = tuple[str, str]
+"""Of a job, see `Job.key`."""
+
+
+@dataclass(slots=True)
+class _Account:
+    """The steps of a principal."""
+
+    bucket: Bucket
+    promises: dict[Key, tuple[float, int]] = field(default_factory=dict)
+    """When who was refused was told to come again, in seconds of the clock, and for how many steps."""
 
 
 class Quotas:
-    """Steps of each principal in the last minute. Not safe for several threads: the engine holds its lock."""
+    """Steps of each principal in the last minute. Not safe for several threads: the engine holds its lock.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """Takes a clock, in seconds that never go back."""
-        self._clock = clock
-        self._buckets: OrderedDict[str, Bucket] = OrderedDict()
+    A refusal is a promise: the steps are kept until its job comes again, so that one retry is enough.
+    """
 
-    def check(self, caller: Caller, steps: int) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, rand: Callable[[], float] = random.random) -> None:
+        """Takes a clock, in seconds that never go back, and what draws numbers from 0 up to 1."""
+        self._clock, self._rand = clock, rand
+        self._accounts: OrderedDict[str, _Account] = OrderedDict()
+
+    def check(self, caller: Caller, key: Key, steps: int) -> None:
         """Refuses what `charge` would refuse, and charges nothing.
 
         Raises:
             HybridSDError: QUOTA_EXCEEDED, with a retry delay where coming again helps.
         """
-        bucket = self._bucket(caller)
-        if bucket is not None and bucket.take(steps) == 0.0:
-            bucket.give_back(steps)
-        elif bucket is not None:
-            raise _too_many_steps(caller, bucket, steps)
+        limit = caller.quota.steps_per_minute
+        if limit is None:
+            return
+        if steps > limit:
+            raise _exceeded(
+                caller,
+                "steps_per_minute",
+                f"the job has {steps} steps, and {caller.principal} may have {limit} a minute; ask for at most that",
+            )
+        account, now_s = self._account(caller, limit), self._clock()
+        promises = {other: told for other, told in account.promises.items() if now_s <= told[0] + GRACE_S}
+        account.promises = promises
+        mine = promises.get(key)
+        kept = sum(num for other, (due_s, num) in promises.items() if other != key and (not mine or due_s < mine[0]))
+        left = account.bucket.left - kept
+        if left >= steps - 1e-6:
+            return
+        wait_s = max(MIN_RETRY_S, (steps - left) * 60 / limit)
+        if wait_s > MAX_PROMISE_S:
+            delay_s = MAX_PROMISE_S * (1 + self._rand()) / 2
+        else:
+            delay_s = wait_s + self._rand() * (0.1 + JITTER * wait_s)
+            if key[1]:  # whoever has no id cannot be known again
+                promises[key] = (now_s + wait_s, steps)
+        raise _exceeded(
+            caller,
+            "steps_per_minute",
+            f"{caller.principal} may have {limit} steps a minute, of which {max(0, int(left))} are left, and the job"
+            f" has {steps}; come again in {delay_s:.1f} s",
+            delay_s,
+        )
 
-    def charge(self, caller: Caller, steps: int) -> None:
+    def charge(self, caller: Caller, key: Key, steps: int) -> None:
         """Takes the steps of a job from what its principal may have in a minute.
 
         Raises:
             HybridSDError: QUOTA_EXCEEDED, with a retry delay where coming again helps; nothing is taken then.
         """
-        self.check(caller, steps)
-        bucket = self._bucket(caller)
-        if bucket is not None:
-            bucket.take(steps)
+        self.check(caller, key, steps)
+        account = self._accounts.get(caller.principal)
+        if account is not None and caller.quota.steps_per_minute is not None:
+            account.bucket.take(min(steps, account.bucket.left))
+            account.promises.pop(key, None)
 
     def end(self, job: "Job") -> None:
         """Gives back the steps of a job that it did not run."""
-        bucket = self._buckets.get(job.caller.principal)
-        if bucket is not None and job.caller.quota.steps_per_minute is not None:
-            bucket.give_back(max(0, job.num_asked_calls - job.num_calls))
+        account = self._accounts.get(job.caller.principal)
+        if account is not None and job.caller.quota.steps_per_minute is not None:
+            account.bucket.give_back(max(0, job.num_asked_calls - job.num_calls))
 
-    def _bucket(self, caller: Caller) -> Bucket | None:
-        """Returns what is left to a principal; None where that has no limit."""
-        limit = caller.quota.steps_per_minute
-        if limit is None:
-            return None
-        bucket = self._buckets.get(caller.principal)
-        if bucket is None or bucket.per_minute != limit:
-            used = 0.0 if bucket is None else bucket.per_minute - bucket.left
-            bucket = Bucket(limit, self._clock)
-            bucket.take(min(used, limit))  # a changed limit forgives nothing
-            self._buckets[caller.principal] = bucket
-        self._buckets.move_to_end(caller.principal)
-        while len(self._buckets) > MAX_BUCKETS:
-            self._buckets.popitem(last=False)
-        return bucket
+    def _account(self, caller: Caller, limit: int) -> _Account:
+        account = self._accounts.get(caller.principal)
+        if account is None:
+            account = self._accounts[caller.principal] = _Account(Bucket(limit, self._clock))
+        elif account.bucket.per_minute != limit:
+            used = account.bucket.per_minute - account.bucket.left
+            account.bucket = Bucket(limit, self._clock)
+            account.bucket.take(min(used, limit))  # a changed limit forgives nothing
+        self._accounts.move_to_end(caller.principal)
+        while len(self._accounts) > MAX_ACCOUNTS:
+            self._accounts.popitem(last=False)
+        return account
 
 
 def check_queued(
@@ -110,22 +156,6 @@ def check_pixels(quota: Quota, width: int, height: int) -> None:
             " smaller `width` and `height`",
             field="width",
         )
-
-
-def _too_many_steps(caller: Caller, bucket: Bucket, steps: int) -> HybridSDError:
-    limit, what = caller.quota.steps_per_minute or 0, f"{caller.principal} may have"
-    if steps > limit:
-        return _exceeded(
-            caller, "steps_per_minute", f"the job has {steps} steps, and {what} {limit} a minute; ask for at most that"
-        )
-    wait_s = max(MIN_RETRY_S, (steps - bucket.left) * 60 / limit)
-    return _exceeded(
-        caller,
-        "steps_per_minute",
-        f"{what} {limit} steps a minute, of which {int(bucket.left)} are left and the job has {steps}; come again in"
-        f" {wait_s:.0f} s",
-        jittered(wait_s),
-    )
 
 
 def _exceeded(caller: Caller, limit: str, message: str, retry_delay_s: float | None = None) -> HybridSDError:

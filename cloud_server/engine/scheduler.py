@@ -138,6 +138,13 @@ class Scheduler:
         """The jobs that wait, in the order in which they get places."""
         return [claim.job for claim in self._line()]
 
+    def count(self, principal: str) -> tuple[int, int]:
+        """Returns how many jobs of a principal have a place, and how many wait."""
+        running, waiting = (
+            sum(job.caller.principal == principal for job in jobs) for jobs in (self._active, self._waiting)
+        )
+        return running, waiting
+
     def find(self, key: tuple[str, str]) -> Job | None:
         """Returns the job of an owner's id, see `Job.key`: alive, or finished and not forgotten yet."""
         self._forget()

@@ -29,68 +29,95 @@ def refusal(run: object) -> HybridSDError:
     return refused.value
 
 
+def key(name: object = "fox") -> tuple[str, str]:
+    return ("alice", str(name))
+
+
 def test_steps_of_a_minute_are_charged_and_come_back() -> None:
     """Who comes again after the delay is let in, and not before it is worth while."""
     clock = Clock()
-    counted, alice = Quotas(clock), caller(steps_per_minute=60)
-    counted.charge(alice, 40)
-    error = refusal(lambda: counted.charge(alice, 40))
+    counted, alice = Quotas(clock, rand=lambda: 0.0), caller(steps_per_minute=60)
+    counted.charge(alice, key("first"), 40)
+    error = refusal(lambda: counted.charge(alice, key(), 40))
     assert error.reason is Reason.QUOTA_EXCEEDED
     assert error.quota == "token alice: steps_per_minute"
     assert "60 steps a minute" in error.message
-    assert error.retry_delay_s is not None
-    assert 20 <= error.retry_delay_s <= 20 * 1.25
+    assert error.retry_delay_s == pytest.approx(20)
     clock.now_s += 19
-    refusal(lambda: counted.check(alice, 40))
-    clock.now_s += 1.001
-    counted.check(alice, 40)
-    counted.charge(alice, 40)
-    refusal(lambda: counted.charge(alice, 2))
-    counted.charge(caller("bob", steps_per_minute=60), 60)
-    counted.charge(caller("carol"), 10_000)
+    refusal(lambda: counted.check(alice, key(), 40))
+    clock.now_s += 1
+    counted.check(alice, key(), 40)
+    counted.charge(alice, key(), 40)
+    refusal(lambda: counted.charge(alice, key("third"), 2))
+    counted.charge(caller("bob", steps_per_minute=60), key(), 60)
+    counted.charge(caller("carol"), key(), 10_000)
+
+
+def test_whoever_comes_when_told_is_let_in_and_those_between_wait() -> None:
+    """Many of one token are told different times, each is kept, and a newcomer does not take what was promised."""
+    clock = Clock()
+    counted, alice = Quotas(clock), caller(steps_per_minute=60)
+    counted.charge(alice, key("first"), 60)
+    told = {
+        name: refusal(lambda name=name: counted.charge(alice, key(name), 20)).retry_delay_s or 0.0  # type: ignore[misc]
+        for name in range(4)
+    }
+    began_s, delays = clock.now_s, sorted(told.items(), key=lambda item: item[1])
+    assert [round(delay_s / 20) for _, delay_s in delays] == [1, 2, 3, 4]
+    for index, (name, delay_s) in enumerate(delays):
+        clock.now_s = began_s + delay_s
+        if index < 3:
+            refusal(lambda index=index: counted.charge(alice, key(f"new-{index}"), 20))  # type: ignore[misc]
+        counted.charge(alice, key(name), 20)
+
+
+def test_promises_that_nobody_takes_up_end() -> None:
+    clock = Clock()
+    counted, alice = Quotas(clock), caller(steps_per_minute=60)
+    counted.charge(alice, key("first"), 60)
+    for name in range(1000):
+        error = refusal(lambda name=name: counted.charge(alice, key(name), 20))  # type: ignore[misc]
+        assert error.retry_delay_s
+        assert error.retry_delay_s <= 1.1 * quotas.MAX_PROMISE_S
+    assert len(counted._accounts["alice"].promises) <= quotas.MAX_PROMISE_S / 20
+    clock.now_s += quotas.MAX_PROMISE_S + quotas.GRACE_S + 1
+    counted.charge(alice, key("late"), 60)
 
 
 def test_a_job_that_never_fits_is_not_told_to_come_again() -> None:
-    error = refusal(lambda: Quotas(Clock()).check(caller(steps_per_minute=60), 61))
+    error = refusal(lambda: Quotas(Clock()).check(caller(steps_per_minute=60), key(), 61))
     assert error.retry_delay_s is None
     assert "ask for at most" in error.message
     assert "60" in error.message
-
-
-def test_delays_differ() -> None:
-    """All that one token has refused do not come again at one time."""
-    counted, alice = Quotas(Clock()), caller(steps_per_minute=60)
-    counted.charge(alice, 60)
-    assert len({refusal(lambda: counted.check(alice, 30)).retry_delay_s for _ in range(20)}) > 10
 
 
 def test_steps_that_did_not_run_are_given_back(tiny_model: Model) -> None:
     """Whatever ended the job; never more than was taken."""
     counted, alice = Quotas(Clock()), caller(steps_per_minute=6)
     job = Job(job_request(tiny_model), caller=alice)
-    counted.charge(alice, job.num_asked_calls)
-    refusal(lambda: counted.check(alice, 1))
+    counted.charge(alice, job.key, job.num_asked_calls)
+    refusal(lambda: counted.check(alice, key(""), 1))
     job.num_calls = 2
     counted.end(job)
-    counted.check(alice, 4)
-    refusal(lambda: counted.check(alice, 5))
+    counted.check(alice, key(""), 4)
+    refusal(lambda: counted.check(alice, key(""), 5))
 
 
 def test_a_changed_limit_forgives_nothing() -> None:
     counted = Quotas(Clock())
-    counted.charge(caller(steps_per_minute=60), 50)
-    counted.check(caller(steps_per_minute=100), 50)
-    refusal(lambda: counted.check(caller(steps_per_minute=100), 51))
-    refusal(lambda: counted.check(caller(steps_per_minute=40), 1))
+    counted.charge(caller(steps_per_minute=60), key(), 50)
+    counted.check(caller(steps_per_minute=100), key(""), 50)
+    refusal(lambda: counted.check(caller(steps_per_minute=100), key(""), 51))
+    refusal(lambda: counted.check(caller(steps_per_minute=40), key(""), 1))
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quotas, "MAX_BUCKETS", 8)
+    monkeypatch.setattr(quotas, "MAX_ACCOUNTS", 8)
     counted = Quotas(Clock())
     for index in range(100):
-        counted.charge(caller(f"token-{index}", steps_per_minute=60), 60)
-    assert len(counted._buckets) == 8
-    refusal(lambda: counted.check(caller("token-99", steps_per_minute=60), 1))
+        counted.charge(caller(f"token-{index}", steps_per_minute=60), key(), 60)
+    assert len(counted._accounts) == 8
+    refusal(lambda: counted.check(caller("token-99", steps_per_minute=60), key(), 1))
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import structlog
-import uvicorn
 from click.testing import CliRunner, Result
 from fastapi import FastAPI
 
 from edge_client.cli.main import main
 from edge_client.cli.serve import _certificate, serve
-from edge_client.web.connections import server_config
+from edge_client.web import connections
+from edge_client.web.connections import PatientServer, server_config
 from edge_client.web.tls import server_context
 from hybridsd import certificates
 from hybridsd.errors import InvalidRequest
@@ -45,7 +45,7 @@ def gateway(tls: ssl.SSLContext) -> Iterator[int]:
         return {"status": "ok"}
 
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(server_config(app, tls=tls, log_level="warning"))
+    server = PatientServer(server_config(app, tls=tls, log_level="warning"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
     thread.start()
     try:
@@ -82,6 +82,14 @@ def test_a_new_connection_sees_a_new_certificate(tmp_path: Path) -> None:
         assert ask(old) == b"HTTP/1.1 200 OK"
 
     assert [line["event"] for line in log] == ["certificate_not_reloaded", "certificate_reloaded"]
+
+
+def test_who_does_not_speak_tls_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection is closed; a minute, as without a limit of ours, would be too long for the socket here."""
+    monkeypatch.setattr(connections, "HEAD_S", 0.1)
+    tls = server_context(*issue("gateway").write(tmp_path, "gateway"))
+    with gateway(tls) as port, socket.create_connection(("127.0.0.1", port), timeout=40) as silent:
+        assert silent.recv(1) == b""
 
 
 def probe(port: int, *more: str, scheme: str = "https") -> Result:

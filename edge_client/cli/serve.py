@@ -12,7 +12,6 @@ from typing import Any
 import click
 import platformdirs
 import structlog
-import uvicorn
 
 from edge_client.addresses import is_loopback
 from edge_client.cli import output_files
@@ -29,7 +28,7 @@ from edge_client.cli.shared_options import (
 from edge_client.inference.models import Models
 from edge_client.web.app import create_app
 from edge_client.web.auth import read_tokens
-from edge_client.web.connections import server_config
+from edge_client.web.connections import PatientServer, server_config
 from edge_client.web.settings import Settings
 from edge_client.web.tls import server_context
 from hybridsd import certificates
@@ -133,7 +132,7 @@ def serve(**options: Any) -> None:
         output_files.write(options["port_file"], f"{port}\n".encode(), overwrite=True)
     config = server_config(app, tls=tls, log_level="warning", timeout_graceful_shutdown=5)
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        PatientServer(config).run(sockets=[listener])
     finally:
         if cloud is not None:
             cloud.close()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from cloud_server.engine.caller import Caller
 
-MAX_PROMISES = 1024
+MAX_PROMISES = 512
 """Of all callers; each may have a part of them by weight, and further refusals are estimates alone."""
 MIN_RETRY_S, MAX_RETRY_S = 0.5, 3600.0
 """Of a delay. The upper one is for clocks that have gone wrong; a caller with less patience gives up at once."""
@@ -72,13 +72,16 @@ class Door:
         self._extra = max(2, self._spare)
         self._promises: dict[tuple[str, str], Promise] = {}
         self._number = 0
+        self._lapse_s = float("inf")  # when the first promise does
+        self._turned_away: tuple[Outlook | None, dict[Caller, float]] = None, {}
 
     def __len__(self) -> int:
         return len(self._promises)
 
     def forget(self, key: tuple[str, str]) -> None:
         """Takes a promise back: whoever had it has come in, or gives up."""
-        self._promises.pop(key, None)
+        if self._promises.pop(key, None) is not None:
+            self._turned_away = None, {}
 
     def num_promised(self, caller: Caller, now_s: float) -> int:
         """Returns how many promises a principal has."""
@@ -99,8 +102,13 @@ class Door:
         Returns:
             None where there is room; else the seconds after which there will be, a little more at random.
         """
-        self._promises = {k: promise for k, promise in self._promises.items() if now_s <= promise.until_s}
+        if now_s > self._lapse_s:
+            self._promises = {k: promise for k, promise in self._promises.items() if now_s <= promise.until_s}
+            self._lapse_s = min((promise.until_s for promise in self._promises.values()), default=float("inf"))
+            self._turned_away = None, {}
         mine = self._promises.get(key)
+        if mine is None and self._turned_away[0] is outlook and caller in self._turned_away[1]:
+            return self._later(self._turned_away[1][caller])  # a flood is cheap
         others = [promise for k, promise in self._promises.items() if k != key]
         room = _Room(self._max_queue, caller, outlook, [promise.caller for promise in others])
         is_due = mine is not None and now_s >= mine.due_s
@@ -113,13 +121,22 @@ class Door:
         if mine is not None:
             wait_s = max(wait_s, mine.due_s - now_s)
         wait_s = min(max(wait_s, MIN_RETRY_S), MAX_RETRY_S)
-        delay_s = wait_s + self._rand() * (0.1 + JITTER * wait_s)
+        delay_s = self._later(wait_s)
         if mine is not None or self._may_promise(room, others, caller):
             number = self._number if mine is None else mine.number
             self._number += mine is None
             until_s = now_s + delay_s + GRACE_S + GRACE * delay_s
             self._promises[key] = Promise(caller, number, now_s + wait_s, until_s)
+            self._lapse_s = min(self._lapse_s, until_s)
+            self._turned_away = None, {}
+        else:
+            if self._turned_away[0] is not outlook:
+                self._turned_away = outlook, {}
+            self._turned_away[1][caller] = wait_s
         return delay_s
+
+    def _later(self, wait_s: float) -> float:
+        return wait_s + self._rand() * (0.1 + JITTER * wait_s)
 
     def _has_room(self, room: "_Room", others: list[Promise], outlook: Outlook, now_s: float, *, is_due: bool) -> bool:
         """Whether a job may come in now: behind those who have been promised the room before it is free again."""

@@ -143,7 +143,7 @@ class Door:
         most = self._max_queue
         if is_due and room.is_within_part:
             return room.num_waiting < most + self._extra
-        until_s = now_s + outlook.begin_s(len(outlook.waiting))
+        until_s = now_s + max(MIN_RETRY_S, outlook.begin_s(len(outlook.waiting)))
         soon = [promise.caller for promise in others if promise.due_s <= until_s]
         kept = room.kept(soon)
         if room.num_of_principal == 0:

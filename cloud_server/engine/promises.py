@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from cloud_server.engine.caller import Caller
 
-MAX_PROMISES = 1024
+MAX_PROMISES = 512
 """Of all callers; each may have a part of them by weight, and further refusals are estimates alone."""
 MIN_RETRY_S, MAX_RETRY_S = 0.5, 3600.0
 """Of a delay. The upper one is for clocks that have gone wrong; a caller with less patience gives up at once."""
@@ -72,13 +72,16 @@ class Door:
         self._extra = max(2, self._spare)
         self._promises: dict[tuple[str, str], Promise] = {}
         self._number = 0
+        self._lapse_s = float("inf")  # when the first promise does
+        self._turned_away: tuple[Outlook | None, dict[Caller, float]] = None, {}
 
     def __len__(self) -> int:
         return len(self._promises)
 
     def forget(self, key: tuple[str, str]) -> None:
         """Takes a promise back: whoever had it has come in, or gives up."""
-        self._promises.pop(key, None)
+        if self._promises.pop(key, None) is not None:
+            self._turned_away = None, {}
 
     def num_promised(self, caller: Caller, now_s: float) -> int:
         """Returns how many promises a principal has."""
@@ -99,51 +102,64 @@ class Door:
         Returns:
             None where there is room; else the seconds after which there will be, a little more at random.
         """
-        self._promises = {k: promise for k, promise in self._promises.items() if now_s <= promise.until_s}
+        if now_s > self._lapse_s:
+            self._promises = {k: promise for k, promise in self._promises.items() if now_s <= promise.until_s}
+            self._lapse_s = min((promise.until_s for promise in self._promises.values()), default=float("inf"))
+            self._turned_away = None, {}
         mine = self._promises.get(key)
-        others = [promise for k, promise in self._promises.items() if k != key]
-        room = _Room(self._max_queue, caller, outlook, [promise.caller for promise in others])
+        if mine is None and self._turned_away[0] is outlook and caller in self._turned_away[1]:
+            return self._later(self._turned_away[1][caller])  # a flood is cheap
+        number = self._number if mine is None else mine.number
+        ahead = [promise for promise in self._promises.values() if promise.number < number]
+        room = _Room(self._max_queue, caller, outlook, [promise.caller for promise in ahead])
         is_due = mine is not None and now_s >= mine.due_s
-        if self._has_room(room, others, outlook, now_s, is_due=is_due):
+        if self._has_room(room, ahead, outlook, now_s, is_due=is_due):
             return None
-        ahead = others if mine is None else [promise for promise in others if promise.number < mine.number]
-        wait_s = _Room(self._max_queue, caller, outlook, [promise.caller for promise in ahead]).opens_s(
-            outlook, self._max_queue
-        )
+        wait_s = room.opens_s(outlook, self._max_queue)
         if mine is not None:
             wait_s = max(wait_s, mine.due_s - now_s)
         wait_s = min(max(wait_s, MIN_RETRY_S), MAX_RETRY_S)
-        delay_s = wait_s + self._rand() * (0.1 + JITTER * wait_s)
-        if mine is not None or self._may_promise(room, others, caller):
-            number = self._number if mine is None else mine.number
+        delay_s = self._later(wait_s)
+        if mine is not None or self._may_promise(room, caller):
             self._number += mine is None
             until_s = now_s + delay_s + GRACE_S + GRACE * delay_s
             self._promises[key] = Promise(caller, number, now_s + wait_s, until_s)
+            self._lapse_s = min(self._lapse_s, until_s)
+            self._turned_away = None, {}
+        else:
+            if self._turned_away[0] is not outlook:
+                self._turned_away = outlook, {}
+            self._turned_away[1][caller] = wait_s
         return delay_s
 
-    def _has_room(self, room: "_Room", others: list[Promise], outlook: Outlook, now_s: float, *, is_due: bool) -> bool:
+    def _later(self, wait_s: float) -> float:
+        return wait_s + self._rand() * (0.1 + JITTER * wait_s)
+
+    def _has_room(self, room: "_Room", ahead: list[Promise], outlook: Outlook, now_s: float, *, is_due: bool) -> bool:
         """Whether a job may come in now: behind those who have been promised the room before it is free again."""
         most = self._max_queue
         if is_due and room.is_within_part:
             return room.num_waiting < most + self._extra
-        until_s = now_s + outlook.begin_s(len(outlook.waiting))
-        soon = [promise.caller for promise in others if promise.due_s <= until_s]
+        until_s = now_s + max(MIN_RETRY_S, outlook.begin_s(len(outlook.waiting)))
+        soon = [promise.caller for promise in ahead if promise.due_s <= until_s]
         kept = room.kept(soon)
-        if room.num_of_principal == 0:
+        is_new = all(one.principal != room.caller.principal for one in soon)
+        if is_new and room.num_of_principal == 0:
             return room.num_waiting + kept < most + self._extra
         if room.is_within_part_with(soon):
             return room.num_waiting + kept < most
-        if room.num_of_user == 0:
+        is_new = all((one.principal, one.user) != (room.caller.principal, room.caller.user) for one in soon)
+        if is_new and room.num_of_user == 0:
             return room.num_waiting + kept < most + self._extra // 2 - (self._spare if room.has_other_principals else 0)
         return room.num_waiting + kept < most - (self._spare if room.is_shared else 0)
 
-    def _may_promise(self, room: "_Room", others: list[Promise], caller: Caller) -> bool:
+    def _may_promise(self, room: "_Room", caller: Caller) -> bool:
         part = max(1, int(MAX_PROMISES * room.share))
-        mine = [promise.caller.user for promise in others if promise.caller.principal == caller.principal]
+        users = [one.caller.user for one in self._promises.values() if one.caller.principal == caller.principal]
         return (
-            len(others) < MAX_PROMISES
-            and len(mine) < part
-            and mine.count(caller.user) < max(1, part // len({*mine, caller.user}))
+            len(self._promises) < MAX_PROMISES
+            and len(users) < part
+            and users.count(caller.user) < max(1, part // len({*users, caller.user}))
         )
 
 

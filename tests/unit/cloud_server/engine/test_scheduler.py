@@ -12,7 +12,7 @@ from hybridsd.errors import CloudBusy, Reason
 from tests.support.tiny_bundle import make_plan
 
 
-def make_scheduler(**changes: float) -> Scheduler:
+def make_scheduler(**changes: object) -> Scheduler:
     settings = {"max_batch": 2, "max_queue": 3, "keep_finished": 2, "keep_finished_s": 60.0, **changes}
     return Scheduler(**settings)  # type: ignore[arg-type]
 
@@ -108,6 +108,61 @@ def test_a_hint_is_never_close_to_nothing() -> None:
     add(scheduler, *(make_job(str(index)) for index in range(4)))
 
     assert all(0.5 <= refusal_s(scheduler, f"more-{index}") <= 60.0 for index in range(100))
+
+
+def test_a_promise_is_kept_by_the_queue() -> None:
+    """Whoever was refused has the room that comes, by its id, and not whoever asks first; a cancel gives it back."""
+    now_s = [0.0]
+    scheduler = make_scheduler(max_batch=1, clock=lambda: now_s[0], rand=lambda: 0.0)
+    jobs = [make_job(str(index)) for index in range(4)]
+    add(scheduler, *jobs)
+    scheduler.charge(jobs[:1], 0.5)
+    now_s[0] += refusal_s(scheduler, "promised")
+    refusal_s(scheduler, "given-up")
+    scheduler.forget_promise("given-up")
+    scheduler.end(jobs[0], Failed(Reason.INTERNAL.error("oh")))
+    for job in scheduler.admit():
+        begin(job)
+
+    refusal_s(scheduler, "later")
+    scheduler.check_room("promised")
+    add(scheduler, make_job("promised"))
+    refusal_s(scheduler, "promised-no-more")
+
+
+def test_the_wait_is_what_it_will_be() -> None:
+    """0 where a place is free; behind all that a caller has, and less for one who has had nothing."""
+    scheduler = make_scheduler(max_batch=2, max_queue=9)
+    assert scheduler.load().wait_s == 0.0
+    jobs = [make_job(f"a{index}", caller="a") for index in range(8)]
+    add(scheduler, jobs[0])
+    scheduler.charge(jobs[:1], 1.0)
+    assert scheduler.load(Caller(principal="a")).wait_s == 0.0  # the second place
+    add(scheduler, *jobs[1:])
+
+    assert scheduler.load(Caller(principal="a")).wait_s == 4 * 6.0  # three pairs, after the one that runs
+    assert scheduler.load(Caller(principal="b")).wait_s == 6.0
+    assert scheduler.load(Caller(principal="vip", has_priority=True)).wait_s == 1.0  # the next call
+
+
+def test_whoever_has_more_makes_room_at_once() -> None:
+    """Of two with work for all places each has half of them from the next call on; states stay as they are."""
+    scheduler = make_scheduler(max_batch=4, max_queue=9)
+    many, few = (
+        [make_job(f"a{index}", caller="a") for index in range(6)],
+        [make_job(f"b{index}", caller="b") for index in range(4)],
+    )
+    add(scheduler, *many)
+    scheduler.charge(scheduler.choose(), 1.0)
+    state = many[3].trajectory
+    add(scheduler, *few)
+
+    assert [job.request.request_id for job in scheduler.choose()] == ["a0", "a1", "a2", "b0"]
+    assert many[3].trajectory is state
+    for _ in range(20):
+        scheduler.charge(scheduler.choose(), 1.0)
+        add(scheduler)
+    assert sorted(job.caller.principal for job in scheduler.choose()) == ["a", "a", "b", "b"]
 
 
 def test_a_batch_cap_recovers() -> None:

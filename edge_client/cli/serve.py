@@ -20,10 +20,10 @@ from edge_client.cli.shared_options import CONTEXT, DEFAULT_PORT, NumberRange, m
 from edge_client.cloud.connection import is_loopback
 from edge_client.inference.models import Models
 from edge_client.web.app import create_app
-from edge_client.web.auth import read_tokens
 from edge_client.web.connections import server_config
 from edge_client.web.settings import Settings
 from hybridsd.errors import Reason
+from hybridsd.tokens import Tokens
 
 log = structlog.get_logger()
 
@@ -122,15 +122,15 @@ def serve(**options: Any) -> None:
 
 
 def _settings(options: dict[str, Any]) -> Settings:
-    host, tokens = options["host"], read_tokens(options["client_tokens"])
+    host, tokens = options["host"], _read_tokens(options["client_tokens"])
     if (options["tls_cert"] is None) != (options["tls_key"] is None):
         raise Reason.FIELD_INVALID.error("--tls-cert and --tls-key go together; give both", field="tls_cert")
-    if not tokens and not is_loopback(host) and not options["is_open"]:
+    if tokens is None and not is_loopback(host) and not options["is_open"]:
         raise Reason.FIELD_INVALID.error(
             f"{host} can be reached from elsewhere, and nobody would need a token; give --client-tokens, or --open",
             field="host",
         )
-    names, any_address = _host_names(host, options["allowed_hosts"], has_tokens=bool(tokens))
+    names, any_address = _host_names(host, options["allowed_hosts"], has_tokens=tokens is not None)
     return Settings(
         data_dir=options["data_dir"] or platformdirs.user_data_path("hybridsd") / "gateway",
         tokens=tokens,
@@ -146,6 +146,27 @@ def _settings(options: dict[str, Any]) -> Settings:
         max_body_bytes=options["max_body_mib"] << 20,
         cloud_dollars_per_hour=options["cloud_price"],
     )
+
+
+def _read_tokens(path: Path | None) -> Tokens | None:
+    """Returns the tokens of a file, which is read again when it changes.
+
+    Raises:
+        InvalidRequest: FIELD_INVALID if it cannot be read, with what is wrong.
+    """
+    if path is None:
+        return None
+    try:
+        return Tokens(path, on_reload=_log_reload)
+    except ValueError as error:
+        raise Reason.FIELD_INVALID.error(f"{error}; change `client_tokens`", field="client_tokens") from None
+
+
+def _log_reload(wrong: str | None) -> None:
+    if wrong is None:
+        log.info("client_tokens_reloaded")
+    else:
+        log.error("client_tokens_not_reloaded", wrong=wrong, what="the tokens of before stay good")
 
 
 def _host_names(host: str, allowed: Sequence[str], *, has_tokens: bool) -> tuple[Sequence[str], bool]:

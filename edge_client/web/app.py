@@ -72,7 +72,7 @@ def create_app(
     Raises:
         InvalidRequest: FIELD_INVALID if the data folder cannot be used.
     """
-    num_owners = max(1, len(set(settings.tokens)))
+    num_owners = max(1, 0 if settings.tokens is None else len(settings.tokens.all))
     store = Store(
         settings.data_dir, max_jobs=settings.max_jobs, max_bytes=settings.max_data_bytes, num_owners=num_owners
     )

@@ -76,6 +76,14 @@ class Gateway:
         models = found.models if found is not None else ()
         return [model for model in models if model.latent_space == self.bundle.manifest.latent_space]
 
+    def job(self, job_id: str, caller: Caller) -> StoredJob:
+        """Returns a job of the caller; an admin's are all.
+
+        Raises:
+            NotFound: NOT_FOUND, also for a job of another; JOB_GONE.
+        """
+        return self.store.get(job_id, None if caller.is_admin else caller.owner)
+
     def view(self, job: StoredJob) -> dict[str, Any]:
         """Returns a job as clients get it, a `schemas.native.Job`."""
         return self.views.job(job, self.queue.position(job.id))
@@ -93,4 +101,17 @@ async def _caller(request: Request, gateway: SharedGateway) -> Caller:
     return gateway.access.caller(request)
 
 
-AuthorizedCaller = Annotated[Caller, Depends(_caller)]
+async def _drawer(request: Request, gateway: SharedGateway) -> Caller:
+    return gateway.access.require(request, "generate")
+
+
+async def _reader(request: Request, gateway: SharedGateway) -> Caller:
+    return gateway.access.require(request, "generate", "admin")
+
+
+AnyCaller = Annotated[Caller, Depends(_caller)]
+"""Of any scope."""
+AuthorizedCaller = Annotated[Caller, Depends(_drawer)]
+"""Who may ask for images."""
+JobReader = Annotated[Caller, Depends(_reader)]
+"""Who may ask for images, or see all jobs."""

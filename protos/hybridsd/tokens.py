@@ -74,6 +74,8 @@ class Token:
     expires: datetime | None = None
     weight: float = 1.0
     quota: Quota = NO_QUOTA
+    is_named: bool = True
+    """Whether the file names it: the lines of a plain one are only counted."""
 
     def has_expired(self, now: datetime | None = None) -> bool:
         """Whether it is not good any more."""
@@ -112,7 +114,7 @@ def _plain(text: str) -> tuple[Token, ...]:
         raise ValueError("it has no tokens; give one a line, or tables made with `tokens add`")
     scopes = frozenset({"generate", "metrics"})
     return tuple(
-        Token(name=f"token-{index}", sha256=hash_token(value), scopes=scopes)
+        Token(name=f"token-{index}", sha256=hash_token(value), scopes=scopes, is_named=False)
         for index, value in enumerate(dict.fromkeys(values), 1)
     )
 

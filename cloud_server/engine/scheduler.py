@@ -8,6 +8,7 @@ the engine holds its lock.
 import random
 import time
 from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from cloud_server.engine.caller import Caller
@@ -56,8 +57,19 @@ class Load:
 class Scheduler:
     """The jobs of an engine: waiting, active, and finished ones that are still remembered."""
 
-    def __init__(self, *, max_batch: int, max_queue: int, keep_finished: int, keep_finished_s: float) -> None:
-        """See `Engine`."""
+    def __init__(
+        self,
+        *,
+        max_batch: int,
+        max_queue: int,
+        keep_finished: int,
+        keep_finished_s: float,
+        on_end: Callable[[Job], None] = lambda _job: None,
+    ) -> None:
+        """See `Engine`; `on_end` hears of each job that has ended."""
+        self._on_end = on_end
+        self.num_preemptions = 0
+        """Jobs that had to give their places to others, so far."""
         self._max_batch, self._max_queue = max_batch, max_queue
         self._keep_finished, self._keep_finished_s = keep_finished, keep_finished_s
         self._waiting: deque[Job] = deque()
@@ -155,6 +167,7 @@ class Scheduler:
             self._note_served(job.caller)
             admitted.append(job)
         self._waiting.extend(yielded)
+        self.num_preemptions += len(yielded)
         if admitted:
             self.post_positions()
         return admitted
@@ -222,6 +235,7 @@ class Scheduler:
                 self._forget()
         job.trajectory = None
         job.post(outcome)
+        self._on_end(job)
 
     def end_all(self, outcome: Failed) -> None:
         """Ends every job."""

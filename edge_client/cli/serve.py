@@ -1,6 +1,5 @@
 """`hybridsd serve`: the gateway of `edge_client.web` as a process."""
 
-import logging
 import os
 import socket
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from edge_client.cli.patience_options import patience_options, read_patience
 from edge_client.cli.shared_options import CONTEXT, DEFAULT_PORT, NumberRange, model_options, server_options
 from edge_client.cloud.connection import is_loopback
 from edge_client.inference.models import Models
+from edge_client.web import logs
 from edge_client.web.app import create_app
 from edge_client.web.connections import server_config
 from edge_client.web.settings import Settings
@@ -85,6 +85,10 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     help="Take any width and height: draw the nearest size that the models have, and resize. A request may differ. "
     "Default: only with the demo's bundle.",
 )  # fmt: skip
+@click.option(
+    "--log-format", type=click.Choice(["auto", "console", "json"]), default="auto", show_default=True,
+    help="Of the log: lines for people, or one JSON object a line; auto is the first on a terminal.",
+)  # fmt: skip
 @click.option("--no-cloud", is_flag=True, help="Draw everything here.")
 @server_options
 @patience_options
@@ -92,7 +96,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 def serve(**options: Any) -> None:
     """Serves web clients: OpenAI's images API, AUTOMATIC1111's, jobs with events, and a page to draw with."""
     settings = _settings(options)
-    _configure_log()
+    logs.configure(options["log_format"])
     bundle = open_bundle(options["bundle_name"])
     runs_with = {name: options[name] for name in ("provider", "threads", "low_memory")}
     models = Models(bundle.folder, bundle.manifest, **runs_with)
@@ -111,7 +115,7 @@ def serve(**options: Any) -> None:
     if options["port_file"] is not None:
         output_files.write(options["port_file"], f"{port}\n".encode(), overwrite=True)
     config = server_config(
-        app, log_level="warning", timeout_graceful_shutdown=5,
+        app, log_config=None, timeout_graceful_shutdown=5,
         ssl_certfile=options["tls_cert"], ssl_keyfile=options["tls_key"],
     )  # fmt: skip
     try:
@@ -183,15 +187,6 @@ def _host_names(host: str, allowed: Sequence[str], *, has_tokens: bool) -> tuple
         return _LOOPBACK_NAMES, False
     name = socket.gethostname().casefold()
     return (*_LOOPBACK_NAMES, host.casefold(), name, f"{name}.local"), True
-
-
-def _configure_log() -> None:
-    """Logs lines for people, without the values of variables: prompts are nobody's business."""
-    renderer = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)
-    structlog.configure(
-        processors=[structlog.processors.add_log_level, structlog.processors.TimeStamper(fmt="iso"), renderer],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-    )
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -113,6 +113,7 @@ class JobQueue:
         num_owners: Among whom places are shared.
         view: Turns a stored job and its queue position into the JSON that clients get.
         on_end: Called with each finished job that has a webhook.
+        on_count: Called with each finished job.
     """
 
     def __init__(
@@ -125,8 +126,9 @@ class JobQueue:
         num_owners: int = 1,
         view: Callable[[StoredJob, int | None], dict[str, Any]],
         on_end: Callable[[StoredJob], Awaitable[None]],
+        on_count: Callable[[StoredJob], None] = lambda _job: None,
     ) -> None:
-        self.max_waiting = max_waiting
+        self.max_waiting, self._on_count = max_waiting, on_count
         self._store, self._worker, self._view, self._on_end = store, worker, view, on_end
         self._num_workers = num_workers
         self._share = max(1, max_waiting // num_owners) if num_owners > 1 else 0
@@ -405,6 +407,7 @@ class JobQueue:
         job = self._store.finish(job_id, state, error)
         live = self._live[job_id]
         live.is_finished = True
+        self._on_count(job)
         live.emit(state, {"job": self._view(job, None)})
         log.info("job_ended", job=job_id, state=state, reason=error and error["reason"], api=job.api)
         for old in [key for key, each in self._live.items() if each.is_finished][:-KEPT_LOGS]:

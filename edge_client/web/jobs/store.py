@@ -102,7 +102,7 @@ class Store:
     """
 
     def __init__(self, folder: Path, *, max_jobs: int, max_bytes: int = 1 << 62, num_owners: int = 1) -> None:
-        self._folder, self._max_jobs, self._max_bytes = folder, max_jobs, max_bytes
+        self._folder, self._max_jobs, self.max_bytes = folder, max_jobs, max_bytes
         self._max_upload_bytes = max_bytes // 4 // num_owners
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -192,6 +192,12 @@ class Store:
         shutil.rmtree(self._upload(job.number, "image").parent, ignore_errors=True)
         self._prune(job.number)
         return job
+
+    def disk_bytes(self) -> tuple[int, int]:
+        """Returns the bytes of all images that are kept, finished and given, and those that are left on the disk."""
+        query = sa.select(sa.func.sum(_jobs.c.image_bytes + _jobs.c.upload_bytes))
+        with self._begin() as connection:
+            return connection.scalar(query) or 0, shutil.disk_usage(self._folder).free
 
     def finish_webhook(self, job_id: str) -> None:
         """Marks the webhook of a job as done."""
@@ -321,7 +327,7 @@ class Store:
         """Deletes finished jobs beyond the limits, but not the one that has just ended; forgets deleted ones."""
         is_done = _jobs.c.state.not_in((*UNFINISHED, _REMOVED))
         with self._begin() as connection:
-            for column, limit in ((sa.literal(1), self._max_jobs), (_jobs.c.image_bytes, self._max_bytes)):
+            for column, limit in ((sa.literal(1), self._max_jobs), (_jobs.c.image_bytes, self.max_bytes)):
                 amount = sa.func.sum(column)
                 query = sa.select(_jobs.c.owner, amount).where(is_done).group_by(_jobs.c.owner).order_by(amount.desc())
                 while (owners := connection.execute(query).all()) and sum(each for _, each in owners) > limit:

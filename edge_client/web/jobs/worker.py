@@ -31,6 +31,7 @@ from edge_client.split.handoff_policy import Goals
 from edge_client.types import CallSkipping, Latents
 from edge_client.web.errors import in_words
 from edge_client.web.jobs.uploads import Upload
+from edge_client.web.metrics import Metrics
 from edge_client.web.schemas.native import JobCreate
 from hybridsd.errors import Reason
 from hybridsd.limits import MAX_SEED
@@ -62,6 +63,7 @@ class JobWorker:
     others: Mapping[str, Models] = field(default_factory=dict)
     fit_size: bool = False
     """Whether jobs that do not say may have sizes that the models lack."""
+    metrics: Metrics = field(default_factory=Metrics)
 
     def fill_in(self, create: JobCreate, upload: Upload) -> JobCreate:
         """Checks a job and returns it with a seed, so that a second run makes the same images.
@@ -142,6 +144,7 @@ class JobWorker:
             preview_s = 0.0
             with contextlib.closing(events):
                 for event in events:
+                    self.metrics.note_event(event)
                     if is_cancelled():
                         return
                     for told in self._events(event, create, index, resolved.num_inference_steps, every):

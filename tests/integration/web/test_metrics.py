@@ -73,15 +73,14 @@ def test_an_image_is_counted_in_all_that_it_is(own: httpx.Client, running_cloud:
 
 
 def test_a_second_image_of_a_prompt_hits_the_cache(own: httpx.Client) -> None:
-    """Its plan and embeddings are held."""
+    """Its embeddings are held; its plan is the bundle's."""
     draw(own, prompt="a fox that nobody saw before")
     first = of(own)
     draw(own, prompt="a fox that nobody saw before")
     second = of(own)
-    for cache in ("embeddings", "plans"):
-        labels = {"cache": cache, "result": "hit"}
-        name = "hybridsd_edge_cache_requests_total"
-        assert second.value(name, **labels) > first.value(name, **labels)
+    labels = {"cache": "embeddings", "result": "hit"}
+    name = "hybridsd_edge_cache_requests_total"
+    assert second.value(name, **labels) > first.value(name, **labels)
 
 
 def test_a_lost_cloud_is_a_takeover_with_its_reason(own: httpx.Client, fake: FakeCloud) -> None:

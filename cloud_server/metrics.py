@@ -19,6 +19,7 @@ MAX_MODELS = 64
 MAX_TOKENS = 64
 """Names of tokens that are told apart, of all that ever called."""
 NO_TOKEN = "none"
+OUTCOMES = ("completed", "cancelled", "late", "unavailable", "failed")
 
 WAIT_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60, 120, 300)
 STEP_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)
@@ -86,6 +87,8 @@ class Metrics:
             "rcvd_total_compressed_message_size_bytes", "Bytes of the messages received in a call.", CALL_BYTES
         )
         self._model_label, self._token_label = BoundedLabel(MAX_MODELS), BoundedLabel(MAX_TOKENS)
+        for outcome in OUTCOMES:  # from 0 on, or the first of a kind would be no increase
+            self.jobs.labels(outcome)
         build = self._make(Gauge, "build_info", "1; the label says the version.", "version")
         build.labels(importlib.metadata.version("hybridsd")).set(1)
 

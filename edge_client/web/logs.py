@@ -12,6 +12,11 @@ import structlog
 
 LogFormat = Literal["auto", "console", "json"]
 
+_QUIET = (
+    "PIL", "asyncio", "httpcore", "httpx", "multipart", "python_multipart", "sqlalchemy", "sse_starlette", "uvicorn",
+)  # fmt: skip
+"""Libraries whose lines for debugging quote what they handle: events, which have prompts, rows, bodies."""
+
 _notes: ContextVar[dict[str, object] | None] = ContextVar("web_notes", default=None)
 
 
@@ -46,7 +51,7 @@ def configure(log_format: LogFormat = "auto", *, level: int = logging.INFO, stre
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    for library in ("httpx", "httpcore", "uvicorn.error"):
+    for library in _QUIET:
         logging.getLogger(library).setLevel(logging.WARNING)
     structlog.configure(
         processors=[

@@ -4,6 +4,7 @@ Each gateway has its own registry. Every label is one of a set that the operator
 """
 
 import importlib.metadata
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
@@ -19,6 +20,7 @@ from hybridsd.tokens import Tokens
 
 MAX_TOKENS = 64
 """Names of tokens that are told apart, of all that ever called."""
+OUTCOMES, MODES = ("completed", "failed", "cancelled"), ("auto", "hybrid", "cloud", "edge")
 METHODS = frozenset({"GET", "HEAD", "POST", "DELETE", "OPTIONS"})
 
 WAIT_S = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600)
@@ -93,6 +95,8 @@ class Metrics:
             f" {MAX_TOKENS}.", "token",
         )  # fmt: skip
         self.token_images = self._make(Counter, "token_images", "Finished images, likewise.", "token")
+        for outcome, mode in itertools.product(OUTCOMES, MODES):  # from 0 on, or the first would be no increase
+            self.jobs.labels(outcome, mode)
         self._token_label = BoundedLabel(MAX_TOKENS)
 
     def watch_cache(self, cache: Cache) -> None:

@@ -42,9 +42,11 @@ async def test_an_image_is_counted_once_in_all_that_it_is(start_server: StartSer
     for wait in ("queue_wait_seconds", "first_state_seconds"):
         assert seen.value(f"hybridsd_cloud_{wait}_count") == 2
     assert seen.value("hybridsd_cloud_text_seconds_count") == 1, "the second one's texts were held"
-    for cache, misses in (("texts", 2), ("plans", 1)):  # prompt and negative prompt; one plan
-        found = [seen.value("hybridsd_cloud_cache_requests_total", cache=cache, result=it) for it in ("miss", "hit")]
-        assert found == [misses, misses]
+    name = "hybridsd_cloud_cache_requests_total"
+    texts = [seen.value(name, cache="texts", result=result) for result in ("miss", "hit")]
+    assert texts == [2, 2], "prompt and negative prompt, each once new"
+    assert seen.value(name, cache="plans", result="hit") >= 1, "another test may have had the first one compiled"
+    assert seen.total(name, cache="plans") == 2
     assert seen.value("hybridsd_cloud_sent_bytes_total", codec="fp32") == sum(one.ByteSize() for one in sent)
     assert seen.value("hybridsd_cloud_token_jobs_total", token="none") == 2
     assert seen.value("hybridsd_cloud_token_steps_total", token="none") == 8

@@ -4,7 +4,9 @@ Each server has its own registry. Every label is one of a set that the operator 
 """
 
 import importlib.metadata
+import itertools
 from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
 from typing import TypeVar
 
 import prometheus_client
@@ -89,6 +91,8 @@ class Metrics:
         self._model_label, self._token_label = BoundedLabel(MAX_MODELS), BoundedLabel(MAX_TOKENS)
         for outcome in OUTCOMES:  # from 0 on, or the first of a kind would be no increase
             self.jobs.labels(outcome)
+        for cache, result in itertools.product(("texts", "plans"), ("hit", "miss")):
+            self.cache_requests.labels(cache, result)
         build = self._make(Gauge, "build_info", "1; the label says the version.", "version")
         build.labels(importlib.metadata.version("hybridsd")).set(1)
 
@@ -100,6 +104,13 @@ class Metrics:
         """Adds a counter that is read when it is asked for; what it counts never gets less."""
         self.registry.register(
             _Read(lambda: [CounterMetricFamily(f"hybridsd_cloud_{name}", documentation, value=read())])
+        )
+
+    def watch_certificate(self, read: Callable[[], datetime]) -> None:
+        """Adds when the certificate expires, by a function that reads it."""
+        family = "hybridsd_cloud_certificate_expiry_timestamp_seconds"
+        self.registry.register(
+            _Read(lambda: [GaugeMetricFamily(family, "When the certificate expires.", value=read().timestamp())])
         )
 
     def watch_tokens(self, tokens: Tokens) -> None:

@@ -131,7 +131,7 @@ def create_app(
         redoc_url=None,
         generate_unique_id_function=openapi.operation_id,
     )
-    app.state.tasks = a1111.Tasks()
+    app.state.tasks, app.state.metrics = a1111.Tasks(), metrics
     errors.install(app)
     for router in (jobs.router, openai.router, a1111.router, a1111_lists.router, pages.router):
         app.include_router(router)

@@ -6,6 +6,7 @@ Each gateway has its own registry. Every label is one of a set that the operator
 import importlib.metadata
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
 from typing import TypeVar
 
 import prometheus_client
@@ -15,6 +16,7 @@ from prometheus_client.registry import Collector
 
 from edge_client.cache import Cache
 from edge_client.generation.events import EarlyHandoff, Event, Fallback, Finished, Retrying, StepDone
+from hybridsd.errors import Reason
 from hybridsd.labels import OTHER, BoundedLabel
 from hybridsd.tokens import Tokens
 
@@ -97,6 +99,9 @@ class Metrics:
         self.token_images = self._make(Counter, "token_images", "Finished images, likewise.", "token")
         for outcome, mode in itertools.product(OUTCOMES, MODES):  # from 0 on, or the first would be no increase
             self.jobs.labels(outcome, mode)
+        for reason in (Reason.QUEUE_FULL, Reason.UNAVAILABLE):
+            self.takeovers.labels(reason.name)
+            self.retries.labels(reason.name)
         self._token_label = BoundedLabel(MAX_TOKENS)
 
     def watch_cache(self, cache: Cache) -> None:
@@ -113,6 +118,13 @@ class Metrics:
             yield family
 
         self.registry.register(_Read(read))
+
+    def watch_certificate(self, read: Callable[[], datetime]) -> None:
+        """Adds when the certificate expires, by a function that reads it."""
+        family = "hybridsd_edge_certificate_expiry_timestamp_seconds"
+        self.registry.register(
+            _Read(lambda: [GaugeMetricFamily(family, "When the certificate expires.", value=read().timestamp())])
+        )
 
     def watch_tokens(self, tokens: Tokens) -> None:
         """Adds when tokens expire."""

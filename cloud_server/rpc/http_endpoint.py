@@ -30,13 +30,19 @@ class HttpEndpoint:
     Args:
         registry: What /metrics says.
         tokens: Whoever reads /metrics needs one with the scope metrics; None lets callers of this machine read.
+        is_open: Whether without tokens all others may read, too.
         not_ready: Returns why the server takes no jobs; None when it does.
     """
 
     def __init__(
-        self, registry: CollectorRegistry, *, tokens: Tokens | None, not_ready: Callable[[], str | None]
+        self,
+        registry: CollectorRegistry,
+        *,
+        tokens: Tokens | None,
+        is_open: bool = False,
+        not_ready: Callable[[], str | None],
     ) -> None:
-        self._registry, self._tokens, self._not_ready = registry, tokens, not_ready
+        self._registry, self._tokens, self._is_open, self._not_ready = registry, tokens, is_open, not_ready
         self._server: asyncio.Server | None = None
         self._open: dict[asyncio.StreamWriter, None] = {}  # the oldest first
         self.port = 0
@@ -114,25 +120,28 @@ class HttpEndpoint:
             if reason is None:
                 return HTTPStatus.OK, _TEXT, "ok\n", []
             return HTTPStatus.SERVICE_UNAVAILABLE, _TEXT, reason + "\n", []
-        refusal = refuse_reader(self._tokens, headers.get("authorization", ""), peer)
+        refusal = refuse_reader(self._tokens, headers.get("authorization", ""), peer, is_open=self._is_open)
         if refusal is not None:
             extra = ['WWW-Authenticate: Bearer realm="hybridsd"'] if refusal[0] is HTTPStatus.UNAUTHORIZED else []
             return refusal[0], _TEXT, refusal[1] + "\n", extra
         return HTTPStatus.OK, CONTENT_TYPE_PLAIN_0_0_4, await asyncio.to_thread(generate_latest, self._registry), []
 
 
-def refuse_reader(tokens: Tokens | None, authorization: str, peer: str) -> tuple[HTTPStatus, str] | None:
+def refuse_reader(
+    tokens: Tokens | None, authorization: str, peer: str, *, is_open: bool = False
+) -> tuple[HTTPStatus, str] | None:
     """Returns why somebody may not read /metrics, as a status and a sentence; None where they may.
 
     Args:
         tokens: Of the server; None where it has none.
         authorization: The header.
         peer: The address that asks.
+        is_open: Whether without tokens all may read, not only this machine.
     """
     if tokens is None:
-        if is_loopback(peer.removeprefix("::ffff:")):
+        if is_open or is_loopback(peer.removeprefix("::ffff:")):
             return None
-        return HTTPStatus.FORBIDDEN, "without a token file only this machine may read that; give --token-file"
+        return HTTPStatus.FORBIDDEN, "without tokens only this machine may read that; the operator gives --token-file"
     scheme, _, value = authorization.partition(" ")
     token = tokens.find(value.strip()) if scheme.casefold() == "bearer" else None
     if token is None or token.has_expired():

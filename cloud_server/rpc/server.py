@@ -100,7 +100,9 @@ class CloudServer:
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         self._is_serving, self._is_well = False, True
         self._watch_metrics(models)
-        self._http = HttpEndpoint(self.metrics.registry, tokens=None, not_ready=self.not_ready)
+        self._http = HttpEndpoint(
+            self.metrics.registry, tokens=None, is_open=settings.insecure, not_ready=self.not_ready
+        )
         self._watchdog: asyncio.Task[None] | None = None
         self._urged = asyncio.Event()
         self.lost = asyncio.Event()

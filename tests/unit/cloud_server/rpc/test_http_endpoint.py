@@ -92,6 +92,7 @@ def test_who_may_read_metrics(tmp_path: Path) -> None:
     for peer in ("10.0.0.7", "::ffff:10.0.0.7", "2001:db8::1", ""):
         assert (refused := refuse_reader(None, "Bearer x", peer)) is not None
         assert refused[0] is HTTPStatus.FORBIDDEN
+        assert refuse_reader(None, "", peer, is_open=True) is None, "as the operator said with --insecure"
     path = tmp_path / "tokens"
     drawer = add_token(path, "drawer")
     reader = add_token(path, "reader", scopes=frozenset({"metrics"}))
@@ -102,7 +103,7 @@ def test_who_may_read_metrics(tmp_path: Path) -> None:
         (f"Bearer {drawer}", 403),
     ):  # fmt: skip
         for peer in ("127.0.0.1", "10.0.0.7"):
-            assert (refused := refuse_reader(tokens, header, peer)) is not None
+            assert (refused := refuse_reader(tokens, header, peer, is_open=True)) is not None
             assert refused[0] == status
             assert reader not in refused[1]
             assert drawer not in refused[1]

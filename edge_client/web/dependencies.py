@@ -15,6 +15,7 @@ from edge_client.web.bodies import in_thread
 from edge_client.web.cloud_watch import CloudWatch
 from edge_client.web.jobs.check_cloud import refusal
 from edge_client.web.jobs.queue import JobQueue
+from edge_client.web.jobs.quotas import Quotas
 from edge_client.web.jobs.store import Store, StoredJob
 from edge_client.web.jobs.uploads import split_uploads
 from edge_client.web.jobs.view import Views
@@ -34,6 +35,7 @@ class Gateway:
     store: Store
     queue: JobQueue
     access: Access
+    quotas: Quotas
     views: Views
     webhooks: Webhooks
     streams: Streams
@@ -44,12 +46,12 @@ class Gateway:
         """Adds a job to the queue.
 
         Raises:
-            HybridSDError: The request is invalid; TOO_MANY_JOBS.
+            HybridSDError: The request is invalid; TOO_MANY_JOBS, QUOTA_EXCEEDED.
         """
         self.webhooks.check(create.webhook)
         await self._check_cloud(create)
         create, upload = await in_thread(split_uploads, create)
-        return await self.queue.submit(create, upload, owner=caller.owner, api=api)
+        return await self.queue.submit(create, upload, caller=caller, api=api)
 
     async def _check_cloud(self, create: JobCreate) -> None:
         """Refuses what the cloud is known not to do. What may have changed since its last answer is asked again."""

@@ -1,6 +1,7 @@
 """What request handlers get: the gateway and the caller."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
@@ -85,6 +86,17 @@ class Gateway:
             NotFound: NOT_FOUND, also for a job of another; JOB_GONE.
         """
         return self.store.get(job_id, None if caller.is_admin else caller.owner)
+
+    def quotas_of(self, caller: Caller) -> dict[str, dict[str, int | None]]:
+        """Returns the limits of a caller's token and what is used of them, by their names."""
+        quota, left = caller.quota, self.quotas.steps_left(caller)
+        used: dict[str, int | None] = dict(self.queue.used(caller))
+        if quota.steps_per_minute is not None and left is not None:
+            used["steps_per_minute"] = math.ceil(quota.steps_per_minute - left)
+        if quota.bytes is not None:
+            used["bytes"] = self.store.kept_bytes(caller.owner)
+        limits = {each.name: getattr(quota, each.name) for each in fields(quota)}
+        return {name: {"limit": limit, "used": used.get(name)} for name, limit in limits.items() if limit is not None}
 
     def view(self, job: StoredJob) -> dict[str, Any]:
         """Returns a job as clients get it, a `schemas.native.Job`."""

@@ -347,8 +347,6 @@ class JobQueue:
     def _check_quota(self, caller: Caller) -> None:
         """Refuses a job beyond what the token may have waiting. One that begins at once does not wait."""
         quota, used = caller.quota, self.used(caller)
-        if quota.jobs == 0:
-            raise exceeded("the token allows no jobs (its limit jobs)", None)
         if quota.queued is None or used["queued"] < quota.queued:
             return
         begins_at_once = (

@@ -85,15 +85,13 @@ class Quotas:
         return bucket
 
 
-def exceeded(what: str, wait_s: float | None) -> HybridSDError:
+def exceeded(what: str, wait_s: float) -> HybridSDError:
     """Returns the refusal of what is beyond a limit.
 
     Args:
         what: Which limit, and how much of it is used.
-        wait_s: Until there is room again; None: never.
+        wait_s: Until there is room again, in seconds.
     """
-    if wait_s is None:
-        return Reason.QUOTA_EXCEEDED.error(f"{what}; ask the operator for more")
     delay_s = whole_delay(wait_s)
     return Reason.QUOTA_EXCEEDED.error(f"{what}; come again in {delay_s} s", retry_delay_s=float(delay_s))
 

@@ -1,5 +1,6 @@
 """`hybridsd serve`: the gateway of `edge_client.web` as a process."""
 
+import ipaddress
 import os
 import socket
 from collections.abc import Sequence
@@ -41,8 +42,9 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--tls-key", type=_FILE, help="Its private key, PEM.")
 @click.option(
     "--client-tokens", type=_FILE,
-    help="File with the tokens that web clients must send, one a line; each sees its own jobs. Needed beyond this "
-    "machine, unless --open.",
+    help="File with the tokens that web clients must send: named and hashed, as `hybridsd tokens` makes it, or as "
+    "plain text, one a line. Each sees its own jobs. It is read again when it changes. Needed beyond this machine, unless "
+    "--open.",
 )  # fmt: skip
 @click.option(
     "--open", "is_open", envvar="HYBRIDSD_EDGE_OPEN", is_flag=True, help="Let everybody in who can reach the address."
@@ -51,6 +53,11 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     "--allowed-host", "allowed_hosts", envvar="HYBRIDSD_EDGE_ALLOWED_HOST", multiple=True, metavar="NAME",
     help="Name by which clients call the gateway. Repeatable. Default: this machine's name and addresses, or any with "
     "tokens.",
+)  # fmt: skip
+@click.option(
+    "--trusted-proxy", "trusted_proxies", envvar="HYBRIDSD_EDGE_TRUSTED_PROXY", multiple=True, metavar="ADDRESS",
+    help="Address or network of a proxy before the gateway, which is believed for whom it asks (X-Forwarded-For). "
+    "Repeatable.",
 )  # fmt: skip
 @click.option(
     "--cors-origin", "cors_origins", envvar="HYBRIDSD_EDGE_CORS_ORIGIN", multiple=True, metavar="ORIGIN",
@@ -115,7 +122,7 @@ def serve(**options: Any) -> None:
     if options["port_file"] is not None:
         output_files.write(options["port_file"], f"{port}\n".encode(), overwrite=True)
     config = server_config(
-        app, log_config=None, timeout_graceful_shutdown=5,
+        app, log_config=None, timeout_graceful_shutdown=5, trusted_proxies=options["trusted_proxies"],
         ssl_certfile=options["tls_cert"], ssl_keyfile=options["tls_key"],
     )  # fmt: skip
     try:
@@ -126,6 +133,14 @@ def serve(**options: Any) -> None:
 
 
 def _settings(options: dict[str, Any]) -> Settings:
+    for proxy in options["trusted_proxies"]:
+        try:
+            ipaddress.ip_network(proxy, strict=False)
+        except ValueError:
+            raise Reason.FIELD_INVALID.error(
+                f"--trusted-proxy {proxy!r} is no address; give one such as 10.0.0.2, or a network such as 10.0.0.0/8",
+                field="trusted_proxies",
+            ) from None
     host, tokens = options["host"], _read_tokens(options["client_tokens"])
     if (options["tls_cert"] is None) != (options["tls_key"] is None):
         raise Reason.FIELD_INVALID.error("--tls-cert and --tls-key go together; give both", field="tls_cert")

@@ -24,6 +24,7 @@ from edge_client.web.bodies import BodyMiddleware
 from edge_client.web.cloud_watch import CloudWatch
 from edge_client.web.dependencies import Gateway
 from edge_client.web.jobs.queue import JobQueue
+from edge_client.web.jobs.quotas import Quotas
 from edge_client.web.jobs.store import Store, StoredJob
 from edge_client.web.jobs.view import Views
 from edge_client.web.jobs.webhooks import Webhooks
@@ -75,10 +76,10 @@ def create_app(
     Raises:
         InvalidRequest: FIELD_INVALID if the data folder cannot be used.
     """
-    num_owners = max(1, 0 if settings.tokens is None else len(settings.tokens.all))
     store = Store(
-        settings.data_dir, max_jobs=settings.max_jobs, max_bytes=settings.max_data_bytes, num_owners=num_owners
-    )
+        settings.data_dir, max_jobs=settings.max_jobs, max_bytes=settings.max_data_bytes,
+        quota_bytes=lambda owner: access.caller_of(owner).quota.bytes,
+    )  # fmt: skip
     access, metrics = Access(settings.tokens, store.secret()), Metrics()
     if settings.tokens is not None:
         metrics.watch_tokens(settings.tokens)
@@ -92,7 +93,7 @@ def create_app(
             queue_s=None if began_s is None else max(0.0, began_s - job.created_at), num_images=len(job.images),
         )  # fmt: skip
 
-    views = Views(access, store)
+    views, quotas = Views(access, store), Quotas()
     webhooks = Webhooks(settings.webhook_hosts, store, lambda job: views.job(job, None))
 
     @asynccontextmanager
@@ -102,12 +103,13 @@ def create_app(
             JobWorker(
                 bundle=bundle, models=models, cloud=cloud, others=others, fit_size=settings.fit_size, metrics=metrics
             ),
-            num_workers=settings.workers, max_waiting=settings.max_queue, num_owners=num_owners, view=views.job,
-            on_end=webhooks.send, on_count=count,
+            num_workers=settings.workers, max_waiting=settings.max_queue, quotas=quotas, caller_of=access.caller_of,
+            view=views.job, on_end=webhooks.send, on_count=count,
         )  # fmt: skip
         app.state.gateway = Gateway(
             bundle=bundle, models=models, cloud=cloud, watch=CloudWatch(cloud), store=store, queue=queue, access=access,
-            views=views, webhooks=webhooks, streams=Streams(), metrics=metrics, max_body_bytes=settings.max_body_bytes,
+            quotas=quotas, views=views, webhooks=webhooks, streams=Streams(), metrics=metrics,
+            max_body_bytes=settings.max_body_bytes,
             cloud_dollars_per_hour=settings.cloud_dollars_per_hour,
         )  # fmt: skip
         queue.start()

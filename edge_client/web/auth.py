@@ -117,7 +117,7 @@ class Access:
         """
         named = self._tokens.all if self._tokens is not None and owner else ()
         for token in named:
-            if token.is_named and token.name == owner:
+            if token.name == owner and not token.is_plain:
                 return self._caller_with(token, owner, "")
         return Caller(owner=owner, host="", user=user or self._user(f"owner {owner}"))
 
@@ -168,7 +168,7 @@ class Access:
 
 def _owner(token: Token, given: str) -> str:
     """Returns the name of a token, so that a new secret keeps its jobs; of one without a name a hash."""
-    return token.name if token.is_named else hashlib.sha256(b"owner" + given.encode()).hexdigest()[:16]
+    return hashlib.sha256(b"owner" + given.encode()).hexdigest()[:16] if token.is_plain else token.name
 
 
 def _network(host: str) -> str:

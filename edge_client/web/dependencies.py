@@ -1,6 +1,7 @@
 """What request handlers get: the gateway and the caller."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
@@ -15,6 +16,7 @@ from edge_client.web.bodies import in_thread
 from edge_client.web.cloud_watch import CloudWatch
 from edge_client.web.jobs.check_cloud import refusal
 from edge_client.web.jobs.queue import JobQueue
+from edge_client.web.jobs.quotas import Quotas
 from edge_client.web.jobs.store import Store, StoredJob
 from edge_client.web.jobs.uploads import split_uploads
 from edge_client.web.jobs.view import Views
@@ -36,6 +38,7 @@ class Gateway:
     store: Store
     queue: JobQueue
     access: Access
+    quotas: Quotas
     views: Views
     webhooks: Webhooks
     streams: Streams
@@ -47,12 +50,12 @@ class Gateway:
         """Adds a job to the queue.
 
         Raises:
-            HybridSDError: The request is invalid; TOO_MANY_JOBS.
+            HybridSDError: The request is invalid; TOO_MANY_JOBS, QUOTA_EXCEEDED.
         """
         self.webhooks.check(create.webhook)
         await self._check_cloud(create)
         create, upload = await in_thread(split_uploads, create)
-        job = await self.queue.submit(create, upload, owner=caller.owner, api=api)
+        job = await self.queue.submit(create, upload, caller=caller, api=api)
         note(job=job.id)
         return job
 
@@ -90,6 +93,17 @@ class Gateway:
         job = self.store.get(job_id, None if caller.is_admin else caller.owner)
         note(job=job.id)
         return job
+
+    def quotas_of(self, caller: Caller) -> dict[str, dict[str, int | None]]:
+        """Returns the limits of a caller's token and what is used of them, by their names."""
+        quota, left = caller.quota, self.quotas.steps_left(caller)
+        used: dict[str, int | None] = dict(self.queue.used(caller))
+        if quota.steps_per_minute is not None and left is not None:
+            used["steps_per_minute"] = math.ceil(quota.steps_per_minute - left)
+        if quota.bytes is not None:
+            used["bytes"] = self.store.kept_bytes(caller.owner)
+        limits = {each.name: getattr(quota, each.name) for each in fields(quota)}
+        return {name: {"limit": limit, "used": used.get(name)} for name, limit in limits.items() if limit is not None}
 
     def view(self, job: StoredJob) -> dict[str, Any]:
         """Returns a job as clients get it, a `schemas.native.Job`."""

@@ -134,6 +134,8 @@ def respond(problem: dict[str, Any], headers: dict[str, str] | None = None) -> J
 
 def openai_error(problem: dict[str, Any]) -> dict[str, Any]:
     """Returns a problem as an error of OpenAI's API."""
+    if problem["status"] == 429:
+        return {"message": problem["detail"], "type": "requests", "param": None, "code": "rate_limit_exceeded"}
     kind = "invalid_request_error" if problem["status"] < 500 else "server_error"
     return {"message": problem["detail"], "type": kind, "param": problem["field"], "code": problem["reason"]}
 

@@ -31,7 +31,7 @@ class Streams:
         Raises:
             CloudBusy: TOO_MANY_JOBS when the client has `MAX_STREAMS` open.
         """
-        client = caller.owner or caller.host
+        client = caller.user
         if self._open[client] >= MAX_STREAMS:
             raise Reason.TOO_MANY_JOBS.error(
                 f"{MAX_STREAMS} streams of events are open, which is the limit; close some, or read the job instead",

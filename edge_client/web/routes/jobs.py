@@ -13,11 +13,11 @@ from sse_starlette import EventSourceResponse, JSONServerSentEvent
 
 from edge_client.web.bodies import JsonRoute
 from edge_client.web.capabilities import capabilities
-from edge_client.web.dependencies import AuthorizedCaller, JobReader, SharedGateway
+from edge_client.web.dependencies import AnyCaller, AuthorizedCaller, JobReader, SharedGateway
 from edge_client.web.errors import answers
 from edge_client.web.jobs.store import UNFINISHED
 from edge_client.web.jobs.view import MEDIA_TYPES
-from edge_client.web.schemas.native import Capabilities, Format, Job, JobCreate, JobPage, State
+from edge_client.web.schemas.native import Capabilities, Format, Job, JobCreate, JobPage, Me, State
 from hybridsd.errors import Reason
 
 router = APIRouter(prefix="/v1", tags=["jobs"], route_class=JsonRoute)
@@ -29,6 +29,18 @@ JobId = Annotated[str, Path(min_length=1, max_length=64)]
 async def read_capabilities(gateway: SharedGateway, _caller: AuthorizedCaller) -> Any:
     """Returns what this device, its models and the cloud can do now."""
     return await capabilities(gateway)
+
+
+@router.get("/me", response_model=Me, responses=answers(401))
+async def read_me(gateway: SharedGateway, caller: AnyCaller) -> Any:
+    """Returns who the caller is, what it may, and what is used of its limits."""
+    return {
+        "owner": caller.owner,
+        "scopes": sorted(caller.scopes),
+        "expires_at": None if caller.expires is None else caller.expires.timestamp(),
+        "weight": caller.weight,
+        "quotas": gateway.quotas_of(caller),
+    }
 
 
 @router.post(
@@ -48,10 +60,14 @@ async def list_jobs(
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     before: Annotated[str | None, Query(pattern=r"^\d{1,18}$", description="`next` of the previous page")] = None,
     state: Annotated[State | None, Query()] = None,
+    owner: Annotated[str | None, Query(max_length=64, description="whose, for the scope admin; *: everybody's")] = None,
 ) -> Response:
     """Lists the caller's jobs, newest first."""
+    if owner not in (None, caller.owner):
+        caller.check("admin")
+    whose = None if owner == "*" else caller.owner if owner is None else owner
     number = None if before is None else int(before)
-    jobs = gateway.store.page(caller.owner, limit=limit + 1, before=number, state=state)
+    jobs = gateway.store.page(whose, limit=limit + 1, before=number, state=state)
     more = len(jobs) > limit
     jobs = jobs[:limit]
     return JSONResponse({"jobs": [gateway.view(job) for job in jobs], "next": str(jobs[-1].number) if more else None})

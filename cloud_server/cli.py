@@ -17,7 +17,10 @@ import click
 import structlog
 
 from cloud_server import logs, preflight
+from cloud_server.jobs_cli import jobs
 from cloud_server.settings import MAX_HEARTBEAT_S, MAX_WAIT_S, Settings
+from cloud_server.tokens_cli import tokens
+from hybridsd.tokens import Tokens, warn_of_readers
 
 if TYPE_CHECKING:
     from cloud_server.models.devices import Placement
@@ -65,8 +68,8 @@ _SERVE_OPTIONS = (
     _option("--tls-cert", type=_FILE, help="Certificate chain, PEM."),
     _option("--tls-key", type=_FILE, help="Private key, PEM."),
     _option("--insecure", is_flag=True, help="Listen beyond this machine without a certificate."),
-    _option("--token-file", type=_FILE, help="File with the tokens, one a line, of which callers must "
-            "send one; lines with # are comments."),
+    _option("--token-file", type=_FILE, help="File with the tokens of which callers must send one: named and hashed, "
+            "as `hybridsd-cloud tokens` makes it, or as plain text, one a line. It is read again when it changes."),
     _option("--max-batch", type=click.IntRange(1, 256), default=8, help="Jobs in one U-Net call."),
     _option("--max-queue", type=click.IntRange(1), default=32, help="Jobs that may wait."),
     _option("--max-size", type=click.IntRange(8), help="Largest width and height; else twice the models' default."),
@@ -102,6 +105,10 @@ def main() -> None:
     """Hybrid SD, the cloud side: begins images that edge devices finish."""
 
 
+main.add_command(tokens)
+main.add_command(jobs)
+
+
 @main.command()
 @_options(*_MODEL_OPTIONS, *_SERVE_OPTIONS)
 def serve(log_format: logs.LogFormat, token_file: Path | None, **options: Any) -> None:
@@ -112,6 +119,8 @@ def serve(log_format: logs.LogFormat, token_file: Path | None, **options: Any) -
     settings = _settings(tokens=_tokens(token_file), **options)
     logs.configure(log_format)
     log.info("settings", **_shown(settings))
+    if token_file is not None:
+        _warn_of_readers(token_file)
     if settings.port_file is not None:
         settings.port_file.unlink(missing_ok=True)  # an old one would send scripts to a dead port
     try:
@@ -226,13 +235,25 @@ def _shown(settings: Settings) -> dict[str, object]:
         "port_file": str(settings.port_file) if settings.port_file else None,
         "tls_cert": str(settings.tls_cert) if settings.tls_cert else None,
         "tls_key": str(settings.tls_key) if settings.tls_key else None,
-        "num_tokens": len(settings.tokens),
+        "num_tokens": 0 if settings.tokens is None else len(settings.tokens.all),
     }
 
 
-def _tokens(path: Path | None) -> tuple[str, ...]:
+def _warn_of_readers(token_file: Path) -> None:
+    if warning := warn_of_readers(token_file):
+        log.warning("token_file_readable", message=warning)
+
+
+def _tokens(path: Path | None) -> Tokens | None:
+    def on_reload(wrong: str | None) -> None:
+        if wrong is None and path is not None:
+            log.info("tokens_read", path=str(path))
+            _warn_of_readers(path)
+        else:
+            log.error("tokens_not_read", message=f"{wrong}; the tokens of before stay good until the file is mended")
+
     try:
-        return () if path is None else preflight.read_tokens(path)
+        return None if path is None else preflight.read_tokens(path, on_reload=on_reload)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
 

@@ -4,16 +4,14 @@ Knows nothing of models or gRPC. Every error names the option at fault.
 """
 
 import errno
-import re
 import socket
 import ssl
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from cloud_server.settings import Settings
-
-_TOKEN = re.compile(r"[!-~]+")
+from hybridsd.tokens import Tokens
 
 
 def check(settings: Settings) -> None:
@@ -93,26 +91,27 @@ def check_ids(option: str, ids: Iterable[str]) -> None:
         raise ValueError(f"{option}: the id {twice[0]} is given twice; name each with {option} ID=PATH")
 
 
-def read_tokens(path: Path) -> tuple[str, ...]:
-    """Returns the tokens of a file: one a line; empty lines, and lines that begin with #, are left out.
+def read_tokens(path: Path, *, on_reload: Callable[[str | None], None] | None = None) -> Tokens:
+    """Returns the tokens of a file, which is read again when it changes.
+
+    Args:
+        path: Of the file: named tables, or plain tokens, one a line.
+        on_reload: See `Tokens`.
 
     Raises:
-        ValueError: If there is none, or one that no caller could send.
+        ValueError: If it cannot be read, or has a token that no caller could send.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--token-file {path} cannot be read: {error}") from error
-    tokens = []
-    for number, line in enumerate(map(str.strip, lines), start=1):
-        if not line or line.startswith("#"):
-            continue
-        if _TOKEN.fullmatch(line) is None:
-            raise ValueError(
-                f"--token-file {path}: the token of line {number} has spaces, or characters that are not ASCII; write"
-                " one token a line"
-            )
-        tokens.append(line)
-    if not tokens:
-        raise ValueError(f"--token-file {path} is empty; put a token into it, one a line")
-    return tuple(tokens)
+        tokens = Tokens(path, on_reload=on_reload)
+        if any(token.is_plain for token in tokens.all):
+            _check_words(path)
+        return tokens
+    except ValueError as error:
+        raise ValueError(f"--token-file: {error}") from error
+
+
+def _check_words(path: Path) -> None:
+    """Refuses a plain token with a space: a name beside it, or two of them, would be one token that nobody sends."""
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if " " in line.strip() and not line.strip().startswith("#"):
+            raise ValueError(f"{path}: the token of line {number} has spaces; write one token a line")

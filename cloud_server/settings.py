@@ -4,8 +4,10 @@ Knows nothing of models; reads nothing by itself.
 """
 
 import ipaddress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+
+from hybridsd.tokens import Tokens
 
 MAX_HEARTBEAT_S = 10.0
 """Half the silence after which an edge goes on alone."""
@@ -34,8 +36,8 @@ class Settings:
     tls_cert: Path | None = None
     tls_key: Path | None = None
     insecure: bool = False
-    tokens: tuple[str, ...] = field(default=(), repr=False)
-    """Of which callers must send one; none: everybody may call."""
+    tokens: Tokens | None = None
+    """Of which callers must send one; None: everybody may call."""
     max_batch: int = 8
     max_queue: int = 32
     max_size: int | None = None

@@ -17,7 +17,8 @@ from cloud_server.engine.caller import NOBODY, Caller
 from cloud_server.engine.event_buffer import EventBuffer
 from cloud_server.engine.events import Failed, Finished, Started
 from cloud_server.engine.executor import Batch, BatchTooLarge, Call, Executor, is_out_of_memory
-from cloud_server.engine.job import Job
+from cloud_server.engine.job import Job, JobView
+from cloud_server.engine.quotas import check_queued
 from cloud_server.engine.request import JobRequest
 from cloud_server.engine.scheduler import Load, Scheduler
 from cloud_server.metrics import Metrics
@@ -126,13 +127,14 @@ class Engine:
             buffer: Where its events go.
             deadline_s: When to give up, in `time.monotonic()` seconds; None for never.
             arrived_s: When the request came, likewise; None for now.
-            caller: Who asks; callers get equal shares.
+            caller: Who asks, and owns the job: to any other owner its id is unknown.
 
         Raises:
-            HybridSDError: REQUEST_ID_REUSED; QUEUE_FULL, or UNAVAILABLE while stopping or stuck, with a retry delay.
+            HybridSDError: REQUEST_ID_REUSED; QUEUE_FULL, QUOTA_EXCEEDED, or UNAVAILABLE while stopping or stuck, with a
+                retry delay.
         """
         with self._changed:
-            job = self._scheduler.find(request.request_id)
+            job = self._scheduler.find((caller.owner, request.request_id))
             if job is not None:
                 if job.request.content != request.content:
                     raise Reason.REQUEST_ID_REUSED.error(
@@ -142,21 +144,31 @@ class Engine:
                 return job
             self._check_room()
             job = Job(request, arrived_s, caller=caller)
+            self._check_queued(caller)
+            self._scheduler.quotas.charge(caller, job.key, job.num_asked_calls)
             self._scheduler.add(job)
             job.attach(buffer, deadline_s)
             self._admit()
             self._scheduler.post_positions()
             return job
 
-    def check_room(self, request_id: str) -> None:
+    def check_room(self, request_id: str, caller: Caller = NOBODY, *, steps: int = 0, num_reading: int = 0) -> None:
         """Refuses a call for which `submit` would have no room now, before anything costly is done for it.
 
+        Args:
+            request_id: Of the call.
+            caller: Who asks.
+            steps: Of its plan that it asks for; each takes a call of the U-Net or more.
+            num_reading: Other calls of the caller's principal that are on their way to `submit`.
+
         Raises:
-            HybridSDError: QUEUE_FULL, or UNAVAILABLE while stopping or stuck, with a retry delay.
+            HybridSDError: QUEUE_FULL, QUOTA_EXCEEDED, or UNAVAILABLE while stopping or stuck, with a retry delay.
         """
         with self._changed:
-            if self._scheduler.find(request_id) is None:
+            if self._scheduler.find((caller.owner, request_id)) is None:
                 self._check_room()
+                self._check_queued(caller, num_reading)
+                self._scheduler.quotas.check(caller, (caller.owner, request_id), max(0, steps))
 
     def detach(self, job: Job, buffer: EventBuffer) -> None:
         """Says that a stream of a job has ended, for whatever reason."""
@@ -164,15 +176,47 @@ class Engine:
         with self._changed:
             self._sweep()
 
-    def cancel(self, request_id: str) -> bool:
-        """Stops a job at its next step boundary. Returns whether one of that id was queued or running."""
+    def cancel(self, request_id: str, caller: Caller = NOBODY, *, principal: str | None = None) -> bool:
+        """Stops a job at its next step boundary: the caller's own of that id, or of anybody's where an admin asks.
+
+        Args:
+            request_id: Of the job.
+            caller: Who asks.
+            principal: For admins: whose job it is, where several have one of that id; None for all of them.
+
+        Returns:
+            Whether one of that id was queued or running, as far as this caller may know.
+        """
         with self._changed:
-            job = self._scheduler.live(request_id)
-            if job is None:
-                return False
-            job.stop(Reason.CANCELLED.error("the job was cancelled"))
-            self._sweep()
-            return True
+            jobs = [
+                job
+                for job in [*self._scheduler.running, *self._scheduler.waiting]
+                if job.request.request_id == request_id
+                and _may_see(caller, job)
+                and principal in (None, job.caller.principal)
+                and not job.is_stopping
+            ]
+            for job in jobs:
+                job.stop(Reason.CANCELLED.error("the job was cancelled"))
+            if jobs:
+                self._sweep()
+            return bool(jobs)
+
+    def jobs(self, caller: Caller = NOBODY) -> list[JobView]:
+        """Returns what a caller may know of the jobs that run and wait: of its own, or of all where an admin asks.
+
+        Jobs that are everybody's are listed for the machine that asked: an id is all that it takes to stop one.
+        """
+
+        def is_listed(job: Job) -> bool:
+            is_same = job.caller.principal == caller.principal
+            return _may_see(caller, job) and (caller.is_admin or bool(caller.owner) or is_same)
+
+        with self._changed:
+            free = self._scheduler.free_places()
+            running = [job.view(None) for job in self._scheduler.running if is_listed(job)]
+            waiting = enumerate(self._scheduler.waiting)
+            return running + [job.view(max(0, index - free)) for index, job in waiting if is_listed(job)]
 
     def load(self) -> Load:
         """Returns how busy the engine is."""
@@ -236,6 +280,22 @@ class Engine:
         if self._is_stuck():
             raise Reason.UNAVAILABLE.error(self._says_stuck(), retry_delay_s=DRAIN_RETRY_S)
         self._scheduler.check_room()
+
+    def _check_queued(self, caller: Caller, num_reading: int = 0) -> None:
+        """Refuses a job more of a principal that has as many waiting as it may."""
+        if caller.quota.queued is None:
+            return
+
+        def count(jobs: list[Job]) -> int:
+            return sum(job.caller.principal == caller.principal for job in jobs)
+
+        check_queued(
+            caller,
+            num_running=count(self._scheduler.running),
+            num_waiting=num_reading + count(self._scheduler.waiting),
+            free_places=self._scheduler.free_places(),
+            retry_delay_s=self._scheduler.retry_delay_s,
+        )
 
     def _admit(self) -> None:
         """Gives places to waiting jobs, and their texts to be read; then there may be something to do."""
@@ -386,6 +446,10 @@ class Engine:
         self._scheduler.end(job, outcome)
         if self._scheduler.is_idle:  # what is left of this turn is nothing
             self._busy_since_s.pop(threading.current_thread().name, None)
+
+
+def _may_see(caller: Caller, job: Job) -> bool:
+    return caller.is_admin or job.caller.owner == caller.owner
 
 
 def _set_torch_threads(num_threads: int | None) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from cloud_server.engine.caller import Caller
 from cloud_server.engine.events import Failed, Finished, Queued
 from cloud_server.engine.job import Job
+from cloud_server.engine.quotas import Quotas, may_run
 from cloud_server.engine.step import Group
 from hybridsd.errors import Reason
 
@@ -74,11 +75,12 @@ class Scheduler:
         self._keep_finished, self._keep_finished_s = keep_finished, keep_finished_s
         self._waiting: deque[Job] = deque()
         self._active: list[Job] = []
-        self._jobs: dict[str, Job] = {}
-        self._finished: OrderedDict[str, tuple[float, Job]] = OrderedDict()
+        self._jobs: dict[tuple[str, str], Job] = {}  # by `Job.key`, as are finished ones
+        self._finished: OrderedDict[tuple[str, str], tuple[float, Job]] = OrderedDict()
         self._batch_caps: OrderedDict[Group, BatchCap] = OrderedDict()
         self._call_s = 0.0
         self._turn = 0
+        self.quotas = Quotas()
         self._served: dict[Caller, int] = {}  # by caller: when it last got a place, counted in places
         self._num_served = 0
 
@@ -101,18 +103,28 @@ class Scheduler:
         """Returns how busy it is."""
         return Load(len(self._active), len(self._waiting), self._call_s)
 
-    def find(self, request_id: str) -> Job | None:
-        """Returns the job of an id: alive, or finished and not forgotten yet."""
+    @property
+    def running(self) -> list[Job]:
+        """The jobs that have a place."""
+        return list(self._active)
+
+    @property
+    def waiting(self) -> list[Job]:
+        """The jobs that wait, in the order in which they get places."""
+        return self._in_order()
+
+    def find(self, key: tuple[str, str]) -> Job | None:
+        """Returns the job of an owner's id, see `Job.key`: alive, or finished and not forgotten yet."""
         self._forget()
-        live = self.live(request_id)
+        live = self.live(key)
         if live is not None:
             return live
-        kept = self._finished.get(request_id)
+        kept = self._finished.get(key)
         return None if kept is None else kept[1]
 
-    def live(self, request_id: str) -> Job | None:
-        """Returns the job of an id if it waits or runs and nobody has stopped it."""
-        job = self._jobs.get(request_id)
+    def live(self, key: tuple[str, str]) -> Job | None:
+        """Returns the job of an owner's id if it waits or runs and nobody has stopped it."""
+        job = self._jobs.get(key)
         return None if job is None or job.is_stopping else job
 
     def check_room(self) -> None:
@@ -121,19 +133,19 @@ class Scheduler:
         Raises:
             HybridSDError: QUEUE_FULL with a retry delay.
         """
-        if len(self._waiting) - self._free_places() >= self._max_queue:
+        if len(self._waiting) - self.free_places() >= self._max_queue:
             raise Reason.QUEUE_FULL.error(
                 f"{len(self._waiting)} jobs wait already; come again", retry_delay_s=self.retry_delay_s()
             )
 
     def add(self, job: Job) -> None:
         """Puts a new job at the end of the queue."""
-        self._jobs[job.request.request_id] = job
+        self._jobs[job.key] = job
         self._waiting.append(job)
 
     def post_positions(self) -> None:
         """Tells waiting jobs how many begin before them."""
-        free = self._free_places()
+        free = self.free_places()
         for index, job in enumerate(self._in_order()):
             job.post(Queued(max(0, index - free)))
 
@@ -146,9 +158,12 @@ class Scheduler:
         if not self._waiting:
             return []
         places = Counter(_key(job) for job in self._active)
+        running = Counter(job.caller.principal for job in self._active)
         admitted: list[Job] = []
         yielded: list[Job] = []
         for job in self._in_order():
+            if not may_run(job.caller, running[job.caller.principal]):
+                continue
             key, is_full = _key(job), len(self._active) >= GROUPS_IN_FLIGHT * self._max_batch
             if is_full or places[key] >= self._max_batch:
                 rivals = [other for other in self._active if is_full or _key(other) == key]
@@ -158,9 +173,11 @@ class Scheduler:
                 self._active.remove(oldest)
                 yielded.append(oldest)
                 places[_key(oldest)] -= 1
+                running[oldest.caller.principal] -= 1
                 if places[key] >= self._max_batch:
                     continue
             places[key] += 1
+            running[job.caller.principal] += 1
             self._waiting.remove(job)
             self._active.append(job)
             job.last_turn, job.num_turns = self._turn, 0
@@ -226,14 +243,14 @@ class Scheduler:
             self.post_positions()
         elif job in self._active:
             self._active.remove(job)
-        request_id = job.request.request_id
-        if self._jobs.get(request_id) is job:
-            del self._jobs[request_id]
+        if self._jobs.get(job.key) is job:
+            del self._jobs[job.key]
             if isinstance(outcome, Finished):
-                self._finished.pop(request_id, None)
-                self._finished[request_id] = (time.monotonic(), job)
+                self._finished.pop(job.key, None)
+                self._finished[job.key] = (time.monotonic(), job)
                 self._forget()
         job.trajectory = None
+        self.quotas.end(job)
         job.post(outcome)
         self._on_end(job)
 
@@ -251,7 +268,8 @@ class Scheduler:
                 break
             del self._finished[oldest]
 
-    def _free_places(self) -> int:
+    def free_places(self) -> int:
+        """Returns how many jobs could begin at once, of one group."""
         return max(0, self._max_batch - len(self._active))
 
     def retry_delay_s(self) -> float:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from cloud_server.engine.quotas import check_pixels
 from cloud_server.engine.request import JobRequest, Latents, Stage, new_request_id
 from cloud_server.metrics import Metrics
 from cloud_server.models.denoiser import Encoded
@@ -30,6 +31,7 @@ from hybridsd.durations import to_seconds
 from hybridsd.errors import Reason
 from hybridsd.limits import MAX_EVERY, MAX_GUIDANCE, MAX_IMAGE_INDEX, MAX_SEED, MAX_STEPS, MIN_GUIDANCE
 from hybridsd.plan import MAX_ARRAYS, MAX_NAME, Plan
+from hybridsd.tokens import NO_QUOTA, Quota
 from hybridsd.v1 import denoising_service_pb2 as pb
 from hybridsd.v1 import tensor_pb2
 
@@ -87,13 +89,13 @@ class RequestReader:
         self._reading.close()
         self._plans.close()
 
-    async def read(self, request: pb.DenoiseRequest) -> tuple[JobRequest, AnswerStyle]:
-        """Returns the job, and how to answer.
+    async def read(self, request: pb.DenoiseRequest, quota: Quota = NO_QUOTA) -> tuple[JobRequest, AnswerStyle]:
+        """Returns the job, and how to answer, for a caller with a quota.
 
         Raises:
             HybridSDError: The documented reason, naming the field; QUEUE_FULL where too many are being read.
         """
-        checked = await self._reading.run(self._check, request)
+        checked = await self._reading.run(self._check, request, quota)
         plan = checked.plan or await self._plans.plan(checked.model, *checked.steps)
         return await self._reading.run(self._finish, request, checked, *plan)
 
@@ -108,11 +110,12 @@ class RequestReader:
         encoded = await self._reading.run(codec.encode_plan, plan)
         return pb.CompilePlanResponse(plan=encoded, plan_digest=digest)
 
-    def _check(self, request: pb.DenoiseRequest) -> "_Checked":
+    def _check(self, request: pb.DenoiseRequest, quota: Quota) -> "_Checked":
         """Checks all that can be checked without the plan, what is cheap first."""
         model = self._model(request.model, request.latent_space)
         info = model.info
         shape, size = self._latent_shape(request, info)
+        check_pixels(quota, *size)
         _check_scalars(request)
         guidance_scale = _guidance_scale(request, info)
         changes = self._model_changes(request, info, guidance_scale)

@@ -18,11 +18,12 @@ from cloud_server.engine.scheduler import GROUPS_IN_FLIGHT
 from cloud_server.metrics import Metrics
 from cloud_server.models.load import Model
 from cloud_server.rpc import write_response
+from cloud_server.rpc.auth import AuthInterceptor
 from cloud_server.rpc.bundle_service import Bundle, BundleService
 from cloud_server.rpc.call_metrics import MetricsInterceptor
 from cloud_server.rpc.denoising_service import DenoisingService
 from cloud_server.rpc.http_endpoint import HttpEndpoint
-from cloud_server.rpc.interceptors import MAX_RECEIVED_BYTES, RequestInterceptor, TokenInterceptor
+from cloud_server.rpc.interceptors import MAX_RECEIVED_BYTES, RequestInterceptor
 from cloud_server.settings import Settings
 from hybridsd.v1 import bundle_service_pb2, bundle_service_pb2_grpc, denoising_service_pb2_grpc
 from hybridsd.v1 import denoising_service_pb2 as pb
@@ -89,9 +90,13 @@ class CloudServer:
             metrics=self.metrics,
         )
         self._bundles = BundleService(bundles)
-        token = [TokenInterceptor(settings.tokens)] if settings.tokens else []
         self._server = grpc.aio.server(
-            interceptors=[MetricsInterceptor(self.metrics), RequestInterceptor(self.metrics), *token], options=_OPTIONS
+            interceptors=[
+                MetricsInterceptor(self.metrics),
+                RequestInterceptor(self.metrics),
+                AuthInterceptor(settings.tokens),
+            ],
+            options=_OPTIONS,
         )
         self._health = health.aio.HealthServicer()
         denoising_service_pb2_grpc.add_DenoisingServiceServicer_to_server(self._service, self._server)
@@ -101,7 +106,7 @@ class CloudServer:
         self._is_serving, self._is_well = False, True
         self._watch_metrics(models)
         self._http = HttpEndpoint(
-            self.metrics.registry, tokens=None, is_open=settings.insecure, not_ready=self.not_ready
+            self.metrics.registry, tokens=settings.tokens, is_open=settings.insecure, not_ready=self.not_ready
         )
         self._watchdog: asyncio.Task[None] | None = None
         self._urged = asyncio.Event()
@@ -200,6 +205,8 @@ class CloudServer:
         metrics.watch_count(
             "preemptions", "Jobs that gave their place to one that waited.", lambda: engine.num_preemptions
         )
+        if settings.tokens is not None:
+            metrics.watch_tokens(settings.tokens)
         for name, model in models.items():
             device, dtype = str(model.denoiser.device), str(model.denoiser.dtype).removeprefix("torch.")
             metrics.model_info.labels(name, model.info.latent_space, device, dtype).set(1)
@@ -214,6 +221,8 @@ class CloudServer:
             await asyncio.sleep(min(1.0, self._settings.stall_timeout_s / 4))
             try:
                 is_well, stalled_s = self.engine.watch(), self.engine.stalled_s()
+                if self._settings.tokens is not None:
+                    self._settings.tokens.reload()  # a broken edit is said when it is made
             except Exception:
                 log.exception("watch_failed")  # and the watch goes on
                 continue

@@ -125,7 +125,7 @@ class Access:
         """Returns the name of an owner's token: none where there are no tokens, unnamed where it has no name."""
         if self._tokens is None or not owner:
             return "none"
-        return owner if any(token.is_named and token.name == owner for token in self._tokens.all) else "unnamed"
+        return owner if any(not token.is_plain and token.name == owner for token in self._tokens.all) else "unnamed"
 
     def _caller_with(self, token: Token, owner: str, host: str) -> Caller:
         return Caller(

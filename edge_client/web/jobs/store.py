@@ -128,11 +128,6 @@ class Store:
         InvalidRequest: FIELD_INVALID if the folder cannot be used, or is used by another gateway.
     """
 
-<<<<<<< HEAD
-    def __init__(self, folder: Path, *, max_jobs: int, max_bytes: int = 1 << 62, num_owners: int = 1) -> None:
-        self._folder, self._max_jobs, self.max_bytes = folder, max_jobs, max_bytes
-        self._max_upload_bytes = max_bytes // 4 // num_owners
-=======
     def __init__(
         self,
         folder: Path,
@@ -141,9 +136,8 @@ class Store:
         max_bytes: int = 1 << 62,
         quota_bytes: Callable[[str], int | None] = lambda _owner: None,
     ) -> None:
-        self._folder, self._max_jobs, self._max_bytes = folder, max_jobs, max_bytes
+        self._folder, self._max_jobs, self.max_bytes = folder, max_jobs, max_bytes
         self._max_upload_bytes, self._quota_bytes = max_bytes // 4, quota_bytes
->>>>>>> t-web
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = FolderLock(folder)
@@ -401,15 +395,11 @@ class Store:
         """Deletes finished jobs beyond the limits, but not the one that has just ended; forgets deleted ones."""
         quota = self._quota_bytes(ended.owner)
         with self._begin() as connection:
-<<<<<<< HEAD
-            for column, limit in ((sa.literal(1), self._max_jobs), (_jobs.c.image_bytes, self.max_bytes)):
-=======
             own = _jobs.c.owner == ended.owner
             while quota is not None and (connection.scalar(_kept_bytes(own)) or 0) > quota:
                 if not self._remove_oldest(connection, own, ended.number):
                     break
-            for column, limit in ((sa.literal(1), self._max_jobs), (_jobs.c.image_bytes, self._max_bytes)):
->>>>>>> t-web
+            for column, limit in ((sa.literal(1), self._max_jobs), (_jobs.c.image_bytes, self.max_bytes)):
                 amount = sa.func.sum(column)
                 query = sa.select(_SHARER, amount).where(_IS_DONE).group_by(_SHARER).order_by(amount.desc())
                 while (sharers := connection.execute(query).all()) and sum(each for _, each in sharers) > limit:

@@ -22,6 +22,7 @@ from cloud_server.rpc.server import SERVICES, CloudServer
 from cloud_server.settings import Settings
 from hybridsd.errors import InvalidRequest
 from hybridsd.manifest import REQUIRED_ROLES, Defaults, Manifest, describe_file, write_manifest
+from hybridsd.tokens import Tokens
 from hybridsd.v1 import bundle_service_pb2, denoising_service_pb2_grpc
 from hybridsd.v1 import denoising_service_pb2 as pb
 from tests.support.engine_fakes import Client, FailingDenoiser, GatedDenoiser, failure, message, until
@@ -299,7 +300,7 @@ def test_the_open_network_needs_a_certificate(host: str) -> None:
 
 def test_the_token_is_not_shown() -> None:
     """The settings that are logged do not hold the token."""
-    assert "s3cret" not in repr(Settings(models=("tiny",), tokens=("s3cret",)))
+    assert "s3cret" not in repr(Settings(models=("tiny",), tokens=Tokens.of(["s3cret"])))
 
 
 def test_messages_stay_small() -> None:

@@ -24,7 +24,8 @@ from cloud_server.rpc.call_metrics import MetricsInterceptor
 from cloud_server.rpc.denoising_service import DenoisingService
 from cloud_server.rpc.http_endpoint import HttpEndpoint
 from cloud_server.rpc.interceptors import MAX_RECEIVED_BYTES, RequestInterceptor
-from cloud_server.settings import Settings
+from cloud_server.rpc.tls import credentials, http_context, valid_until
+from cloud_server.settings import Settings, is_loopback
 from hybridsd.v1 import bundle_service_pb2, bundle_service_pb2_grpc, denoising_service_pb2_grpc
 from hybridsd.v1 import denoising_service_pb2 as pb
 
@@ -44,6 +45,7 @@ _OPTIONS = [
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.server_handshake_timeout_ms", 10_000),  # a caller that does not begin holds a socket; else two minutes
 ]
 STATUS_S = 1.0
 """For streams that have ended to send their status."""
@@ -132,14 +134,14 @@ class CloudServer:
 
         Raises:
             OSError: If the address cannot be had.
+            ValueError: If the certificate cannot be used.
         """
         settings = self._settings
         host = f"[{settings.host}]" if ":" in settings.host and not settings.host.startswith("[") else settings.host
         address = f"{host}:{settings.port}"
         try:
-            if settings.tls_cert is not None and settings.tls_key is not None:
-                pair = (settings.tls_key.read_bytes(), settings.tls_cert.read_bytes())
-                self.port = self._server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+            if settings.uses_tls:
+                self.port = self._server.add_secure_port(address, credentials(settings))
             else:
                 self.port = self._server.add_insecure_port(address)
         except RuntimeError as error:
@@ -150,10 +152,11 @@ class CloudServer:
         await self._set_health(_SERVING)
         await self._server.start()
         if settings.metrics_port is not None:
-            await self._http.start(settings.metrics_host, settings.metrics_port)
+            tls = http_context(settings) if settings.uses_tls and not is_loopback(settings.metrics_host) else None
+            await self._http.start(settings.metrics_host, settings.metrics_port, tls)
         self._is_serving = True
         self._watchdog = asyncio.create_task(self._watch())
-        log.info("listening", address=f"{host}:{self.port}", tls=settings.tls_cert is not None)
+        log.info("listening", address=f"{host}:{self.port}", tls=settings.uses_tls)
 
     async def stop(self, drain_timeout_s: float) -> None:
         """Refuses new jobs, lets the running ones finish, and closes.
@@ -207,6 +210,8 @@ class CloudServer:
         )
         if settings.tokens is not None:
             metrics.watch_tokens(settings.tokens)
+        if settings.uses_tls:
+            metrics.watch_certificate(lambda: valid_until(settings))
         for name, model in models.items():
             device, dtype = str(model.denoiser.device), str(model.denoiser.dtype).removeprefix("torch.")
             metrics.model_info.labels(name, model.info.latent_space, device, dtype).set(1)

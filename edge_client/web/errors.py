@@ -46,9 +46,10 @@ _MAX_FIELD = 120
 _TITLES = {499: "Client Closed Request"}
 
 _OPERATOR = (
-    "allowed_hosts", "bundle", "busy_timeout", "cors_origins", "data_dir", "edge_models", "idle_timeout", "insecure",
-    "low_memory", "max_body_mib", "progress_timeout", "provider", "queue_timeout", "reattach_timeout", "server",
-    "silence_memory", "threads", "tls_ca", "token", "token_file", "webhook_hosts",
+    "allowed_hosts", "bundle", "busy_timeout", "client_cert", "client_key", "cors_origins", "data_dir",
+    "edge_models", "idle_timeout", "insecure", "low_memory", "max_body_mib", "progress_timeout", "provider",
+    "queue_timeout", "reattach_timeout", "server", "silence_memory", "threads", "tls_ca", "tls_fingerprint",
+    "token", "token_file", "webhook_hosts",
 )  # fmt: skip
 """Fields that only who runs the gateway can set."""
 _HYBRID = (

@@ -3,6 +3,7 @@
 Each gateway has its own registry. Every label is one of a set that the operator or this code bounds.
 """
 
+import contextlib
 import importlib.metadata
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -121,10 +122,18 @@ class Metrics:
 
     def watch_certificate(self, read: Callable[[], datetime]) -> None:
         """Adds when the certificate expires, by a function that reads it."""
-        family = "hybridsd_edge_certificate_expiry_timestamp_seconds"
-        self.registry.register(
-            _Read(lambda: [GaugeMetricFamily(family, "When the certificate expires.", value=read().timestamp())])
-        )
+
+        def family() -> Iterable[Metric]:
+            gauge = GaugeMetricFamily(
+                "hybridsd_edge_certificate_expiry_timestamp_seconds", "When the certificate expires."
+            )
+            with contextlib.suppress(
+                OSError, ValueError
+            ):  # in the middle of being replaced, or broken: the log says so
+                gauge.add_metric([], read().timestamp())
+            yield gauge
+
+        self.registry.register(_Read(family))
 
     def watch_tokens(self, tokens: Tokens) -> None:
         """Adds when tokens expire."""

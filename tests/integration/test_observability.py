@@ -102,11 +102,10 @@ def day(model: Model, bundle: Bundle, models: Models, tmp_path_factory: pytest.T
     handlers, level = root.handlers[:], root.level
     logs.configure("json", level=logging.DEBUG, stream=stream)
     try:
-        with serving({"tiny": model}, metrics_port=0) as server:
-            server.metrics.watch_tokens(tokens)
+        with serving({"tiny": model}, metrics_port=0, tokens=tokens) as server:
             server.metrics.watch_certificate(lambda: soon)
             target = f"127.0.0.1:{server.port}"
-            with Cloud(target, cache=Cache(folder / "cache"), idle_timeout_s=HANG_S) as cloud:
+            with Cloud(target, token=secret, cache=Cache(folder / "cache"), idle_timeout_s=HANG_S) as cloud:
                 app = create_app(Settings(data_dir=folder / "data", tokens=tokens), bundle, models, cloud)
                 app.state.metrics.watch_certificate(lambda: soon)
                 options: dict[str, Any] = {"timeout": HANG_S, "trust_env": False}
@@ -117,10 +116,13 @@ def day(model: Model, bundle: Bundle, models: Models, tmp_path_factory: pytest.T
                     assert client.get(f"/{MARKER}?q={MARKER}").status_code == 404
                     assert client.get("/v1/jobs", headers={"authorization": "Bearer x"}).status_code == 401
                     text = pb.TextConditioning(prompt=MARKER)
-                    assert call_cloud(server, pb.DenoiseRequest(text=text)) is not grpc.StatusCode.OK
+                    assert call_cloud(server, pb.DenoiseRequest(text=text), **bearer) is not grpc.StatusCode.OK
                     asked = pb.DenoiseRequest(text=text, scheduler=pb.SchedulerSpec(name=MARKER))
-                    assert call_cloud(server, asked, **{"x-hybridsd-user": "somebody"}) is not grpc.StatusCode.OK
-                    seen_cloud = httpx.get(f"http://127.0.0.1:{server.metrics_port}/metrics", **options).text
+                    assert (
+                        call_cloud(server, asked, **bearer, **{"x-hybridsd-user": "somebody"}) is not grpc.StatusCode.OK
+                    )
+                    at = f"http://127.0.0.1:{server.metrics_port}/metrics"
+                    seen_cloud = httpx.get(at, headers=bearer, **options).text
                     loop = server._watchdog.get_loop()  # type: ignore[union-attr]
                     asyncio.run_coroutine_threadsafe(server.stop(0.0), loop).result(HANG_S)
                     assert ask(client) == "completed"  # by the edge, which takes over

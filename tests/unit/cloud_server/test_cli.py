@@ -32,7 +32,9 @@ def test_check_says_what_was_found(tiny_folder: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--host", "0.0.0.0"], "--insecure"),
+        (["--host", "0.0.0.0", "--tls-dir", "/dev/null/tls"], "--insecure"),
+        (["--tls-name", "no name"], "--tls-name 'no name'"),
+        (["--host", "0.0.0.0", "--insecure", "--tls-client-ca", __file__], "--tls-client-ca needs TLS"),
         (["--port", "70000"], "70000"),
         (["--tls-cert", __file__], "go together"),
         (["--bundle", "."], "model.json"),

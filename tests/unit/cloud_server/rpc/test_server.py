@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -289,13 +288,13 @@ def test_a_broken_bundle_is_refused(bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
-def test_the_open_network_needs_a_certificate(host: str) -> None:
-    """Without one, only loopback addresses are listened on, unless asked for."""
-    with pytest.raises(ValueError, match="insecure"):
-        Settings(models=("tiny",), host=host)
-    assert replace(Settings(models=("tiny",), host=host, insecure=True)).host == host
+def test_the_open_network_has_tls(host: str) -> None:
+    """Unless it is declined; loopback addresses have it where it is asked for."""
+    assert Settings(models=("tiny",), host=host).uses_tls
+    assert not Settings(models=("tiny",), host=host, insecure=True).uses_tls
     for loopback in ("127.0.0.1", "127.9.9.9", "::1", "[::1]", "localhost"):
-        assert Settings(models=("tiny",), host=loopback).host == loopback
+        assert not Settings(models=("tiny",), host=loopback).uses_tls
+        assert Settings(models=("tiny",), host=loopback, tls_dir=Path("tls")).uses_tls
 
 
 def test_the_token_is_not_shown() -> None:

@@ -114,9 +114,7 @@ class Metrics:
             gauge = GaugeMetricFamily(
                 "hybridsd_cloud_certificate_expiry_timestamp_seconds", "When the certificate expires."
             )
-            with contextlib.suppress(
-                OSError, ValueError
-            ):  # in the middle of being replaced, or broken: the log says so
+            with contextlib.suppress(OSError, ValueError):  # being replaced, or broken: the log says so
                 gauge.add_metric([], read().timestamp())
             yield gauge
 

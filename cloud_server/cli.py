@@ -89,6 +89,9 @@ _SERVE_OPTIONS = (
     _option("--max-queue", type=click.IntRange(1), default=32, help="Jobs that may wait."),
     _option("--max-size", type=click.IntRange(8), help="Largest width and height; else twice the models' default."),
     _option("--bundle", "bundles", type=_FOLDER, multiple=True, help="Edge bundle to hand out. Repeatable."),
+    _option("--metrics-port", type=click.IntRange(0, 65535), help="Port for /healthz, /readyz and /metrics in HTTP; "
+            "0 takes a free one. None if not set."),
+    _option("--metrics-host", default="127.0.0.1", help="Address to listen on for them."),
     _option("--drain-timeout", "drain_timeout_s",
             type=click.FloatRange(0), default=30.0, help="Seconds for jobs to finish on SIGTERM."),
     _option("--heartbeat", "heartbeat_s",

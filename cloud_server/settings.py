@@ -51,6 +51,9 @@ class Settings:
     max_size: int | None = None
     """Pixels; None is twice the largest default size of the models."""
     bundles: tuple[Path, ...] = ()
+    metrics_port: int | None = None
+    """Of /healthz, /readyz and /metrics; 0 is any free one, None is none."""
+    metrics_host: str = "127.0.0.1"
     drain_timeout_s: float = 30.0
     heartbeat_s: float = 5.0
     stall_timeout_s: float = 60.0

@@ -21,6 +21,7 @@ from cloud_server.engine.job import Job, JobView
 from cloud_server.engine.quotas import check_queued
 from cloud_server.engine.request import JobRequest
 from cloud_server.engine.scheduler import Load, Scheduler
+from cloud_server.metrics import Metrics
 from cloud_server.models.denoiser import Denoiser
 from hybridsd.errors import HybridSDError, Reason
 from hybridsd.quotas import jittered
@@ -31,6 +32,11 @@ SLOW_CALLS = 4.0
 """A call that takes this many times the mean is not stuck yet: a machine may be slow."""
 DRAIN_RETRY_S = 5.0
 """When to come again to a server that is being replaced."""
+
+OUTCOMES = {
+    Reason.CANCELLED: "cancelled", Reason.DEADLINE_EXCEEDED: "late", Reason.UNAVAILABLE: "unavailable",
+}  # fmt: skip
+"""How jobs that end with an error are counted; all others have failed."""
 
 _torch_threads = threading.Lock()
 
@@ -48,6 +54,7 @@ class Engine:
         keep_finished_s: float = 120.0,
         num_threads: int | None = None,
         stall_timeout_s: float = 60.0,
+        metrics: Metrics | None = None,
     ) -> None:
         """Makes an engine that does nothing until `start`.
 
@@ -59,17 +66,20 @@ class Engine:
             keep_finished_s: For how long.
             num_threads: Threads of a call on a CPU; None leaves the choice to torch.
             stall_timeout_s: A step, or a text, that takes longer is stuck, unless all steps are slow.
+            metrics: What counts calls and jobs.
         """
+        self._metrics = Metrics() if metrics is None else metrics
         self._num_threads, self._stall_timeout_s = num_threads, stall_timeout_s
         self._changed = threading.Condition()  # guards everything down to the blank line
         self._scheduler = Scheduler(
-            max_batch=max_batch, max_queue=max_queue, keep_finished=keep_finished, keep_finished_s=keep_finished_s
-        )
+            max_batch=max_batch, max_queue=max_queue, keep_finished=keep_finished, keep_finished_s=keep_finished_s,
+            on_end=self._count,
+        )  # fmt: skip
         self._is_draining = self._is_stopping = self._is_dead = False
         self._unread: deque[Job] = deque()  # admitted, but for their texts
         self._busy_since_s: dict[str, float] = {}  # by name of the thread
 
-        self._executor = Executor(denoisers)
+        self._executor = Executor(denoisers, self._metrics)
         self._threads = [
             threading.Thread(target=self._run, args=(turn,), name=name, daemon=True)
             for name, turn in (("texts", self._text_turn), ("steps", self._step_turn))
@@ -214,6 +224,11 @@ class Engine:
         """Returns how busy the engine is, and how long a new job of a caller would wait."""
         with self._changed:
             return self._scheduler.load(caller)
+
+    @property
+    def num_preemptions(self) -> int:
+        """How often a job had to give its place to one that waited."""
+        return self._scheduler.num_preemptions
 
     @property
     def is_idle(self) -> bool:
@@ -401,6 +416,18 @@ class Engine:
                 self._end(job, Finished(job.usage()))
             elif changed is not None and job.outcome is None:
                 job.trajectory = changed
+
+    def _count(self, job: Job) -> None:
+        """Counts a job that has ended. Its caller has a name to count by only where callers have tokens."""
+        usage, first_s, outcome = job.usage(), job.first_state_s, job.outcome
+        self._metrics.note_job(
+            outcome=OUTCOMES.get(outcome.error.reason, "failed") if isinstance(outcome, Failed) else "completed",
+            token=job.caller.principal if job.caller.owner else "",
+            queue_s=usage.queue_s,
+            text_s=usage.text_s,
+            first_state_s=None if first_s is None else first_s - job.arrived_s,
+            num_calls=usage.num_calls,
+        )
 
     def _fail(self, job: Job, error: Exception) -> None:
         request = job.request

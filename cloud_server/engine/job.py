@@ -52,6 +52,7 @@ class Job:
         self.texts: tuple[Texts, ...] = ()
         """Of each stage."""
         self.first_call_s: float | None = None
+        self.first_state_s: float | None = None
         self.text_s = 0.0
         self.compute_s = 0.0
         self.num_calls = 0
@@ -138,6 +139,7 @@ class Job:
                     self._queued, self._started = None, event
                 case Snapshot():
                     self._newest = event
+                    self.first_state_s = self.first_state_s or time.monotonic()
                 case Finished() | Failed():
                     self._queued, self.outcome = None, event
             if self._buffer is not None:

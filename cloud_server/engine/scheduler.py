@@ -68,9 +68,13 @@ class Scheduler:
         keep_finished: int,
         keep_finished_s: float,
         clock: Callable[[], float] = time.monotonic,
+        on_end: Callable[[Job], None] = lambda _job: None,
         rand: Callable[[], float] = random.random,
     ) -> None:
-        """See `Engine`; `clock` and `rand` are for tests."""
+        """See `Engine`; `on_end` hears of each job that has ended; `clock` and `rand` are for tests."""
+        self._on_end = on_end
+        self.num_preemptions = 0
+        """Jobs that had to give their places to others, so far."""
         self._max_batch, self._clock = max_batch, clock
         self._keep_finished, self._keep_finished_s = keep_finished, keep_finished_s
         self._shares, self._door = Shares(), Door(max_queue=max_queue, rand=rand)
@@ -199,6 +203,7 @@ class Scheduler:
             if loser is not None:
                 self._active.remove(loser)
                 self._waiting.append(loser)
+                self.num_preemptions += 1
                 loser.in_line_turn = self._turn
                 if loser.caller == job.caller:
                     self._stand_in_line(loser)
@@ -318,6 +323,7 @@ class Scheduler:
         job.trajectory = None
         self.quotas.end(job)
         job.post(outcome)
+        self._on_end(job)
 
     def end_all(self, outcome: Failed) -> None:
         """Ends every job."""

@@ -17,6 +17,7 @@ from cloud_server.engine.event_buffer import EventBuffer
 from cloud_server.engine.events import Failed, Finished, Snapshot, Started
 from cloud_server.engine.request import JobRequest
 from cloud_server.logs import note
+from cloud_server.metrics import Metrics
 from cloud_server.models.load import Model
 from cloud_server.rpc import write_response
 from cloud_server.rpc.auth import current_caller
@@ -44,13 +45,16 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
         bundles: list[pb.BundleInfo],
         heartbeat_s: float = 5.0,
         stall_timeout_s: float = 60.0,
+        metrics: Metrics | None = None,
     ) -> None:
         """Takes an engine that serves `models`, the default first."""
+        self._metrics = Metrics() if metrics is None else metrics
         self._engine, self._models, self._version = engine, models, version
         self._limits, self._bundles, self._heartbeat_s = limits, bundles, heartbeat_s
         self._reader = RequestReader(
-            models, max_size=limits.max_size, min_size=limits.min_size, stall_timeout_s=stall_timeout_s
-        )
+            models, max_size=limits.max_size, min_size=limits.min_size, stall_timeout_s=stall_timeout_s,
+            metrics=self._metrics,
+        )  # fmt: skip
         self._answers = WorkerPool("answers", ANSWER_THREADS)  # each stream has one piece of work at a time
         self._num_reading: Counter[str] = Counter()  # by principal
         self.num_streams = 0
@@ -135,6 +139,7 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
         finally:
             self._engine.detach(job, buffer)
             usage = job.usage()
+            self._metrics.states_dropped.inc(buffer.num_dropped)
             note(
                 num_calls=usage.num_calls,
                 queue_ms=round(1e3 * usage.queue_s, 3),
@@ -152,6 +157,7 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
     ) -> None:
         """Sends what comes into the buffer until the job has ended."""
         sent_bytes, sent_s = 0, time.monotonic()
+        codec_bytes = self._metrics.sent_bytes.labels(style.codec)
         while True:
             event = await buffer.next(max(0.0, sent_s + self._heartbeat_s - time.monotonic()))
             if isinstance(event, Failed):
@@ -168,6 +174,7 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
                 message = write_response.response(event, request, style, sent_bytes=sent_bytes)
             await write(context, message)
             sent_bytes, sent_s = sent_bytes + message.ByteSize(), time.monotonic()
+            codec_bytes.inc(message.ByteSize())
             note(sent_bytes=sent_bytes)
             if isinstance(event, Finished):
                 return

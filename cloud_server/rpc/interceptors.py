@@ -20,6 +20,7 @@ from grpc_status import rpc_status
 
 from cloud_server.engine.request import new_request_id
 from cloud_server.logs import collect_notes
+from cloud_server.metrics import Metrics
 from hybridsd.durations import to_duration
 from hybridsd.errors import DOMAIN, HybridSDError, Reason
 from hybridsd.limits import MAX_REQUEST_BYTES
@@ -58,7 +59,10 @@ def rich_status(error: HybridSDError) -> grpc.Status:
 
 
 class RequestInterceptor(grpc.aio.ServerInterceptor):
-    """Logs one line for each call of our services, and turns exceptions into statuses."""
+    """Logs one line for each call of our services, counts refusals, and turns exceptions into statuses."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
 
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], details: grpc.HandlerCallDetails
@@ -83,7 +87,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             asked = getattr(request, "request_id", "")
             request_id = next((text for text in (given, asked) if _LOG_ID.fullmatch(text)), new_request_id())
             with structlog.contextvars.bound_contextvars(request_id=request_id):
-                return await _run(run, request, context, method)
+                return await _run(run, request, context, method, self._metrics)
 
         return _with_handler(handler, outer)
 
@@ -142,7 +146,9 @@ def _raiser(error: HybridSDError) -> Handler:
     return refuse
 
 
-async def _run(inner: Handler, request: Any, context: "grpc.aio.ServicerContext[Any, Any]", method: str) -> Any:
+async def _run(
+    inner: Handler, request: Any, context: "grpc.aio.ServicerContext[Any, Any]", method: str, metrics: Metrics
+) -> Any:
     notes = collect_notes()
     started_s = time.monotonic()
     code, reason = "OK", None
@@ -156,6 +162,8 @@ async def _run(inner: Handler, request: Any, context: "grpc.aio.ServicerContext[
     except HybridSDError as error:
         code, reason = error.reason.value.grpc_code, error.reason.name
         notes["field"] = error.field
+        if "num_calls" not in notes:  # there was no job
+            metrics.refusals.labels(reason).inc()
         await context.abort_with_status(rich_status(error))
     except Exception:
         if context.done():  # the caller went away in the middle of a write

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from cloud_server.engine.quotas import check_pixels
 from cloud_server.engine.request import JobRequest, Latents, Stage, new_request_id
+from cloud_server.metrics import Metrics
 from cloud_server.models.denoiser import Encoded
 from cloud_server.models.load import Model, ModelInfo
 from cloud_server.rpc.plan_pool import PlanPool
@@ -60,17 +61,28 @@ class AnswerStyle:
     resume_call: int
     """States up to this call are not wanted."""
 
+    @property
+    def codec(self) -> str:
+        """The name that people use for the encoding."""
+        return next(name for name, encoding in codec.ENCODINGS.items() if encoding == self.encoding)
+
 
 class RequestReader:
     """Checks requests against the served models."""
 
     def __init__(
-        self, models: Mapping[str, Model], *, max_size: int, min_size: int, stall_timeout_s: float = 60.0
+        self,
+        models: Mapping[str, Model],
+        *,
+        max_size: int,
+        min_size: int,
+        stall_timeout_s: float = 60.0,
+        metrics: Metrics | None = None,
     ) -> None:
         """Takes models by id, the default first, the limits of width and height in pixels, and of a plan's time."""
         self._models, self._max_size, self._min_size = models, max_size, min_size
         self._reading = WorkerPool("requests", READING_THREADS, max_waiting=MAX_READING)
-        self._plans = PlanPool(stall_timeout_s=stall_timeout_s)
+        self._plans = PlanPool(stall_timeout_s=stall_timeout_s, metrics=metrics or Metrics())
 
     def close(self) -> None:
         """Ends what is being read with UNAVAILABLE."""

@@ -42,6 +42,7 @@ from hybridsd.errors import (
 )
 from hybridsd.manifest import BundleFile
 from hybridsd.plan import Plan
+from hybridsd.tokens import USER_KEY
 from hybridsd.v1 import bundle_service_pb2
 from hybridsd.v1 import denoising_service_pb2 as pb
 
@@ -178,12 +179,13 @@ class Cloud:
         if self.breaker.is_tripped:  # what was sent meanwhile may have opened a connection to nobody
             self._connections.replace()
 
-    def metadata(self, request_id: str = "") -> tuple[tuple[str, str | bytes], ...]:
-        """Returns the gRPC metadata of a call: who asks, and for what."""
+    def metadata(self, request_id: str = "", user: str = "") -> tuple[tuple[str, str | bytes], ...]:
+        """Returns the gRPC metadata of a call: who asks, for what, and for whom."""
         token: tuple[tuple[str, str | bytes], ...] = (
             (("authorization", f"Bearer {self._token}"),) if self._token else ()
         )
-        return (*token, ("x-request-id", request_id)) if request_id else token
+        named = (("x-request-id", request_id), (USER_KEY, user))
+        return (*token, *((key, value) for key, value in named if value))
 
     def translate(self, error: Any) -> HybridSDError:
         """Returns the exception of the table for a failed call; says what to do when there is no server at all."""
@@ -248,11 +250,12 @@ class Cloud:
             self.breaker.reset(by_stream=False)
         return found
 
-    def cancel(self, request_id: str, *, wait_s: float = 0.0) -> None:
+    def cancel(self, request_id: str, *, user: str = "", wait_s: float = 0.0) -> None:
         """Tells the server to stop a job; the outcome does not matter.
 
         Args:
             request_id: Of the job.
+            user: For whom it was asked for.
             wait_s: How long to wait for the answer; `close` waits as well.
         """
         if self._away is not None or not self.trust.is_ready:  # never spoken to
@@ -260,7 +263,7 @@ class Cloud:
         connection = self._connections.take()  # until the answer is here: another silence would close it before
         future = connection.denoising.CancelDenoise.future(
             pb.CancelDenoiseRequest(request_id=request_id), timeout=CANCEL_TIMEOUT_S,
-            metadata=self.metadata(request_id),
+            metadata=self.metadata(request_id, user),
         )  # fmt: skip
         with self._cancels_lock:
             self._cancels.add(future)  # dropped, it would be cancelled before it is sent
@@ -487,9 +490,8 @@ class RemoteJob:
         cloud = self._cloud
         self._progress.asked()
         with cloud.lend() as connection:
-            call = connection.denoising.Denoise(
-                message, timeout=timeout_s, metadata=cloud.metadata(self._segment.request_id)
-            )
+            metadata = cloud.metadata(self._segment.request_id, self._segment.request.user)
+            call = connection.denoising.Denoise(message, timeout=timeout_s, metadata=metadata)
 
             def failed(error: Any) -> HybridSDError:
                 return cloud.failed(connection, error, by_stream=True)
@@ -579,4 +581,4 @@ class RemoteJob:
 
     def cancel(self, *, wait_s: float = 0.0) -> None:
         """Asks the server to stop the job; see `Cloud.cancel`."""
-        self._cloud.cancel(self._segment.request_id, wait_s=wait_s)
+        self._cloud.cancel(self._segment.request_id, user=self._segment.request.user, wait_s=wait_s)

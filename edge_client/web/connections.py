@@ -4,6 +4,7 @@ import asyncio
 import functools
 import socket
 import ssl
+from collections.abc import Sequence
 from typing import Any
 
 import uvicorn
@@ -105,15 +106,22 @@ class PatientServer(uvicorn.Server):
         await super().startup(sockets)
 
 
-def server_config(app: FastAPI, *, tls: ssl.SSLContext | None = None, **options: Any) -> uvicorn.Config:
+def server_config(
+    app: FastAPI, *, tls: ssl.SSLContext | None = None, trusted_proxies: Sequence[str] = (), **options: Any
+) -> uvicorn.Config:
     """Returns how the gateway is served.
 
     Args:
         app: The gateway.
         tls: With the certificate; None serves plain HTTP.
+        trusted_proxies: Addresses and networks of proxies that are believed whom they speak for (X-Forwarded-For) and
+            how (X-Forwarded-Proto).
         options: Of uvicorn.
     """
-    config = uvicorn.Config(app, http=PatientProtocol, ws="none", access_log=False, server_header=False, **options)
+    config = uvicorn.Config(
+        app, http=PatientProtocol, ws="none", access_log=False, server_header=False,
+        proxy_headers=bool(trusted_proxies), forwarded_allow_ips=list(trusted_proxies), **options,
+    )  # fmt: skip
     if tls is not None:
         config.load()
         config.ssl = tls

@@ -5,7 +5,7 @@ import io
 import json
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from edge_client.web.app import create_app
 from edge_client.web.connections import server_config
 from edge_client.web.dependencies import Gateway
 from edge_client.web.settings import Settings
+from hybridsd.tokens import Tokens
 from hybridsd.v1 import denoising_service_pb2 as pb
 from tests.support.fake_cloud import FakeCloud, Running, serve
 from tests.support.patience import HANG_S
@@ -169,9 +170,14 @@ def serving(
     cloud: Cloud | None,
     *,
     others: Mapping[str, Models] = MappingProxyType({}),
+    tokens: Tokens | Sequence[str] = (),
     **settings: Any,
 ) -> Iterator[GatewayServer]:
     """Runs a gateway on a free port."""
+    if not isinstance(tokens, Tokens):
+        settings["tokens"] = Tokens.of(tokens) if tokens else None
+    else:
+        settings["tokens"] = tokens
     app = create_app(Settings(data_dir=data_dir, **settings), bundle, models, cloud, others=others)
     with listening(app) as url:
         yield GatewayServer(url, app, data_dir)

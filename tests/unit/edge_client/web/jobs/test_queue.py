@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from edge_client.web.auth import Caller
 from edge_client.web.jobs import queue as queue_module
 from edge_client.web.jobs.queue import ATTEMPT_EVENTS, STALLED_S, JobQueue
+from edge_client.web.jobs.quotas import Quotas, Work
 from edge_client.web.jobs.store import Store, StoredJob
 from edge_client.web.jobs.uploads import Upload
 from edge_client.web.jobs.worker import WorkerEvent
@@ -25,8 +27,8 @@ class ScriptedWorker:
     def __init__(self) -> None:
         self.may_begin = threading.Event()
 
-    def fill_in(self, create: JobCreate, upload: Upload) -> JobCreate:
-        return create
+    def fill_in(self, create: JobCreate, upload: Upload) -> tuple[JobCreate, Work]:
+        return create, Work(steps=(create.num_inference_steps or 1) * create.n, width=8, height=8)
 
     def fits_size(self, create: JobCreate) -> bool:
         return False
@@ -37,7 +39,13 @@ class ScriptedWorker:
         return create.hybrid.mode != "edge"
 
     def run(
-        self, create: JobCreate, upload: Upload, *, is_cancelled: Callable[[], bool], done: Container[int] = ()
+        self,
+        create: JobCreate,
+        upload: Upload,
+        *,
+        is_cancelled: Callable[[], bool],
+        done: Container[int] = (),
+        user: str = "",
     ) -> Generator[WorkerEvent]:
         assert self.may_begin.wait(HANG_S)
         yield WorkerEvent("step", {"image_index": 0, "step": 0, "num_inference_steps": 1})
@@ -48,15 +56,20 @@ def view(job: StoredJob, position: int | None) -> dict[str, Any]:
     return {"id": job.id, "state": job.state, "images": job.images}
 
 
+def caller(owner: str, user: str = "", **values: Any) -> Caller:
+    return Caller(owner=owner, host="", user=owner, **values)
+
+
 async def ignore(job: StoredJob) -> None:
     """Takes the place of a webhook."""
 
 
 @asynccontextmanager
-async def working(folder: Path, worker: ScriptedWorker, num_owners: int = 1) -> AsyncIterator[JobQueue]:
+async def working(folder: Path, worker: ScriptedWorker, num_workers: int = 1) -> AsyncIterator[JobQueue]:
     store = Store(folder, max_jobs=10)
     queue = JobQueue(
-        store, worker, num_workers=1, max_waiting=4, num_owners=num_owners, view=view, on_end=ignore
+        store, worker, num_workers=num_workers, max_waiting=4, quotas=Quotas(), caller_of=caller, view=view,
+        on_end=ignore,
     )  # fmt: skip
     queue.start()
     yield queue
@@ -69,7 +82,7 @@ async def test_a_slow_reader_gets_every_event(tmp_path: Path) -> None:
     """What happens while it has an event in hand is told next, also when the job has ended by then."""
     worker = ScriptedWorker()
     async with working(tmp_path, worker) as queue:
-        job = await queue.submit(JobCreate(prompt="a fox"), Upload(), owner="", api="native")
+        job = await queue.submit(JobCreate(prompt="a fox"), Upload(), caller=caller(""), api="native")
         events = queue.events(job)
         first = await anext(events)
         worker.may_begin.set()
@@ -85,7 +98,7 @@ async def test_numbers_name_events_for_good(tmp_path: Path) -> None:
     worker = ScriptedWorker()
     worker.may_begin.set()
     async with working(tmp_path, worker) as queue:
-        job = await queue.submit(JobCreate(prompt="a fox"), Upload(), owner="", api="native")
+        job = await queue.submit(JobCreate(prompt="a fox"), Upload(), caller=caller(""), api="native")
         await queue.finished(job)
         whole = [event async for event in queue.events(job)]
         for index, event in enumerate(whole):
@@ -97,7 +110,13 @@ class HeldWorker(ScriptedWorker):
     """A worker whose jobs with the cloud hang in it; those of this device end at once."""
 
     def run(
-        self, create: JobCreate, upload: Upload, *, is_cancelled: Callable[[], bool], done: Container[int] = ()
+        self,
+        create: JobCreate,
+        upload: Upload,
+        *,
+        is_cancelled: Callable[[], bool],
+        done: Container[int] = (),
+        user: str = "",
     ) -> Generator[WorkerEvent]:
         if create.hybrid.mode != "edge":
             yield WorkerEvent("planned", {"image_index": 0})
@@ -112,7 +131,7 @@ def here(prompt: str) -> JobCreate:
 
 
 async def add(queue: JobQueue, create: JobCreate, owner: str = "") -> StoredJob:
-    return await queue.submit(create, Upload(), owner=owner, api="native")
+    return await queue.submit(create, Upload(), caller=caller(owner), api="native")
 
 
 async def test_a_stuck_cloud_does_not_hold_jobs_of_this_device(tmp_path: Path) -> None:
@@ -150,7 +169,7 @@ async def test_a_cloud_that_repeats_itself_makes_no_progress(tmp_path: Path, mon
 async def test_an_owner_below_its_share_finds_a_place(tmp_path: Path) -> None:
     """One fills the queue; another still gets its share of it, and its turn before the first one's rest."""
     worker = ScriptedWorker()
-    async with working(tmp_path, worker, num_owners=2) as queue:
+    async with working(tmp_path, worker) as queue:
         first = [await add(queue, JobCreate(prompt="a fox"), "a") for _ in range(5)]  # one of them runs
         with pytest.raises(HybridSDError, match="4 of them yours") as caught:
             await add(queue, JobCreate(prompt="a fox"), "a")
@@ -200,6 +219,6 @@ async def test_files_are_not_touched_on_the_loop(tmp_path: Path, monkeypatch: py
     worker.may_begin.set()
     async with working(tmp_path, worker) as queue:
         upload = Upload(image=b"image", mask=b"mask")
-        await queue.finished(await queue.submit(JobCreate(prompt="a fox"), upload, owner="", api="native"))
+        await queue.finished(await queue.submit(JobCreate(prompt="a fox"), upload, caller=caller(""), api="native"))
 
     assert seen == [("hash", False), ("write", False), ("write", False), ("write", False)]

@@ -60,8 +60,8 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option(
     "--client-tokens", type=_FILE,
     help="File with the tokens that web clients must send: named and hashed, as `hybridsd tokens` makes it, or as "
-    "plain text, one a line. Each sees its own jobs. It is read again when it changes. Needed beyond this machine, "
-    "unless --open.",
+    "plain text, one a line. Each sees its own jobs. The file is read again when it changes. Needed beyond this "
+    "machine, unless --open.",
 )  # fmt: skip
 @click.option(
     "--open", "is_open", envvar="HYBRIDSD_EDGE_OPEN", is_flag=True, help="Let everybody in who can reach the address."

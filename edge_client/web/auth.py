@@ -121,6 +121,12 @@ class Access:
                 return self._caller_with(token, owner, "")
         return Caller(owner=owner, host="", user=user or self._user(f"owner {owner}"))
 
+    def token_name(self, owner: str) -> str:
+        """Returns the name of an owner's token: none where there are no tokens, unnamed where it has no name."""
+        if self._tokens is None or not owner:
+            return "none"
+        return owner if any(not token.is_plain and token.name == owner for token in self._tokens.all) else "unnamed"
+
     def _caller_with(self, token: Token, owner: str, host: str) -> Caller:
         return Caller(
             owner=owner, host=host, user=self._user(f"owner {owner}"), scopes=token.scopes, expires=token.expires,

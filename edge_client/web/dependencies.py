@@ -21,6 +21,8 @@ from edge_client.web.jobs.store import Store, StoredJob
 from edge_client.web.jobs.uploads import split_uploads
 from edge_client.web.jobs.view import Views
 from edge_client.web.jobs.webhooks import Webhooks
+from edge_client.web.logs import note
+from edge_client.web.metrics import Metrics
 from edge_client.web.schemas.native import JobCreate
 from edge_client.web.streams import Streams
 
@@ -40,6 +42,7 @@ class Gateway:
     views: Views
     webhooks: Webhooks
     streams: Streams
+    metrics: Metrics
     max_body_bytes: int
     cloud_dollars_per_hour: float | None = None
 
@@ -52,7 +55,9 @@ class Gateway:
         self.webhooks.check(create.webhook)
         await self._check_cloud(create)
         create, upload = await in_thread(split_uploads, create)
-        return await self.queue.submit(create, upload, caller=caller, api=api)
+        job = await self.queue.submit(create, upload, caller=caller, api=api)
+        note(job=job.id)
+        return job
 
     async def _check_cloud(self, create: JobCreate) -> None:
         """Refuses what the cloud is known not to do. What may have changed since its last answer is asked again."""
@@ -85,7 +90,9 @@ class Gateway:
         Raises:
             NotFound: NOT_FOUND, also for a job of another; JOB_GONE.
         """
-        return self.store.get(job_id, None if caller.is_admin else caller.owner)
+        job = self.store.get(job_id, None if caller.is_admin else caller.owner)
+        note(job=job.id)
+        return job
 
     def quotas_of(self, caller: Caller) -> dict[str, dict[str, int | None]]:
         """Returns the limits of a caller's token and what is used of them, by their names."""
@@ -112,15 +119,21 @@ SharedGateway = Annotated[Gateway, Depends(_gateway)]
 
 
 async def _caller(request: Request, gateway: SharedGateway) -> Caller:
-    return gateway.access.caller(request)
+    return _noted(gateway.access.caller(request), gateway)
 
 
 async def _drawer(request: Request, gateway: SharedGateway) -> Caller:
-    return gateway.access.require(request, "generate")
+    return _noted(gateway.access.require(request, "generate"), gateway)
 
 
 async def _reader(request: Request, gateway: SharedGateway) -> Caller:
-    return gateway.access.require(request, "generate", "admin")
+    return _noted(gateway.access.require(request, "generate", "admin"), gateway)
+
+
+def _noted(caller: Caller, gateway: Gateway) -> Caller:
+    """Returns the caller, whose token the request's line names."""
+    note(token=gateway.access.token_name(caller.owner))
+    return caller
 
 
 AnyCaller = Annotated[Caller, Depends(_caller)]

@@ -20,6 +20,11 @@ class Streams:
     def __init__(self) -> None:
         self._open: Counter[str] = Counter()
 
+    @property
+    def num_open(self) -> int:
+        """How many are open, of all clients."""
+        return self._open.total()
+
     def respond(self, caller: Caller, events: AsyncIterator[JSONServerSentEvent]) -> EventSourceResponse:
         """Returns a response of events.
 

@@ -94,6 +94,7 @@ class FakeCloud(denoising_service_pb2_grpc.DenoisingServiceServicer, bundle_serv
     hang_after_call: int | None = None
     busy_times: int = 0
     busy_delay_s: float = 0.01
+    busy_with: Reason = Reason.QUEUE_FULL
     endless_heartbeats: bool = False
     """Sends heartbeats for ever instead of `finished`."""
     download_bytes: int | None = None
@@ -142,7 +143,7 @@ class FakeCloud(denoising_service_pb2_grpc.DenoisingServiceServicer, bundle_serv
             refuse(context, Reason.MODEL_UNKNOWN, "the model is gone")
         if self.busy_times > 0:
             self.busy_times -= 1
-            refuse(context, Reason.QUEUE_FULL, "8 jobs wait; come again", self.busy_delay_s)
+            refuse(context, self.busy_with, "8 jobs wait; come again", self.busy_delay_s)
         if self.remembers:
             self._check_content(request, context)
         run = self._run(request, context)

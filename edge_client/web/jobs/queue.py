@@ -132,6 +132,7 @@ class JobQueue:
         caller_of: Returns whose a kept job is, by its owner and user.
         view: Turns a stored job and its queue position into the JSON that clients get.
         on_end: Called with each finished job that has a webhook.
+        on_count: Called with each finished job.
     """
 
     def __init__(
@@ -145,8 +146,9 @@ class JobQueue:
         caller_of: Callable[[str, str], Caller],
         view: Callable[[StoredJob, int | None], dict[str, Any]],
         on_end: Callable[[StoredJob], Awaitable[None]],
+        on_count: Callable[[StoredJob], None] = lambda _job: None,
     ) -> None:
-        self.max_waiting = max_waiting
+        self.max_waiting, self._on_count = max_waiting, on_count
         self._store, self._worker, self._view, self._on_end = store, worker, view, on_end
         self._num_workers, self._quotas, self._caller_of = num_workers, quotas, caller_of
         self._pool = ThreadPoolExecutor(num_workers + 1, thread_name_prefix="worker")
@@ -509,6 +511,7 @@ class JobQueue:
         job = self._store.finish(job_id, state, error)
         live = self._live[job_id]
         live.is_finished = True
+        self._on_count(job)
         if state != "completed":
             self._quotas.give_back(live.caller, live.work.steps - live.num_run)
         live.emit(state, {"job": self._view(job, None)})

@@ -136,7 +136,7 @@ class Store:
         max_bytes: int = 1 << 62,
         quota_bytes: Callable[[str], int | None] = lambda _owner: None,
     ) -> None:
-        self._folder, self._max_jobs, self._max_bytes = folder, max_jobs, max_bytes
+        self._folder, self._max_jobs, self.max_bytes = folder, max_jobs, max_bytes
         self._max_upload_bytes, self._quota_bytes = max_bytes // 4, quota_bytes
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -238,6 +238,12 @@ class Store:
         shutil.rmtree(self._upload(job.number, "image").parent, ignore_errors=True)
         self._prune(job)
         return job
+
+    def disk_bytes(self) -> tuple[int, int]:
+        """Returns the bytes of all images that are kept, finished and given, and those that are left on the disk."""
+        query = sa.select(sa.func.sum(_jobs.c.image_bytes + _jobs.c.upload_bytes))
+        with self._begin() as connection:
+            return connection.scalar(query) or 0, shutil.disk_usage(self._folder).free
 
     def finish_webhook(self, job_id: str) -> None:
         """Marks the webhook of a job as done."""
@@ -393,7 +399,7 @@ class Store:
             while quota is not None and (connection.scalar(_kept_bytes(own)) or 0) > quota:
                 if not self._remove_oldest(connection, own, ended.number):
                     break
-            for column, limit in ((sa.literal(1), self._max_jobs), (_jobs.c.image_bytes, self._max_bytes)):
+            for column, limit in ((sa.literal(1), self._max_jobs), (_jobs.c.image_bytes, self.max_bytes)):
                 amount = sa.func.sum(column)
                 query = sa.select(_SHARER, amount).where(_IS_DONE).group_by(_SHARER).order_by(amount.desc())
                 while (sharers := connection.execute(query).all()) and sum(each for _, each in sharers) > limit:

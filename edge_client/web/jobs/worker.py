@@ -32,6 +32,7 @@ from edge_client.types import CallSkipping, Latents
 from edge_client.web.errors import in_words
 from edge_client.web.jobs.quotas import Work
 from edge_client.web.jobs.uploads import Upload
+from edge_client.web.metrics import Metrics
 from edge_client.web.schemas.native import JobCreate
 from hybridsd.errors import Reason
 from hybridsd.limits import MAX_SEED
@@ -63,6 +64,7 @@ class JobWorker:
     others: Mapping[str, Models] = field(default_factory=dict)
     fit_size: bool = False
     """Whether jobs that do not say may have sizes that the models lack."""
+    metrics: Metrics = field(default_factory=Metrics)
 
     def fill_in(self, create: JobCreate, upload: Upload) -> tuple[JobCreate, Work]:
         """Checks a job; returns it with a seed, so that a second run makes the same images, and what it asks for.
@@ -153,6 +155,7 @@ class JobWorker:
             preview_s = 0.0
             with contextlib.closing(events):
                 for event in events:
+                    self.metrics.note_event(event)
                     if is_cancelled():
                         return
                     for told in self._events(event, create, index, resolved.num_inference_steps, every):

@@ -146,7 +146,7 @@ def create_app(
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["Authorization", "Content-Type", "Last-Event-ID"],
-            expose_headers=["Location", "Retry-After"],
+            expose_headers=["Location", "Retry-After", *openai.RATE_LIMIT_HEADERS],
         )  # fmt: skip
     openapi.install(app, needs_token=not access.is_open)
     return app

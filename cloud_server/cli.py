@@ -267,8 +267,8 @@ def _shown(settings: Settings) -> dict[str, object]:
     return {
         **{key: list(map(str, value)) if isinstance(value, tuple) else value for key, value in shown.items()},
         "port_file": str(settings.port_file) if settings.port_file else None,
+        "num_tokens": None if settings.tokens is None else len(settings.tokens.all),
         **{key: None if shown[key] is None else str(shown[key]) for key in _TLS_FILES},
-        "num_tokens": 0 if settings.tokens is None else len(settings.tokens.all),
     }
 
 

@@ -24,6 +24,7 @@ from cloud_server.engine.scheduler import Load, Scheduler
 from cloud_server.metrics import Metrics
 from cloud_server.models.denoiser import Denoiser
 from hybridsd.errors import HybridSDError, Reason
+from hybridsd.quotas import jittered
 
 log = structlog.get_logger()
 
@@ -142,7 +143,7 @@ class Engine:
                     )
                 job.attach(buffer, deadline_s)
                 return job
-            self._check_room()
+            self._check_room(request.request_id, caller)
             job = Job(request, arrived_s, caller=caller)
             self._check_queued(caller)
             self._scheduler.quotas.charge(caller, job.key, job.num_asked_calls)
@@ -166,7 +167,7 @@ class Engine:
         """
         with self._changed:
             if self._scheduler.find((caller.owner, request_id)) is None:
-                self._check_room()
+                self._check_room(request_id, caller)
                 self._check_queued(caller, num_reading)
                 self._scheduler.quotas.check(caller, (caller.owner, request_id), max(0, steps))
 
@@ -188,6 +189,7 @@ class Engine:
             Whether one of that id was queued or running, as far as this caller may know.
         """
         with self._changed:
+            self._scheduler.forget_promise(request_id, caller)
             jobs = [
                 job
                 for job in [*self._scheduler.running, *self._scheduler.waiting]
@@ -218,10 +220,10 @@ class Engine:
             waiting = enumerate(self._scheduler.waiting)
             return running + [job.view(max(0, index - free)) for index, job in waiting if is_listed(job)]
 
-    def load(self) -> Load:
-        """Returns how busy the engine is."""
+    def load(self, caller: Caller = NOBODY) -> Load:
+        """Returns how busy the engine is, and how long a new job of a caller would wait."""
         with self._changed:
-            return self._scheduler.load()
+            return self._scheduler.load(caller)
 
     @property
     def num_preemptions(self) -> int:
@@ -262,7 +264,7 @@ class Engine:
         return max((now_s - since_s for since_s in self._busy_since_s.values()), default=0.0)
 
     def _is_stuck(self) -> bool:
-        return self._stalled_s() >= max(self._stall_timeout_s, SLOW_CALLS * self._scheduler.load().call_s)
+        return self._stalled_s() >= max(self._stall_timeout_s, SLOW_CALLS * self._scheduler.call_s)
 
     def _says_stuck(self) -> str:
         if self._is_dead:
@@ -272,29 +274,26 @@ class Engine:
             " another server or later"
         )
 
-    def _check_room(self) -> None:
+    def _check_room(self, request_id: str, caller: Caller) -> None:
         if self._is_draining and not self._is_dead:
             raise Reason.UNAVAILABLE.error(
                 "the server is stopping; try another one, or later", retry_delay_s=DRAIN_RETRY_S
             )
         if self._is_stuck():
             raise Reason.UNAVAILABLE.error(self._says_stuck(), retry_delay_s=DRAIN_RETRY_S)
-        self._scheduler.check_room()
+        self._scheduler.check_room(request_id, caller)
 
     def _check_queued(self, caller: Caller, num_reading: int = 0) -> None:
         """Refuses a job more of a principal that has as many waiting as it may."""
         if caller.quota.queued is None:
             return
-
-        def count(jobs: list[Job]) -> int:
-            return sum(job.caller.principal == caller.principal for job in jobs)
-
+        num_running, num_waiting = self._scheduler.count(caller.principal)
         check_queued(
             caller,
-            num_running=count(self._scheduler.running),
-            num_waiting=num_reading + count(self._scheduler.waiting),
+            num_running=num_running,
+            num_waiting=num_waiting + num_reading,
             free_places=self._scheduler.free_places(),
-            retry_delay_s=self._scheduler.retry_delay_s,
+            retry_delay_s=lambda: jittered(self._scheduler.retry_delay_s(caller)),
         )
 
     def _admit(self) -> None:
@@ -385,11 +384,14 @@ class Engine:
             self._scheduler.limit_batch(group, cap)
 
     def _note(self, calls: list[Call]) -> None:
-        """Remembers how long a call took."""
-        durations = {call.elapsed_s for call in calls if not isinstance(call.outcome, Exception)}
+        """Charges what a call took to its jobs; after one that failed, each had one for itself."""
+        batches: dict[float, list[Job]] = {}
+        for call in calls:
+            if not isinstance(call.outcome, Exception):
+                batches.setdefault(call.elapsed_s, []).append(call.job)
         with self._changed:
-            for elapsed_s in durations:
-                self._scheduler.note_call(elapsed_s)
+            for elapsed_s, jobs in batches.items():
+                self._scheduler.charge(jobs, elapsed_s)
 
     def _follow(self, call: Call) -> None:
         """Takes a job to where its call led, or ends it."""

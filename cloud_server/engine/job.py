@@ -43,7 +43,11 @@ class Job:
         """None until its texts are encoded, and after its end."""
         self.last_turn = 0
         self.num_turns = 0
-        """Turns since it got its place."""
+        """Turns since it stood in line."""
+        self.in_line_since = 0
+        """Counted in jobs that stood in line before it."""
+        self.in_line_turn = 0
+        """The turn in which it last began to wait."""
         # Only the thread that has the job in hand touches these: texts first, then steps.
         self.texts: tuple[Texts, ...] = ()
         """Of each stage."""
@@ -77,6 +81,12 @@ class Job:
     def is_stopping(self) -> bool:
         """Whether somebody asked the job to stop."""
         return self._stop_error is not None
+
+    @property
+    def kind(self) -> object:
+        """What it shares places with: jobs of its model, latent shape and adapters."""
+        model = self.request.model if self.trajectory is None else self.trajectory.group[0]
+        return (model, self.request.latent_shape, self.request.loras)
 
     @property
     def calls_left(self) -> int:

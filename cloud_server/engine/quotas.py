@@ -118,11 +118,6 @@ class Quotas:
         return account
 
 
-def may_run(caller: Caller, num_running: int) -> bool:
-    """Whether a principal with so many running jobs may have one more; else it waits."""
-    return caller.quota.jobs is None or num_running < caller.quota.jobs
-
-
 def check_queued(
     caller: Caller, *, num_running: int, num_waiting: int, free_places: int, retry_delay_s: Callable[[], float]
 ) -> None:

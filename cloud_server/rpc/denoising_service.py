@@ -208,5 +208,5 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
             models=[model.info for model in self._models.values()],
             bundles=self._bundles,
             limits=self._limits,
-            load=self._engine.load(),
+            load=self._engine.load(current_caller()),
         )

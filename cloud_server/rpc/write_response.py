@@ -148,7 +148,12 @@ def capabilities(
         models=[_model(info) for info in models],
         bundles=bundles,
         limits=limits,
-        load=pb.Load(num_running=load.num_running, num_queued=load.num_queued, call_duration=to_duration(load.call_s)),
+        load=pb.Load(
+            num_running=load.num_running,
+            num_queued=load.num_queued,
+            call_duration=to_duration(load.call_s),
+            wait_duration=to_duration(load.wait_s),
+        ),
     )
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import click
 import platformdirs
 import structlog
-import uvicorn
 
 from edge_client.addresses import is_loopback
 from edge_client.cli import output_files
@@ -29,7 +28,7 @@ from edge_client.cli.shared_options import (
 from edge_client.inference.models import Models
 from edge_client.web import logs
 from edge_client.web.app import create_app
-from edge_client.web.connections import server_config
+from edge_client.web.connections import PatientServer, server_config
 from edge_client.web.settings import Settings
 from edge_client.web.tls import server_context
 from hybridsd import certificates
@@ -61,8 +60,8 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option(
     "--client-tokens", type=_FILE,
     help="File with the tokens that web clients must send: named and hashed, as `hybridsd tokens` makes it, or as "
-    "plain text, one a line. Each sees its own jobs. It is read again when it changes. Needed beyond this machine, "
-    "unless --open.",
+    "plain text, one a line. Each sees its own jobs. The file is read again when it changes. Needed beyond this "
+    "machine, unless --open.",
 )  # fmt: skip
 @click.option(
     "--open", "is_open", envvar="HYBRIDSD_EDGE_OPEN", is_flag=True, help="Let everybody in who can reach the address."
@@ -148,7 +147,7 @@ def serve(**options: Any) -> None:
         app, tls=tls, trusted_proxies=options["trusted_proxies"], log_config=None, timeout_graceful_shutdown=5
     )
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        PatientServer(config).run(sockets=[listener])
     finally:
         if cloud is not None:
             cloud.close()

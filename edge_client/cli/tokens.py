@@ -12,8 +12,8 @@ from hybridsd.tokens import MAX_LIMIT, SCOPES, Quota, add_token, list_tokens, pa
 
 F = TypeVar("F", bound=Callable[..., Any])
 _TOKEN_FILE = click.option(
-    "--client-tokens", "path", required=True, type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
-    help="As of the gateway.",
+    "--client-tokens", "path", required=True, type=click.Path(dir_okay=False, path_type=Path),
+    envvar="HYBRIDSD_EDGE_CLIENT_TOKENS", help="As of the gateway.",
 )  # fmt: skip
 
 
@@ -30,7 +30,8 @@ def tokens() -> None:
 @click.argument("name")
 @_TOKEN_FILE
 @click.option(
-    "--scope", "scopes", type=click.Choice(SCOPES), multiple=True, default=("generate",), show_default=True,
+    "--scope", "scopes", envvar="HYBRIDSD_EDGE_SCOPE", type=click.Choice(SCOPES), multiple=True, default=("generate",),
+    show_default=True,
     help="What it may: ask for images, before those without priority, read metrics, see and stop all jobs. Repeatable.",
 )  # fmt: skip
 @click.option(

@@ -15,6 +15,9 @@ from hybridsd.errors import HybridSDError, Reason
 
 import grpc  # isort: skip  # after `connection`, which quietens it
 
+RETRY_DELAY_S = 0.1
+"""After a certificate was found to be renewed, as pinned."""
+
 
 class Trust:
     """What one server's certificate must be. Thread-safe.
@@ -109,7 +112,7 @@ class Trust:
                 f"the certificate of {self.target} cannot be used: {error}; make another there"
             ) from error
         credentials = grpc.ssl_channel_credentials(self._pinned.encode(), key, chain)
-        named = [*options, ("grpc.ssl_target_name_override", name)]
+        named = [*options, ("grpc.ssl_target_name_override", name), ("grpc.enable_http_proxy", 0)]
         return grpc.secure_channel(self.target, credentials, options=named)
 
     def reload(self) -> bool:
@@ -152,7 +155,9 @@ class Trust:
             return self._wrong_pin(shown)
         if self._pins and shown is not None and self._pinned != shown:
             self._adopt(shown)
-            return Reason.UNAVAILABLE.error(f"the certificate of {self.target} was renewed, as pinned; try again")
+            return Reason.UNAVAILABLE.error(
+                f"the certificate of {self.target} was renewed, as pinned; try again", retry_delay_s=RETRY_DELAY_S
+            )
         if self._pins:
             return Reason.UNAUTHENTICATED.error(
                 f"the certificate of {self.target} is the pinned one, but is not accepted ({why or 'no reason given'});"

@@ -1,6 +1,8 @@
 """Connections of clients: whoever does not send a request, or does not read its answer, is not waited for."""
 
 import asyncio
+import functools
+import socket
 import ssl
 from collections.abc import Sequence
 from typing import Any
@@ -90,6 +92,18 @@ class PatientProtocol(H11Protocol):
     def _give_up(self) -> None:
         self._stop_timer()
         self.transport.abort()
+
+
+class PatientServer(uvicorn.Server):
+    """Who connects and does not begin TLS is waited for as long as who sends no head, not asyncio's minute."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn."""
+        loop = asyncio.get_running_loop()
+        if self.config.ssl is not None:
+            patient = functools.partial(loop.create_server, ssl_handshake_timeout=HEAD_S)
+            loop.create_server = patient  # type: ignore[method-assign]
+        await super().startup(sockets)
 
 
 def server_config(

@@ -12,6 +12,7 @@ import hmac
 import ipaddress
 import os
 import re
+import secrets
 import socket
 import ssl
 import threading
@@ -194,8 +195,7 @@ def own_certificate(folder: Path, names: Iterable[str]) -> Made:
                 return Made(path, is_new=False)
             replaces = True
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        part = folder / f"{FILE}.part-{os.getpid()}"
-        part.unlink(missing_ok=True)
+        part = folder / f"{FILE}.part-{secrets.token_hex(8)}"  # processes of two containers may have one number
         with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(_make(tuple(names)))
         if replaces:

@@ -122,6 +122,24 @@ def test_another_certificate_at_a_reconnect(secure: Serve, connect: Callable[...
         assert first_good(cloud).models
 
 
+def test_an_image_at_a_renewal(
+    secure: Serve, connect: Callable[..., Cloud], bundle: Bundle, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The renewed certificate is pinned as well: the cloud draws, though the first connection fails."""
+    first, second = issue("first"), issue("second")
+    renewed = secure(second)
+    shows = iter([first, second])
+    monkeypatch.setattr(certificates, "fetch", lambda *_args, **_options: next(shows).pem.decode())
+    cloud = connect(renewed.target, first.fingerprint, second.fingerprint)
+    *_, last = generate(
+        resolve(Request(prompt="a fox", mode="hybrid", cloud_steps=2), bundle.manifest), bundle, models, cloud
+    )
+
+    assert isinstance(last, Finished)
+    assert last.result.fallback_reason is None
+    assert len(renewed.fake.requests) == 1
+
+
 def calls_until_refused(cloud: Cloud) -> None:
     """The connection is broken a little after it is said to be: then calls find the next."""
     give_up_at = time.monotonic() + HANG_S

@@ -19,6 +19,7 @@ from grpc_status import rpc_status
 from hybridsd import codec, noise
 from hybridsd.errors import DOMAIN, Reason
 from hybridsd.plan import Plan, denoise, initial_state
+from hybridsd.tokens import USER_KEY
 from hybridsd.v1 import (
     bundle_service_pb2,
     bundle_service_pb2_grpc,
@@ -123,6 +124,8 @@ class FakeCloud(denoising_service_pb2_grpc.DenoisingServiceServicer, bundle_serv
     requests: list[pb.DenoiseRequest] = field(default_factory=list)
     sent: list[pb.DenoiseResponse] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
+    users: list[tuple[str, str, str]] = field(default_factory=list)
+    """For whom it was asked: call, request id and user."""
     cancel_seen: threading.Event = field(default_factory=threading.Event)
     released: threading.Event = field(default_factory=threading.Event)
 
@@ -132,6 +135,7 @@ class FakeCloud(denoising_service_pb2_grpc.DenoisingServiceServicer, bundle_serv
 
     def Denoise(self, request: pb.DenoiseRequest, context: grpc.ServicerContext) -> Iterator[pb.DenoiseResponse]:
         self.requests.append(request)
+        self._note_user("Denoise", request.request_id, context)
         self._check_token(context)
         if self.refuse_with is not None:
             refuse(context, self.refuse_with, f"refused: {self.refuse_with.value.meaning}")
@@ -147,6 +151,9 @@ class FakeCloud(denoising_service_pb2_grpc.DenoisingServiceServicer, bundle_serv
             self.mangle(message)
             self.sent.append(message)
             yield message
+
+    def _note_user(self, call: str, request_id: str, context: grpc.ServicerContext) -> None:
+        self.users.append((call, request_id, str(dict(context.invocation_metadata()).get(USER_KEY, ""))))
 
     def _check_token(self, context: grpc.ServicerContext) -> None:
         given = dict(context.invocation_metadata()).get("authorization")
@@ -244,7 +251,10 @@ class FakeCloud(denoising_service_pb2_grpc.DenoisingServiceServicer, bundle_serv
         usage.compute_duration.FromMilliseconds(1500)
         yield pb.DenoiseResponse(finished=pb.Finished(usage=usage))
 
-    def CancelDenoise(self, request: pb.CancelDenoiseRequest, context: object) -> pb.CancelDenoiseResponse:
+    def CancelDenoise(
+        self, request: pb.CancelDenoiseRequest, context: grpc.ServicerContext
+    ) -> pb.CancelDenoiseResponse:
+        self._note_user("CancelDenoise", request.request_id, context)
         self.cancelled.append(request.request_id)
         self.cancel_seen.set()
         return pb.CancelDenoiseResponse(cancelled=True)

@@ -154,6 +154,7 @@ class JobQueue:
         self._pool = ThreadPoolExecutor(num_workers + 1, thread_name_prefix="worker")
         self._checks = ThreadPoolExecutor(2, thread_name_prefix="check")
         self._decodes = ThreadPoolExecutor(1, thread_name_prefix="decode")
+        self._naming: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
         self._checking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._waiting = Turns()
         self._admitted: Counter[str] = Counter()
@@ -215,26 +216,29 @@ class JobQueue:
         Raises:
             HybridSDError: The request is invalid; TOO_MANY_JOBS or QUOTA_EXCEEDED, with a delay.
         """
-        loop = asyncio.get_running_loop()
-        digest = await loop.run_in_executor(self._checks, _digest, create, upload)
-        if create.id is not None and (same := self._same(create.id, caller.owner, digest)) is not None:
-            return same
+        digest = await asyncio.get_running_loop().run_in_executor(self._checks, _digest, create, upload)
+        if create.id is None:
+            return await self._submit(create, upload, caller, api, digest)
+        async with self._naming.setdefault((caller.owner, create.id), asyncio.Lock()):  # it may arrive twice at once
+            same = self._same(create.id, caller.owner, digest)
+            return same or await self._submit(create, upload, caller, api, digest)
+
+    async def _submit(self, create: JobCreate, upload: Upload, caller: Caller, api: str, digest: str) -> StoredJob:
         self._check_quota(caller)
         self._check_room(caller.user)
         self._admitted[caller.user] += 1  # reserves its place during the check
         try:
             add = functools.partial(self._add, create, upload, caller, api, digest)
             if upload == Upload():
-                job, filled = await loop.run_in_executor(self._checks, add)
+                job, filled = await asyncio.get_running_loop().run_in_executor(self._checks, add)
             else:
                 job, filled = await self.decode(caller, add)
         finally:
             self._admitted[caller.user] -= 1
             if not self._admitted[caller.user]:
                 del self._admitted[caller.user]
-        if filled is not None:
-            self._admit(job, filled, caller)
-            self._begin_jobs()
+        self._admit(job, filled, caller)
+        self._begin_jobs()
         return job
 
     async def decode(self, caller: Caller, work: Callable[..., T], *args: Any) -> T:
@@ -244,26 +248,21 @@ class JobQueue:
 
     def _add(
         self, create: JobCreate, upload: Upload, caller: Caller, api: str, digest: str
-    ) -> tuple[StoredJob, JobCreate | None]:
-        """Checks and stores a job, in a thread. Returns no request if the same job is there already."""
+    ) -> tuple[StoredJob, JobCreate]:
+        """Checks and stores a job, in a thread."""
         filled, work = self._worker.fill_in(create, upload)
         request = filled.model_dump(mode="json", exclude={"id"})
         request |= {"image": upload.image is not None, "mask": upload.mask is not None}
         self._quotas.take(caller, work)
         try:
-            job_id, owner = create.id or uuid.uuid4().hex, caller.owner
-            return self._store.add(
-                job_id, owner, api, request, digest, upload, user=caller.user, work=work
-            ), filled  # fmt: skip
-        except BaseException as error:
+            job_id = create.id or uuid.uuid4().hex
+            job = self._store.add(
+                job_id, caller.owner, api, request, digest, upload, user=caller.user, work=work
+            )  # fmt: skip
+        except BaseException:
             self._quotas.give_back(caller, work.steps)
-            is_reused = isinstance(error, HybridSDError) and error.reason is Reason.REQUEST_ID_REUSED
-            if not is_reused or create.id is None:
-                raise
-            same = self._same(create.id, caller.owner, digest)  # the same request arrived again during the check
-            if same is None:
-                raise
-            return same, None
+            raise
+        return job, filled
 
     def needs_cloud(self, create: JobCreate) -> bool:
         """Returns whether a job may wait for the cloud."""

@@ -95,10 +95,12 @@ class GatewayServer:
 
 
 @contextmanager
-def listening(app: FastAPI) -> Iterator[str]:
+def listening(app: FastAPI, **options: Any) -> Iterator[str]:
     """Serves an application on a free port; yields its address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(server_config(app, log_level="error", timeout_graceful_shutdown=1, lifespan="on"))
+        server = uvicorn.Server(
+            server_config(app, log_level="error", timeout_graceful_shutdown=1, lifespan="on", **options)
+        )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -151,6 +153,7 @@ def fake(running_cloud: Running) -> Iterator[FakeCloud]:
     fake.requests.clear()
     fake.sent.clear()
     fake.cancelled.clear()
+    fake.users.clear()
     fake.cancel_seen.clear()
 
 
@@ -171,6 +174,7 @@ def serving(
     *,
     others: Mapping[str, Models] = MappingProxyType({}),
     tokens: Tokens | Sequence[str] = (),
+    trusted_proxies: Sequence[str] = (),
     **settings: Any,
 ) -> Iterator[GatewayServer]:
     """Runs a gateway on a free port."""
@@ -179,7 +183,7 @@ def serving(
     else:
         settings["tokens"] = tokens
     app = create_app(Settings(data_dir=data_dir, **settings), bundle, models, cloud, others=others)
-    with listening(app) as url:
+    with listening(app, trusted_proxies=trusted_proxies) as url:
         yield GatewayServer(url, app, data_dir)
 
 

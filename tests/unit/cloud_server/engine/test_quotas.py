@@ -5,7 +5,7 @@ import pytest
 from cloud_server.engine import quotas
 from cloud_server.engine.caller import Caller
 from cloud_server.engine.job import Job
-from cloud_server.engine.quotas import Quotas, check_pixels, check_queued, may_run
+from cloud_server.engine.quotas import Quotas, check_pixels, check_queued
 from cloud_server.models.load import Model
 from hybridsd.errors import CloudBusy, HybridSDError, InvalidRequest, Reason
 from hybridsd.tokens import Quota
@@ -118,12 +118,6 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         counted.charge(caller(f"token-{index}", steps_per_minute=60), key(), 60)
     assert len(counted._accounts) == 8
     refusal(lambda: counted.check(caller("token-99", steps_per_minute=60), key(), 1))
-
-
-def test_jobs_at_once() -> None:
-    assert may_run(caller(), 1000)
-    assert may_run(caller(jobs=2), 1)
-    assert not may_run(caller(jobs=2), 2)
 
 
 @pytest.mark.parametrize(

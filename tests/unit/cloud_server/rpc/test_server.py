@@ -224,7 +224,7 @@ async def test_a_bug_is_internal_and_its_details_stay_here(
 ) -> None:
     """An unforeseen exception gives the caller a general text, and the log its traceback."""
     client = await start_server()
-    monkeypatch.setattr(client.server.engine, "load", lambda: 1 / 0)
+    monkeypatch.setattr(client.server.engine, "load", lambda _: 1 / 0)
     with pytest.raises(grpc.RpcError) as refused:
         await client.denoising.GetCapabilities(pb.GetCapabilitiesRequest())
 

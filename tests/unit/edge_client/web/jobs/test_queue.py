@@ -1,6 +1,7 @@
 """The queue with a scripted worker: no reader misses an event, however slowly it reads."""
 
 import asyncio
+import math
 import threading
 from collections.abc import AsyncIterator, Callable, Container, Generator
 from contextlib import asynccontextmanager
@@ -11,13 +12,15 @@ import pytest
 
 from edge_client.web.auth import Caller
 from edge_client.web.jobs import queue as queue_module
-from edge_client.web.jobs.queue import ATTEMPT_EVENTS, STALLED_S, JobQueue
+from edge_client.web.jobs.queue import ATTEMPT_EVENTS, DEFAULT_JOB_S, STALLED_S, JobQueue
 from edge_client.web.jobs.quotas import Quotas, Work
 from edge_client.web.jobs.store import Store, StoredJob
 from edge_client.web.jobs.uploads import Upload
 from edge_client.web.jobs.worker import WorkerEvent
 from edge_client.web.schemas.native import Hybrid, JobCreate
 from hybridsd.errors import HybridSDError, Reason
+from hybridsd.quotas import JITTER
+from hybridsd.tokens import Quota
 from tests.support.patience import HANG_S
 
 
@@ -57,7 +60,7 @@ def view(job: StoredJob, position: int | None) -> dict[str, Any]:
 
 
 def caller(owner: str, user: str = "", **values: Any) -> Caller:
-    return Caller(owner=owner, host="", user=owner, **values)
+    return Caller(owner=owner, host="", user=user or owner, **values)
 
 
 async def ignore(job: StoredJob) -> None:
@@ -182,6 +185,81 @@ async def test_an_owner_below_its_share_finds_a_place(tmp_path: Path) -> None:
     assert caught.value.reason is Reason.TOO_MANY_JOBS
     assert positions == [None, 1, 3, 4, 5, 0, 2]
     assert told == [{"position": 2}, {"position": 3}, {"position": 4}]  # of each job the first change, by b's first job
+
+
+async def test_newcomers_find_a_place_in_a_full_queue(tmp_path: Path) -> None:
+    """Each address's first job, up to twice the limit: then memory counts for more."""
+    worker = ScriptedWorker()
+    async with working(tmp_path, worker) as queue:
+        for _ in range(5):  # one of them runs
+            await add(queue, JobCreate(prompt="a fox"), "flood")
+        for index in range(4):
+            await add(queue, JobCreate(prompt="a fox"), f"newcomer {index}")
+            with pytest.raises(HybridSDError, match="retry in"):
+                await add(queue, JobCreate(prompt="a fox"), "flood")
+        with pytest.raises(HybridSDError, match="8 jobs wait, which is the limit, 0 of them yours"):
+            await add(queue, JobCreate(prompt="a fox"), "late")
+
+
+async def test_who_is_told_to_come_again_finds_a_place(tmp_path: Path) -> None:
+    """Each of those who are refused is told a later time, when the job of his place has begun."""
+    worker = ScriptedWorker()
+    async with working(tmp_path, worker) as queue:
+        for _ in range(5):
+            await add(queue, JobCreate(prompt="a fox"), "a")
+        delays = []
+        for _ in range(6):
+            with pytest.raises(HybridSDError) as caught:
+                await add(queue, JobCreate(prompt="a fox"), "a")
+            assert caught.value.retry_delay_s is not None
+            delays.append(caught.value.retry_delay_s)
+
+    assert all(delay_s == int(delay_s) for delay_s in delays)
+    for place, delay_s in enumerate(delays):  # a job takes 5 s until one has run; at last all that wait have begun
+        begins_s = DEFAULT_JOB_S * min(place + 1, 4)
+        assert begins_s - 0.5 <= delay_s <= math.ceil(begins_s * (1 + JITTER))
+
+
+async def test_a_token_runs_so_many_jobs_at_once(tmp_path: Path) -> None:
+    """Others pass those that wait for their own, and a place that is free again goes to the next of them."""
+    worker = ScriptedWorker()
+    limited = caller("a", quota=Quota(jobs=1))
+    async with working(tmp_path, worker, num_workers=2) as queue:
+        own = [await queue.submit(JobCreate(prompt="a"), Upload(), caller=limited, api="native") for _ in range(3)]
+        other = await add(queue, JobCreate(prompt="b"), "b")
+        assert queue.load == {"num_running": 2, "num_waiting": 2}
+        assert [queue.position(job.id) for job in (*own, other)] == [None, 0, 1, None]
+        worker.may_begin.set()
+        assert {(await queue.finished(job)).state for job in own} == {"completed"}
+
+
+async def test_steps_that_did_not_run_come_back(tmp_path: Path) -> None:
+    """Of a job that is cancelled, refused by the store, or sent twice."""
+    worker = ScriptedWorker()
+    limited = caller("a", quota=Quota(steps_per_minute=10))
+    async with working(tmp_path, worker) as queue:
+        await add(queue, JobCreate(prompt="b"), "b")
+        create = JobCreate(id="same", prompt="a", num_inference_steps=8)
+        first, again = await asyncio.gather(
+            *(queue.submit(create, Upload(), caller=limited, api="native") for _ in range(2))
+        )
+        assert first.id == again.id
+        assert math.floor(queue._quotas.steps_left(limited) or 0) == 2
+        queue.cancel(first)
+        assert queue._quotas.steps_left(limited) == 10
+
+
+async def test_a_job_keeps_its_share_after_a_restart(tmp_path: Path) -> None:
+    """What it costs and whose it is are stored with it."""
+    async with working(tmp_path, ScriptedWorker()) as queue:
+        await add(queue, JobCreate(prompt="b"), "b")
+        create = JobCreate(prompt="a", n=2, num_inference_steps=5)
+        job = await queue.submit(create, Upload(), caller=caller("a", "net"), api="native")
+    store = Store(tmp_path, max_jobs=10)
+    kept = store.get(job.id)
+    store.close()
+
+    assert (kept.owner, kept.user, kept.work) == ("a", "net", Work(steps=10, width=8, height=8))
 
 
 async def test_a_job_that_is_not_understood_any_more_fails(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hybridsd.tracing import Exporter
+
 MAX_HEARTBEAT_S = 10.0
 """Half the silence after which an edge goes on alone."""
 
@@ -43,6 +45,7 @@ class Settings:
     bundles: tuple[Path, ...] = ()
     drain_timeout_s: float = 30.0
     heartbeat_s: float = 5.0
+    traces: Exporter = "none"
     stall_timeout_s: float = 60.0
     """Work without movement for this long is sickness; larger than a slow step."""
     stall_exit_s: float = 300.0

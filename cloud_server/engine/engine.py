@@ -20,7 +20,9 @@ from cloud_server.engine.executor import Batch, BatchTooLarge, Call, Executor, i
 from cloud_server.engine.job import Job
 from cloud_server.engine.request import JobRequest
 from cloud_server.engine.scheduler import Load, Scheduler
+from cloud_server.engine.spans import tell_calls
 from cloud_server.models.denoiser import Denoiser
+from hybridsd import tracing
 from hybridsd.errors import HybridSDError, Reason
 
 log = structlog.get_logger()
@@ -265,7 +267,8 @@ class Engine:
                 return True
             self._busy_since_s["texts"] = time.monotonic()
         try:
-            trajectory = self._executor.prepare(job)
+            with tracing.start("encode text", job.trace):
+                trajectory = self._executor.prepare(job)
         except torch.AcceleratorError:
             raise
         except Exception as error:
@@ -297,6 +300,7 @@ class Engine:
         except BatchTooLarge:
             self._halve(batch)
             return True
+        tell_calls(calls)
         self._note(calls)
         for call in calls:
             self._follow(call)

@@ -11,6 +11,7 @@ from cloud_server.engine.event_buffer import EventBuffer
 from cloud_server.engine.events import Event, Failed, Finished, Queued, Snapshot, Started, Usage
 from cloud_server.engine.request import JobRequest
 from cloud_server.engine.step import Texts, Trajectory
+from hybridsd import trace_context
 from hybridsd.errors import HybridSDError, Reason
 
 
@@ -20,6 +21,8 @@ class Job:
     def __init__(self, request: JobRequest, arrived_s: float | None = None, *, caller: Caller = NOBODY) -> None:
         """Takes what is to be run, when it was asked for, and by whom: callers get equal shares."""
         self.request, self.caller = request, caller
+        self.trace = trace_context.current_or_new()
+        """Of the call that began it."""
         self.arrived_s = time.monotonic() if arrived_s is None else arrived_s
         self.outcome: Finished | Failed | None = None
         # Under the engine's lock.

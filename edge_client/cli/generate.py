@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from edge_client.cli.open_parts import open_bundle, open_cloud, open_edge_models
 from edge_client.cli.output_files import STDOUT
 from edge_client.cli.patience_options import read_patience
 from edge_client.cli.progress import Display, choose_display
-from edge_client.cli.shared_options import CONTEXT
+from edge_client.cli.shared_options import CONTEXT, read_traces
 from edge_client.cli.side_outputs import SideOutputs, read_side_outputs
 from edge_client.cli.words import in_options
 from edge_client.cloud.client import Cloud
@@ -32,6 +33,7 @@ from edge_client.inference.models import Models
 from edge_client.request import Resolved
 from edge_client.split.auto_split import AutoSplit, choose_split
 from edge_client.split.handoff_policy import explain
+from hybridsd import trace_context, tracing
 from hybridsd.errors import HybridSDError, Reason
 
 
@@ -45,14 +47,19 @@ def generate(ctx: click.Context, /, **options: Any) -> None:
     image is printed to standard output, everything else to standard error.
     """
     done: list[dict[str, Any]] = []
+    caller = trace_context.parse([os.environ.get("TRACEPARENT", "")], [os.environ.get("TRACESTATE", "")])
     try:
-        _generate(ctx, options, done)
+        read_traces(options, "hybridsd")
+        with trace_context.bound(caller):
+            _generate(ctx, options, done)
     except HybridSDError as error:
         if options["as_json"]:
             click.echo(json.dumps({"images": done, "error": _error_json(error)}, ensure_ascii=False))
         elif options["jsonl"]:
             click.echo(json.dumps({"event": "error", "error": _error_json(error)}, ensure_ascii=False))
         raise
+    finally:
+        tracing.switch_off()
 
 
 def _generate(ctx: click.Context, options: dict[str, Any], done: list[dict[str, Any]]) -> None:

@@ -16,13 +16,22 @@ import uvicorn
 from edge_client.cli import output_files
 from edge_client.cli.open_parts import open_bundle, open_cloud, open_edge_models
 from edge_client.cli.patience_options import patience_options, read_patience
-from edge_client.cli.shared_options import CONTEXT, DEFAULT_PORT, NumberRange, model_options, server_options
+from edge_client.cli.shared_options import (
+    CONTEXT,
+    DEFAULT_PORT,
+    NumberRange,
+    model_options,
+    read_traces,
+    server_options,
+    traces_option,
+)
 from edge_client.cloud.connection import is_loopback
 from edge_client.inference.models import Models
 from edge_client.web.app import create_app
 from edge_client.web.auth import read_tokens
 from edge_client.web.connections import server_config
 from edge_client.web.settings import Settings
+from hybridsd import tracing
 from hybridsd.errors import Reason
 
 log = structlog.get_logger()
@@ -86,6 +95,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     "Default: only with the demo's bundle.",
 )  # fmt: skip
 @click.option("--no-cloud", is_flag=True, help="Draw everything here.")
+@traces_option
 @server_options
 @patience_options
 @model_options
@@ -93,6 +103,7 @@ def serve(**options: Any) -> None:
     """Serves web clients: OpenAI's images API, AUTOMATIC1111's, jobs with events, and a page to draw with."""
     settings = _settings(options)
     _configure_log()
+    read_traces(options, "hybridsd-gateway")
     bundle = open_bundle(options["bundle_name"])
     runs_with = {name: options[name] for name in ("provider", "threads", "low_memory")}
     models = Models(bundle.folder, bundle.manifest, **runs_with)
@@ -119,6 +130,7 @@ def serve(**options: Any) -> None:
     finally:
         if cloud is not None:
             cloud.close()
+        tracing.switch_off()
 
 
 def _settings(options: dict[str, Any]) -> Settings:
@@ -168,7 +180,12 @@ def _configure_log() -> None:
     """Logs lines for people, without the values of variables: prompts are nobody's business."""
     renderer = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)
     structlog.configure(
-        processors=[structlog.processors.add_log_level, structlog.processors.TimeStamper(fmt="iso"), renderer],
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            renderer,
+        ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
     )
 

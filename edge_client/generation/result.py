@@ -100,3 +100,8 @@ class Result:
     """What was asked for."""
     drawn_size: tuple[int, int] | None = None
     """Width and height that were drawn, before the image was resized; None if it was not."""
+
+    @property
+    def trace_id(self) -> str:
+        """The trace that the image was drawn in, by which logs and spans everywhere name it."""
+        return self.request.trace.trace_id

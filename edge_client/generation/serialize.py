@@ -25,6 +25,7 @@ _REST_FIELDS = (
     "prompt", "negative_prompt", "seed", "image_index", "width", "height", "scheduler", "num_inference_steps",
     "begin_step", "guidance_scale", "mode", "cloud_model", "edge_model", "planned_cloud_steps", "actual_cloud_steps",
     "fallback_message", "early_handoff_reason", "received_bytes", "num_dropped_tokens", "decode_s", "elapsed_s",
+    "trace_id",
 )  # fmt: skip
 
 
@@ -75,6 +76,7 @@ def result_json(result: Result) -> dict[str, Any]:
         **provenance(result),
         "fallback_message": result.fallback_message,
         "request_id": result.request_id,
+        "trace_id": result.trace_id,
         "received_bytes": result.received_bytes,
         "usage": None if result.usage is None else asdict(result.usage),
         "steps": [

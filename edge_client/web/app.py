@@ -28,7 +28,7 @@ from edge_client.web.jobs.store import Store
 from edge_client.web.jobs.view import Views
 from edge_client.web.jobs.webhooks import Webhooks
 from edge_client.web.jobs.worker import JobWorker
-from edge_client.web.middleware import HeadMiddleware, SecurityMiddleware
+from edge_client.web.middleware import TRACE_HEADER, HeadMiddleware, SecurityMiddleware, TraceMiddleware
 from edge_client.web.routes import a1111, a1111_lists, jobs, openai, pages
 from edge_client.web.settings import Settings
 from edge_client.web.streams import Streams
@@ -38,7 +38,7 @@ log = structlog.get_logger()
 
 
 class _Application(FastAPI):
-    """Puts the security middleware outermost, also around FastAPI's own response to a body beyond the limit."""
+    """Puts trace and security outermost, also around FastAPI's own response to a body beyond the limit."""
 
     def __init__(self, *, security: Settings, **options: Any) -> None:
         super().__init__(**options)
@@ -46,10 +46,11 @@ class _Application(FastAPI):
 
     def build_middleware_stack(self) -> ASGIApp:
         """See Starlette."""
-        return SecurityMiddleware(
+        secure = SecurityMiddleware(
             super().build_middleware_stack(), hosts=self._security.hosts, origins=self._security.cors_origins,
             any_address=self._security.any_address,
         )  # fmt: skip
+        return TraceMiddleware(secure)
 
 
 def create_app(
@@ -108,6 +109,8 @@ def create_app(
         version=importlib.metadata.version("hybridsd"),
         summary="Images that the cloud begins and this device finishes.",
         lifespan=lifespan,
+        # FastAPI's own spans and logs quote what is not valid, and go wherever the environment says.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
         docs_url=None,  # ours is below, offline
         redoc_url=None,
         generate_unique_id_function=openapi.operation_id,
@@ -124,8 +127,8 @@ def create_app(
     if settings.cors_origins:  # around them, so that these pages can read their answers
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["Authorization", "Content-Type", "Last-Event-ID"],
-            expose_headers=["Location", "Retry-After"],
+            allow_headers=["Authorization", "Content-Type", "Last-Event-ID", "Traceparent", "Tracestate"],
+            expose_headers=["Location", "Retry-After", TRACE_HEADER],
         )  # fmt: skip
     openapi.install(app, needs_token=not access.is_open)
     return app

@@ -185,6 +185,7 @@ class Image(BaseModel):
     steps: list[Step]
     flagged: bool | None = Field(None, description="by the safety checker; null: not checked")
     parameters: str = Field("", description="text that AUTOMATIC1111 writes into PNG files")
+    trace_id: str = Field("", description="names the image in the logs and traces of gateway and cloud")
 
 
 class Job(BaseModel):

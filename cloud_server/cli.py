@@ -79,6 +79,10 @@ _SERVE_OPTIONS = (
     _option("--stall-timeout", "stall_timeout_s",
             type=click.FloatRange(1), default=60.0, help="Seconds a step may take; more, and jobs end with UNAVAILABLE "
             "and health is NOT_SERVING."),
+    _option("--joules-per-mac", type=click.FloatRange(0, 1e-6, min_open=True), help="Of this device, to model the "
+            "energy of jobs where no counter can be read; else that of its class (docs/energy.md)."),
+    _option("--watts", type=click.FloatRange(0, 1e5, min_open=True), help="Of this device under load: models energy by "
+            "time instead."),
     _option("--traces", type=click.Choice(["none", "otlp"]), default="none", help="Where spans go; otlp: to an "
             "OpenTelemetry collector, as the OTEL_* variables say. They hold no prompts."),
     _option("--stall-exit", "stall_exit_s",

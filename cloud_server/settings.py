@@ -46,6 +46,10 @@ class Settings:
     drain_timeout_s: float = 30.0
     heartbeat_s: float = 5.0
     traces: Exporter = "none"
+    joules_per_mac: float | None = None
+    """None is the constant of the device's class."""
+    watts: float | None = None
+    """Of the device under load; given, energy is modelled by it."""
     stall_timeout_s: float = 60.0
     """Work without movement for this long is sickness; larger than a slow step."""
     stall_exit_s: float = 300.0

@@ -7,12 +7,15 @@ import asyncio
 import importlib.metadata
 import signal
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Literal
 
 import grpc
 import structlog
+import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from cloud_server.energy import EnergyMeter
 from cloud_server.engine.engine import Engine
 from cloud_server.models.load import Model
 from cloud_server.rpc import write_response
@@ -20,6 +23,8 @@ from cloud_server.rpc.bundle_service import Bundle, BundleService
 from cloud_server.rpc.denoising_service import DenoisingService
 from cloud_server.rpc.interceptors import MAX_RECEIVED_BYTES, RequestInterceptor, TokenInterceptor
 from cloud_server.settings import Settings
+from hybridsd.energy import JOULES_PER_MAC, Meter, find_counter
+from hybridsd.energy import Model as EnergyModel
 from hybridsd.v1 import bundle_service_pb2, bundle_service_pb2_grpc, denoising_service_pb2_grpc
 from hybridsd.v1 import denoising_service_pb2 as pb
 
@@ -64,6 +69,7 @@ class CloudServer:
             max_queue=settings.max_queue,
             num_threads=settings.threads,
             stall_timeout_s=settings.stall_timeout_s,
+            energy=energy_meter(settings, models),
         )
         infos = [model.info for model in models.values()]
         limits = write_response.limits(
@@ -204,6 +210,20 @@ async def run(
     if server.lost.is_set():
         raise EngineLost("the engine has died or is stuck; see the log. Start the server again")
     return not server.engine.is_running
+
+
+def energy_meter(settings: Settings, models: Mapping[str, Model]) -> EnergyMeter:
+    """Returns how the energy of jobs is known on this device."""
+    device = next(iter(models.values())).denoiser.device
+    kind: Literal["cpu", "gpu"] = "gpu" if device.type == "cuda" else "cpu"
+    uuid = str(torch.cuda.get_device_properties(device).uuid) if kind == "gpu" else None
+    counter, why_not = find_counter(kind, uuid)
+    log.info("energy", source="modelled" if counter is None else "measured", reason=why_not or None)
+    return EnergyMeter(
+        {name: model.cost for name, model in models.items()},
+        EnergyModel(settings.joules_per_mac or JOULES_PER_MAC[kind], settings.watts),
+        Meter(counter),
+    )
 
 
 async def first_of(*waits: Awaitable[object], timeout_s: float | None = None) -> None:

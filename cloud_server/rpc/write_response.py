@@ -17,6 +17,8 @@ from hybridsd.limits import MAX_PROMPT_CHARS, MAX_STEPS
 from hybridsd.v1 import denoising_service_pb2 as pb
 from hybridsd.v1 import tensor_pb2
 
+_SOURCES = {"modelled": pb.ENERGY_SOURCE_MODELLED, "measured": pb.ENERGY_SOURCE_MEASURED}
+
 
 def is_wanted(event: Snapshot, style: AnswerStyle) -> bool:
     """Whether a reader wants a state: one after what it holds, and the hand-off in any case."""
@@ -50,6 +52,9 @@ def response(
                 sent_bytes=sent_bytes,
                 num_skipped_calls=event.usage.num_skipped_calls,
             )
+            if event.usage.energy is not None:
+                usage.energy.joules = event.usage.energy.joules
+                usage.energy.source = _SOURCES[event.usage.energy.source]
             return pb.DenoiseResponse(finished=pb.Finished(usage=usage))
 
 

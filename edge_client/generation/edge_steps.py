@@ -72,11 +72,14 @@ def run_edge_stage(stage: Stage, trajectory: Trajectory, components: Components)
     about: dict[str, tracing.Value] = {
         "hybridsd.model": models.manifest.name, "hybridsd.first_call": trajectory.call, "hybridsd.end_call": stop,
     }  # fmt: skip
-    with tracing.start("edge steps", request.trace, attributes=about):
+    cells = resolved.latent_shape[1] * resolved.latent_shape[2]
+    rows = 2 if stage.guidance_scale > 1 and models.takes_negative else 1
+    with tracing.start("edge steps", request.trace, attributes=about), trajectory.tally.measuring():
         last = time.perf_counter()
         for done in advances:
             elapsed_s = time.perf_counter() - last
             state = tuple(array.astype(np.float32, copy=False) for array in done.state)
+            trajectory.tally.count(models.manifest, "unet", cells, rows)
             yield trajectory.record(plan, done.call, "edge", elapsed_s, state, done.x0_preview)
             last = time.perf_counter()
 
@@ -93,8 +96,11 @@ def encode_text(trajectory: Trajectory, models: Models, *, negative: bool) -> No
     if held is not None and (not negative or held.negative_prompt_embeds is not None):
         return
     begin = time.perf_counter()
-    with tracing.start("encode text", request.trace):
+    with tracing.start("encode text", request.trace), trajectory.tally.measuring():
         trajectory.conditioning, trajectory.num_dropped_tokens = models.encode_pair(
             request.prompt, request.negative_prompt if negative else None, request.text_options
         )
+    for role in ("text_encoder", "text_encoder_2"):
+        if role in models.manifest.files:
+            trajectory.tally.count(models.manifest, role, rows=2 if negative else 1)
     trajectory.text_s += time.perf_counter() - begin

@@ -14,6 +14,7 @@ from edge_client.cloud.types import CLOUD_FAILURES
 from edge_client.generation.cloud_steps import Advisor, make_cloud_segment, run_cloud_segment
 from edge_client.generation.components import Components
 from edge_client.generation.edge_steps import encode_text, run_edge_stage
+from edge_client.generation.energy import Account, Tally
 from edge_client.generation.events import Event, Finished
 from edge_client.generation.result import Result, SafetyReport
 from edge_client.generation.schedules import enter_schedule, start_from_image
@@ -34,6 +35,7 @@ def generate(
     others: Mapping[str, Models] = MappingProxyType({}),
     advisor: Advisor | None = None,
     poll_interval_s: float | None = None,
+    account: Account | None = None,
 ) -> Generator[Event]:
     """Draws one image and yields what happens on the way. Close the generator to cancel.
 
@@ -45,6 +47,7 @@ def generate(
         others: More edge models, by the name that a segment gives; they share the latent space of `models`.
         advisor: May end the cloud's part early.
         poll_interval_s: Yields `Waiting` when nothing has come from the cloud for so many seconds; None never does.
+        account: How energy and cost are known; None models them, without prices.
 
     Yields:
         `Planned`, then what happens, `Finished` last.
@@ -54,7 +57,8 @@ def generate(
     """
     with tracing.start("generate", resolved.request.trace) as span:
         resolved = replace(resolved, request=replace(resolved.request, trace=span.context))
-        for event in _generate(resolved, bundle, models, cloud, others, advisor, poll_interval_s):
+        tally = Tally(account=account or Account())
+        for event in _generate(resolved, bundle, models, cloud, others, advisor, poll_interval_s, tally):
             if isinstance(event, Finished):
                 _describe(event.result, span)
             yield event
@@ -80,11 +84,13 @@ def _generate(
     others: Mapping[str, Models],
     advisor: Advisor | None,
     poll_interval_s: float | None,
+    tally: Tally,
 ) -> Iterator[Event]:
     begin = time.perf_counter()
     request = resolved.request
     components = Components(bundle=bundle, models=models, others=others, cloud=cloud)
     trajectory = Trajectory.start(resolved, bundle.manifest.prediction_type)
+    trajectory.tally = tally
     yield trajectory.planned()
 
     components.check(resolved)
@@ -93,7 +99,8 @@ def _generate(
     yield from _run_stages(trajectory, components, advisor, poll_interval_s)
 
     decode_begin = time.perf_counter()
-    with tracing.start("decode", request.trace):
+    with tracing.start("decode", request.trace), tally.measuring():
+        tally.count(models.manifest, "vae_decoder", resolved.latent_shape[1] * resolved.latent_shape[2])
         image_u8 = to_u8(models.decode(trajectory.final_latents()))
     given = request.image_input
     if given is not None and given.mask is not None:

@@ -1,11 +1,12 @@
 """A finished image and how it came about."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from edge_client.cloud.types import Usage
 from edge_client.request import Request
 from edge_client.types import Conditioning, ImageU8, Latents, Mode, Place, SafetyAction
+from hybridsd.energy import Energy
 from hybridsd.errors import Reason
 from hybridsd.plan import Plan
 
@@ -85,6 +86,10 @@ class Result:
     text_s: float = 0.0
     """What encoding the texts here took."""
     safety: SafetyReport = SafetyReport()
+    energy: Mapping[Place, Energy | None] = field(default_factory=dict)
+    """Of each place that took part; None where it is not known."""
+    cost: Mapping[Place, float | None] = field(default_factory=dict)
+    """In dollars, likewise."""
     loras: tuple[tuple[str, float], ...] = ()
     """Adapters that the cloud applied, with their weights."""
     unapplied: tuple[str, ...] = ()

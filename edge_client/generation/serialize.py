@@ -85,6 +85,7 @@ def result_json(result: Result) -> dict[str, Any]:
         ],
         "decode_s": round(result.decode_s, 6),
         "elapsed_s": round(result.elapsed_s, 6),
+        **_taken(result),
     }
 
 
@@ -261,8 +262,20 @@ def rest_image(index: int, result: Result) -> dict[str, Any]:
             {"step": record.step, "place": record.place, "elapsed_s": round(record.elapsed_s, 6)}
             for record in result.steps
         ],
+        **_taken(result),
         "flagged": result.safety.flagged,
         "parameters": parameters(result),
+    }
+
+
+def _taken(result: Result) -> dict[str, Any]:
+    """Returns energy, in joules, and cost, in dollars, of each place that took part; null is not known."""
+    return {
+        "energy": {
+            place: None if own is None else {"joules": float(f"{own.joules:.6g}"), "source": own.source}
+            for place, own in result.energy.items()
+        },
+        "cost": {place: None if own is None else float(f"{own:.6g}") for place, own in result.cost.items()},
     }
 
 

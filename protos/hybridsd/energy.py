@@ -4,7 +4,6 @@ Knows nothing of jobs or networks. docs/energy.md has the model, its constants a
 """
 
 import importlib
-import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,9 +14,11 @@ from typing import Any, Literal, Protocol
 
 EnergySource = Literal["modelled", "measured"]
 
-JOULES_PER_MAC = {"cpu": 1.0e-10, "gpu": 5.0e-12}
-"""By class of device, of the whole of it under load; docs/energy.md derives them. Right within a factor of 3."""
+JOULES_PER_MAC = {"cpu": 1.0e-10, "gpu": 2.0e-11}
+"""By class of device, of the whole of it under load; docs/energy.md derives them. Right within a factor of 3 to 4."""
 JOULES_PER_KWH = 3.6e6
+MAX_JOULES = 1e12
+"""Of one piece of work; who tells of more is not believed."""
 POWERCAP = Path("/sys/class/powercap")
 
 
@@ -236,7 +237,7 @@ class Model:
 
 def read(joules: float, *, is_measured: bool) -> Energy | None:
     """Returns an energy that somebody else tells; None where it is none."""
-    if not math.isfinite(joules) or joules < 0:
+    if not 0 <= joules <= MAX_JOULES:  # not a number is none either
         return None
     return Energy(joules, "measured" if is_measured else "modelled")
 

@@ -6,6 +6,7 @@ from typing import Any, TypeVar, get_args
 
 import click
 
+from edge_client.cli.energy_options import energy_options
 from edge_client.cli.patience_options import patience_options
 from edge_client.cli.shared_options import NumberRange, model_options, server_options, traces_option
 from edge_client.images import inputs
@@ -66,6 +67,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option("--overwrite", is_flag=True, help="Allow to write over files."),
     traces_option,
+    energy_options,
     server_options,
     click.option(
         "--wait-for-server", type=NumberRange(0, 3600), default=0.0, show_default=True, metavar="SECONDS",

@@ -14,12 +14,12 @@ import structlog
 import uvicorn
 
 from edge_client.cli import output_files
+from edge_client.cli.energy_options import energy_options, read_account
 from edge_client.cli.open_parts import open_bundle, open_cloud, open_edge_models
 from edge_client.cli.patience_options import patience_options, read_patience
 from edge_client.cli.shared_options import (
     CONTEXT,
     DEFAULT_PORT,
-    NumberRange,
     model_options,
     read_traces,
     server_options,
@@ -80,10 +80,6 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 )  # fmt: skip
 @click.option("--max-queue", type=click.IntRange(1), default=256, show_default=True, help="Jobs that may wait.")
 @click.option("--max-body-mib", type=click.IntRange(1, 1024), default=32, show_default=True, help="Of one request.")
-@click.option(
-    "--cloud-price", type=NumberRange(0, min_open=True), metavar="DOLLARS",
-    help="What an hour of the cloud's computing costs. The page says the cents of each split.",
-)  # fmt: skip
 @click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Jobs that run at once.")
 @click.option(
     "--edge-model", "edge_models", envvar="HYBRIDSD_EDGE_EDGE_MODEL", multiple=True, metavar="NAME=DIR",
@@ -96,6 +92,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 )  # fmt: skip
 @click.option("--no-cloud", is_flag=True, help="Draw everything here.")
 @traces_option
+@energy_options
 @server_options
 @patience_options
 @model_options
@@ -114,7 +111,7 @@ def serve(**options: Any) -> None:
         cloud = open_cloud(options["server"], patience=read_patience(options), **access)
     if options["fit_size"] is None:
         settings = replace(settings, fit_size=bundle.folder.parts[-3:] == _DEMO)
-    app = create_app(settings, bundle, models, cloud, others=others)
+    app = create_app(settings, bundle, models, cloud, others=others, account=read_account(options, models))
     listener = _listen(options["host"], options["port"])
     port = listener.getsockname()[1]
     scheme = "http" if options["tls_cert"] is None else "https"

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 
 from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.client import Cloud
+from edge_client.generation.energy import Account, Prices
 from edge_client.inference.models import Models
 from edge_client.web import errors, openapi
 from edge_client.web.auth import Access
@@ -60,6 +61,7 @@ def create_app(
     cloud: Cloud | None,
     *,
     others: Mapping[str, Models] = MappingProxyType({}),
+    account: Account | None = None,
 ) -> FastAPI:
     """Returns the application.
 
@@ -69,10 +71,13 @@ def create_app(
         models: Its loaded models.
         cloud: The cloud; None runs all steps on this device.
         others: More edge models, by their names in segments.
+        account: How energy and cost are known; None models them, with the cloud's price alone.
 
     Raises:
         InvalidRequest: FIELD_INVALID if the data folder cannot be used.
     """
+    prices = Prices(cloud_dollars_per_hour=settings.cloud_dollars_per_hour)
+    account = Account(prices=prices) if account is None else account
     num_owners = max(1, len(set(settings.tokens)))
     store = Store(
         settings.data_dir, max_jobs=settings.max_jobs, max_bytes=settings.max_data_bytes, num_owners=num_owners
@@ -84,7 +89,8 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         queue = JobQueue(
-            store, JobWorker(bundle=bundle, models=models, cloud=cloud, others=others, fit_size=settings.fit_size),
+            store, JobWorker(bundle=bundle, models=models, cloud=cloud, others=others, fit_size=settings.fit_size,
+            account=account),
             num_workers=settings.workers, max_waiting=settings.max_queue, num_owners=num_owners, view=views.job,
             on_end=webhooks.send,
         )  # fmt: skip

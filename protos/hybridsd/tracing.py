@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from types import TracebackType
 from typing import Any, Final, Literal, Self
 
@@ -166,6 +165,8 @@ def install(processor: Any, service: str) -> None:
     """Records spans from now on, and gives them to a span processor of OpenTelemetry's SDK."""
     global _provider, _tracer
     switch_off()
+    from importlib.metadata import version  # slow to import, and seldom needed
+
     sdk = _sdk()
     name = os.environ.get("OTEL_SERVICE_NAME", "").strip() or service
     resource = sdk.Resource.create({"service.name": name, "service.version": version("hybridsd")})

@@ -429,7 +429,10 @@ class JobQueue:
             live.span.fail(str(error["reason"]))
         live.span.end()
         live.emit(state, {"job": self._view(job, None)})
-        log.info("job_ended", job=job_id, state=state, reason=error and error["reason"], api=job.api)
+        log.info(
+            "job_ended", job=job_id, state=state, reason=error and error["reason"], api=job.api,
+            trace_id=live.span.context.trace_id,  # of the job, whoever cancelled it
+        )  # fmt: skip
         for old in [key for key, each in self._live.items() if each.is_finished][:-KEPT_LOGS]:
             del self._live[old]
         self._spawn_webhook(job)

@@ -167,6 +167,8 @@ class Request:
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     trace: TraceContext = field(default_factory=current_or_new)
     """What it is drawn for: the work that the maker of this request was doing, or a new trace."""
+    user: str = ""
+    """For whom a gateway asks the cloud: an id that tells nothing; the cloud shares by it. In no record or file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

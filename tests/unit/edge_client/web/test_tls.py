@@ -117,13 +117,14 @@ def given(*words: str) -> dict[str, Any]:
 def test_beyond_this_machine_there_is_https(tmp_path: Path) -> None:
     """With a certificate for the names that clients use, the same at each start; unless --http is given."""
     everywhere = given("--host", "0.0.0.0", "--open", "--allowed-host", "gateway.test")
-    tls, fingerprint = _certificate(everywhere, tmp_path)
-    again, same = _certificate(everywhere, tmp_path)
+    tls, cert = _certificate(everywhere, tmp_path)
     content = (tmp_path / "tls" / certificates.FILE).read_bytes()
+    again, same = _certificate(everywhere, tmp_path)
 
     assert tls is not None
     assert again is not None
-    assert fingerprint == same == certificates.show(certificates.fingerprint(content))
+    assert cert == same == tmp_path / "tls" / certificates.FILE
+    assert cert.read_bytes() == content
     assert "gateway.test" in certificates.names_of(content)
     assert _certificate(given("--host", "0.0.0.0", "--open", "--http"), tmp_path)[0] is None
     assert _certificate(given(), tmp_path)[0] is None
@@ -135,9 +136,10 @@ def test_a_given_certificate_is_used(tmp_path: Path) -> None:
     cert, key = map(str, issued.write(tmp_path, "gateway"))
     pair = ("--tls-cert", cert, "--tls-key", key)
     for words in (pair, (*pair, "--http"), (*pair, "--host", "0.0.0.0", "--open")):
-        tls, fingerprint = _certificate(given(*words), tmp_path)
+        tls, used = _certificate(given(*words), tmp_path)
         assert tls is not None
-        assert certificates.read_fingerprint(fingerprint).hex() == issued.fingerprint
+        assert used is not None
+        assert certificates.fingerprint(used.read_bytes()).hex() == issued.fingerprint
     with pytest.raises(InvalidRequest, match="--tls-cert"):
         _certificate(given("--tls-cert", key, "--tls-key", key), tmp_path)
     (tmp_path / "tls").write_text("in the way")

@@ -35,7 +35,7 @@ from edge_client.web.settings import Settings
 from edge_client.web.tls import server_context
 from hybridsd import certificates, tracing
 from hybridsd.errors import Reason
-from hybridsd.tokens import Tokens
+from hybridsd.tokens import Tokens, warn_of_readers
 
 log = structlog.get_logger()
 
@@ -223,6 +223,8 @@ def _read_tokens(path: Path | None) -> Tokens | None:
     if path is None:
         return None
     try:
+        if warning := warn_of_readers(path):
+            click.echo(f"Warning: {warning}", err=True)
         return Tokens(path, on_reload=_log_reload)
     except ValueError as error:
         raise Reason.FIELD_INVALID.error(f"{error}; change `client_tokens`", field="client_tokens") from None

@@ -154,7 +154,7 @@ def create_app(
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["Authorization", "Content-Type", "Last-Event-ID", "Traceparent", "Tracestate"],
-            expose_headers=["Location", "Retry-After", TRACE_HEADER],
+            expose_headers=["Location", "Retry-After", TRACE_HEADER, *openai.RATE_LIMIT_HEADERS],
         )  # fmt: skip
     openapi.install(app, needs_token=not access.is_open)
     return app

@@ -96,8 +96,9 @@ class JobWorker:
                 "`mode` or `segments` fix the split; omit them, or the goals of an automatic split",
                 field="hybrid",
             )
-        work = Work(steps=_num_steps(resolved) * create.n, width=resolved.width, height=resolved.height)
-        return filled, work
+        drawn, kept = (resolved.width, resolved.height), requests[0].output_size or (0, 0)
+        width, height = max(drawn, kept, key=math.prod)
+        return filled, Work(steps=_num_steps(resolved) * create.n, width=width, height=height)
 
     def fits_size(self, create: JobCreate) -> bool:
         """Returns whether a job may have a size that the models lack."""

@@ -1,6 +1,5 @@
 """The server's certificate, and those of its callers: read again when their files change."""
 
-import contextlib
 import ssl
 from datetime import datetime
 from pathlib import Path
@@ -63,19 +62,7 @@ def http_context(settings: Settings) -> ssl.SSLContext:
     Raises:
         ValueError: If the files cannot be used at first.
     """
-    cert, key = _pair(settings)
-    files = certificates.CertificateFiles(cert, key)
-    newest = outer = _context(cert, key)
-
-    def on_hello(connection: ssl.SSLObject, _name: str | None, _context_of: ssl.SSLContext) -> None:
-        nonlocal newest
-        if files.reload() is not None:
-            with contextlib.suppress(OSError, ssl.SSLError):  # replaced once more, this moment
-                newest = _context(cert, key)
-        connection.context = newest
-
-    outer.sni_callback = on_hello
-    return outer
+    return certificates.server_context(*_pair(settings))
 
 
 def valid_until(settings: Settings) -> datetime:
@@ -88,12 +75,6 @@ def _pair(settings: Settings) -> tuple[Path, Path]:
     if settings.tls_cert is None or settings.tls_key is None:
         raise ValueError("there is no certificate; give --tls-cert and --tls-key")
     return settings.tls_cert, settings.tls_key
-
-
-def _context(cert: Path, key: Path) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(cert, key)
-    return context
 
 
 def _configuration(contents: certificates.Contents) -> grpc.ServerCertificateConfiguration:

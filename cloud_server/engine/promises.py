@@ -94,7 +94,7 @@ class Door:
         """Lets a job in, or promises when.
 
         Args:
-            key: Owner and id of the job.
+            key: Owner and id of the job; whoever has no id cannot be known again, and is promised nothing.
             caller: Who asks.
             outlook: How busy it is.
             now_s: The time.
@@ -120,7 +120,7 @@ class Door:
             wait_s = max(wait_s, mine.due_s - now_s)
         wait_s = min(max(wait_s, MIN_RETRY_S), MAX_RETRY_S)
         delay_s = self._later(wait_s)
-        if mine is not None or self._may_promise(room, caller):
+        if mine is not None or (key[1] and self._may_promise(room, caller)):
             self._number += mine is None
             until_s = now_s + delay_s + GRACE_S + GRACE * delay_s
             self._promises[key] = Promise(caller, number, now_s + wait_s, until_s)

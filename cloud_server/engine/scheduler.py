@@ -15,6 +15,7 @@ from cloud_server.engine.caller import NOBODY, Caller
 from cloud_server.engine.events import Failed, Finished, Queued
 from cloud_server.engine.job import Job
 from cloud_server.engine.promises import Door, Outlook
+from cloud_server.engine.quotas import Quotas
 from cloud_server.engine.shares import Claim, Shares
 from cloud_server.engine.step import Group
 from hybridsd.errors import Reason
@@ -67,9 +68,13 @@ class Scheduler:
         keep_finished: int,
         keep_finished_s: float,
         clock: Callable[[], float] = time.monotonic,
+        on_end: Callable[[Job], None] = lambda _job: None,
         rand: Callable[[], float] = random.random,
     ) -> None:
-        """See `Engine`; `clock` and `rand` are for tests."""
+        """See `Engine`; `on_end` hears of each job that has ended; `clock` and `rand` are for tests."""
+        self._on_end = on_end
+        self.num_preemptions = 0
+        """Jobs that had to give their places to others, so far."""
         self._max_batch, self._clock = max_batch, clock
         self._keep_finished, self._keep_finished_s = keep_finished, keep_finished_s
         self._shares, self._door = Shares(), Door(max_queue=max_queue, rand=rand)
@@ -77,12 +82,13 @@ class Scheduler:
         self._num_in_line = 0
         self._waiting: list[Job] = []
         self._active: list[Job] = []
-        self._jobs: dict[str, Job] = {}
-        self._finished: OrderedDict[str, tuple[float, Job]] = OrderedDict()
+        self._jobs: dict[tuple[str, str], Job] = {}  # by `Job.key`, as are finished ones
+        self._finished: OrderedDict[tuple[str, str], tuple[float, Job]] = OrderedDict()
         self._batch_caps: OrderedDict[Group, BatchCap] = OrderedDict()
         self._call_s = 0.0
         self._calls_s: OrderedDict[object, float] = OrderedDict()  # the same by `Job.kind`
         self._turn = 0
+        self.quotas = Quotas(clock)
 
     @property
     def is_idle(self) -> bool:
@@ -126,18 +132,35 @@ class Scheduler:
             return self._call_s
         return self._look().begin_s(ahead + self._door.num_promised(caller, self._clock()))
 
-    def find(self, request_id: str) -> Job | None:
-        """Returns the job of an id: alive, or finished and not forgotten yet."""
+    @property
+    def running(self) -> list[Job]:
+        """The jobs that have a place."""
+        return list(self._active)
+
+    @property
+    def waiting(self) -> list[Job]:
+        """The jobs that wait, in the order in which they get places."""
+        return [claim.job for claim in self._line()]
+
+    def count(self, principal: str) -> tuple[int, int]:
+        """Returns how many jobs of a principal have a place, and how many wait."""
+        running, waiting = (
+            sum(job.caller.principal == principal for job in jobs) for jobs in (self._active, self._waiting)
+        )
+        return running, waiting
+
+    def find(self, key: tuple[str, str]) -> Job | None:
+        """Returns the job of an owner's id, see `Job.key`: alive, or finished and not forgotten yet."""
         self._forget()
-        live = self.live(request_id)
+        live = self.live(key)
         if live is not None:
             return live
-        kept = self._finished.get(request_id)
+        kept = self._finished.get(key)
         return None if kept is None else kept[1]
 
-    def live(self, request_id: str) -> Job | None:
-        """Returns the job of an id if it waits or runs and nobody has stopped it."""
-        job = self._jobs.get(request_id)
+    def live(self, key: tuple[str, str]) -> Job | None:
+        """Returns the job of an owner's id if it waits or runs and nobody has stopped it."""
+        job = self._jobs.get(key)
         return None if job is None or job.is_stopping else job
 
     def check_room(self, request_id: str, caller: Caller = NOBODY) -> None:
@@ -159,7 +182,7 @@ class Scheduler:
     def add(self, job: Job) -> None:
         """Puts a new job into the queue."""
         self.forget_promise(job.request.request_id, job.caller)
-        self._jobs[job.request.request_id] = job
+        self._jobs[job.key] = job
         self._waiting.append(job)
         self._stand_in_line(job)
 
@@ -180,6 +203,7 @@ class Scheduler:
             if loser is not None:
                 self._active.remove(loser)
                 self._waiting.append(loser)
+                self.num_preemptions += 1
                 loser.in_line_turn = self._turn
                 if loser.caller == job.caller:
                     self._stand_in_line(loser)
@@ -290,15 +314,16 @@ class Scheduler:
             self.post_positions()
         elif job in self._active:
             self._active.remove(job)
-        request_id = job.request.request_id
-        if self._jobs.get(request_id) is job:
-            del self._jobs[request_id]
+        if self._jobs.get(job.key) is job:
+            del self._jobs[job.key]
             if isinstance(outcome, Finished):
-                self._finished.pop(request_id, None)
-                self._finished[request_id] = (self._clock(), job)
+                self._finished.pop(job.key, None)
+                self._finished[job.key] = (self._clock(), job)
                 self._forget()
         job.trajectory = None
+        self.quotas.end(job)
         job.post(outcome)
+        self._on_end(job)
 
     def end_all(self, outcome: Failed) -> None:
         """Ends every job."""

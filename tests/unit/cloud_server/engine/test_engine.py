@@ -695,3 +695,16 @@ async def test_a_device_lost_in_a_text_ends_the_engine(tiny_model: Model, make_e
     assert isinstance(events[-1], Failed)
     assert events[-1].error.reason is Reason.UNAVAILABLE
     assert engine.stalled_s() == float("inf")
+
+
+async def test_jobs_of_nobody_are_listed_for_their_machine(
+    make_engine: MakeEngine, tiny_model: Model, gated: GatedDenoiser
+) -> None:
+    """Without tokens an id is all that it takes to stop a job, so that strangers must not learn it."""
+    engine = make_engine({"tiny": gated})
+    here, there = Caller(principal="ipv4:10.0.0.1"), Caller(principal="ipv4:10.0.0.2")
+    engine.submit(job_request(tiny_model, request_id="fox"), EventBuffer(), caller=here)
+    assert [view.request_id for view in engine.jobs(here)] == ["fox"]
+    assert engine.jobs(there) == []
+    assert [view.request_id for view in engine.jobs(Caller(is_admin=True))] == ["fox"]
+    assert engine.cancel("fox", there)

@@ -249,7 +249,7 @@ def test_a_finished_job_is_remembered_and_a_failed_one_is_not() -> None:
     for job in jobs[1:]:
         scheduler.end(job, Finished(Usage(0, 0, 0, 6)))
 
-    assert [scheduler.find(str(index)) for index in range(4)] == [None, None, jobs[2], jobs[3]]
+    assert [scheduler.find(("", str(index))) for index in range(4)] == [None, None, jobs[2], jobs[3]]
     assert scheduler.is_idle
 
 

@@ -133,7 +133,7 @@ def test_a_promise_is_kept_by_the_queue() -> None:
 def test_the_wait_is_what_it_will_be() -> None:
     """0 where a place is free; behind all that a caller has, and less for one who has had nothing."""
     scheduler = make_scheduler(max_batch=2, max_queue=9)
-    assert scheduler.load().wait_s == 0.0
+    assert scheduler.load(Caller(principal="a")).wait_s == 0.0
     jobs = [make_job(f"a{index}", caller="a") for index in range(8)]
     add(scheduler, jobs[0])
     scheduler.charge(jobs[:1], 1.0)

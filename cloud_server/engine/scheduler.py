@@ -168,8 +168,12 @@ class Scheduler:
         """Refuses a job for which there is no room in the queue, and keeps room for when it comes again.
 
         Raises:
-            HybridSDError: QUEUE_FULL with a retry delay.
+            HybridSDError: QUEUE_FULL with a retry delay; QUOTA_EXCEEDED for a principal that may have no jobs.
         """
+        if caller.quota.jobs == 0:  # it would wait for ever
+            raise Reason.QUOTA_EXCEEDED.error(
+                f"{caller.principal} may have 0 jobs at once; have `jobs` of its quota raised"
+            )
         delay_s = self._door.delay_s((caller.owner, request_id), caller, self._look(), self._clock())
         if delay_s is not None:
             raise Reason.QUEUE_FULL.error(

@@ -9,6 +9,7 @@ from cloud_server.engine.request import JobRequest
 from cloud_server.engine.scheduler import PLACE_TURNS, Scheduler
 from cloud_server.engine.step import Trajectory
 from hybridsd.errors import CloudBusy, Reason
+from hybridsd.tokens import Quota
 from tests.support.tiny_bundle import make_plan
 
 
@@ -128,6 +129,13 @@ def test_a_promise_is_kept_by_the_queue() -> None:
     scheduler.check_room("promised")
     add(scheduler, make_job("promised"))
     refusal_s(scheduler, "promised-no-more")
+
+
+def test_whoever_may_have_no_jobs_is_told_so() -> None:
+    """And does not wait for ever."""
+    with pytest.raises(CloudBusy, match="0 jobs") as refused:
+        make_scheduler().check_room("any", Caller(principal="a", quota=Quota(jobs=0)))
+    assert refused.value.reason is Reason.QUOTA_EXCEEDED
 
 
 def test_the_wait_is_what_it_will_be() -> None:

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from edge_client.cache import Cache
 from edge_client.cloud.breaker import Breaker
-from edge_client.cloud.connection import Connection, Connections, is_loopback, read_ca, read_target
+from edge_client.cloud.connection import Connection, Connections, is_loopback, join_target, read_ca, read_target
 from edge_client.cloud.conversion import Conversation, check_plan
 from edge_client.cloud.progress import Progress
 from edge_client.cloud.status import translate
@@ -68,6 +68,7 @@ class Cloud:
         tls_ca: PEM file of the authority that signed the server's certificate; given, TLS is used.
         insecure: Allows plain text to a host that is not this one.
         cache: Where received embeddings and plans are remembered.
+        address: One address of the host, without a port, where it has several; the certificate is that of the host.
         connect_timeout_s: How long a connection may take.
         patience: How long jobs wait for it, where their request does not say.
         idle_timeout_s: How long a stream may bring nothing, instead of what `patience` says.
@@ -84,6 +85,7 @@ class Cloud:
         tls_ca: Path | None = None,
         insecure: bool = False,
         cache: Cache,
+        address: str | None = None,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         patience: Patience | None = None,
         idle_timeout_s: float | None = None,
@@ -94,7 +96,7 @@ class Cloud:
                 "the token has line breaks or characters beyond ASCII; give one line, as the server's operator did",
                 field="token",
             )
-        self.target, self.cache = target, cache
+        self.target, self.cache = target if address is None else f"{target} ({address})", cache
         self._connect_timeout_s = connect_timeout_s
         self.patience = Patience() if patience is None else patience
         if idle_timeout_s is not None:
@@ -105,7 +107,7 @@ class Cloud:
         self._models: tuple[float, tuple[CloudModel, ...]] | None = None
         self._cancels: set[Any] = set()
         self._cancels_lock = threading.Lock()
-        options = [
+        options: list[tuple[str, Any]] = [
             ("grpc.min_reconnect_backoff_ms", int(connect_timeout_s * 1000)),  # also how long one attempt may take
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 1000),
@@ -113,13 +115,17 @@ class Cloud:
         ]
         if is_loopback(host):
             options.append(("grpc.enable_http_proxy", 0))  # http_proxy is for the way to other machines
+        where = target if address is None else join_target(address, self._port)
+        if address is not None:
+            options.append(("grpc.default_authority", target.removeprefix("dns:///")))
+            options.append(("grpc.ssl_target_name_override", host))
         plain = tls_ca is None and (insecure or is_loopback(host))
         authorities = read_ca(tls_ca)
 
         def make() -> grpc.Channel:
             if plain:
-                return grpc.insecure_channel(target, options=options)
-            return grpc.secure_channel(target, grpc.ssl_channel_credentials(authorities), options=options)
+                return grpc.insecure_channel(where, options=options)
+            return grpc.secure_channel(where, grpc.ssl_channel_credentials(authorities), options=options)
 
         self._connections = Connections(make)
         self.encrypted = not plain
@@ -344,6 +350,7 @@ class Cloud:
             max_batch=max(1, reply.limits.max_batch),
             min_size=max(0, reply.limits.min_size),
             max_size=max(0, reply.limits.max_size),
+            wait_s=max(0.0, to_seconds(reply.load.wait_duration)) if reply.load.HasField("wait_duration") else None,
         )
 
     def compile_plan(

@@ -105,9 +105,7 @@ def measure(resolved: Resolved, bundle: Bundle, models: Models, cloud: Cloud) ->
         return costs, Notes((f"the cloud is away: {error.message}",), is_away=True)
     found = link.capabilities
     call_s = calls_a_step * found.call_s or edge_step_s
-    ahead = found.num_queued + max(0, found.num_running + 1 - found.max_batch)
-    rounds = -(-ahead // found.max_batch)
-    queue_s = rounds * resolved.num_inference_steps * call_s / 2  # on average half-way through theirs
+    queue_s = found.expected_wait_s(resolved.num_inference_steps, call_s)
     bytes_per_s = link.bytes_per_s or LINK_BYTES_PER_S
     how = "was measured to carry" if link.bytes_per_s else "has no bundle to be timed on, and is taken to carry"
     texts = [f"the link {how} {bytes_per_s / 1e6:.3g} MB/s, {1e3 * link.round_trip_s:.1f} ms there and back"]

@@ -16,7 +16,7 @@ from edge_client.cli.build_requests import check_cloud_options
 from edge_client.cli.open_parts import open_bundle, open_cloud
 from edge_client.cli.shared_options import CONTEXT, model_options, server_options
 from edge_client.cli.system_info import describe_machine
-from edge_client.cloud.client import Cloud
+from edge_client.cloud.pool import Pool
 from edge_client.generation.events import Finished, StepDone
 from edge_client.generation.pipeline import generate
 from edge_client.generation.resolve import resolve
@@ -75,7 +75,7 @@ def bench(**options: Any) -> None:
     resolved = resolve(request, bundle.manifest)
     runs = []
     with ExitStack() as stack:
-        cloud: Cloud | None = None
+        cloud: Pool | None = None
         if resolved.cloud_steps:
             access = {name: options[name] for name in ("token_file", "tls_ca", "insecure")}
             cloud = stack.enter_context(open_cloud(options["server"], **access))
@@ -101,7 +101,7 @@ def bench(**options: Any) -> None:
         output_files.write(options["output"], (json.dumps(record, indent=2) + "\n").encode(), overwrite=True)
 
 
-def _time(resolved: Resolved, bundle: Any, models: Models, cloud: Cloud | None) -> dict[str, float]:
+def _time(resolved: Resolved, bundle: Any, models: Models, cloud: Pool | None) -> dict[str, float]:
     """Returns the phases of one image, in seconds, and its bytes."""
     begin = handed_over = time.perf_counter()
     result: Result | None = None

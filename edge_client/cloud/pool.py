@@ -119,7 +119,7 @@ class Member:
         """Remembers that it was bad: for as long as it says, else longer after each further time."""
         with self._lock:
             now = self._clock()
-            rest_s = 0.0
+            rest_s = 0.0 if error.retry_delay_s else REST_S
             if not isinstance(error, CloudBusy):
                 if now - self._failed_at > 2 * MAX_REST_S:
                     self._num_failures = 0

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 
 from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.client import Cloud
+from edge_client.cloud.pool import Pool
 from edge_client.inference.models import Models
 from edge_client.web import errors, openapi
 from edge_client.web.auth import Access
@@ -56,7 +57,7 @@ def create_app(
     settings: Settings,
     bundle: Bundle,
     models: Models,
-    cloud: Cloud | None,
+    cloud: Pool | Cloud | None,
     *,
     others: Mapping[str, Models] = MappingProxyType({}),
 ) -> FastAPI:
@@ -66,12 +67,13 @@ def create_app(
         settings: How to serve.
         bundle: The edge bundle.
         models: Its loaded models.
-        cloud: The cloud; None runs all steps on this device.
+        cloud: The cloud, or several; None runs all steps on this device.
         others: More edge models, by their names in segments.
 
     Raises:
         InvalidRequest: FIELD_INVALID if the data folder cannot be used.
     """
+    pool = None if cloud is None else Pool.of(cloud)
     num_owners = max(1, len(set(settings.tokens)))
     store = Store(
         settings.data_dir, max_jobs=settings.max_jobs, max_bytes=settings.max_data_bytes, num_owners=num_owners
@@ -83,12 +85,12 @@ def create_app(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         queue = JobQueue(
-            store, JobWorker(bundle=bundle, models=models, cloud=cloud, others=others, fit_size=settings.fit_size),
+            store, JobWorker(bundle=bundle, models=models, cloud=pool, others=others, fit_size=settings.fit_size),
             num_workers=settings.workers, max_waiting=settings.max_queue, num_owners=num_owners, view=views.job,
             on_end=webhooks.send,
         )  # fmt: skip
         app.state.gateway = Gateway(
-            bundle=bundle, models=models, cloud=cloud, watch=CloudWatch(cloud), store=store, queue=queue, access=access,
+            bundle=bundle, models=models, cloud=pool, watch=CloudWatch(pool), store=store, queue=queue, access=access,
             views=views, webhooks=webhooks, streams=Streams(), max_body_bytes=settings.max_body_bytes,
             cloud_dollars_per_hour=settings.cloud_dollars_per_hour,
         )  # fmt: skip

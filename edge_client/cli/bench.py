@@ -3,6 +3,7 @@
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -73,7 +74,7 @@ def bench(**options: Any) -> None:
     request = Request(**fields, num_inference_steps=options["steps"], fallback=options["mode"] == "auto")
     check_cloud_options(click.get_current_context(), request)
     resolved = resolve(request, bundle.manifest)
-    runs = []
+    runs, steps_by = [], Counter[str]()
     with ExitStack() as stack:
         cloud: Pool | None = None
         if resolved.cloud_steps:
@@ -81,9 +82,10 @@ def bench(**options: Any) -> None:
             cloud = stack.enter_context(open_cloud(options["server"], **access))
         for seed in range(options["warm_up"] + options["runs"]):
             fresh = replace(request, seed=seed, request_id=Request().request_id)
-            measured = _time(replace(resolved, request=fresh), bundle, models, cloud)
+            measured, ran = _time(replace(resolved, request=fresh), bundle, models, cloud)
             if seed >= options["warm_up"]:
                 runs.append(measured)
+                steps_by += ran
     medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     machine = describe_machine(models)
     click.echo(f"machine: {machine}")
@@ -92,17 +94,19 @@ def bench(**options: Any) -> None:
     click.echo(f"{resolved.width}x{resolved.height}, {split}, medians of {len(runs)} runs")
     for line in _lines(medians):
         click.echo(line)
+    for server, num_steps in steps_by.items():
+        click.echo(f"  {num_steps} cloud steps at {server}")
     if options["output"] is not None:
         record = {
             "machine": machine, "bundle": bundle.manifest.name, "width": resolved.width, "height": resolved.height,
             "scheduler": resolved.scheduler, "cloud_steps": cloud_steps, "num_inference_steps": steps,
-            "medians": medians, "runs": runs,
+            "medians": medians, "runs": runs, "clouds": steps_by,
         }  # fmt: skip
         output_files.write(options["output"], (json.dumps(record, indent=2) + "\n").encode(), overwrite=True)
 
 
-def _time(resolved: Resolved, bundle: Any, models: Models, cloud: Pool | None) -> dict[str, float]:
-    """Returns the phases of one image, in seconds, and its bytes."""
+def _time(resolved: Resolved, bundle: Any, models: Models, cloud: Pool | None) -> tuple[dict[str, float], Counter[str]]:
+    """Returns the phases of one image, in seconds, and its bytes; also the steps that each cloud ran."""
     begin = handed_over = time.perf_counter()
     result: Result | None = None
     for event in generate(resolved, bundle, models, cloud):
@@ -124,7 +128,10 @@ def _time(resolved: Resolved, bundle: Any, models: Models, cloud: Pool | None) -
         "decode_s": result.decode_s,
     }
     rest_s = max(0.0, total_s - sum(phases.values()))
-    return {**phases, "rest_s": rest_s, "total_s": total_s, "received_bytes": float(result.received_bytes)}
+    ran = Counter[str]()
+    for run in result.clouds:
+        ran[run.server] += run.num_steps
+    return {**phases, "rest_s": rest_s, "total_s": total_s, "received_bytes": float(result.received_bytes)}, ran
 
 
 def _lines(medians: dict[str, float]) -> Sequence[str]:

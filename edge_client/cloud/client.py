@@ -217,6 +217,10 @@ class Cloud:
         """Lends the connection for a call."""
         return self._connections.use()
 
+    def renew(self) -> None:
+        """Opens another connection for what comes now: the old one may wait a while before it tries again."""
+        self._connections.replace()
+
     def count_bytes(self) -> int | None:
         """Returns the bytes received from the server so far; None where nobody counts them."""
         return count_bytes(self._port)

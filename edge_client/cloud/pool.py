@@ -104,8 +104,14 @@ class Member:
         """For how long it is better left alone."""
         return max(0.0, self._rest_until - self._clock())
 
+    def renew(self) -> None:
+        """Has it connected to anew, where nobody was there."""
+        if self._heals:
+            self.cloud.renew()
+
     def begin(self) -> None:
         """Notes that a job of this edge goes there."""
+        self.renew()
         with self._lock:
             self.num_jobs += 1
             self._begun_at.append(self._clock())
@@ -132,7 +138,7 @@ class Member:
     def got_on(self) -> None:
         """Notes that a job of it got on: all is well."""
         with self._lock:
-            self._num_failures, self._rest_until = 0, 0.0
+            self._num_failures, self._rest_until, self._heals = 0, 0.0, False
 
     def answered(self, found: Capabilities | HybridSDError, asked_at: float) -> None:
         """Notes what it says of itself, or why it does not."""
@@ -147,7 +153,7 @@ class Member:
             self.error, self.found_at = None, self._clock()
             self._begun_at = [at for at in self._begun_at if at >= asked_at]
             if self._heals:  # nobody was there, and now somebody is
-                self._rest_until = 0.0
+                self._rest_until, self._heals = 0.0, False
 
     def serves(self, wanted: Wanted, default: str) -> bool | None:
         """Returns whether it can do what is wanted; None where it never said."""
@@ -423,6 +429,7 @@ class Pool:
     def _ask_one(self, member: Member) -> None:
         found: Capabilities | HybridSDError
         try:
+            member.renew()
             found = member.cloud.capabilities()
         except HybridSDError as error:
             found = error

@@ -53,6 +53,9 @@ class Stub:
             raise self.found
         return self.found
 
+    def renew(self) -> None:
+        """Has no connection."""
+
     def close(self) -> None:
         self.closed = True
         self.gate.set()

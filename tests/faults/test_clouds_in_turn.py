@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +13,7 @@ import pytest
 
 from edge_client.bundles.bundle import Bundle
 from edge_client.cache import Cache
+from edge_client.cloud import pool as pool_module
 from edge_client.cloud.client import Cloud
 from edge_client.cloud.pool import Pool
 from edge_client.generation.events import Failover, Finished
@@ -59,26 +60,46 @@ def draw(pool: Pool, bundle: Bundle, models: Models, **changes: Any) -> tuple[Re
     return last.result, events
 
 
-def test_each_killed_and_restarted_in_turn(tmp_path: Path, bundle: Bundle, models: Models) -> None:
+def test_each_killed_and_restarted_in_turn(
+    tmp_path: Path, bundle: Bundle, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No image fails, and nine in ten of the planned cloud steps are still run by a cloud."""
+    monkeypatch.setattr(pool_module, "AGE_S", 0.1)
     fakes = [FakeCloud(step_delay_s=0.01) for _ in range(2)]
+    results: list[Result] = []
+    lock, killed_at, phase = threading.Lock(), 0, 0
     with pool_of(tmp_path, *fakes, patience=Patience()) as (pool, served), ThreadPoolExecutor(6) as threads:
         fakes[1].load.num_queued = 0
-        drawing = [threads.submit(draw, pool, bundle, models, seed=seed) for seed in range(36)]
         running = list(served)
-        for num_done, done in enumerate(as_completed(drawing)):
-            done.result()
-            match num_done:
-                case 5 | 17:
-                    stop(running[num_done // 12])
-                case 11 | 23:
-                    place = num_done // 12
-                    port = int(served[place].target.rpartition(":")[2])
-                    running[place] = serve(FakeCloud(step_delay_s=0.01), port=port)
-        results = [each.result()[0] for each in drawing]
-        for each in running:
-            stop(each)
 
+        def restart(place: int) -> None:
+            port = int(served[place].target.rpartition(":")[2])
+            running[place] = serve(FakeCloud(step_delay_s=0.01), port=port)
+
+        def advance() -> None:
+            nonlocal phase, killed_at
+            place, is_down = phase // 2, bool(phase % 2)
+            other = running[1 - place].fake if phase < 4 else fakes[0]
+            if phase < 4 and not is_down and len(results) >= 5 and other.requests:  # the other is asked (again)
+                stop(running[place])
+                phase, killed_at = phase + 1, len(results)
+            elif is_down and len(results) >= killed_at + 6:
+                restart(place)
+                phase += 1
+
+        def work() -> None:
+            while phase < 4 and len(results) < 600:
+                result, _ = draw(pool, bundle, models, seed=len(results))
+                with lock:
+                    results.append(result)
+                    advance()
+
+        for each in [threads.submit(work) for _ in range(6)]:
+            each.result()
+        for server in running:
+            stop(server)
+
+    assert phase == 4
     assert sum(result.actual_cloud_steps for result in results) >= 0.9 * 5 * len(results)
     assert len({run.server for result in results for run in result.clouds if run.num_steps}) == 2
 

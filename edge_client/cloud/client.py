@@ -13,8 +13,9 @@ from typing import Any, Self
 
 from edge_client.cache import Cache
 from edge_client.cloud.breaker import Breaker
-from edge_client.cloud.connection import Connection, Connections, is_loopback, join_target, read_ca, read_target
+from edge_client.cloud.connection import Connection, Connections, is_loopback, read_ca, read_target
 from edge_client.cloud.conversion import Conversation, check_plan
+from edge_client.cloud.names import join_target
 from edge_client.cloud.progress import Progress
 from edge_client.cloud.status import translate
 from edge_client.cloud.stream import NOTHING, Inbox

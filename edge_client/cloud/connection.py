@@ -3,7 +3,6 @@
 import contextlib
 import ipaddress
 import os
-import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
@@ -38,30 +37,6 @@ def read_target(target: str) -> tuple[str, int]:
             f"`server` is {target[:200]!r}; give host:port, as in 127.0.0.1:50051", field="server"
         )
     return host, int(port)
-
-
-def join_target(address: str, port: int) -> str:
-    """Returns "address:port", an IPv6 address in brackets."""
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
-
-
-def find_addresses(host: str, port: int) -> tuple[str, ...]:
-    """Returns the addresses of a host, as the system resolves it: each once, in its order.
-
-    Raises:
-        OSError: If it has none, or cannot be resolved.
-    """
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return tuple(dict.fromkeys(str(address[0]) for *_, address in found))
-
-
-def is_address(host: str) -> bool:
-    """Returns whether a host is an address, and no name."""
-    try:
-        ipaddress.ip_address(host.strip("[]"))
-    except ValueError:
-        return False
-    return True
 
 
 def is_loopback(host: str) -> bool:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from edge_client.cloud.client import Cloud
-from edge_client.cloud.connection import find_addresses, is_address, is_loopback, read_target
+from edge_client.cloud.connection import is_loopback, read_target
+from edge_client.cloud.names import find_addresses, is_address
 from edge_client.cloud.types import CLOUD_FAILURES, Capabilities, CloudModel, CloudSegment, printable
 from edge_client.request import Resolved, Stage
 from hybridsd.errors import CloudBusy, CloudUnreachable, HybridSDError, Reason

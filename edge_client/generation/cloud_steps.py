@@ -5,7 +5,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.client import RemoteJob
@@ -186,7 +186,7 @@ class _Relay:
         member = pool.choose(self._wanted())
         if member is None:
             raise pool.refusal()
-        self._take(member)
+        self._take(member, segment.request_id)
         self._retries = _Retries(patience=self._remote.patience, deadline=deadline)
 
     @property
@@ -243,12 +243,15 @@ class _Relay:
     def _ask_again(self, error: HybridSDError, num_messages: int) -> Iterator[Event]:
         """Waits as the retries say."""
         delay_s = self._retries.delay_s(error, self._trajectory.call if self._has_state else None, num_messages)
-        if delay_s is None and _may_stop(error, self._holds_state):
-            raise error
         if delay_s is None:
-            raise Reason.UNAVAILABLE.error(f"the cloud refused to go on: {error.message}") from error
+            self._give_up(error)
         yield Retrying(delay_s=delay_s, reason=error.reason, message=error.message)
         yield from _sleep(delay_s, self._poll_interval_s)
+
+    def _give_up(self, error: HybridSDError) -> NoReturn:
+        if _may_stop(error, self._holds_state):
+            raise error
+        raise Reason.UNAVAILABLE.error(f"the cloud refused to go on: {error.message}") from error
 
     def _stand_in(self, error: HybridSDError) -> Iterator[Event]:
         """Goes on with this cloud where only the stream broke, else with another; when all have failed, waits."""
@@ -260,7 +263,7 @@ class _Relay:
         is_late = self._deadline is not None and time.monotonic() >= self._deadline - _DEADLINE_SLACK_S
         is_wrong = isinstance(error, InvalidRequest) and error.reason is not Reason.REQUEST_ID_REUSED
         if is_late or isinstance(error, Cancelled | Superseded) or (is_wrong and not self._was_accepted):
-            raise error
+            self._give_up(error)
         broke = isinstance(error, CloudUnreachable) and error.retry_delay_s is None and self._remote.num_messages > 0
         if broke and member not in self._rejoined:
             self._rejoined.add(member)
@@ -278,7 +281,9 @@ class _Relay:
         if other is not member:
             self._trajectory.leave(member.target, self._follower.from_step, error)
             self.close(cancel=not isinstance(error, CloudBusy), wait_s=0.0)
-            self._take(other)
+            trajectory, asked = self._trajectory, self._segment.request.request_id
+            self._take(other, _request_id(asked, trajectory.num_cloud_segments))  # it may be the same server after all
+            trajectory.num_cloud_segments += 1
             yield Failover(
                 server=other.target, left=member.target, step=self._trajectory.step, reason=error.reason,
                 message=error.message,
@@ -323,11 +328,12 @@ class _Relay:
             rest, sent_plan=self._trajectory.plan, followed=None if is_ours else self._trajectory.conditioning
         )
 
-    def _take(self, member: Member) -> None:
-        """Gives the rest to a cloud."""
+    def _take(self, member: Member, request_id: str) -> None:
+        """Gives the rest to a cloud, as a job of its own."""
         segment = self._pool.fit(
             self._rest(), member, default=self._trajectory.cloud_model if self._has_started else ""
         )
+        segment = replace(segment, request_id=request_id)
         self._member, self._remote = member, member.cloud.open(segment)
         member.begin()
         self._follower = _Follower(

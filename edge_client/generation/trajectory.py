@@ -41,7 +41,7 @@ class Trajectory:
     cloud_steps: int = 0
     """Whole steps that the cloud has run, without those of a saved state."""
     num_cloud_segments: int = 0
-    """Segments that the cloud was asked for."""
+    """Jobs that clouds were asked for; they have ids of their own."""
     cloud_deadline: float | None = None
     """When the cloud must be done with all its segments, in `time.monotonic()` seconds."""
     lost: HybridSDError | None = None

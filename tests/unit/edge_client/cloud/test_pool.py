@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from edge_client.cache import Cache
-from edge_client.cloud import connection
+from edge_client.cloud import names as names_module
 from edge_client.cloud.client import Cloud
 from edge_client.cloud.pool import MAX_SERVERS, OLD_S, RESOLVE_S, Member, Pool, Wanted
 from edge_client.cloud.types import Capabilities, CloudModel
@@ -316,8 +316,8 @@ def test_addresses_and_this_machine_are_not_resolved() -> None:
 
 def test_system_says_each_address_once(monkeypatch: pytest.MonkeyPatch) -> None:
     answers = [(0, 0, 0, "", (address, 1)) for address in ("10.0.0.1", "10.0.0.1", "::2")]
-    monkeypatch.setattr(connection.socket, "getaddrinfo", lambda *_args, **_options: answers)
-    assert connection.find_addresses("clouds.lan", 1) == ("10.0.0.1", "::2")
+    monkeypatch.setattr(names_module.socket, "getaddrinfo", lambda *_args, **_options: answers)
+    assert names_module.find_addresses("clouds.lan", 1) == ("10.0.0.1", "::2")
 
 
 @pytest.fixture

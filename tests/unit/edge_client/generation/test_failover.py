@@ -335,8 +335,21 @@ def test_edge_cancels_where_the_job_is(open_pool: Open, bundle: Bundle, models: 
             break
     events.close()
     assert second.cancel_seen.wait(10)
-    assert second.cancelled == [REQUEST.request_id]
+    assert second.cancelled == [second.requests[0].request_id] != [REQUEST.request_id]
     assert all(member.num_jobs == 0 for member in pool.members())
+
+
+def test_two_names_of_one_server_are_harmless(tmp_path: Path, bundle: Bundle, models: Models) -> None:
+    """A job that goes on there has an id of its own: the server keeps the first one still."""
+    started = serve(FakeCloud(remembers=True, die_after_call=2, die_times=2))
+    try:
+        targets = [started.target, started.target.replace("127.0.0.1", "localhost")]
+        with Pool(targets, lambda at, _: Cloud(at, cache=Cache(tmp_path / "cache"), patience=PATIENCE)) as pool:
+            result, _ = run(pool, bundle, models)
+        assert result.actual_cloud_steps == 5
+        assert [run.num_steps for run in result.clouds] == [2, 3]
+    finally:
+        started.server.stop(grace=None).wait()
 
 
 def test_heterogeneous_embeddings_that_round_otherwise_are_followed(

@@ -27,6 +27,7 @@ from hybridsd.errors import Reason
 from hybridsd.v1 import denoising_service_pb2 as pb
 from tests.faults.conftest import PATIENCE
 from tests.support.fake_cloud import FakeCloud, Running, one_process, serve
+from tests.support.patience import HANG_S
 
 REQUEST = Request(prompt="a red fox", mode="hybrid", codec="fp32", seed=11, scheduler="ddim", cloud_steps=5)
 EXACT = 1e-5
@@ -42,10 +43,10 @@ def pool_of(tmp_path: Path, *fakes: FakeCloud, patience: Patience = PATIENCE) ->
             stack.callback(stop, each)
         cache = Cache(tmp_path / "cache")
         targets = [each.target for each in served]
-        yield (
-            stack.enter_context(Pool(targets, lambda target, _: Cloud(target, cache=cache, patience=patience))),
-            served,
-        )
+        pool = stack.enter_context(Pool(targets, lambda target, _: Cloud(target, cache=cache, patience=patience)))
+        if not any(fake.silent_capabilities for fake in fakes):
+            pool.ask_all(HANG_S)  # a choice would not wait for who is slow to answer
+        yield pool, served
 
 
 def stop(each: Running) -> None:

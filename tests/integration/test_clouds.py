@@ -44,7 +44,9 @@ def open_pool(tmp_path: Path) -> Iterator[OpenPool]:
                 [f"127.0.0.1:{server.port}" for server in servers],
                 lambda target, _: Cloud(target, cache=cache, idle_timeout_s=HANG_S),
             )
-            return stack.enter_context(pool)
+            stack.enter_context(pool)
+            pool.ask_all(HANG_S)  # a choice would not wait for who is slow to answer
+            return pool
 
         yield start
 

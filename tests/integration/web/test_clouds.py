@@ -39,6 +39,7 @@ def pair(
         pool = stack.enter_context(
             Pool([each.target for each in clouds], lambda at, _: Cloud(at, cache=cache, idle_timeout_s=HANG_S))
         )
+        pool.ask_all(HANG_S)
         server = stack.enter_context(serving(tmp_path / "data", bundle, models, pool))
         yield stack.enter_context(server.client())
 

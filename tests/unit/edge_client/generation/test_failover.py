@@ -23,6 +23,7 @@ from edge_client.request import Patience, Request
 from hybridsd.errors import AccessDenied, CloudBusy, HybridSDError, InvalidRequest, ModelMismatch, Reason
 from hybridsd.v1 import denoising_service_pb2 as pb
 from tests.support.fake_cloud import FakeCloud, Running, one_process, serve
+from tests.support.patience import HANG_S
 from tests.support.tiny_bundle import TinyUNet, make_plan
 
 EXACT = 1e-5
@@ -62,7 +63,8 @@ def open_pool(tmp_path: Path) -> Iterator[Open]:
             pool = Pool(
                 [each.target for each in served], lambda target, _: Cloud(target, cache=cache, patience=patience)
             )
-            return stack.enter_context(pool), served
+            stack.enter_context(pool).ask_all(HANG_S)  # a choice would not wait for who is slow to answer
+            return pool, served
 
         yield start
 

@@ -1,20 +1,30 @@
 """Which cloud of several is asked: load, memory, models, names with several addresses."""
 
 import itertools
+import shutil
+import subprocess
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 
+from edge_client.bundles.bundle import Bundle
 from edge_client.cache import Cache
 from edge_client.cloud import names as names_module
 from edge_client.cloud.client import Cloud
 from edge_client.cloud.pool import MAX_SERVERS, OLD_S, RESOLVE_S, Member, Pool, Wanted
 from edge_client.cloud.types import Capabilities, CloudModel
+from edge_client.generation.events import Finished
+from edge_client.generation.pipeline import generate
+from edge_client.generation.resolve import resolve
+from edge_client.inference.models import Models
+from edge_client.request import Request
 from hybridsd.errors import HybridSDError, InvalidRequest, Reason
 from tests.support.fake_cloud import FakeCloud, Running, serve
 from tests.support.patience import HANG_S
@@ -349,3 +359,46 @@ def test_pool_of_one_is_its_cloud(tmp_path: Path, fakes: list[Running]) -> None:
         assert pool.target == cloud.target
         pool.away = "not now"
         assert cloud.away == "not now"
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl command to make a certificate")
+def test_certificate_is_that_of_the_name(tmp_path: Path) -> None:
+    """A cloud at one address of a name is trusted as the name, and not as another."""
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+         "-keyout", "its.key", "-out", "its.pem", "-days", "2", "-subj", "/CN=clouds.test",
+         "-addext", "subjectAltName=DNS:clouds.test"],
+        cwd=tmp_path, check=True, capture_output=True,
+    )  # fmt: skip
+    pair = ((tmp_path / "its.key").read_bytes(), (tmp_path / "its.pem").read_bytes())
+    running = serve(FakeCloud(), grpc.ssl_server_credentials([pair]))
+    port = running.target.rpartition(":")[2]
+    options: dict[str, Any] = {"address": "127.0.0.1", "tls_ca": tmp_path / "its.pem", "cache": Cache(tmp_path)}
+    try:
+        with Cloud(f"clouds.test:{port}", **options) as cloud:
+            assert cloud.capabilities().models
+        with Cloud(f"others.test:{port}", **options) as cloud, pytest.raises(HybridSDError, match=r"others\.test"):
+            cloud.capabilities()
+    finally:
+        running.server.stop(grace=None).wait()
+
+
+def test_one_address_of_a_name_stands_in_for_another(
+    tmp_path: Path, fakes: list[Running], bundle: Bundle, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody listens at the first address; the image is drawn by who does at the second."""
+    port = fakes[0].target.rpartition(":")[2]
+    answers = [(0, 0, 0, "", (address, 1)) for address in ("127.0.0.2", "127.0.0.1")]
+    monkeypatch.setattr(names_module.socket, "getaddrinfo", lambda *_args, **_options: answers)
+    cache = Cache(tmp_path / "cache")
+
+    def connect(target: str, address: str | None) -> Cloud:
+        return Cloud(target, address=address, insecure=True, cache=cache)
+
+    with Pool([f"clouds.invalid:{port}"], connect) as pool:
+        request = Request(prompt="a red fox", mode="hybrid", seed=11, cloud_steps=3)
+        *_, last = generate(resolve(request, bundle.manifest), bundle, models, pool)
+        assert isinstance(last, Finished)
+        assert last.result.actual_cloud_steps == 3
+        assert last.result.clouds[-1].server == f"clouds.invalid:{port} (127.0.0.1)"
+        assert len(pool.members()) == 2

@@ -8,7 +8,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from edge_client.cli.main import main
+from edge_client.cloud import pool
 from tests.support.fake_cloud import FakeCloud, Running, serve
+from tests.support.patience import HANG_S
 
 
 @pytest.fixture
@@ -60,19 +62,21 @@ def test_doctor_checks_each(pair: list[Running], bundle_folder: Path) -> None:
     ]  # fmt: skip
 
 
-def test_generate_says_who_went_on(pair: list[Running], bundle_folder: Path, tmp_path: Path) -> None:
+def test_generate_says_who_went_on(
+    pair: list[Running], bundle_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A line when one stands in, and the summary names both."""
-    for each in pair:  # whichever is first; the other begins there
-        each.fake.die_after_call = 2
+    monkeypatch.setattr(pool, "GRACE_S", HANG_S)  # else who answers late is chosen last
+    monkeypatch.setattr(pool, "FIRST_ANSWER_S", HANG_S)
+    pair[0].fake.die_after_call = 2
     targets = [each.target for each in pair]
     done = invoke(
         "generate", "a red fox", "--bundle", str(bundle_folder), "--server", ",".join(targets), "--cloud-steps", "5",
         "-o", str(tmp_path / "x.png"),
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    first, second = targets if pair[1].fake.requests[0].first_step else reversed(targets)
-    assert f"{first}: Socket closed; {second} goes on from step 2" in done.stderr
-    assert f"cloud 5 steps (2 at {first}, 3 at {second})" in done.stderr
+    assert f"{targets[0]}: Socket closed; {targets[1]} goes on from step 2" in done.stderr
+    assert f"cloud 5 steps (2 at {targets[0]}, 3 at {targets[1]})" in done.stderr
 
 
 def test_bench_says_who_ran_how_many(pair: list[Running], bundle_folder: Path, tmp_path: Path) -> None:

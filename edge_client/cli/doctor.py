@@ -14,6 +14,7 @@ import numpy as np
 from edge_client.bundles import bundle as bundles
 from edge_client.bundles.bundle import Bundle
 from edge_client.cli import system_info
+from edge_client.cli.energy_options import read_account
 from edge_client.cli.open_parts import open_cloud
 from edge_client.cli.shared_options import CONTEXT, model_options, server_options
 from edge_client.cli.words import in_options
@@ -24,6 +25,7 @@ from edge_client.inference.providers import available_providers, openvino_instal
 from edge_client.paths import cache_folder
 from hybridsd import noise
 from hybridsd.errors import HybridSDError
+from hybridsd.manifest import Manifest
 from hybridsd.plan import unet_input
 
 
@@ -55,15 +57,13 @@ class Check:
 @click.option("--json", "as_json", envvar="HYBRIDSD_EDGE_JSON", is_flag=True, help="Print one JSON object.")
 def doctor(
     server: str,
-    token_file: Path | None,
-    tls_ca: Path | None,
-    insecure: bool,
     bundle_name: str | None,
     provider: str | None,
     threads: int | None,
     low_memory: bool,
     offline: bool,
     as_json: bool,
+    **access: Any,
 ) -> None:
     """Checks bundle, models and cloud, one line each, and says what to do where something is wrong."""
     checks: list[Check] = []
@@ -83,7 +83,7 @@ def doctor(
         note(_failed("bundle" if bundle is None else "models", error))
     if not offline:
         try:
-            with open_cloud(server, token_file=token_file, tls_ca=tls_ca, insecure=insecure) as pool:
+            with open_cloud(server, **access) as pool:
                 for check in check_clouds(pool, bundle):
                     note(check)
         except HybridSDError as error:
@@ -169,10 +169,19 @@ def _hints(models: Models) -> Iterator[Check]:
         f"{found.free_bytes / 2**20:.0f} MiB are free, the models are {needed / 2**20:.0f} MiB{advice};"
         f" {found.num_cores} cores{limited}",
     )  # fmt: skip
+    yield check_energy(models.manifest, read_account({}, models).why_modelled)
     if models.choice.is_reference and system_info.cpu_flags() & {"amx_bf16", "avx512_bf16"}:
         how = "--provider openvino computes in bf16, which this CPU has in hardware"
         what = how if openvino_installed() else f"{how}; pip install openvino"
         yield Check("speed", True, f"{what} (slightly different images)")
+
+
+def check_energy(manifest: Manifest, why_modelled: str) -> Check:
+    """Says how the energy of images is known here; nothing of it is wrong."""
+    if not why_modelled:
+        return Check("energy", True, "measured by a counter of this device")
+    how = "modelled from the bundle's MACs" if manifest.macs else "unknown, for the bundle says no MACs; give --watts"
+    return Check("energy", True, f"{how}; not measured: {why_modelled}")
 
 
 def check_cache(folder: Path) -> Check:
@@ -204,8 +213,7 @@ def check_cloud(cloud: Cloud, bundle: Bundle | None) -> Iterator[Check]:
     """Asks the cloud what it can do, and compares that with the bundle."""
     found = cloud.capabilities()  # a missing or wrong token fails here
     busy = f"{found.num_running} running, {found.num_queued} waiting"
-    how = "encrypted" if cloud.encrypted else "plain text"
-    yield Check("cloud", True, f"{cloud.target} ({how}) runs version {found.server_version}; {busy}")
+    yield Check("cloud", True, f"{cloud.target} ({cloud.trust.describe()}) runs version {found.server_version}; {busy}")
     ids = ", ".join(model.id for model in found.models)
     if bundle is None:
         yield Check("pairing", False, f"no bundle to pair with {ids}", 2)

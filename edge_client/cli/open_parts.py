@@ -58,6 +58,9 @@ def open_cloud(
     *,
     token_file: Path | None,
     tls_ca: Path | None,
+    tls_fingerprints: Sequence[str] = (),
+    client_cert: Path | None = None,
+    client_key: Path | None = None,
     insecure: bool,
     patience: Patience | None = None,
 ) -> Pool:
@@ -67,6 +70,9 @@ def open_cloud(
         server: "host:port" of each, with commas between them.
         token_file: Holds the token that they are shown.
         tls_ca: As of `Cloud`, like the others; they hold for each.
+        tls_fingerprints: As above.
+        client_cert: As above.
+        client_key: As above.
         insecure: As above.
         patience: As above.
     """
@@ -80,8 +86,9 @@ def open_cloud(
 
     def connect(target: str, address: str | None) -> Cloud:
         return Cloud(
-            target, address=address, token=token, tls_ca=tls_ca, insecure=insecure, cache=shared, patience=patience
-        )
+            target, address=address, token=token, tls_ca=tls_ca, tls_fingerprints=tls_fingerprints,
+            client_cert=client_cert, client_key=client_key, insecure=insecure, cache=shared, patience=patience,
+        )  # fmt: skip
 
     return Pool(server.split(","), connect)
 

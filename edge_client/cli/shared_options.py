@@ -1,11 +1,13 @@
 """Options that several commands share. Imports nothing that is slow to import."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+
+from hybridsd import tracing
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -37,6 +39,21 @@ class _Servers(click.ParamType[str]):
         return ",".join(filter(None, (part.strip() for part in str(value).replace(",", " ").split())))
 
 
+def read_traces(options: Mapping[str, Any], service: str) -> None:
+    """Switches tracing on, where `--traces` asks for it."""
+    if options["traces"] != "none":
+        tracing.switch_on(service, options["traces"])
+
+
+traces_option = click.option(
+    "--traces", type=click.Choice(tracing.EXPORTERS), default="none", show_default=True,
+    help="Where spans go; otlp: to an OpenTelemetry collector, as the OTEL_* variables say. They hold no prompts.",
+)  # fmt: skip
+
+SERVER_ACCESS = ("token_file", "tls_ca", "tls_fingerprints", "client_cert", "client_key", "insecure")
+"""Of `server_options` those that say how to talk to it."""
+
+
 def server_options(command: F) -> F:
     """Adds the options that say where the cloud is and how to talk to it."""
     for option in (
@@ -46,6 +63,25 @@ def server_options(command: F) -> F:
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
             help="PEM file of the authority that signed the server's certificate. Without it, servers elsewhere are "
             "checked against the system's authorities, and this machine is spoken to in plain text.",
+        ),
+        click.option(
+            "--tls-fingerprint",
+            "tls_fingerprints",
+            envvar="HYBRIDSD_EDGE_TLS_FINGERPRINT",
+            multiple=True,
+            metavar="SHA256",
+            help="Take the server's certificate with this fingerprint, and no other; `hybridsd-cloud fingerprint` "
+            "prints it there. Repeatable: for several servers, or before a certificate is renewed.",
+        ),
+        click.option(
+            "--client-cert",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="Certificate chain to show to the server, PEM, if it asks who calls.",
+        ),
+        click.option(
+            "--client-key",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="Its private key, PEM.",
         ),
         click.option(
             "--token-file",

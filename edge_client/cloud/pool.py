@@ -11,8 +11,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
+from edge_client.addresses import is_loopback
+from edge_client.cache import Cache
 from edge_client.cloud.client import Cloud
-from edge_client.cloud.connection import is_loopback, read_target
+from edge_client.cloud.connection import read_target
 from edge_client.cloud.names import find_addresses, is_address
 from edge_client.cloud.types import CLOUD_FAILURES, Capabilities, CloudModel, CloudSegment, printable
 from edge_client.request import Resolved, Stage
@@ -272,6 +274,12 @@ class Pool:
     def target(self) -> str:
         """The targets as they were given, for people."""
         return ", ".join(name.target for name in self._names)
+
+    @property
+    def cache(self) -> Cache:
+        """Where what the clouds sent is remembered, for all."""
+        with self._lock:
+            return self._current()[0].cloud.cache
 
     @property
     def away(self) -> str | None:

@@ -46,6 +46,15 @@ class CloudWatch:
             for member in members
         ]
 
+    def health(self) -> list[tuple[str, bool, bool]]:
+        """Returns each cloud's target, whether it answered when last asked, and whether it is left alone for now."""
+        if self._cloud is None:
+            return []
+        return [
+            (member.target, member.found is not None, member.cloud.breaker.is_tripped)
+            for member in self._cloud.members()
+        ]
+
     async def poll(self, wait_s: float = POLL_TIMEOUT_S) -> tuple[CloudCapabilities | None, str | None]:
         """Returns what the clouds can do together; None and the reason where it cannot be reached.
 

@@ -16,6 +16,7 @@ from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.pool import Pool
 from edge_client.cloud.types import Queued, Waiting
 from edge_client.generation.components import Components
+from edge_client.generation.energy import Account
 from edge_client.generation.events import Event, Finished, Planned, StepDone
 from edge_client.generation.pipeline import generate
 from edge_client.generation.resolve import resolve
@@ -25,12 +26,14 @@ from edge_client.images.files import encode_png
 from edge_client.images.inputs import fit_size, read_image
 from edge_client.images.pixels import to_u8
 from edge_client.inference.models import Models
-from edge_client.request import Request
+from edge_client.request import Request, Resolved
 from edge_client.split.auto_split import AutoSplit, choose_split
 from edge_client.split.handoff_policy import Goals
 from edge_client.types import CallSkipping, Latents
 from edge_client.web.errors import in_words
+from edge_client.web.jobs.quotas import Work
 from edge_client.web.jobs.uploads import Upload
+from edge_client.web.metrics import Metrics
 from edge_client.web.schemas.native import JobCreate
 from hybridsd.errors import Reason
 from hybridsd.limits import MAX_SEED
@@ -60,11 +63,13 @@ class JobWorker:
     models: Models
     cloud: Pool | None
     others: Mapping[str, Models] = field(default_factory=dict)
+    account: Account = field(default_factory=Account)
     fit_size: bool = False
     """Whether jobs that do not say may have sizes that the models lack."""
+    metrics: Metrics = field(default_factory=Metrics)
 
-    def fill_in(self, create: JobCreate, upload: Upload) -> JobCreate:
-        """Checks a job and returns it with a seed, so that a second run makes the same images.
+    def fill_in(self, create: JobCreate, upload: Upload) -> tuple[JobCreate, Work]:
+        """Checks a job; returns it with a seed, so that a second run makes the same images, and what it asks for.
 
         Raises:
             HybridSDError: The job is invalid; names the field.
@@ -77,8 +82,9 @@ class JobWorker:
         )
         components = Components(bundle=self.bundle, models=self.models, others=self.others, cloud=None)
         requests = self._requests(filled, upload)
-        for request in (requests[0], requests[-1]):
-            components.check(resolve(request, self.bundle.manifest))
+        resolved = resolve(requests[0], self.bundle.manifest)
+        components.check(resolved)
+        components.check(resolve(requests[-1], self.bundle.manifest))
         goals = _goals(filled)
         if goals is not None and (filled.hybrid.split or filled.hybrid.cloud_steps is not None):
             raise Reason.SPLIT_INVALID.error(
@@ -90,7 +96,9 @@ class JobWorker:
                 "`mode` or `segments` fix the split; omit them, or the goals of an automatic split",
                 field="hybrid",
             )
-        return filled
+        drawn, kept = (resolved.width, resolved.height), requests[0].output_size or (0, 0)
+        width, height = max(drawn, kept, key=math.prod)
+        return filled, Work(steps=_num_steps(resolved) * create.n, width=width, height=height)
 
     def fits_size(self, create: JobCreate) -> bool:
         """Returns whether a job may have a size that the models lack."""
@@ -105,7 +113,13 @@ class JobWorker:
         )
 
     def run(
-        self, create: JobCreate, upload: Upload, *, is_cancelled: Callable[[], bool], done: Container[int] = ()
+        self,
+        create: JobCreate,
+        upload: Upload,
+        *,
+        is_cancelled: Callable[[], bool],
+        done: Container[int] = (),
+        user: str = "",
     ) -> Generator[WorkerEvent]:
         """Makes the images of a job one after another.
 
@@ -114,6 +128,7 @@ class JobWorker:
             upload: Its uploaded images.
             is_cancelled: Checked after each event.
             done: Indices of finished images, which are skipped.
+            user: For whom the cloud is asked.
 
         Yields:
             Events. Ends early when the job is cancelled.
@@ -121,7 +136,7 @@ class JobWorker:
         Raises:
             HybridSDError: See the table of errors.
         """
-        requests = self._requests(create, upload)
+        requests = [replace(request, user=user) for request in self._requests(create, upload)]
         split = self._split(requests[0], create)
         for index, request in enumerate(requests):
             if index in done:
@@ -137,11 +152,12 @@ class JobWorker:
             every = _preview_every(create.previews, resolved.num_inference_steps)
             events = generate(
                 replace(resolved, request=replace(request, preview_every=every)), self.bundle, self.models, self.cloud,
-                others=self.others, advisor=advisor, poll_interval_s=TICK_S,
+                others=self.others, advisor=advisor, poll_interval_s=TICK_S, account=self.account,
             )  # fmt: skip
             preview_s = 0.0
             with contextlib.closing(events):
                 for event in events:
+                    self.metrics.note_event(event)
                     if is_cancelled():
                         return
                     for told in self._events(event, create, index, resolved.num_inference_steps, every):
@@ -252,6 +268,17 @@ class JobWorker:
             )
             for index in range(create.n)
         ]  # fmt: skip
+
+
+def _num_steps(resolved: Resolved) -> int:
+    """Returns how many steps of the U-Net an image takes, at cloud and edge together."""
+    total = left = 0
+    for index, stage in enumerate(resolved.stages):
+        if index == 0 or stage.begins_schedule:
+            left = stage.schedule.num_steps
+        num_steps = left if stage.steps is None else min(stage.steps, left)
+        total, left = total + num_steps, left - num_steps
+    return total
 
 
 def _goals(create: JobCreate) -> Goals | None:

@@ -164,6 +164,13 @@ class CloudRun(BaseModel):
     left: str = Field("", description="why another went on; empty where none did")
 
 
+class EnergyInfo(BaseModel):
+    """What a place took of electricity."""
+
+    joules: float
+    source: Literal["modelled", "measured"]
+
+
 class Image(BaseModel):
     """A finished image and how it was made."""
 
@@ -194,14 +201,18 @@ class Image(BaseModel):
     elapsed_s: float
     steps: list[Step]
     clouds: list[CloudRun] = Field([], description="which clouds were asked, one after another, and what each ran")
+    energy: dict[Place, EnergyInfo | None] = Field({}, description="of each place that took part; null: not known")
+    cost: dict[Place, float | None] = Field({}, description="in dollars, likewise; null without the operator's price")
     flagged: bool | None = Field(None, description="by the safety checker; null: not checked")
     parameters: str = Field("", description="text that AUTOMATIC1111 writes into PNG files")
+    trace_id: str = Field("", description="names the image in the logs and traces of gateway and cloud")
 
 
 class Job(BaseModel):
     """A job."""
 
     id: str
+    owner: str = Field(description="name of the token that it was created with, or a hash of one without a name")
     state: State
     api: Literal["native", "openai", "sdapi"] = Field(description="the API that the job was created with")
     created_at: float = Field(description="seconds since 1970")
@@ -219,6 +230,26 @@ class JobPage(BaseModel):
 
     jobs: list[Job]
     next: str | None = Field(description="`before` of the next page; null: this is the last")
+
+
+class QuotaUse(BaseModel):
+    """A limit of a token."""
+
+    limit: int
+    used: int | None = Field(description="of it now; null: the limit is of each image")
+
+
+class Me(BaseModel):
+    """The caller, as its token says."""
+
+    owner: str = Field(description="as in its jobs; empty where no token is needed")
+    scopes: list[str]
+    expires_at: float | None = Field(description="seconds since 1970; null: never")
+    weight: float = Field(description="of its share of the workers, among those who wait")
+    quotas: dict[str, QuotaUse] = Field(
+        description="jobs that run at once, queued ones, steps_per_minute, pixels of an image, bytes of kept images; "
+        "what is not there has no limit"
+    )
 
 
 class EdgeInfo(BaseModel):

@@ -225,6 +225,7 @@ def test_zero_is_a_seed(shell: Shell) -> None:
         ({"die_after_call": 1}, "UNAVAILABLE", 4),
         ({"refuse_with": Reason.DEADLINE_EXCEEDED}, "DEADLINE_EXCEEDED", 4),
         ({"busy_times": 99, "busy_delay_s": 60.0}, "QUEUE_FULL", 4),
+        ({"busy_times": 99, "busy_delay_s": 60.0, "busy_with": Reason.QUOTA_EXCEEDED}, "QUOTA_EXCEEDED", 4),
         ({"die_after_call": 1, "die_with": Reason.INTERNAL}, "INTERNAL", 70),
     ],
 )
@@ -530,7 +531,7 @@ def test_doctor_is_content(shell: Shell) -> None:
     lines = shell("doctor").stdout.splitlines()
 
     assert checks["ok"]
-    names = ["cache", "bundle", "provider", "plans", "models", "cloud", "pairing"]
+    names = ["cache", "bundle", "provider", "energy", "plans", "models", "cloud", "pairing"]
     found = [check["name"] for check in checks["checks"] if check["name"] not in ("memory", "speed")]  # of this machine
     assert found == names
     assert all(line.startswith("ok ") for line in lines)

@@ -101,7 +101,7 @@ class Cloud:
         patience: Patience | None = None,
         idle_timeout_s: float | None = None,
     ) -> None:
-        host, self._port = read_target(target)
+        self.host, self.port = read_target(target)
         if token is not None and not (token.isascii() and token.isprintable()):
             raise Reason.FIELD_INVALID.error(
                 "the token has line breaks or characters beyond ASCII; give one line, as the server's operator did",
@@ -124,7 +124,7 @@ class Cloud:
             ("grpc.max_reconnect_backoff_ms", 1000),
             ("grpc.use_local_subchannel_pool", 1),  # else a new channel would go on with the connection of the old
         ]
-        if is_loopback(host):
+        if is_loopback(self.host):
             options.append(("grpc.enable_http_proxy", 0))  # http_proxy is for the way to other machines
         if address is not None:
             options.append(("grpc.default_authority", target.removeprefix("dns:///")))
@@ -244,7 +244,7 @@ class Cloud:
 
     def count_bytes(self) -> int | None:
         """Returns the bytes received from the server so far; None where nobody counts them."""
-        return count_bytes(self._port)
+        return count_bytes(self.port)
 
     def fell_silent(self, connection: Connection, error: HybridSDError, *, by_stream: bool) -> None:
         """Notes that the server was silent: others go on over another connection, and not now."""
@@ -506,9 +506,8 @@ class RemoteJob:
     ) -> Iterator[CloudEvent]:
         cloud = self._cloud
         self._progress.asked()
-        host, _, port = cloud.target.rpartition(":")
         attributes: dict[str, tracing.Value] = {
-            "rpc.system.name": "grpc", "rpc.method": _DENOISE, "server.address": host, "server.port": int(port),
+            "rpc.system.name": "grpc", "rpc.method": _DENOISE, "server.address": cloud.host, "server.port": cloud.port,
         }  # fmt: skip
         trace = self._segment.request.trace
         with (

@@ -82,6 +82,7 @@ def test_job_goes_on_at_the_other(pair: httpx.Client, clouds: list[Running]) -> 
         (clouds[0].target, 2), (clouds[1].target, 2)
     ]  # fmt: skip
     assert image["actual_cloud_steps"] == 4
+    assert 'hybridsd_edge_failovers_total{reason="UNAVAILABLE"} 1.0' in pair.get("/metrics").text
 
 
 def test_model_of_one_is_drawn_there(pair: httpx.Client, clouds: list[Running]) -> None:

@@ -16,7 +16,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from edge_client.cache import Cache
-from edge_client.generation.events import EarlyHandoff, Event, Fallback, Finished, Retrying, StepDone
+from edge_client.generation.events import EarlyHandoff, Event, Failover, Fallback, Finished, Retrying, StepDone
 from hybridsd.errors import Reason
 from hybridsd.labels import OTHER, BoundedLabel
 from hybridsd.tokens import Tokens
@@ -77,6 +77,9 @@ class Metrics:
         self.takeovers = self._make(
             Counter, "takeovers", "Images whose cloud was lost, late or full, so that this device took over.", "reason"
         )
+        self.failovers = self._make(
+            Counter, "failovers", "Times that a cloud was left, and another went on, by why it was left.", "reason"
+        )
         self.early_handoffs = self._make(
             Counter, "early_handoffs", "Images that were taken from the cloud on purpose, by an automatic split."
         )
@@ -102,6 +105,7 @@ class Metrics:
             self.jobs.labels(outcome, mode)
         for reason in (Reason.QUEUE_FULL, Reason.UNAVAILABLE):
             self.takeovers.labels(reason.name)
+            self.failovers.labels(reason.name)
             self.retries.labels(reason.name)
         self._token_label = BoundedLabel(MAX_TOKENS)
 
@@ -154,6 +158,8 @@ class Metrics:
                 self.step.observe(event.elapsed_s)
             case Retrying():
                 self.retries.labels(event.reason.name).inc()
+            case Failover():
+                self.failovers.labels(event.reason.name).inc()
             case Fallback():
                 self.takeovers.labels(event.reason.name).inc()
             case EarlyHandoff():

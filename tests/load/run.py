@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from tests.benchmarks.common import machine, say
 from tests.load.figures import table
-from tests.load.scenarios import COLUMNS, FULL, QUICK, SCENARIOS, TINY
+from tests.load.scenarios import COLUMNS, FULL, QUICK, SCENARIOS
 from tests.load.servers import place
 
 
@@ -31,8 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     say(f"machine: {machine()}\n")
     rows, broken = [], []
     for name in options.scenarios or SCENARIOS:
-        tiny = options.quick or options.tiny or name in TINY
-        with place(tiny=tiny, plain_tokens=options.plain_tokens) as here:
+        with place(tiny=options.quick or options.tiny, plain_tokens=options.plain_tokens) as here:
             report = SCENARIOS[name](here, scale)
         say(table(COLUMNS, report.rows) + "\n")
         rows += report.rows

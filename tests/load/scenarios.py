@@ -319,6 +319,7 @@ def two_clouds(place: Place, scale: Scale) -> Report:
     report = Report()
     clouds = [place.cloud(name) for name in ("first", "second")]
     bundle = open_bundle(place.bundle)
+    defaults = bundle.manifest.defaults  # which the edge has the plan of, should both clouds be away
     models = Models(bundle.folder, bundle.manifest, provider="cpu", threads=1)
     stop, results, errors = threading.Event(), list[Result](), list[str]()
 
@@ -329,8 +330,9 @@ def two_clouds(place: Place, scale: Scale) -> Report:
                 if stop.is_set():
                     return
                 request = Request(
-                    prompt="a red fox", seed=number, num_inference_steps=25, cloud_steps=20, mode="hybrid"
-                )
+                    prompt="a red fox", seed=number, scheduler=defaults.scheduler, mode="hybrid",
+                    num_inference_steps=defaults.num_inference_steps, cloud_steps=4 * defaults.num_inference_steps // 5,
+                )  # fmt: skip
                 try:
                     *_, last = generate(resolve(request, bundle.manifest), bundle, models, cloud)
                     assert isinstance(last, Finished)
@@ -392,8 +394,6 @@ SCENARIOS = {
     "crowd": crowd, "contention": contention, "overload": overload, "two-clouds": two_clouds,
     "slow-reader": slow_reader, "soak": soak,
 }  # fmt: skip
-TINY = ("two-clouds",)
-"""Whose clouds have models of milliseconds: what is looked at is how they stand in for each other."""
 COLUMNS = (
     "scenario", "images", "first state p50", "p99", "p99 ratio", "images/s", "Jain", "the one", "cloud steps",
     "retries mean", "max", "refused", "failed", "hung", "memory MiB", "files", "threads",

@@ -33,6 +33,7 @@ MADE = {
     "demo": ((), "image: "),
     "bench": (("BENCH=--smoke",), "low memory mode"),
     "bench-full": (("BENCH=--smoke",), "| **all** |"),
+    "load": (("LOAD=crowd --quick",), "every promise was kept"),
     "format": ((), "unchanged"),
     "protos": ((), ""),
     "docs": ((), ""),

@@ -1,5 +1,6 @@
 """The compose demo without an engine: its files are parsed, and its very commands run as processes on this machine."""
 
+import copy
 import importlib.metadata
 import json
 import os
@@ -32,6 +33,10 @@ def load(name: str) -> dict[str, Any]:
 COMPOSE = load("docker-compose.yml")
 GPU = load("deploy/docker-compose.gpu.yml")
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+OURS = [name for name, service in SERVICES.items() if "build" in service]
+OTHERS = [name for name in SERVICES if name not in OURS]
+CLOUDS = [name for name in OURS if "cloud" in name]
+SECRETS = "./deploy/secrets"
 
 
 def filled_in(text: str) -> str:
@@ -52,7 +57,47 @@ def mounts(service: str) -> dict[str, str]:
     return {inside: outside for outside, inside in pairs}
 
 
-@pytest.mark.parametrize("service", SERVICES)
+def test_compose_understands_the_file() -> None:
+    """Keys, values and what they refer to, by a parser of the specification; with and without what it must refuse."""
+    from compose_spec.compose_spec import PyCompose
+
+    def read(document: dict[str, Any]) -> None:
+        PyCompose.from_yaml(yaml.safe_dump(json.loads(filled_in(json.dumps(document))))).validate()
+
+    read(COMPOSE)
+    for service in SERVICES.values():
+        for needed in service.get("depends_on", {}):
+            assert set(SERVICES[needed].get("profiles", [])) <= set(service.get("profiles", [])), needed
+    wrong = copy.deepcopy(COMPOSE)
+    wrong["services"]["cloud"]["healthcheck"]["intervall"] = "5s"
+    with pytest.raises(ValueError, match="intervall"):
+        read(wrong)
+
+
+def test_the_demo_is_what_runs_without_a_profile() -> None:
+    """The others wait to be asked for."""
+    profiles = {name: service.get("profiles", []) for name, service in SERVICES.items()}
+
+    assert profiles == {
+        "cloud": [], "gateway": [], "cloud-2": ["two-clouds"], "cloud-tls": ["tls"], "gateway-tls": ["tls"],
+        "prometheus": ["observability"], "grafana": ["observability"],
+    }  # fmt: skip
+
+
+def test_the_second_cloud_answers_to_the_name_of_the_first() -> None:
+    """So the gateway's command is the same for one and for two."""
+    assert SERVICES["cloud-2"]["networks"]["default"]["aliases"] == ["cloud"]
+    assert SERVICES["cloud-2"]["command"] == SERVICES["cloud"]["command"]
+
+
+def test_images_of_others_are_pinned() -> None:
+    """A version each, so that an update is a decision."""
+    assert OTHERS == ["prometheus", "grafana"]
+    for name in OTHERS:
+        assert re.fullmatch(r"[a-z]+/[a-z]+:v?\d+\.\d+\.\d+", SERVICES[name]["image"])
+
+
+@pytest.mark.parametrize("service", OURS)
 def test_files_that_the_compose_file_names_are_there(service: str) -> None:
     """Dockerfiles, what they copy, and every folder that is mounted; nothing that is copied is ignored."""
     build = SERVICES[service]["build"]
@@ -62,14 +107,19 @@ def test_files_that_the_compose_file_names_are_there(service: str) -> None:
             *sources, _ = words.split()
             assert set(sources) <= allowed
             assert all((ROOT / source).exists() for source in sources)
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_what_is_mounted_is_there(service: str) -> None:
+    """Files and folders of this repository, secrets that a script makes, and volumes that are declared."""
     for outside in mounts(service).values():
         if outside.startswith("."):
-            assert (ROOT / outside).is_dir()
+            assert (ROOT / outside).exists() or outside.startswith(SECRETS)
         else:
             assert outside in COMPOSE["volumes"]
 
 
-@pytest.mark.parametrize("service", SERVICES)
+@pytest.mark.parametrize("service", OURS)
 def test_images_are_slim_and_nobody_is_root(service: str) -> None:
     """The last stage is a slim one with a user of its own, and the container may not do more than it needs."""
     steps = instructions(SERVICES[service]["build"]["dockerfile"])
@@ -79,26 +129,28 @@ def test_images_are_slim_and_nobody_is_root(service: str) -> None:
     assert last[0][1].endswith("-slim")
     assert users == ["hybridsd"]
     assert any(f"useradd --uid 10001 --create-home {users[0]}" in words for name, words in last if name == "RUN")
-    assert SERVICES[service]["read_only"]
-    assert SERVICES[service]["cap_drop"] == ["ALL"]
 
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_a_service_is_bounded(service: str) -> None:
-    """Its image has a name, its memory and processes have limits, and its log does not fill the disk."""
+    """Its image has a name, it may do little, its memory and processes have limits, its log does not fill the disk."""
     found = SERVICES[service]
 
-    assert filled_in(found["image"]) == f"hybridsd-{'cloud' if service == 'cloud' else 'edge'}:latest"
+    if service in OURS:
+        assert filled_in(found["image"]) == f"hybridsd-{'cloud' if service in CLOUDS else 'edge'}:latest"
+    assert found["read_only"]
+    assert found["cap_drop"] == ["ALL"]
+    assert found["healthcheck"]["test"][0] == "CMD"
     assert filled_in(found["mem_limit"]).endswith("g")
     assert found["pids_limit"] > 0
     assert {"max-size", "max-file"} <= set(found["logging"]["options"])
 
 
-@pytest.mark.parametrize("service", SERVICES)
+@pytest.mark.parametrize("service", OURS)
 def test_sources_come_after_what_they_need(service: str, tmp_path: Path) -> None:
     """What is installed before the sources are copied is all that the package needs: a change of them costs seconds."""
     steps = instructions(SERVICES[service]["build"]["dockerfile"])
-    extra = "cloud" if service == "cloud" else "edge"
+    extra = "cloud" if service in CLOUDS else "edge"
     needed = f"python requirements.py {extra} > needed.txt && pip install -c constraints.txt -r needed.txt"
     printed = subprocess.run(
         [BIN / "python", "deploy/requirements.py", extra], cwd=ROOT, capture_output=True, text=True, check=True
@@ -114,15 +166,27 @@ def test_sources_come_after_what_they_need(service: str, tmp_path: Path) -> None
     assert ("RUN", needed) in steps[:first_source]
 
 
-def test_one_port_is_published_to_this_machine_alone() -> None:
-    """The page is all that can be reached, and the port is the one that its command listens on."""
-    (published,) = [filled_in(port) for service in SERVICES.values() for port in service.get("ports", [])]
-    address, _, inside = published.rsplit(":", 2)
-    command = SERVICES["gateway"]["command"]
+@pytest.mark.parametrize("service", SERVICES)
+def test_only_services_with_tls_and_tokens_are_published_beyond_this_machine(service: str) -> None:
+    """The others' ports are this machine's, and each is one that something listens on."""
+    command = SERVICES[service].get("command", [])
+    for port in map(filled_in, SERVICES[service].get("ports", [])):
+        address, _, inside = port.rpartition(":")[0].rpartition(":")[0], *port.split(":")[-2:]
+        if service in OURS:
+            assert command[command.index("--port") + 1] == inside
+        if address != "127.0.0.1":
+            assert {"--tls-cert", "--tls-key"} <= set(command)
+            assert {"--token-file", "--client-tokens"} & set(command)
+            assert not {"--insecure", "--open"} & set(command)
 
-    assert address == "127.0.0.1"
-    assert command[command.index("--port") + 1] == inside
-    assert command[command.index("--server") + 1] == f"cloud:{SERVICES['cloud']['expose'][0]}"
+
+def test_gateways_ask_their_clouds() -> None:
+    """By the name and port of the service; what Prometheus scrapes is exposed."""
+    for gateway, cloud in (("gateway", "cloud"), ("gateway-tls", "cloud-tls")):
+        command = SERVICES[gateway]["command"]
+        assert command[command.index("--server") + 1] == f"{cloud}:{SERVICES[cloud]['expose'][0]}"
+        command = SERVICES[cloud]["command"]
+        assert command[command.index("--metrics-port") + 1] == SERVICES[cloud]["expose"][1]
 
 
 def test_the_gpu_file_changes_the_cloud_alone() -> None:

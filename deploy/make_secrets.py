@@ -1,0 +1,83 @@
+"""Makes what the profiles `tls` and `observability` of docker-compose.yml mount: tokens, certificates, a password.
+
+    python deploy/make_secrets.py [--name HOST]... [--folder deploy/secrets]
+
+What is there already stays: delete a file to have another. Prints the token that web clients send, once. Knows only
+the commands that an operator types.
+"""
+
+import argparse
+import secrets
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+
+
+def cloud(*words: str | Path) -> str:
+    """Runs `hybridsd-cloud`; returns what it printed."""
+    command = [str(BIN / "hybridsd-cloud"), *map(str, words)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def add_token(file: Path, name: str, scope: str) -> str:
+    """Adds a token to a token file; returns it."""
+    return cloud("tokens", "add", name, "--file", file, "--scope", scope).strip()
+
+
+def write(file: Path, content: str) -> None:
+    """Writes a file that users of containers can read; the folder above it is this user's alone."""
+    file.write_text(content, encoding="utf-8")
+    file.chmod(0o644)
+
+
+def make_certificate(file: Path, names: list[str]) -> str:
+    """Makes a certificate with its key, unless it is there; returns the certificate alone."""
+    words = ["fingerprint", "--tls-dir", file.parent, *(word for name in names for word in ("--tls-name", name))]
+    certificate = cloud(*words, "--pem")
+    (made,) = (path for path in file.parent.glob("*.pem") if "PRIVATE KEY" in path.read_text(encoding="utf-8"))
+    made.rename(file)
+    file.chmod(0o644)
+    return certificate
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Makes what is missing. Returns the exit status."""
+    parser = argparse.ArgumentParser(description="Makes the secrets of docker-compose.yml; keeps those that are there.")
+    parser.add_argument("--name", action="append", default=[], help="by which other machines call this one; repeatable")
+    parser.add_argument("--folder", type=Path, default=ROOT / "deploy/secrets", help="default: deploy/secrets")
+    options = parser.parse_args(arguments)
+    folder: Path = options.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)  # what is inside can be read by users of containers, whose names are not known here
+    parts = {name: folder / name for name in ("cloud", "gateway", "prometheus", "grafana")}
+    for part in parts.values():
+        part.mkdir(exist_ok=True)
+        part.chmod(0o755)
+
+    if not (parts["cloud"] / "tls.pem").exists():
+        write(
+            parts["gateway"] / "cloud.pem", make_certificate(parts["cloud"] / "tls.pem", ["cloud-tls", *options.name])
+        )
+    if not (parts["gateway"] / "tls.pem").exists():
+        make_certificate(parts["gateway"] / "tls.pem", ["gateway-tls", *options.name])
+    if not (parts["cloud"] / "tokens.toml").exists():
+        write(parts["gateway"] / "token", add_token(parts["cloud"] / "tokens.toml", "gateway", "generate") + "\n")
+    if not (parts["gateway"] / "client-tokens.toml").exists():
+        token = add_token(parts["gateway"] / "client-tokens.toml", "first", "generate")
+        sys.stdout.write(f"the token of web clients, shown only now: {token}\n")
+    if not (parts["prometheus"] / "token").exists():
+        token = add_token(parts["cloud"] / "tokens.toml", "prometheus", "metrics")
+        write(parts["prometheus"] / "token", token + "\n")
+    if not (parts["grafana"] / "password").exists():
+        write(parts["grafana"] / "password", secrets.token_urlsafe(24) + "\n")
+    for file in (parts["cloud"] / "tokens.toml", parts["gateway"] / "client-tokens.toml"):
+        file.chmod(0o644)
+    sys.stdout.write(f"secrets are in {folder}; Grafana's user is admin, its password in grafana/password\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -71,6 +71,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not (parts["prometheus"] / "token").exists():
         token = add_token(parts["cloud"] / "tokens.toml", "prometheus", "metrics")
         write(parts["prometheus"] / "token", token + "\n")
+        _, name, table = (parts["cloud"] / "tokens.toml").read_text(encoding="utf-8").partition("[prometheus]")
+        with (parts["gateway"] / "client-tokens.toml").open("a", encoding="utf-8") as file:
+            file.write(f"\n{name}{table}")  # one token opens the metrics of both
     if not (parts["grafana"] / "password").exists():
         write(parts["grafana"] / "password", secrets.token_urlsafe(24) + "\n")
     for file in (parts["cloud"] / "tokens.toml", parts["gateway"] / "client-tokens.toml"):

@@ -6,9 +6,11 @@ import json
 import os
 import re
 import shlex
+import ssl
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -228,11 +230,12 @@ def command_of(service: str, changed: dict[str, str], *more: str) -> list[str]:
     """Returns the command of a service as one of this machine: paths, hosts and ports replaced."""
     (entry,) = [json.loads(w) for n, w in instructions(SERVICES[service]["build"]["dockerfile"]) if n == "ENTRYPOINT"]
     words = [*entry, *SERVICES[service]["command"], *more]
-    inside = {path: str((ROOT / outside).resolve()) for path, outside in mounts(service).items()}
+    inside = {path: str((ROOT / outside).resolve()) for path, outside in mounts(service).items() if path not in changed}
     result = []
     for word in words:
         for old, new in {**inside, **changed}.items():
             word = new if word == old else word.replace(f"={old}", f"={new}")
+            word = f"{new}{word.removeprefix(old)}" if word.startswith(f"{old}/") else word
         result.append(word)
     return [str(BIN / result[0]), *result[1:]]
 
@@ -252,21 +255,26 @@ def start(command: list[str], log: Path, **environment: str) -> subprocess.Popen
         return subprocess.Popen(command, stdout=stream, stderr=stream, env={**ENVIRONMENT, **environment})
 
 
-@pytest.fixture
-def running(tmp_path: Path) -> Iterator[tuple[str, str]]:
-    """Both services as processes: the addresses of the cloud and of the gateway."""
-    ports, here = {"cloud": tmp_path / "cloud.port", "gateway": tmp_path / "gateway.port"}, {"0.0.0.0": "127.0.0.1"}
-    cloud = start(
-        command_of("cloud", {**here, "50051": "0"}, "--port-file", str(ports["cloud"])), tmp_path / "cloud.log"
-    )
-    processes = [cloud]
+@contextmanager
+def running(
+    cloud_service: str, gateway_service: str, folder: Path, secrets: Path | None = None
+) -> Iterator[tuple[str, str]]:
+    """A cloud and a gateway as processes: the addresses of both, host:port."""
+    changed = {"0.0.0.0": "127.0.0.1", "50051": "0", "8080": "0", "8443": "0", "9464": "0"}
+    changed["/data/gateway"] = str(folder / "data")
+    processes = []
+
+    def run(service: str, part: str) -> str:
+        own = {} if secrets is None else {"/run/secrets": str(secrets / part)}
+        port_file, log = folder / f"{part}.port", folder / f"{part}.log"
+        command = command_of(service, {**changed, **own}, "--port-file", str(port_file))
+        processes.append(start(command, log, HYBRIDSD_EDGE_CACHE=str(folder / "cache")))
+        return f"127.0.0.1:{wait_for(port_file, processes[-1], log)}"
+
     try:
-        address = f"127.0.0.1:{wait_for(ports['cloud'], cloud, tmp_path / 'cloud.log')}"
-        changed = {**here, "8080": "0", "cloud:50051": address, "/data/gateway": str(tmp_path / "data")}
-        command = command_of("gateway", changed, "--port-file", str(ports["gateway"]))
-        gateway = start(command, tmp_path / "gateway.log", HYBRIDSD_EDGE_CACHE=str(tmp_path / "cache"))
-        processes.append(gateway)
-        yield address, f"http://127.0.0.1:{wait_for(ports['gateway'], gateway, tmp_path / 'gateway.log')}"
+        address = run(cloud_service, "cloud")
+        changed[f"{cloud_service}:50051"] = address
+        yield address, run(gateway_service, "gateway")
     finally:
         for process in reversed(processes):
             process.terminate()
@@ -281,22 +289,53 @@ def healthy(service: str, changed: dict[str, str]) -> bool:
     return subprocess.run(command, capture_output=True, check=False, timeout=HANG_S, env=os.environ).returncode == 0
 
 
-def test_the_commands_of_the_compose_file_make_a_picture(running: tuple[str, str]) -> None:
-    """Both health checks pass, the page is there, and a job is drawn in both places."""
-    cloud, gateway = running
-    with httpx.Client(base_url=gateway, timeout=HANG_S, trust_env=False) as client:
-        page = client.get("/")
-        job = client.post("/v1/jobs", json={"prompt": PROMPT, "seed": 7, "hybrid": {"split": "2,2"}}).json()
-        with client.stream("GET", f"/v1/jobs/{job['id']}/events") as events:
-            names = [line.removeprefix("event: ") for line in events.iter_lines() if line.startswith("event: ")]
-        done = client.get(f"/v1/jobs/{job['id']}").json()
-        picture = client.get(done["images"][0]["url"])
+def draw(client: httpx.Client) -> tuple[list[str], dict[str, Any], bytes]:
+    """Draws a picture in both places; returns the names of its events, the job and the file."""
+    job = client.post("/v1/jobs", json={"prompt": PROMPT, "seed": 7, "hybrid": {"split": "2,2"}}).json()
+    with client.stream("GET", f"/v1/jobs/{job['id']}/events") as events:
+        names = [line.removeprefix("event: ") for line in events.iter_lines() if line.startswith("event: ")]
+    done = client.get(f"/v1/jobs/{job['id']}").json()
+    return names, done, client.get(done["images"][0]["url"]).content
 
-    assert healthy("cloud", {"127.0.0.1:50051": cloud})
-    assert healthy("gateway", {"http://127.0.0.1:8080": gateway})
-    assert not healthy("gateway", {"http://127.0.0.1:8080": "http://127.0.0.1:9"})
-    assert not healthy("cloud", {"127.0.0.1:50051": "127.0.0.1:9"})
+
+def test_the_commands_of_the_compose_file_make_a_picture(tmp_path: Path) -> None:
+    """Both health checks pass, the page is there, and a job is drawn in both places."""
+    with running("cloud", "gateway", tmp_path) as (cloud, gateway):
+        with httpx.Client(base_url=f"http://{gateway}", timeout=HANG_S, trust_env=False) as client:
+            page = client.get("/")
+            names, done, picture = draw(client)
+
+        assert healthy("cloud", {"127.0.0.1:50051": cloud})
+        assert healthy("gateway", {"http://127.0.0.1:8080": f"http://{gateway}"})
+        assert not healthy("gateway", {"http://127.0.0.1:8080": "http://127.0.0.1:9"})
+        assert not healthy("cloud", {"127.0.0.1:50051": "127.0.0.1:9"})
     assert "text/html" in page.headers["content-type"]
     assert names[-1] == "completed"
     assert (done["images"][0]["mode"], done["images"][0]["actual_cloud_steps"]) == ("hybrid", 2)
-    assert picture.content.startswith(b"\x89PNG")
+    assert picture.startswith(b"\x89PNG")
+
+
+def test_the_profile_with_tls_draws_for_who_has_a_token(tmp_path: Path) -> None:
+    """With the secrets that the script makes: HTTPS in front, TLS and a token between, health checks that pass."""
+    secrets = tmp_path / "secrets"
+    make = [str(BIN / "python"), "deploy/make_secrets.py", "--folder", str(secrets)]
+    said = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True, timeout=HANG_S).stdout
+    (token,) = re.findall(r"shown only now: (\S+)", said)
+    files = {path: path.read_bytes() for path in secrets.rglob("*") if path.is_file()}
+    again = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True, timeout=HANG_S).stdout
+    assert token not in again
+    assert {path: path.read_bytes() for path in secrets.rglob("*") if path.is_file()} == files
+    assert (secrets.stat().st_mode & 0o777, token.encode() in b"".join(files.values())) == (0o700, False)
+
+    trust = ssl.create_default_context(cafile=str(secrets / "gateway/tls.pem"))
+    with running("cloud-tls", "gateway-tls", tmp_path, secrets) as (cloud, gateway):
+        with httpx.Client(base_url=f"https://{gateway}", timeout=HANG_S, trust_env=False, verify=trust) as client:
+            stranger = client.get("/v1/jobs")
+            client.headers["authorization"] = f"Bearer {token}"
+            _, done, _ = draw(client)
+        assert healthy("cloud-tls", {"127.0.0.1:50051": cloud})
+        assert healthy("gateway-tls", {"https://127.0.0.1:8443": f"https://{gateway}"})
+        assert not healthy("cloud", {"127.0.0.1:50051": cloud})  # which speaks plain text
+
+    assert stranger.status_code == 401
+    assert (done["images"][0]["mode"], done["images"][0]["actual_cloud_steps"]) == ("hybrid", 2)

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 from google.rpc import error_details_pb2
@@ -43,13 +44,15 @@ class Mix:
         return request_of(self._random.choice(self.cloud_steps), size, seed=next(self._numbers))
 
 
-def request_of(cloud_steps: int, size: int, *, seed: int = 0, steps: int = 25) -> pb.DenoiseRequest:
+def request_of(
+    cloud_steps: int, size: int, *, seed: int = 0, steps: int = 25, scheduler: str = "dpmpp_2m"
+) -> pb.DenoiseRequest:
     """Returns a request for so many steps of a square picture."""
     return pb.DenoiseRequest(
         request_id=f"load-{random.getrandbits(64):016x}",
         text=pb.TextConditioning(prompt=f"a fox on a blue background {seed % 8}"),
         seed=seed,
-        scheduler=pb.SchedulerSpec(name="dpmpp_2m", num_inference_steps=max(steps, cloud_steps)),
+        scheduler=pb.SchedulerSpec(name=scheduler, num_inference_steps=max(steps, cloud_steps)),
         width=size,
         height=size,
         handoff_step=cloud_steps,
@@ -83,7 +86,7 @@ class Client:
     """One client: a token and a connection."""
 
     def __init__(self, channel: grpc.aio.Channel, token: str, patience_s: float) -> None:
-        self._stub = denoising_service_pb2_grpc.DenoisingServiceStub(channel)
+        self._stub: Any = denoising_service_pb2_grpc.DenoisingServiceStub(channel)  # typed as if it were not of asyncio
         self.token, self.patience_s = token, patience_s
 
     async def ask(self, request: pb.DenoiseRequest) -> Asked:
@@ -113,11 +116,15 @@ class Client:
             asked.num_retries += 1
             await asyncio.sleep(delay_s)
 
+    def call(self, request: pb.DenoiseRequest, timeout_s: float) -> Any:
+        """Begins a call, whose messages are read by whoever wants them."""
+        metadata = (("authorization", f"Bearer {self.token}"),)
+        return self._stub.Denoise(request, timeout=timeout_s, metadata=metadata)
+
     async def _follow(self, request: pb.DenoiseRequest, asked: Asked) -> None:
         left_s = asked.begin_s + self.patience_s - time.monotonic()
-        metadata = (("authorization", f"Bearer {self.token}"),)
         call, cost = 0, request.width * request.height / 64
-        async for response in self._stub.Denoise(request, timeout=max(left_s, 0.1), metadata=metadata):
+        async for response in self.call(request, max(left_s, 0.1)):
             if response.WhichOneof("event") == "state":
                 now = time.monotonic()
                 if asked.first_state_s is None:

@@ -221,9 +221,9 @@ def slow_reader(place: Place, scale: Scale) -> Report:
 
     async def run(reads: bool) -> list[Asked]:
         async with clients_of(cloud, [place.tokens[2], *spread_out(place, 4)], scale) as (odd, *clients):
-            request = request_of(1000, 128, steps=1000)
+            request = request_of(1000, 128, steps=1000, scheduler="ddim")
             request.preview_every = 1
-            call = odd._stub.Denoise(request, metadata=(("authorization", f"Bearer {odd.token}"),))
+            call = odd.call(request, scale.seconds + scale.patience_s)
             await call.read()
 
             async def drain() -> None:

@@ -39,8 +39,8 @@ from tests.support.web_processes import Process
 
 FAIR = 0.95
 MAX_MEAN_RETRIES = 2.0
-MAX_SLOWER = 1.5
-"""How many times slower others may be beside a reader that does not read."""
+MAX_SLOWER, NOISE_S = 1.5, 0.1
+"""How many times slower others may be beside a reader that does not read, and what is noise of a shared machine."""
 FLAT_PART = 0.05
 """Of its memory that a process may gain in the second half of a soak."""
 PLACES = 8 + 32
@@ -249,7 +249,9 @@ def slow_reader(place: Place, scale: Scale) -> Report:
         check(report, row["scenario"], asked)
         p99.append(percentile([each.first_state_s for each in asked if each.first_state_s is not None], 0.99))
     report.rows[-1]["p99 ratio"] = f"{p99[1] / p99[0]:.2f}"
-    report.promise(p99[1] <= MAX_SLOWER * p99[0], f"a slow reader makes others {p99[1] / p99[0]:.2f} times slower")
+    report.promise(
+        p99[1] <= MAX_SLOWER * p99[0] + NOISE_S, f"a slow reader makes others {p99[1] / p99[0]:.2f} times slower"
+    )
     return report
 
 

@@ -16,8 +16,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 import structlog
 
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its core logs each handshake that fails; read at the import of grpc
+
 from cloud_server import logs, preflight
+from cloud_server.jobs_cli import jobs
 from cloud_server.settings import MAX_HEARTBEAT_S, MAX_WAIT_S, Settings
+from cloud_server.tokens_cli import tokens
+from hybridsd import certificates
+from hybridsd.tokens import Tokens, warn_of_readers
 
 if TYPE_CHECKING:
     from cloud_server.models.devices import Placement
@@ -30,6 +36,7 @@ log = structlog.get_logger()
 EXIT_LOST = 70
 """Of a server that cannot work any more: start it again."""
 PREFIX = "HYBRIDSD_CLOUD_"
+_TLS_FILES = ("tls_cert", "tls_key", "tls_dir", "tls_client_ca")
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
@@ -58,19 +65,33 @@ _MODEL_OPTIONS = (
     _option("--log-format",
             type=click.Choice(["auto", "console", "json"]), default="auto", help="Of the log."),
 )  # fmt: skip
-_SERVE_OPTIONS = (
+_CERTIFICATE_OPTIONS = (
     _option("--host", default="127.0.0.1", help="Address to listen on."),
+    _option("--tls-cert", type=_FILE, help="Certificate chain, PEM. Without one, a server beyond this machine makes "
+            "its own, and logs the fingerprint."),
+    _option("--tls-dir", type=click.Path(file_okay=False, path_type=Path),
+            help="Folder of the certificate that is made. Default: in the user's folder of states."),
+    _option("--tls-name", "tls_names", multiple=True, metavar="NAME",
+            help="Host name or address that a certificate that is made is for, beside those of this machine. "
+            "Repeatable."),
+)  # fmt: skip
+_SERVE_OPTIONS = (
+    *_CERTIFICATE_OPTIONS,
     _option("--port", type=click.IntRange(0, 65535), default=50051, help="0 takes a free one."),
     _option("--port-file", type=click.Path(dir_okay=False, path_type=Path), help="File to write the port to."),
-    _option("--tls-cert", type=_FILE, help="Certificate chain, PEM."),
     _option("--tls-key", type=_FILE, help="Private key, PEM."),
-    _option("--insecure", is_flag=True, help="Listen beyond this machine without a certificate."),
-    _option("--token-file", type=_FILE, help="File with the tokens, one a line, of which callers must "
-            "send one; lines with # are comments."),
+    _option("--tls-client-ca", type=_FILE, help="PEM file of the authority that signs certificates of callers: each "
+            "must have one, whose name is who calls."),
+    _option("--insecure", is_flag=True, help="Speak plain text beyond this machine."),
+    _option("--token-file", type=_FILE, help="File with the tokens of which callers must send one: named and hashed, "
+            "as `hybridsd-cloud tokens` makes it, or as plain text, one a line. It is read again when it changes."),
     _option("--max-batch", type=click.IntRange(1, 256), default=8, help="Jobs in one U-Net call."),
     _option("--max-queue", type=click.IntRange(1), default=32, help="Jobs that may wait."),
     _option("--max-size", type=click.IntRange(8), help="Largest width and height; else twice the models' default."),
     _option("--bundle", "bundles", type=_FOLDER, multiple=True, help="Edge bundle to hand out. Repeatable."),
+    _option("--metrics-port", type=click.IntRange(0, 65535), help="Port for /healthz, /readyz and /metrics in HTTP; "
+            "0 takes a free one. None if not set."),
+    _option("--metrics-host", default="127.0.0.1", help="Address to listen on for them."),
     _option("--drain-timeout", "drain_timeout_s",
             type=click.FloatRange(0), default=30.0, help="Seconds for jobs to finish on SIGTERM."),
     _option("--heartbeat", "heartbeat_s",
@@ -99,6 +120,10 @@ def main() -> None:
     """Hybrid SD, the cloud side: begins images that edge devices finish."""
 
 
+main.add_command(tokens)
+main.add_command(jobs)
+
+
 @main.command()
 @_options(*_MODEL_OPTIONS, *_SERVE_OPTIONS)
 def serve(log_format: logs.LogFormat, token_file: Path | None, **options: Any) -> None:
@@ -109,10 +134,13 @@ def serve(log_format: logs.LogFormat, token_file: Path | None, **options: Any) -
     settings = _settings(tokens=_tokens(token_file), **options)
     logs.configure(log_format)
     log.info("settings", **_shown(settings))
+    if token_file is not None:
+        _warn_of_readers(token_file)
     if settings.port_file is not None:
         settings.port_file.unlink(missing_ok=True)  # an old one would send scripts to a dead port
     try:
         preflight.check(settings)
+        settings = preflight.provide_certificate(settings)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     from cloud_server.models.load import ModelError
@@ -174,33 +202,51 @@ def check(log_format: logs.LogFormat, **options: Any) -> None:
 
 
 @main.command()
+@_options(*_CERTIFICATE_OPTIONS)
+@_option("--pem", "as_pem", is_flag=True, help="Print the certificate itself, as clients' --tls-ca takes it.")
+def fingerprint(as_pem: bool, **options: Any) -> None:
+    """Prints the SHA-256 fingerprint of the server's certificate, which clients pin with --tls-fingerprint.
+
+    Makes the certificate, if the server is to make its own and has not yet.
+    """
+    logs.configure("console", level=30)
+    cert, tls_dir = options.pop("tls_cert"), options.pop("tls_dir")
+    try:
+        if cert is None:
+            settings = Settings(models=(), tls_dir=tls_dir or preflight.default_tls_dir(), **options)
+            cert = preflight.provide_certificate(settings).tls_cert
+        content = cert.read_bytes()
+        click.echo(
+            certificates.certificate_only(content) if as_pem else certificates.show(certificates.fingerprint(content)),
+            nl=not as_pem,
+        )
+    except (OSError, ValueError) as error:
+        raise click.UsageError(str(error)) from error
+
+
+@main.command()
 @_option("--server", default="127.0.0.1:50051", help="The server, as host:port.")
-@_option("--tls-ca", type=_FILE, help="PEM file of the authority of its certificate; without it, plain text.")
+@_option("--tls", is_flag=True, help="Speak TLS; on this machine, any certificate is good.")
+@_option("--tls-ca", type=_FILE, help="Speak TLS; PEM file of the authority of its certificate.")
+@_option("--tls-fingerprint", metavar="SHA256", help="Speak TLS; the certificate has this fingerprint.")
+@_option("--client-cert", type=_FILE, help="Certificate to show, PEM, where the server asks for one.")
+@_option("--client-key", type=_FILE, help="Its private key, PEM.")
 @_option("--timeout", "timeout_s", type=click.FloatRange(0.1), default=3.0, help="Seconds.")
-def probe(server: str, tls_ca: Path | None, timeout_s: float) -> None:
+def probe(server: str, timeout_s: float, **options: Any) -> None:
     """Asks a server whether it serves, by gRPC's health protocol; exit code 4 if not. For health checks."""
     if not timeout_s <= MAX_WAIT_S:
         raise click.UsageError(f"--timeout is {timeout_s:g} s; choose 0.1 to {MAX_WAIT_S:g}")
-    import grpc
-    from grpc_health.v1 import health_pb2, health_pb2_grpc
+    from cloud_server.rpc import probe as probing
 
-    if tls_ca is None:
-        channel = grpc.insecure_channel(server, options=[("grpc.enable_http_proxy", 0)])
-    else:
-        authority = tls_ca.read_bytes()
-        if b"-----BEGIN CERTIFICATE" not in authority:
-            raise click.UsageError(f"--tls-ca {tls_ca} is no PEM file with a certificate; give one")
-        channel = grpc.secure_channel(server, grpc.ssl_channel_credentials(authority))
-    with channel:
-        try:
-            stub: Any = health_pb2_grpc.HealthStub(channel)  # typed as if it had no methods
-            status = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s).status
-        except grpc.RpcError as error:
-            click.echo(f"Error: {server} does not answer ({error.code().name}); look at its log", err=True)
-            sys.exit(4)
-    name = health_pb2.HealthCheckResponse.ServingStatus.Name(status)
-    click.echo(name)
-    if name != "SERVING":
+    try:
+        answer = probing.ask(server, timeout_s, probing.Trust(**options))
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    except OSError as error:
+        click.echo(f"Error: {server} does not answer ({error}); look at its log", err=True)
+        sys.exit(4)
+    click.echo(answer)
+    if answer != "SERVING":
         sys.exit(4)
 
 
@@ -221,15 +267,26 @@ def _shown(settings: Settings) -> dict[str, object]:
     return {
         **{key: list(map(str, value)) if isinstance(value, tuple) else value for key, value in shown.items()},
         "port_file": str(settings.port_file) if settings.port_file else None,
-        "tls_cert": str(settings.tls_cert) if settings.tls_cert else None,
-        "tls_key": str(settings.tls_key) if settings.tls_key else None,
-        "num_tokens": len(settings.tokens),
+        "num_tokens": None if settings.tokens is None else len(settings.tokens.all),
+        **{key: None if shown[key] is None else str(shown[key]) for key in _TLS_FILES},
     }
 
 
-def _tokens(path: Path | None) -> tuple[str, ...]:
+def _warn_of_readers(token_file: Path) -> None:
+    if warning := warn_of_readers(token_file):
+        log.warning("token_file_readable", message=warning)
+
+
+def _tokens(path: Path | None) -> Tokens | None:
+    def on_reload(wrong: str | None) -> None:
+        if wrong is None and path is not None:
+            log.info("tokens_read", path=str(path))
+            _warn_of_readers(path)
+        else:
+            log.error("tokens_not_read", message=f"{wrong}; the tokens of before stay good until the file is mended")
+
     try:
-        return () if path is None else preflight.read_tokens(path)
+        return None if path is None else preflight.read_tokens(path, on_reload=on_reload)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
 

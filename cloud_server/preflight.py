@@ -4,16 +4,20 @@ Knows nothing of models or gRPC. Every error names the option at fault.
 """
 
 import errno
-import re
+import os
 import socket
-import ssl
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
-from cloud_server.settings import Settings
+import structlog
 
-_TOKEN = re.compile(r"[!-~]+")
+from cloud_server.settings import Settings
+from hybridsd import certificates
+from hybridsd.tokens import Tokens
+
+log = structlog.get_logger()
 
 
 def check(settings: Settings) -> None:
@@ -26,6 +30,8 @@ def check(settings: Settings) -> None:
         raise ValueError(f"--port-file {settings.port_file}: there is no such folder; make it")
     if settings.tls_cert is not None and settings.tls_key is not None:
         check_tls(settings.tls_cert, settings.tls_key)
+    if settings.tls_client_ca is not None:
+        certificates.check_authorities(settings.tls_client_ca, label="--tls-client-ca")
     check_port(settings.host, settings.port)
 
 
@@ -50,36 +56,47 @@ def check_port(host: str, port: int) -> None:
             raise ValueError(f"cannot listen on {host}:{port}: {error.strerror}; choose another {option}") from error
 
 
+def provide_certificate(settings: Settings) -> Settings:
+    """Returns the settings with a certificate, where TLS is used: the one that was given, or one that is made here.
+
+    Raises:
+        ValueError: If none can be kept.
+    """
+    if settings.tls_cert is not None or not settings.uses_tls:
+        return settings
+    folder = default_tls_dir() if settings.tls_dir is None else settings.tls_dir
+    try:
+        made = certificates.own_certificate(
+            folder, certificates.names_of_this_machine((settings.host, *settings.tls_names))
+        )
+        named = certificates.names_of(made.path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{error}; choose another --tls-dir, give --tls-cert and --tls-key, or --insecure to send images in the"
+            " clear"
+        ) from error
+    if made.replaces:
+        log.warning("certificate_renewed", file=str(made.path), message="the old one was near its end; pin this one")
+    if unnamed := [name for name in settings.tls_names if name not in named]:
+        log.warning("certificate_lacks_names", names=unnamed, message=f"delete {made.path} to make another")
+    return replace(settings, tls_cert=made.path, tls_key=made.path)
+
+
+def default_tls_dir() -> Path:
+    """Returns where a certificate that is made here is kept: in the folder that systemd gives, or the user's."""
+    if state := os.environ.get("STATE_DIRECTORY"):
+        return Path(state.partition(":")[0]) / "tls"
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(state).expanduser() / "hybridsd-cloud" / "tls"
+
+
 def check_tls(cert: Path, key: Path) -> None:
     """Refuses a certificate and a key that TLS cannot use.
 
     Raises:
         ValueError: If one is no PEM file, is encrypted, or they do not belong together.
     """
-
-    def no_password() -> str:
-        raise ValueError(f"--tls-key {key} is encrypted; give one without a password")
-
-    for option, path, marker in (
-        ("--tls-cert", cert, b"-----BEGIN CERTIFICATE"),
-        ("--tls-key", key, b"PRIVATE KEY-----"),
-    ):
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise ValueError(f"{option} {path} cannot be read: {error.strerror}") from error
-        if marker not in content:
-            what = "certificate" if path is cert else "private key"
-            raise ValueError(f"{option} {path} is no PEM file with a {what}; give one that begins with -----BEGIN")
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password=no_password)
-    except ssl.SSLError as error:
-        if error.reason == "KEY_VALUES_MISMATCH":
-            raise ValueError(f"--tls-key {key} is not the key of --tls-cert {cert}; give the pair") from error
-        raise ValueError(
-            f"--tls-cert {cert} and --tls-key {key} cannot be used: {error.reason or error}; give a certificate chain"
-            " and its key in PEM"
-        ) from error
+    certificates.check_pair(cert, key, labels=("--tls-cert", "--tls-key"))
 
 
 def check_ids(option: str, ids: Iterable[str]) -> None:
@@ -93,26 +110,27 @@ def check_ids(option: str, ids: Iterable[str]) -> None:
         raise ValueError(f"{option}: the id {twice[0]} is given twice; name each with {option} ID=PATH")
 
 
-def read_tokens(path: Path) -> tuple[str, ...]:
-    """Returns the tokens of a file: one a line; empty lines, and lines that begin with #, are left out.
+def read_tokens(path: Path, *, on_reload: Callable[[str | None], None] | None = None) -> Tokens:
+    """Returns the tokens of a file, which is read again when it changes.
+
+    Args:
+        path: Of the file: named tables, or plain tokens, one a line.
+        on_reload: See `Tokens`.
 
     Raises:
-        ValueError: If there is none, or one that no caller could send.
+        ValueError: If it cannot be read, or has a token that no caller could send.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--token-file {path} cannot be read: {error}") from error
-    tokens = []
-    for number, line in enumerate(map(str.strip, lines), start=1):
-        if not line or line.startswith("#"):
-            continue
-        if _TOKEN.fullmatch(line) is None:
-            raise ValueError(
-                f"--token-file {path}: the token of line {number} has spaces, or characters that are not ASCII; write"
-                " one token a line"
-            )
-        tokens.append(line)
-    if not tokens:
-        raise ValueError(f"--token-file {path} is empty; put a token into it, one a line")
-    return tuple(tokens)
+        tokens = Tokens(path, on_reload=on_reload)
+        if any(token.is_plain for token in tokens.all):
+            _check_words(path)
+        return tokens
+    except ValueError as error:
+        raise ValueError(f"--token-file: {error}") from error
+
+
+def _check_words(path: Path) -> None:
+    """Refuses a plain token with a space: a name beside it, or two of them, would be one token that nobody sends."""
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if " " in line.strip() and not line.strip().startswith("#"):
+            raise ValueError(f"{path}: the token of line {number} has spaces; write one token a line")

@@ -4,8 +4,11 @@ Knows nothing of models; reads nothing by itself.
 """
 
 import ipaddress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+
+from hybridsd.certificates import check_name
+from hybridsd.tokens import Tokens
 
 MAX_HEARTBEAT_S = 10.0
 """Half the silence after which an edge goes on alone."""
@@ -33,14 +36,24 @@ class Settings:
     port_file: Path | None = None
     tls_cert: Path | None = None
     tls_key: Path | None = None
+    tls_dir: Path | None = None
+    """Folder of a certificate that is made here, where TLS is used and none is given; None is the default one."""
+    tls_names: tuple[str, ...] = ()
+    """That it is for, beside those of this machine."""
+    tls_client_ca: Path | None = None
+    """Authorities of the certificates that callers must have; None asks for none."""
     insecure: bool = False
-    tokens: tuple[str, ...] = field(default=(), repr=False)
-    """Of which callers must send one; none: everybody may call."""
+    """Plain text, also beyond this machine."""
+    tokens: Tokens | None = None
+    """Of which callers must send one; None: everybody may call."""
     max_batch: int = 8
     max_queue: int = 32
     max_size: int | None = None
     """Pixels; None is twice the largest default size of the models."""
     bundles: tuple[Path, ...] = ()
+    metrics_port: int | None = None
+    """Of /healthz, /readyz and /metrics; 0 is any free one, None is none."""
+    metrics_host: str = "127.0.0.1"
     drain_timeout_s: float = 30.0
     heartbeat_s: float = 5.0
     stall_timeout_s: float = 60.0
@@ -64,11 +77,21 @@ class Settings:
             )
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("--tls-cert and --tls-key go together; give both or none")
-        if self.tls_cert is None and not self.insecure and not is_loopback(self.host):
-            raise ValueError(
-                f"host {self.host} is not a loopback address, and there is no certificate:"
-                " give --tls-cert and --tls-key, or --insecure to send images in the clear"
-            )
+        for name in self.tls_names:
+            try:
+                check_name(name)
+            except ValueError as error:
+                raise ValueError(f"--tls-name {error}") from error
+        if self.tls_client_ca is not None and not self.uses_tls:
+            raise ValueError("--tls-client-ca needs TLS; leave --insecure out")
+
+    @property
+    def uses_tls(self) -> bool:
+        """Whether callers speak TLS: where it is asked for, and beyond this machine unless it is declined."""
+        if self.tls_cert is not None:
+            return True
+        asked = self.tls_dir is not None or bool(self.tls_names) or self.tls_client_ca is not None
+        return not self.insecure and (asked or not is_loopback(self.host))
 
 
 def is_loopback(host: str) -> bool:

@@ -6,6 +6,8 @@ broken or missing entry is as good as none.
 
 import contextlib
 import hashlib
+import threading
+from collections import Counter
 from pathlib import Path
 
 from edge_client.paths import write_whole
@@ -23,9 +25,18 @@ class Cache:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._lock = threading.Lock()
+        self.lookups: Counter[tuple[str, bool]] = Counter()
+        """How often `find` was asked, by the first part of the key and whether it found something."""
 
     def find(self, *key: str) -> tuple[bytes, bytes] | None:
         """Returns digest and content of what was last stored under a key, or None."""
+        found = self._find(key)
+        with self._lock:
+            self.lookups[key[0], found is not None] += 1
+        return found
+
+    def _find(self, key: tuple[str, ...]) -> tuple[bytes, bytes] | None:
         try:
             digest = bytes.fromhex((self._folder / "index" / _name(key)).read_text(encoding="ascii").strip())
             content = (self._folder / "objects" / digest.hex()).read_bytes()

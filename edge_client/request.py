@@ -164,6 +164,8 @@ class Request:
     """Asks the cloud for a state after every this many calls of the U-Net; 0 only for that of the hand-off. Fewer save
     bytes on a slow link, and lose more calls with it."""
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    user: str = ""
+    """For whom a gateway asks the cloud: an id that tells nothing; the cloud shares by it. In no record or file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,11 +17,14 @@ from cloud_server.engine.caller import NOBODY, Caller
 from cloud_server.engine.event_buffer import EventBuffer
 from cloud_server.engine.events import Failed, Finished, Started
 from cloud_server.engine.executor import Batch, BatchTooLarge, Call, Executor, is_out_of_memory
-from cloud_server.engine.job import Job
+from cloud_server.engine.job import Job, JobView
+from cloud_server.engine.quotas import check_queued
 from cloud_server.engine.request import JobRequest
 from cloud_server.engine.scheduler import Load, Scheduler
+from cloud_server.metrics import Metrics
 from cloud_server.models.denoiser import Denoiser
 from hybridsd.errors import HybridSDError, Reason
+from hybridsd.quotas import jittered
 
 log = structlog.get_logger()
 
@@ -29,6 +32,11 @@ SLOW_CALLS = 4.0
 """A call that takes this many times the mean is not stuck yet: a machine may be slow."""
 DRAIN_RETRY_S = 5.0
 """When to come again to a server that is being replaced."""
+
+OUTCOMES = {
+    Reason.CANCELLED: "cancelled", Reason.DEADLINE_EXCEEDED: "late", Reason.UNAVAILABLE: "unavailable",
+}  # fmt: skip
+"""How jobs that end with an error are counted; all others have failed."""
 
 _torch_threads = threading.Lock()
 
@@ -46,6 +54,7 @@ class Engine:
         keep_finished_s: float = 120.0,
         num_threads: int | None = None,
         stall_timeout_s: float = 60.0,
+        metrics: Metrics | None = None,
     ) -> None:
         """Makes an engine that does nothing until `start`.
 
@@ -57,17 +66,20 @@ class Engine:
             keep_finished_s: For how long.
             num_threads: Threads of a call on a CPU; None leaves the choice to torch.
             stall_timeout_s: A step, or a text, that takes longer is stuck, unless all steps are slow.
+            metrics: What counts calls and jobs.
         """
+        self._metrics = Metrics() if metrics is None else metrics
         self._num_threads, self._stall_timeout_s = num_threads, stall_timeout_s
         self._changed = threading.Condition()  # guards everything down to the blank line
         self._scheduler = Scheduler(
-            max_batch=max_batch, max_queue=max_queue, keep_finished=keep_finished, keep_finished_s=keep_finished_s
-        )
+            max_batch=max_batch, max_queue=max_queue, keep_finished=keep_finished, keep_finished_s=keep_finished_s,
+            on_end=self._count,
+        )  # fmt: skip
         self._is_draining = self._is_stopping = self._is_dead = False
         self._unread: deque[Job] = deque()  # admitted, but for their texts
         self._busy_since_s: dict[str, float] = {}  # by name of the thread
 
-        self._executor = Executor(denoisers)
+        self._executor = Executor(denoisers, self._metrics)
         self._threads = [
             threading.Thread(target=self._run, args=(turn,), name=name, daemon=True)
             for name, turn in (("texts", self._text_turn), ("steps", self._step_turn))
@@ -116,13 +128,14 @@ class Engine:
             buffer: Where its events go.
             deadline_s: When to give up, in `time.monotonic()` seconds; None for never.
             arrived_s: When the request came, likewise; None for now.
-            caller: Who asks; callers get equal shares.
+            caller: Who asks, and owns the job: to any other owner its id is unknown.
 
         Raises:
-            HybridSDError: REQUEST_ID_REUSED; QUEUE_FULL, or UNAVAILABLE while stopping or stuck, with a retry delay.
+            HybridSDError: REQUEST_ID_REUSED; QUEUE_FULL, QUOTA_EXCEEDED, or UNAVAILABLE while stopping or stuck, with a
+                retry delay.
         """
         with self._changed:
-            job = self._scheduler.find(request.request_id)
+            job = self._scheduler.find((caller.owner, request.request_id))
             if job is not None:
                 if job.request.content != request.content:
                     raise Reason.REQUEST_ID_REUSED.error(
@@ -130,23 +143,33 @@ class Engine:
                     )
                 job.attach(buffer, deadline_s)
                 return job
-            self._check_room()
+            self._check_room(request.request_id, caller)
             job = Job(request, arrived_s, caller=caller)
+            self._check_queued(caller)
+            self._scheduler.quotas.charge(caller, job.key, job.num_asked_calls)
             self._scheduler.add(job)
             job.attach(buffer, deadline_s)
             self._admit()
             self._scheduler.post_positions()
             return job
 
-    def check_room(self, request_id: str) -> None:
+    def check_room(self, request_id: str, caller: Caller = NOBODY, *, steps: int = 0, num_reading: int = 0) -> None:
         """Refuses a call for which `submit` would have no room now, before anything costly is done for it.
 
+        Args:
+            request_id: Of the call.
+            caller: Who asks.
+            steps: Of its plan that it asks for; each takes a call of the U-Net or more.
+            num_reading: Other calls of the caller's principal that are on their way to `submit`.
+
         Raises:
-            HybridSDError: QUEUE_FULL, or UNAVAILABLE while stopping or stuck, with a retry delay.
+            HybridSDError: QUEUE_FULL, QUOTA_EXCEEDED, or UNAVAILABLE while stopping or stuck, with a retry delay.
         """
         with self._changed:
-            if self._scheduler.find(request_id) is None:
-                self._check_room()
+            if self._scheduler.find((caller.owner, request_id)) is None:
+                self._check_room(request_id, caller)
+                self._check_queued(caller, num_reading)
+                self._scheduler.quotas.check(caller, (caller.owner, request_id), max(0, steps))
 
     def detach(self, job: Job, buffer: EventBuffer) -> None:
         """Says that a stream of a job has ended, for whatever reason."""
@@ -154,20 +177,58 @@ class Engine:
         with self._changed:
             self._sweep()
 
-    def cancel(self, request_id: str) -> bool:
-        """Stops a job at its next step boundary. Returns whether one of that id was queued or running."""
-        with self._changed:
-            job = self._scheduler.live(request_id)
-            if job is None:
-                return False
-            job.stop(Reason.CANCELLED.error("the job was cancelled"))
-            self._sweep()
-            return True
+    def cancel(self, request_id: str, caller: Caller = NOBODY, *, principal: str | None = None) -> bool:
+        """Stops a job at its next step boundary: the caller's own of that id, or of anybody's where an admin asks.
 
-    def load(self) -> Load:
-        """Returns how busy the engine is."""
+        Args:
+            request_id: Of the job.
+            caller: Who asks.
+            principal: For admins: whose job it is, where several have one of that id; None for all of them.
+
+        Returns:
+            Whether one of that id was queued or running, as far as this caller may know.
+        """
         with self._changed:
-            return self._scheduler.load()
+            self._scheduler.forget_promise(request_id, caller)
+            jobs = [
+                job
+                for job in [*self._scheduler.running, *self._scheduler.waiting]
+                if job.request.request_id == request_id
+                and _may_see(caller, job)
+                and principal in (None, job.caller.principal)
+                and not job.is_stopping
+            ]
+            for job in jobs:
+                job.stop(Reason.CANCELLED.error("the job was cancelled"))
+            if jobs:
+                self._sweep()
+            return bool(jobs)
+
+    def jobs(self, caller: Caller = NOBODY) -> list[JobView]:
+        """Returns what a caller may know of the jobs that run and wait: of its own, or of all where an admin asks.
+
+        Jobs that are everybody's are listed for the machine that asked: an id is all that it takes to stop one.
+        """
+
+        def is_listed(job: Job) -> bool:
+            is_same = job.caller.principal == caller.principal
+            return _may_see(caller, job) and (caller.is_admin or bool(caller.owner) or is_same)
+
+        with self._changed:
+            free = self._scheduler.free_places()
+            running = [job.view(None) for job in self._scheduler.running if is_listed(job)]
+            waiting = enumerate(self._scheduler.waiting)
+            return running + [job.view(max(0, index - free)) for index, job in waiting if is_listed(job)]
+
+    def load(self, caller: Caller = NOBODY) -> Load:
+        """Returns how busy the engine is, and how long a new job of a caller would wait."""
+        with self._changed:
+            return self._scheduler.load(caller)
+
+    @property
+    def num_preemptions(self) -> int:
+        """How often a job had to give its place to one that waited."""
+        return self._scheduler.num_preemptions
 
     @property
     def is_idle(self) -> bool:
@@ -203,7 +264,7 @@ class Engine:
         return max((now_s - since_s for since_s in self._busy_since_s.values()), default=0.0)
 
     def _is_stuck(self) -> bool:
-        return self._stalled_s() >= max(self._stall_timeout_s, SLOW_CALLS * self._scheduler.load().call_s)
+        return self._stalled_s() >= max(self._stall_timeout_s, SLOW_CALLS * self._scheduler.call_s)
 
     def _says_stuck(self) -> str:
         if self._is_dead:
@@ -213,14 +274,27 @@ class Engine:
             " another server or later"
         )
 
-    def _check_room(self) -> None:
+    def _check_room(self, request_id: str, caller: Caller) -> None:
         if self._is_draining and not self._is_dead:
             raise Reason.UNAVAILABLE.error(
                 "the server is stopping; try another one, or later", retry_delay_s=DRAIN_RETRY_S
             )
         if self._is_stuck():
             raise Reason.UNAVAILABLE.error(self._says_stuck(), retry_delay_s=DRAIN_RETRY_S)
-        self._scheduler.check_room()
+        self._scheduler.check_room(request_id, caller)
+
+    def _check_queued(self, caller: Caller, num_reading: int = 0) -> None:
+        """Refuses a job more of a principal that has as many waiting as it may."""
+        if caller.quota.queued is None:
+            return
+        num_running, num_waiting = self._scheduler.count(caller.principal)
+        check_queued(
+            caller,
+            num_running=num_running,
+            num_waiting=num_waiting + num_reading,
+            free_places=self._scheduler.free_places(),
+            retry_delay_s=lambda: jittered(self._scheduler.retry_delay_s(caller)),
+        )
 
     def _admit(self) -> None:
         """Gives places to waiting jobs, and their texts to be read; then there may be something to do."""
@@ -310,11 +384,14 @@ class Engine:
             self._scheduler.limit_batch(group, cap)
 
     def _note(self, calls: list[Call]) -> None:
-        """Remembers how long a call took."""
-        durations = {call.elapsed_s for call in calls if not isinstance(call.outcome, Exception)}
+        """Charges what a call took to its jobs; after one that failed, each had one for itself."""
+        batches: dict[float, list[Job]] = {}
+        for call in calls:
+            if not isinstance(call.outcome, Exception):
+                batches.setdefault(call.elapsed_s, []).append(call.job)
         with self._changed:
-            for elapsed_s in durations:
-                self._scheduler.note_call(elapsed_s)
+            for elapsed_s, jobs in batches.items():
+                self._scheduler.charge(jobs, elapsed_s)
 
     def _follow(self, call: Call) -> None:
         """Takes a job to where its call led, or ends it."""
@@ -340,6 +417,18 @@ class Engine:
             elif changed is not None and job.outcome is None:
                 job.trajectory = changed
 
+    def _count(self, job: Job) -> None:
+        """Counts a job that has ended. Its caller has a name to count by only where callers have tokens."""
+        usage, first_s, outcome = job.usage(), job.first_state_s, job.outcome
+        self._metrics.note_job(
+            outcome=OUTCOMES.get(outcome.error.reason, "failed") if isinstance(outcome, Failed) else "completed",
+            token=job.caller.principal if job.caller.owner else "",
+            queue_s=usage.queue_s,
+            text_s=usage.text_s,
+            first_state_s=None if first_s is None else first_s - job.arrived_s,
+            num_calls=usage.num_calls,
+        )
+
     def _fail(self, job: Job, error: Exception) -> None:
         request = job.request
         if is_out_of_memory(error):
@@ -359,6 +448,10 @@ class Engine:
         self._scheduler.end(job, outcome)
         if self._scheduler.is_idle:  # what is left of this turn is nothing
             self._busy_since_s.pop(threading.current_thread().name, None)
+
+
+def _may_see(caller: Caller, job: Job) -> bool:
+    return caller.is_admin or job.caller.owner == caller.owner
 
 
 def _set_torch_threads(num_threads: int | None) -> None:

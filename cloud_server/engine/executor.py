@@ -17,6 +17,7 @@ from cloud_server.engine.events import Snapshot
 from cloud_server.engine.job import Job
 from cloud_server.engine.request import Stage
 from cloud_server.engine.step import Group, Progress, Texts, Trajectory
+from cloud_server.metrics import Metrics
 from cloud_server.models.denoiser import Conditions, Denoiser, Encoded, TextCache
 from hybridsd.errors import Reason
 
@@ -47,10 +48,16 @@ Batch = Sequence[tuple[Job, Trajectory]]
 class Executor:
     """The models, their text caches, and the joined conditions of the batches in flight."""
 
-    def __init__(self, denoisers: Mapping[str, Denoiser]) -> None:
-        """Takes models by id, all on one device."""
-        self._denoisers = denoisers
-        self._texts = {name: TextCache(denoiser) for name, denoiser in denoisers.items()}  # of the thread of `prepare`
+    def __init__(self, denoisers: Mapping[str, Denoiser], metrics: Metrics) -> None:
+        """Takes models by id, all on one device, and what counts calls."""
+        self._denoisers, self._metrics = denoisers, metrics
+
+        def on_lookup(is_hit: bool) -> None:
+            metrics.note_lookup("texts", is_hit=is_hit)
+
+        self._texts = {  # of the thread of `prepare`
+            name: TextCache(denoiser, on_lookup=on_lookup) for name, denoiser in denoisers.items()
+        }
         self._joined: dict[Group, tuple[list[Trajectory], Conditions]] = {}
         self._noises = ThreadPoolExecutor(NOISE_THREADS, thread_name_prefix="noise")
 
@@ -101,6 +108,7 @@ class Executor:
             log.warning("batch_failed", jobs=len(batch), error=type(results).__name__)
             return [call for pair in batch for call in self.call([pair], groups)]
         elapsed_s = time.monotonic() - started_s
+        self._metrics.note_call(trajectories[0].group[0], len(batch), elapsed_s)
         return [Call(*pair, elapsed_s, result) for pair, result in zip(batch, results, strict=True)]
 
     def _try(

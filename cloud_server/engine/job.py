@@ -5,6 +5,7 @@ Knows nothing of models or messages. Times are `time.monotonic()` seconds.
 
 import threading
 import time
+from dataclasses import dataclass
 
 from cloud_server.engine.caller import NOBODY, Caller
 from cloud_server.engine.event_buffer import EventBuffer
@@ -12,6 +13,21 @@ from cloud_server.engine.events import Event, Failed, Finished, Queued, Snapshot
 from cloud_server.engine.request import JobRequest
 from cloud_server.engine.step import Texts, Trajectory
 from hybridsd.errors import HybridSDError, Reason
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobView:
+    """What lists show of a job."""
+
+    request_id: str
+    caller: Caller
+    model: str
+    is_running: bool
+    num_calls: int
+    num_calls_left: int
+    position: int
+    """Jobs that begin before it; 0 for one that runs."""
+    age_s: float
 
 
 class Job:
@@ -27,11 +43,16 @@ class Job:
         """None until its texts are encoded, and after its end."""
         self.last_turn = 0
         self.num_turns = 0
-        """Turns since it got its place."""
+        """Turns since it stood in line."""
+        self.in_line_since = 0
+        """Counted in jobs that stood in line before it."""
+        self.in_line_turn = 0
+        """The turn in which it last began to wait."""
         # Only the thread that has the job in hand touches these: texts first, then steps.
         self.texts: tuple[Texts, ...] = ()
         """Of each stage."""
         self.first_call_s: float | None = None
+        self.first_state_s: float | None = None
         self.text_s = 0.0
         self.compute_s = 0.0
         self.num_calls = 0
@@ -47,15 +68,43 @@ class Job:
         self._stop_error: HybridSDError | None = None
 
     @property
+    def key(self) -> tuple[str, str]:
+        """What it is found by: ids are their owner's, and mean another job to anybody else."""
+        return (self.caller.owner, self.request.request_id)
+
+    @property
+    def num_asked_calls(self) -> int:
+        """Calls of the U-Net that were asked for."""
+        return self.request.handoff_call - self.request.first_call
+
+    @property
     def is_stopping(self) -> bool:
         """Whether somebody asked the job to stop."""
         return self._stop_error is not None
 
     @property
+    def kind(self) -> object:
+        """What it shares places with: jobs of its model, latent shape and adapters."""
+        model = self.request.model if self.trajectory is None else self.trajectory.group[0]
+        return (model, self.request.latent_shape, self.request.loras)
+
+    @property
     def calls_left(self) -> int:
         """Calls of the U-Net that are still to come."""
-        request = self.request
-        return request.handoff_call - request.first_call - self.num_calls - self.num_skipped_calls
+        return self.num_asked_calls - self.num_calls - self.num_skipped_calls
+
+    def view(self, position: int | None) -> JobView:
+        """Returns what lists show, for a place in the queue; None: it runs."""
+        return JobView(
+            request_id=self.request.request_id,
+            caller=self.caller,
+            model=self.request.model,
+            is_running=position is None,
+            num_calls=self.num_calls,
+            num_calls_left=max(0, self.calls_left),
+            position=position or 0,
+            age_s=time.monotonic() - self.arrived_s,
+        )
 
     def attach(self, buffer: EventBuffer, deadline_s: float | None) -> None:
         """Makes `buffer` the one reader, from the newest state on; a reader before it ends with SUPERSEDED."""
@@ -90,6 +139,7 @@ class Job:
                     self._queued, self._started = None, event
                 case Snapshot():
                     self._newest = event
+                    self.first_state_s = self.first_state_s or time.monotonic()
                 case Finished() | Failed():
                     self._queued, self.outcome = None, event
             if self._buffer is not None:

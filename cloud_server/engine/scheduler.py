@@ -1,18 +1,22 @@
 """Which job is admitted, which batch steps next, who waits where: decisions without threads or models.
 
-Jobs of one group share a call of the U-Net; groups take turns, the one that waited longest first. Callers get equal
-shares of the places, and a job that has held one for long makes room for one that waits. Not safe for several threads:
-the engine holds its lock.
+Jobs of one group share a call of the U-Net. Who has had least gets free places, has a place made free, and has the next
+turn for its group: see `shares`. Who may wait, and who is to come again when: see `promises`. Not safe for several
+threads: the engine holds its lock.
 """
 
 import random
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from cloud_server.engine.caller import Caller
+from cloud_server.engine.caller import NOBODY, Caller
 from cloud_server.engine.events import Failed, Finished, Queued
 from cloud_server.engine.job import Job
+from cloud_server.engine.promises import Door, Outlook
+from cloud_server.engine.quotas import Quotas
+from cloud_server.engine.shares import Claim, Shares
 from cloud_server.engine.step import Group
 from hybridsd.errors import Reason
 
@@ -21,16 +25,14 @@ GROUPS_IN_FLIGHT = 4
 CALL_MEMORY = 0.9
 """Weight of the past in the running mean of the duration of a call."""
 PLACE_TURNS = 64
-"""Turns after which a job gives its place to one that waits for it, and waits in turn: most images take fewer."""
+"""Turns after which a job makes room for one of the same user, and waits in turn: most images take fewer."""
+MAX_WAIT_TURNS = 32
+"""Turns after which a job with a place has its turn, whoever has had how much."""
 RECOVERY_TURNS = 64
 """Turns at a batch cap before a larger batch is tried; twice as many after each try that failed."""
 MAX_RECOVERY_TURNS = 4096
-MAX_CALLERS = 1024
-"""Callers whose last place is remembered."""
 MAX_CAPS = 256
 """Groups whose batch caps are remembered."""
-MIN_RETRY_S, MAX_RETRY_S = 0.5, 60.0
-"""Of a hint when to come again."""
 
 
 @dataclass(slots=True)
@@ -51,24 +53,42 @@ class Load:
     num_queued: int
     call_s: float
     """Recent mean duration of a call of the U-Net; 0 when none has run."""
+    wait_s: float = 0.0
+    """How long a new job of who asks would wait for its place; 0 where one is free."""
 
 
 class Scheduler:
     """The jobs of an engine: waiting, active, and finished ones that are still remembered."""
 
-    def __init__(self, *, max_batch: int, max_queue: int, keep_finished: int, keep_finished_s: float) -> None:
-        """See `Engine`."""
-        self._max_batch, self._max_queue = max_batch, max_queue
+    def __init__(
+        self,
+        *,
+        max_batch: int,
+        max_queue: int,
+        keep_finished: int,
+        keep_finished_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        on_end: Callable[[Job], None] = lambda _job: None,
+        rand: Callable[[], float] = random.random,
+    ) -> None:
+        """See `Engine`; `on_end` hears of each job that has ended; `clock` and `rand` are for tests."""
+        self._on_end = on_end
+        self.num_preemptions = 0
+        """Jobs that had to give their places to others, so far."""
+        self._max_batch, self._clock = max_batch, clock
         self._keep_finished, self._keep_finished_s = keep_finished, keep_finished_s
-        self._waiting: deque[Job] = deque()
+        self._shares, self._door = Shares(), Door(max_queue=max_queue, rand=rand)
+        self._outlook: tuple[object, Outlook] | None = None
+        self._num_in_line = 0
+        self._waiting: list[Job] = []
         self._active: list[Job] = []
-        self._jobs: dict[str, Job] = {}
-        self._finished: OrderedDict[str, tuple[float, Job]] = OrderedDict()
+        self._jobs: dict[tuple[str, str], Job] = {}  # by `Job.key`, as are finished ones
+        self._finished: OrderedDict[tuple[str, str], tuple[float, Job]] = OrderedDict()
         self._batch_caps: OrderedDict[Group, BatchCap] = OrderedDict()
         self._call_s = 0.0
+        self._calls_s: OrderedDict[object, float] = OrderedDict()  # the same by `Job.kind`
         self._turn = 0
-        self._served: dict[Caller, int] = {}  # by caller: when it last got a place, counted in places
-        self._num_served = 0
+        self.quotas = Quotas(clock)
 
     @property
     def is_idle(self) -> bool:
@@ -81,98 +101,175 @@ class Scheduler:
         return bool(self._active)
 
     @property
+    def call_s(self) -> float:
+        """Recent mean duration of a call of the U-Net; 0 when none has run."""
+        return self._call_s
+
+    @property
     def groups(self) -> set[Group]:
         """The groups of the active jobs that have begun."""
         return {job.trajectory.group for job in self._active if job.trajectory is not None}
 
-    def load(self) -> Load:
-        """Returns how busy it is."""
-        return Load(len(self._active), len(self._waiting), self._call_s)
+    def load(self, caller: Caller = NOBODY) -> Load:
+        """Returns how busy it is, and how long a caller would wait."""
+        return Load(len(self._active), len(self._waiting), self._call_s, self.wait_s(caller))
 
-    def find(self, request_id: str) -> Job | None:
-        """Returns the job of an id: alive, or finished and not forgotten yet."""
+    def wait_s(self, caller: Caller) -> float:
+        """Returns how long a new job of a caller would wait for its place, by measured calls; 0 where one is free.
+
+        Who has less than others does not wait for all that wait already; promises are kept first.
+        """
+        if not self._waiting and self.free_places():
+            return 0.0
+        kinds = Counter(job.kind for job in [*self._active, *self._waiting])
+        like = next(job for job in [*self._active, *self._waiting] if job.kind == kinds.most_common(1)[0][0])
+        job = Job(like.request, 0.0, caller=caller)
+        job.in_line_since, job.in_line_turn = self._num_in_line + 1, self._turn
+        line = self._shares.line([*self._waiting, job], self._active, self._turn)
+        ahead = next(index for index, claim in enumerate(line) if claim.job is job)
+        rivals = [other for other in self._movable(self._active) if other.kind == job.kind]
+        if not ahead and self._shares.loser(line[0], rivals, self._active) is not None:
+            return self._call_s
+        return self._look().begin_s(ahead + self._door.num_promised(caller, self._clock()))
+
+    @property
+    def running(self) -> list[Job]:
+        """The jobs that have a place."""
+        return list(self._active)
+
+    @property
+    def waiting(self) -> list[Job]:
+        """The jobs that wait, in the order in which they get places."""
+        return [claim.job for claim in self._line()]
+
+    def count(self, principal: str) -> tuple[int, int]:
+        """Returns how many jobs of a principal have a place, and how many wait."""
+        running, waiting = (
+            sum(job.caller.principal == principal for job in jobs) for jobs in (self._active, self._waiting)
+        )
+        return running, waiting
+
+    def find(self, key: tuple[str, str]) -> Job | None:
+        """Returns the job of an owner's id, see `Job.key`: alive, or finished and not forgotten yet."""
         self._forget()
-        live = self.live(request_id)
+        live = self.live(key)
         if live is not None:
             return live
-        kept = self._finished.get(request_id)
+        kept = self._finished.get(key)
         return None if kept is None else kept[1]
 
-    def live(self, request_id: str) -> Job | None:
-        """Returns the job of an id if it waits or runs and nobody has stopped it."""
-        job = self._jobs.get(request_id)
+    def live(self, key: tuple[str, str]) -> Job | None:
+        """Returns the job of an owner's id if it waits or runs and nobody has stopped it."""
+        job = self._jobs.get(key)
         return None if job is None or job.is_stopping else job
 
-    def check_room(self) -> None:
-        """Refuses a job that would wait too far back.
+    def check_room(self, request_id: str, caller: Caller = NOBODY) -> None:
+        """Refuses a job for which there is no room in the queue, and keeps room for when it comes again.
 
         Raises:
             HybridSDError: QUEUE_FULL with a retry delay.
         """
-        if len(self._waiting) - self._free_places() >= self._max_queue:
+        delay_s = self._door.delay_s((caller.owner, request_id), caller, self._look(), self._clock())
+        if delay_s is not None:
             raise Reason.QUEUE_FULL.error(
-                f"{len(self._waiting)} jobs wait already; come again", retry_delay_s=self.retry_delay_s()
+                f"{len(self._waiting)} jobs wait already; come again in {delay_s:.1f} s", retry_delay_s=delay_s
             )
 
+    def forget_promise(self, request_id: str, caller: Caller = NOBODY) -> None:
+        """Keeps no room for a request any more: its caller has given up."""
+        self._door.forget((caller.owner, request_id))
+
     def add(self, job: Job) -> None:
-        """Puts a new job at the end of the queue."""
-        self._jobs[job.request.request_id] = job
+        """Puts a new job into the queue."""
+        self.forget_promise(job.request.request_id, job.caller)
+        self._jobs[job.key] = job
         self._waiting.append(job)
+        self._stand_in_line(job)
 
     def post_positions(self) -> None:
         """Tells waiting jobs how many begin before them."""
-        free = self._free_places()
-        for index, job in enumerate(self._in_order()):
-            job.post(Queued(max(0, index - free)))
+        free = self.free_places()
+        for index, claim in enumerate(self._line()):
+            claim.job.post(Queued(max(0, index - free)))
 
     def admit(self) -> list[Job]:
         """Moves waiting jobs to places: `max_batch` for each group, a few groups' worth for all.
 
-        Where none is free, the job that has had its place for longest goes back to the queue, if that was for
-        `PLACE_TURNS` turns. Its state stays as it is.
+        Where none is free, a job of whoever is too far ahead goes back into the queue, and keeps its state.
         """
-        if not self._waiting:
-            return []
-        places = Counter(_key(job) for job in self._active)
         admitted: list[Job] = []
-        yielded: list[Job] = []
-        for job in self._in_order():
-            key, is_full = _key(job), len(self._active) >= GROUPS_IN_FLIGHT * self._max_batch
-            if is_full or places[key] >= self._max_batch:
-                rivals = [other for other in self._active if is_full or _key(other) == key]
-                oldest = max(rivals, key=lambda other: other.num_turns)
-                if oldest.num_turns < PLACE_TURNS:
-                    continue
-                self._active.remove(oldest)
-                yielded.append(oldest)
-                places[_key(oldest)] -= 1
-                if places[key] >= self._max_batch:
-                    continue
-            places[key] += 1
+        while (found := self._next_to_begin()) is not None:
+            job, loser = found
+            if loser is not None:
+                self._active.remove(loser)
+                self._waiting.append(loser)
+                self.num_preemptions += 1
+                loser.in_line_turn = self._turn
+                if loser.caller == job.caller:
+                    self._stand_in_line(loser)
+                if loser in admitted:
+                    admitted.remove(loser)
             self._waiting.remove(job)
             self._active.append(job)
-            job.last_turn, job.num_turns = self._turn, 0
-            self._note_served(job.caller)
+            job.last_turn = self._turn
             admitted.append(job)
-        self._waiting.extend(yielded)
         if admitted:
             self.post_positions()
         return admitted
 
+    def _next_to_begin(self) -> tuple[Job, Job | None] | None:
+        """Returns who gets a place now, and who makes room for it where none is free."""
+        if not self._waiting:
+            return None
+        places = Counter(job.kind for job in self._active)
+        is_full = len(self._active) >= GROUPS_IN_FLIGHT * self._max_batch
+        tried = set()
+        for claim in self._line():
+            job, key = claim.job, claim.job.kind
+            if claim.is_barred:
+                return None  # and so are all behind it
+            if places[key] < self._max_batch and not is_full:
+                return job, None
+            if (key, job.caller) in tried:
+                continue
+            tried.add((key, job.caller))
+            rivals = [
+                other for other in self._movable(self._active) if places[key] < self._max_batch or other.kind == key
+            ]
+            loser = self._shares.loser(claim, rivals, self._active) or _oldest(job.caller, rivals)
+            if loser is not None:
+                return job, loser
+        return None
+
     def choose(self) -> list[Job]:
-        """Returns up to a batch of the group that has waited longest for its turn, which is now."""
-        ready = [job for job in self._active if job.trajectory is not None]
+        """Returns up to a batch of the group whose turn it is: that of the job whose caller has had least.
+
+        A job waits for its turn no longer than `MAX_WAIT_TURNS`.
+        """
+        ready = self._movable(self._active)
         if not ready:
             return []
-        ready.sort(key=lambda job: job.last_turn)  # stable: the batch keeps its order, and so its stacked embeddings
-        group = _group(ready[0])
-        batch = [job for job in ready if _group(job) == group][: self._cap(group)]
+        groups: dict[Group | None, list[Job]] = {}
+        for job in ready:
+            groups.setdefault(_group(job), []).append(job)
+        group = min(groups, key=lambda group: self._turn_order(groups[group]))
+        jobs, cap = groups[group], self._cap(group)
+        if len(jobs) > cap:
+            chosen = set(sorted(jobs, key=lambda job: self._turn_order([job]))[:cap])
+            jobs = [job for job in jobs if job in chosen]  # in order of places, as are the stacked embeddings
         self._turn += 1
-        for job in batch:
+        for job in jobs:
             job.last_turn = self._turn
             job.num_turns += 1
-        self._recover(group, len(batch))
-        return batch
+        self._recover(group, len(jobs))
+        return jobs
+
+    def _turn_order(self, jobs: Sequence[Job]) -> tuple[bool, float, float, int]:
+        """Returns what the next turn goes by: who is overdue, then who has had least, then who waited longest."""
+        last_turn = min(job.last_turn for job in jobs)
+        standings = [self._shares.standing(job.caller) for job in jobs]
+        principals, users = (round(sum(column) / len(jobs), 6) for column in zip(*standings, strict=True))
+        return (self._turn - last_turn < MAX_WAIT_TURNS, principals, users, last_turn)
 
     def limit_batch(self, group: Group, cap: int) -> None:
         """Makes batches of a group no larger than `cap`, for a while: memory that was short may be there later."""
@@ -191,14 +288,18 @@ class Scheduler:
         if cap.turns_left <= 0:
             cap.size, cap.turns_left = min(cap.size + 1, self._max_batch), cap.patience
 
-    def note_call(self, elapsed_s: float) -> None:
-        """Adds the duration of a call of the U-Net to the running mean."""
-        past = CALL_MEMORY if self._call_s else 0.0
-        self._call_s = past * self._call_s + (1.0 - past) * elapsed_s
+    def charge(self, batch: Sequence[Job], elapsed_s: float) -> None:
+        """Charges a call of the U-Net to the jobs that it was for."""
+        self._call_s = _mean(self._call_s, elapsed_s)
+        key = batch[0].kind
+        self._calls_s[key] = _mean(self._calls_s.pop(key, 0.0), elapsed_s)
+        if len(self._calls_s) > MAX_CAPS:
+            self._calls_s.popitem(last=False)
+        self._shares.charge(batch, elapsed_s, [*self._active, *self._waiting])
 
     def sweep(self, *, active: bool) -> None:
         """Ends waiting jobs that were cancelled, lost or late; with `active`, between two calls, running ones."""
-        now_s = time.monotonic()
+        now_s = self._clock()
         for job in [*self._waiting, *(self._active if active else ())]:
             error = job.stop_error(now_s)
             if error is not None:
@@ -213,15 +314,16 @@ class Scheduler:
             self.post_positions()
         elif job in self._active:
             self._active.remove(job)
-        request_id = job.request.request_id
-        if self._jobs.get(request_id) is job:
-            del self._jobs[request_id]
+        if self._jobs.get(job.key) is job:
+            del self._jobs[job.key]
             if isinstance(outcome, Finished):
-                self._finished.pop(request_id, None)
-                self._finished[request_id] = (time.monotonic(), job)
+                self._finished.pop(job.key, None)
+                self._finished[job.key] = (self._clock(), job)
                 self._forget()
         job.trajectory = None
+        self.quotas.end(job)
         job.post(outcome)
+        self._on_end(job)
 
     def end_all(self, outcome: Failed) -> None:
         """Ends every job."""
@@ -230,55 +332,89 @@ class Scheduler:
 
     def _forget(self) -> None:
         """Drops finished jobs that are too many or too old."""
-        now_s = time.monotonic()
+        now_s = self._clock()
         while self._finished:
             oldest, (ended_s, _) = next(iter(self._finished.items()))
             if len(self._finished) <= self._keep_finished and now_s - ended_s < self._keep_finished_s:
                 break
             del self._finished[oldest]
 
-    def _free_places(self) -> int:
+    def free_places(self) -> int:
+        """Returns how many jobs could begin at once, of one group."""
         return max(0, self._max_batch - len(self._active))
 
-    def retry_delay_s(self) -> float:
-        """Returns when to come again: at a random time from the first free place on until all that is here is done.
+    def retry_delay_s(self, caller: Caller = NOBODY) -> float:
+        """Returns when the queue will have moved on for a caller, in seconds."""
+        return max(0.5, self.wait_s(caller))
 
-        Who is refused at one time must not come again at one time. Durations are from measured calls.
+    def _stand_in_line(self, job: Job) -> None:
+        """Sends a job to the end of its user's line."""
+        self._num_in_line += 1
+        job.in_line_since, job.in_line_turn, job.num_turns = self._num_in_line, self._turn, 0
+
+    def _line(self) -> list[Claim]:
+        return self._shares.line(self._waiting, self._active, self._turn)
+
+    def _movable(self, jobs: Sequence[Job]) -> list[Job]:
+        """Returns those jobs whose texts are read."""
+        return [job for job in jobs if job.trajectory is not None]
+
+    def _look(self) -> Outlook:
+        """Returns how busy it is: places as they get free, given to who waits, in order.
+
+        Looked at anew when a turn has passed, or a job has come or gone: a flood of refusals costs little.
         """
-        groups = max(1, len(self.groups))
-        first_s = min((job.calls_left for job in self._active), default=1) * groups * self._call_s
-        all_s = sum(job.calls_left for job in [*self._active, *self._waiting]) * self._call_s / self._max_batch
-        earliest_s = min(max(first_s, MIN_RETRY_S), MAX_RETRY_S / 2)
-        return earliest_s + random.random() * min(max(all_s, earliest_s), MAX_RETRY_S / 2)
-
-    def _in_order(self) -> list[Job]:
-        """Returns the waiting jobs in the order in which they get places.
-
-        Callers with fewer places come first; of these, whoever got one longest ago; within a caller, whoever came
-        first.
-        """
-        shares = Counter(job.caller for job in self._active)
-        ranked = []
-        for index, job in enumerate(self._waiting):
-            ranked.append((shares[job.caller], self._served.get(job.caller, 0), index, job))
-            shares[job.caller] += 1
-        return [job for *_, job in sorted(ranked, key=lambda item: item[:3])]
-
-    def _note_served(self, caller: Caller) -> None:
-        self._num_served += 1
-        self._served[caller] = self._num_served
-        if len(self._served) > MAX_CALLERS:
-            here = {job.caller for job in [*self._active, *self._waiting]}
-            self._served = {name: turn for name, turn in self._served.items() if name in here}
+        state = (self._turn, self._num_in_line, len(self._waiting), len(self._active))
+        if self._outlook is not None and self._outlook[0] == state:
+            return self._outlook[1]
+        waiting = [claim.job for claim in self._line() if not claim.is_barred]
+        keys = Counter(job.kind for job in [*self._active, *waiting])
+        round_s = sum(self._calls_s.get(key, self._call_s) for key in keys)
+        frees_s: dict[object, list[float]] = {key: [] for key in keys}
+        for job in self._active:
+            frees_s[job.kind].append(max(0, job.calls_left) * round_s)
+        begins = []
+        for job in waiting:
+            places = frees_s[job.kind]
+            begins.append((_next_s(places, self._max_batch), job.caller))
+            if len(places) >= self._max_batch:
+                places.remove(begins[-1][0])
+            places.append(begins[-1][0] + job.calls_left * round_s)
+        begins.sort(key=lambda begin: begin[0])
+        here = [*self._active, *waiting]
+        mean_s = sum(job.request.handoff_call - job.request.first_call for job in here) / max(1, len(here)) * round_s
+        self._outlook = (
+            state,
+            Outlook(
+                waiting=[caller for _, caller in begins],
+                begins_s=[begin_s for begin_s, _ in begins],
+                running=[job.caller for job in self._active],
+                num_free=self.free_places(),
+                next_s=max((_next_s(places, self._max_batch) for places in frees_s.values()), default=0.0),
+                spacing_s=mean_s / max(self._max_batch, sum(map(len, frees_s.values()))),
+            ),
+        )
+        return self._outlook[1]
 
     def _cap(self, group: Group | None) -> int:
         held = None if group is None else self._batch_caps.get(group)
         return self._max_batch if held is None else held.size
 
 
-def _key(job: Job) -> object:
-    model = job.request.model if job.trajectory is None else job.trajectory.group[0]
-    return (model, job.request.latent_shape, job.request.loras)
+def _next_s(places_s: list[float], max_batch: int) -> float:
+    """Returns when a place of a group is free, given when those that are taken will be."""
+    return 0.0 if len(places_s) < max_batch else min(places_s)
+
+
+def _mean(past_s: float, new_s: float) -> float:
+    """Returns a running mean that begins with the first value."""
+    return CALL_MEMORY * past_s + (1.0 - CALL_MEMORY) * new_s if past_s else new_s
+
+
+def _oldest(caller: Caller, rivals: Sequence[Job]) -> Job | None:
+    """Returns the job of the same user that has had its place for longest, if that was for `PLACE_TURNS`."""
+    mine = [job for job in rivals if job.caller == caller and job.num_turns >= PLACE_TURNS]
+    return max(mine, key=lambda job: job.num_turns, default=None)
 
 
 def _group(job: Job) -> Group | None:

@@ -238,8 +238,15 @@ def embed_guidance(guidance_scale: torch.Tensor, dim: int) -> torch.Tensor:
 class TextCache:
     """Encodes texts, and remembers the last of them. For one thread."""
 
-    def __init__(self, denoiser: Denoiser, *, max_texts: int = MAX_TEXTS) -> None:
-        self._denoiser, self._max_texts = denoiser, max_texts
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        *,
+        max_texts: int = MAX_TEXTS,
+        on_lookup: Callable[[bool], None] = lambda _is_hit: None,
+    ) -> None:
+        """Takes what encodes, how many texts are held, and who hears of each request whether it was."""
+        self._denoiser, self._max_texts, self._on_lookup = denoiser, max_texts, on_lookup
         self._held: OrderedDict[tuple[str, TextOptions, Loras, int | None], Encoded] = OrderedDict()
         self.spent_s = 0.0
         """Time in the text encoder so far."""
@@ -253,6 +260,7 @@ class TextCache:
             RuntimeError: If the encoder fails; the message does not quote the text, for it goes to the log.
         """
         key = (text, options, loras, num_chunks)
+        self._on_lookup(key in self._held)
         if key not in self._held:
             started_s = time.monotonic()
             try:

@@ -5,19 +5,22 @@ Knows nothing of torch or of how a step is made.
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
 
-from cloud_server.engine.caller import Caller
 from cloud_server.engine.engine import Engine
 from cloud_server.engine.event_buffer import EventBuffer
 from cloud_server.engine.events import Failed, Finished, Snapshot, Started
 from cloud_server.engine.request import JobRequest
 from cloud_server.logs import note
+from cloud_server.metrics import Metrics
 from cloud_server.models.load import Model
 from cloud_server.rpc import write_response
+from cloud_server.rpc.auth import current_caller
 from cloud_server.rpc.read_request import AnswerStyle, RequestReader, check_request_id
 from cloud_server.rpc.worker_pool import WorkerPool
 from cloud_server.rpc.write_stream import write
@@ -42,14 +45,18 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
         bundles: list[pb.BundleInfo],
         heartbeat_s: float = 5.0,
         stall_timeout_s: float = 60.0,
+        metrics: Metrics | None = None,
     ) -> None:
         """Takes an engine that serves `models`, the default first."""
+        self._metrics = Metrics() if metrics is None else metrics
         self._engine, self._models, self._version = engine, models, version
         self._limits, self._bundles, self._heartbeat_s = limits, bundles, heartbeat_s
         self._reader = RequestReader(
-            models, max_size=limits.max_size, min_size=limits.min_size, stall_timeout_s=stall_timeout_s
-        )
+            models, max_size=limits.max_size, min_size=limits.min_size, stall_timeout_s=stall_timeout_s,
+            metrics=self._metrics,
+        )  # fmt: skip
         self._answers = WorkerPool("answers", ANSWER_THREADS)  # each stream has one piece of work at a time
+        self._num_reading: Counter[str] = Counter()  # by principal
         self.num_streams = 0
 
     def close(self) -> None:
@@ -63,19 +70,37 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
         arrived_s = time.monotonic()
         remaining_s = context.time_remaining()
         deadline_s = None if remaining_s is None else arrived_s + remaining_s
-        self._engine.check_room(request.request_id)  # before a plan is compiled for a job that cannot come in
+        caller = current_caller()
+        self._engine.check_room(  # before a plan is compiled for a job that cannot come in
+            request.request_id,
+            caller,
+            steps=request.handoff_step - request.first_step,
+            num_reading=self._num_reading[caller.principal],
+        )
         self.num_streams += 1
         try:
-            job_request, style = await self._read(request, context)
+            with self._counted(caller.principal):
+                job_request, style = await self._read(request, context)
             await self._run(job_request, style, context, deadline_s=deadline_s, arrived_s=arrived_s)
         finally:
             self.num_streams -= 1
+
+    @contextmanager
+    def _counted(self, principal: str) -> Iterator[None]:
+        """Counts a request while it is being read: many at once must not pass a quota that each alone would."""
+        self._num_reading[principal] += 1
+        try:
+            yield
+        finally:
+            self._num_reading[principal] -= 1
+            if not self._num_reading[principal]:
+                del self._num_reading[principal]
 
     async def _read(
         self, request: pb.DenoiseRequest, context: "grpc.aio.ServicerContext[Any, Any]"
     ) -> tuple[JobRequest, AnswerStyle]:
         """Reads a request, and lets its caller hear that the server is alive where that takes long."""
-        reading = asyncio.create_task(self._reader.read(request))
+        reading = asyncio.create_task(self._reader.read(request, current_caller().quota))
         try:
             wait_s = min(FIRST_WORD_S, self._heartbeat_s)
             message = write_response.waiting(self._engine.load().num_queued)
@@ -107,13 +132,14 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
         )
         buffer = EventBuffer()
         job = self._engine.submit(
-            job_request, buffer, deadline_s=deadline_s, arrived_s=arrived_s, caller=caller_of(context)
+            job_request, buffer, deadline_s=deadline_s, arrived_s=arrived_s, caller=current_caller()
         )
         try:
             await self._relay(buffer, job_request, style, context)
         finally:
             self._engine.detach(job, buffer)
             usage = job.usage()
+            self._metrics.states_dropped.inc(buffer.num_dropped)
             note(
                 num_calls=usage.num_calls,
                 queue_ms=round(1e3 * usage.queue_s, 3),
@@ -131,6 +157,7 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
     ) -> None:
         """Sends what comes into the buffer until the job has ended."""
         sent_bytes, sent_s = 0, time.monotonic()
+        codec_bytes = self._metrics.sent_bytes.labels(style.codec)
         while True:
             event = await buffer.next(max(0.0, sent_s + self._heartbeat_s - time.monotonic()))
             if isinstance(event, Failed):
@@ -147,6 +174,7 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
                 message = write_response.response(event, request, style, sent_bytes=sent_bytes)
             await write(context, message)
             sent_bytes, sent_s = sent_bytes + message.ByteSize(), time.monotonic()
+            codec_bytes.inc(message.ByteSize())
             note(sent_bytes=sent_bytes)
             if isinstance(event, Finished):
                 return
@@ -160,9 +188,16 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
     async def CancelDenoise(
         self, request: pb.CancelDenoiseRequest, context: "grpc.aio.ServicerContext[Any, Any]"
     ) -> pb.CancelDenoiseResponse:
-        """Stops a job."""
+        """Stops a job of the caller, or of anybody's where the caller is an admin."""
         check_request_id(request.request_id, may_be_empty=False)
-        return pb.CancelDenoiseResponse(cancelled=self._engine.cancel(request.request_id))
+        caller, owner = current_caller(), request.owner or None
+        return pb.CancelDenoiseResponse(cancelled=self._engine.cancel(request.request_id, caller, principal=owner))
+
+    async def ListJobs(
+        self, request: pb.ListJobsRequest, context: "grpc.aio.ServicerContext[Any, Any]"
+    ) -> pb.ListJobsResponse:
+        """Says which jobs wait and run: the caller's own, or all where the caller is an admin."""
+        return write_response.jobs(self._engine.jobs(current_caller()))
 
     async def GetCapabilities(
         self, request: pb.GetCapabilitiesRequest, context: "grpc.aio.ServicerContext[Any, Any]"
@@ -173,11 +208,5 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
             models=[model.info for model in self._models.values()],
             bundles=self._bundles,
             limits=self._limits,
-            load=self._engine.load(),
+            load=self._engine.load(current_caller()),
         )
-
-
-def caller_of(context: "grpc.aio.ServicerContext[Any, Any]") -> Caller:
-    """Returns who calls, as far as shares are concerned: the token, if there is one, and the machine."""
-    token = next((str(value) for key, value in context.invocation_metadata() or () if key == "authorization"), "")
-    return Caller(principal=f"{context.peer().rpartition(':')[0]} {token}")

@@ -1,15 +1,14 @@
-"""Around every call of our services: who may call, what is a message, one log line, and errors as rich statuses.
+"""Around every call of our services: what is a message, one log line, and errors as rich statuses.
 
-Nothing that a caller without a token sent is read; nothing is decoded beyond a size.
+Nothing is decoded beyond a size. Who may call: `auth.py`.
 
 Knows nothing of what the calls do.
 """
 
 import asyncio
-import hmac
 import re
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -21,6 +20,7 @@ from grpc_status import rpc_status
 
 from cloud_server.engine.request import new_request_id
 from cloud_server.logs import collect_notes
+from cloud_server.metrics import Metrics
 from hybridsd.durations import to_duration
 from hybridsd.errors import DOMAIN, HybridSDError, Reason
 from hybridsd.limits import MAX_REQUEST_BYTES
@@ -31,7 +31,6 @@ MAX_RECEIVED_BYTES = 2 * MAX_REQUEST_BYTES
 """Beyond this gRPC itself refuses, before we can say why."""
 
 _OURS = "/hybridsd."
-_OPEN = "/grpc.health."
 _LOG_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 Handler = Callable[[Any, "grpc.aio.ServicerContext[Any, Any]"], Awaitable[Any]]
@@ -46,6 +45,9 @@ def rich_status(error: HybridSDError) -> grpc.Status:
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if error.retry_delay_s is not None:
         details.append(error_details_pb2.RetryInfo(retry_delay=to_duration(error.retry_delay_s)))
+    if error.quota is not None:
+        violated = error_details_pb2.QuotaFailure.Violation(subject=error.quota, description=error.message[:1000])
+        details.append(error_details_pb2.QuotaFailure(violations=[violated]))
     packed = []
     for detail in details:
         packed.append(any_pb2.Any())
@@ -56,36 +58,11 @@ def rich_status(error: HybridSDError) -> grpc.Status:
     return status
 
 
-class TokenInterceptor(grpc.aio.ServerInterceptor):
-    """Demands `authorization: Bearer TOKEN` of every call but health checks."""
-
-    def __init__(self, tokens: Sequence[str]) -> None:
-        """Takes the tokens of which each is good."""
-        self._expected = [f"Bearer {token}".encode() for token in tokens]
-
-    async def intercept_service(
-        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], details: grpc.HandlerCallDetails
-    ) -> Any:
-        """See `grpc.aio.ServerInterceptor`."""
-        handler = await continuation(details)
-        given = [str(value).encode() for key, value in details.invocation_metadata or () if key == "authorization"]
-        if handler is None or details.method.startswith(_OPEN):
-            return handler
-        if len(given) == 1 and sum(hmac.compare_digest(given[0], good) for good in self._expected):
-            return handler
-        what = "wrong" if given else "missing"
-        error = Reason.UNAUTHENTICATED.error(f"the token is {what}; send 'authorization: Bearer TOKEN'")
-
-        async def refuse(_messages: Any, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
-            if details.method.startswith(_OURS):
-                raise error
-            await context.abort_with_status(rich_status(error))
-
-        return grpc.stream_stream_rpc_method_handler(refuse)  # of any method: a stream that is not read is not received
-
-
 class RequestInterceptor(grpc.aio.ServerInterceptor):
-    """Logs one line for each call of our services, and turns exceptions into statuses."""
+    """Logs one line for each call of our services, counts refusals, and turns exceptions into statuses."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
 
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]], details: grpc.HandlerCallDetails
@@ -110,7 +87,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
             asked = getattr(request, "request_id", "")
             request_id = next((text for text in (given, asked) if _LOG_ID.fullmatch(text)), new_request_id())
             with structlog.contextvars.bound_contextvars(request_id=request_id):
-                return await _run(run, request, context, method)
+                return await _run(run, request, context, method, self._metrics)
 
         return _with_handler(handler, outer)
 
@@ -169,7 +146,9 @@ def _raiser(error: HybridSDError) -> Handler:
     return refuse
 
 
-async def _run(inner: Handler, request: Any, context: "grpc.aio.ServicerContext[Any, Any]", method: str) -> Any:
+async def _run(
+    inner: Handler, request: Any, context: "grpc.aio.ServicerContext[Any, Any]", method: str, metrics: Metrics
+) -> Any:
     notes = collect_notes()
     started_s = time.monotonic()
     code, reason = "OK", None
@@ -183,6 +162,8 @@ async def _run(inner: Handler, request: Any, context: "grpc.aio.ServicerContext[
     except HybridSDError as error:
         code, reason = error.reason.value.grpc_code, error.reason.name
         notes["field"] = error.field
+        if "num_calls" not in notes:  # there was no job
+            metrics.refusals.labels(reason).inc()
         await context.abort_with_status(rich_status(error))
     except Exception:
         if context.done():  # the caller went away in the middle of a write

@@ -5,6 +5,7 @@ Knows nothing of messages but the names of their fields.
 
 import asyncio
 
+from cloud_server.metrics import Metrics
 from cloud_server.models.load import Model
 from cloud_server.rpc.worker_pool import WorkerPool
 from hybridsd.errors import HybridSDError, Reason
@@ -26,9 +27,9 @@ Compiled = tuple[Plan, bytes]
 class PlanPool:
     """Compiles plans off the event loop."""
 
-    def __init__(self, *, stall_timeout_s: float) -> None:
+    def __init__(self, *, stall_timeout_s: float, metrics: Metrics) -> None:
         """Takes how long a plan may take; after more nobody waits for it, nor for those behind it."""
-        self._stall_timeout_s = stall_timeout_s
+        self._stall_timeout_s, self._metrics = stall_timeout_s, metrics
         self._quick = WorkerPool("plans", 1, max_waiting=MAX_COMPILING)
         self._slow = WorkerPool("long plans", 1, max_waiting=MAX_COMPILING)
         self._running: dict[Key, tuple[asyncio.Task[Compiled], list[object]]] = {}
@@ -47,6 +48,7 @@ class PlanPool:
         """
         try:
             held = model.plans.held_with_digest(scheduler, num_inference_steps, begin_step)
+            self._metrics.note_lookup("plans", is_hit=held is not None)
             return held or await self._compiled(model, scheduler, num_inference_steps, begin_step)
         except HybridSDError as error:
             if error.field is None:

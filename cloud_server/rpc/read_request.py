@@ -10,7 +10,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from cloud_server.engine.quotas import check_pixels
 from cloud_server.engine.request import JobRequest, Latents, Stage, new_request_id
+from cloud_server.metrics import Metrics
 from cloud_server.models.denoiser import Encoded
 from cloud_server.models.load import Model, ModelInfo
 from cloud_server.rpc.plan_pool import PlanPool
@@ -29,6 +31,7 @@ from hybridsd.durations import to_seconds
 from hybridsd.errors import Reason
 from hybridsd.limits import MAX_EVERY, MAX_GUIDANCE, MAX_IMAGE_INDEX, MAX_SEED, MAX_STEPS, MIN_GUIDANCE
 from hybridsd.plan import MAX_ARRAYS, MAX_NAME, Plan
+from hybridsd.tokens import NO_QUOTA, Quota
 from hybridsd.v1 import denoising_service_pb2 as pb
 from hybridsd.v1 import tensor_pb2
 
@@ -58,30 +61,41 @@ class AnswerStyle:
     resume_call: int
     """States up to this call are not wanted."""
 
+    @property
+    def codec(self) -> str:
+        """The name that people use for the encoding."""
+        return next(name for name, encoding in codec.ENCODINGS.items() if encoding == self.encoding)
+
 
 class RequestReader:
     """Checks requests against the served models."""
 
     def __init__(
-        self, models: Mapping[str, Model], *, max_size: int, min_size: int, stall_timeout_s: float = 60.0
+        self,
+        models: Mapping[str, Model],
+        *,
+        max_size: int,
+        min_size: int,
+        stall_timeout_s: float = 60.0,
+        metrics: Metrics | None = None,
     ) -> None:
         """Takes models by id, the default first, the limits of width and height in pixels, and of a plan's time."""
         self._models, self._max_size, self._min_size = models, max_size, min_size
         self._reading = WorkerPool("requests", READING_THREADS, max_waiting=MAX_READING)
-        self._plans = PlanPool(stall_timeout_s=stall_timeout_s)
+        self._plans = PlanPool(stall_timeout_s=stall_timeout_s, metrics=metrics or Metrics())
 
     def close(self) -> None:
         """Ends what is being read with UNAVAILABLE."""
         self._reading.close()
         self._plans.close()
 
-    async def read(self, request: pb.DenoiseRequest) -> tuple[JobRequest, AnswerStyle]:
-        """Returns the job, and how to answer.
+    async def read(self, request: pb.DenoiseRequest, quota: Quota = NO_QUOTA) -> tuple[JobRequest, AnswerStyle]:
+        """Returns the job, and how to answer, for a caller with a quota.
 
         Raises:
             HybridSDError: The documented reason, naming the field; QUEUE_FULL where too many are being read.
         """
-        checked = await self._reading.run(self._check, request)
+        checked = await self._reading.run(self._check, request, quota)
         plan = checked.plan or await self._plans.plan(checked.model, *checked.steps)
         return await self._reading.run(self._finish, request, checked, *plan)
 
@@ -96,11 +110,12 @@ class RequestReader:
         encoded = await self._reading.run(codec.encode_plan, plan)
         return pb.CompilePlanResponse(plan=encoded, plan_digest=digest)
 
-    def _check(self, request: pb.DenoiseRequest) -> "_Checked":
+    def _check(self, request: pb.DenoiseRequest, quota: Quota) -> "_Checked":
         """Checks all that can be checked without the plan, what is cheap first."""
         model = self._model(request.model, request.latent_space)
         info = model.info
         shape, size = self._latent_shape(request, info)
+        check_pixels(quota, *size)
         _check_scalars(request)
         guidance_scale = _guidance_scale(request, info)
         changes = self._model_changes(request, info, guidance_scale)

@@ -14,12 +14,18 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from cloud_server.engine.engine import Engine
+from cloud_server.engine.scheduler import GROUPS_IN_FLIGHT
+from cloud_server.metrics import Metrics
 from cloud_server.models.load import Model
 from cloud_server.rpc import write_response
+from cloud_server.rpc.auth import AuthInterceptor
 from cloud_server.rpc.bundle_service import Bundle, BundleService
+from cloud_server.rpc.call_metrics import MetricsInterceptor
 from cloud_server.rpc.denoising_service import DenoisingService
-from cloud_server.rpc.interceptors import MAX_RECEIVED_BYTES, RequestInterceptor, TokenInterceptor
-from cloud_server.settings import Settings
+from cloud_server.rpc.http_endpoint import HttpEndpoint
+from cloud_server.rpc.interceptors import MAX_RECEIVED_BYTES, RequestInterceptor
+from cloud_server.rpc.tls import credentials, http_context, valid_until
+from cloud_server.settings import Settings, is_loopback
 from hybridsd.v1 import bundle_service_pb2, bundle_service_pb2_grpc, denoising_service_pb2_grpc
 from hybridsd.v1 import denoising_service_pb2 as pb
 
@@ -39,6 +45,7 @@ _OPTIONS = [
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.server_handshake_timeout_ms", 10_000),  # a caller that does not begin holds a socket; else two minutes
 ]
 STATUS_S = 1.0
 """For streams that have ended to send their status."""
@@ -58,12 +65,14 @@ class CloudServer:
     def __init__(self, settings: Settings, models: Mapping[str, Model], bundles: Sequence[Bundle] = ()) -> None:
         """Takes loaded models by id, the default first; settings that concern loading are not looked at."""
         self._settings = settings
+        self.metrics = Metrics()
         self.engine = Engine(
             {name: model.denoiser for name, model in models.items()},
             max_batch=settings.max_batch,
             max_queue=settings.max_queue,
             num_threads=settings.threads,
             stall_timeout_s=settings.stall_timeout_s,
+            metrics=self.metrics,
         )
         infos = [model.info for model in models.values()]
         limits = write_response.limits(
@@ -80,34 +89,59 @@ class CloudServer:
             bundles=[bundle.info() for bundle in bundles],
             heartbeat_s=settings.heartbeat_s,
             stall_timeout_s=settings.stall_timeout_s,
+            metrics=self.metrics,
         )
         self._bundles = BundleService(bundles)
-        token = [TokenInterceptor(settings.tokens)] if settings.tokens else []
-        self._server = grpc.aio.server(interceptors=[RequestInterceptor(), *token], options=_OPTIONS)
+        self._server = grpc.aio.server(
+            interceptors=[
+                MetricsInterceptor(self.metrics),
+                RequestInterceptor(self.metrics),
+                AuthInterceptor(settings.tokens),
+            ],
+            options=_OPTIONS,
+        )
         self._health = health.aio.HealthServicer()
         denoising_service_pb2_grpc.add_DenoisingServiceServicer_to_server(self._service, self._server)
         bundle_service_pb2_grpc.add_BundleServiceServicer_to_server(self._bundles, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        self._is_serving, self._is_well = False, True
+        self._watch_metrics(models)
+        self._http = HttpEndpoint(
+            self.metrics.registry, tokens=settings.tokens, is_open=settings.insecure, not_ready=self.not_ready
+        )
         self._watchdog: asyncio.Task[None] | None = None
         self._urged = asyncio.Event()
         self.lost = asyncio.Event()
         """Set when the engine has died, or has been stuck for `stall_exit_s`."""
         self.port = 0
 
+    @property
+    def metrics_port(self) -> int:
+        """Where /metrics is; 0 before `start`, and without one."""
+        return self._http.port
+
+    def not_ready(self) -> str | None:
+        """Returns why no jobs are taken; None when they are."""
+        if self.lost.is_set():
+            return "the engine has died or is stuck"
+        if not self._is_serving:
+            return "the server is starting or stopping"
+        return None if self._is_well else f"a step has not come back for {self.engine.stalled_s():.0f} s"
+
     async def start(self) -> None:
         """Listens, and sets `port`.
 
         Raises:
             OSError: If the address cannot be had.
+            ValueError: If the certificate cannot be used.
         """
         settings = self._settings
         host = f"[{settings.host}]" if ":" in settings.host and not settings.host.startswith("[") else settings.host
         address = f"{host}:{settings.port}"
         try:
-            if settings.tls_cert is not None and settings.tls_key is not None:
-                pair = (settings.tls_key.read_bytes(), settings.tls_cert.read_bytes())
-                self.port = self._server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+            if settings.uses_tls:
+                self.port = self._server.add_secure_port(address, credentials(settings))
             else:
                 self.port = self._server.add_insecure_port(address)
         except RuntimeError as error:
@@ -117,8 +151,12 @@ class CloudServer:
         self.engine.start()
         await self._set_health(_SERVING)
         await self._server.start()
+        if settings.metrics_port is not None:
+            tls = http_context(settings) if settings.uses_tls and not is_loopback(settings.metrics_host) else None
+            await self._http.start(settings.metrics_host, settings.metrics_port, tls)
+        self._is_serving = True
         self._watchdog = asyncio.create_task(self._watch())
-        log.info("listening", address=f"{host}:{self.port}", tls=settings.tls_cert is not None)
+        log.info("listening", address=f"{host}:{self.port}", tls=settings.uses_tls)
 
     async def stop(self, drain_timeout_s: float) -> None:
         """Refuses new jobs, lets the running ones finish, and closes.
@@ -128,6 +166,7 @@ class CloudServer:
         """
         log.info("draining", **_load(self.engine))
         self.engine.drain()
+        self._is_serving = False
         await self._health.enter_graceful_shutdown()
         await first_of(self._drained(), self._urged.wait(), self.lost.wait(), timeout_s=drain_timeout_s)
         load = _load(self.engine)
@@ -139,6 +178,7 @@ class CloudServer:
         await self._server.stop(STATUS_S)
         if not self.lost.is_set():
             await asyncio.to_thread(self.engine.stop, JOIN_S)
+        await self._http.stop()
         log.info("stopped", **load)
 
     def hurry(self) -> None:
@@ -149,26 +189,54 @@ class CloudServer:
         while self._service.num_streams or self._bundles.num_streams or not self.engine.is_idle:  # noqa: ASYNC110  (several things, some a thread's)
             await asyncio.sleep(0.05)
 
+    def _watch_metrics(self, models: Mapping[str, Model]) -> None:
+        """Lets the metrics ask how the server is."""
+        metrics, engine, settings = self.metrics, self.engine, self._settings
+        metrics.watch("ready", "1 while jobs are taken.", lambda: self.not_ready() is None)
+        metrics.watch("queue_length", "Jobs that wait for a place.", lambda: engine.load().num_queued)
+        metrics.watch("queue_limit", "Jobs that may wait (--max-queue).", lambda: settings.max_queue)
+        metrics.watch("jobs_running", "Jobs that have a place.", lambda: engine.load().num_running)
+        metrics.watch(
+            "places", "Jobs that may have a place: full batches that take turns.",
+            lambda: GROUPS_IN_FLIGHT * settings.max_batch,
+        )  # fmt: skip
+        metrics.watch("streams", "Calls of Denoise that are open.", lambda: self._service.num_streams)
+        metrics.watch(
+            "engine_stalled_seconds", "For how long the work in hand has not moved; infinite when a thread is dead.",
+            engine.stalled_s,
+        )  # fmt: skip
+        metrics.watch_count(
+            "preemptions", "Jobs that gave their place to one that waited.", lambda: engine.num_preemptions
+        )
+        if settings.tokens is not None:
+            metrics.watch_tokens(settings.tokens)
+        if settings.uses_tls:
+            metrics.watch_certificate(lambda: valid_until(settings))
+        for name, model in models.items():
+            device, dtype = str(model.denoiser.device), str(model.denoiser.dtype).removeprefix("torch.")
+            metrics.model_info.labels(name, model.info.latent_space, device, dtype).set(1)
+
     async def _set_health(self, status: int) -> None:
         for name in ("", *SERVICES):
             await self._health.set(name, status)
 
     async def _watch(self) -> None:
         """Says NOT_SERVING while the engine is stuck, and gives up when it is so for too long, or has died."""
-        was_well = True
         while True:
             await asyncio.sleep(min(1.0, self._settings.stall_timeout_s / 4))
             try:
                 is_well, stalled_s = self.engine.watch(), self.engine.stalled_s()
+                if self._settings.tokens is not None:
+                    self._settings.tokens.reload()  # a broken edit is said when it is made
             except Exception:
                 log.exception("watch_failed")  # and the watch goes on
                 continue
-            if is_well != was_well:
+            if is_well != self._is_well:
                 log.log(20 if is_well else 40, "health", is_well=is_well, stalled_s=stalled_s)
                 await self._set_health(_SERVING if is_well else _NOT_SERVING)
             if not is_well and stalled_s >= self._settings.stall_exit_s:
                 self.lost.set()
-            was_well = is_well
+            self._is_well = is_well
 
 
 async def run(

@@ -3,9 +3,10 @@
 Knows nothing of the engine or the network.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from cloud_server.engine.events import Finished, Queued, Snapshot, Started
+from cloud_server.engine.job import JobView
 from cloud_server.engine.request import JobRequest, Latents
 from cloud_server.engine.scheduler import Load
 from cloud_server.models.denoiser import Encoded
@@ -16,6 +17,9 @@ from hybridsd.durations import to_duration
 from hybridsd.limits import MAX_PROMPT_CHARS, MAX_STEPS
 from hybridsd.v1 import denoising_service_pb2 as pb
 from hybridsd.v1 import tensor_pb2
+
+MAX_JOBS = 1000
+"""Of a list, which fits into a message then."""
 
 
 def is_wanted(event: Snapshot, style: AnswerStyle) -> bool:
@@ -104,6 +108,25 @@ def _state(event: Snapshot, style: AnswerStyle) -> pb.State:
     )
 
 
+def jobs(views: Sequence[JobView]) -> pb.ListJobsResponse:
+    """Returns the list of jobs, in their order."""
+    listed = [
+        pb.Job(
+            request_id=view.request_id,
+            owner=view.caller.principal,
+            user=view.caller.user,
+            model=view.model,
+            state=pb.JOB_STATE_RUNNING if view.is_running else pb.JOB_STATE_WAITING,
+            num_calls=view.num_calls,
+            num_calls_left=view.num_calls_left,
+            position=view.position,
+            age=to_duration(view.age_s),
+        )
+        for view in views[:MAX_JOBS]
+    ]
+    return pb.ListJobsResponse(jobs=listed, num_jobs=len(views))
+
+
 def limits(*, min_size: int, max_size: int, max_queue: int, max_batch: int) -> pb.Limits:
     """Returns what a request must keep to."""
     return pb.Limits(
@@ -125,7 +148,12 @@ def capabilities(
         models=[_model(info) for info in models],
         bundles=bundles,
         limits=limits,
-        load=pb.Load(num_running=load.num_running, num_queued=load.num_queued, call_duration=to_duration(load.call_s)),
+        load=pb.Load(
+            num_running=load.num_running,
+            num_queued=load.num_queued,
+            call_duration=to_duration(load.call_s),
+            wait_duration=to_duration(load.wait_s),
+        ),
     )
 
 

@@ -14,7 +14,7 @@ import click
 from edge_client.cli import output_files
 from edge_client.cli.build_requests import check_cloud_options
 from edge_client.cli.open_parts import open_bundle, open_cloud
-from edge_client.cli.shared_options import CONTEXT, model_options, server_options
+from edge_client.cli.shared_options import CONTEXT, SERVER_ACCESS, model_options, server_options
 from edge_client.cli.system_info import describe_machine
 from edge_client.cloud.client import Cloud
 from edge_client.generation.events import Finished, StepDone
@@ -77,7 +77,7 @@ def bench(**options: Any) -> None:
     with ExitStack() as stack:
         cloud: Cloud | None = None
         if resolved.cloud_steps:
-            access = {name: options[name] for name in ("token_file", "tls_ca", "insecure")}
+            access = {name: options[name] for name in SERVER_ACCESS}
             cloud = stack.enter_context(open_cloud(options["server"], **access))
         for seed in range(options["warm_up"] + options["runs"]):
             fresh = replace(request, seed=seed, request_id=Request().request_id)

@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -69,11 +70,9 @@ def verify(bundle_name: str | None) -> None:
 @click.argument("name", required=False)
 @click.option("--into", type=click.Path(path_type=Path), help="The folder to make. Default: the user's data folder.")
 @server_options
-def fetch(
-    name: str | None, into: Path | None, server: str, token_file: Path | None, tls_ca: Path | None, insecure: bool
-) -> None:
+def fetch(name: str | None, into: Path | None, server: str, **access: Any) -> None:
     """Gets a bundle from the cloud; without NAME lists those there are. A broken download is resumed."""
-    with open_cloud(server, token_file=token_file, tls_ca=tls_ca, insecure=insecure) as cloud:
+    with open_cloud(server, **access) as cloud:
         offered = cloud.capabilities().bundles
         if name is None:
             if not offered:

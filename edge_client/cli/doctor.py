@@ -53,15 +53,13 @@ class Check:
 @click.option("--json", "as_json", envvar="HYBRIDSD_EDGE_JSON", is_flag=True, help="Print one JSON object.")
 def doctor(
     server: str,
-    token_file: Path | None,
-    tls_ca: Path | None,
-    insecure: bool,
     bundle_name: str | None,
     provider: str | None,
     threads: int | None,
     low_memory: bool,
     offline: bool,
     as_json: bool,
+    **access: Any,
 ) -> None:
     """Checks bundle, models and cloud, one line each, and says what to do where something is wrong."""
     checks: list[Check] = []
@@ -81,7 +79,7 @@ def doctor(
         note(_failed("bundle" if bundle is None else "models", error))
     if not offline:
         try:
-            with open_cloud(server, token_file=token_file, tls_ca=tls_ca, insecure=insecure) as cloud:
+            with open_cloud(server, **access) as cloud:
                 for check in check_cloud(cloud, bundle):
                     note(check)
         except HybridSDError as error:
@@ -187,8 +185,7 @@ def check_cloud(cloud: Cloud, bundle: Bundle | None) -> Iterator[Check]:
     """Asks the cloud what it can do, and compares that with the bundle."""
     found = cloud.capabilities()  # a missing or wrong token fails here
     busy = f"{found.num_running} running, {found.num_queued} waiting"
-    how = "encrypted" if cloud.encrypted else "plain text"
-    yield Check("cloud", True, f"{cloud.target} ({how}) runs version {found.server_version}; {busy}")
+    yield Check("cloud", True, f"{cloud.target} ({cloud.trust.describe()}) runs version {found.server_version}; {busy}")
     ids = ", ".join(model.id for model in found.models)
     if bundle is None:
         yield Check("pairing", False, f"no bundle to pair with {ids}", 2)

@@ -17,7 +17,7 @@ from edge_client.cli.open_parts import open_bundle, open_cloud, open_edge_models
 from edge_client.cli.output_files import STDOUT
 from edge_client.cli.patience_options import read_patience
 from edge_client.cli.progress import Display, choose_display
-from edge_client.cli.shared_options import CONTEXT
+from edge_client.cli.shared_options import CONTEXT, SERVER_ACCESS
 from edge_client.cli.side_outputs import SideOutputs, read_side_outputs
 from edge_client.cli.words import in_options
 from edge_client.cloud.client import Cloud
@@ -143,9 +143,8 @@ def _draw(
 
 def _open_cloud(options: dict[str, Any]) -> Cloud:
     return open_cloud(
-        options["server"], token_file=options["token_file"], tls_ca=options["tls_ca"], insecure=options["insecure"],
-        patience=read_patience(options),
-    )  # fmt: skip
+        options["server"], patience=read_patience(options), **{name: options[name] for name in SERVER_ACCESS}
+    )
 
 
 def _check_stdout(options: dict[str, Any]) -> None:

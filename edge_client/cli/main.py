@@ -24,6 +24,7 @@ COMMANDS = {
     "generate": "Draws images: the cloud begins each, this device finishes it.",
     "probe": "Asks a gateway whether it takes jobs; exit code 4 if not.",
     "serve": "Serves web clients: OpenAI's images API, AUTOMATIC1111's, jobs with events, and a page to draw with.",
+    "tokens": "Adds, lists and removes the tokens of a gateway's clients.",
 }
 """The first sentence of each command's help, which its module repeats; the module is named as the command."""
 

@@ -57,6 +57,9 @@ def open_cloud(
     *,
     token_file: Path | None,
     tls_ca: Path | None,
+    tls_fingerprints: Sequence[str] = (),
+    client_cert: Path | None = None,
+    client_key: Path | None = None,
     insecure: bool,
     patience: Patience | None = None,
 ) -> Cloud:
@@ -68,8 +71,9 @@ def open_cloud(
         except (OSError, ValueError) as error:
             raise Reason.FIELD_INVALID.error(f"cannot read {token_file}: {error}", field="token_file") from error
     return Cloud(
-        server, token=token, tls_ca=tls_ca, insecure=insecure, cache=cache.Cache(cache_folder()), patience=patience
-    )
+        server, token=token, tls_ca=tls_ca, tls_fingerprints=tls_fingerprints, client_cert=client_cert,
+        client_key=client_key, insecure=insecure, cache=cache.Cache(cache_folder()), patience=patience,
+    )  # fmt: skip
 
 
 POLL_INTERVAL_S = 0.2

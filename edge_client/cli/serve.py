@@ -1,8 +1,9 @@
 """`hybridsd serve`: the gateway of `edge_client.web` as a process."""
 
-import logging
+import ipaddress
 import os
 import socket
+import ssl
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,19 +12,28 @@ from typing import Any
 import click
 import platformdirs
 import structlog
-import uvicorn
 
+from edge_client.addresses import is_loopback
 from edge_client.cli import output_files
 from edge_client.cli.open_parts import open_bundle, open_cloud, open_edge_models
 from edge_client.cli.patience_options import patience_options, read_patience
-from edge_client.cli.shared_options import CONTEXT, DEFAULT_PORT, NumberRange, model_options, server_options
-from edge_client.cloud.connection import is_loopback
+from edge_client.cli.shared_options import (
+    CONTEXT,
+    DEFAULT_PORT,
+    SERVER_ACCESS,
+    NumberRange,
+    model_options,
+    server_options,
+)
 from edge_client.inference.models import Models
+from edge_client.web import logs
 from edge_client.web.app import create_app
-from edge_client.web.auth import read_tokens
-from edge_client.web.connections import server_config
+from edge_client.web.connections import PatientServer, server_config
 from edge_client.web.settings import Settings
+from edge_client.web.tls import server_context
+from hybridsd import certificates
 from hybridsd.errors import Reason
+from hybridsd.tokens import Tokens
 
 log = structlog.get_logger()
 
@@ -37,11 +47,20 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=DEFAULT_PORT, show_default=True, help="0: any free one.")
 @click.option("--port-file", type=click.Path(dir_okay=False, path_type=Path), help="File to write the port to.")
-@click.option("--tls-cert", type=_FILE, help="Certificate chain of the gateway, PEM.")
+@click.option(
+    "--tls-cert", type=_FILE,
+    help="Certificate chain of the gateway, PEM. Without one, a gateway beyond this machine makes its own, for "
+    "--allowed-host too, keeps it in --data-dir, and prints the fingerprint.",
+)  # fmt: skip
 @click.option("--tls-key", type=_FILE, help="Its private key, PEM.")
 @click.option(
+    "--http", "plain_http", envvar="HYBRIDSD_EDGE_HTTP", is_flag=True,
+    help="Serve plain HTTP beyond this machine, as behind a proxy that speaks HTTPS.",
+)  # fmt: skip
+@click.option(
     "--client-tokens", type=_FILE,
-    help="File with the tokens that web clients must send, one a line; each sees its own jobs. Needed beyond this "
+    help="File with the tokens that web clients must send: named and hashed, as `hybridsd tokens` makes it, or as "
+    "plain text, one a line. Each sees its own jobs. The file is read again when it changes. Needed beyond this "
     "machine, unless --open.",
 )  # fmt: skip
 @click.option(
@@ -51,6 +70,11 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     "--allowed-host", "allowed_hosts", envvar="HYBRIDSD_EDGE_ALLOWED_HOST", multiple=True, metavar="NAME",
     help="Name by which clients call the gateway. Repeatable. Default: this machine's name and addresses, or any with "
     "tokens.",
+)  # fmt: skip
+@click.option(
+    "--trusted-proxy", "trusted_proxies", envvar="HYBRIDSD_EDGE_TRUSTED_PROXY", multiple=True, metavar="ADDRESS",
+    help="Address or network of a proxy before the gateway, which is believed for whom it asks (X-Forwarded-For). "
+    "Repeatable.",
 )  # fmt: skip
 @click.option(
     "--cors-origin", "cors_origins", envvar="HYBRIDSD_EDGE_CORS_ORIGIN", multiple=True, metavar="ORIGIN",
@@ -85,6 +109,10 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     help="Take any width and height: draw the nearest size that the models have, and resize. A request may differ. "
     "Default: only with the demo's bundle.",
 )  # fmt: skip
+@click.option(
+    "--log-format", type=click.Choice(["auto", "console", "json"]), default="auto", show_default=True,
+    help="Of the log: lines for people, or one JSON object a line; auto is the first on a terminal.",
+)  # fmt: skip
 @click.option("--no-cloud", is_flag=True, help="Draw everything here.")
 @server_options
 @patience_options
@@ -92,45 +120,81 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 def serve(**options: Any) -> None:
     """Serves web clients: OpenAI's images API, AUTOMATIC1111's, jobs with events, and a page to draw with."""
     settings = _settings(options)
-    _configure_log()
+    logs.configure(options["log_format"])
     bundle = open_bundle(options["bundle_name"])
     runs_with = {name: options[name] for name in ("provider", "threads", "low_memory")}
     models = Models(bundle.folder, bundle.manifest, **runs_with)
     others = open_edge_models(options["edge_models"], bundle.manifest, **runs_with)
     cloud = None
     if not options["no_cloud"]:
-        access = {name: options[name] for name in ("token_file", "tls_ca", "insecure")}
+        access = {name: options[name] for name in SERVER_ACCESS}
         cloud = open_cloud(options["server"], patience=read_patience(options), **access)
     if options["fit_size"] is None:
         settings = replace(settings, fit_size=bundle.folder.parts[-3:] == _DEMO)
     app = create_app(settings, bundle, models, cloud, others=others)
+    tls, cert = _certificate(options, settings.data_dir)
     listener = _listen(options["host"], options["port"])
     port = listener.getsockname()[1]
-    scheme = "http" if options["tls_cert"] is None else "https"
+    scheme = "http" if tls is None else "https"
     click.echo(f"serving on {scheme}://{_shown(options['host'])}:{port}/", err=True)
+    if cert is not None:
+        fingerprint = certificates.show(certificates.fingerprint(cert.read_bytes()))
+        app.state.metrics.watch_certificate(lambda: certificates.valid_until(cert.read_bytes()))
+        click.echo(f"its certificate has the SHA-256 fingerprint {fingerprint}", err=True)
     if options["port_file"] is not None:
         output_files.write(options["port_file"], f"{port}\n".encode(), overwrite=True)
     config = server_config(
-        app, log_level="warning", timeout_graceful_shutdown=5,
-        ssl_certfile=options["tls_cert"], ssl_keyfile=options["tls_key"],
-    )  # fmt: skip
+        app, tls=tls, trusted_proxies=options["trusted_proxies"], log_config=None, timeout_graceful_shutdown=5
+    )
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        PatientServer(config).run(sockets=[listener])
     finally:
         if cloud is not None:
             cloud.close()
 
 
+def _certificate(options: dict[str, Any], data_dir: Path) -> tuple[ssl.SSLContext | None, Path | None]:
+    """Returns what the gateway speaks TLS with, and its certificate; None to speak plain HTTP.
+
+    Raises:
+        InvalidRequest: FIELD_INVALID if the certificate cannot be used, or none be kept.
+    """
+    cert, key = options["tls_cert"], options["tls_key"]
+    if cert is None and (options["plain_http"] or is_loopback(options["host"])):
+        return None, None
+    try:
+        if cert is None:
+            names = certificates.names_of_this_machine((options["host"], *options["allowed_hosts"]))
+            made = certificates.own_certificate(data_dir / "tls", names)
+            if made.replaces:
+                log.warning("certificate_renewed", file=str(made.path), message="the old one was near its end")
+            cert = key = made.path
+        return server_context(cert, key), cert
+    except (OSError, ValueError) as error:
+        raise Reason.FIELD_INVALID.error(
+            f"there is no certificate for HTTPS: {error}; give --tls-cert and --tls-key, or --http to serve in plain "
+            "text", field="tls_cert",
+        ) from error  # fmt: skip
+
+
 def _settings(options: dict[str, Any]) -> Settings:
-    host, tokens = options["host"], read_tokens(options["client_tokens"])
+    for proxy in options["trusted_proxies"]:
+        try:
+            ipaddress.ip_network(proxy, strict=False)
+        except ValueError:
+            raise Reason.FIELD_INVALID.error(
+                f"--trusted-proxy {proxy!r} is no address; give one such as 10.0.0.2, or a network such as 10.0.0.0/8",
+                field="trusted_proxies",
+            ) from None
+    host, tokens = options["host"], _read_tokens(options["client_tokens"])
     if (options["tls_cert"] is None) != (options["tls_key"] is None):
         raise Reason.FIELD_INVALID.error("--tls-cert and --tls-key go together; give both", field="tls_cert")
-    if not tokens and not is_loopback(host) and not options["is_open"]:
+    if tokens is None and not is_loopback(host) and not options["is_open"]:
         raise Reason.FIELD_INVALID.error(
             f"{host} can be reached from elsewhere, and nobody would need a token; give --client-tokens, or --open",
             field="host",
         )
-    names, any_address = _host_names(host, options["allowed_hosts"], has_tokens=bool(tokens))
+    names, any_address = _host_names(host, options["allowed_hosts"], has_tokens=tokens is not None)
     return Settings(
         data_dir=options["data_dir"] or platformdirs.user_data_path("hybridsd") / "gateway",
         tokens=tokens,
@@ -148,6 +212,27 @@ def _settings(options: dict[str, Any]) -> Settings:
     )
 
 
+def _read_tokens(path: Path | None) -> Tokens | None:
+    """Returns the tokens of a file, which is read again when it changes.
+
+    Raises:
+        InvalidRequest: FIELD_INVALID if it cannot be read, with what is wrong.
+    """
+    if path is None:
+        return None
+    try:
+        return Tokens(path, on_reload=_log_reload)
+    except ValueError as error:
+        raise Reason.FIELD_INVALID.error(f"{error}; change `client_tokens`", field="client_tokens") from None
+
+
+def _log_reload(wrong: str | None) -> None:
+    if wrong is None:
+        log.info("client_tokens_reloaded")
+    else:
+        log.error("client_tokens_not_reloaded", wrong=wrong, what="the tokens of before stay good")
+
+
 def _host_names(host: str, allowed: Sequence[str], *, has_tokens: bool) -> tuple[Sequence[str], bool]:
     """Returns the names that clients may call the gateway by, and whether they may use any address.
 
@@ -162,15 +247,6 @@ def _host_names(host: str, allowed: Sequence[str], *, has_tokens: bool) -> tuple
         return _LOOPBACK_NAMES, False
     name = socket.gethostname().casefold()
     return (*_LOOPBACK_NAMES, host.casefold(), name, f"{name}.local"), True
-
-
-def _configure_log() -> None:
-    """Logs lines for people, without the values of variables: prompts are nobody's business."""
-    renderer = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)
-    structlog.configure(
-        processors=[structlog.processors.add_log_level, structlog.processors.TimeStamper(fmt="iso"), renderer],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-    )
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -27,6 +27,10 @@ DEFAULT_PORT = 8080
 DEFAULT_GATEWAY = f"http://127.0.0.1:{DEFAULT_PORT}"
 
 
+SERVER_ACCESS = ("token_file", "tls_ca", "tls_fingerprints", "client_cert", "client_key", "insecure")
+"""Of `server_options` those that say how to talk to it."""
+
+
 def server_options(command: F) -> F:
     """Adds the options that say where the cloud is and how to talk to it."""
     for option in (
@@ -36,6 +40,25 @@ def server_options(command: F) -> F:
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
             help="PEM file of the authority that signed the server's certificate. Without it, servers elsewhere are "
             "checked against the system's authorities, and this machine is spoken to in plain text.",
+        ),
+        click.option(
+            "--tls-fingerprint",
+            "tls_fingerprints",
+            envvar="HYBRIDSD_EDGE_TLS_FINGERPRINT",
+            multiple=True,
+            metavar="SHA256",
+            help="Take the server's certificate with this fingerprint, and no other; `hybridsd-cloud fingerprint` "
+            "prints it there. Repeatable: for several servers, or before a certificate is renewed.",
+        ),
+        click.option(
+            "--client-cert",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="Certificate chain to show to the server, PEM, if it asks who calls.",
+        ),
+        click.option(
+            "--client-key",
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="Its private key, PEM.",
         ),
         click.option(
             "--token-file",

@@ -6,19 +6,21 @@ The only module of the edge that touches gRPC; `edge_client.cloud.conversion` kn
 import contextlib
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
+from edge_client.addresses import is_loopback
 from edge_client.cache import Cache
 from edge_client.cloud.breaker import Breaker
-from edge_client.cloud.connection import Connection, Connections, is_loopback, read_ca, read_target
+from edge_client.cloud.connection import Connection, Connections, read_target
 from edge_client.cloud.conversion import Conversation, check_plan
 from edge_client.cloud.progress import Progress
 from edge_client.cloud.status import translate
 from edge_client.cloud.stream import NOTHING, Inbox
 from edge_client.cloud.traffic import bought_s, count_bytes
+from edge_client.cloud.trust import Trust, no_connection
 from edge_client.cloud.types import (
     Capabilities,
     CloudEvent,
@@ -40,6 +42,7 @@ from hybridsd.errors import (
 )
 from hybridsd.manifest import BundleFile
 from hybridsd.plan import Plan
+from hybridsd.tokens import USER_KEY
 from hybridsd.v1 import bundle_service_pb2
 from hybridsd.v1 import denoising_service_pb2 as pb
 
@@ -66,6 +69,9 @@ class Cloud:
         target: "host:port".
         token: Bearer token; None sends none.
         tls_ca: PEM file of the authority that signed the server's certificate; given, TLS is used.
+        tls_fingerprints: SHA-256 of certificates of which the server must show one; given, TLS is used.
+        client_cert: Certificate chain that this device shows, PEM; given, TLS is used.
+        client_key: Its key.
         insecure: Allows plain text to a host that is not this one.
         cache: Where received embeddings and plans are remembered.
         connect_timeout_s: How long a connection may take.
@@ -82,6 +88,9 @@ class Cloud:
         *,
         token: str | None = None,
         tls_ca: Path | None = None,
+        tls_fingerprints: Sequence[str] = (),
+        client_cert: Path | None = None,
+        client_key: Path | None = None,
         insecure: bool = False,
         cache: Cache,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
@@ -113,16 +122,23 @@ class Cloud:
         ]
         if is_loopback(host):
             options.append(("grpc.enable_http_proxy", 0))  # http_proxy is for the way to other machines
-        plain = tls_ca is None and (insecure or is_loopback(host))
-        authorities = read_ca(tls_ca)
+        self.trust = Trust(
+            target, tls_ca=tls_ca, tls_fingerprints=tls_fingerprints, client_cert=client_cert, client_key=client_key,
+            insecure=insecure, timeout_s=connect_timeout_s,
+        )  # fmt: skip
+        self._connections = Connections(lambda: self.trust.channel(options), prepare=self._prepare)
+        self.encrypted = self.trust.encrypted
 
-        def make() -> grpc.Channel:
-            if plain:
-                return grpc.insecure_channel(target, options=options)
-            return grpc.secure_channel(target, grpc.ssl_channel_credentials(authorities), options=options)
-
-        self._connections = Connections(make)
-        self.encrypted = not plain
+    def _prepare(self) -> None:
+        """Makes sure of the server's certificate, and goes by new files where they have changed."""
+        try:
+            self.trust.prepare()
+        except HybridSDError as error:
+            if isinstance(error.__cause__, TimeoutError):
+                self.breaker.trip(error, by_stream=False)
+            raise
+        if self.trust.reload():
+            self._connections.replace()
 
     def __enter__(self) -> Self:
         return self
@@ -163,12 +179,13 @@ class Cloud:
         if self.breaker.is_tripped:  # what was sent meanwhile may have opened a connection to nobody
             self._connections.replace()
 
-    def metadata(self, request_id: str = "") -> tuple[tuple[str, str | bytes], ...]:
-        """Returns the gRPC metadata of a call: who asks, and for what."""
+    def metadata(self, request_id: str = "", user: str = "") -> tuple[tuple[str, str | bytes], ...]:
+        """Returns the gRPC metadata of a call: who asks, for what, and for whom."""
         token: tuple[tuple[str, str | bytes], ...] = (
             (("authorization", f"Bearer {self._token}"),) if self._token else ()
         )
-        return (*token, ("x-request-id", request_id)) if request_id else token
+        named = (("x-request-id", request_id), (USER_KEY, user))
+        return (*token, *((key, value) for key, value in named if value))
 
     def translate(self, error: Any) -> HybridSDError:
         """Returns the exception of the table for a failed call; says what to do when there is no server at all."""
@@ -177,31 +194,32 @@ class Cloud:
 
     def _no_connection(self, text: str) -> HybridSDError | None:
         """Returns why there is no connection, where gRPC's text says that there is none."""
-        no_trust, other_name = "CERTIFICATE_VERIFY_FAILED", "does not match SSL server name"
-        if no_trust in text or other_name in text:
-            why = (
-                text.rpartition(no_trust)[2].removesuffix(": OK").strip(" :")[:100]
-                if no_trust in text
-                else "it is that of another host"
-            )
-            return Reason.UNAUTHENTICATED.error(
-                f"the certificate of {self.target} is not trusted ({why or 'it cannot be verified'}); give the file of "
-                "the authority that signed it as `tls_ca`, and the host that it names as `server`"
-            )
+        no_trust, other_names = "CERTIFICATE_VERIFY_FAILED", ("does not match SSL server name", "Hostname Verification")
+        if no_trust in text:
+            return self._not_trusted(text.rpartition(no_trust)[2].removesuffix(": OK").strip(" :")[:100])
+        if any(words in text for words in other_names):
+            return self._not_trusted("it is that of another host")
         if "failed to connect" not in text and "errors resolving" not in text:
             return None
-        hint = "" if self.encrypted else ", or give `tls_ca` if it wants TLS"
+        hint = "" if self.encrypted else ", or give `tls_ca` or `tls_fingerprint` if it wants TLS"
         if "errors resolving" in text:
             what = "is unknown"
         elif "refused" in text:
             what = "refuses connections"
         elif "WRONG_VERSION_NUMBER" in text:
             what, hint = "does not speak TLS", ", or set `insecure` to speak to it in plain text"
+        elif self.encrypted and "Socket closed" in text:
+            what = "breaks TLS off"
+            hint = ", give `client_cert` and `client_key` of an authority that it knows if it asks for them"
         else:
             what = f"cannot be reached ({text.rpartition('last error: ')[2][:200]})"
-        return Reason.UNAVAILABLE.error(
-            f"{self.target} {what}; check that `hybridsd-cloud serve` runs there{hint}, or set `mode` to edge"
-        )
+        return no_connection(self.target, what, hint)
+
+    def _not_trusted(self, why: str) -> HybridSDError:
+        found = self.trust.refusal(why)
+        if found.reason is Reason.UNAVAILABLE:  # renewed, as pinned
+            self._connections.replace()
+        return found
 
     def open(self, segment: CloudSegment) -> "RemoteJob":
         """Prepares a segment; nothing is sent before its `events` are asked for."""
@@ -232,19 +250,20 @@ class Cloud:
             self.breaker.reset(by_stream=False)
         return found
 
-    def cancel(self, request_id: str, *, wait_s: float = 0.0) -> None:
+    def cancel(self, request_id: str, *, user: str = "", wait_s: float = 0.0) -> None:
         """Tells the server to stop a job; the outcome does not matter.
 
         Args:
             request_id: Of the job.
+            user: For whom it was asked for.
             wait_s: How long to wait for the answer; `close` waits as well.
         """
-        if self._away is not None:
+        if self._away is not None or not self.trust.is_ready:  # never spoken to
             return
         connection = self._connections.take()  # until the answer is here: another silence would close it before
         future = connection.denoising.CancelDenoise.future(
             pb.CancelDenoiseRequest(request_id=request_id), timeout=CANCEL_TIMEOUT_S,
-            metadata=self.metadata(request_id),
+            metadata=self.metadata(request_id, user),
         )  # fmt: skip
         with self._cancels_lock:
             self._cancels.add(future)  # dropped, it would be cancelled before it is sent
@@ -471,9 +490,8 @@ class RemoteJob:
         cloud = self._cloud
         self._progress.asked()
         with cloud.lend() as connection:
-            call = connection.denoising.Denoise(
-                message, timeout=timeout_s, metadata=cloud.metadata(self._segment.request_id)
-            )
+            metadata = cloud.metadata(self._segment.request_id, self._segment.request.user)
+            call = connection.denoising.Denoise(message, timeout=timeout_s, metadata=metadata)
 
             def failed(error: Any) -> HybridSDError:
                 return cloud.failed(connection, error, by_stream=True)
@@ -563,4 +581,4 @@ class RemoteJob:
 
     def cancel(self, *, wait_s: float = 0.0) -> None:
         """Asks the server to stop the job; see `Cloud.cancel`."""
-        self._cloud.cancel(self._segment.request_id, wait_s=wait_s)
+        self._cloud.cancel(self._segment.request_id, user=self._segment.request.user, wait_s=wait_s)

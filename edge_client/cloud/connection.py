@@ -1,7 +1,6 @@
 """Channels to one server: how they are made, checked and replaced."""
 
 import contextlib
-import ipaddress
 import os
 import ssl
 import threading
@@ -12,6 +11,7 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what its core would log, the 
 
 import grpc
 
+from edge_client.addresses import is_loopback as is_loopback
 from hybridsd.errors import Reason
 from hybridsd.v1 import bundle_service_pb2_grpc, denoising_service_pb2_grpc
 
@@ -33,18 +33,6 @@ def read_target(target: str) -> tuple[str, int]:
             f"`server` is {target[:200]!r}; give host:port, as in 127.0.0.1:50051", field="server"
         )
     return host, int(port)
-
-
-def is_loopback(host: str) -> bool:
-    """Returns whether a host name or address is this machine."""
-    if host.lower().rstrip(".") == "localhost":
-        return True
-    try:
-        address = ipaddress.ip_address(host.strip("[]"))
-    except ValueError:
-        return False
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return (mapped or address).is_loopback
 
 
 def read_ca(path: Path | None) -> bytes | None:
@@ -87,13 +75,14 @@ class Connections:
     """The current connection to a server; one to a silent peer is replaced, and closed after its last call.
 
     Args:
-        make: Makes a channel, with a TCP connection of its own.
+        make: Makes a channel, with a TCP connection of its own. It does not wait.
+        prepare: Called before the first; may wait, and raise what the call that needs it then raises.
     """
 
-    def __init__(self, make: Callable[[], grpc.Channel]) -> None:
-        self._make, self._lock = make, threading.Lock()
-        self._current = Connection(make())
-        self._all = {self._current}
+    def __init__(self, make: Callable[[], grpc.Channel], *, prepare: Callable[[], None] = lambda: None) -> None:
+        self._make, self._prepare, self._lock = make, prepare, threading.Lock()
+        self._current: Connection | None = None
+        self._all: set[Connection] = set()
 
     @contextlib.contextmanager
     def use(self) -> Iterator[Connection]:
@@ -106,8 +95,11 @@ class Connections:
             self._close_unused()
 
     def take(self) -> Connection:
-        """Lends the current one until it is put back."""
+        """Lends the current one until it is put back; the first is made for whoever comes first."""
+        self._prepare()
         with self._lock:
+            if self._current is None:
+                self._current = self._open()
             self._current.num_users += 1
             return self._current
 
@@ -119,15 +111,19 @@ class Connections:
     def replace(self, silent: Connection | None = None) -> None:
         """Opens another in the place of one whose peer is silent, unless that was done already; None is the current."""
         with self._lock:
-            if silent is None or self._current is silent:
-                self._current = Connection(self._make())
-                self._all.add(self._current)
+            if self._current is not None and (silent is None or self._current is silent):
+                self._current = self._open()
         self._close_unused()
 
     def close(self) -> None:
         """Ends all of them, and every call on them."""
         for connection in tuple(self._all):
             connection.channel.close()
+
+    def _open(self) -> Connection:
+        connection = Connection(self._make())
+        self._all.add(connection)
+        return connection
 
     def _close_unused(self) -> None:
         with self._lock:

@@ -35,6 +35,10 @@ POLL_INTERVAL_S = 0.5
 MAX_BACKOFF_S = 5.0
 JITTER = 0.5
 """A delay is made longer by up to this part, so that not all come again at once."""
+PROMISE_JITTER = 0.05
+"""The same for that of a full cloud, which gives each another one and keeps room until then."""
+HONEST_REFUSALS = 3
+"""So many refusals in a row are obeyed to the letter; a cloud that was honest would not give more."""
 
 
 class Advisor(Protocol):
@@ -203,11 +207,13 @@ class _Retries:
                 return None  # it was reached, and did not get on: it breaks again and again
             delay_s = 0.0 if is_first else 0.125 * 2**self._attempt
         elif error.retry_delay_s is not None:
-            delay_s = 0.2 * 2**self._attempt
+            is_trusted = is_full and self._attempt < HONEST_REFUSALS
+            delay_s = 0.0 if is_trusted else 0.2 * 2**self._attempt
         else:
             return None
         self._attempt += 1
-        delay_s = max(min(delay_s, MAX_BACKOFF_S), error.retry_delay_s or 0.0) * random.uniform(1.0, 1.0 + JITTER)
+        jitter = PROMISE_JITTER if is_full else JITTER
+        delay_s = max(min(delay_s, MAX_BACKOFF_S), error.retry_delay_s or 0.0) * random.uniform(1.0, 1.0 + jitter)
         limit_s = self.patience.busy_timeout_s if is_full else self.patience.reattach_timeout_s
         give_up_at = self._since + limit_s
         if self.deadline is not None:

@@ -24,11 +24,14 @@ from edge_client.web.bodies import BodyMiddleware
 from edge_client.web.cloud_watch import CloudWatch
 from edge_client.web.dependencies import Gateway
 from edge_client.web.jobs.queue import JobQueue
-from edge_client.web.jobs.store import Store
+from edge_client.web.jobs.quotas import Quotas
+from edge_client.web.jobs.store import Store, StoredJob
 from edge_client.web.jobs.view import Views
 from edge_client.web.jobs.webhooks import Webhooks
 from edge_client.web.jobs.worker import JobWorker
+from edge_client.web.metrics import Metrics
 from edge_client.web.middleware import HeadMiddleware, SecurityMiddleware
+from edge_client.web.request_log import RequestMiddleware
 from edge_client.web.routes import a1111, a1111_lists, jobs, openai, pages
 from edge_client.web.settings import Settings
 from edge_client.web.streams import Streams
@@ -38,18 +41,19 @@ log = structlog.get_logger()
 
 
 class _Application(FastAPI):
-    """Puts the security middleware outermost, also around FastAPI's own response to a body beyond the limit."""
+    """Puts log and security outermost, also around FastAPI's own response to a body beyond the limit."""
 
-    def __init__(self, *, security: Settings, **options: Any) -> None:
+    def __init__(self, *, security: Settings, metrics: Metrics, **options: Any) -> None:
         super().__init__(**options)
-        self._security = security
+        self._security, self._metrics = security, metrics
 
     def build_middleware_stack(self) -> ASGIApp:
         """See Starlette."""
-        return SecurityMiddleware(
+        secure = SecurityMiddleware(
             super().build_middleware_stack(), hosts=self._security.hosts, origins=self._security.cors_origins,
             any_address=self._security.any_address,
         )  # fmt: skip
+        return RequestMiddleware(secure, self._metrics)
 
 
 def create_app(
@@ -72,24 +76,40 @@ def create_app(
     Raises:
         InvalidRequest: FIELD_INVALID if the data folder cannot be used.
     """
-    num_owners = max(1, len(set(settings.tokens)))
     store = Store(
-        settings.data_dir, max_jobs=settings.max_jobs, max_bytes=settings.max_data_bytes, num_owners=num_owners
-    )
-    access = Access(settings.tokens, store.secret())
-    views = Views(access, store)
+        settings.data_dir, max_jobs=settings.max_jobs, max_bytes=settings.max_data_bytes,
+        quota_bytes=lambda owner: access.caller_of(owner).quota.bytes,
+    )  # fmt: skip
+    access, metrics = Access(settings.tokens, store.secret()), Metrics()
+    if settings.tokens is not None:
+        metrics.watch_tokens(settings.tokens)
+    if cloud is not None:
+        metrics.watch_cache(cloud.cache)
+
+    def count(job: StoredJob) -> None:
+        began_s = job.started_at if job.attempts == 1 else None
+        metrics.note_job(
+            outcome=job.state, mode=str(job.request["hybrid"]["mode"]), token=access.token_name(job.owner),
+            queue_s=None if began_s is None else max(0.0, began_s - job.created_at), num_images=len(job.images),
+        )  # fmt: skip
+
+    views, quotas = Views(access, store), Quotas()
     webhooks = Webhooks(settings.webhook_hosts, store, lambda job: views.job(job, None))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         queue = JobQueue(
-            store, JobWorker(bundle=bundle, models=models, cloud=cloud, others=others, fit_size=settings.fit_size),
-            num_workers=settings.workers, max_waiting=settings.max_queue, num_owners=num_owners, view=views.job,
-            on_end=webhooks.send,
+            store,
+            JobWorker(
+                bundle=bundle, models=models, cloud=cloud, others=others, fit_size=settings.fit_size, metrics=metrics
+            ),
+            num_workers=settings.workers, max_waiting=settings.max_queue, quotas=quotas, caller_of=access.caller_of,
+            view=views.job, on_end=webhooks.send, on_count=count,
         )  # fmt: skip
         app.state.gateway = Gateway(
             bundle=bundle, models=models, cloud=cloud, watch=CloudWatch(cloud), store=store, queue=queue, access=access,
-            views=views, webhooks=webhooks, streams=Streams(), max_body_bytes=settings.max_body_bytes,
+            quotas=quotas, views=views, webhooks=webhooks, streams=Streams(), metrics=metrics,
+            max_body_bytes=settings.max_body_bytes,
             cloud_dollars_per_hour=settings.cloud_dollars_per_hour,
         )  # fmt: skip
         queue.start()
@@ -104,6 +124,7 @@ def create_app(
 
     app = _Application(
         security=settings,
+        metrics=metrics,
         title="Hybrid SD edge gateway",
         version=importlib.metadata.version("hybridsd"),
         summary="Images that the cloud begins and this device finishes.",
@@ -112,7 +133,7 @@ def create_app(
         redoc_url=None,
         generate_unique_id_function=openapi.operation_id,
     )
-    app.state.tasks = a1111.Tasks()
+    app.state.tasks, app.state.metrics = a1111.Tasks(), metrics
     errors.install(app)
     for router in (jobs.router, openai.router, a1111.router, a1111_lists.router, pages.router):
         app.include_router(router)

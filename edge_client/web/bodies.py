@@ -58,7 +58,7 @@ class BodyMiddleware:
         body: _Body | None = None
         try:
             caller = self._access.caller(request)
-            body = _Body(receive, caller.owner or caller.host, self._max_bytes, self._in_flight)
+            body = _Body(receive, caller.user, self._max_bytes, self._in_flight)
             body.check_length(request.headers.get("content-length", ""))
             if _is_json(request.headers.get("content-type", "")):
                 content = await body.read()

@@ -1,6 +1,10 @@
 """Connections of clients: whoever does not send a request, or does not read its answer, is not waited for."""
 
 import asyncio
+import functools
+import socket
+import ssl
+from collections.abc import Sequence
 from typing import Any
 
 import uvicorn
@@ -90,11 +94,35 @@ class PatientProtocol(H11Protocol):
         self.transport.abort()
 
 
-def server_config(app: FastAPI, **options: Any) -> uvicorn.Config:
+class PatientServer(uvicorn.Server):
+    """Who connects and does not begin TLS is waited for as long as who sends no head, not asyncio's minute."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn."""
+        loop = asyncio.get_running_loop()
+        if self.config.ssl is not None:
+            patient = functools.partial(loop.create_server, ssl_handshake_timeout=HEAD_S)
+            loop.create_server = patient  # type: ignore[method-assign]
+        await super().startup(sockets)
+
+
+def server_config(
+    app: FastAPI, *, tls: ssl.SSLContext | None = None, trusted_proxies: Sequence[str] = (), **options: Any
+) -> uvicorn.Config:
     """Returns how the gateway is served.
 
     Args:
         app: The gateway.
+        tls: With the certificate; None serves plain HTTP.
+        trusted_proxies: Addresses and networks of proxies that are believed whom they speak for (X-Forwarded-For) and
+            how (X-Forwarded-Proto).
         options: Of uvicorn.
     """
-    return uvicorn.Config(app, http=PatientProtocol, ws="none", access_log=False, server_header=False, **options)
+    config = uvicorn.Config(
+        app, http=PatientProtocol, ws="none", access_log=False, server_header=False,
+        proxy_headers=bool(trusted_proxies), forwarded_allow_ips=list(trusted_proxies), **options,
+    )  # fmt: skip
+    if tls is not None:
+        config.load()
+        config.ssl = tls
+    return config

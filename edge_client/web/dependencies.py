@@ -1,6 +1,7 @@
 """What request handlers get: the gateway and the caller."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
@@ -15,10 +16,13 @@ from edge_client.web.bodies import in_thread
 from edge_client.web.cloud_watch import CloudWatch
 from edge_client.web.jobs.check_cloud import refusal
 from edge_client.web.jobs.queue import JobQueue
+from edge_client.web.jobs.quotas import Quotas
 from edge_client.web.jobs.store import Store, StoredJob
 from edge_client.web.jobs.uploads import split_uploads
 from edge_client.web.jobs.view import Views
 from edge_client.web.jobs.webhooks import Webhooks
+from edge_client.web.logs import note
+from edge_client.web.metrics import Metrics
 from edge_client.web.schemas.native import JobCreate
 from edge_client.web.streams import Streams
 
@@ -34,9 +38,11 @@ class Gateway:
     store: Store
     queue: JobQueue
     access: Access
+    quotas: Quotas
     views: Views
     webhooks: Webhooks
     streams: Streams
+    metrics: Metrics
     max_body_bytes: int
     cloud_dollars_per_hour: float | None = None
 
@@ -44,12 +50,14 @@ class Gateway:
         """Adds a job to the queue.
 
         Raises:
-            HybridSDError: The request is invalid; TOO_MANY_JOBS.
+            HybridSDError: The request is invalid; TOO_MANY_JOBS, QUOTA_EXCEEDED.
         """
         self.webhooks.check(create.webhook)
         await self._check_cloud(create)
         create, upload = await in_thread(split_uploads, create)
-        return await self.queue.submit(create, upload, owner=caller.owner, api=api)
+        job = await self.queue.submit(create, upload, caller=caller, api=api)
+        note(job=job.id)
+        return job
 
     async def _check_cloud(self, create: JobCreate) -> None:
         """Refuses what the cloud is known not to do. What may have changed since its last answer is asked again."""
@@ -76,6 +84,27 @@ class Gateway:
         models = found.models if found is not None else ()
         return [model for model in models if model.latent_space == self.bundle.manifest.latent_space]
 
+    def job(self, job_id: str, caller: Caller) -> StoredJob:
+        """Returns a job of the caller; an admin's are all.
+
+        Raises:
+            NotFound: NOT_FOUND, also for a job of another; JOB_GONE.
+        """
+        job = self.store.get(job_id, None if caller.is_admin else caller.owner)
+        note(job=job.id)
+        return job
+
+    def quotas_of(self, caller: Caller) -> dict[str, dict[str, int | None]]:
+        """Returns the limits of a caller's token and what is used of them, by their names."""
+        quota, left = caller.quota, self.quotas.steps_left(caller)
+        used: dict[str, int | None] = dict(self.queue.used(caller))
+        if quota.steps_per_minute is not None and left is not None:
+            used["steps_per_minute"] = math.ceil(quota.steps_per_minute - left)
+        if quota.bytes is not None:
+            used["bytes"] = self.store.kept_bytes(caller.owner)
+        limits = {each.name: getattr(quota, each.name) for each in fields(quota)}
+        return {name: {"limit": limit, "used": used.get(name)} for name, limit in limits.items() if limit is not None}
+
     def view(self, job: StoredJob) -> dict[str, Any]:
         """Returns a job as clients get it, a `schemas.native.Job`."""
         return self.views.job(job, self.queue.position(job.id))
@@ -90,7 +119,26 @@ SharedGateway = Annotated[Gateway, Depends(_gateway)]
 
 
 async def _caller(request: Request, gateway: SharedGateway) -> Caller:
-    return gateway.access.caller(request)
+    return _noted(gateway.access.caller(request), gateway)
 
 
-AuthorizedCaller = Annotated[Caller, Depends(_caller)]
+async def _drawer(request: Request, gateway: SharedGateway) -> Caller:
+    return _noted(gateway.access.require(request, "generate"), gateway)
+
+
+async def _reader(request: Request, gateway: SharedGateway) -> Caller:
+    return _noted(gateway.access.require(request, "generate", "admin"), gateway)
+
+
+def _noted(caller: Caller, gateway: Gateway) -> Caller:
+    """Returns the caller, whose token the request's line names."""
+    note(token=gateway.access.token_name(caller.owner))
+    return caller
+
+
+AnyCaller = Annotated[Caller, Depends(_caller)]
+"""Of any scope."""
+AuthorizedCaller = Annotated[Caller, Depends(_drawer)]
+"""Who may ask for images."""
+JobReader = Annotated[Caller, Depends(_reader)]
+"""Who may ask for images, or see all jobs."""

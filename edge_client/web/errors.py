@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
+from edge_client.web.logs import note
 from hybridsd.errors import HybridSDError, Reason, name_fields
 
 log = structlog.get_logger()
@@ -45,9 +46,10 @@ _MAX_FIELD = 120
 _TITLES = {499: "Client Closed Request"}
 
 _OPERATOR = (
-    "allowed_hosts", "bundle", "busy_timeout", "cors_origins", "data_dir", "edge_models", "idle_timeout", "insecure",
-    "low_memory", "max_body_mib", "progress_timeout", "provider", "queue_timeout", "reattach_timeout", "server",
-    "silence_memory", "threads", "tls_ca", "token", "token_file", "webhook_hosts",
+    "allowed_hosts", "bundle", "busy_timeout", "client_cert", "client_key", "cors_origins", "data_dir",
+    "edge_models", "idle_timeout", "insecure", "low_memory", "max_body_mib", "progress_timeout", "provider",
+    "queue_timeout", "reattach_timeout", "server", "silence_memory", "threads", "tls_ca", "tls_fingerprint",
+    "token", "token_file", "webhook_hosts",
 )  # fmt: skip
 """Fields that only who runs the gateway can set."""
 _HYBRID = (
@@ -119,7 +121,8 @@ def problem_of(error: HybridSDError, *, status: int | None = None, api: str = "n
 
 
 def respond(problem: dict[str, Any], headers: dict[str, str] | None = None) -> JSONResponse:
-    """Returns the response for a problem; `error` holds it as OpenAI's clients read it."""
+    """Returns the response for a problem; `error` holds it as OpenAI's clients read it. The request's line names it."""
+    note(reason=problem["reason"])
     given = dict(headers or {})
     if problem["retry_delay_s"] is not None:
         given["Retry-After"] = str(max(1, math.ceil(problem["retry_delay_s"])))
@@ -132,6 +135,8 @@ def respond(problem: dict[str, Any], headers: dict[str, str] | None = None) -> J
 
 def openai_error(problem: dict[str, Any]) -> dict[str, Any]:
     """Returns a problem as an error of OpenAI's API."""
+    if problem["status"] == 429:
+        return {"message": problem["detail"], "type": "requests", "param": None, "code": "rate_limit_exceeded"}
     kind = "invalid_request_error" if problem["status"] < 500 else "server_error"
     return {"message": problem["detail"], "type": kind, "param": problem["field"], "code": problem["reason"]}
 

@@ -98,7 +98,11 @@ class HeadMiddleware:
                 await send(message)
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-        await self._app({**scope, "method": "GET"}, receive_or_end, send_start)
+        asked = {**scope, "method": "GET"}
+        try:
+            await self._app(asked, receive_or_end, send_start)
+        finally:
+            scope["route"] = asked.get("route")  # for whoever counts requests
 
 
 def _refuse(message: str) -> Response:

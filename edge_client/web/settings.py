@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hybridsd.tokens import Tokens
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
@@ -11,8 +13,8 @@ class Settings:
 
     data_dir: Path
     """Folder of the jobs and their images."""
-    tokens: Sequence[str] = ()
-    """Tokens that are accepted; none: no token is needed."""
+    tokens: Tokens | None = None
+    """Tokens that are accepted; None: no token is needed."""
     hosts: Sequence[str] = ("*",)
     """Accepted Host names. Others are refused, which prevents DNS rebinding."""
     any_address: bool = False

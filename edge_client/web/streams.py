@@ -20,13 +20,18 @@ class Streams:
     def __init__(self) -> None:
         self._open: Counter[str] = Counter()
 
+    @property
+    def num_open(self) -> int:
+        """How many are open, of all clients."""
+        return self._open.total()
+
     def respond(self, caller: Caller, events: AsyncIterator[JSONServerSentEvent]) -> EventSourceResponse:
         """Returns a response of events.
 
         Raises:
             CloudBusy: TOO_MANY_JOBS when the client has `MAX_STREAMS` open.
         """
-        client = caller.owner or caller.host
+        client = caller.user
         if self._open[client] >= MAX_STREAMS:
             raise Reason.TOO_MANY_JOBS.error(
                 f"{MAX_STREAMS} streams of events are open, which is the limit; close some, or read the job instead",

@@ -34,10 +34,12 @@ class HybridSDError(Exception):
             in backticks, as in "set `mode` to edge"; each interface says its own word for them, see `name_fields`.
         field: The name of the request field at fault, or None.
         retry_delay_s: When to come again, in seconds, or None.
+        quota: Whose limit is reached, such as "token alice: jobs", or None.
         is_bare: Whether it stands for a gRPC status without our `ErrorInfo`, as a proxy sends it.
     """
 
     is_bare = False
+    quota: str | None = None
 
     def __init__(
         self, reason: "Reason", message: str, *, field: str | None = None, retry_delay_s: float | None = None

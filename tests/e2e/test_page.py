@@ -15,6 +15,7 @@ from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import Browser, Page, Playwright, Route, expect, sync_playwright
 
+from hybridsd.tokens import Quota, add_token
 from tests.support.page_stories import (
     JOB_ID,
     drop,
@@ -339,6 +340,34 @@ def test_a_token_is_asked_for_and_kept(playwright: Playwright, browser: Browser,
         context.close()
 
     assert shown == 128
+
+
+def test_limits_of_a_token_are_said(browser: Browser, tmp_path: Path) -> None:
+    """What is left, in one line; a refusal with its limit, and when there is room again, second by second."""
+    quota = Quota(steps_per_minute=5, pixels=128 * 128)
+    token = add_token(tmp_path / "tokens", "alice", quota=quota)
+    with running_gateway(tmp_path, "--no-cloud", "--client-tokens", str(tmp_path / "tokens")) as gateway:
+        context = browser.new_context(base_url=f"http://127.0.0.1:{gateway.port}")
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE_MS)
+        page.goto("/")
+        page.get_by_test_id("token").fill(token)
+        page.keyboard.press("Enter")
+        expect(page.get_by_test_id("quota")).to_have_text(
+            "Your token has left: 5 of 5 steps a minute, images of up to 16384 pixels."
+        )
+        page.get_by_test_id("prompt").fill(PROMPT)
+        page.get_by_test_id("steps").fill("4")
+        page.get_by_test_id("generate").click()
+        finish(page)
+        page.get_by_test_id("generate").click()
+        expect(page.get_by_test_id("form-alert")).to_contain_text("steps_per_minute")
+        said = page.get_by_test_id("retry-note")
+        expect(said).to_have_text(re.compile(r"Room again in \d+ s\."))
+        first = said.inner_text()
+        expect(said).not_to_have_text(first)  # it counts
+        expect(page.get_by_test_id("quota")).not_to_contain_text("5 of 5")
+        context.close()
 
 
 @pytest.mark.parametrize(("num_steps", "step_s"), [(4, 0.01), (25, 0.02), (1000, 0.2)])

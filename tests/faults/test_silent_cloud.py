@@ -22,7 +22,7 @@ from edge_client.cloud.client import Cloud
 from edge_client.cloud.progress import Progress
 from edge_client.cloud.stream import NOTHING, Inbox
 from edge_client.cloud.types import Waiting
-from edge_client.generation.cloud_steps import JITTER
+from edge_client.generation.cloud_steps import HONEST_REFUSALS, MAX_BACKOFF_S, PROMISE_JITTER, _Retries
 from edge_client.generation.events import Event, Finished, Retrying, StepDone
 from edge_client.generation.pipeline import generate
 from edge_client.generation.resolve import resolve
@@ -330,8 +330,18 @@ def test_delays_are_as_long_as_asked_and_not_all_alike(
         _, events = draw(replace(REQUEST, patience=replace(SHORT, busy_timeout_s=HANG_S)), bundle, models, cloud)
         delays += [event.delay_s for event in events if isinstance(event, Retrying)]
 
-    assert all(0.3 <= delay <= 0.3 * (1 + JITTER) for delay in delays)
+    assert all(0.3 <= delay <= 0.3 * (1 + PROMISE_JITTER) for delay in delays)
     assert len(set(delays)) == 3
+
+
+def test_an_honest_cloud_is_obeyed_and_a_liar_is_not_asked_all_the_time() -> None:
+    """Delays of a full cloud are kept as they are, three times; one that gives more is asked less and less often."""
+    full = Reason.QUEUE_FULL.error("8 jobs wait", retry_delay_s=0.01)
+    retries = _Retries(patience=Patience(busy_timeout_s=HANG_S), deadline=None)
+    delays = [retries.delay_s(full, None, 0) or 0.0 for _ in range(HONEST_REFUSALS + 4)]
+
+    assert all(0.01 <= delay <= 0.01 * (1 + PROMISE_JITTER) for delay in delays[:HONEST_REFUSALS])
+    assert all(1.0 < delay <= MAX_BACKOFF_S * (1 + PROMISE_JITTER) for delay in delays[HONEST_REFUSALS:])
 
 
 def test_no_thread_is_left(bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud) -> None:

@@ -20,6 +20,7 @@ from cloud_server.models.load import Model, load_model
 from cloud_server.rpc.bundle_service import Bundle
 from cloud_server.rpc.server import CloudServer
 from cloud_server.settings import Settings
+from hybridsd.tokens import Tokens
 from tests.support.engine_fakes import Client, GatedDenoiser
 from tests.support.tiny_pipeline import write_tiny_pipeline
 
@@ -92,6 +93,8 @@ async def start_server(tiny_model: Model) -> AsyncIterator[StartServer]:
         async def start(
             *, denoiser: Any = None, model: Model | None = None, bundles: tuple[Bundle, ...] = (), **options: Any
         ) -> Client:
+            if isinstance(options.get("tokens"), tuple):
+                options["tokens"] = Tokens.of(options["tokens"])
             model = model or (tiny_model if denoiser is None else replace(tiny_model, denoiser=denoiser))
             settings = Settings(**{"models": ("tiny",), "port": 0, "threads": 1, **options})
             server = CloudServer(settings, {"tiny": model}, bundles)

@@ -19,6 +19,7 @@ from grpc_status import rpc_status
 from hybridsd import codec, noise
 from hybridsd.errors import DOMAIN, Reason
 from hybridsd.plan import Plan, denoise, initial_state
+from hybridsd.tokens import USER_KEY
 from hybridsd.v1 import (
     bundle_service_pb2,
     bundle_service_pb2_grpc,
@@ -93,6 +94,7 @@ class FakeCloud(denoising_service_pb2_grpc.DenoisingServiceServicer, bundle_serv
     hang_after_call: int | None = None
     busy_times: int = 0
     busy_delay_s: float = 0.01
+    busy_with: Reason = Reason.QUEUE_FULL
     endless_heartbeats: bool = False
     """Sends heartbeats for ever instead of `finished`."""
     download_bytes: int | None = None
@@ -122,6 +124,8 @@ class FakeCloud(denoising_service_pb2_grpc.DenoisingServiceServicer, bundle_serv
     requests: list[pb.DenoiseRequest] = field(default_factory=list)
     sent: list[pb.DenoiseResponse] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
+    users: list[tuple[str, str, str]] = field(default_factory=list)
+    """For whom it was asked: call, request id and user."""
     cancel_seen: threading.Event = field(default_factory=threading.Event)
     released: threading.Event = field(default_factory=threading.Event)
 
@@ -131,6 +135,7 @@ class FakeCloud(denoising_service_pb2_grpc.DenoisingServiceServicer, bundle_serv
 
     def Denoise(self, request: pb.DenoiseRequest, context: grpc.ServicerContext) -> Iterator[pb.DenoiseResponse]:
         self.requests.append(request)
+        self._note_user("Denoise", request.request_id, context)
         self._check_token(context)
         if self.refuse_with is not None:
             refuse(context, self.refuse_with, f"refused: {self.refuse_with.value.meaning}")
@@ -138,7 +143,7 @@ class FakeCloud(denoising_service_pb2_grpc.DenoisingServiceServicer, bundle_serv
             refuse(context, Reason.MODEL_UNKNOWN, "the model is gone")
         if self.busy_times > 0:
             self.busy_times -= 1
-            refuse(context, Reason.QUEUE_FULL, "8 jobs wait; come again", self.busy_delay_s)
+            refuse(context, self.busy_with, "8 jobs wait; come again", self.busy_delay_s)
         if self.remembers:
             self._check_content(request, context)
         run = self._run(request, context)
@@ -146,6 +151,9 @@ class FakeCloud(denoising_service_pb2_grpc.DenoisingServiceServicer, bundle_serv
             self.mangle(message)
             self.sent.append(message)
             yield message
+
+    def _note_user(self, call: str, request_id: str, context: grpc.ServicerContext) -> None:
+        self.users.append((call, request_id, str(dict(context.invocation_metadata()).get(USER_KEY, ""))))
 
     def _check_token(self, context: grpc.ServicerContext) -> None:
         given = dict(context.invocation_metadata()).get("authorization")
@@ -243,7 +251,10 @@ class FakeCloud(denoising_service_pb2_grpc.DenoisingServiceServicer, bundle_serv
         usage.compute_duration.FromMilliseconds(1500)
         yield pb.DenoiseResponse(finished=pb.Finished(usage=usage))
 
-    def CancelDenoise(self, request: pb.CancelDenoiseRequest, context: object) -> pb.CancelDenoiseResponse:
+    def CancelDenoise(
+        self, request: pb.CancelDenoiseRequest, context: grpc.ServicerContext
+    ) -> pb.CancelDenoiseResponse:
+        self._note_user("CancelDenoise", request.request_id, context)
         self.cancelled.append(request.request_id)
         self.cancel_seen.set()
         return pb.CancelDenoiseResponse(cancelled=True)

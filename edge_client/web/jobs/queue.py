@@ -5,6 +5,7 @@ import bisect
 import contextlib
 import functools
 import hashlib
+import heapq
 import threading
 import uuid
 from collections import Counter, OrderedDict
@@ -12,11 +13,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Container, Gener
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
+from weakref import WeakValueDictionary
 
 import structlog
 from pydantic import ValidationError
 
+from edge_client.web.auth import Caller
 from edge_client.web.errors import problem_of
+from edge_client.web.jobs.quotas import Quotas, Work, exceeded, whole_delay
 from edge_client.web.jobs.store import Store, StoredJob
 from edge_client.web.jobs.turns import Turns
 from edge_client.web.jobs.uploads import Upload
@@ -43,8 +47,8 @@ DEFAULT_JOB_S = 5.0
 class Worker(Protocol):
     """Runs jobs; see `edge_client.web.jobs.worker.JobWorker`."""
 
-    def fill_in(self, create: JobCreate, upload: Upload) -> JobCreate:
-        """Checks a job and returns it with its seed."""
+    def fill_in(self, create: JobCreate, upload: Upload) -> tuple[JobCreate, Work]:
+        """Checks a job; returns it with its seed, and what it asks of the models."""
 
     def needs_cloud(self, create: JobCreate) -> bool:
         """Returns whether a job may wait for the cloud."""
@@ -53,9 +57,15 @@ class Worker(Protocol):
         """Returns whether a job may have a size that the models lack."""
 
     def run(
-        self, create: JobCreate, upload: Upload, *, is_cancelled: Callable[[], bool], done: Container[int] = ()
+        self,
+        create: JobCreate,
+        upload: Upload,
+        *,
+        is_cancelled: Callable[[], bool],
+        done: Container[int] = (),
+        user: str = "",
     ) -> Generator[WorkerEvent]:
-        """Runs a job and yields its events; ends early when cancelled."""
+        """Runs a job for a user and yields its events; ends early when cancelled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +82,17 @@ class _Live:
     """A job that waits, runs or has ended recently, with its events."""
 
     create: JobCreate
+    caller: Caller
+    work: Work
     needs_cloud: bool = False
     is_with_cloud: bool = False
     """It runs, and its last word was not of a step here."""
     spoke_at: float = 0.0
     """Time of its last event, of the event loop's clock."""
+    begun_at: float | None = None
+    """When its run began, of the same clock."""
+    num_run: int = 0
+    """Steps that it has run, of all its images."""
     position: int = -1
     """Number of jobs before it, as told last; -1: not told yet."""
     events: list[JobEvent] = field(default_factory=list)
@@ -101,18 +117,22 @@ class _Live:
 
 
 class JobQueue:
-    """Runs jobs, several at once: each owner's in order of arrival, owners in turns.
+    """Runs jobs, several at once: each user's in order of arrival, users in turns.
 
-    Jobs that need no cloud do not wait for those that wait for it: while a cloud is stuck, they are drawn.
+    A user is who has a token, or where none is needed an address. Jobs that need no cloud do not wait for those that
+    wait for it: while a cloud is stuck, they are drawn.
 
     Args:
         store: Keeps the jobs.
         worker: Runs a job.
         num_workers: Jobs that run at once. While one waits for the cloud, another computes here.
-        max_waiting: Limit of waiting jobs. An owner below its equal share of it is not refused for what others have.
-        num_owners: Among whom places are shared.
+        max_waiting: Limit of waiting jobs. A user below an equal share of it, or without any, is not refused for what
+            others have, until there are twice as many.
+        quotas: What tokens have used of their limits.
+        caller_of: Returns whose a kept job is, by its owner and user.
         view: Turns a stored job and its queue position into the JSON that clients get.
         on_end: Called with each finished job that has a webhook.
+        on_count: Called with each finished job.
     """
 
     def __init__(
@@ -122,18 +142,20 @@ class JobQueue:
         *,
         num_workers: int,
         max_waiting: int,
-        num_owners: int = 1,
+        quotas: Quotas,
+        caller_of: Callable[[str, str], Caller],
         view: Callable[[StoredJob, int | None], dict[str, Any]],
         on_end: Callable[[StoredJob], Awaitable[None]],
+        on_count: Callable[[StoredJob], None] = lambda _job: None,
     ) -> None:
-        self.max_waiting = max_waiting
+        self.max_waiting, self._on_count = max_waiting, on_count
         self._store, self._worker, self._view, self._on_end = store, worker, view, on_end
-        self._num_workers = num_workers
-        self._share = max(1, max_waiting // num_owners) if num_owners > 1 else 0
+        self._num_workers, self._quotas, self._caller_of = num_workers, quotas, caller_of
         self._pool = ThreadPoolExecutor(num_workers + 1, thread_name_prefix="worker")
         self._checks = ThreadPoolExecutor(2, thread_name_prefix="check")
         self._decodes = ThreadPoolExecutor(1, thread_name_prefix="decode")
-        self._checking: dict[str, asyncio.Lock] = {}
+        self._naming: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
+        self._checking: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._waiting = Turns()
         self._admitted: Counter[str] = Counter()
         self._running: set[str] = set()
@@ -141,7 +163,9 @@ class JobQueue:
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_started = False
         self._stopping = False
-        self._job_s = DEFAULT_JOB_S
+        self._s_per_cost: float | None = None
+        self._come_again: list[float] = []
+        """When those are told to come again who found the queue full; sorted."""
 
     @property
     def load(self) -> dict[str, int]:
@@ -159,7 +183,8 @@ class JobQueue:
         """Starts the workers, first with the unfinished jobs of the last run."""
         for job in self._store.unfinished():
             try:
-                self._admit(job, JobCreate.model_validate(_body(job.request)))
+                create = JobCreate.model_validate(_body(job.request))
+                self._admit(job, create, self._caller_of(job.owner, job.user))
             except (ValidationError, HybridSDError) as error:  # an older gateway took it
                 log.warning("job_not_understood", job=job.id, error=str(error)[:200])
                 unknown = Reason.FIELD_INVALID.error(
@@ -185,52 +210,59 @@ class JobQueue:
         for pool in (self._checks, self._decodes):
             pool.shutdown(wait=False)
 
-    async def submit(self, create: JobCreate, upload: Upload, *, owner: str, api: str) -> StoredJob:
+    async def submit(self, create: JobCreate, upload: Upload, *, caller: Caller, api: str) -> StoredJob:
         """Adds a job. The same request with the same id is added once.
 
         Raises:
-            HybridSDError: The request is invalid; TOO_MANY_JOBS with a delay when the queue is full.
+            HybridSDError: The request is invalid; TOO_MANY_JOBS or QUOTA_EXCEEDED, with a delay.
         """
-        loop = asyncio.get_running_loop()
-        digest = await loop.run_in_executor(self._checks, _digest, create, upload)
-        if create.id is not None and (same := self._same(create.id, owner, digest)) is not None:
-            return same
-        self._check_room(owner)
-        self._admitted[owner] += 1  # reserves its place during the check
+        digest = await asyncio.get_running_loop().run_in_executor(self._checks, _digest, create, upload)
+        if create.id is None:
+            return await self._submit(create, upload, caller, api, digest)
+        async with self._naming.setdefault((caller.owner, create.id), asyncio.Lock()):  # it may arrive twice at once
+            same = self._same(create.id, caller.owner, digest)
+            return same or await self._submit(create, upload, caller, api, digest)
+
+    async def _submit(self, create: JobCreate, upload: Upload, caller: Caller, api: str, digest: str) -> StoredJob:
+        self._check_quota(caller)
+        self._check_room(caller.user)
+        self._admitted[caller.user] += 1  # reserves its place during the check
         try:
-            add = functools.partial(self._add, create, upload, owner, api, digest)
+            add = functools.partial(self._add, create, upload, caller, api, digest)
             if upload == Upload():
-                job, filled = await loop.run_in_executor(self._checks, add)
+                job, filled = await asyncio.get_running_loop().run_in_executor(self._checks, add)
             else:
-                job, filled = await self.decode(owner, add)
+                job, filled = await self.decode(caller, add)
         finally:
-            self._admitted[owner] -= 1
-        if filled is not None:
-            self._admit(job, filled)
-            self._begin_jobs()
+            self._admitted[caller.user] -= 1
+            if not self._admitted[caller.user]:
+                del self._admitted[caller.user]
+        self._admit(job, filled, caller)
+        self._begin_jobs()
         return job
 
-    async def decode(self, owner: str, work: Callable[..., T], *args: Any) -> T:
-        """Does work that decodes images in a thread: one at a time, and owners in turns."""
-        async with self._checking.setdefault(owner, asyncio.Lock()):
+    async def decode(self, caller: Caller, work: Callable[..., T], *args: Any) -> T:
+        """Does work that decodes images in a thread: one at a time, and users in turns."""
+        async with self._checking.setdefault(caller.user, asyncio.Lock()):
             return await asyncio.get_running_loop().run_in_executor(self._decodes, work, *args)
 
     def _add(
-        self, create: JobCreate, upload: Upload, owner: str, api: str, digest: str
-    ) -> tuple[StoredJob, JobCreate | None]:
-        """Checks and stores a job, in a thread. Returns no request if the same job is there already."""
-        filled = self._worker.fill_in(create, upload)
+        self, create: JobCreate, upload: Upload, caller: Caller, api: str, digest: str
+    ) -> tuple[StoredJob, JobCreate]:
+        """Checks and stores a job, in a thread."""
+        filled, work = self._worker.fill_in(create, upload)
         request = filled.model_dump(mode="json", exclude={"id"})
         request |= {"image": upload.image is not None, "mask": upload.mask is not None}
+        self._quotas.take(caller, work)
         try:
-            return self._store.add(create.id or uuid.uuid4().hex, owner, api, request, digest, upload), filled
-        except HybridSDError as error:
-            if error.reason is not Reason.REQUEST_ID_REUSED or create.id is None:
-                raise
-            same = self._same(create.id, owner, digest)  # the same request arrived again during the check
-            if same is None:
-                raise
-            return same, None
+            job_id = create.id or uuid.uuid4().hex
+            job = self._store.add(
+                job_id, caller.owner, api, request, digest, upload, user=caller.user, work=work
+            )  # fmt: skip
+        except BaseException:
+            self._quotas.give_back(caller, work.steps)
+            raise
+        return job, filled
 
     def needs_cloud(self, create: JobCreate) -> bool:
         """Returns whether a job may wait for the cloud."""
@@ -308,21 +340,81 @@ class JobQueue:
             raise Reason.REQUEST_ID_REUSED.error(f"id {job_id} belongs to another job; choose another id", field="id")
         return job
 
-    def _check_room(self, owner: str) -> None:
-        num_own = self._waiting.count(owner) + self._admitted[owner]
-        if len(self._waiting) + self._admitted.total() < self.max_waiting or num_own < self._share:
+    def used(self, caller: Caller) -> dict[str, int]:
+        """Returns how many jobs of a caller run and wait, by the names of the limits."""
+        num_running = sum(self._live[each].caller.user == caller.user for each in self._running)
+        return {"jobs": num_running, "queued": self._waiting.count(caller.user) + self._admitted[caller.user]}
+
+    def _check_quota(self, caller: Caller) -> None:
+        """Refuses a job beyond what the token may have waiting. One that begins at once does not wait."""
+        quota, used = caller.quota, self.used(caller)
+        if quota.queued is None or used["queued"] < quota.queued:
             return
-        delay_s = round(max(1.0, self._job_s * len(self._waiting) / self._num_workers), 1)
+        begins_at_once = (
+            len(self._running) < self._num_workers
+            and not used["queued"]
+            and (quota.jobs is None or used["jobs"] < quota.jobs)
+        )
+        if not begins_at_once:
+            raise exceeded(f"{used['queued']} jobs wait, and the token allows {quota.queued} (its limit queued)",
+                           self._wait_s(caller))  # fmt: skip
+
+    def _check_room(self, user: str) -> None:
+        num_own, num_waiting = self._waiting.count(user) + self._admitted[user], len(self._waiting)
+        total = num_waiting + self._admitted.total()
+        share = self.max_waiting // len(self._waiting.users | set(self._admitted) | {user})
+        if total < self.max_waiting or (num_own < max(share, 1) and total < 2 * self.max_waiting):
+            return
+        now = asyncio.get_running_loop().time()
+        while self._come_again and self._come_again[0] <= now:
+            heapq.heappop(self._come_again)
+        begin = min(total - self.max_waiting + len(self._come_again), num_waiting - 1)  # those before come first
+        delay_s = whole_delay(self._begins_in_s(max(begin, 0)))
+        if len(self._come_again) < self.max_waiting:
+            heapq.heappush(self._come_again, now + delay_s)
         raise Reason.TOO_MANY_JOBS.error(
-            f"{len(self._waiting)} jobs wait, which is the limit, {num_own} of them yours; retry in {delay_s:g} s",
-            retry_delay_s=delay_s,
+            f"{num_waiting} jobs wait, which is the limit, {num_own} of them yours; retry in {delay_s} s",
+            retry_delay_s=float(delay_s),
         )
 
-    def _admit(self, job: StoredJob, create: JobCreate) -> None:
-        live = _Live(create, self._worker.needs_cloud(create))
+    def _wait_s(self, caller: Caller) -> float:
+        """Returns when about the next waiting job of a caller begins, and makes room; seconds."""
+        own = (index for index, job_id in enumerate(self._waiting) if self._live[job_id].caller.user == caller.user)
+        wait_s = self._begins_in_s(next(own, 0))
+        running = sorted(self._left_s(each) for each in self._running if self._live[each].caller.user == caller.user)
+        if caller.quota.jobs is not None and len(running) >= caller.quota.jobs:
+            wait_s = max(wait_s, running[len(running) - caller.quota.jobs])
+        return wait_s
+
+    def _begins_in_s(self, position: int) -> float:
+        """Returns when about the job at a position begins; seconds."""
+        ends = [self._left_s(job_id) for job_id in self._running]
+        ends += [0.0] * (self._num_workers - len(ends))
+        heapq.heapify(ends)
+        for index, job_id in enumerate(self._waiting):
+            if index >= position:
+                break
+            heapq.heapreplace(ends, ends[0] + self._takes_s(self._live[job_id]))
+        return ends[0]
+
+    def _takes_s(self, live: _Live) -> float:
+        return DEFAULT_JOB_S if self._s_per_cost is None else self._s_per_cost * live.work.cost
+
+    def _left_s(self, job_id: str) -> float:
+        """Returns how long a running job takes about: by its own pace, once it has one."""
+        live = self._live[job_id]
+        passed_s = 0.0 if live.begun_at is None else asyncio.get_running_loop().time() - live.begun_at
+        if live.num_run > 0:
+            return passed_s * max(live.work.steps - live.num_run, 0) / live.num_run
+        return max(self._takes_s(live) - passed_s, 0.0)
+
+    def _admit(self, job: StoredJob, create: JobCreate, caller: Caller) -> None:
+        live = _Live(create, caller, job.work, self._worker.needs_cloud(create))
         live.number = ATTEMPT_EVENTS * (job.attempts + 1)
         self._live[job.id] = live
-        self._waiting.add(job.id, job.owner, create.n)
+        self._waiting.add(
+            job.id, caller.user, live.work.cost, weight=caller.weight, has_priority=caller.has_priority
+        )  # fmt: skip
         self._emit_positions()
 
     def _begin_jobs(self) -> None:
@@ -335,10 +427,15 @@ class JobQueue:
     def _next(self) -> str | None:
         """Takes the next job that may begin. Where all workers wait for the cloud, there is one for what needs none."""
         if len(self._running) < self._num_workers:
-            return self._waiting.pop()
+            return self._waiting.pop(self._may_begin)
         if len(self._running) > self._num_workers or not all(self._live[each].is_with_cloud for each in self._running):
             return None
-        return self._waiting.pop(lambda job_id: not self._live[job_id].needs_cloud)
+        return self._waiting.pop(lambda job_id: not self._live[job_id].needs_cloud and self._may_begin(job_id))
+
+    def _may_begin(self, job_id: str) -> bool:
+        """Returns whether the job's token may have one more that runs."""
+        caller = self._live[job_id].caller
+        return caller.quota.jobs is None or self.used(caller)["jobs"] < caller.quota.jobs
 
     async def _work(self, job_id: str) -> None:
         live = self._live[job_id]
@@ -361,7 +458,7 @@ class JobQueue:
             stops = Reason.INTERNAL.error(f"the gateway stopped {MAX_ATTEMPTS} times during this job; see its log")
             self._end(job_id, "failed", problem_of(stops, api=job.api))
             return
-        began = loop.time()
+        live.begun_at = loop.time()
         try:
             await loop.run_in_executor(self._pool, self._run_worker, job, live, loop)
         except HybridSDError as error:
@@ -375,13 +472,20 @@ class JobQueue:
             if self._stopping and not is_whole:
                 return
             self._end(job_id, "completed" if is_whole else "cancelled")
-            self._job_s += 0.3 * (loop.time() - began - self._job_s)
+            if is_whole:
+                self._learn((loop.time() - live.begun_at) / live.work.cost)
+
+    def _learn(self, s_per_cost: float) -> None:
+        known = s_per_cost if self._s_per_cost is None else self._s_per_cost
+        self._s_per_cost = known + 0.3 * (s_per_cost - known)
 
     def _run_worker(self, job: StoredJob, live: _Live, loop: asyncio.AbstractEventLoop) -> None:
         """Runs in a thread of the pool. Each event waits until the event loop has stored it."""
         done = {int(record["index"]) for record in job.images}
         upload = self._store.upload(job)
-        events = self._worker.run(live.create, upload, is_cancelled=live.cancelled.is_set, done=done)
+        events = self._worker.run(
+            live.create, upload, is_cancelled=live.cancelled.is_set, done=done, user=live.caller.user
+        )
         with contextlib.closing(events):
             for event in events:
                 size = 0 if event.png is None else self._store.write_image(job, int(event.data["index"]), event.png)
@@ -392,6 +496,8 @@ class JobQueue:
         if live.events and (event.name, data) == (live.events[-1].name, live.events[-1].data):
             return  # the cloud repeats itself, which is no progress
         live.spoke_at = asyncio.get_running_loop().time()
+        if event.name == "step":
+            live.num_run = data["image_index"] * data["num_inference_steps"] + data["step"] + 1
         if event.name in ("step", "planned"):
             live.is_with_cloud = live.needs_cloud and data.get("place") != "edge"
             self._begin_jobs()
@@ -405,6 +511,9 @@ class JobQueue:
         job = self._store.finish(job_id, state, error)
         live = self._live[job_id]
         live.is_finished = True
+        self._on_count(job)
+        if state != "completed":
+            self._quotas.give_back(live.caller, live.work.steps - live.num_run)
         live.emit(state, {"job": self._view(job, None)})
         log.info("job_ended", job=job_id, state=state, reason=error and error["reason"], api=job.api)
         for old in [key for key, each in self._live.items() if each.is_finished][:-KEPT_LOGS]:

@@ -9,7 +9,7 @@ import secrets
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 
 from edge_client.web.jobs.folder_lock import FolderLock
+from edge_client.web.jobs.quotas import Work, exceeded, whole_delay
 from edge_client.web.jobs.uploads import Upload
 from edge_client.web.schemas.native import State
 from hybridsd.errors import Reason
 
 UNFINISHED: tuple[State, ...] = ("queued", "running")
-SCHEMA_VERSION = 1
-"""Of the tables. Version 0 had no sizes."""
+SCHEMA_VERSION = 2
+"""Of the tables. Version 0 had no sizes, version 1 no users and work."""
 RETRY_S = 10.0
 """When to come again with an image for which there is no room."""
 _REMOVED = "removed"
@@ -48,6 +49,10 @@ _jobs = sa.Table(
     sa.Column("webhook_due", sa.Boolean, nullable=False, default=False),
     sa.Column("upload_bytes", sa.Integer, nullable=False, server_default="0"),
     sa.Column("image_bytes", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("user", sa.Text, nullable=False, server_default=""),
+    sa.Column("steps", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("width", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("height", sa.Integer, nullable=False, server_default="0"),
 )  # fmt: skip
 _images = sa.Table(
     "images", _meta,
@@ -55,6 +60,16 @@ _images = sa.Table(
     sa.Column("index", sa.Integer, primary_key=True),
     sa.Column("record", sa.JSON, nullable=False),
 )  # fmt: skip
+
+_SHARER = sa.case((_jobs.c.owner != "", _jobs.c.owner), else_=_jobs.c.user)
+"""Whose share of the folder a job takes: its owner's, or where no token is needed that of the address it came from."""
+_IS_DONE = _jobs.c.state.not_in((*UNFINISHED, _REMOVED))
+_ADDED = (
+    *((1, name, "INTEGER NOT NULL DEFAULT 0") for name in ("upload_bytes", "image_bytes")),
+    (2, "user", "TEXT NOT NULL DEFAULT ''"),
+    *((2, name, "INTEGER NOT NULL DEFAULT 0") for name in ("steps", "width", "height")),
+)
+"""Columns that older tables lack: since which version, name and type."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +80,7 @@ class StoredJob:
     """Grows with each job; the cursor of pages."""
     id: str
     owner: str
-    """Hash of its token; empty where no token is needed."""
+    """Name of its token, or a hash of one without a name; empty where no token is needed."""
     api: str
     state: State
     created_at: float
@@ -82,28 +97,47 @@ class StoredJob:
     """Size of its uploaded images, until it has finished."""
     image_bytes: int = 0
     """Size of its finished images."""
+    user: str = ""
+    """Whose share it takes, as `Caller.user`; empty for a job of an older gateway."""
+    steps: int = 0
+    width: int = 0
+    height: int = 0
     images: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def work(self) -> Work:
+        """What it asks of the models."""
+        return Work(steps=self.steps, width=self.width, height=self.height)
 
 
 class Store:
     """The jobs of one gateway.
 
     Where there are too many finished jobs, or too many bytes of them, the oldest job of whoever has most is deleted:
-    nobody loses images to somebody who keeps more.
+    nobody loses images to somebody who keeps more. Beyond the quota of a token its own oldest job is deleted. The job
+    that has ended last is kept in any case.
 
     Args:
         folder: Where they are stored; created if missing, and locked.
         max_jobs: Finished jobs to keep. Of deleted ones as many ids are remembered.
-        max_bytes: Of their images. A quarter of it is the limit of uploaded images of waiting jobs.
-        num_owners: Among whom that limit is shared.
+        max_bytes: Of their images. A quarter of it is the limit of uploaded images of waiting jobs; whoever has less
+            than an equal share of that may go beyond it, up to twice as many.
+        quota_bytes: Returns how much an owner may keep; None is no limit.
 
     Raises:
         InvalidRequest: FIELD_INVALID if the folder cannot be used, or is used by another gateway.
     """
 
-    def __init__(self, folder: Path, *, max_jobs: int, max_bytes: int = 1 << 62, num_owners: int = 1) -> None:
-        self._folder, self._max_jobs, self._max_bytes = folder, max_jobs, max_bytes
-        self._max_upload_bytes = max_bytes // 4 // num_owners
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        max_jobs: int,
+        max_bytes: int = 1 << 62,
+        quota_bytes: Callable[[str], int | None] = lambda _owner: None,
+    ) -> None:
+        self._folder, self._max_jobs, self.max_bytes = folder, max_jobs, max_bytes
+        self._max_upload_bytes, self._quota_bytes = max_bytes // 4, quota_bytes
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = FolderLock(folder)
@@ -125,20 +159,32 @@ class Store:
         """Closes the connections and lets others have the folder."""
         self._opened.close()
 
-    def add(self, job_id: str, owner: str, api: str, request: dict[str, Any], digest: str, upload: Upload) -> StoredJob:
+    def add(
+        self,
+        job_id: str,
+        owner: str,
+        api: str,
+        request: dict[str, Any],
+        digest: str,
+        upload: Upload,
+        *,
+        user: str = "",
+        work: Work = Work(),  # noqa: B008 (it is frozen)
+    ) -> StoredJob:
         """Stores a new job.
 
         Raises:
-            InvalidRequest: REQUEST_ID_REUSED if the id is taken, also by a deleted job.
-            CloudBusy: TOO_MANY_JOBS if there is no room for its images.
+            InvalidRequest: REQUEST_ID_REUSED if the id is taken, also by a deleted job; BODY_TOO_LARGE if its images
+                are more than its owner may keep.
+            CloudBusy: TOO_MANY_JOBS or QUOTA_EXCEEDED if there is no room for its images yet.
         """
         num_bytes = sum(len(content) for content in (upload.image, upload.mask) if content is not None)
         values = {
             "id": job_id, "owner": owner, "api": api, "state": "queued", "created_at": time.time(),
             "request": request, "digest": digest, "webhook_due": request.get("webhook") is not None,
-            "upload_bytes": num_bytes,
+            "upload_bytes": num_bytes, "user": user, "steps": work.steps, "width": work.width, "height": work.height,
         }  # fmt: skip
-        self._check_room(owner, num_bytes)
+        self._check_room(owner, user, num_bytes)
         new = self._folder / "uploads" / f"new-{uuid.uuid4().hex}"
         try:
             with self._guard():
@@ -190,8 +236,14 @@ class Store:
         self._update(job_id, state=state, error=error, finished_at=time.time(), upload_bytes=0)
         job = self.get(job_id)
         shutil.rmtree(self._upload(job.number, "image").parent, ignore_errors=True)
-        self._prune(job.number)
+        self._prune(job)
         return job
+
+    def disk_bytes(self) -> tuple[int, int]:
+        """Returns the bytes of all images that are kept, finished and given, and those that are left on the disk."""
+        query = sa.select(sa.func.sum(_jobs.c.image_bytes + _jobs.c.upload_bytes))
+        with self._begin() as connection:
+            return connection.scalar(query) or 0, shutil.disk_usage(self._folder).free
 
     def finish_webhook(self, job_id: str) -> None:
         """Marks the webhook of a job as done."""
@@ -215,9 +267,13 @@ class Store:
                 raise Reason.JOB_GONE.error(f"job {job_id[:64]} was deleted; create it again with a new id")
             return self._with_images(connection, [row])[0]
 
-    def page(self, owner: str, *, limit: int, before: int | None = None, state: str | None = None) -> list[StoredJob]:
-        """Returns jobs of an owner, newest first."""
-        query = sa.select(_jobs).where(_jobs.c.owner == owner, _jobs.c.state != _REMOVED)
+    def page(
+        self, owner: str | None, *, limit: int, before: int | None = None, state: str | None = None
+    ) -> list[StoredJob]:
+        """Returns jobs of an owner, newest first; None: of all owners."""
+        query = sa.select(_jobs).where(_jobs.c.state != _REMOVED)
+        if owner is not None:
+            query = query.where(_jobs.c.owner == owner)
         if before is not None:
             query = query.where(_jobs.c.number < before)
         if state is not None:
@@ -237,6 +293,11 @@ class Store:
         query = sa.select(_jobs).where(_jobs.c.webhook_due, _jobs.c.state.in_(("completed", "failed", "cancelled")))
         with self._begin() as connection:
             return self._with_images(connection, connection.execute(query).all())
+
+    def kept_bytes(self, owner: str) -> int:
+        """Returns how many bytes of finished images are kept for an owner."""
+        with self._begin() as connection:
+            return connection.scalar(_kept_bytes(_jobs.c.owner == owner)) or 0
 
     def remove(self, job: StoredJob) -> None:
         """Deletes a finished job with its images; its id stays taken."""
@@ -286,12 +347,12 @@ class Store:
                     f"{SCHEMA_VERSION}); update this one, or change `data_dir`",
                     field="data_dir",
                 )
-            is_old = version == 0 and sa.inspect(connection).has_table("jobs")
-            if is_old:
-                for name in ("upload_bytes", "image_bytes"):
-                    connection.exec_driver_sql(f"ALTER TABLE jobs ADD COLUMN {name} INTEGER NOT NULL DEFAULT 0")
+            has_jobs = sa.inspect(connection).has_table("jobs")
+            for since, name, kind in _ADDED if has_jobs else ():
+                if version < since:
+                    connection.exec_driver_sql(f"ALTER TABLE jobs ADD COLUMN {name} {kind}")
             _meta.create_all(connection)
-            for number in connection.scalars(sa.select(_jobs.c.number)).all() if is_old else ():
+            for number in connection.scalars(sa.select(_jobs.c.number)).all() if has_jobs and version < 1 else ():
                 sizes = {
                     "upload_bytes": _size(self._upload(number, "image").parent),
                     "image_bytes": _size(self._folder / "images" / str(number)),
@@ -299,43 +360,62 @@ class Store:
                 connection.execute(_jobs.update().where(_jobs.c.number == number).values(sizes))
             connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
 
-    def _check_room(self, owner: str, num_bytes: int) -> None:
+    def _check_room(self, owner: str, user: str, num_bytes: int) -> None:
         """Refuses an upload that would fill the folder before its job has run."""
         if not num_bytes:
             return
-        query = sa.select(sa.func.sum(_jobs.c.upload_bytes)).where(_jobs.c.owner == owner)
+        query = sa.select(_SHARER, sa.func.sum(_jobs.c.upload_bytes)).where(_jobs.c.upload_bytes > 0).group_by(_SHARER)
         with self._begin() as connection:
-            waiting = connection.scalar(query) or 0
-        if waiting + num_bytes > self._max_upload_bytes:
+            waiting: dict[str, int] = dict(connection.execute(query).tuples().all())
+        own, total = waiting.get(owner or user, 0), sum(waiting.values())
+        quota, limit = self._quota_bytes(owner), self._max_upload_bytes
+        if quota is not None and num_bytes > quota:
+            raise Reason.BODY_TOO_LARGE.error(
+                f"the images have {num_bytes} bytes; the token allows at most {quota} (its limit bytes): send "
+                "smaller ones",
+                field="image",
+            )
+        if quota is not None and own + num_bytes > quota:
+            raise exceeded(f"images of {own + num_bytes} bytes would wait; the token allows {quota} (its limit "
+                           "bytes)", RETRY_S)  # fmt: skip
+        share = limit if own == 0 else limit // len({*waiting, owner or user})
+        if total + num_bytes > limit and (own + num_bytes > share or total + num_bytes > 2 * limit):
+            delay_s = whole_delay(RETRY_S)
             raise Reason.TOO_MANY_JOBS.error(
-                f"images of {waiting + num_bytes} bytes would wait; at most {self._max_upload_bytes} may: retry in "
-                f"{RETRY_S:g} s, or ask the operator for a larger --max-data-mib",
-                retry_delay_s=RETRY_S,
+                f"images of {total + num_bytes} bytes would wait, of them {own + num_bytes} yours; at most {limit} "
+                f"may: retry in {delay_s} s, or ask the operator for a larger --max-data-mib",
+                retry_delay_s=float(delay_s),
             )
 
     def _update(self, job_id: str, **values: Any) -> None:
         with self._begin() as connection:
             connection.execute(_jobs.update().where(_jobs.c.id == job_id).values(values))
 
-    def _prune(self, kept: int) -> None:
+    def _prune(self, ended: StoredJob) -> None:
         """Deletes finished jobs beyond the limits, but not the one that has just ended; forgets deleted ones."""
-        is_done = _jobs.c.state.not_in((*UNFINISHED, _REMOVED))
+        quota = self._quota_bytes(ended.owner)
         with self._begin() as connection:
-            for column, limit in ((sa.literal(1), self._max_jobs), (_jobs.c.image_bytes, self._max_bytes)):
+            own = _jobs.c.owner == ended.owner
+            while quota is not None and (connection.scalar(_kept_bytes(own)) or 0) > quota:
+                if not self._remove_oldest(connection, own, ended.number):
+                    break
+            for column, limit in ((sa.literal(1), self._max_jobs), (_jobs.c.image_bytes, self.max_bytes)):
                 amount = sa.func.sum(column)
-                query = sa.select(_jobs.c.owner, amount).where(is_done).group_by(_jobs.c.owner).order_by(amount.desc())
-                while (owners := connection.execute(query).all()) and sum(each for _, each in owners) > limit:
-                    oldest = (
-                        sa.select(_jobs.c.number)
-                        .where(is_done, _jobs.c.owner == owners[0][0], _jobs.c.number != kept)
-                        .order_by(_jobs.c.finished_at)
-                    )
-                    if (number := connection.scalar(oldest.limit(1))) is None:
+                query = sa.select(_SHARER, amount).where(_IS_DONE).group_by(_SHARER).order_by(amount.desc())
+                while (sharers := connection.execute(query).all()) and sum(each for _, each in sharers) > limit:
+                    if not self._remove_oldest(connection, sharers[0][0] == _SHARER, ended.number):
                         break
-                    self._remove(connection, number)
             removed = sa.select(_jobs.c.number).where(_jobs.c.state == _REMOVED).order_by(_jobs.c.number.desc())
             known = removed.limit(self._max_jobs)
             connection.execute(_jobs.delete().where(_jobs.c.state == _REMOVED, _jobs.c.number.not_in(known)))
+
+    def _remove_oldest(self, connection: Connection, whose: sa.ColumnElement[bool], kept: int) -> bool:
+        """Deletes the oldest finished job of somebody, but not `kept`. Returns whether there was one."""
+        oldest = sa.select(_jobs.c.number).where(_IS_DONE, whose, _jobs.c.number != kept).order_by(_jobs.c.finished_at)
+        number = connection.scalar(oldest.limit(1))
+        if number is not None:
+            self._remove(connection, number)
+        return number is not None
 
     def _remove(self, connection: Connection, number: int) -> None:
         connection.execute(_images.delete().where(_images.c.job == number))
@@ -357,6 +437,10 @@ class Store:
         except (sa.exc.OperationalError, OSError) as error:  # such as a full disk or a locked file
             what = getattr(error, "orig", error)
             raise Reason.INTERNAL.error(f"the job store fails: {what}; check the disk of `data_dir`") from error
+
+
+def _kept_bytes(whose: sa.ColumnElement[bool]) -> sa.Select[Any]:
+    return sa.select(sa.func.sum(_jobs.c.image_bytes)).where(_IS_DONE, whose)
 
 
 def _write(folder: Path, upload: Upload) -> None:

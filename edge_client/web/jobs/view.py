@@ -25,7 +25,18 @@ class Views:
 
     def job(self, job: StoredJob, position: int | None) -> dict[str, Any]:
         """Returns a `schemas.native.Job`."""
-        fields = ("id", "state", "api", "created_at", "started_at", "finished_at", "attempts", "request", "error")
+        fields = (
+            "id",
+            "owner",
+            "state",
+            "api",
+            "created_at",
+            "started_at",
+            "finished_at",
+            "attempts",
+            "request",
+            "error",
+        )
         images = [{**record, "url": self.image_url(job, record["index"])} for record in job.images]
         return {name: getattr(job, name) for name in fields} | {"queue_position": position, "images": images}
 

@@ -25,12 +25,14 @@ from edge_client.images.files import encode_png
 from edge_client.images.inputs import fit_size, read_image
 from edge_client.images.pixels import to_u8
 from edge_client.inference.models import Models
-from edge_client.request import Request
+from edge_client.request import Request, Resolved
 from edge_client.split.auto_split import AutoSplit, choose_split
 from edge_client.split.handoff_policy import Goals
 from edge_client.types import CallSkipping, Latents
 from edge_client.web.errors import in_words
+from edge_client.web.jobs.quotas import Work
 from edge_client.web.jobs.uploads import Upload
+from edge_client.web.metrics import Metrics
 from edge_client.web.schemas.native import JobCreate
 from hybridsd.errors import Reason
 from hybridsd.limits import MAX_SEED
@@ -62,9 +64,10 @@ class JobWorker:
     others: Mapping[str, Models] = field(default_factory=dict)
     fit_size: bool = False
     """Whether jobs that do not say may have sizes that the models lack."""
+    metrics: Metrics = field(default_factory=Metrics)
 
-    def fill_in(self, create: JobCreate, upload: Upload) -> JobCreate:
-        """Checks a job and returns it with a seed, so that a second run makes the same images.
+    def fill_in(self, create: JobCreate, upload: Upload) -> tuple[JobCreate, Work]:
+        """Checks a job; returns it with a seed, so that a second run makes the same images, and what it asks for.
 
         Raises:
             HybridSDError: The job is invalid; names the field.
@@ -77,8 +80,9 @@ class JobWorker:
         )
         components = Components(bundle=self.bundle, models=self.models, others=self.others, cloud=None)
         requests = self._requests(filled, upload)
-        for request in (requests[0], requests[-1]):
-            components.check(resolve(request, self.bundle.manifest))
+        resolved = resolve(requests[0], self.bundle.manifest)
+        components.check(resolved)
+        components.check(resolve(requests[-1], self.bundle.manifest))
         goals = _goals(filled)
         if goals is not None and (filled.hybrid.split or filled.hybrid.cloud_steps is not None):
             raise Reason.SPLIT_INVALID.error(
@@ -90,7 +94,8 @@ class JobWorker:
                 "`mode` or `segments` fix the split; omit them, or the goals of an automatic split",
                 field="hybrid",
             )
-        return filled
+        work = Work(steps=_num_steps(resolved) * create.n, width=resolved.width, height=resolved.height)
+        return filled, work
 
     def fits_size(self, create: JobCreate) -> bool:
         """Returns whether a job may have a size that the models lack."""
@@ -105,7 +110,13 @@ class JobWorker:
         )
 
     def run(
-        self, create: JobCreate, upload: Upload, *, is_cancelled: Callable[[], bool], done: Container[int] = ()
+        self,
+        create: JobCreate,
+        upload: Upload,
+        *,
+        is_cancelled: Callable[[], bool],
+        done: Container[int] = (),
+        user: str = "",
     ) -> Generator[WorkerEvent]:
         """Makes the images of a job one after another.
 
@@ -114,6 +125,7 @@ class JobWorker:
             upload: Its uploaded images.
             is_cancelled: Checked after each event.
             done: Indices of finished images, which are skipped.
+            user: For whom the cloud is asked.
 
         Yields:
             Events. Ends early when the job is cancelled.
@@ -121,7 +133,7 @@ class JobWorker:
         Raises:
             HybridSDError: See the table of errors.
         """
-        requests = self._requests(create, upload)
+        requests = [replace(request, user=user) for request in self._requests(create, upload)]
         split = self._split(requests[0], create)
         for index, request in enumerate(requests):
             if index in done:
@@ -142,6 +154,7 @@ class JobWorker:
             preview_s = 0.0
             with contextlib.closing(events):
                 for event in events:
+                    self.metrics.note_event(event)
                     if is_cancelled():
                         return
                     for told in self._events(event, create, index, resolved.num_inference_steps, every):
@@ -252,6 +265,17 @@ class JobWorker:
             )
             for index in range(create.n)
         ]  # fmt: skip
+
+
+def _num_steps(resolved: Resolved) -> int:
+    """Returns how many steps of the U-Net an image takes, at cloud and edge together."""
+    total = left = 0
+    for index, stage in enumerate(resolved.stages):
+        if index == 0 or stage.begins_schedule:
+            left = stage.schedule.num_steps
+        num_steps = left if stage.steps is None else min(stage.steps, left)
+        total, left = total + num_steps, left - num_steps
+    return total
 
 
 def _goals(create: JobCreate) -> Goals | None:

@@ -108,13 +108,13 @@ async def img2img(
 ) -> Any:
     """Edits an image, or the white area of a mask."""
     fields: dict[str, Any] = {
-        "image": await gateway.queue.decode(caller.owner, _as_png, body.init_images[0], "image"),
+        "image": await gateway.queue.decode(caller, _as_png, body.init_images[0], "image"),
         "strength": body.denoising_strength,
         "fit": body.fit or {0: "stretch", 1: "crop", 2: "pad"}[body.resize_mode],
     }
     if body.mask:
         fields |= {
-            "mask": await gateway.queue.decode(caller.owner, _as_png, body.mask, "mask"),
+            "mask": await gateway.queue.decode(caller, _as_png, body.mask, "mask"),
             "mask_blur": body.mask_blur or 0.0,
             "invert_mask": bool(body.inpainting_mask_invert),
         }
@@ -166,7 +166,7 @@ async def _unchanged(
         record.update(width=width, height=height, parameters=text)
         return encode(to_u8(fit(image, width, height, create.fit)), {"parameters": text}, wanted, quality)
 
-    images = [base64.b64encode(await gateway.queue.decode(caller.owner, fit_image)).decode("ascii")] * create.n
+    images = [base64.b64encode(await gateway.queue.decode(caller, fit_image)).decode("ascii")] * create.n
     info = _info(create.model_dump(mode="json"), [record] * create.n)
     info |= {"job_timestamp": _timestamp(time.time()), "interrupted": False, "denoising_strength": 0}
     return _answer(body, images if body.send_images else [], info)
@@ -311,7 +311,7 @@ async def scripts(_caller: AuthorizedCaller) -> dict[str, Any]:
 async def png_info(body: PngInfo, gateway: SharedGateway, caller: AuthorizedCaller) -> dict[str, Any]:
     """Returns the parameters that an image file holds: PNG, JPEG, WebP or GIF."""
     content = decode(body.image, "image")
-    return await gateway.queue.decode(caller.owner, _read_info, content)
+    return await gateway.queue.decode(caller, _read_info, content)
 
 
 def _create(body: TextToImage, fields: dict[str, Any], model: str, gateway: Gateway) -> JobCreate:

@@ -83,7 +83,7 @@ async def extra_single_image(body: Enlarge, gateway: SharedGateway, caller: Auth
         raise Reason.FIELD_INVALID.error(
             f"`upscaler_1` is {body.upscaler_1[:40]!r}; choose one of {', '.join(UPSCALERS)}", field="upscaler_1"
         )
-    image = await gateway.queue.decode(caller.owner, _enlarge, body)
+    image = await gateway.queue.decode(caller, _enlarge, body)
     return {"html_info": "", "image": image}
 
 

@@ -13,11 +13,11 @@ from sse_starlette import EventSourceResponse, JSONServerSentEvent
 
 from edge_client.web.bodies import JsonRoute
 from edge_client.web.capabilities import capabilities
-from edge_client.web.dependencies import AuthorizedCaller, SharedGateway
+from edge_client.web.dependencies import AnyCaller, AuthorizedCaller, JobReader, SharedGateway
 from edge_client.web.errors import answers
 from edge_client.web.jobs.store import UNFINISHED
 from edge_client.web.jobs.view import MEDIA_TYPES
-from edge_client.web.schemas.native import Capabilities, Format, Job, JobCreate, JobPage, State
+from edge_client.web.schemas.native import Capabilities, Format, Job, JobCreate, JobPage, Me, State
 from hybridsd.errors import Reason
 
 router = APIRouter(prefix="/v1", tags=["jobs"], route_class=JsonRoute)
@@ -29,6 +29,18 @@ JobId = Annotated[str, Path(min_length=1, max_length=64)]
 async def read_capabilities(gateway: SharedGateway, _caller: AuthorizedCaller) -> Any:
     """Returns what this device, its models and the cloud can do now."""
     return await capabilities(gateway)
+
+
+@router.get("/me", response_model=Me, responses=answers(401))
+async def read_me(gateway: SharedGateway, caller: AnyCaller) -> Any:
+    """Returns who the caller is, what it may, and what is used of its limits."""
+    return {
+        "owner": caller.owner,
+        "scopes": sorted(caller.scopes),
+        "expires_at": None if caller.expires is None else caller.expires.timestamp(),
+        "weight": caller.weight,
+        "quotas": gateway.quotas_of(caller),
+    }
 
 
 @router.post(
@@ -44,29 +56,33 @@ async def create_job(create: JobCreate, gateway: SharedGateway, caller: Authoriz
 @router.get("/jobs", response_model=JobPage, responses=answers(401, 422))
 async def list_jobs(
     gateway: SharedGateway,
-    caller: AuthorizedCaller,
+    caller: JobReader,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
     before: Annotated[str | None, Query(pattern=r"^\d{1,18}$", description="`next` of the previous page")] = None,
     state: Annotated[State | None, Query()] = None,
+    owner: Annotated[str | None, Query(max_length=64, description="whose, for the scope admin; *: everybody's")] = None,
 ) -> Response:
     """Lists the caller's jobs, newest first."""
+    if owner not in (None, caller.owner):
+        caller.check("admin")
+    whose = None if owner == "*" else caller.owner if owner is None else owner
     number = None if before is None else int(before)
-    jobs = gateway.store.page(caller.owner, limit=limit + 1, before=number, state=state)
+    jobs = gateway.store.page(whose, limit=limit + 1, before=number, state=state)
     more = len(jobs) > limit
     jobs = jobs[:limit]
     return JSONResponse({"jobs": [gateway.view(job) for job in jobs], "next": str(jobs[-1].number) if more else None})
 
 
 @router.get("/jobs/{job_id}", response_model=Job, responses=answers(401, 404, 410, 422))
-async def read_job(job_id: JobId, gateway: SharedGateway, caller: AuthorizedCaller) -> Response:
+async def read_job(job_id: JobId, gateway: SharedGateway, caller: JobReader) -> Response:
     """Returns a job."""
-    return JSONResponse(gateway.view(gateway.store.get(job_id, caller.owner)))
+    return JSONResponse(gateway.view(gateway.job(job_id, caller)))
 
 
 @router.delete("/jobs/{job_id}", status_code=204, responses=answers(401, 404, 409, 410, 422))
-async def delete_job(job_id: JobId, gateway: SharedGateway, caller: AuthorizedCaller) -> Response:
+async def delete_job(job_id: JobId, gateway: SharedGateway, caller: JobReader) -> Response:
     """Deletes a finished job with its images."""
-    job = gateway.store.get(job_id, caller.owner)
+    job = gateway.job(job_id, caller)
     if job.state in UNFINISHED:
         raise Reason.JOB_FINISHED.error(f"job {job.id} is {job.state}; cancel it first")
     gateway.store.remove(job)
@@ -74,9 +90,9 @@ async def delete_job(job_id: JobId, gateway: SharedGateway, caller: AuthorizedCa
 
 
 @router.post("/jobs/{job_id}/cancel", response_model=Job, responses=answers(401, 404, 409, 410, 422))
-async def cancel_job(job_id: JobId, gateway: SharedGateway, caller: AuthorizedCaller) -> Response:
+async def cancel_job(job_id: JobId, gateway: SharedGateway, caller: JobReader) -> Response:
     """Cancels a waiting or running job. A running job stops after its current step."""
-    return JSONResponse(gateway.view(gateway.queue.cancel(gateway.store.get(job_id, caller.owner))))
+    return JSONResponse(gateway.view(gateway.queue.cancel(gateway.job(job_id, caller))))
 
 
 @router.get(
@@ -89,7 +105,7 @@ async def cancel_job(job_id: JobId, gateway: SharedGateway, caller: AuthorizedCa
 async def watch_job(
     job_id: JobId,
     gateway: SharedGateway,
-    caller: AuthorizedCaller,
+    caller: JobReader,
     last_event_id: Annotated[str | None, Header(max_length=20)] = None,
 ) -> EventSourceResponse:
     """Streams the events of a job: queued, started, planned, waiting, step, preview, image, and its end.
@@ -104,7 +120,7 @@ async def watch_job(
                 field="last_event_id",
             )
         after = int(last_event_id)
-    job = gateway.store.get(job_id, caller.owner)
+    job = gateway.job(job_id, caller)
 
     async def stream() -> AsyncIterator[JSONServerSentEvent]:
         async for event in gateway.queue.events(job, after):
@@ -133,7 +149,7 @@ async def read_image(
 ) -> Response:
     """Returns an image. A PNG file holds its parameters."""
     caller = gateway.access.reader(request, key)
-    job = gateway.store.get(job_id, None if caller is None else caller.owner)
+    job = gateway.store.get(job_id) if caller is None else gateway.job(job_id, caller)
     content = await asyncio.to_thread(gateway.views.image, job, index, wanted, quality, max_side)
     headers = {"Cache-Control": "private, max-age=31536000, immutable"}
     if download == "1":

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from edge_client.web.prompt_syntax import EMPTY
 from edge_client.web.schemas.native import MAX_IMAGES, Format, Hybrid, JobCreate
 from edge_client.web.schemas.openai import Generation, Images, Model, ModelList
 from edge_client.web.wait_for_job import finish_job, require_completed
-from hybridsd.errors import HybridSDError, Reason
+from hybridsd.errors import AccessDenied, HybridSDError, Reason
 
 
 class _OpenAIRoute(JsonRoute):
@@ -34,14 +35,34 @@ class _OpenAIRoute(JsonRoute):
 
         async def handle_or_refuse(request: Request) -> Response:
             try:
-                return await handle(request)
+                response = await handle(request)
             except HybridSDError as error:
-                if error.reason.value.http_status != 409:
+                status = error.reason.value.http_status
+                if status not in (409, 429):
                     raise
-                status = 404 if error.reason in (Reason.MODEL_UNKNOWN, Reason.LORA_UNKNOWN) else 422
-                return respond(problem_of(error, status=status))
+                if status == 409:
+                    status = 404 if error.reason in (Reason.MODEL_UNKNOWN, Reason.LORA_UNKNOWN) else 422
+                response = respond(problem_of(error, status=status, api="openai"))
+            if request.method == "POST":
+                response.headers.update(_rate_limits(request))
+            return response
 
         return handle_or_refuse
+
+
+def _rate_limits(request: Request) -> dict[str, str]:
+    """Returns the headers that say what is left of a token's steps a minute, as OpenAI says it of its limits."""
+    gateway: Gateway = request.app.state.gateway
+    with contextlib.suppress(AccessDenied):
+        caller = gateway.access.caller(request)
+        limit, left = caller.quota.steps_per_minute, gateway.quotas.steps_left(caller)
+        if limit is not None and left is not None:
+            return {
+                "x-ratelimit-limit-steps": str(limit),
+                "x-ratelimit-remaining-steps": str(int(left)),
+                "x-ratelimit-reset-steps": f"{math.ceil((limit - left) * 60 / limit)}s",
+            }
+    return {}
 
 
 router = APIRouter(prefix="/v1", tags=["openai"], route_class=_OpenAIRoute)

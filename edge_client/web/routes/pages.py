@@ -11,9 +11,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, Response
 from fastapi.staticfiles import StaticFiles
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from starlette.types import Scope
 
-from edge_client.web.dependencies import SharedGateway
+from edge_client.web.bodies import in_thread
+from edge_client.web.dependencies import Gateway, SharedGateway
 from edge_client.web.errors import answers, problem_of, respond
 from hybridsd.errors import AccessDenied, Reason
 
@@ -81,6 +83,37 @@ async def readyz(gateway: SharedGateway, request: Request) -> Any:
         gateway.access.caller(request)
         answer |= gateway.queue.load
     return answer
+
+
+@router.get(
+    "/metrics", tags=["operation"], response_class=Response, responses={
+        **answers(401, 403), 200: {"description": "In Prometheus' text format", "content": {"text/plain": {}}},
+    },
+)  # fmt: skip
+async def metrics(gateway: SharedGateway, request: Request) -> Response:
+    """What the gateway has counted, for Prometheus. Needs a token with the scope metrics, where tokens are needed."""
+    gateway.access.require(request, "metrics", "admin")
+    await gateway.watch.poll(wait_s=0)
+    content = await in_thread(_exposition, gateway, gateway.queue.is_stalled)
+    return Response(content, media_type=CONTENT_TYPE_PLAIN_0_0_4, headers={"Cache-Control": "no-store"})
+
+
+def _exposition(gateway: Gateway, is_stalled: bool) -> bytes:
+    """Returns all metrics, with those that say how the gateway is now."""
+    metrics, load = gateway.metrics, gateway.queue.load
+    metrics.ready.set(not is_stalled)
+    metrics.queue_length.set(load["num_waiting"])
+    metrics.jobs_running.set(load["num_running"])
+    metrics.queue_limit.set(gateway.queue.max_waiting)
+    metrics.event_streams.set(gateway.streams.num_open)
+    used_bytes, free_bytes = gateway.store.disk_bytes()
+    metrics.disk_used.set(used_bytes)
+    metrics.disk_free.set(free_bytes)
+    metrics.disk_limit.set(gateway.store.max_bytes)
+    if gateway.cloud is not None:
+        metrics.cloud_up.labels(gateway.cloud.target).set(gateway.watch.known is not None)
+        metrics.cloud_silent.labels(gateway.cloud.target).set(gateway.cloud.breaker.is_tripped)
+    return generate_latest(metrics.registry)
 
 
 @router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)

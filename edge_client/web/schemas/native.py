@@ -191,6 +191,7 @@ class Job(BaseModel):
     """A job."""
 
     id: str
+    owner: str = Field(description="name of the token that it was created with, or a hash of one without a name")
     state: State
     api: Literal["native", "openai", "sdapi"] = Field(description="the API that the job was created with")
     created_at: float = Field(description="seconds since 1970")
@@ -208,6 +209,26 @@ class JobPage(BaseModel):
 
     jobs: list[Job]
     next: str | None = Field(description="`before` of the next page; null: this is the last")
+
+
+class QuotaUse(BaseModel):
+    """A limit of a token."""
+
+    limit: int
+    used: int | None = Field(description="of it now; null: the limit is of each image")
+
+
+class Me(BaseModel):
+    """The caller, as its token says."""
+
+    owner: str = Field(description="as in its jobs; empty where no token is needed")
+    scopes: list[str]
+    expires_at: float | None = Field(description="seconds since 1970; null: never")
+    weight: float = Field(description="of its share of the workers, among those who wait")
+    quotas: dict[str, QuotaUse] = Field(
+        description="jobs that run at once, queued ones, steps_per_minute, pixels of an image, bytes of kept images; "
+        "what is not there has no limit"
+    )
 
 
 class EdgeInfo(BaseModel):

@@ -11,12 +11,13 @@ const LONGEST_BACKOFF_MS = 8000;
 
 /** A request that failed, with the gateway's problem details (RFC 9457). */
 export class ProblemError extends Error {
-  /** @param {{status: number, detail?: string, title?: string, reason?: string, field?: ?string}} problem */
+  /** @param {{status: number, detail?: string, title?: string, reason?: string, field?: ?string, retry_delay_s?: ?number}} problem */
   constructor(problem) {
     super(problem.detail || problem.title || "Something went wrong.");
     this.field = problem.field ?? null;
     this.status = problem.status;
     this.reason = problem.reason ?? "";
+    this.retryDelayS = problem.retry_delay_s ?? null;
   }
 }
 
@@ -46,6 +47,8 @@ const streams = new Semaphore(MAX_STREAMS);
 
 /** @param {boolean} [isPoll] whether it runs in the background: then the user is not asked for a missing token */
 export const getCapabilities = (isPoll = false) => getJson("/v1/capabilities", { asksToken: !isPoll });
+/** @returns {Promise<{quotas: Object<string, {limit: number, used: ?number}>}>} who the token stands for */
+export const getMe = () => getJson("/v1/me", { asksToken: false });
 export const getJob = (id, isPoll = false) => getJson(`/v1/jobs/${id}`, { asksToken: !isPoll });
 export const cancelJob = (id) => getJson(`/v1/jobs/${id}/cancel`, { method: "POST" });
 export const deleteJob = (id) => send(`/v1/jobs/${id}`, { method: "DELETE" });

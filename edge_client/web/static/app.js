@@ -12,6 +12,7 @@ import { Gallery } from "./gallery.js";
 import { Notifier } from "./notify.js";
 import { maySayHowItWasMade } from "./pictures.js";
 import { explain, nearestSteps } from "./problems.js";
+import { showQuotas } from "./quota.js";
 import { readSettings } from "./restore.js";
 import { applyEvent, beginRun, effectiveSteps, isActive } from "./run.js";
 import { Split, splitRequest } from "./split.js";
@@ -52,6 +53,7 @@ const cloudWatch = new CloudWatch((answer) => {
   form.setCapabilities(capabilities);
   detail.setCapabilities(capabilities.edge.has_image_encoder);
   const { num_running: numRunning, num_waiting: numWaiting } = capabilities.queue;
+  if (isFirst) showQuotas();
   if (isFirst) loadGallery().then(openAddressed);
   else if (numRunning + numWaiting !== runs.length) refresh();  // another tab or client draws
 });
@@ -135,7 +137,8 @@ async function generate() {
  * @returns {Promise<import("./run.js").Run>} as soon as the gateway has taken it; its `ended` resolves once it has ended
  */
 async function launch(request, { onUpdate, isShown = false, isCompared = false } = {}) {
-  const run = Object.assign(beginRun(await createJob(request)), { request, isCompared });
+  const job = await createJob(request).finally(showQuotas);
+  const run = Object.assign(beginRun(job), { request, isCompared });
   run.ended = follow(run, onUpdate);
   if (isShown) showRun(run);
   else update(run);
@@ -160,6 +163,7 @@ async function follow(run, onUpdate) {
 }
 
 function end(run) {
+  showQuotas();
   runs = runs.filter((each) => each !== run);
   if (run.job.images.length) gallery.add(run.job);
   const { state, request } = run.job;

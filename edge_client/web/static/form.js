@@ -30,6 +30,7 @@ const NUMBERS = ["steps", "guidance", "width", "height", "seed", "max-seconds"];
 export class Form {
   #split;
   #capabilities = null;
+  #counting = null;
   #imageIndex = 0;  // which of several images with one seed
   #adapters = new Adapters();
   #start = new StartImage({
@@ -179,6 +180,7 @@ export class Form {
    * @param {{takesFocus?: boolean}} [options] whether the user waits for it, and may be taken to the field
    */
   showProblem(error, { takesFocus = false } = {}) {
+    if (error.retryDelayS) this.#countDown(error.retryDelayS);
     const name = error.field?.split(".").at(-1);
     const words = sentence(error.message, error.field);
     const control = name ? this.#say(name, words) : null;
@@ -186,7 +188,22 @@ export class Form {
     else if (takesFocus) control.focus();
   }
 
+  /** Says every second when there is room again; the alert says it once, to be read out. */
+  #countDown(seconds) {
+    const until = Date.now() + 1000 * seconds;
+    const tick = () => {
+      const left = Math.ceil((until - Date.now()) / 1000);
+      setText(byId("retry-note"), left > 0 ? `Room again in ${left} s.` : "There is room again: try now.");
+      if (left <= 0) clearInterval(this.#counting);
+    };
+    clearInterval(this.#counting);
+    this.#counting = setInterval(tick, 1000);
+    tick();
+  }
+
   clearProblems() {
+    clearInterval(this.#counting);
+    setText(byId("retry-note"), "");
     setText(byId("form-alert"), "");
     setText(byId("form-note"), "");
     for (const message of document.querySelectorAll(".field-error")) message.remove();

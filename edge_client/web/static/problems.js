@@ -15,6 +15,7 @@ const WORDS = {
   UNAVAILABLE: () => "The cloud does not answer",
   DEADLINE_EXCEEDED: () => "The cloud took too long",
   QUEUE_FULL: () => "The cloud is busy",
+  QUOTA_EXCEEDED: () => "A limit of your token is reached",
   TOO_MANY_JOBS: () => "This device has too many images waiting",
   UNAUTHENTICATED: () => "The token is missing or wrong",
   PERMISSION_DENIED: () => "This is not allowed here",

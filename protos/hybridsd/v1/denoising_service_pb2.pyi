@@ -74,6 +74,30 @@ ENERGY_SOURCE_MEASURED: EnergySource.ValueType  # 2
 """Read from a counter of the device, this job's part of each batch."""
 Global___EnergySource: _TypeAlias = EnergySource  # noqa: Y015
 
+class _JobState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _JobStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_JobState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    JOB_STATE_UNSPECIFIED: _JobState.ValueType  # 0
+    """Not set: never sent."""
+    JOB_STATE_WAITING: _JobState.ValueType  # 1
+    """It waits for a place."""
+    JOB_STATE_RUNNING: _JobState.ValueType  # 2
+    """It has a place, and steps in turn."""
+
+class JobState(_JobState, metaclass=_JobStateEnumTypeWrapper):
+    """Where a job is."""
+
+JOB_STATE_UNSPECIFIED: JobState.ValueType  # 0
+"""Not set: never sent."""
+JOB_STATE_WAITING: JobState.ValueType  # 1
+"""It waits for a place."""
+JOB_STATE_RUNNING: JobState.ValueType  # 2
+"""It has a place, and steps in turn."""
+Global___JobState: _TypeAlias = JobState  # noqa: Y015
+
 class _GuidanceKind:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -926,16 +950,22 @@ class CancelDenoiseRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The id of the job, 1 to 64 characters."""
+    owner: _builtins.str
+    """For admins: stops only the job of this token, as `Job.owner` names it. Empty: that of each owner who has one of this
+    id. Others leave it empty.
+    """
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
+        owner: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["owner", b"owner", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -962,6 +992,107 @@ class CancelDenoiseResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelDenoiseResponse: _TypeAlias = CancelDenoiseResponse  # noqa: Y015
+
+@_typing.final
+class ListJobsRequest(_message.Message):
+    """The input of `ListJobs`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListJobsRequest: _TypeAlias = ListJobsRequest  # noqa: Y015
+
+@_typing.final
+class ListJobsResponse(_message.Message):
+    """The result of `ListJobs`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOBS_FIELD_NUMBER: _builtins.int
+    NUM_JOBS_FIELD_NUMBER: _builtins.int
+    num_jobs: _builtins.int
+    """How many there are, 0 or more; above 1000 not all are listed."""
+    @_builtins.property
+    def jobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Job]:
+        """The jobs that run, then those that wait in the order of their positions; at most 1000."""
+
+    def __init__(
+        self,
+        *,
+        jobs: _abc.Iterable[Global___Job] | None = ...,
+        num_jobs: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["jobs", b"jobs", "num_jobs", b"num_jobs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListJobsResponse: _TypeAlias = ListJobsResponse  # noqa: Y015
+
+@_typing.final
+class Job(_message.Message):
+    """A job, as lists show it; never what it draws."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    OWNER_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    NUM_CALLS_FIELD_NUMBER: _builtins.int
+    NUM_CALLS_LEFT_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    AGE_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The id of the job."""
+    owner: _builtins.str
+    """Who asked: the name of a token or of a certificate; without either, the address of the machine."""
+    user: _builtins.str
+    """For whom of its own callers the owner asked; empty for itself."""
+    model: _builtins.str
+    """The id of its model, its first one where it has several."""
+    state: Global___JobState.ValueType
+    """Whether it waits or runs."""
+    num_calls: _builtins.int
+    """Calls of the U-Net that have run, 0 or more."""
+    num_calls_left: _builtins.int
+    """Calls that are still to come, 0 or more."""
+    position: _builtins.int
+    """As things are, so many jobs begin before this one; 0 for one that runs."""
+    @_builtins.property
+    def age(self) -> _duration_pb2.Duration:
+        """Since it was asked for."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        owner: _builtins.str = ...,
+        user: _builtins.str = ...,
+        model: _builtins.str = ...,
+        state: Global___JobState.ValueType = ...,
+        num_calls: _builtins.int = ...,
+        num_calls_left: _builtins.int = ...,
+        position: _builtins.int = ...,
+        age: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["age", b"age"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age", b"age", "model", b"model", "num_calls", b"num_calls", "num_calls_left", b"num_calls_left", "owner", b"owner", "position", b"position", "request_id", b"request_id", "state", b"state", "user", b"user"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Job: _TypeAlias = Job  # noqa: Y015
 
 @_typing.final
 class GetCapabilitiesRequest(_message.Message):

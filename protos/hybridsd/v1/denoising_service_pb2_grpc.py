@@ -30,7 +30,11 @@ class DenoisingServiceStub:
 
     Every failure is a canonical gRPC status with a `google.rpc.ErrorInfo` whose domain is "hybridsd" and whose
     reason is a row of the error table (docs/protocol.md); INVALID_ARGUMENT names the field in a
-    `google.rpc.BadRequest`, RESOURCE_EXHAUSTED and UNAVAILABLE say in a `google.rpc.RetryInfo` when to come again.
+    `google.rpc.BadRequest`, RESOURCE_EXHAUSTED and UNAVAILABLE say in a `google.rpc.RetryInfo` when to come again, and
+    QUOTA_EXCEEDED names the limit in a `google.rpc.QuotaFailure`.
+
+    With tokens, jobs are their token's, and of the user that the metadata `x-hybridsd-user` names: to anybody else their
+    ids are unknown, and name other jobs. A token without the scope that a method needs is PERMISSION_DENIED.
     """
 
     def __init__(self, channel):
@@ -54,6 +58,11 @@ class DenoisingServiceStub:
                 request_serializer=hybridsd_dot_v1_dot_denoising__service__pb2.CompilePlanRequest.SerializeToString,
                 response_deserializer=hybridsd_dot_v1_dot_denoising__service__pb2.CompilePlanResponse.FromString,
                 _registered_method=True)
+        self.ListJobs = channel.unary_unary(
+                '/hybridsd.v1.DenoisingService/ListJobs',
+                request_serializer=hybridsd_dot_v1_dot_denoising__service__pb2.ListJobsRequest.SerializeToString,
+                response_deserializer=hybridsd_dot_v1_dot_denoising__service__pb2.ListJobsResponse.FromString,
+                _registered_method=True)
         self.GetCapabilities = channel.unary_unary(
                 '/hybridsd.v1.DenoisingService/GetCapabilities',
                 request_serializer=hybridsd_dot_v1_dot_denoising__service__pb2.GetCapabilitiesRequest.SerializeToString,
@@ -66,7 +75,11 @@ class DenoisingServiceServicer:
 
     Every failure is a canonical gRPC status with a `google.rpc.ErrorInfo` whose domain is "hybridsd" and whose
     reason is a row of the error table (docs/protocol.md); INVALID_ARGUMENT names the field in a
-    `google.rpc.BadRequest`, RESOURCE_EXHAUSTED and UNAVAILABLE say in a `google.rpc.RetryInfo` when to come again.
+    `google.rpc.BadRequest`, RESOURCE_EXHAUSTED and UNAVAILABLE say in a `google.rpc.RetryInfo` when to come again, and
+    QUOTA_EXCEEDED names the limit in a `google.rpc.QuotaFailure`.
+
+    With tokens, jobs are their token's, and of the user that the metadata `x-hybridsd-user` names: to anybody else their
+    ids are unknown, and name other jobs. A token without the scope that a method needs is PERMISSION_DENIED.
     """
 
     def Denoise(self, request, context):
@@ -83,8 +96,8 @@ class DenoisingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CancelDenoise(self, request, context):
-        """Stops a job at its next step boundary; one in its last call may still finish. Succeeds for a job that has ended,
-        or that nobody knows.
+        """Stops a job of the caller at its next step boundary; one in its last call may still finish. Succeeds for a job that
+        has ended, or that the caller does not know. With the scope "admin" it stops anybody's.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -93,6 +106,13 @@ class DenoisingServiceServicer:
     def CompilePlan(self, request, context):
         """Compiles the plan that `Denoise` would use for a model and a scheduler, without running anything: a caller that must
         prepare an initial state (an image to start from, another step grid) needs it beforehand.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListJobs(self, request, context):
+        """Lists the jobs of the caller that run and wait; with the scope "admin" those of all.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -123,6 +143,11 @@ def add_DenoisingServiceServicer_to_server(servicer, server):
                     request_deserializer=hybridsd_dot_v1_dot_denoising__service__pb2.CompilePlanRequest.FromString,
                     response_serializer=hybridsd_dot_v1_dot_denoising__service__pb2.CompilePlanResponse.SerializeToString,
             ),
+            'ListJobs': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListJobs,
+                    request_deserializer=hybridsd_dot_v1_dot_denoising__service__pb2.ListJobsRequest.FromString,
+                    response_serializer=hybridsd_dot_v1_dot_denoising__service__pb2.ListJobsResponse.SerializeToString,
+            ),
             'GetCapabilities': grpc.unary_unary_rpc_method_handler(
                     servicer.GetCapabilities,
                     request_deserializer=hybridsd_dot_v1_dot_denoising__service__pb2.GetCapabilitiesRequest.FromString,
@@ -141,7 +166,11 @@ class DenoisingService:
 
     Every failure is a canonical gRPC status with a `google.rpc.ErrorInfo` whose domain is "hybridsd" and whose
     reason is a row of the error table (docs/protocol.md); INVALID_ARGUMENT names the field in a
-    `google.rpc.BadRequest`, RESOURCE_EXHAUSTED and UNAVAILABLE say in a `google.rpc.RetryInfo` when to come again.
+    `google.rpc.BadRequest`, RESOURCE_EXHAUSTED and UNAVAILABLE say in a `google.rpc.RetryInfo` when to come again, and
+    QUOTA_EXCEEDED names the limit in a `google.rpc.QuotaFailure`.
+
+    With tokens, jobs are their token's, and of the user that the metadata `x-hybridsd-user` names: to anybody else their
+    ids are unknown, and name other jobs. A token without the scope that a method needs is PERMISSION_DENIED.
     """
 
     @staticmethod
@@ -215,6 +244,33 @@ class DenoisingService:
             '/hybridsd.v1.DenoisingService/CompilePlan',
             hybridsd_dot_v1_dot_denoising__service__pb2.CompilePlanRequest.SerializeToString,
             hybridsd_dot_v1_dot_denoising__service__pb2.CompilePlanResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListJobs(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hybridsd.v1.DenoisingService/ListJobs',
+            hybridsd_dot_v1_dot_denoising__service__pb2.ListJobsRequest.SerializeToString,
+            hybridsd_dot_v1_dot_denoising__service__pb2.ListJobsResponse.FromString,
             options,
             channel_credentials,
             insecure,

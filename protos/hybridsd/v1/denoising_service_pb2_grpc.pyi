@@ -31,7 +31,11 @@ class DenoisingServiceStub:
 
     Every failure is a canonical gRPC status with a `google.rpc.ErrorInfo` whose domain is "hybridsd" and whose
     reason is a row of the error table (docs/protocol.md); INVALID_ARGUMENT names the field in a
-    `google.rpc.BadRequest`, RESOURCE_EXHAUSTED and UNAVAILABLE say in a `google.rpc.RetryInfo` when to come again.
+    `google.rpc.BadRequest`, RESOURCE_EXHAUSTED and UNAVAILABLE say in a `google.rpc.RetryInfo` when to come again, and
+    QUOTA_EXCEEDED names the limit in a `google.rpc.QuotaFailure`.
+
+    With tokens, jobs are their token's, and of the user that the metadata `x-hybridsd-user` names: to anybody else their
+    ids are unknown, and name other jobs. A token without the scope that a method needs is PERMISSION_DENIED.
     """
 
     @_typing.overload
@@ -48,13 +52,15 @@ class DenoisingServiceStub:
     starting another; the streams that were attached to it before end with ABORTED.
     """
     CancelDenoise: _grpc.UnaryUnaryMultiCallable[_denoising_service_pb2.CancelDenoiseRequest, _denoising_service_pb2.CancelDenoiseResponse]
-    """Stops a job at its next step boundary; one in its last call may still finish. Succeeds for a job that has ended,
-    or that nobody knows.
+    """Stops a job of the caller at its next step boundary; one in its last call may still finish. Succeeds for a job that
+    has ended, or that the caller does not know. With the scope "admin" it stops anybody's.
     """
     CompilePlan: _grpc.UnaryUnaryMultiCallable[_denoising_service_pb2.CompilePlanRequest, _denoising_service_pb2.CompilePlanResponse]
     """Compiles the plan that `Denoise` would use for a model and a scheduler, without running anything: a caller that must
     prepare an initial state (an image to start from, another step grid) needs it beforehand.
     """
+    ListJobs: _grpc.UnaryUnaryMultiCallable[_denoising_service_pb2.ListJobsRequest, _denoising_service_pb2.ListJobsResponse]
+    """Lists the jobs of the caller that run and wait; with the scope "admin" those of all."""
     GetCapabilities: _grpc.UnaryUnaryMultiCallable[_denoising_service_pb2.GetCapabilitiesRequest, _denoising_service_pb2.GetCapabilitiesResponse]
     """Says what this server can do and how busy it is."""
 
@@ -64,7 +70,11 @@ class DenoisingServiceAsyncStub(DenoisingServiceStub):
 
     Every failure is a canonical gRPC status with a `google.rpc.ErrorInfo` whose domain is "hybridsd" and whose
     reason is a row of the error table (docs/protocol.md); INVALID_ARGUMENT names the field in a
-    `google.rpc.BadRequest`, RESOURCE_EXHAUSTED and UNAVAILABLE say in a `google.rpc.RetryInfo` when to come again.
+    `google.rpc.BadRequest`, RESOURCE_EXHAUSTED and UNAVAILABLE say in a `google.rpc.RetryInfo` when to come again, and
+    QUOTA_EXCEEDED names the limit in a `google.rpc.QuotaFailure`.
+
+    With tokens, jobs are their token's, and of the user that the metadata `x-hybridsd-user` names: to anybody else their
+    ids are unknown, and name other jobs. A token without the scope that a method needs is PERMISSION_DENIED.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -78,13 +88,15 @@ class DenoisingServiceAsyncStub(DenoisingServiceStub):
     starting another; the streams that were attached to it before end with ABORTED.
     """
     CancelDenoise: _aio.UnaryUnaryMultiCallable[_denoising_service_pb2.CancelDenoiseRequest, _denoising_service_pb2.CancelDenoiseResponse]  # type: ignore[assignment]
-    """Stops a job at its next step boundary; one in its last call may still finish. Succeeds for a job that has ended,
-    or that nobody knows.
+    """Stops a job of the caller at its next step boundary; one in its last call may still finish. Succeeds for a job that
+    has ended, or that the caller does not know. With the scope "admin" it stops anybody's.
     """
     CompilePlan: _aio.UnaryUnaryMultiCallable[_denoising_service_pb2.CompilePlanRequest, _denoising_service_pb2.CompilePlanResponse]  # type: ignore[assignment]
     """Compiles the plan that `Denoise` would use for a model and a scheduler, without running anything: a caller that must
     prepare an initial state (an image to start from, another step grid) needs it beforehand.
     """
+    ListJobs: _aio.UnaryUnaryMultiCallable[_denoising_service_pb2.ListJobsRequest, _denoising_service_pb2.ListJobsResponse]  # type: ignore[assignment]
+    """Lists the jobs of the caller that run and wait; with the scope "admin" those of all."""
     GetCapabilities: _aio.UnaryUnaryMultiCallable[_denoising_service_pb2.GetCapabilitiesRequest, _denoising_service_pb2.GetCapabilitiesResponse]  # type: ignore[assignment]
     """Says what this server can do and how busy it is."""
 
@@ -93,7 +105,11 @@ class DenoisingServiceServicer(metaclass=_abc_1.ABCMeta):
 
     Every failure is a canonical gRPC status with a `google.rpc.ErrorInfo` whose domain is "hybridsd" and whose
     reason is a row of the error table (docs/protocol.md); INVALID_ARGUMENT names the field in a
-    `google.rpc.BadRequest`, RESOURCE_EXHAUSTED and UNAVAILABLE say in a `google.rpc.RetryInfo` when to come again.
+    `google.rpc.BadRequest`, RESOURCE_EXHAUSTED and UNAVAILABLE say in a `google.rpc.RetryInfo` when to come again, and
+    QUOTA_EXCEEDED names the limit in a `google.rpc.QuotaFailure`.
+
+    With tokens, jobs are their token's, and of the user that the metadata `x-hybridsd-user` names: to anybody else their
+    ids are unknown, and name other jobs. A token without the scope that a method needs is PERMISSION_DENIED.
     """
 
     @_abc_1.abstractmethod
@@ -117,8 +133,8 @@ class DenoisingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _denoising_service_pb2.CancelDenoiseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_denoising_service_pb2.CancelDenoiseResponse, _abc.Awaitable[_denoising_service_pb2.CancelDenoiseResponse]]:
-        """Stops a job at its next step boundary; one in its last call may still finish. Succeeds for a job that has ended,
-        or that nobody knows.
+        """Stops a job of the caller at its next step boundary; one in its last call may still finish. Succeeds for a job that
+        has ended, or that the caller does not know. With the scope "admin" it stops anybody's.
         """
 
     @_abc_1.abstractmethod
@@ -130,6 +146,14 @@ class DenoisingServiceServicer(metaclass=_abc_1.ABCMeta):
         """Compiles the plan that `Denoise` would use for a model and a scheduler, without running anything: a caller that must
         prepare an initial state (an image to start from, another step grid) needs it beforehand.
         """
+
+    @_abc_1.abstractmethod
+    def ListJobs(
+        self,
+        request: _denoising_service_pb2.ListJobsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_denoising_service_pb2.ListJobsResponse, _abc.Awaitable[_denoising_service_pb2.ListJobsResponse]]:
+        """Lists the jobs of the caller that run and wait; with the scope "admin" those of all."""
 
     @_abc_1.abstractmethod
     def GetCapabilities(

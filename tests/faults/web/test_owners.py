@@ -73,7 +73,7 @@ def test_uploads_of_waiting_jobs_are_bounded(
     """They have a share of the folder; without an image there is room, and for others too."""
     content = picture((64, 64))
     text = base64.b64encode(content).decode()
-    settings: dict[str, Any] = {"tokens": TOKENS, "max_data_bytes": 8 * 2 * len(content) + 80}
+    settings: dict[str, Any] = {"tokens": TOKENS, "max_data_bytes": 4 * 2 * len(content) + 80}
     with (
         serving(tmp_path, bundle, models, cloud, workers=1, **settings) as server,
         server.client(headers=bearer(TOKENS[0])) as one,

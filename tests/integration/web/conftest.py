@@ -5,7 +5,7 @@ import io
 import json
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from edge_client.web.app import create_app
 from edge_client.web.connections import server_config
 from edge_client.web.dependencies import Gateway
 from edge_client.web.settings import Settings
+from hybridsd.tokens import Tokens
 from hybridsd.v1 import denoising_service_pb2 as pb
 from tests.support.fake_cloud import FakeCloud, Running, serve
 from tests.support.patience import HANG_S
@@ -94,10 +95,12 @@ class GatewayServer:
 
 
 @contextmanager
-def listening(app: FastAPI) -> Iterator[str]:
+def listening(app: FastAPI, **options: Any) -> Iterator[str]:
     """Serves an application on a free port; yields its address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(server_config(app, log_level="error", timeout_graceful_shutdown=1, lifespan="on"))
+        server = uvicorn.Server(
+            server_config(app, log_level="error", timeout_graceful_shutdown=1, lifespan="on", **options)
+        )
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -150,6 +153,7 @@ def fake(running_cloud: Running) -> Iterator[FakeCloud]:
     fake.requests.clear()
     fake.sent.clear()
     fake.cancelled.clear()
+    fake.users.clear()
     fake.cancel_seen.clear()
 
 
@@ -169,11 +173,17 @@ def serving(
     cloud: Cloud | None,
     *,
     others: Mapping[str, Models] = MappingProxyType({}),
+    tokens: Tokens | Sequence[str] = (),
+    trusted_proxies: Sequence[str] = (),
     **settings: Any,
 ) -> Iterator[GatewayServer]:
     """Runs a gateway on a free port."""
+    if not isinstance(tokens, Tokens):
+        settings["tokens"] = Tokens.of(tokens) if tokens else None
+    else:
+        settings["tokens"] = tokens
     app = create_app(Settings(data_dir=data_dir, **settings), bundle, models, cloud, others=others)
-    with listening(app) as url:
+    with listening(app, trusted_proxies=trusted_proxies) as url:
         yield GatewayServer(url, app, data_dir)
 
 

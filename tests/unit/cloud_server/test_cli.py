@@ -4,7 +4,9 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -12,8 +14,10 @@ import torch
 from click.testing import CliRunner
 
 import cloud_server.rpc.server
+from cloud_server import cli
 from cloud_server.cli import main
 from cloud_server.settings import Settings
+from hybridsd.tokens import add_token
 from hybridsd.v1 import denoising_service_pb2 as pb
 from hybridsd.v1 import denoising_service_pb2_grpc
 
@@ -32,7 +36,9 @@ def test_check_says_what_was_found(tiny_folder: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--host", "0.0.0.0"], "--insecure"),
+        (["--host", "0.0.0.0", "--tls-dir", "/dev/null/tls"], "--insecure"),
+        (["--tls-name", "no name"], "--tls-name 'no name'"),
+        (["--host", "0.0.0.0", "--insecure", "--tls-client-ca", __file__], "--tls-client-ca needs TLS"),
         (["--port", "70000"], "70000"),
         (["--tls-cert", __file__], "go together"),
         (["--bundle", "."], "model.json"),
@@ -118,3 +124,25 @@ def test_the_time_of_a_probe_is_a_number() -> None:
     for seconds in ("nan", "inf"):
         result = CliRunner().invoke(main, ["probe", "--timeout", seconds])
         assert (result.exit_code, "--timeout is" in result.output) == (2, True), result.output
+
+
+def test_a_broken_edit_of_the_tokens_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_lines: Callable[[], list[dict[str, Any]]]
+) -> None:
+    """Loudly, with what is wrong; the tokens of before stay good, and a good edit counts again."""
+    monkeypatch.setattr("hybridsd.tokens.RELOAD_S", 0.0)
+    path = tmp_path / "tokens"
+    secret = add_token(path, "alice")
+    found = cli._tokens(path)
+    assert found is not None
+    good = path.read_text()
+    path.write_text(good + "[bob\n")
+    for _ in range(3):
+        assert found.find(secret) is not None
+    (line,) = [line for line in log_lines() if line["event"] == "tokens_not_read"]
+    assert line["level"] == "error"
+    assert str(path) in line["message"]
+    other = add_token(tmp_path / "other", "carol")
+    (tmp_path / "other").replace(path)
+    assert (found.find(secret), found.find(other) is None) == (None, False)
+    assert [line["event"] for line in log_lines()][-1] == "tokens_read"

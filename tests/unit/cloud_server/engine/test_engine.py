@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from cloud_server.engine.caller import Caller
 from cloud_server.engine.engine import Engine
 from cloud_server.engine.event_buffer import EventBuffer
 from cloud_server.engine.events import Failed, Finished, Queued, Snapshot, Started
+from cloud_server.engine.job import Job
 from cloud_server.models.load import Model
 from hybridsd import noise
-from hybridsd.errors import HybridSDError, Reason
+from hybridsd.errors import CloudBusy, HybridSDError, Reason
 from tests.support.engine_fakes import (
     FailingDenoiser,
     GatedDenoiser,
@@ -247,6 +249,65 @@ async def test_a_cancelled_job_frees_its_place_in_the_queue(
 
     engine.submit(job_request(tiny_model, handoff_call=1), EventBuffer())
     assert engine.load().num_queued == 1
+
+
+async def test_a_newcomer_is_in_the_next_call_and_changes_no_image(
+    tiny_model: Model, make_engine: MakeEngine, gated: GatedDenoiser
+) -> None:
+    """One job beside a caller that has all places gets one of them at once; who made room ends as if nothing was."""
+    engine = make_engine({"tiny": gated}, max_batch=4)
+    many, one = Caller(principal="many"), Caller(principal="one")
+    requests = [job_request(tiny_model, seed=seed) for seed in range(6)]
+    buffers = [EventBuffer() for _ in requests]
+    for request, buffer in zip(requests, buffers, strict=True):
+        engine.submit(request, buffer, caller=many)
+    for buffer in buffers[:4]:
+        await read_to_start(buffer)
+    await asyncio.to_thread(gated.entered.acquire)
+    assert engine.load(many).wait_s == engine.load(one).wait_s == 0.0  # nothing is measured yet
+    gated.allow(1)
+    await asyncio.to_thread(gated.entered.acquire)
+    assert engine.load(many).wait_s > engine.load(one).wait_s > 0.0
+    late = EventBuffer()
+    engine.submit(job_request(tiny_model, handoff_call=1), late, caller=one)
+    gated.allow(1)
+    await read_to_start(late)
+    gated.allow(2)  # one may have begun before the text was read
+    assert isinstance((await read_to_end(late))[-1], Finished)
+    assert all(job.num_calls < 6 for job in engine._scheduler._active)
+
+    gated.open()
+    expected = [reference(tiny_model, request) for request in requests]
+    for buffer, wanted in zip(buffers, expected, strict=True):
+        for call, snapshot in states(await read_to_end(buffer)).items():
+            assert_close(snapshot, wanted[call])
+
+
+async def test_a_refused_job_has_the_room_that_comes(
+    tiny_model: Model, make_engine: MakeEngine, gated: GatedDenoiser
+) -> None:
+    """A promise holds at the door and at submission; a cancel of the refused gives it back."""
+    engine = make_engine({"tiny": gated}, max_batch=1, max_queue=1)
+    engine.submit(job_request(tiny_model), EventBuffer())
+    engine.submit(job_request(tiny_model, request_id="waiting"), EventBuffer())
+
+    def is_let_in(name: str) -> bool:
+        try:
+            engine.check_room(name)
+        except CloudBusy:
+            return False
+        return True
+
+    assert not is_let_in("first")
+    assert not is_let_in("second")
+    engine.cancel("waiting")
+    assert not is_let_in("third")
+    assert is_let_in("first")
+    engine.submit(job_request(tiny_model, request_id="first"), EventBuffer())
+    engine.cancel("first")
+    engine.cancel("second")
+    engine.cancel("third")
+    assert is_let_in("fourth")
 
 
 @pytest.mark.slow
@@ -530,7 +591,7 @@ async def test_a_stuck_step_ends_its_jobs(tiny_model: Model, make_engine: MakeEn
 async def test_a_slow_machine_is_not_stuck(tiny_model: Model, make_engine: MakeEngine, gated: GatedDenoiser) -> None:
     """Where all steps take long, a long step is none of those that never come back."""
     engine = make_engine({"tiny": gated}, stall_timeout_s=0.01)
-    engine._scheduler.note_call(1e6)
+    engine._scheduler.charge([Job(job_request(tiny_model))], 1e6)
     buffer = EventBuffer()
     engine.submit(job_request(tiny_model), buffer)
     await asyncio.to_thread(gated.entered.acquire)
@@ -634,3 +695,16 @@ async def test_a_device_lost_in_a_text_ends_the_engine(tiny_model: Model, make_e
     assert isinstance(events[-1], Failed)
     assert events[-1].error.reason is Reason.UNAVAILABLE
     assert engine.stalled_s() == float("inf")
+
+
+async def test_jobs_of_nobody_are_listed_for_their_machine(
+    make_engine: MakeEngine, tiny_model: Model, gated: GatedDenoiser
+) -> None:
+    """Without tokens an id is all that it takes to stop a job, so that strangers must not learn it."""
+    engine = make_engine({"tiny": gated})
+    here, there = Caller(principal="ipv4:10.0.0.1"), Caller(principal="ipv4:10.0.0.2")
+    engine.submit(job_request(tiny_model, request_id="fox"), EventBuffer(), caller=here)
+    assert [view.request_id for view in engine.jobs(here)] == ["fox"]
+    assert engine.jobs(there) == []
+    assert [view.request_id for view in engine.jobs(Caller(is_admin=True))] == ["fox"]
+    assert engine.cancel("fox", there)

@@ -12,7 +12,7 @@ from hybridsd.errors import CloudBusy, Reason
 from tests.support.tiny_bundle import make_plan
 
 
-def make_scheduler(**changes: float) -> Scheduler:
+def make_scheduler(**changes: object) -> Scheduler:
     settings = {"max_batch": 2, "max_queue": 3, "keep_finished": 2, "keep_finished_s": 60.0, **changes}
     return Scheduler(**settings)  # type: ignore[arg-type]
 
@@ -71,35 +71,35 @@ def test_a_group_that_did_not_fit_gets_smaller_batches() -> None:
     assert [len(scheduler.choose()) for _ in range(4)] == [2, 1, 1, 2]
 
 
+def refusal_s(scheduler: Scheduler, name: str, caller: str = "") -> float:
+    """Returns the delay that a request is refused with."""
+    with pytest.raises(CloudBusy) as refused:
+        scheduler.check_room(name, Caller(principal=caller))
+    assert refused.value.reason is Reason.QUEUE_FULL
+    assert refused.value.retry_delay_s is not None
+    return refused.value.retry_delay_s
+
+
 def test_the_queue_is_bounded() -> None:
     """Beyond the places, `max_queue` jobs wait; the next one is told when to come again."""
     scheduler = make_scheduler(max_batch=1)
-    add(scheduler, *(make_job(str(index)) for index in range(4)))
-    scheduler.note_call(2.0)
+    jobs = [make_job(str(index)) for index in range(4)]
+    add(scheduler, *jobs)
+    scheduler.charge(jobs[:1], 2.0)
 
-    with pytest.raises(CloudBusy) as refused:
-        scheduler.check_room()
-
-    assert refused.value.retry_delay_s is not None
-    assert refused.value.retry_delay_s >= 6 * 2.0  # until the first place is free
+    assert 6 * 2.0 <= refusal_s(scheduler, "more") <= 1.1 * 6 * 2.0  # until the first place is free
 
 
 def test_the_refused_do_not_come_again_together() -> None:
-    """Delays are spread over the time that the queue takes, which is longer behind a longer queue."""
+    """Each is given another time, as room comes: one after another, and not before the room is there."""
+    scheduler = make_scheduler(max_batch=1, max_queue=30)
+    jobs = [make_job(str(index)) for index in range(31)]
+    add(scheduler, *jobs)
+    scheduler.charge(jobs[:1], 0.1)
 
-    def delays(num_jobs: int) -> list[float]:
-        scheduler = make_scheduler(max_batch=1, max_queue=num_jobs - 1)
-        add(scheduler, *(make_job(str(index)) for index in range(num_jobs)))
-        scheduler.note_call(0.1)
-        return [scheduler.retry_delay_s() for _ in range(200)]
+    delays = [refusal_s(scheduler, f"more-{index}") for index in range(100)]
 
-    short, long = delays(2), delays(30)
-
-    assert len(set(long)) == 200
-    assert min(short) >= 0.6  # the first place
-    assert max(short) <= 0.6 + 1.2
-    assert max(long) - min(long) > 9.0  # of 18 s that 30 jobs take
-    assert max(long) <= 60.0
+    assert all(0.6 * (index + 1) - 1e-6 <= delay <= 0.63 * (index + 1) + 0.1 for index, delay in enumerate(delays))
 
 
 def test_a_hint_is_never_close_to_nothing() -> None:
@@ -107,7 +107,62 @@ def test_a_hint_is_never_close_to_nothing() -> None:
     scheduler = make_scheduler(max_batch=1)
     add(scheduler, *(make_job(str(index)) for index in range(4)))
 
-    assert all(0.5 <= scheduler.retry_delay_s() <= 60.0 for _ in range(100))
+    assert all(0.5 <= refusal_s(scheduler, f"more-{index}") <= 60.0 for index in range(100))
+
+
+def test_a_promise_is_kept_by_the_queue() -> None:
+    """Whoever was refused has the room that comes, by its id, and not whoever asks first; a cancel gives it back."""
+    now_s = [0.0]
+    scheduler = make_scheduler(max_batch=1, clock=lambda: now_s[0], rand=lambda: 0.0)
+    jobs = [make_job(str(index)) for index in range(4)]
+    add(scheduler, *jobs)
+    scheduler.charge(jobs[:1], 0.5)
+    now_s[0] += refusal_s(scheduler, "promised")
+    refusal_s(scheduler, "given-up")
+    scheduler.forget_promise("given-up")
+    scheduler.end(jobs[0], Failed(Reason.INTERNAL.error("oh")))
+    for job in scheduler.admit():
+        begin(job)
+
+    refusal_s(scheduler, "later")
+    scheduler.check_room("promised")
+    add(scheduler, make_job("promised"))
+    refusal_s(scheduler, "promised-no-more")
+
+
+def test_the_wait_is_what_it_will_be() -> None:
+    """0 where a place is free; behind all that a caller has, and less for one who has had nothing."""
+    scheduler = make_scheduler(max_batch=2, max_queue=9)
+    assert scheduler.load().wait_s == 0.0
+    jobs = [make_job(f"a{index}", caller="a") for index in range(8)]
+    add(scheduler, jobs[0])
+    scheduler.charge(jobs[:1], 1.0)
+    assert scheduler.load(Caller(principal="a")).wait_s == 0.0  # the second place
+    add(scheduler, *jobs[1:])
+
+    assert scheduler.load(Caller(principal="a")).wait_s == 4 * 6.0  # three pairs, after the one that runs
+    assert scheduler.load(Caller(principal="b")).wait_s == 6.0
+    assert scheduler.load(Caller(principal="vip", has_priority=True)).wait_s == 1.0  # the next call
+
+
+def test_whoever_has_more_makes_room_at_once() -> None:
+    """Of two with work for all places each has half of them from the next call on; states stay as they are."""
+    scheduler = make_scheduler(max_batch=4, max_queue=9)
+    many, few = (
+        [make_job(f"a{index}", caller="a") for index in range(6)],
+        [make_job(f"b{index}", caller="b") for index in range(4)],
+    )
+    add(scheduler, *many)
+    scheduler.charge(scheduler.choose(), 1.0)
+    state = many[3].trajectory
+    add(scheduler, *few)
+
+    assert [job.request.request_id for job in scheduler.choose()] == ["a0", "a1", "a2", "b0"]
+    assert many[3].trajectory is state
+    for _ in range(20):
+        scheduler.charge(scheduler.choose(), 1.0)
+        add(scheduler)
+    assert sorted(job.caller.principal for job in scheduler.choose()) == ["a", "a", "b", "b"]
 
 
 def test_a_batch_cap_recovers() -> None:
@@ -139,6 +194,7 @@ def test_callers_take_turns_for_places() -> None:
     assert one._queued == Queued(0)
     assert [job._queued for job in many[1:]] == [Queued(1), Queued(2), Queued(3)]
 
+    scheduler.charge(many[:1], 1.0)
     scheduler.end(many[0], Failed(Reason.INTERNAL.error("oh")))
 
     assert scheduler.admit() == [one]
@@ -153,6 +209,7 @@ def test_a_long_job_does_not_keep_others_waiting() -> None:
     for _ in range(PLACE_TURNS):
         assert scheduler.admit() == []
         assert scheduler.choose() == [long]
+        scheduler.charge([long], 1.0)
 
     assert scheduler.admit() == [short]
     begin(short)
@@ -192,7 +249,7 @@ def test_a_finished_job_is_remembered_and_a_failed_one_is_not() -> None:
     for job in jobs[1:]:
         scheduler.end(job, Finished(Usage(0, 0, 0, 6)))
 
-    assert [scheduler.find(str(index)) for index in range(4)] == [None, None, jobs[2], jobs[3]]
+    assert [scheduler.find(("", str(index))) for index in range(4)] == [None, None, jobs[2], jobs[3]]
     assert scheduler.is_idle
 
 

@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from cloud_server.rpc.server import SERVICES, CloudServer
 from cloud_server.settings import Settings
 from hybridsd.errors import InvalidRequest
 from hybridsd.manifest import REQUIRED_ROLES, Defaults, Manifest, describe_file, write_manifest
+from hybridsd.tokens import Tokens
 from hybridsd.v1 import bundle_service_pb2, denoising_service_pb2_grpc
 from hybridsd.v1 import denoising_service_pb2 as pb
 from tests.support.engine_fakes import Client, FailingDenoiser, GatedDenoiser, failure, message, until
@@ -224,7 +224,7 @@ async def test_a_bug_is_internal_and_its_details_stay_here(
 ) -> None:
     """An unforeseen exception gives the caller a general text, and the log its traceback."""
     client = await start_server()
-    monkeypatch.setattr(client.server.engine, "load", lambda: 1 / 0)
+    monkeypatch.setattr(client.server.engine, "load", lambda _: 1 / 0)
     with pytest.raises(grpc.RpcError) as refused:
         await client.denoising.GetCapabilities(pb.GetCapabilitiesRequest())
 
@@ -288,18 +288,18 @@ def test_a_broken_bundle_is_refused(bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
-def test_the_open_network_needs_a_certificate(host: str) -> None:
-    """Without one, only loopback addresses are listened on, unless asked for."""
-    with pytest.raises(ValueError, match="insecure"):
-        Settings(models=("tiny",), host=host)
-    assert replace(Settings(models=("tiny",), host=host, insecure=True)).host == host
+def test_the_open_network_has_tls(host: str) -> None:
+    """Unless it is declined; loopback addresses have it where it is asked for."""
+    assert Settings(models=("tiny",), host=host).uses_tls
+    assert not Settings(models=("tiny",), host=host, insecure=True).uses_tls
     for loopback in ("127.0.0.1", "127.9.9.9", "::1", "[::1]", "localhost"):
-        assert Settings(models=("tiny",), host=loopback).host == loopback
+        assert not Settings(models=("tiny",), host=loopback).uses_tls
+        assert Settings(models=("tiny",), host=loopback, tls_dir=Path("tls")).uses_tls
 
 
 def test_the_token_is_not_shown() -> None:
     """The settings that are logged do not hold the token."""
-    assert "s3cret" not in repr(Settings(models=("tiny",), tokens=("s3cret",)))
+    assert "s3cret" not in repr(Settings(models=("tiny",), tokens=Tokens.of(["s3cret"])))
 
 
 def test_messages_stay_small() -> None:

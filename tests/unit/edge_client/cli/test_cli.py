@@ -225,6 +225,7 @@ def test_zero_is_a_seed(shell: Shell) -> None:
         ({"die_after_call": 1}, "UNAVAILABLE", 4),
         ({"refuse_with": Reason.DEADLINE_EXCEEDED}, "DEADLINE_EXCEEDED", 4),
         ({"busy_times": 99, "busy_delay_s": 60.0}, "QUEUE_FULL", 4),
+        ({"busy_times": 99, "busy_delay_s": 60.0, "busy_with": Reason.QUOTA_EXCEEDED}, "QUOTA_EXCEEDED", 4),
         ({"die_after_call": 1, "die_with": Reason.INTERNAL}, "INTERNAL", 70),
     ],
 )

@@ -327,13 +327,14 @@ def test_a_server_cannot_forge(bundle: Bundle, models: Models, cloud: Cloud, fak
     assert f'Size: 32x32, Model: "{result.cloud_model}", Image index: 0' in parameters(result)
 
 
-def test_busy_is_asked_again(bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud) -> None:
-    """A full queue is asked again after the delay it names, and the image comes out as planned."""
-    fake.busy_times = 2
+@pytest.mark.parametrize("reason", [Reason.QUEUE_FULL, Reason.QUOTA_EXCEEDED])
+def test_busy_is_asked_again(bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud, reason: Reason) -> None:
+    """A full queue, or quota, is asked again after the delay it names, and the image comes out as planned."""
+    fake.busy_times, fake.busy_with = 2, reason
     result, events = run(REQUEST, bundle, models, cloud)
     retries = [e for e in events if isinstance(e, Retrying)]
 
-    assert [e.reason for e in retries] == [Reason.QUEUE_FULL] * 2
+    assert [e.reason for e in retries] == [reason] * 2
     assert all(e.delay_s >= fake.busy_delay_s for e in retries)
     assert (result.fallback_reason, result.actual_cloud_steps) == (None, 3)
     assert len({request.request_id for request in fake.requests}) == 1
@@ -624,6 +625,18 @@ def test_retries_end_with_their_budget(bundle: Bundle, models: Models, cloud: Cl
 
     assert result.fallback_reason is Reason.QUEUE_FULL
     assert 1 <= len([e for e in events if isinstance(e, Retrying)]) < 10
+
+
+def test_a_quota_that_a_job_never_fits_is_not_asked_again(
+    bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud
+) -> None:
+    """A refusal without a time to come again is taken over from at once, and the result says what the cloud said."""
+    fake.refuse_with = Reason.QUOTA_EXCEEDED
+    result, events = run(REQUEST, bundle, models, cloud)
+
+    assert not [e for e in events if isinstance(e, Retrying)]
+    assert (result.fallback_reason, result.actual_cloud_steps) == (Reason.QUOTA_EXCEEDED, 0)
+    assert result.fallback_message == "refused: a limit of the token is reached"
 
 
 @pytest.mark.parametrize(("score", "flagged"), [(0.1, True), (-0.1, False)])

@@ -93,18 +93,60 @@ def test_whoever_keeps_most_bytes_loses_the_oldest(tmp_path: Path) -> None:
 
 
 def test_uploads_that_wait_have_a_share(tmp_path: Path) -> None:
-    """Each owner's, so that nobody's leave no room for another's; what has run makes room."""
-    store = Store(tmp_path, max_jobs=100, max_bytes=800, num_owners=2)
-    store.add("a", "a", "native", {"image": True}, "a", Upload(image=bytes(60), mask=bytes(30)))
+    """Who is alone may have all of it; nobody's leave no room for another's; what has run makes room."""
+    store = Store(tmp_path, max_jobs=100, max_bytes=800)
+    store.add("a", "a", "native", {"image": True}, "a", Upload(image=bytes(160), mask=bytes(30)))
     with pytest.raises(HybridSDError, match="max-data-mib") as caught:
         store.add("a2", "a", "native", {"image": True}, "a2", Upload(image=bytes(20)))
-    store.add("b", "b", "native", {"image": True}, "b", Upload(image=bytes(100)))
+    store.add("b", "b", "native", {"image": True}, "b", Upload(image=bytes(90)))
+    store.add("b2", "b", "native", {"image": True}, "b2", Upload(image=bytes(10)))
+    with pytest.raises(HybridSDError, match="101 yours"):
+        store.add("b3", "b", "native", {"image": True}, "b3", Upload(image=bytes(1)))
     store.finish("a", "failed")
     store.add("a2", "a", "native", {"image": True}, "a2", Upload(image=bytes(20)))
 
     assert caught.value.reason is Reason.TOO_MANY_JOBS
     assert caught.value.retry_delay_s
-    assert sorted(path.name for path in (tmp_path / "uploads").iterdir()) == ["2", "3"]
+    assert sorted(path.name for path in (tmp_path / "uploads").iterdir()) == ["2", "3", "4"]
+
+
+def test_an_address_cannot_fill_the_folder(tmp_path: Path) -> None:
+    """Where no token is needed, addresses share it: uploads that wait, and images that are kept."""
+    store = Store(tmp_path, max_jobs=3, max_bytes=800)
+    store.add("a", "", "native", {"image": True}, "a", Upload(image=bytes(190)), user="a")
+    with pytest.raises(HybridSDError, match="yours"):
+        store.add("a2", "", "native", {"image": True}, "a2", Upload(image=bytes(20)), user="a")
+    store.add("b", "", "native", {"image": True}, "b", Upload(image=bytes(200)), user="b")
+    with pytest.raises(HybridSDError, match="would wait"):  # as many as there may be of all newcomers together
+        store.add("c", "", "native", {"image": True}, "c", Upload(image=bytes(20)), user="c")
+    for job_id in ("b", "a"):
+        store.finish(job_id, "completed")
+    for index in range(5):
+        store.add(f"flood{index}", "", "native", {}, f"flood{index}", Upload(), user="a")
+        store.finish(f"flood{index}", "completed")
+    assert kept(store, "") == ["flood4", "flood3", "b"]
+
+
+def test_a_token_keeps_no_more_than_its_quota(tmp_path: Path) -> None:
+    """Its own oldest job goes, although there is room; the last one stays even if it is too large by itself."""
+    quotas = {"a": 500}
+    store = Store(tmp_path, max_jobs=100, quota_bytes=quotas.get)
+    for index in range(3):
+        finished(store, f"a{index}", "a", 200)
+        finished(store, f"b{index}", "b", 200)
+    assert (kept(store, "a"), kept(store, "b")) == (["a2", "a1"], ["b2", "b1", "b0"])
+    assert (store.kept_bytes("a"), store.kept_bytes("c")) == (400, 0)
+    finished(store, "huge", "a", 900)
+    assert kept(store, "a") == ["huge"]
+
+    with pytest.raises(HybridSDError, match="at most 500") as never:
+        store.add("x", "a", "native", {"image": True}, "x", Upload(image=bytes(501)))
+    store.add("y", "a", "native", {"image": True}, "y", Upload(image=bytes(400)))
+    with pytest.raises(HybridSDError, match="allows 500") as later:
+        store.add("z", "a", "native", {"image": True}, "z", Upload(image=bytes(200)))
+    assert (never.value.reason, never.value.retry_delay_s) == (Reason.BODY_TOO_LARGE, None)
+    assert later.value.reason is Reason.QUOTA_EXCEEDED
+    assert later.value.retry_delay_s
 
 
 def test_deleted_jobs_are_forgotten_in_the_end(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Who begins next: in order of arrival for one owner, in turns for several."""
 
-from edge_client.web.jobs.turns import Turns
+from edge_client.web.jobs.turns import MAX_PASSED, Turns
 
 
 def drain(turns: Turns) -> list[str]:
@@ -87,3 +87,51 @@ def test_a_cancelled_flood_is_no_debt() -> None:
     turns.add("again", "a", 1)
 
     assert drain(turns).index("again") <= 11
+
+
+def test_turns_are_by_weight() -> None:
+    """Twice the weight, twice the work done, whatever the size of the jobs."""
+    turns = Turns()
+    for index in range(12):
+        turns.add(f"a{index:02}", "a", 10, weight=2)
+        turns.add(f"b{index:02}", "b", 5)
+    begun = drain(turns)[:12]
+    work = {user: sum({"a": 10, "b": 5}[user] for each in begun if each[0] == user) for user in "ab"}
+
+    assert abs(work["a"] - 2 * work["b"]) <= 10
+
+
+def test_priority_comes_first_and_nobody_waits_for_ever() -> None:
+    """Jobs with priority pass the others, in turns among themselves; each other one is passed by so many at most."""
+    turns = Turns()
+    for index in range(3):
+        turns.add(f"a{index}", "a", 1)
+    for index in range(2 * MAX_PASSED):
+        turns.add(f"p{index:02}", "p", 1, has_priority=True)
+    turns.add("q", "q", 1, has_priority=True)
+    order = drain(turns)
+
+    assert order.index("q") <= 1
+    assert [order.index(f"a{index}") for index in range(3)] == [MAX_PASSED, 2 * MAX_PASSED + 1, 2 * MAX_PASSED + 3]
+    assert turns.users == set()
+
+
+def test_priority_that_passes_nobody_is_not_counted() -> None:
+    turns = Turns()
+    for index in range(3 * MAX_PASSED):
+        turns.add(f"p{index}", "p", 1, has_priority=True)
+        turns.pop()
+    turns.add("a", "a", 1)
+    turns.add("p", "p", 1, has_priority=True)
+
+    assert drain(turns) == ["p", "a"]
+
+
+def test_users_who_left_are_forgotten() -> None:
+    """Addresses come and go: what is remembered of them does not grow."""
+    turns = Turns()
+    for index in range(5000):
+        turns.add("job", f"address {index}", 1)
+        turns.pop()
+
+    assert sum(len(line._next) for line in turns._lines.values()) < 3000

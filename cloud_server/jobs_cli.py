@@ -1,0 +1,113 @@
+"""`hybridsd-cloud jobs`: what a running server has to do, and how to stop it."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+TIMEOUT_S = 10.0
+_PREFIX = "HYBRIDSD_CLOUD_"
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_OPTIONS = (
+    click.option("--server", default="127.0.0.1:50051", show_default=True, envvar=f"{_PREFIX}SERVER", show_envvar=True,
+                 help="The server, as host:port."),
+    click.option("--token-file", type=_FILE, help="File with the token to call with, as plain text; "
+                 f"{_PREFIX}TOKEN holds the token itself. With the scope admin it sees and stops the jobs of all."),
+    click.option("--tls-ca", type=_FILE, envvar=f"{_PREFIX}TLS_CA", show_envvar=True,
+                 help="PEM file of the authority of its certificate; without it, plain text."),
+)  # fmt: skip
+
+
+def _connection(command: F) -> F:
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+@click.group()
+def jobs() -> None:
+    """Lists and stops the jobs of a running server."""
+
+
+@jobs.command("list")
+@_connection
+def list_(server: str, token_file: Path | None, tls_ca: Path | None) -> None:
+    """Prints the jobs that run and wait: those of the token, or of all with the scope admin."""
+    with _calling(server, token_file, tls_ca) as (stub, pb, options):
+        answer = stub.ListJobs(pb.ListJobsRequest(), **options)
+    rows = [("ID", "OWNER", "USER", "MODEL", "STATE", "CALLS", "POSITION", "AGE")]
+    for job in answer.jobs:
+        is_running = job.state == pb.JOB_STATE_RUNNING
+        rows.append((
+            job.request_id, job.owner, job.user or "-", job.model, "running" if is_running else "waiting",
+            f"{job.num_calls}/{job.num_calls + job.num_calls_left}", "-" if is_running else str(job.position),
+            f"{job.age.seconds} s",
+        ))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    if answer.num_jobs > len(answer.jobs):
+        click.echo(f"and {answer.num_jobs - len(answer.jobs)} more", err=True)
+
+
+@jobs.command()
+@click.argument("request_id")
+@click.option("--owner", default="", help="Only the job of this token, where several have one of that id.")
+@_connection
+def cancel(request_id: str, owner: str, server: str, token_file: Path | None, tls_ca: Path | None) -> None:
+    """Stops a job at its next step boundary; exit code 3 if there is none of that id."""
+    with _calling(server, token_file, tls_ca) as (stub, pb, options):
+        answer = stub.CancelDenoise(pb.CancelDenoiseRequest(request_id=request_id, owner=owner), **options)
+    if not answer.cancelled:
+        click.echo(f"Error: no job {request_id} waits or runs that this token may stop; see `jobs list`", err=True)
+        sys.exit(3)
+    click.echo(f"{request_id} stops", err=True)
+
+
+@contextmanager
+def _calling(server: str, token_file: Path | None, tls_ca: Path | None) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
+    """Yields a stub, its messages and the options of each call; says what fails, and exits."""
+    import grpc
+
+    from hybridsd.v1 import denoising_service_pb2, denoising_service_pb2_grpc
+
+    token = _token(token_file)
+    metadata = (("authorization", f"Bearer {token}"),) if token else ()
+    with _channel(server, tls_ca) as channel:
+        try:
+            stub = denoising_service_pb2_grpc.DenoisingServiceStub(channel)
+            yield stub, denoising_service_pb2, {"timeout": TIMEOUT_S, "metadata": metadata}
+        except grpc.RpcError as error:
+            is_away = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+            what = f"{server} does not answer ({error.code().name}); look at its log" if is_away else error.details()
+            click.echo(f"Error: {what}", err=True)
+            sys.exit(4 if is_away else 3)
+
+
+def _channel(server: str, tls_ca: Path | None) -> Any:
+    import grpc  # takes a while; --help must not
+
+    options = [("grpc.enable_http_proxy", 0)]
+    if tls_ca is None:
+        return grpc.insecure_channel(server, options=options)
+    authority = tls_ca.read_bytes()
+    if b"-----BEGIN CERTIFICATE" not in authority:
+        raise click.UsageError(f"--tls-ca {tls_ca} is no PEM file with a certificate; give one")
+    return grpc.secure_channel(server, grpc.ssl_channel_credentials(authority), options=options)
+
+
+def _token(path: Path | None) -> str:
+    if path is None:
+        return os.environ.get(f"{_PREFIX}TOKEN", "").strip()
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise click.UsageError(f"--token-file {path} cannot be read: {error}") from error
+    if not token.isascii() or not token.isprintable() or not token:
+        raise click.UsageError(f"--token-file {path} has not one token alone; give a file with the token to call with")
+    return token

@@ -1,0 +1,77 @@
+"""Logging of the gateway: structlog through the standard library, so that every library's lines look alike.
+
+Lines for people, or one JSON object a line, which docs/log.schema.json describes. Prompts and images never go in.
+"""
+
+import logging
+import sys
+from contextvars import ContextVar
+from typing import Literal, TextIO
+
+import structlog
+
+LogFormat = Literal["auto", "console", "json"]
+
+_QUIET = (
+    "PIL", "asyncio", "httpcore", "httpx", "multipart", "python_multipart", "sqlalchemy", "sse_starlette", "uvicorn",
+)  # fmt: skip
+"""Libraries whose lines for debugging quote what they handle: events, which have prompts, rows, bodies."""
+
+_notes: ContextVar[dict[str, object] | None] = ContextVar("web_notes", default=None)
+
+
+def configure(log_format: LogFormat = "auto", *, level: int = logging.INFO, stream: TextIO | None = None) -> None:
+    """Sets up logging, once a process.
+
+    Args:
+        log_format: "console", "json", or "auto": console exactly when the stream is a terminal.
+        level: Of the standard library.
+        stream: Where to; None is standard error.
+    """
+    stream = sys.stderr if stream is None else stream
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    is_json = log_format == "json" or (log_format == "auto" and not stream.isatty())
+    renderers: list[structlog.typing.Processor] = (
+        [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+        if is_json
+        else [structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)]
+    )  # without the values of variables: prompts are nobody's business
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    for library in _QUIET:
+        logging.getLogger(library).setLevel(logging.WARNING)
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=False,
+    )  # fmt: skip
+
+
+def collect_notes() -> dict[str, object]:
+    """Starts the notes of one request: what `note` adds from now on, in this task, is found in the result."""
+    notes: dict[str, object] = {}
+    _notes.set(notes)
+    return notes
+
+
+def note(**fields: object) -> None:
+    """Adds fields to the one line that is logged about this request."""
+    notes = _notes.get()
+    if notes is not None:
+        notes.update(fields)

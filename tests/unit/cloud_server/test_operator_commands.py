@@ -1,0 +1,112 @@
+"""The commands `tokens` and `jobs` of the cloud."""
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from cloud_server.cli import main
+from hybridsd.tokens import Quota, Tokens, add_token, hash_token
+from tests.support.engine_fakes import Client, GatedDenoiser, message
+
+StartServer = Callable[..., Awaitable[Client]]
+
+
+def tokens(*arguments: str, file: Path) -> Result:
+    return CliRunner().invoke(main, ["tokens", *arguments, "--file", str(file)])
+
+
+def test_a_token_is_made_listed_and_removed(tmp_path: Path) -> None:
+    """Its secret is on standard output, once and alone; the file and the list do not have it."""
+    path = tmp_path / "tokens.toml"
+    made = tokens(
+        "add", "alice", "--scope", "generate", "--scope", "priority", "--expires", "90d", "--weight", "2",
+        "--jobs", "4", "--queued", "0", "--steps-per-minute", "600", "--pixels", "262144", "--bytes", "1", file=path,
+    )  # fmt: skip
+    assert made.exit_code == 0, made.output
+    secret = made.stdout.strip()
+    (token,) = Tokens(path).all
+    assert token.sha256 == hash_token(secret)
+    assert (token.name, token.scopes, token.weight) == ("alice", {"generate", "priority"}, 2.0)
+    assert token.quota == Quota(jobs=4, queued=0, steps_per_minute=600, pixels=262144, bytes=1)
+    assert token.expires is not None
+
+    listed = tokens("list", file=path)
+    assert "generate,priority" in listed.stdout
+    assert "jobs=4 queued=0" in listed.stdout
+    for shown in (listed.output, made.stderr):
+        assert secret not in shown
+        assert token.sha256.hex() not in shown
+    assert tokens("remove", "alice", file=path).exit_code == 0
+    assert Tokens(path).all == ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["add", "a b"], "the name"),
+        (["add", "bob"], "already"),
+        (["add", "carol", "--expires", "soon"], "90d"),
+        (["add", "carol", "--jobs", "0"], "--jobs"),
+        (["add", "carol", "--scope", "root"], "priority"),
+        (["remove", "carol"], "it has bob"),
+    ],
+)
+def test_what_cannot_be_is_said(tmp_path: Path, arguments: list[str], says: str) -> None:
+    """With exit code 2, and the file stays as it is."""
+    path = tmp_path / "tokens.toml"
+    add_token(path, "bob")
+    before = path.read_bytes()
+    result = tokens(*arguments, file=path)
+    assert result.exit_code == 2
+    assert says in result.output
+    assert path.read_bytes() == before
+
+
+def test_help_imports_neither_grpc_nor_torch() -> None:
+    """So that it is there at once."""
+    code = "import sys, cloud_server.cli; sys.exit(bool({'grpc', 'torch'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+async def test_jobs_are_listed_and_stopped(start_server: StartServer, gated: GatedDenoiser, tmp_path: Path) -> None:
+    """An admin sees the jobs of all and stops them; others see and stop their own."""
+    path = tmp_path / "tokens"
+    secrets = {name: add_token(path, name) for name in ("alice", "bob")}
+    secrets["root"] = add_token(path, "root", scopes=frozenset({"admin"}))
+    client = await start_server(denoiser=gated, max_batch=1, tokens=Tokens(path))
+    address = f"127.0.0.1:{client.server.port}"
+
+    async def jobs(name: str, *arguments: str) -> Result:
+        (tmp_path / name).write_text(secrets[name])
+        command = ["jobs", *arguments, "--server", address, "--token-file", str(tmp_path / name)]
+        return await asyncio.to_thread(CliRunner().invoke, main, command)
+
+    metadata = (("authorization", f"Bearer {secrets['alice']}"), ("x-hybridsd-user", "ann"))
+    call = asyncio.create_task(client.denoise(message(request_id="fox"), metadata=metadata))
+    await asyncio.to_thread(gated.entered.acquire)
+
+    listed = await jobs("root", "list")
+    assert listed.exit_code == 0, listed.output
+    (line,) = [line for line in listed.stdout.splitlines() if line.startswith("fox")]
+    assert line.split()[:7] == ["fox", "alice", "ann", "tiny", "running", "0/4", "-"]
+    assert "fox" not in (await jobs("bob", "list")).output
+    refused = await jobs("bob", "cancel", "fox")
+    assert (refused.exit_code, "no job fox" in refused.output) == (3, True)
+    assert (await jobs("root", "cancel", "fox", "--owner", "bob")).exit_code == 3
+    stopped = await jobs("root", "cancel", "fox")
+    assert stopped.exit_code == 0, stopped.output
+    gated.open()
+    with pytest.raises(Exception, match="cancelled"):
+        await call
+
+
+def test_a_server_that_is_away(tmp_path: Path) -> None:
+    """Exit code 4, as of the health check."""
+    result = CliRunner().invoke(main, ["jobs", "list", "--server", "127.0.0.1:1"])
+    assert result.exit_code == 4
+    assert "does not answer" in result.output

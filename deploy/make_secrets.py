@@ -57,12 +57,11 @@ def main(arguments: list[str] | None = None) -> int:
         part.mkdir(exist_ok=True)
         part.chmod(0o755)
 
-    if not (parts["cloud"] / "tls.pem").exists():
-        write(
-            parts["gateway"] / "cloud.pem", make_certificate(parts["cloud"] / "tls.pem", ["cloud-tls", *options.name])
-        )
-    if not (parts["gateway"] / "tls.pem").exists():
-        make_certificate(parts["gateway"] / "tls.pem", ["gateway-tls", *options.name])
+    for name, readers in (("cloud", ("gateway", "prometheus")), ("gateway", ("prometheus",))):
+        if not (parts[name] / "tls.pem").exists():
+            certificate = make_certificate(parts[name] / "tls.pem", [f"{name}-tls", *options.name])
+            for reader in readers:
+                write(parts[reader] / f"{name}.pem", certificate)
     if not (parts["cloud"] / "tokens.toml").exists():
         write(parts["gateway"] / "token", add_token(parts["cloud"] / "tokens.toml", "gateway", "generate") + "\n")
     if not (parts["gateway"] / "client-tokens.toml").exists():

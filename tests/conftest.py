@@ -8,7 +8,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and the proc
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _LONG = (
-    "e2e/test_commands.py", "unit/training/test_recipes.py", "unit/training/test_family.py", "unit/training/", "e2e/", "tests/load/",
+    "e2e/test_commands.py", "unit/training/test_recipes.py", "unit/training/test_family.py", "unit/training/", "e2e/",
+    "tests/load/",
 )  # fmt: skip
 
 

@@ -326,6 +326,9 @@ def test_the_profile_with_tls_draws_for_who_has_a_token(tmp_path: Path) -> None:
     assert token not in again
     assert {path: path.read_bytes() for path in secrets.rglob("*") if path.is_file()} == files
     assert (secrets.stat().st_mode & 0o777, token.encode() in b"".join(files.values())) == (0o700, False)
+    scraping = (ROOT / "deploy/prometheus/prometheus.yml").read_text(encoding="utf-8")
+    for wanted in re.findall(r"/run/secrets/([\w.]+)", scraping):
+        assert (secrets / "prometheus" / wanted).is_file()
 
     trust = ssl.create_default_context(cafile=str(secrets / "gateway/tls.pem"))
     with running("cloud-tls", "gateway-tls", tmp_path, secrets) as (cloud, gateway):

@@ -22,9 +22,25 @@ def cloud(*words: str | Path) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def add_token(file: Path, name: str, scope: str) -> str:
-    """Adds a token to a token file; returns it."""
-    return cloud("tokens", "add", name, "--file", file, "--scope", scope).strip()
+def hand_out(file: Path, name: str, scope: str, into: Path) -> None:
+    """Adds a token to a token file and writes it where who uses it looks, unless both have it."""
+    known = file.exists() and f"[{name}]" in file.read_text(encoding="utf-8")
+    if known and into.exists():
+        return
+    if known:
+        cloud("tokens", "remove", name, "--file", file)
+    write(into, cloud("tokens", "add", name, "--file", file, "--scope", scope))
+
+
+def copy_table(source: Path, name: str, target: Path) -> None:
+    """Lets a token of one token file into another one, as the last of both."""
+    _, _, table = source.read_text(encoding="utf-8").partition(f"[{name}]\n")
+    if table in target.read_text(encoding="utf-8"):
+        return
+    if f"[{name}]" in target.read_text(encoding="utf-8"):
+        cloud("tokens", "remove", name, "--file", target)
+    with target.open("a", encoding="utf-8") as stream:
+        stream.write(f"\n[{name}]\n{table}")
 
 
 def write(file: Path, content: str) -> None:
@@ -62,21 +78,17 @@ def main(arguments: list[str] | None = None) -> int:
             certificate = make_certificate(parts[name] / "tls.pem", [f"{name}-tls", *options.name])
             for reader in readers:
                 write(parts[reader] / f"{name}.pem", certificate)
-    if not (parts["cloud"] / "tokens.toml").exists():
-        write(parts["gateway"] / "token", add_token(parts["cloud"] / "tokens.toml", "gateway", "generate") + "\n")
-    if not (parts["gateway"] / "client-tokens.toml").exists():
-        token = add_token(parts["gateway"] / "client-tokens.toml", "first", "generate")
+    tokens, clients = parts["cloud"] / "tokens.toml", parts["gateway"] / "client-tokens.toml"
+    hand_out(tokens, "gateway", "generate", parts["gateway"] / "token")
+    hand_out(tokens, "prometheus", "metrics", parts["prometheus"] / "token")
+    if not clients.exists():
+        token = cloud("tokens", "add", "first", "--file", clients, "--scope", "generate").strip()
         sys.stdout.write(f"the token of web clients, shown only now: {token}\n")
-    if not (parts["prometheus"] / "token").exists():
-        token = add_token(parts["cloud"] / "tokens.toml", "prometheus", "metrics")
-        write(parts["prometheus"] / "token", token + "\n")
-        _, name, table = (parts["cloud"] / "tokens.toml").read_text(encoding="utf-8").partition("[prometheus]")
-        with (parts["gateway"] / "client-tokens.toml").open("a", encoding="utf-8") as file:
-            file.write(f"\n{name}{table}")  # one token opens the metrics of both
+    copy_table(tokens, "prometheus", clients)  # one token opens the metrics of both
     if not (parts["grafana"] / "password").exists():
         write(parts["grafana"] / "password", secrets.token_urlsafe(24) + "\n")
-    for file in (parts["cloud"] / "tokens.toml", parts["gateway"] / "client-tokens.toml"):
-        file.chmod(0o644)
+    tokens.chmod(0o644)
+    clients.chmod(0o644)
     sys.stdout.write(f"secrets are in {folder}; Grafana's user is admin, its password in grafana/password\n")
     return 0
 

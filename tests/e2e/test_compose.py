@@ -1,6 +1,7 @@
 """The compose demo without an engine: its files are parsed, and its very commands run as processes on this machine."""
 
 import copy
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -9,6 +10,7 @@ import shlex
 import ssl
 import subprocess
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -313,6 +315,31 @@ def test_the_commands_of_the_compose_file_make_a_picture(tmp_path: Path) -> None
     assert names[-1] == "completed"
     assert (done["images"][0]["mode"], done["images"][0]["actual_cloud_steps"]) == ("hybrid", 2)
     assert picture.startswith(b"\x89PNG")
+
+
+def test_secrets_that_are_lost_are_made_again_for_all_who_share_them(tmp_path: Path) -> None:
+    """A token that Prometheus has lost is another one at both, and nobody else's changes."""
+
+    def make() -> dict[str, dict[str, str]]:
+        command = [str(BIN / "python"), "deploy/make_secrets.py", "--folder", str(tmp_path)]
+        subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=HANG_S)
+        files = (tmp_path / "cloud/tokens.toml", tmp_path / "gateway/client-tokens.toml")
+        return {file.name: {name: table["sha256"] for name, table in read_toml(file).items()} for file in files}
+
+    before = make()
+    (tmp_path / "prometheus/token").unlink()
+    after = make()
+    token = (tmp_path / "prometheus/token").read_text(encoding="utf-8").strip()
+
+    digest = hashlib.sha256(token.encode()).hexdigest()
+    assert {tables["prometheus"] for tables in after.values()} == {digest}
+    for name, tables in before.items():
+        assert tables["prometheus"] != digest
+        assert {**tables, "prometheus": digest} == after[name]
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    return tomllib.loads(file.read_text(encoding="utf-8"))
 
 
 def test_the_profile_with_tls_draws_for_who_has_a_token(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from cloud_server import logs, preflight
 from cloud_server.jobs_cli import jobs
 from cloud_server.settings import MAX_HEARTBEAT_S, MAX_WAIT_S, Settings
 from cloud_server.tokens_cli import tokens
-from hybridsd import certificates
+from hybridsd import certificates, tracing
 from hybridsd.tokens import Tokens, warn_of_readers
 
 if TYPE_CHECKING:
@@ -99,6 +99,12 @@ _SERVE_OPTIONS = (
     _option("--stall-timeout", "stall_timeout_s",
             type=click.FloatRange(1), default=60.0, help="Seconds a step may take; more, and jobs end with UNAVAILABLE "
             "and health is NOT_SERVING."),
+    _option("--joules-per-mac", type=click.FloatRange(0, 1e-6, min_open=True), help="Of this device, to model the "
+            "energy of jobs where no counter can be read; else that of its class (docs/energy.md)."),
+    _option("--watts", type=click.FloatRange(0, 1e5, min_open=True), help="Of this device under load: models energy by "
+            "time instead."),
+    _option("--traces", type=click.Choice(["none", "otlp"]), default="none", help="Where spans go; otlp: to an "
+            "OpenTelemetry collector, as the OTEL_* variables say. They hold no prompts."),
     _option("--stall-exit", "stall_exit_s",
             type=click.FloatRange(1), default=300.0, help=f"Seconds a step may take; more, and the process exits with "
             f"{EXIT_LOST}, to be started again."),
@@ -149,6 +155,7 @@ def serve(log_format: logs.LogFormat, token_file: Path | None, **options: Any) -
     from hybridsd.errors import HybridSDError
 
     try:
+        tracing.switch_on("hybridsd-cloud", settings.traces)
         settings = _leave_threads_to_the_engine(settings)
         bundles = [load_bundle(folder) for folder in settings.bundles]
         if len({bundle.name for bundle in bundles}) < len(bundles):
@@ -168,6 +175,8 @@ def serve(log_format: logs.LogFormat, token_file: Path | None, **options: Any) -
         _exit_now(EXIT_LOST)
     except (ModelError, HybridSDError, OSError) as error:
         raise click.UsageError(str(error)) from error
+    finally:
+        tracing.switch_off()
 
 
 @main.command()
@@ -293,6 +302,7 @@ def _tokens(path: Path | None) -> Tokens | None:
 
 def _exit_now(code: int) -> None:
     """Ends the process without waiting for threads, of which one is stuck."""
+    tracing.switch_off()
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import click
 
+from cloud_server.settings import is_loopback
+
 F = TypeVar("F", bound=Callable[..., Any])
 TIMEOUT_S = 10.0
 _PREFIX = "HYBRIDSD_CLOUD_"
@@ -18,8 +20,13 @@ _OPTIONS = (
                  help="The server, as host:port."),
     click.option("--token-file", type=_FILE, help="File with the token to call with, as plain text; "
                  f"{_PREFIX}TOKEN holds the token itself. With the scope admin it sees and stops the jobs of all."),
+    click.option("--tls", is_flag=True, help="Speak TLS; on this machine, any certificate is good."),
     click.option("--tls-ca", type=_FILE, envvar=f"{_PREFIX}TLS_CA", show_envvar=True,
-                 help="PEM file of the authority of its certificate; without it, plain text."),
+                 help="Speak TLS; PEM file of the authority of its certificate."),
+    click.option("--tls-fingerprint", metavar="SHA256", help="Speak TLS; the certificate has this fingerprint."),
+    click.option("--client-cert", type=_FILE, help="Certificate to show, PEM, where the server asks for one."),
+    click.option("--client-key", type=_FILE, help="Its private key, PEM."),
+    click.option("--insecure", is_flag=True, help="Send the token in plain text beyond this machine."),
 )  # fmt: skip
 
 
@@ -36,9 +43,9 @@ def jobs() -> None:
 
 @jobs.command("list")
 @_connection
-def list_(server: str, token_file: Path | None, tls_ca: Path | None) -> None:
+def list_(server: str, **connection: Any) -> None:
     """Prints the jobs that run and wait: those of the token, or of all with the scope admin."""
-    with _calling(server, token_file, tls_ca) as (stub, pb, options):
+    with _calling(server, **connection) as (stub, pb, options):
         answer = stub.ListJobs(pb.ListJobsRequest(), **options)
     rows = [("ID", "OWNER", "USER", "MODEL", "STATE", "CALLS", "POSITION", "AGE")]
     for job in answer.jobs:
@@ -59,9 +66,9 @@ def list_(server: str, token_file: Path | None, tls_ca: Path | None) -> None:
 @click.argument("request_id")
 @click.option("--owner", default="", help="Only the job of this token, where several have one of that id.")
 @_connection
-def cancel(request_id: str, owner: str, server: str, token_file: Path | None, tls_ca: Path | None) -> None:
+def cancel(request_id: str, owner: str, server: str, **connection: Any) -> None:
     """Stops a job at its next step boundary; exit code 3 if there is none of that id."""
-    with _calling(server, token_file, tls_ca) as (stub, pb, options):
+    with _calling(server, **connection) as (stub, pb, options):
         answer = stub.CancelDenoise(pb.CancelDenoiseRequest(request_id=request_id, owner=owner), **options)
     if not answer.cancelled:
         click.echo(f"Error: no job {request_id} waits or runs that this token may stop; see `jobs list`", err=True)
@@ -70,15 +77,30 @@ def cancel(request_id: str, owner: str, server: str, token_file: Path | None, tl
 
 
 @contextmanager
-def _calling(server: str, token_file: Path | None, tls_ca: Path | None) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
+def _calling(
+    server: str, *, token_file: Path | None, insecure: bool, **trust: Any
+) -> Iterator[tuple[Any, Any, dict[str, Any]]]:
     """Yields a stub, its messages and the options of each call; says what fails, and exits."""
-    import grpc
+    import grpc  # takes a while; --help must not
 
+    from cloud_server.rpc.probe import Trust, open_channel
     from hybridsd.v1 import denoising_service_pb2, denoising_service_pb2_grpc
 
     token = _token(token_file)
+    try:
+        trusted = Trust(**trust)
+        if token and trusted.is_plain and not insecure and not is_loopback(server.rpartition(":")[0]):
+            raise ValueError(
+                f"the token would go to {server} in plain text; give --tls, --tls-ca, --tls-fingerprint or --insecure"
+            )
+        channel = open_channel(server, TIMEOUT_S, trusted)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    except OSError as error:
+        click.echo(f"Error: {server} does not answer ({error}); look at its log", err=True)
+        sys.exit(4)
     metadata = (("authorization", f"Bearer {token}"),) if token else ()
-    with _channel(server, tls_ca) as channel:
+    with channel:
         try:
             stub = denoising_service_pb2_grpc.DenoisingServiceStub(channel)
             yield stub, denoising_service_pb2, {"timeout": TIMEOUT_S, "metadata": metadata}
@@ -87,18 +109,6 @@ def _calling(server: str, token_file: Path | None, tls_ca: Path | None) -> Itera
             what = f"{server} does not answer ({error.code().name}); look at its log" if is_away else error.details()
             click.echo(f"Error: {what}", err=True)
             sys.exit(4 if is_away else 3)
-
-
-def _channel(server: str, tls_ca: Path | None) -> Any:
-    import grpc  # takes a while; --help must not
-
-    options = [("grpc.enable_http_proxy", 0)]
-    if tls_ca is None:
-        return grpc.insecure_channel(server, options=options)
-    authority = tls_ca.read_bytes()
-    if b"-----BEGIN CERTIFICATE" not in authority:
-        raise click.UsageError(f"--tls-ca {tls_ca} is no PEM file with a certificate; give one")
-    return grpc.secure_channel(server, grpc.ssl_channel_credentials(authority), options=options)
 
 
 def _token(path: Path | None) -> str:

@@ -33,9 +33,11 @@ def check(settings: Settings) -> None:
     if settings.tls_client_ca is not None:
         certificates.check_authorities(settings.tls_client_ca, label="--tls-client-ca")
     check_port(settings.host, settings.port)
+    if settings.metrics_port is not None:
+        check_port(settings.metrics_host, settings.metrics_port, prefix="--metrics-")
 
 
-def check_port(host: str, port: int) -> None:
+def check_port(host: str, port: int, *, prefix: str = "--") -> None:
     """Refuses an address that cannot be listened on.
 
     Raises:
@@ -44,7 +46,7 @@ def check_port(host: str, port: int) -> None:
     try:
         infos = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
-        raise ValueError(f"--host {host}: {error}; choose an address of this machine") from error
+        raise ValueError(f"{prefix}host {host}: {error}; choose an address of this machine") from error
     family, kind, protocol, _, address = infos[0]
     with socket.socket(family, kind, protocol) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -52,7 +54,7 @@ def check_port(host: str, port: int) -> None:
             probe.bind(address)
             probe.listen(1)
         except OSError as error:
-            option = "--host" if error.errno == errno.EADDRNOTAVAIL else "--port"
+            option = f"{prefix}host" if error.errno == errno.EADDRNOTAVAIL else f"{prefix}port"
             raise ValueError(f"cannot listen on {host}:{port}: {error.strerror}; choose another {option}") from error
 
 

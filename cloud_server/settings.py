@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hybridsd.certificates import check_name
 from hybridsd.tokens import Tokens
+from hybridsd.tracing import Exporter
 
 MAX_HEARTBEAT_S = 10.0
 """Half the silence after which an edge goes on alone."""
@@ -56,6 +57,11 @@ class Settings:
     metrics_host: str = "127.0.0.1"
     drain_timeout_s: float = 30.0
     heartbeat_s: float = 5.0
+    traces: Exporter = "none"
+    joules_per_mac: float | None = None
+    """None is the constant of the device's class."""
+    watts: float | None = None
+    """Of the device under load; given, energy is modelled by it."""
     stall_timeout_s: float = 60.0
     """Work without movement for this long is sickness; larger than a slow step."""
     stall_exit_s: float = 300.0

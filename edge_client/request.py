@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from edge_client.types import CallSkipping, Conditioning, ImageInput, Latents, Mode, Place, SafetyAction
 from hybridsd.plan import Plan
 from hybridsd.prompting import DEFAULT_TEXT, TextOptions
+from hybridsd.trace_context import TraceContext, current_or_new
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -164,6 +165,8 @@ class Request:
     """Asks the cloud for a state after every this many calls of the U-Net; 0 only for that of the hand-off. Fewer save
     bytes on a slow link, and lose more calls with it."""
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    trace: TraceContext = field(default_factory=current_or_new)
+    """What it is drawn for: the work that the maker of this request was doing, or a new trace."""
     user: str = ""
     """For whom a gateway asks the cloud: an id that tells nothing; the cloud shares by it. In no record or file."""
 

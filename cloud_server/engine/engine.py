@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import structlog
 import torch
 
+from cloud_server.energy import EnergyMeter, Measured
 from cloud_server.engine.caller import NOBODY, Caller
 from cloud_server.engine.event_buffer import EventBuffer
 from cloud_server.engine.events import Failed, Finished, Started
@@ -21,8 +22,10 @@ from cloud_server.engine.job import Job, JobView
 from cloud_server.engine.quotas import check_queued
 from cloud_server.engine.request import JobRequest
 from cloud_server.engine.scheduler import Load, Scheduler
+from cloud_server.engine.spans import tell_calls
 from cloud_server.metrics import Metrics
 from cloud_server.models.denoiser import Denoiser
+from hybridsd import tracing
 from hybridsd.errors import HybridSDError, Reason
 from hybridsd.quotas import jittered
 
@@ -54,6 +57,7 @@ class Engine:
         keep_finished_s: float = 120.0,
         num_threads: int | None = None,
         stall_timeout_s: float = 60.0,
+        energy: EnergyMeter | None = None,
         metrics: Metrics | None = None,
     ) -> None:
         """Makes an engine that does nothing until `start`.
@@ -66,6 +70,7 @@ class Engine:
             keep_finished_s: For how long.
             num_threads: Threads of a call on a CPU; None leaves the choice to torch.
             stall_timeout_s: A step, or a text, that takes longer is stuck, unless all steps are slow.
+            energy: How jobs' energy is known; None: it is not.
             metrics: What counts calls and jobs.
         """
         self._metrics = Metrics() if metrics is None else metrics
@@ -80,6 +85,7 @@ class Engine:
         self._busy_since_s: dict[str, float] = {}  # by name of the thread
 
         self._executor = Executor(denoisers, self._metrics)
+        self._energy = EnergyMeter() if energy is None else energy
         self._threads = [
             threading.Thread(target=self._run, args=(turn,), name=name, daemon=True)
             for name, turn in (("texts", self._text_turn), ("steps", self._step_turn))
@@ -339,12 +345,16 @@ class Engine:
                 return True
             self._busy_since_s["texts"] = time.monotonic()
         try:
-            trajectory = self._executor.prepare(job)
+            with tracing.start("encode text", job.trace), self._energy.measure() as measured:
+                trajectory = self._executor.prepare(job)
         except torch.AcceleratorError:
             raise
         except Exception as error:
             self._fail(job, error)
             return True
+        if job.text_s > 0:
+            num_texts = sum(2 if negative else 1 for _, negative in job.texts)
+            job.add_energy(self._energy.of_texts(measured, job.request.model, num_texts, job.text_s))
         with self._changed:
             if job.outcome is None:
                 job.post(Started(*job.texts[0]))
@@ -367,10 +377,13 @@ class Engine:
             groups = self._scheduler.groups
             self._busy_since_s["steps"] = time.monotonic()
         try:
-            calls = self._executor.call(batch, groups)
+            with self._energy.measure() as measured:
+                calls = self._executor.call(batch, groups)
         except BatchTooLarge:
             self._halve(batch)
             return True
+        self._note_energy(measured, calls)
+        tell_calls(calls)
         self._note(calls)
         for call in calls:
             self._follow(call)
@@ -382,6 +395,14 @@ class Engine:
         log.warning("out_of_memory", jobs=len(batch), batch_cap=cap, group=group)
         with self._changed:
             self._scheduler.limit_batch(group, cap)
+
+    def _note_energy(self, measured: Measured, calls: list[Call]) -> None:
+        group = calls[0].trajectory.group
+        rows = [call.trajectory.num_rows for call in calls]
+        energies = self._energy.of_call(measured, group[0], group[1][1] * group[1][2], rows, calls[0].elapsed_s)
+        for call, energy in zip(calls, energies, strict=True):
+            if not isinstance(call.outcome, Exception):
+                call.job.add_energy(energy)
 
     def _note(self, calls: list[Call]) -> None:
         """Charges what a call took to its jobs; after one that failed, each had one for itself."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from cloud_server.engine.request import Latents
 from cloud_server.models.denoiser import Encoded
+from hybridsd.energy import Energy
 from hybridsd.errors import HybridSDError
 
 
@@ -43,6 +44,8 @@ class Usage:
     compute_s: float
     num_calls: int
     num_skipped_calls: int = 0
+    energy: Energy | None = None
+    """None where it is not known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,8 @@ from cloud_server.engine.event_buffer import EventBuffer
 from cloud_server.engine.events import Event, Failed, Finished, Queued, Snapshot, Started, Usage
 from cloud_server.engine.request import JobRequest
 from cloud_server.engine.step import Texts, Trajectory
+from hybridsd import trace_context
+from hybridsd.energy import Energy
 from hybridsd.errors import HybridSDError, Reason
 
 
@@ -36,6 +38,8 @@ class Job:
     def __init__(self, request: JobRequest, arrived_s: float | None = None, *, caller: Caller = NOBODY) -> None:
         """Takes what is to be run, when it was asked for, and by whom: callers get equal shares."""
         self.request, self.caller = request, caller
+        self.trace = trace_context.current_or_new()
+        """Of the call that began it."""
         self.arrived_s = time.monotonic() if arrived_s is None else arrived_s
         self.outcome: Finished | Failed | None = None
         # Under the engine's lock.
@@ -57,6 +61,7 @@ class Job:
         self.compute_s = 0.0
         self.num_calls = 0
         self.num_skipped_calls = 0
+        self._energy: Energy | None = Energy(0.0, "measured")
         # Shared; under the lock.
         self._lock = threading.Lock()
         self._buffer: EventBuffer | None = None
@@ -161,7 +166,14 @@ class Job:
                 return Reason.DEADLINE_EXCEEDED.error("the deadline of the call passed; give it more time")
             return None
 
+    def add_energy(self, energy: Energy | None) -> None:
+        """Adds what a part of it took; one that is not known makes the whole so."""
+        self._energy = None if energy is None or self._energy is None else self._energy + energy
+
     def usage(self) -> Usage:
         """Returns what the job has taken so far."""
         began_s = time.monotonic() if self.first_call_s is None else self.first_call_s
-        return Usage(began_s - self.arrived_s, self.text_s, self.compute_s, self.num_calls, self.num_skipped_calls)
+        energy = self._energy if self.num_calls else None
+        return Usage(
+            began_s - self.arrived_s, self.text_s, self.compute_s, self.num_calls, self.num_skipped_calls, energy
+        )

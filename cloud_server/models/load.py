@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from cloud_server.energy import UNKNOWN, ModelCost
 from cloud_server.models import single_file
 from cloud_server.models.architecture import Architecture, detect, is_sdxl
 from cloud_server.models.denoiser import Denoiser, DiffusersDenoiser, Guidance
 from cloud_server.models.devices import Placement
+from cloud_server.models.macs import count_macs
 from cloud_server.models.plans import PlanCompiler, default_scheduler, own_scheduler
 from cloud_server.models.pruned_unet import build_unet, load_unet, read_tensors
 from cloud_server.models.sources import (
@@ -94,6 +96,7 @@ class Model:
     denoiser: Denoiser
     plans: PlanCompiler
     num_text_parameters: int = 0
+    cost: ModelCost = UNKNOWN
 
 
 def load_model(
@@ -180,7 +183,16 @@ def _load(files: Files, placement: Placement, latent_space: str | None, loras: S
         adapters=None if adapters is None else adapters.within([unet]),
         text_adapters=None if adapters is None else adapters.within(encoders.networks),
     )
-    return Model(replace(info, loras=adapters.infos if adapters else ()), denoiser, compiler, num_text_parameters)
+    cost = ModelCost(
+        count_macs(
+            unet, channels=info.latent_channels, side=info.size_multiple // info.vae_scale_factor,
+            tokens=info.context_length, features=info.embed_dim, pooled=info.pooled_dim,
+            guidance=architecture.guidance_dim,
+        ),
+        float(num_text_parameters * info.context_length),  # nearly all of them are of linear layers
+    )  # fmt: skip
+    infos = adapters.infos if adapters else ()
+    return Model(replace(info, loras=infos), denoiser, compiler, num_text_parameters, cost)
 
 
 def _install(unet: Any, text_encoders: Sequence[Any], loras: Sequence[LoraSource]) -> LoraSet:

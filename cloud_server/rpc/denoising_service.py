@@ -145,6 +145,7 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
                 queue_ms=round(1e3 * usage.queue_s, 3),
                 text_ms=round(1e3 * usage.text_s, 3),
                 compute_ms=round(1e3 * usage.compute_s, 3),
+                energy_j=None if usage.energy is None else round(usage.energy.joules, 3),
                 states_dropped=buffer.num_dropped,
             )
 

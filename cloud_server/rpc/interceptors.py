@@ -21,6 +21,7 @@ from grpc_status import rpc_status
 from cloud_server.engine.request import new_request_id
 from cloud_server.logs import collect_notes
 from cloud_server.metrics import Metrics
+from hybridsd import trace_context, tracing
 from hybridsd.durations import to_duration
 from hybridsd.errors import DOMAIN, HybridSDError, Reason
 from hybridsd.limits import MAX_REQUEST_BYTES
@@ -86,8 +87,12 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
                 run = _raiser(error)
             asked = getattr(request, "request_id", "")
             request_id = next((text for text in (given, asked) if _LOG_ID.fullmatch(text)), new_request_id())
-            with structlog.contextvars.bound_contextvars(request_id=request_id):
-                return await _run(run, request, context, method, self._metrics)
+            trace = trace_context.received(details.invocation_metadata or ())
+            bound = structlog.contextvars.bound_contextvars(request_id=request_id, trace_id=trace.trace_id)
+            about = {"rpc.system.name": "grpc", "rpc.method": details.method.removeprefix("/")}
+            span = tracing.start(about["rpc.method"], trace, kind="SERVER", attributes=about)
+            with bound, span, trace_context.bound(span.context):
+                return await _run(run, request, context, method, span, self._metrics)
 
         return _with_handler(handler, outer)
 
@@ -147,7 +152,12 @@ def _raiser(error: HybridSDError) -> Handler:
 
 
 async def _run(
-    inner: Handler, request: Any, context: "grpc.aio.ServicerContext[Any, Any]", method: str, metrics: Metrics
+    inner: Handler,
+    request: Any,
+    context: "grpc.aio.ServicerContext[Any, Any]",
+    method: str,
+    span: tracing.Span,
+    metrics: Metrics,
 ) -> Any:
     notes = collect_notes()
     started_s = time.monotonic()
@@ -176,6 +186,7 @@ async def _run(
         )
     finally:
         elapsed_ms = round(1e3 * (time.monotonic() - started_s), 3)
+        span.set(rpc__response__status_code=code, hybridsd__reason=reason)
         log.info("call", method=method, code=code, reason=reason, elapsed_ms=elapsed_ms, **notes)
 
 

@@ -1,4 +1,4 @@
-"""One question to a server: whether it serves. Knows gRPC's health protocol, and whose certificate to trust."""
+"""How commands reach a server, and ask whether it serves. Knows gRPC's health protocol, and whom to trust."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +46,7 @@ def ask(server: str, timeout_s: float, trust: Trust) -> str:
         ValueError: If an option is wrong.
         OSError: If it does not answer, or shows another certificate.
     """
-    with _channel(server, timeout_s, trust) as channel:
+    with open_channel(server, timeout_s, trust) as channel:
         try:
             stub: Any = health_pb2_grpc.HealthStub(channel)  # typed as if it had no methods
             status = stub.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s).status
@@ -55,7 +55,8 @@ def ask(server: str, timeout_s: float, trust: Trust) -> str:
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(status))
 
 
-def _channel(server: str, timeout_s: float, trust: Trust) -> grpc.Channel:
+def open_channel(server: str, timeout_s: float, trust: Trust) -> grpc.Channel:
+    """Returns a channel to host:port; arguments and errors as of `ask`."""
     host, _, port = server.rpartition(":")
     options: list[tuple[str, Any]] = [("grpc.enable_http_proxy", 0)] if is_loopback(host) or trust.is_plain else []
     if trust.is_plain:

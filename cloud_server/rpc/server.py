@@ -7,12 +7,15 @@ import asyncio
 import importlib.metadata
 import signal
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Literal
 
 import grpc
 import structlog
+import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from cloud_server.energy import EnergyMeter
 from cloud_server.engine.engine import Engine
 from cloud_server.engine.scheduler import GROUPS_IN_FLIGHT
 from cloud_server.metrics import Metrics
@@ -26,6 +29,8 @@ from cloud_server.rpc.http_endpoint import HttpEndpoint
 from cloud_server.rpc.interceptors import MAX_RECEIVED_BYTES, RequestInterceptor
 from cloud_server.rpc.tls import credentials, http_context, valid_until
 from cloud_server.settings import Settings, is_loopback
+from hybridsd.energy import JOULES_PER_MAC, Meter, find_counter
+from hybridsd.energy import Model as EnergyModel
 from hybridsd.v1 import bundle_service_pb2, bundle_service_pb2_grpc, denoising_service_pb2_grpc
 from hybridsd.v1 import denoising_service_pb2 as pb
 
@@ -72,6 +77,7 @@ class CloudServer:
             max_queue=settings.max_queue,
             num_threads=settings.threads,
             stall_timeout_s=settings.stall_timeout_s,
+            energy=energy_meter(settings, models),
             metrics=self.metrics,
         )
         infos = [model.info for model in models.values()]
@@ -272,6 +278,20 @@ async def run(
     if server.lost.is_set():
         raise EngineLost("the engine has died or is stuck; see the log. Start the server again")
     return not server.engine.is_running
+
+
+def energy_meter(settings: Settings, models: Mapping[str, Model]) -> EnergyMeter:
+    """Returns how the energy of jobs is known on this device."""
+    device = next(iter(models.values())).denoiser.device
+    kind: Literal["cpu", "gpu"] = "gpu" if device.type == "cuda" else "cpu"
+    uuid = str(torch.cuda.get_device_properties(device).uuid) if kind == "gpu" else None
+    counter, why_not = find_counter(kind, uuid)
+    log.info("energy", source="modelled" if counter is None else "measured", reason=why_not or None)
+    return EnergyMeter(
+        {name: model.cost for name, model in models.items()},
+        EnergyModel(settings.joules_per_mac or JOULES_PER_MAC[kind], settings.watts),
+        Meter(counter),
+    )
 
 
 async def first_of(*waits: Awaitable[object], timeout_s: float | None = None) -> None:

@@ -18,6 +18,7 @@ from hybridsd.limits import MAX_PROMPT_CHARS, MAX_STEPS
 from hybridsd.v1 import denoising_service_pb2 as pb
 from hybridsd.v1 import tensor_pb2
 
+_SOURCES = {"modelled": pb.ENERGY_SOURCE_MODELLED, "measured": pb.ENERGY_SOURCE_MEASURED}
 MAX_JOBS = 1000
 """Of a list, which fits into a message then."""
 
@@ -54,6 +55,9 @@ def response(
                 sent_bytes=sent_bytes,
                 num_skipped_calls=event.usage.num_skipped_calls,
             )
+            if event.usage.energy is not None:
+                usage.energy.joules = event.usage.energy.joules
+                usage.energy.source = _SOURCES[event.usage.energy.source]
             return pb.DenoiseResponse(finished=pb.Finished(usage=usage))
 
 

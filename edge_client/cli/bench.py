@@ -3,9 +3,9 @@
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,20 @@ import click
 
 from edge_client.cli import output_files
 from edge_client.cli.build_requests import check_cloud_options
+from edge_client.cli.energy_options import energy_options, read_account
 from edge_client.cli.open_parts import open_bundle, open_cloud
 from edge_client.cli.shared_options import CONTEXT, SERVER_ACCESS, model_options, server_options
 from edge_client.cli.system_info import describe_machine
 from edge_client.cloud.client import Cloud
+from edge_client.generation.energy import Account
 from edge_client.generation.events import Finished, StepDone
 from edge_client.generation.pipeline import generate
 from edge_client.generation.resolve import resolve
 from edge_client.generation.result import Result
 from edge_client.inference.models import Models
 from edge_client.request import Request, Resolved
-from edge_client.types import MODES
+from edge_client.types import MODES, Place
+from hybridsd.energy import Energy
 from hybridsd.errors import Reason
 
 PROMPT = "a fox to the left of a donut on a blue background"
@@ -42,6 +45,7 @@ PHASES = {
 @click.command(context_settings=CONTEXT)
 @server_options
 @model_options
+@energy_options
 @click.option("--prompt", default=PROMPT, show_default=True)
 @click.option("--mode", type=click.Choice(MODES), default="auto", show_default=True, help="As of generate.")
 @click.option("--model", default="", help="The cloud's model. Default: the server's first.")
@@ -73,7 +77,8 @@ def bench(**options: Any) -> None:
     request = Request(**fields, num_inference_steps=options["steps"], fallback=options["mode"] == "auto")
     check_cloud_options(click.get_current_context(), request)
     resolved = resolve(request, bundle.manifest)
-    runs = []
+    account = read_account(options, models)
+    runs, energies = [], []
     with ExitStack() as stack:
         cloud: Cloud | None = None
         if resolved.cloud_steps:
@@ -81,9 +86,10 @@ def bench(**options: Any) -> None:
             cloud = stack.enter_context(open_cloud(options["server"], **access))
         for seed in range(options["warm_up"] + options["runs"]):
             fresh = replace(request, seed=seed, request_id=Request().request_id)
-            measured = _time(replace(resolved, request=fresh), bundle, models, cloud)
+            measured, energy = _time(replace(resolved, request=fresh), bundle, models, cloud, account)
             if seed >= options["warm_up"]:
                 runs.append(measured)
+                energies.append(energy)
     medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     machine = describe_machine(models)
     click.echo(f"machine: {machine}")
@@ -92,20 +98,26 @@ def bench(**options: Any) -> None:
     click.echo(f"{resolved.width}x{resolved.height}, {split}, medians of {len(runs)} runs")
     for line in _lines(medians):
         click.echo(line)
+    joules = _joules(energies)
+    for place, own in joules.items():
+        click.echo(f"  {'energy, ' + place:<21}{'unknown' if own is None else f'{own.joules:9.4g} J, {own.source}'}")
     if options["output"] is not None:
         record = {
             "machine": machine, "bundle": bundle.manifest.name, "width": resolved.width, "height": resolved.height,
             "scheduler": resolved.scheduler, "cloud_steps": cloud_steps, "num_inference_steps": steps,
             "medians": medians, "runs": runs,
+            "energy": {place: None if own is None else asdict(own) for place, own in joules.items()},
         }  # fmt: skip
         output_files.write(options["output"], (json.dumps(record, indent=2) + "\n").encode(), overwrite=True)
 
 
-def _time(resolved: Resolved, bundle: Any, models: Models, cloud: Cloud | None) -> dict[str, float]:
-    """Returns the phases of one image, in seconds, and its bytes."""
+def _time(
+    resolved: Resolved, bundle: Any, models: Models, cloud: Cloud | None, account: Account
+) -> tuple[dict[str, float], Mapping[Place, Energy | None]]:
+    """Returns the phases of one image, in seconds, with its bytes, and its energy by place."""
     begin = handed_over = time.perf_counter()
     result: Result | None = None
-    for event in generate(resolved, bundle, models, cloud):
+    for event in generate(resolved, bundle, models, cloud, account=account):
         if isinstance(event, StepDone) and event.place == "cloud":
             handed_over = time.perf_counter()
         elif isinstance(event, Finished):
@@ -124,7 +136,18 @@ def _time(resolved: Resolved, bundle: Any, models: Models, cloud: Cloud | None) 
         "decode_s": result.decode_s,
     }
     rest_s = max(0.0, total_s - sum(phases.values()))
-    return {**phases, "rest_s": rest_s, "total_s": total_s, "received_bytes": float(result.received_bytes)}
+    times = {**phases, "rest_s": rest_s, "total_s": total_s, "received_bytes": float(result.received_bytes)}
+    return times, result.energy
+
+
+def _joules(energies: Sequence[Mapping[Place, Energy | None]]) -> dict[Place, Energy | None]:
+    """Returns the medians by place; None where one is not known, or came about otherwise than the last."""
+    found: dict[Place, Energy | None] = {}
+    for place, last in energies[-1].items():
+        same = [own for each in energies if (own := each.get(place)) and last and own.source == last.source]
+        is_known = last is not None and len(same) == len(energies)
+        found[place] = Energy(statistics.median(own.joules for own in same), same[-1].source) if is_known else None
+    return found
 
 
 def _lines(medians: dict[str, float]) -> Sequence[str]:

@@ -81,11 +81,11 @@ def read_requests(ctx: click.Context, options: dict[str, Any], manifest: Manifes
             path = Path(pair.name)
             named = str(path.with_stem(path.stem + number)) if pair.name else ""
             names.append(named or f"{output_files.slug(pair.prompt)}-{seed + row}{number}.png?")
-            fresh = Request().request_id
+            fresh = Request()
             requests.append(
                 replace(
                     base, prompt=pair.prompt, negative_prompt=pair.negative_prompt, seed=seed + row,
-                    image_index=options["image_index"] + index, request_id=fresh,
+                    image_index=options["image_index"] + index, request_id=fresh.request_id, trace=fresh.trace,
                 )
             )  # fmt: skip
     return requests, names

@@ -13,6 +13,7 @@ import numpy as np
 from edge_client.bundles import bundle as bundles
 from edge_client.bundles.bundle import Bundle
 from edge_client.cli import system_info
+from edge_client.cli.energy_options import read_account
 from edge_client.cli.open_parts import open_cloud
 from edge_client.cli.shared_options import CONTEXT, model_options, server_options
 from edge_client.cli.words import in_options
@@ -22,6 +23,7 @@ from edge_client.inference.providers import available_providers, openvino_instal
 from edge_client.paths import cache_folder
 from hybridsd import noise
 from hybridsd.errors import HybridSDError
+from hybridsd.manifest import Manifest
 from hybridsd.plan import unet_input
 
 
@@ -165,10 +167,19 @@ def _hints(models: Models) -> Iterator[Check]:
         f"{found.free_bytes / 2**20:.0f} MiB are free, the models are {needed / 2**20:.0f} MiB{advice};"
         f" {found.num_cores} cores{limited}",
     )  # fmt: skip
+    yield check_energy(models.manifest, read_account({}, models).why_modelled)
     if models.choice.is_reference and system_info.cpu_flags() & {"amx_bf16", "avx512_bf16"}:
         how = "--provider openvino computes in bf16, which this CPU has in hardware"
         what = how if openvino_installed() else f"{how}; pip install openvino"
         yield Check("speed", True, f"{what} (slightly different images)")
+
+
+def check_energy(manifest: Manifest, why_modelled: str) -> Check:
+    """Says how the energy of images is known here; nothing of it is wrong."""
+    if not why_modelled:
+        return Check("energy", True, "measured by a counter of this device")
+    how = "modelled from the bundle's MACs" if manifest.macs else "unknown, for the bundle says no MACs; give --watts"
+    return Check("energy", True, f"{how}; not measured: {why_modelled}")
 
 
 def check_cache(folder: Path) -> Check:

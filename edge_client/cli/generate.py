@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,16 +13,18 @@ import click
 from edge_client.bundles.bundle import Bundle
 from edge_client.cli import output_files
 from edge_client.cli.build_requests import read_goals, read_requests
+from edge_client.cli.energy_options import read_account
 from edge_client.cli.generate_options import generate_options
 from edge_client.cli.open_parts import open_bundle, open_cloud, open_edge_models, wait_for_server
 from edge_client.cli.output_files import STDOUT
 from edge_client.cli.patience_options import read_patience
 from edge_client.cli.progress import Display, choose_display
-from edge_client.cli.shared_options import CONTEXT, SERVER_ACCESS
+from edge_client.cli.shared_options import CONTEXT, SERVER_ACCESS, read_traces
 from edge_client.cli.side_outputs import SideOutputs, read_side_outputs
 from edge_client.cli.words import in_options
 from edge_client.cloud.client import Cloud
 from edge_client.generation.cloud_steps import Advisor
+from edge_client.generation.energy import Account
 from edge_client.generation.events import Finished, StepDone
 from edge_client.generation.pipeline import generate as run_pipeline
 from edge_client.generation.resolve import resolve
@@ -32,6 +35,7 @@ from edge_client.inference.models import Models
 from edge_client.request import Resolved
 from edge_client.split.auto_split import AutoSplit, choose_split
 from edge_client.split.handoff_policy import explain
+from hybridsd import trace_context, tracing
 from hybridsd.errors import HybridSDError, Reason
 
 
@@ -45,14 +49,19 @@ def generate(ctx: click.Context, /, **options: Any) -> None:
     image is printed to standard output, everything else to standard error.
     """
     done: list[dict[str, Any]] = []
+    caller = trace_context.parse([os.environ.get("TRACEPARENT", "")], [os.environ.get("TRACESTATE", "")])
     try:
-        _generate(ctx, options, done)
+        read_traces(options, "hybridsd")
+        with trace_context.bound(caller):
+            _generate(ctx, options, done)
     except HybridSDError as error:
         if options["as_json"]:
             click.echo(json.dumps({"images": done, "error": _error_json(error)}, ensure_ascii=False))
         elif options["jsonl"]:
             click.echo(json.dumps({"event": "error", "error": _error_json(error)}, ensure_ascii=False))
         raise
+    finally:
+        tracing.switch_off()
 
 
 def _generate(ctx: click.Context, options: dict[str, Any], done: list[dict[str, Any]]) -> None:
@@ -65,6 +74,7 @@ def _generate(ctx: click.Context, options: dict[str, Any], done: list[dict[str, 
     runs_with = {"provider": options["provider"], "threads": options["threads"], "low_memory": options["low_memory"]}
     models = Models(bundle.folder, bundle.manifest, **runs_with)
     others = open_edge_models(options["edge_models"], bundle.manifest, **runs_with)
+    account = read_account(options, models)
     split: AutoSplit | None = None
     if goals is not None:
         wait_for_server(options["server"], options["wait_for_server"], lambda text: click.echo(text, err=True))
@@ -98,7 +108,7 @@ def _generate(ctx: click.Context, options: dict[str, Any], done: list[dict[str, 
             cloud = stack.enter_context(_open_cloud(options))
         for each, path in zip(resolved, paths, strict=True):
             advisor = None if split is None else split.advisor(each, bundle)
-            result, steps = _draw(each, bundle, models, others, cloud, advisor, display, side_outputs, path)
+            result, steps = _draw(each, bundle, models, others, cloud, advisor, account, display, side_outputs, path)
             output_files.write(
                 path, files.encode_file(path, result.image_u8, png_text(result)), overwrite=options["overwrite"]
             )
@@ -123,13 +133,15 @@ def _draw(
     others: dict[str, Models],
     cloud: Cloud | None,
     advisor: Advisor | None,
+    account: Account,
     display: Display,
     side_outputs: SideOutputs,
     path: Path,
 ) -> tuple[Result, list[StepDone]]:
     """Runs one image, shows its events and writes previews; returns also the calls that the side_outputs need."""
     steps: list[StepDone] = []
-    with contextlib.closing(run_pipeline(resolved, bundle, models, cloud, others=others, advisor=advisor)) as events:
+    drawing = run_pipeline(resolved, bundle, models, cloud, others=others, advisor=advisor, account=account)
+    with contextlib.closing(drawing) as events:
         for event in events:
             display.show(event)
             if isinstance(event, StepDone):

@@ -6,8 +6,9 @@ from typing import Any, TypeVar, get_args
 
 import click
 
+from edge_client.cli.energy_options import energy_options
 from edge_client.cli.patience_options import patience_options
-from edge_client.cli.shared_options import NumberRange, model_options, server_options
+from edge_client.cli.shared_options import NumberRange, model_options, server_options, traces_option
 from edge_client.images import inputs
 from edge_client.images.inputs import DEFAULT_STRENGTH
 from edge_client.types import MODES, SafetyAction
@@ -65,6 +66,8 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "of prompt and seed.",
     ),
     click.option("--overwrite", is_flag=True, help="Allow to write over files."),
+    traces_option,
+    energy_options,
     server_options,
     click.option(
         "--wait-for-server", type=NumberRange(0, 3600), default=0.0, show_default=True, metavar="SECONDS",

@@ -206,6 +206,9 @@ def _summary(result: Result) -> str:
     if result.safety.action != "off":
         parts.append("safety checker: " + ("flagged" if result.safety.flagged else "not flagged"))
     parts.append(f"decode {result.decode_s:.2f} s")
+    for place, dollars in result.cost.items():
+        if dollars is not None:
+            parts.append(f"{place} {100 * dollars:.2g} ¢")
     if result.num_dropped_tokens:
         parts.append(f"{result.num_dropped_tokens} tokens of the text did not fit and were dropped")
     return f"{result.mode}: {'; '.join(parts)}; all {result.elapsed_s:.2f} s; seed {result.seed}"

@@ -15,15 +15,17 @@ import structlog
 
 from edge_client.addresses import is_loopback
 from edge_client.cli import output_files
+from edge_client.cli.energy_options import energy_options, read_account
 from edge_client.cli.open_parts import open_bundle, open_cloud, open_edge_models
 from edge_client.cli.patience_options import patience_options, read_patience
 from edge_client.cli.shared_options import (
     CONTEXT,
     DEFAULT_PORT,
     SERVER_ACCESS,
-    NumberRange,
     model_options,
+    read_traces,
     server_options,
+    traces_option,
 )
 from edge_client.inference.models import Models
 from edge_client.web import logs
@@ -31,9 +33,9 @@ from edge_client.web.app import create_app
 from edge_client.web.connections import PatientServer, server_config
 from edge_client.web.settings import Settings
 from edge_client.web.tls import server_context
-from hybridsd import certificates
+from hybridsd import certificates, tracing
 from hybridsd.errors import Reason
-from hybridsd.tokens import Tokens
+from hybridsd.tokens import Tokens, warn_of_readers
 
 log = structlog.get_logger()
 
@@ -95,10 +97,6 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 )  # fmt: skip
 @click.option("--max-queue", type=click.IntRange(1), default=256, show_default=True, help="Jobs that may wait.")
 @click.option("--max-body-mib", type=click.IntRange(1, 1024), default=32, show_default=True, help="Of one request.")
-@click.option(
-    "--cloud-price", type=NumberRange(0, min_open=True), metavar="DOLLARS",
-    help="What an hour of the cloud's computing costs. The page says the cents of each split.",
-)  # fmt: skip
 @click.option("--workers", type=click.IntRange(1, 64), default=2, show_default=True, help="Jobs that run at once.")
 @click.option(
     "--edge-model", "edge_models", envvar="HYBRIDSD_EDGE_EDGE_MODEL", multiple=True, metavar="NAME=DIR",
@@ -114,6 +112,8 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     help="Of the log: lines for people, or one JSON object a line; auto is the first on a terminal.",
 )  # fmt: skip
 @click.option("--no-cloud", is_flag=True, help="Draw everything here.")
+@traces_option
+@energy_options
 @server_options
 @patience_options
 @model_options
@@ -121,6 +121,7 @@ def serve(**options: Any) -> None:
     """Serves web clients: OpenAI's images API, AUTOMATIC1111's, jobs with events, and a page to draw with."""
     settings = _settings(options)
     logs.configure(options["log_format"])
+    read_traces(options, "hybridsd-gateway")
     bundle = open_bundle(options["bundle_name"])
     runs_with = {name: options[name] for name in ("provider", "threads", "low_memory")}
     models = Models(bundle.folder, bundle.manifest, **runs_with)
@@ -131,7 +132,7 @@ def serve(**options: Any) -> None:
         cloud = open_cloud(options["server"], patience=read_patience(options), **access)
     if options["fit_size"] is None:
         settings = replace(settings, fit_size=bundle.folder.parts[-3:] == _DEMO)
-    app = create_app(settings, bundle, models, cloud, others=others)
+    app = create_app(settings, bundle, models, cloud, others=others, account=read_account(options, models))
     tls, cert = _certificate(options, settings.data_dir)
     listener = _listen(options["host"], options["port"])
     port = listener.getsockname()[1]
@@ -151,6 +152,7 @@ def serve(**options: Any) -> None:
     finally:
         if cloud is not None:
             cloud.close()
+        tracing.switch_off()
 
 
 def _certificate(options: dict[str, Any], data_dir: Path) -> tuple[ssl.SSLContext | None, Path | None]:
@@ -221,6 +223,8 @@ def _read_tokens(path: Path | None) -> Tokens | None:
     if path is None:
         return None
     try:
+        if warning := warn_of_readers(path):
+            click.echo(f"Warning: {warning}", err=True)
         return Tokens(path, on_reload=_log_reload)
     except ValueError as error:
         raise Reason.FIELD_INVALID.error(f"{error}; change `client_tokens`", field="client_tokens") from None

@@ -1,11 +1,13 @@
 """Options that several commands share. Imports nothing that is slow to import."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+
+from hybridsd import tracing
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -26,6 +28,17 @@ DEFAULT_SERVER = "127.0.0.1:50051"
 DEFAULT_PORT = 8080
 DEFAULT_GATEWAY = f"http://127.0.0.1:{DEFAULT_PORT}"
 
+
+def read_traces(options: Mapping[str, Any], service: str) -> None:
+    """Switches tracing on, where `--traces` asks for it."""
+    if options["traces"] != "none":
+        tracing.switch_on(service, options["traces"])
+
+
+traces_option = click.option(
+    "--traces", type=click.Choice(tracing.EXPORTERS), default="none", show_default=True,
+    help="Where spans go; otlp: to an OpenTelemetry collector, as the OTEL_* variables say. They hold no prompts.",
+)  # fmt: skip
 
 SERVER_ACCESS = ("token_file", "tls_ca", "tls_fingerprints", "client_cert", "client_key", "insecure")
 """Of `server_options` those that say how to talk to it."""

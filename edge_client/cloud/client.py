@@ -33,7 +33,7 @@ from edge_client.cloud.types import (
     printable,
 )
 from edge_client.request import Patience
-from hybridsd import codec
+from hybridsd import codec, trace_context, tracing
 from hybridsd.durations import to_seconds
 from hybridsd.errors import (
     HybridSDError,
@@ -43,6 +43,7 @@ from hybridsd.errors import (
 from hybridsd.manifest import BundleFile
 from hybridsd.plan import Plan
 from hybridsd.tokens import USER_KEY
+from hybridsd.trace_context import TraceContext
 from hybridsd.v1 import bundle_service_pb2
 from hybridsd.v1 import denoising_service_pb2 as pb
 
@@ -51,6 +52,7 @@ import grpc  # isort: skip  # after `connection`, which quietens it
 CONNECT_TIMEOUT_S = 5.0
 PLAN_TIMEOUT_S = 30.0
 """The largest plans take seconds to compile."""
+_DENOISE = "hybridsd.v1.DenoisingService/Denoise"
 USAGE_TIMEOUT_S = 2.0
 """How long the usage may come after the hand-off, heartbeats or not."""
 CANCEL_TIMEOUT_S = 5.0
@@ -179,12 +181,15 @@ class Cloud:
         if self.breaker.is_tripped:  # what was sent meanwhile may have opened a connection to nobody
             self._connections.replace()
 
-    def metadata(self, request_id: str = "", user: str = "") -> tuple[tuple[str, str | bytes], ...]:
-        """Returns the gRPC metadata of a call: who asks, for what, and for whom."""
+    def metadata(
+        self, request_id: str = "", user: str = "", trace: TraceContext | None = None
+    ) -> tuple[tuple[str, str | bytes], ...]:
+        """Returns the gRPC metadata of a call: who asks, for what, for whom, and in which trace: the work's."""
         token: tuple[tuple[str, str | bytes], ...] = (
             (("authorization", f"Bearer {self._token}"),) if self._token else ()
         )
-        named = (("x-request-id", request_id), (USER_KEY, user))
+        trace = trace or trace_context.current()
+        named = (("x-request-id", request_id), (USER_KEY, user), *(() if trace is None else trace.headers()))
         return (*token, *((key, value) for key, value in named if value))
 
     def translate(self, error: Any) -> HybridSDError:
@@ -250,20 +255,23 @@ class Cloud:
             self.breaker.reset(by_stream=False)
         return found
 
-    def cancel(self, request_id: str, *, user: str = "", wait_s: float = 0.0) -> None:
+    def cancel(
+        self, request_id: str, *, user: str = "", wait_s: float = 0.0, trace: TraceContext | None = None
+    ) -> None:
         """Tells the server to stop a job; the outcome does not matter.
 
         Args:
             request_id: Of the job.
             user: For whom it was asked for.
             wait_s: How long to wait for the answer; `close` waits as well.
+            trace: What the job was for.
         """
         if self._away is not None or not self.trust.is_ready:  # never spoken to
             return
         connection = self._connections.take()  # until the answer is here: another silence would close it before
         future = connection.denoising.CancelDenoise.future(
             pb.CancelDenoiseRequest(request_id=request_id), timeout=CANCEL_TIMEOUT_S,
-            metadata=self.metadata(request_id, user),
+            metadata=self.metadata(request_id, user, trace),
         )  # fmt: skip
         with self._cancels_lock:
             self._cancels.add(future)  # dropped, it would be cancelled before it is sent
@@ -489,8 +497,16 @@ class RemoteJob:
     ) -> Iterator[CloudEvent]:
         cloud = self._cloud
         self._progress.asked()
-        with cloud.lend() as connection:
-            metadata = cloud.metadata(self._segment.request_id, self._segment.request.user)
+        host, _, port = cloud.target.rpartition(":")
+        attributes: dict[str, tracing.Value] = {
+            "rpc.system.name": "grpc", "rpc.method": _DENOISE, "server.address": host, "server.port": int(port),
+        }  # fmt: skip
+        trace = self._segment.request.trace
+        with (
+            cloud.lend() as connection,
+            tracing.start(_DENOISE, trace, kind="CLIENT", attributes=attributes) as span,
+        ):
+            metadata = cloud.metadata(self._segment.request_id, self._segment.request.user, span.context)
             call = connection.denoising.Denoise(message, timeout=timeout_s, metadata=metadata)
 
             def failed(error: Any) -> HybridSDError:
@@ -581,4 +597,5 @@ class RemoteJob:
 
     def cancel(self, *, wait_s: float = 0.0) -> None:
         """Asks the server to stop the job; see `Cloud.cancel`."""
-        self._cloud.cancel(self._segment.request_id, user=self._segment.request.user, wait_s=wait_s)
+        request = self._segment.request
+        self._cloud.cancel(self._segment.request_id, user=request.user, wait_s=wait_s, trace=request.trace)

@@ -16,6 +16,8 @@ from edge_client.cloud.types import CloudEvent, CloudSegment, CloudStarted, Clou
 from edge_client.types import Conditioning, Latents
 from hybridsd import codec
 from hybridsd.durations import to_seconds
+from hybridsd.energy import Energy
+from hybridsd.energy import read as read_energy
 from hybridsd.errors import InvalidRequest, Reason
 from hybridsd.limits import MAX_CHUNKS, MAX_REQUEST_BYTES
 from hybridsd.plan import MAX_ARRAYS, Plan
@@ -200,6 +202,7 @@ class Conversation:
                 num_calls=usage.num_calls,
                 sent_bytes=usage.sent_bytes,
                 num_skipped_calls=usage.num_skipped_calls,
+                energy=_energy(usage),
             )
         return None
 
@@ -365,6 +368,12 @@ def check_plan(plan: Plan, prediction_type: str, *, has_mask: bool = False) -> N
         _refuse(f"prediction type {prediction_type[:40]!r}")
     if prediction_type and not misfits[prediction_type] <= min(misfits.values()) + _PLAN_TOLERANCE * (1.0 + output):
         _refuse(f"a plan that is not one for a model that predicts {prediction_type}")
+
+
+def _energy(usage: pb.Usage) -> Energy | None:
+    if not usage.HasField("energy"):
+        return None
+    return read_energy(usage.energy.joules, is_measured=usage.energy.source == pb.ENERGY_SOURCE_MEASURED)
 
 
 def _same(one: Conditioning, other: Conditioning) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from edge_client.request import Request, Resolved, Stage, TimestepSchedule
 from edge_client.types import Conditioning, Latents
+from hybridsd.energy import Energy
 from hybridsd.errors import Cancelled, CloudBusy, CloudTimeout, CloudUnreachable, InternalError, Superseded
 from hybridsd.manifest import BundleFile
 from hybridsd.plan import Plan
@@ -136,9 +137,15 @@ class Usage:
     num_calls: int
     sent_bytes: int
     num_skipped_calls: int = 0
+    energy: Energy | None = None
+    """Of the cloud's part; None where it does not say."""
 
     def __add__(self, other: "Usage") -> "Usage":
-        return Usage(**{name: getattr(self, name) + getattr(other, name) for name in self.__slots__})
+        energies = (self.energy, other.energy)
+        return Usage(
+            **{name: getattr(self, name) + getattr(other, name) for name in self.__slots__ if name != "energy"},
+            energy=None if energies[0] is None or energies[1] is None else energies[0] + energies[1],
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

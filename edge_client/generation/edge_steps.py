@@ -12,7 +12,7 @@ from edge_client.generation.trajectory import Trajectory
 from edge_client.inference.models import Models
 from edge_client.request import Stage
 from edge_client.types import Latents
-from hybridsd import noise, noise_levels
+from hybridsd import noise, noise_levels, tracing
 from hybridsd.errors import Reason
 from hybridsd.plan import PlanRow, denoise, initial_state
 
@@ -69,12 +69,19 @@ def run_edge_stage(stage: Stage, trajectory: Trajectory, components: Components)
         plan, trajectory.state, predict, draw_noise,
         start=trajectory.call, stop=stop, inpaint=inpaint, composite=composite,
     )  # fmt: skip
-    last = time.perf_counter()
-    for done in advances:
-        elapsed_s = time.perf_counter() - last
-        state = tuple(array.astype(np.float32, copy=False) for array in done.state)
-        yield trajectory.record(plan, done.call, "edge", elapsed_s, state, done.x0_preview)
+    about: dict[str, tracing.Value] = {
+        "hybridsd.model": models.manifest.name, "hybridsd.first_call": trajectory.call, "hybridsd.end_call": stop,
+    }  # fmt: skip
+    cells = resolved.latent_shape[1] * resolved.latent_shape[2]
+    rows = 2 if stage.guidance_scale > 1 and models.takes_negative else 1
+    with tracing.start("edge steps", request.trace, attributes=about), trajectory.tally.measuring():
         last = time.perf_counter()
+        for done in advances:
+            elapsed_s = time.perf_counter() - last
+            state = tuple(array.astype(np.float32, copy=False) for array in done.state)
+            trajectory.tally.count(models.manifest, "unet", cells, rows)
+            yield trajectory.record(plan, done.call, "edge", elapsed_s, state, done.x0_preview)
+            last = time.perf_counter()
 
 
 def encode_text(trajectory: Trajectory, models: Models, *, negative: bool) -> None:
@@ -89,7 +96,11 @@ def encode_text(trajectory: Trajectory, models: Models, *, negative: bool) -> No
     if held is not None and (not negative or held.negative_prompt_embeds is not None):
         return
     begin = time.perf_counter()
-    trajectory.conditioning, trajectory.num_dropped_tokens = models.encode_pair(
-        request.prompt, request.negative_prompt if negative else None, request.text_options
-    )
+    with tracing.start("encode text", request.trace), trajectory.tally.measuring():
+        trajectory.conditioning, trajectory.num_dropped_tokens = models.encode_pair(
+            request.prompt, request.negative_prompt if negative else None, request.text_options
+        )
+    for role in ("text_encoder", "text_encoder_2"):
+        if role in models.manifest.files:
+            trajectory.tally.count(models.manifest, role, rows=2 if negative else 1)
     trajectory.text_s += time.perf_counter() - begin

@@ -14,13 +14,15 @@ from edge_client.cloud.types import CLOUD_FAILURES
 from edge_client.generation.cloud_steps import Advisor, make_cloud_segment, run_cloud_segment
 from edge_client.generation.components import Components
 from edge_client.generation.edge_steps import encode_text, run_edge_stage
+from edge_client.generation.energy import Account, Tally
 from edge_client.generation.events import Event, Finished
-from edge_client.generation.result import SafetyReport
+from edge_client.generation.result import Result, SafetyReport
 from edge_client.generation.schedules import enter_schedule, start_from_image
 from edge_client.generation.trajectory import Trajectory
 from edge_client.images.pixels import composite, resize, to_u8
 from edge_client.inference.models import Models
 from edge_client.request import Resolved, Stage, TimestepSchedule
+from hybridsd import tracing
 from hybridsd.errors import HybridSDError
 
 
@@ -33,6 +35,7 @@ def generate(
     others: Mapping[str, Models] = MappingProxyType({}),
     advisor: Advisor | None = None,
     poll_interval_s: float | None = None,
+    account: Account | None = None,
 ) -> Generator[Event]:
     """Draws one image and yields what happens on the way. Close the generator to cancel.
 
@@ -44,6 +47,7 @@ def generate(
         others: More edge models, by the name that a segment gives; they share the latent space of `models`.
         advisor: May end the cloud's part early.
         poll_interval_s: Yields `Waiting` when nothing has come from the cloud for so many seconds; None never does.
+        account: How energy and cost are known; None models them, without prices.
 
     Yields:
         `Planned`, then what happens, `Finished` last.
@@ -51,10 +55,42 @@ def generate(
     Raises:
         HybridSDError: By the table of errors. A lost, late or full cloud raises only with `request.fallback` False.
     """
+    with tracing.start("generate", resolved.request.trace) as span:
+        resolved = replace(resolved, request=replace(resolved.request, trace=span.context))
+        tally = Tally(account=account or Account())
+        for event in _generate(resolved, bundle, models, cloud, others, advisor, poll_interval_s, tally):
+            if isinstance(event, Finished):
+                _describe(event.result, span)
+            yield event
+
+
+def _describe(result: Result, span: tracing.Span) -> None:
+    span.set(
+        hybridsd__mode=result.mode,
+        hybridsd__steps=result.num_inference_steps,
+        hybridsd__cloud_steps=result.actual_cloud_steps,
+        hybridsd__planned_cloud_steps=result.planned_cloud_steps,
+        hybridsd__fallback_reason=None if result.fallback_reason is None else result.fallback_reason.name,
+        hybridsd__width=result.width,
+        hybridsd__height=result.height,
+    )
+
+
+def _generate(
+    resolved: Resolved,
+    bundle: Bundle,
+    models: Models,
+    cloud: Cloud | None,
+    others: Mapping[str, Models],
+    advisor: Advisor | None,
+    poll_interval_s: float | None,
+    tally: Tally,
+) -> Iterator[Event]:
     begin = time.perf_counter()
     request = resolved.request
     components = Components(bundle=bundle, models=models, others=others, cloud=cloud)
     trajectory = Trajectory.start(resolved, bundle.manifest.prediction_type)
+    trajectory.tally = tally
     yield trajectory.planned()
 
     components.check(resolved)
@@ -63,7 +99,9 @@ def generate(
     yield from _run_stages(trajectory, components, advisor, poll_interval_s)
 
     decode_begin = time.perf_counter()
-    image_u8 = to_u8(models.decode(trajectory.final_latents()))
+    with tracing.start("decode", request.trace), tally.measuring():
+        tally.count(models.manifest, "vae_decoder", resolved.latent_shape[1] * resolved.latent_shape[2])
+        image_u8 = to_u8(models.decode(trajectory.final_latents()))
     given = request.image_input
     if given is not None and given.mask is not None:
         image_u8 = composite(image_u8, to_u8(given.image), given.mask)

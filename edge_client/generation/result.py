@@ -1,11 +1,12 @@
 """A finished image and how it came about."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from edge_client.cloud.types import Usage
 from edge_client.request import Request
 from edge_client.types import Conditioning, ImageU8, Latents, Mode, Place, SafetyAction
+from hybridsd.energy import Energy
 from hybridsd.errors import Reason
 from hybridsd.plan import Plan
 
@@ -85,6 +86,10 @@ class Result:
     text_s: float = 0.0
     """What encoding the texts here took."""
     safety: SafetyReport = SafetyReport()
+    energy: Mapping[Place, Energy | None] = field(default_factory=dict)
+    """Of each place that took part; None where it is not known."""
+    cost: Mapping[Place, float | None] = field(default_factory=dict)
+    """In dollars, likewise."""
     loras: tuple[tuple[str, float], ...] = ()
     """Adapters that the cloud applied, with their weights."""
     unapplied: tuple[str, ...] = ()
@@ -100,3 +105,8 @@ class Result:
     """What was asked for."""
     drawn_size: tuple[int, int] | None = None
     """Width and height that were drawn, before the image was resized; None if it was not."""
+
+    @property
+    def trace_id(self) -> str:
+        """The trace that the image was drawn in, by which logs and spans everywhere name it."""
+        return self.request.trace.trace_id

@@ -58,7 +58,10 @@ def start_from_image(trajectory: Trajectory, components: Components) -> None:
     """Encodes the given image here, and brings its latents to the noise level of the first step."""
     given = trajectory.resolved.request.image_input
     assert given is not None
-    trajectory.image_latents = components.models.encode_image(given.image)
+    with trajectory.tally.measuring():
+        trajectory.image_latents = components.models.encode_image(given.image)
+        cells = trajectory.image_latents.shape[1] * trajectory.image_latents.shape[2]
+        trajectory.tally.count(components.models.manifest, "vae_encoder", cells)
     trajectory.plan = find_plan(trajectory.resolved.stages[0].schedule, trajectory, components)
     state = noise_levels.begin_from(
         trajectory.plan, trajectory.image_latents, trajectory.initial_noise(), trajectory.prediction_type

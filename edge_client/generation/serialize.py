@@ -25,6 +25,7 @@ _REST_FIELDS = (
     "prompt", "negative_prompt", "seed", "image_index", "width", "height", "scheduler", "num_inference_steps",
     "begin_step", "guidance_scale", "mode", "cloud_model", "edge_model", "planned_cloud_steps", "actual_cloud_steps",
     "fallback_message", "early_handoff_reason", "received_bytes", "num_dropped_tokens", "decode_s", "elapsed_s",
+    "trace_id",
 )  # fmt: skip
 
 
@@ -75,6 +76,7 @@ def result_json(result: Result) -> dict[str, Any]:
         **provenance(result),
         "fallback_message": result.fallback_message,
         "request_id": result.request_id,
+        "trace_id": result.trace_id,
         "received_bytes": result.received_bytes,
         "usage": None if result.usage is None else asdict(result.usage),
         "steps": [
@@ -83,6 +85,7 @@ def result_json(result: Result) -> dict[str, Any]:
         ],
         "decode_s": round(result.decode_s, 6),
         "elapsed_s": round(result.elapsed_s, 6),
+        **_taken(result),
     }
 
 
@@ -259,8 +262,20 @@ def rest_image(index: int, result: Result) -> dict[str, Any]:
             {"step": record.step, "place": record.place, "elapsed_s": round(record.elapsed_s, 6)}
             for record in result.steps
         ],
+        **_taken(result),
         "flagged": result.safety.flagged,
         "parameters": parameters(result),
+    }
+
+
+def _taken(result: Result) -> dict[str, Any]:
+    """Returns energy, in joules, and cost, in dollars, of each place that took part; null is not known."""
+    return {
+        "energy": {
+            place: None if own is None else {"joules": float(f"{own.joules:.6g}"), "source": own.source}
+            for place, own in result.energy.items()
+        },
+        "cost": {place: None if own is None else float(f"{own:.6g}") for place, own in result.cost.items()},
     }
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from edge_client.cloud.types import CloudStarted, Usage
+from edge_client.generation.energy import Tally
 from edge_client.generation.events import Fallback, Planned, StepDone
 from edge_client.generation.result import Result, SafetyReport, StepRecord
 from edge_client.request import Resolved
@@ -51,6 +52,8 @@ class Trajectory:
     num_dropped_tokens: int = 0
     text_s: float = 0.0
     """What encoding texts here took."""
+    tally: Tally = field(default_factory=Tally)
+    """What this device has taken for it."""
 
     @classmethod
     def start(cls, resolved: Resolved, prediction_type: str) -> "Trajectory":
@@ -182,6 +185,8 @@ class Trajectory:
         if self.first_step > earlier:
             places.add("edge")
         mode: Mode = "hybrid" if len(places) == 2 else "cloud" if places == {"cloud"} else "edge"
+        busy_s = self.text_s + decode_s + sum(each.elapsed_s for each in self.steps if each.place == "edge")
+        energy = self.tally.energy(self.usage, has_cloud=self.cloud_steps > 0, busy_s=busy_s)
         return Result(
             image_u8=image_u8,
             latents=self.state[0],
@@ -212,6 +217,8 @@ class Trajectory:
             conditioning=self.conditioning,
             num_dropped_tokens=self.num_dropped_tokens,
             received_bytes=self.received_bytes,
+            energy=energy,
+            cost=self.tally.cost(energy, self.usage),
             usage=self.usage,
             decode_s=decode_s,
             text_s=self.text_s,

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 
 from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.client import Cloud
+from edge_client.generation.energy import Account, Prices
 from edge_client.inference.models import Models
 from edge_client.web import errors, openapi
 from edge_client.web.auth import Access
@@ -30,7 +31,7 @@ from edge_client.web.jobs.view import Views
 from edge_client.web.jobs.webhooks import Webhooks
 from edge_client.web.jobs.worker import JobWorker
 from edge_client.web.metrics import Metrics
-from edge_client.web.middleware import HeadMiddleware, SecurityMiddleware
+from edge_client.web.middleware import TRACE_HEADER, HeadMiddleware, SecurityMiddleware, TraceMiddleware
 from edge_client.web.request_log import RequestMiddleware
 from edge_client.web.routes import a1111, a1111_lists, jobs, openai, pages
 from edge_client.web.settings import Settings
@@ -41,7 +42,7 @@ log = structlog.get_logger()
 
 
 class _Application(FastAPI):
-    """Puts log and security outermost, also around FastAPI's own response to a body beyond the limit."""
+    """Puts trace, log and security outermost, also around FastAPI's own response to a body beyond the limit."""
 
     def __init__(self, *, security: Settings, metrics: Metrics, **options: Any) -> None:
         super().__init__(**options)
@@ -53,7 +54,7 @@ class _Application(FastAPI):
             super().build_middleware_stack(), hosts=self._security.hosts, origins=self._security.cors_origins,
             any_address=self._security.any_address,
         )  # fmt: skip
-        return RequestMiddleware(secure, self._metrics)
+        return TraceMiddleware(RequestMiddleware(secure, self._metrics))
 
 
 def create_app(
@@ -63,6 +64,7 @@ def create_app(
     cloud: Cloud | None,
     *,
     others: Mapping[str, Models] = MappingProxyType({}),
+    account: Account | None = None,
 ) -> FastAPI:
     """Returns the application.
 
@@ -72,10 +74,13 @@ def create_app(
         models: Its loaded models.
         cloud: The cloud; None runs all steps on this device.
         others: More edge models, by their names in segments.
+        account: How energy and cost are known; None models them, with the cloud's price alone.
 
     Raises:
         InvalidRequest: FIELD_INVALID if the data folder cannot be used.
     """
+    prices = Prices(cloud_dollars_per_hour=settings.cloud_dollars_per_hour)
+    account = Account(prices=prices) if account is None else account
     store = Store(
         settings.data_dir, max_jobs=settings.max_jobs, max_bytes=settings.max_data_bytes,
         quota_bytes=lambda owner: access.caller_of(owner).quota.bytes,
@@ -101,7 +106,8 @@ def create_app(
         queue = JobQueue(
             store,
             JobWorker(
-                bundle=bundle, models=models, cloud=cloud, others=others, fit_size=settings.fit_size, metrics=metrics
+                bundle=bundle, models=models, cloud=cloud, others=others, fit_size=settings.fit_size, metrics=metrics,
+                account=account,
             ),
             num_workers=settings.workers, max_waiting=settings.max_queue, quotas=quotas, caller_of=access.caller_of,
             view=views.job, on_end=webhooks.send, on_count=count,
@@ -129,6 +135,8 @@ def create_app(
         version=importlib.metadata.version("hybridsd"),
         summary="Images that the cloud begins and this device finishes.",
         lifespan=lifespan,
+        # FastAPI's own spans and logs quote what is not valid, and go wherever the environment says.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
         docs_url=None,  # ours is below, offline
         redoc_url=None,
         generate_unique_id_function=openapi.operation_id,
@@ -145,8 +153,8 @@ def create_app(
     if settings.cors_origins:  # around them, so that these pages can read their answers
         app.add_middleware(
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["Authorization", "Content-Type", "Last-Event-ID"],
-            expose_headers=["Location", "Retry-After"],
+            allow_headers=["Authorization", "Content-Type", "Last-Event-ID", "Traceparent", "Tracestate"],
+            expose_headers=["Location", "Retry-After", TRACE_HEADER, *openai.RATE_LIMIT_HEADERS],
         )  # fmt: skip
     openapi.install(app, needs_token=not access.is_open)
     return app

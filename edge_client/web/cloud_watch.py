@@ -29,6 +29,12 @@ class CloudWatch:
         """The cloud's last answer, without asking again; None if it did not answer."""
         return self._capabilities
 
+    def health(self) -> list[tuple[str, bool, bool]]:
+        """Returns each cloud's target, whether it answered when last asked, and whether it is left alone for now."""
+        if self._cloud is None:
+            return []
+        return [(self._cloud.target, self._capabilities is not None, self._cloud.breaker.is_tripped)]
+
     async def poll(self, wait_s: float = POLL_TIMEOUT_S) -> tuple[CloudCapabilities | None, str | None]:
         """Returns the cloud's capabilities; None and the reason where it cannot be reached.
 

@@ -1,14 +1,16 @@
-"""Checks before every request: host names and origins, and the security headers of every response."""
+"""Around every request: its trace, checks of host names and origins, and the security headers of every response."""
 
 import ipaddress
 from collections.abc import Sequence
 
+import structlog
 from fastapi import Request
 from starlette.datastructures import MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edge_client.web.errors import problem_of, respond
+from hybridsd import trace_context, tracing
 from hybridsd.errors import Reason
 
 _SAFE = ("GET", "HEAD", "OPTIONS")
@@ -19,6 +21,52 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
+
+
+TRACE_HEADER = "X-Trace-Id"
+_UNTRACED = ("/static/", "/docs/", "/healthz", "/readyz", "/metrics")
+"""Paths without a span: they do nothing that is worth one."""
+
+
+class TraceMiddleware:
+    """Puts each request into the trace that its `traceparent` names, or a new one; the answer and the log name it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        trace = trace_context.received((name.decode("latin-1"), value) for name, value in scope["headers"])
+
+        async def name_trace(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[TRACE_HEADER] = trace.trace_id
+                span.set(http__response__status_code=message["status"])
+                if message["status"] >= 500:
+                    span.fail(str(message["status"]))
+            await send(message)
+
+        about: dict[str, tracing.Value] = {
+            "http.request.method": scope["method"], "url.scheme": scope["scheme"], "url.path": scope["path"][:256],
+        }  # fmt: skip
+        is_worth_it = not scope["path"].startswith(_UNTRACED)
+        with (
+            tracing.start(scope["method"], trace, kind="SERVER", attributes=about)
+            if is_worth_it
+            else tracing.Span(trace)
+        ) as span:
+            with (
+                trace_context.bound(span.context),
+                structlog.contextvars.bound_contextvars(trace_id=trace.trace_id),
+            ):
+                await self._app(scope, receive, name_trace)
+            route = getattr(scope.get("route"), "path", None)
+            if route is not None:
+                span.rename(f"{scope['method']} {route}")
+                span.set(http__route=route)
 
 
 class SecurityMiddleware:

@@ -6,8 +6,9 @@ Knows nothing of ONNX or torch. Training writes it, the edge reads it, the cloud
 import dataclasses
 import hashlib
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -132,6 +133,9 @@ class Manifest:
     """Whether the embeddings of the empty text are zeros (SDXL)."""
     sizes: tuple[tuple[int, int], ...] = ()
     """Widths and heights that the models were trained for beside the default, such as SDXL's aspect buckets."""
+    macs: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Multiply-accumulates by role, of one row or text, as the coefficients of a polynomial of the latent cells
+    (`hybridsd.energy.Macs`); empty in bundles that do not say."""
     format: int = field(default=FORMAT)
 
     def __post_init__(self) -> None:
@@ -144,6 +148,8 @@ class Manifest:
             raise refuse(f"name is {self.name[:80]!r}; use 1 to 64 characters of A-Z a-z 0-9 . _ -")
         if self.guidance not in GUIDANCE_KINDS:
             raise refuse(f"guidance is {str(self.guidance)[:80]!r}; it must be one of {', '.join(GUIDANCE_KINDS)}")
+        if not all(_are_coefficients(each) for each in self.macs.values()):
+            raise refuse("macs holds what are no coefficients; export the bundle again")
         missing = [role for role in REQUIRED_ROLES if role not in self.files]
         if missing:
             raise refuse(f"no file for {', '.join(missing)}; export the bundle again")
@@ -153,6 +159,12 @@ class Manifest:
                 raise refuse(f"{role}: path {file.path!r} leaves the bundle's folder")
             if not re.fullmatch(r"[0-9a-f]{64}", file.sha256):
                 raise refuse(f"{role}: sha256 is not 64 hexadecimal digits")
+
+
+def _are_coefficients(given: Any) -> bool:
+    if not isinstance(given, list | tuple) or not 1 <= len(given) <= 4:
+        return False
+    return all(isinstance(each, int | float) and math.isfinite(each) for each in given)
 
 
 def describe_file(folder: Path, path: str) -> BundleFile:

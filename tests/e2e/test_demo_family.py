@@ -11,8 +11,10 @@ from diffusers import UNet2DConditionModel
 from deploy.run_demo import DEMO
 from edge_client.inference.models import Models
 from edge_client.types import Conditioning
+from hybridsd.energy import Macs
 from hybridsd.manifest import read_manifest, verify_files
 from hybridsd.prompting import TextOptions
+from training.cost.cost import WHOLE, costs
 from training.export.onnx_export import strip
 from training.models.pruned_unet import build, load_unet
 from training.models.shallow_config import shallow_config
@@ -31,6 +33,16 @@ def small_unet() -> UNet2DConditionModel:
     large = json.loads((DEMO / "large/unet/config.json").read_text())
     config = shallow_config(large, layers_per_block=1, mid=False, levels=None, transformer_layers=None)
     return build(config, {name: torch.tensor(value, dtype=torch.float32) for name, value in weights.items()})
+
+
+def test_the_bundle_says_what_its_unet_multiplies(small_unet: UNet2DConditionModel) -> None:
+    """At its own size and at one that was not counted."""
+    manifest = read_manifest(DEMO / "edge")
+    assert set(manifest.macs) == {"unet", "text_encoder", "vae_decoder", "vae_encoder"}
+    for height, width in ((16, 16), (24, 40)):
+        texts = torch.zeros(1, manifest.context_length, manifest.embed_dim)
+        feeds = [torch.zeros(1, 4, height, width), torch.zeros(1), texts]
+        assert Macs(tuple(manifest.macs["unet"])).at(height * width) == costs(small_unet, feeds)[WHOLE].all_macs
 
 
 def test_bundle_is_whole() -> None:

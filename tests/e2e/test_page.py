@@ -200,6 +200,8 @@ def test_the_gallery_survives_a_reload_and_fills_the_form(page: Page) -> None:
     page.reload()
     page.get_by_test_id("gallery-item").first.click()
     expect(page.get_by_test_id("dialog")).to_be_visible()
+    energy = facts(page)["Energy"]
+    assert re.fullmatch(r"cloud [\d.]+ k?J \(modelled\), this device [\d.]+ k?J \(modelled\)", energy), energy
     told = " ".join(facts(page).values())
     page.get_by_test_id("steps").evaluate("element => { element.value = '25' }")
     page.get_by_test_id("again").click()

@@ -22,6 +22,7 @@ from hybridsd.manifest import MANIFEST_NAME, Defaults, Manifest, QualityPoint, d
 from hybridsd.plan import Plan
 from training.core.folders import written_whole
 from training.export.graphs import VAE_SCALE_FACTOR, Graph, decoder_graph, encoder_graph, unet_graph
+from training.export.macs import graph_macs
 from training.export.onnx_export import DATA_LIMIT, Parity, data_path, export_graph
 from training.export.quantize import export_quantized
 from training.export.safety import safety_graph
@@ -255,6 +256,7 @@ def export_bundle(
             description=about.description,
             licence=about.licence,
             base_model=about.base_model,
+            macs={each.role: macs for each in (*networks, graph) if (macs := graph_macs(each))},
         )
         write_manifest(manifest, partial)
     return parity

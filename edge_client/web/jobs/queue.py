@@ -3,13 +3,14 @@
 import asyncio
 import bisect
 import contextlib
+import contextvars
 import functools
 import hashlib
 import heapq
 import threading
 import uuid
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Container, Generator
+from collections.abc import AsyncIterator, Callable, Container, Coroutine, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -26,6 +27,7 @@ from edge_client.web.jobs.turns import Turns
 from edge_client.web.jobs.uploads import Upload
 from edge_client.web.jobs.worker import WorkerEvent
 from edge_client.web.schemas.native import JobCreate, State
+from hybridsd import trace_context, tracing
 from hybridsd.errors import HybridSDError, Reason
 
 log = structlog.get_logger()
@@ -100,6 +102,19 @@ class _Live:
     cancelled: threading.Event = field(default_factory=threading.Event)
     is_finished: bool = False
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    span: tracing.Span = field(default_factory=lambda: tracing.start("job", trace_context.current_or_new()))
+    """From its arrival, or the gateway's start, to its end."""
+    queue_span: tracing.Span = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.queue_span = tracing.start("queue", self.span.context)
+
+    def context(self) -> contextvars.Context:
+        """Returns what its work runs in: its own trace, whoever began it."""
+        context = contextvars.Context()
+        context.run(trace_context.bind, self.span.context)
+        context.run(structlog.contextvars.bind_contextvars, trace_id=self.span.context.trace_id)
+        return context
 
     def emit(self, name: str, data: dict[str, Any]) -> None:
         """Appends an event and wakes all readers. Only the last preview of each image is kept."""
@@ -145,7 +160,7 @@ class JobQueue:
         quotas: Quotas,
         caller_of: Callable[[str, str], Caller],
         view: Callable[[StoredJob, int | None], dict[str, Any]],
-        on_end: Callable[[StoredJob], Awaitable[None]],
+        on_end: Callable[[StoredJob], Coroutine[Any, Any, None]],
         on_count: Callable[[StoredJob], None] = lambda _job: None,
     ) -> None:
         self.max_waiting, self._on_count = max_waiting, on_count
@@ -422,7 +437,7 @@ class JobQueue:
         while self._is_started and not self._stopping and (job_id := self._next()) is not None:
             self._running.add(job_id)
             self._emit_positions()
-            self._spawn(self._work(job_id))
+            self._spawn(self._work(job_id), self._live[job_id].context())
 
     def _next(self) -> str | None:
         """Takes the next job that may begin. Where all workers wait for the cloud, there is one for what needs none."""
@@ -453,6 +468,7 @@ class JobQueue:
     async def _run(self, job_id: str) -> None:
         live, loop = self._live[job_id], asyncio.get_running_loop()
         job = self._store.begin(job_id)
+        live.queue_span.end()
         live.emit("started", {"attempt": job.attempts})
         if job.attempts > MAX_ATTEMPTS:
             stops = Reason.INTERNAL.error(f"the gateway stopped {MAX_ATTEMPTS} times during this job; see its log")
@@ -460,7 +476,7 @@ class JobQueue:
             return
         live.begun_at = loop.time()
         try:
-            await loop.run_in_executor(self._pool, self._run_worker, job, live, loop)
+            await loop.run_in_executor(self._pool, live.context().run, self._run_worker, job, live, loop)
         except HybridSDError as error:
             self._end(job_id, "failed", problem_of(error, api=job.api))
         except Exception:
@@ -511,11 +527,21 @@ class JobQueue:
         job = self._store.finish(job_id, state, error)
         live = self._live[job_id]
         live.is_finished = True
+        live.queue_span.end()  # of one that was cancelled while it waited
+        live.span.set(
+            hybridsd__job=job_id, hybridsd__api=job.api, hybridsd__state=state, hybridsd__images=len(job.images)
+        )
+        if error is not None:
+            live.span.fail(str(error["reason"]))
+        live.span.end()
         self._on_count(job)
         if state != "completed":
             self._quotas.give_back(live.caller, live.work.steps - live.num_run)
         live.emit(state, {"job": self._view(job, None)})
-        log.info("job_ended", job=job_id, state=state, reason=error and error["reason"], api=job.api)
+        log.info(
+            "job_ended", job=job_id, state=state, reason=error and error["reason"], api=job.api,
+            trace_id=live.span.context.trace_id,  # of the job, whoever cancelled it
+        )  # fmt: skip
         for old in [key for key, each in self._live.items() if each.is_finished][:-KEPT_LOGS]:
             del self._live[old]
         self._spawn_webhook(job)
@@ -531,8 +557,8 @@ class JobQueue:
         if job.webhook_due:
             self._spawn(self._on_end(job))
 
-    def _spawn(self, work: Awaitable[None]) -> None:
-        task = asyncio.ensure_future(work)
+    def _spawn(self, work: Coroutine[Any, Any, None], context: contextvars.Context | None = None) -> None:
+        task = asyncio.get_running_loop().create_task(work, context=context)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -18,7 +18,7 @@ class Work:
     """Of the U-Net, of all its images; 0: not known, of a job that an older gateway took."""
     width: int = 0
     height: int = 0
-    """Of one image, in pixels."""
+    """Of one image, in pixels; as it is drawn or kept, whichever is larger."""
 
     @property
     def cost(self) -> float:

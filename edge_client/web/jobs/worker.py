@@ -16,6 +16,7 @@ from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.client import Cloud
 from edge_client.cloud.types import Queued, Waiting
 from edge_client.generation.components import Components
+from edge_client.generation.energy import Account
 from edge_client.generation.events import Event, Finished, Planned, StepDone
 from edge_client.generation.pipeline import generate
 from edge_client.generation.resolve import resolve
@@ -62,6 +63,7 @@ class JobWorker:
     models: Models
     cloud: Cloud | None
     others: Mapping[str, Models] = field(default_factory=dict)
+    account: Account = field(default_factory=Account)
     fit_size: bool = False
     """Whether jobs that do not say may have sizes that the models lack."""
     metrics: Metrics = field(default_factory=Metrics)
@@ -94,8 +96,9 @@ class JobWorker:
                 "`mode` or `segments` fix the split; omit them, or the goals of an automatic split",
                 field="hybrid",
             )
-        work = Work(steps=_num_steps(resolved) * create.n, width=resolved.width, height=resolved.height)
-        return filled, work
+        drawn, kept = (resolved.width, resolved.height), requests[0].output_size or (0, 0)
+        width, height = max(drawn, kept, key=math.prod)
+        return filled, Work(steps=_num_steps(resolved) * create.n, width=width, height=height)
 
     def fits_size(self, create: JobCreate) -> bool:
         """Returns whether a job may have a size that the models lack."""
@@ -149,7 +152,7 @@ class JobWorker:
             every = _preview_every(create.previews, resolved.num_inference_steps)
             events = generate(
                 replace(resolved, request=replace(request, preview_every=every)), self.bundle, self.models, self.cloud,
-                others=self.others, advisor=advisor, poll_interval_s=TICK_S,
+                others=self.others, advisor=advisor, poll_interval_s=TICK_S, account=self.account,
             )  # fmt: skip
             preview_s = 0.0
             with contextlib.closing(events):

@@ -50,6 +50,10 @@ class _OpenAIRoute(JsonRoute):
         return handle_or_refuse
 
 
+RATE_LIMIT_HEADERS = tuple(f"x-ratelimit-{what}-steps" for what in ("limit", "remaining", "reset"))
+"""Of a token with a limit of steps a minute, in each answer that concerns images."""
+
+
 def _rate_limits(request: Request) -> dict[str, str]:
     """Returns the headers that say what is left of a token's steps a minute, as OpenAI says it of its limits."""
     gateway: Gateway = request.app.state.gateway
@@ -57,11 +61,8 @@ def _rate_limits(request: Request) -> dict[str, str]:
         caller = gateway.access.caller(request)
         limit, left = caller.quota.steps_per_minute, gateway.quotas.steps_left(caller)
         if limit is not None and left is not None:
-            return {
-                "x-ratelimit-limit-steps": str(limit),
-                "x-ratelimit-remaining-steps": str(int(left)),
-                "x-ratelimit-reset-steps": f"{math.ceil((limit - left) * 60 / limit)}s",
-            }
+            full_s = math.ceil((limit - left) * 60 / limit)
+            return dict(zip(RATE_LIMIT_HEADERS, (str(limit), str(int(left)), f"{full_s}s"), strict=True))
     return {}
 
 

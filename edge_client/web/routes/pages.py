@@ -110,9 +110,11 @@ def _exposition(gateway: Gateway, is_stalled: bool) -> bytes:
     metrics.disk_used.set(used_bytes)
     metrics.disk_free.set(free_bytes)
     metrics.disk_limit.set(gateway.store.max_bytes)
-    if gateway.cloud is not None:
-        metrics.cloud_up.labels(gateway.cloud.target).set(gateway.watch.known is not None)
-        metrics.cloud_silent.labels(gateway.cloud.target).set(gateway.cloud.breaker.is_tripped)
+    for gauge in (metrics.cloud_up, metrics.cloud_silent):
+        gauge.clear()  # a name may have other addresses than before
+    for target, is_up, is_silent in gateway.watch.health():
+        metrics.cloud_up.labels(target).set(is_up)
+        metrics.cloud_silent.labels(target).set(is_silent)
     return generate_latest(metrics.registry)
 
 

@@ -154,6 +154,13 @@ class Step(BaseModel):
     elapsed_s: float
 
 
+class EnergyInfo(BaseModel):
+    """What a place took of electricity."""
+
+    joules: float
+    source: Literal["modelled", "measured"]
+
+
 class Image(BaseModel):
     """A finished image and how it was made."""
 
@@ -183,8 +190,11 @@ class Image(BaseModel):
     preview_s: float = Field(0.0, description="what the previews took; part of elapsed_s")
     elapsed_s: float
     steps: list[Step]
+    energy: dict[Place, EnergyInfo | None] = Field({}, description="of each place that took part; null: not known")
+    cost: dict[Place, float | None] = Field({}, description="in dollars, likewise; null without the operator's price")
     flagged: bool | None = Field(None, description="by the safety checker; null: not checked")
     parameters: str = Field("", description="text that AUTOMATIC1111 writes into PNG files")
+    trace_id: str = Field("", description="names the image in the logs and traces of gateway and cloud")
 
 
 class Job(BaseModel):

@@ -2,7 +2,7 @@
 
 import { imageInAddress, nameImage, nameNoImage } from "./address.js";
 import { downloadPicture, pictureUrl } from "./api.js";
-import { bytes, byId, closeOnBackdrop, isDialogOpen, make, plural, seconds, setText } from "./dom.js";
+import { bytes, byId, cents, closeOnBackdrop, isDialogOpen, joules, make, plural, seconds, setText } from "./dom.js";
 import { NUM_PREVIEWS } from "./form.js";
 import { confirmDeletion, deleteIfThere, fileName, splitWords } from "./gallery.js";
 import { loadInto } from "./pictures.js";
@@ -180,6 +180,19 @@ export function followAddress(open, close) {
   });
 }
 
+/**
+ * @param {Object<string, object|number|null>|undefined} found by place; null is not known
+ * @param {(own: any) => string} describe
+ * @param {boolean} saysUnknown whether what is not known is said
+ * @returns {string} "cloud 1.2 kJ (modelled), this device 0.8 kJ (measured)"
+ */
+function placesOf(found, describe, saysUnknown = true) {
+  return Object.entries(found ?? {})
+    .filter(([, own]) => saysUnknown || own !== null)
+    .map(([place, own]) => `${place === "edge" ? "this device" : place} ${own === null ? "unknown" : describe(own)}`)
+    .join(", ");
+}
+
 /** @returns {[string, string|number][]} everything that is known of how a picture was made */
 function facts(job, image) {
   const { planned_cloud_steps: planned, actual_cloud_steps: actual } = image;
@@ -208,6 +221,8 @@ function facts(job, image) {
     ["Strength", job.request.image && job.request.strength],
     ["Fit", job.request.image && job.request.fit],
     ["Time", `${seconds(image.elapsed_s)}, ${seconds(image.decode_s)} of it to decode`],
+    ["Energy", placesOf(image.energy, ({ joules: own, source }) => `${joules(own)} (${source})`)],
+    ["Cost", placesOf(image.cost, cents, false)],
     ["Received", image.received_bytes ? bytes(image.received_bytes) : null],
     ["Made", new Date(1000 * job.created_at).toLocaleString()],
   ];

@@ -75,6 +75,16 @@ export function bytes(value) {
   return value < 1e6 ? `${Math.round(value / 1e3)} KB` : `${(value / 1e6).toFixed(1)} MB`;
 }
 
+/** @returns {string} "1.2 kJ" */
+export function joules(value) {
+  return value < 1000 ? `${Number(value.toPrecision(2))} J` : `${Number((value / 1000).toPrecision(3))} kJ`;
+}
+
+/** @param {number} dollars @returns {string} "0.02 ¢" */
+export function cents(dollars) {
+  return `${Number((100 * dollars).toPrecision(2))} ¢`;
+}
+
 /** @returns {string} "1 step", "8 steps" */
 export function plural(count, noun) {
   return `${count} ${noun}${count === 1 ? "" : "s"}`;

@@ -1,6 +1,6 @@
 /** What an image takes at each split, learnt from finished images. */
 
-import { bytes, seconds } from "./dom.js";
+import { bytes, cents, seconds } from "./dom.js";
 
 const MOST_SAMPLES = 12;
 
@@ -60,9 +60,9 @@ export function predict(rates, cloudSteps, numSteps) {
  */
 export function describeCost({ cloudS, edgeS, totalS, wireBytes }, dollarsPerHour) {
   const parts = [cloudS ? `cloud ${seconds(cloudS)}` : "", edgeS ? `this device ${seconds(edgeS)}` : ""].filter(Boolean);
-  const cents = dollarsPerHour ? `${Number(((100 * dollarsPerHour * cloudS) / 3600).toPrecision(2))} ¢` : "";
+  const cost = dollarsPerHour ? cents((dollarsPerHour * cloudS) / 3600) : "";
   const wire = wireBytes ? `${bytes(Math.round(wireBytes))} over the network` : "nothing over the network";
-  return [`About ${seconds(totalS)}: ${parts.join(", ")}`, wire, cents].filter(Boolean).join(" · ");
+  return [`About ${seconds(totalS)}: ${parts.join(", ")}`, wire, cost].filter(Boolean).join(" · ");
 }
 
 function keyOf({ width, height, guidance_scale: guidance, scheduler }) {

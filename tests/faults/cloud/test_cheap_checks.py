@@ -60,6 +60,14 @@ def test_a_port_in_use(serve: Serve, host: str) -> None:
     assert "in use" in says
 
 
+def test_the_port_of_metrics_is_taken(serve: Serve) -> None:
+    """Before models load, by its own name."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        says = serve("--port", 0, "--metrics-port", taken.getsockname()[1])
+
+    assert "choose another --metrics-port" in says
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "[::1]", "localhost"])
 def test_a_free_port_is_free(host: str) -> None:
     """The check leaves nothing behind, and reads addresses as the server does."""

@@ -242,8 +242,8 @@ async def test_steps_are_charged_once_and_given_back(
         code, reason, _, delay_s = await refused(client.denoise(message(), metadata=tenants.head("carol", user)))
         assert (code, reason) == ("RESOURCE_EXHAUSTED", "QUOTA_EXCEEDED")
         assert delay_s
-    gated.allow(1)
     assert (await client.denoising.CancelDenoise(pb.CancelDenoiseRequest(request_id="fox"), metadata=head)).cancelled
+    gated.allow(1)
     assert (await refused(again))[1] == "CANCELLED"
     gated.open()
     assert (await client.denoise(message(), metadata=head))[-1].HasField("finished")

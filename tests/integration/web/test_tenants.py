@@ -332,3 +332,12 @@ def test_a_plain_token_has_the_owner_that_it_had(tmp_path: Path) -> None:
 
     assert access.caller(request).owner == "430cc2c1809f5127"
     assert access.require(request, "metrics").scopes == {"generate", "metrics"}
+
+
+def test_pixels_are_those_of_the_image_that_is_kept(tenants: Tenants) -> None:
+    """A small image that is made large afterwards is a large one."""
+    tokens = {"alice": tenants.add("alice", quota=Quota(pixels=10_000))}
+    with tenants.serve(tokens) as (_, clients):
+        body = {"prompt": "a fox", "width": 1000, "height": 1000, "fit_size": True}
+        said = refusal(clients["alice"].post("/v1/jobs", json=body), 422, "SIZE_INVALID")
+    assert "1000000 pixels" in said["detail"]

@@ -110,3 +110,12 @@ def test_a_server_that_is_away(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["jobs", "list", "--server", "127.0.0.1:1"])
     assert result.exit_code == 4
     assert "does not answer" in result.output
+
+
+def test_a_token_is_not_sent_in_plain_text_beyond_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An operator who forgets TLS must not give the admin's token away."""
+    monkeypatch.setenv("HYBRIDSD_CLOUD_TOKEN", "s3cret")
+    result = CliRunner().invoke(main, ["jobs", "list", "--server", "cloud.example:50051"])
+    assert result.exit_code == 2
+    assert "--tls-fingerprint" in result.output
+    assert "s3cret" not in result.output

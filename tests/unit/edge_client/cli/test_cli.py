@@ -531,7 +531,7 @@ def test_doctor_is_content(shell: Shell) -> None:
     lines = shell("doctor").stdout.splitlines()
 
     assert checks["ok"]
-    names = ["cache", "bundle", "provider", "plans", "models", "cloud", "pairing"]
+    names = ["cache", "bundle", "provider", "energy", "plans", "models", "cloud", "pairing"]
     found = [check["name"] for check in checks["checks"] if check["name"] not in ("memory", "speed")]  # of this machine
     assert found == names
     assert all(line.startswith("ok ") for line in lines)

@@ -20,10 +20,12 @@ from transformers import CLIPTextModel
 from cloud_server.rpc.bundle_service import load_bundle
 from edge_client.inference.models import Models
 from edge_client.types import Conditioning
+from hybridsd.energy import Macs
 from hybridsd.manifest import OPTIONAL_ROLES, REQUIRED_ROLES, Defaults, read_manifest, verify_files
 from hybridsd.plan import from_json
 from tests.support.halved import halve
 from tests.support.tiny_pipeline import CONTEXT_LENGTH, EMBED_DIM, write_tiny_pipeline
+from training.cost.cost import WHOLE, costs
 from training.export.bundles import Description, export_bundle, write_tokenizer
 from training.export.onnx_export import ParityError
 from training.export.quantize import INT8_TOLERANCE
@@ -187,6 +189,10 @@ def test_manifest_describes_the_files(parts: Parts, bundle: Path) -> None:
     assert (manifest.prediction_type, manifest.scaling_factor, manifest.size_multiple) == ("v_prediction", 0.5, 16)
     assert (manifest.context_length, manifest.embed_dim) == (CONTEXT_LENGTH, EMBED_DIM)
     assert manifest.num_parameters["unet"] == sum(parameter.numel() for parameter in parts.unet.parameters())
+    assert set(manifest.macs) == {"unet", "text_encoder", "vae_decoder", "vae_encoder"} & set(manifest.files)
+    cells = 16 * 40  # a size that was not counted
+    feeds = [torch.zeros(1, 4, 16, 40), torch.zeros(1), torch.zeros(1, CONTEXT_LENGTH, EMBED_DIM)]
+    assert Macs(tuple(manifest.macs["unet"])).at(cells) == pytest.approx(costs(parts.unet, feeds)[WHOLE].all_macs)
     assert manifest.licence == "Apache-2.0"
     assert (bundle / manifest.files["licence"].path).read_text() == "Do.\n"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from edge_client.web.jobs.quotas import Work
 from edge_client.web.jobs.store import Store
 from edge_client.web.jobs.uploads import Upload
 from hybridsd.errors import HybridSDError, Reason
@@ -147,6 +148,25 @@ def test_a_token_keeps_no_more_than_its_quota(tmp_path: Path) -> None:
     assert (never.value.reason, never.value.retry_delay_s) == (Reason.BODY_TOO_LARGE, None)
     assert later.value.reason is Reason.QUOTA_EXCEEDED
     assert later.value.retry_delay_s
+
+
+def test_tables_without_users_are_brought_up_to_date(tmp_path: Path) -> None:
+    """Version 1, before tenants: its jobs are kept, and new ones say whose they are."""
+    store = Store(tmp_path, max_jobs=100)
+    finished(store, "old", "a")
+    store.close()
+    with sqlite3.connect(tmp_path / "jobs.sqlite") as connection:
+        for name in ("user", "steps", "width", "height"):
+            connection.execute(f"ALTER TABLE jobs DROP COLUMN {name}")
+        connection.execute("PRAGMA user_version = 1")
+    connection.close()
+    store = Store(tmp_path, max_jobs=100)
+    store.add("new", "a", "native", {}, "new", Upload(), user="id", work=Work(steps=3, width=8, height=16))
+    old, new = store.get("old"), store.get("new")
+    store.close()
+
+    assert (old.user, old.work, old.state) == ("", Work(), "completed")
+    assert (new.user, new.work.cost) == ("id", 3 * 8 * 16)
 
 
 def test_deleted_jobs_are_forgotten_in_the_end(tmp_path: Path) -> None:

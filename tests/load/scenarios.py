@@ -43,8 +43,10 @@ MAX_SLOWER, NOISE_S = 1.5, 0.1
 """How many times slower others may be beside a reader that does not read, and what is noise of a shared machine."""
 FLAT_PART = 0.05
 """Of its memory that a process may gain in the second half of a soak."""
-PLACES = 8 + 32
-"""That a cloud has by default: --max-batch and --max-queue."""
+MAX_BATCH, MAX_QUEUE = 8, 32
+"""Of a cloud, by default."""
+MAX_TURNS = 1.5
+"""Of a full batch that a job of a token with nothing else may take: it does not wait for a turn of the others to end."""
 
 
 @dataclass(kw_only=True)
@@ -84,7 +86,7 @@ class Scale:
 
 
 FULL = Scale(
-    seconds=30.0, patience_s=120.0, crowds=(1, 8, 32, 200), jobs=30, overload=10 * PLACES, soak_s=300.0, sample_s=5.0,
+    seconds=30.0, patience_s=120.0, crowds=(1, 8, 32, 200), jobs=30, overload=10 * (MAX_BATCH + MAX_QUEUE), soak_s=300.0, sample_s=5.0,
     edges=4, rounds=1, cloud_part=0.9,
 )  # fmt: skip
 QUICK = Scale(
@@ -185,9 +187,13 @@ def contention(place: Place, scale: Scale) -> Report:
             asked = [*await ask_all(asking), beside]
             elapsed_s = time.monotonic() - begin
         name = f"{scale.jobs} jobs against 1"
-        took = f"{alone.elapsed_s:.2f} s alone, {beside.elapsed_s:.2f} s beside"
+        turn_s = elapsed_s * MAX_BATCH / len(asked)  # which a full batch takes from its first step to its last
+        turns = beside.elapsed_s / turn_s
+        took = f"{alone.elapsed_s:.2f} s alone, {beside.elapsed_s:.2f} s beside: {turns:.1f} turns of a full batch"
         report.rows.append({**row_of(name, asked, elapsed_s), "the one": took})
         check(report, name, asked)
+        if len(asked) > 3 * MAX_BATCH:
+            report.promise(turns <= MAX_TURNS, f"{name}: the one takes {turns:.1f} turns, not {MAX_TURNS}")
 
     with started(cloud):
         asyncio.run(run())

@@ -7,6 +7,7 @@ minutes. It is a bench: tests/load/test_load.py runs a small part of it.
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"unknown {unknown}; choose from {', '.join(SCENARIOS)}")
     scale = QUICK if options.quick else FULL
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what was started is ended
     say(f"machine: {machine()}\n")
     rows, broken = [], []
     for name in options.scenarios or SCENARIOS:

@@ -86,7 +86,7 @@ class Scale:
 
 
 FULL = Scale(
-    seconds=30.0, patience_s=120.0, crowds=(1, 8, 32, 200), jobs=30, overload=10 * (MAX_BATCH + MAX_QUEUE), soak_s=300.0, sample_s=5.0,
+    seconds=45.0, patience_s=120.0, crowds=(1, 8, 32, 200), jobs=30, overload=10 * (MAX_BATCH + MAX_QUEUE), soak_s=300.0, sample_s=5.0,
     edges=4, rounds=1, cloud_part=0.9,
 )  # fmt: skip
 QUICK = Scale(

@@ -46,7 +46,7 @@ FLAT_PART = 0.05
 MAX_BATCH, MAX_QUEUE = 8, 32
 """Of a cloud, by default."""
 MAX_TURNS = 1.5
-"""Of a full batch that a job of a token with nothing else may take: it does not wait for a turn of the others to end."""
+"""Of a full batch that a job of a token with nothing else may take: it does not wait for others to end."""
 
 
 @dataclass(kw_only=True)
@@ -86,8 +86,8 @@ class Scale:
 
 
 FULL = Scale(
-    seconds=45.0, patience_s=120.0, crowds=(1, 8, 32, 200), jobs=30, overload=10 * (MAX_BATCH + MAX_QUEUE), soak_s=300.0, sample_s=5.0,
-    edges=4, rounds=1, cloud_part=0.9,
+    seconds=45.0, patience_s=120.0, crowds=(1, 8, 32, 200), jobs=30, overload=10 * (MAX_BATCH + MAX_QUEUE),
+    soak_s=300.0, sample_s=5.0, edges=4, rounds=1, cloud_part=0.9,
 )  # fmt: skip
 QUICK = Scale(
     seconds=2.0, patience_s=120.0, crowds=(3,), jobs=12, overload=60, soak_s=3.0, sample_s=0.5, edges=2, rounds=1,

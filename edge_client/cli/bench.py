@@ -3,6 +3,7 @@
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -17,7 +18,7 @@ from edge_client.cli.energy_options import energy_options, read_account
 from edge_client.cli.open_parts import open_bundle, open_cloud
 from edge_client.cli.shared_options import CONTEXT, SERVER_ACCESS, model_options, server_options
 from edge_client.cli.system_info import describe_machine
-from edge_client.cloud.client import Cloud
+from edge_client.cloud.pool import Pool
 from edge_client.generation.energy import Account
 from edge_client.generation.events import Finished, StepDone
 from edge_client.generation.pipeline import generate
@@ -78,18 +79,20 @@ def bench(**options: Any) -> None:
     check_cloud_options(click.get_current_context(), request)
     resolved = resolve(request, bundle.manifest)
     account = read_account(options, models)
-    runs, energies = [], []
+    runs, energies, steps_by = [], [], Counter[str]()
     with ExitStack() as stack:
-        cloud: Cloud | None = None
+        cloud: Pool | None = None
         if resolved.cloud_steps:
             access = {name: options[name] for name in SERVER_ACCESS}
             cloud = stack.enter_context(open_cloud(options["server"], **access))
         for seed in range(options["warm_up"] + options["runs"]):
             fresh = replace(request, seed=seed, request_id=Request().request_id)
-            measured, energy = _time(replace(resolved, request=fresh), bundle, models, cloud, account)
+            measured, result = _time(replace(resolved, request=fresh), bundle, models, cloud, account)
             if seed >= options["warm_up"]:
                 runs.append(measured)
-                energies.append(energy)
+                energies.append(result.energy)
+                for run in result.clouds:
+                    steps_by[run.server] += run.num_steps
     medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     machine = describe_machine(models)
     click.echo(f"machine: {machine}")
@@ -98,6 +101,8 @@ def bench(**options: Any) -> None:
     click.echo(f"{resolved.width}x{resolved.height}, {split}, medians of {len(runs)} runs")
     for line in _lines(medians):
         click.echo(line)
+    for server, num_steps in steps_by.items():
+        click.echo(f"  {num_steps} cloud steps at {server}")
     joules = _joules(energies)
     for place, own in joules.items():
         click.echo(f"  {'energy, ' + place:<21}{'unknown' if own is None else f'{own.joules:9.4g} J, {own.source}'}")
@@ -105,16 +110,16 @@ def bench(**options: Any) -> None:
         record = {
             "machine": machine, "bundle": bundle.manifest.name, "width": resolved.width, "height": resolved.height,
             "scheduler": resolved.scheduler, "cloud_steps": cloud_steps, "num_inference_steps": steps,
-            "medians": medians, "runs": runs,
+            "medians": medians, "runs": runs, "clouds": steps_by,
             "energy": {place: None if own is None else asdict(own) for place, own in joules.items()},
         }  # fmt: skip
         output_files.write(options["output"], (json.dumps(record, indent=2) + "\n").encode(), overwrite=True)
 
 
 def _time(
-    resolved: Resolved, bundle: Any, models: Models, cloud: Cloud | None, account: Account
-) -> tuple[dict[str, float], Mapping[Place, Energy | None]]:
-    """Returns the phases of one image, in seconds, with its bytes, and its energy by place."""
+    resolved: Resolved, bundle: Any, models: Models, cloud: Pool | None, account: Account
+) -> tuple[dict[str, float], Result]:
+    """Returns the phases of one image, in seconds, with its bytes, and how it came about."""
     begin = handed_over = time.perf_counter()
     result: Result | None = None
     for event in generate(resolved, bundle, models, cloud, account=account):
@@ -137,7 +142,7 @@ def _time(
     }
     rest_s = max(0.0, total_s - sum(phases.values()))
     times = {**phases, "rest_s": rest_s, "total_s": total_s, "received_bytes": float(result.received_bytes)}
-    return times, result.energy
+    return times, result
 
 
 def _joules(energies: Sequence[Mapping[Place, Energy | None]]) -> dict[Place, Energy | None]:

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from edge_client.cli.open_parts import open_cloud
 from edge_client.cli.shared_options import CONTEXT, model_options, server_options
 from edge_client.cli.words import in_options
 from edge_client.cloud.client import Cloud
+from edge_client.cloud.pool import Pool
 from edge_client.inference.models import Models
 from edge_client.inference.providers import available_providers, openvino_installed
 from edge_client.paths import cache_folder
@@ -81,8 +83,8 @@ def doctor(
         note(_failed("bundle" if bundle is None else "models", error))
     if not offline:
         try:
-            with open_cloud(server, **access) as cloud:
-                for check in check_cloud(cloud, bundle):
+            with open_cloud(server, **access) as pool:
+                for check in check_clouds(pool, bundle):
                     note(check)
         except HybridSDError as error:
             note(_failed("cloud", error))
@@ -190,6 +192,21 @@ def check_cache(folder: Path) -> Check:
         what = f"{folder} cannot be written ({error.strerror}); set HYBRIDSD_EDGE_CACHE to a folder that can"
         return Check("cache", False, what)
     return Check("cache", True, f"{folder}, {free / 2**20:.0f} MiB free on its disk")
+
+
+def check_clouds(pool: Pool, bundle: Bundle | None) -> Iterator[Check]:
+    """Checks each cloud; all are asked at once, and one that is away does not hide the others."""
+    members = pool.members()
+    with ThreadPoolExecutor(len(members)) as threads:
+        for checks in threads.map(lambda member: _check_one(member.cloud, bundle), members):
+            yield from checks
+
+
+def _check_one(cloud: Cloud, bundle: Bundle | None) -> list[Check]:
+    try:
+        return list(check_cloud(cloud, bundle))
+    except HybridSDError as error:
+        return [_failed("cloud", error)]
 
 
 def check_cloud(cloud: Cloud, bundle: Bundle | None) -> Iterator[Check]:

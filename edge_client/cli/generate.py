@@ -22,7 +22,7 @@ from edge_client.cli.progress import Display, choose_display
 from edge_client.cli.shared_options import CONTEXT, SERVER_ACCESS, read_traces
 from edge_client.cli.side_outputs import SideOutputs, read_side_outputs
 from edge_client.cli.words import in_options
-from edge_client.cloud.client import Cloud
+from edge_client.cloud.pool import Pool
 from edge_client.generation.cloud_steps import Advisor
 from edge_client.generation.energy import Account
 from edge_client.generation.events import Finished, StepDone
@@ -101,7 +101,7 @@ def _generate(ctx: click.Context, options: dict[str, Any], done: list[dict[str, 
     display = choose_display(quiet=options["quiet"] or options["as_json"], jsonl=options["jsonl"])
     with contextlib.ExitStack() as stack:
         stack.callback(display.close)
-        cloud: Cloud | None = None
+        cloud: Pool | None = None
         given_up = False
         if any(stage.place == "cloud" for each in resolved for stage in each.stages):
             wait_for_server(options["server"], options["wait_for_server"], display.note)
@@ -131,7 +131,7 @@ def _draw(
     bundle: Bundle,
     models: Models,
     others: dict[str, Models],
-    cloud: Cloud | None,
+    cloud: Pool | None,
     advisor: Advisor | None,
     account: Account,
     display: Display,
@@ -153,7 +153,7 @@ def _draw(
     return result, steps
 
 
-def _open_cloud(options: dict[str, Any]) -> Cloud:
+def _open_cloud(options: dict[str, Any]) -> Pool:
     return open_cloud(
         options["server"], patience=read_patience(options), **{name: options[name] for name in SERVER_ACCESS}
     )

@@ -10,6 +10,7 @@ from typing import Any
 from edge_client import cache
 from edge_client.bundles import bundle as bundles
 from edge_client.cloud.client import Cloud
+from edge_client.cloud.pool import Pool
 from edge_client.inference.models import Models
 from edge_client.paths import cache_folder
 from edge_client.request import Patience
@@ -62,18 +63,34 @@ def open_cloud(
     client_key: Path | None = None,
     insecure: bool,
     patience: Patience | None = None,
-) -> Cloud:
-    """Returns a connection to the cloud; nothing is sent yet."""
+) -> Pool:
+    """Returns connections to the clouds; nothing is sent yet.
+
+    Args:
+        server: "host:port" of each, with commas between them.
+        token_file: Holds the token that they are shown.
+        tls_ca: As of `Cloud`, like the others; they hold for each.
+        tls_fingerprints: As above.
+        client_cert: As above.
+        client_key: As above.
+        insecure: As above.
+        patience: As above.
+    """
     token = os.environ.get("HYBRIDSD_EDGE_TOKEN", "").strip() or None
     if token_file is not None:
         try:
             token = token_file.read_text(encoding="utf-8").strip()
         except (OSError, ValueError) as error:
             raise Reason.FIELD_INVALID.error(f"cannot read {token_file}: {error}", field="token_file") from error
-    return Cloud(
-        server, token=token, tls_ca=tls_ca, tls_fingerprints=tls_fingerprints, client_cert=client_cert,
-        client_key=client_key, insecure=insecure, cache=cache.Cache(cache_folder()), patience=patience,
-    )  # fmt: skip
+    shared = cache.Cache(cache_folder())
+
+    def connect(target: str, address: str | None) -> Cloud:
+        return Cloud(
+            target, address=address, token=token, tls_ca=tls_ca, tls_fingerprints=tls_fingerprints,
+            client_cert=client_cert, client_key=client_key, insecure=insecure, cache=shared, patience=patience,
+        )  # fmt: skip
+
+    return Pool(server.split(","), connect)
 
 
 POLL_INTERVAL_S = 0.2
@@ -82,18 +99,18 @@ MAX_DIGITS = 5
 
 
 def wait_for_server(server: str, patience_s: float, note: Callable[[str], None]) -> None:
-    """Waits until a server that is starting listens, which it does when its models are loaded.
+    """Waits until a server that is starting listens, which it does when its models are loaded; of several, any.
 
     Args:
-        server: host:port. What is none is left to whoever connects.
+        server: host:port, of several with commas between them. What is none is left to whoever connects.
         patience_s: How long, in seconds. Nothing is raised in the end: the cloud is then away, as any other.
         note: Says once that it waits.
     """
-    host, _, port = server.rpartition(":")
     give_up_at = time.monotonic() + patience_s
     has_said = False
-    is_number = port.isdecimal() and len(port) <= MAX_DIGITS
-    while is_number and not _listens(host.strip("[]"), int(port)) and time.monotonic() < give_up_at:
+    places = [(host.strip("[]"), port) for host, _, port in (each.rpartition(":") for each in server.split(","))]
+    are_numbers = all(port.isdecimal() and len(port) <= MAX_DIGITS for _, port in places)
+    while are_numbers and not any(_listens(host, int(port)) for host, port in places) and time.monotonic() < give_up_at:
         if not has_said:
             note(f"cloud: waiting for {server}, {patience_s:g} s at most")
             has_said = True

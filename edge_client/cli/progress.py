@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from edge_client.cli.words import in_options
 from edge_client.cloud.types import CloudStarted, Queued
-from edge_client.generation.events import EarlyHandoff, Event, Fallback, Finished, Planned, Retrying, StepDone
+from edge_client.generation.events import EarlyHandoff, Event, Failover, Fallback, Finished, Planned, Retrying, StepDone
 from edge_client.generation.result import Result
 from edge_client.generation.serialize import event_json
 
@@ -181,6 +181,10 @@ def _describe(event: Event) -> str | None:
             return f"cloud: {position} ahead in the queue"
         case Retrying(delay_s=delay_s, message=message):
             return f"cloud: {message}; asking again" + (f" in {delay_s:.1f} s" if delay_s else "")
+        case Failover(server=server, left=left, step=step, message=message):
+            begins = f"from step {step}" if step else "from the beginning"
+            told = message if left in message else f"{left}: {message}"
+            return f"cloud: {told}; {server} goes on {begins}"
         case CloudStarted(model=model):
             return f"cloud: {model} began"
         case Fallback(planned=planned, actual=actual, reason=reason, message=message):
@@ -200,7 +204,9 @@ def _summary(result: Result) -> str:
     num_cloud = result.actual_cloud_steps - result.earlier_cloud_steps
     if num_cloud:
         kib = result.received_bytes / 1024
-        parts.append(f"cloud {num_cloud} steps {cloud_s:.2f} s, {kib:.0f} KiB")
+        ran = [f"{run.num_steps} at {run.server}" for run in result.clouds if run.num_steps]
+        where = f" ({', '.join(ran)})" if len(ran) > 1 else ""
+        parts.append(f"cloud {num_cloud} steps{where} {cloud_s:.2f} s, {kib:.0f} KiB")
     if num_edge:
         parts.append(f"edge {num_edge} steps {edge_s:.2f} s")
     if result.safety.action != "off":

@@ -29,6 +29,16 @@ DEFAULT_PORT = 8080
 DEFAULT_GATEWAY = f"http://127.0.0.1:{DEFAULT_PORT}"
 
 
+class _Servers(click.ParamType[str]):
+    """One or more targets with commas between them; in the variable also with white space."""
+
+    name = "host:port"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Returns it without white space."""
+        return ",".join(filter(None, (part.strip() for part in str(value).replace(",", " ").split())))
+
+
 def read_traces(options: Mapping[str, Any], service: str) -> None:
     """Switches tracing on, where `--traces` asks for it."""
     if options["traces"] != "none":
@@ -78,7 +88,17 @@ def server_options(command: F) -> F:
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
             help="File with the access token. HYBRIDSD_EDGE_TOKEN holds the token itself.",
         ),
-        click.option("--server", default=DEFAULT_SERVER, show_default=True, help="The cloud, as host:port."),
+        click.option(
+            "--server",
+            multiple=True,
+            default=(DEFAULT_SERVER,),
+            show_default=True,
+            metavar="HOST:PORT",
+            type=_Servers(),
+            callback=lambda _context, _option, given: ",".join(given),
+            help="A cloud. Repeatable, or several with commas, and a name may have several addresses: the least loaded "
+            "is asked, and one stands in for another.",
+        ),
     ):
         command = option(command)
     return command

@@ -76,6 +76,7 @@ class Cloud:
         client_key: Its key.
         insecure: Allows plain text to a host that is not this one.
         cache: Where received embeddings and plans are remembered.
+        address: One address of the host, without a port, where it has several; the certificate is that of the host.
         connect_timeout_s: How long a connection may take.
         patience: How long jobs wait for it, where their request does not say.
         idle_timeout_s: How long a stream may bring nothing, instead of what `patience` says.
@@ -95,6 +96,7 @@ class Cloud:
         client_key: Path | None = None,
         insecure: bool = False,
         cache: Cache,
+        address: str | None = None,
         connect_timeout_s: float = CONNECT_TIMEOUT_S,
         patience: Patience | None = None,
         idle_timeout_s: float | None = None,
@@ -105,7 +107,7 @@ class Cloud:
                 "the token has line breaks or characters beyond ASCII; give one line, as the server's operator did",
                 field="token",
             )
-        self.target, self.cache = target, cache
+        self.target, self.cache = target if address is None else f"{target} ({address})", cache
         self._connect_timeout_s = connect_timeout_s
         self.patience = Patience() if patience is None else patience
         if idle_timeout_s is not None:
@@ -116,7 +118,7 @@ class Cloud:
         self._models: tuple[float, tuple[CloudModel, ...]] | None = None
         self._cancels: set[Any] = set()
         self._cancels_lock = threading.Lock()
-        options = [
+        options: list[tuple[str, Any]] = [
             ("grpc.min_reconnect_backoff_ms", int(connect_timeout_s * 1000)),  # also how long one attempt may take
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 1000),
@@ -124,9 +126,11 @@ class Cloud:
         ]
         if is_loopback(host):
             options.append(("grpc.enable_http_proxy", 0))  # http_proxy is for the way to other machines
+        if address is not None:
+            options.append(("grpc.default_authority", target.removeprefix("dns:///")))
         self.trust = Trust(
-            target, tls_ca=tls_ca, tls_fingerprints=tls_fingerprints, client_cert=client_cert, client_key=client_key,
-            insecure=insecure, timeout_s=connect_timeout_s,
+            target, address=address, tls_ca=tls_ca, tls_fingerprints=tls_fingerprints, client_cert=client_cert,
+            client_key=client_key, insecure=insecure, timeout_s=connect_timeout_s,
         )  # fmt: skip
         self._connections = Connections(lambda: self.trust.channel(options), prepare=self._prepare)
         self.encrypted = self.trust.encrypted
@@ -233,6 +237,10 @@ class Cloud:
     def lend(self) -> contextlib.AbstractContextManager[Connection]:
         """Lends the connection for a call."""
         return self._connections.use()
+
+    def renew(self) -> None:
+        """Opens another connection for what comes now: the old one may wait a while before it tries again."""
+        self._connections.replace()
 
     def count_bytes(self) -> int | None:
         """Returns the bytes received from the server so far; None where nobody counts them."""
@@ -371,6 +379,7 @@ class Cloud:
             max_batch=max(1, reply.limits.max_batch),
             min_size=max(0, reply.limits.min_size),
             max_size=max(0, reply.limits.max_size),
+            wait_s=max(0.0, to_seconds(reply.load.wait_duration)) if reply.load.HasField("wait_duration") else None,
         )
 
     def compile_plan(

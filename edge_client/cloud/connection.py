@@ -28,6 +28,10 @@ def read_target(target: str) -> tuple[str, int]:
             f"`server` is {target[:200]!r}, which is a URL; give host:port, as in 127.0.0.1:50051", field="server"
         )
     host, colon, port = plain.rpartition(":")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise Reason.FIELD_INVALID.error(
+            f"`server` is {target[:200]!r}; give an IPv6 address in brackets, as in [::1]:50051", field="server"
+        )
     if not (colon and host and port.isascii() and port.isdigit() and len(port) <= 5 and 1 <= int(port) <= 65535):
         raise Reason.FIELD_INVALID.error(
             f"`server` is {target[:200]!r}; give host:port, as in 127.0.0.1:50051", field="server"

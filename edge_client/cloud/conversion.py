@@ -32,6 +32,8 @@ _ROW_BYTES = 256
 """A row of a plan takes about so many; and there may be two of them for a step."""
 _PLAN_TOLERANCE = 0.05
 """Of the squared weight of u in the first preview, by which prediction types are told apart."""
+_CLOUD_TOLERANCE = 0.05
+"""By how much of their norm the embeddings of two clouds may differ."""
 _EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
@@ -236,8 +238,11 @@ class Conversation:
                 prompt_embeds=prompt, negative_prompt_embeds=negative,
                 pooled_prompt_embeds=pooled, negative_pooled_prompt_embeds=negative_pooled,
             )  # fmt: skip
-        held = self._conditioning
-        if held is not None and conditioning is not None and not _same(held, conditioning):
+        held, followed = self._conditioning, segment.followed
+        if conditioning is not None and (
+            (held is not None and not _same(held, conditioning))
+            or (followed is not None and not _close(followed, conditioning))
+        ):
             _refuse("other embeddings than those that are followed already")
         self._plan, self._started_once, self._prediction_type = plan, True, prediction_type
         self._conditioning = held if conditioning is None else conditioning
@@ -245,7 +250,7 @@ class Conversation:
             request_id=printable(started.request_id),
             model=printable(started.model),
             plan=plan,
-            conditioning=conditioning,
+            conditioning=conditioning if followed is None else followed,
             guidance_scale=started.guidance_scale,
             num_dropped_tokens=started.num_dropped_tokens,
             prediction_type=prediction_type,
@@ -379,6 +384,16 @@ def _energy(usage: pb.Usage) -> Energy | None:
 def _same(one: Conditioning, other: Conditioning) -> bool:
     pairs = ((getattr(one, name), getattr(other, name)) for name in _EMBEDDINGS)
     return all(b is None if a is None else b is not None and np.array_equal(a, b) for a, b in pairs)
+
+
+def _close(one: Conditioning, other: Conditioning) -> bool:
+    """Whether two clouds mean the same text: their values differ by what arithmetic and encodings make of them."""
+    pairs = [(getattr(one, name), getattr(other, name)) for name in _EMBEDDINGS]
+    return all(
+        b is None if a is None
+        else b is not None and a.shape == b.shape and np.linalg.norm(a - b) <= _CLOUD_TOLERANCE * np.linalg.norm(a)
+        for a, b in pairs
+    )  # fmt: skip
 
 
 def _digest(message: pb.Conditioning) -> bytes:

@@ -10,6 +10,7 @@ from typing import Any
 
 from edge_client.addresses import is_loopback
 from edge_client.cloud.connection import read_ca, read_target
+from edge_client.cloud.names import join_target
 from hybridsd import certificates
 from hybridsd.errors import HybridSDError, Reason
 
@@ -28,6 +29,7 @@ class Trust:
 
     Args:
         target: "host:port".
+        address: One address of the host, where it has several; the certificate is that of the host.
         tls_ca: PEM file of the authority that signed the server's certificate.
         tls_fingerprints: SHA-256 of certificates of which the server must show one, in hexadecimal digits.
         client_cert: Certificate chain that this device shows, PEM.
@@ -43,6 +45,7 @@ class Trust:
         self,
         target: str,
         *,
+        address: str | None = None,
         tls_ca: Path | None = None,
         tls_fingerprints: Sequence[str] = (),
         client_cert: Path | None = None,
@@ -52,6 +55,8 @@ class Trust:
     ) -> None:
         self.target, self._timeout_s = target, timeout_s
         self._host, self._port = read_target(target)
+        self._address = address
+        self._where = target if address is None else join_target(address, self._port)
         self._ca_file = tls_ca
         if tls_ca is not None and tls_fingerprints:
             raise Reason.FIELD_INVALID.error(
@@ -100,11 +105,12 @@ class Trust:
             AccessDenied: If the pinned certificate names nobody.
         """
         if not self.encrypted:
-            return grpc.insecure_channel(self.target, options=options)
+            return grpc.insecure_channel(self._where, options=options)
         chain, key = self._pair
         if self._pinned is None:
             credentials = grpc.ssl_channel_credentials(self._authorities, key, chain)
-            return grpc.secure_channel(self.target, credentials, options=options)
+            by_name = [] if self._address is None else [("grpc.ssl_target_name_override", self._host)]
+            return grpc.secure_channel(self._where, credentials, options=[*options, *by_name])
         try:
             name = certificates.name_to_expect(self._pinned, self._host)
         except ValueError as error:
@@ -113,7 +119,7 @@ class Trust:
             ) from error
         credentials = grpc.ssl_channel_credentials(self._pinned.encode(), key, chain)
         named = [*options, ("grpc.ssl_target_name_override", name), ("grpc.enable_http_proxy", 0)]
-        return grpc.secure_channel(self.target, credentials, options=named)
+        return grpc.secure_channel(self._where, credentials, options=named)
 
     def reload(self) -> bool:
         """Whether the files have changed, and are good: then a new channel goes by what they hold now."""
@@ -216,7 +222,7 @@ class Trust:
         """Runs on a thread of its own, since looking up a name may take as long as it likes."""
         outcome: str | BaseException
         try:
-            outcome = certificates.fetch(self._host, self._port, self._timeout_s, client=self._client)
+            outcome = certificates.fetch(self._address or self._host, self._port, self._timeout_s, client=self._client)
         except BaseException as error:
             outcome = error
         with self._lock:

@@ -47,6 +47,8 @@ class CloudSegment:
     image_latents: Latents | None
     """Latents to keep where the mask is 0."""
     preview_every: int
+    followed: Conditioning | None = None
+    """Embeddings that another cloud sent before: those of this one must be the same, as far as its arithmetic is."""
 
     @property
     def request(self) -> Request:
@@ -125,6 +127,22 @@ class Capabilities:
     min_size: int = 0
     max_size: int = 0
     """Least and largest width and height in pixels; 0 where it does not say."""
+    wait_s: float | None = None
+    """How long a new job of this caller would wait there; None from a server that does not say."""
+
+    def expected_wait_s(self, num_calls: int, call_s: float, *, more_jobs: int = 0) -> float:
+        """Returns how long a new job would wait, in seconds: as the server says, or as its load lets expect.
+
+        Args:
+            num_calls: Calls of the U-Net of a usual job.
+            call_s: What one takes there.
+            more_jobs: Jobs that have begun there since it answered.
+        """
+        if self.wait_s is not None and not more_jobs:
+            return self.wait_s
+        ahead = self.num_queued + max(0, self.num_running + more_jobs + 1 - self.max_batch)
+        rounds = -(-ahead // self.max_batch)
+        return max(self.wait_s or 0.0, rounds * num_calls * call_s / 2)  # on average half-way through theirs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,6 +192,8 @@ class CloudStarted:
     num_dropped_tokens: int
     prediction_type: str = ""
     """Of the plan's model outputs; empty from a server that does not send it."""
+    server: str = ""
+    """Which cloud it is."""
 
 
 CloudEvent = Queued | CloudStarted | CloudState | Usage | Waiting

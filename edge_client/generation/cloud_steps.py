@@ -5,10 +5,11 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from edge_client.bundles.bundle import Bundle
-from edge_client.cloud.client import Cloud, RemoteJob
+from edge_client.cloud.client import RemoteJob
+from edge_client.cloud.pool import Member, Pool, Wanted
 from edge_client.cloud.types import (
     CLOUD_FAILURES,
     CloudSegment,
@@ -17,10 +18,12 @@ from edge_client.cloud.types import (
     Queued,
     Waiting,
 )
-from edge_client.generation.events import EarlyHandoff, Event, Retrying
+from edge_client.generation.events import EarlyHandoff, Event, Failover, Retrying, StepDone
 from edge_client.generation.trajectory import Trajectory
 from edge_client.request import Patience, Stage
+from edge_client.types import Latents
 from hybridsd.errors import (
+    Cancelled,
     CloudBusy,
     CloudUnreachable,
     HybridSDError,
@@ -28,11 +31,15 @@ from hybridsd.errors import (
     InvalidRequest,
     ModelMismatch,
     Reason,
+    Superseded,
 )
 
 POLL_INTERVAL_S = 0.5
 """How often an advisor is asked while nothing comes."""
 MAX_BACKOFF_S = 5.0
+_DEADLINE_SLACK_S = 0.05
+"""A stream may end so long before its deadline because of it."""
+_SOON_S = 0.05
 JITTER = 0.5
 """A delay is made longer by up to this part, so that not all come again at once."""
 PROMISE_JITTER = 0.05
@@ -94,77 +101,258 @@ def make_cloud_segment(
 def run_cloud_segment(
     segment: CloudSegment,
     trajectory: Trajectory,
-    cloud: Cloud | None,
+    pool: Pool | None,
     advisor: Advisor | None,
     poll_interval_s: float | None = None,
 ) -> Iterator[Event]:
     """Lets the cloud run its steps; the edge can continue from any state that arrives.
 
+    Where one cloud is lost, late or full, another goes on from the state that is held here.
+
     Args:
         segment: What the cloud is asked for.
         trajectory: How far the image is; advances.
-        cloud: Where; None is a lost one.
+        pool: The clouds to ask; None is a lost one.
         advisor: May shorten it.
         poll_interval_s: Yields `Waiting` when nothing has come for so long; None never does.
 
     Raises:
         HybridSDError: By the table; CLOUD_FAILURES where the edge may take over.
     """
-    if cloud is None:
+    if pool is None:
         raise Reason.UNAVAILABLE.error("no cloud is configured; set `server` to host:port, or `mode` to edge")
-    remote = cloud.open(segment)
     trajectory.num_cloud_segments += 1
-    follower = _Follower(
-        segment=segment, trajectory=trajectory, remote=remote, advisor=advisor, poll_interval_s=poll_interval_s,
-        earlier_cloud_steps=trajectory.cloud_steps,
-    )  # fmt: skip
-    if advisor is not None:
-        advisor.on_begin(time.perf_counter())
     deadline_s = segment.request.deadline_s
     if trajectory.cloud_deadline is None and deadline_s is not None:
         trajectory.cloud_deadline = time.monotonic() + deadline_s
-    deadline = trajectory.cloud_deadline
-    retries = _Retries(patience=remote.patience, deadline=deadline)
+    relay = _Relay(
+        segment=segment, trajectory=trajectory, pool=pool, advisor=advisor, poll_interval_s=poll_interval_s,
+        deadline=trajectory.cloud_deadline, earlier_cloud_steps=trajectory.cloud_steps,
+    )  # fmt: skip
+    if advisor is not None:
+        advisor.on_begin(time.perf_counter())
     ended, interrupted = False, True
     try:
         while not ended:
             try:
-                left_s = None if deadline is None else deadline - time.monotonic()
-                if left_s is not None and left_s <= 0:
-                    raise Reason.DEADLINE_EXCEEDED.error(f"the cloud was not done after {deadline_s} s")
-                yield from follower.follow(left_s)
+                yield from relay.follow()
                 if trajectory.early_handoff_reason:
                     interrupted = False
                     yield EarlyHandoff(
                         planned=segment.handoff_step,
-                        actual=segment.first_step + trajectory.cloud_steps - follower.earlier_cloud_steps,
+                        actual=segment.first_step + trajectory.cloud_steps - relay.earlier_cloud_steps,
                         reason=trajectory.early_handoff_reason,
                     )
                     return
-                if not follower.has_handoff:
-                    raise Reason.UNAVAILABLE.error(f"{cloud.target} ended the job before the hand-off")
                 ended = True
             except HybridSDError as error:
-                if follower.has_handoff:
+                if relay.has_handoff:
                     ended = True  # only the usage is missing
                     continue
-                if isinstance(error, InternalError) and not follower.holds_state:
-                    cloud.check_pairing(segment)  # the models may be no pair, which is no lie
-                delay_s = retries.delay_s(error, trajectory.call if follower.has_state else None, remote.num_messages)
-                if delay_s is None and _may_stop(error, follower.holds_state):
-                    raise
-                if delay_s is None:
-                    raise Reason.UNAVAILABLE.error(f"the cloud refused to go on: {error.message}") from error
-                yield Retrying(delay_s=delay_s, reason=error.reason, message=error.message)
-                yield from _sleep(delay_s, poll_interval_s)
+                yield from relay.recover(error)
         interrupted = False
     except HybridSDError:
         interrupted = False
         raise
     finally:
-        trajectory.received_bytes += remote.received_bytes
-        if not ended:  # even if nothing was heard: the server may have begun
-            remote.cancel(wait_s=1.0 if interrupted else 0.0)
+        relay.close(cancel=not ended, wait_s=1.0 if interrupted else 0.0)
+
+
+class _Relay:
+    """Passes one cloud segment from cloud to cloud until one has run it.
+
+    Each state that arrives gives every cloud another chance; without one, each is asked once a round.
+    """
+
+    def __init__(
+        self,
+        *,
+        segment: CloudSegment,
+        trajectory: Trajectory,
+        pool: Pool,
+        advisor: Advisor | None,
+        poll_interval_s: float | None,
+        deadline: float | None,
+        earlier_cloud_steps: int,
+    ) -> None:
+        self._segment, self._trajectory, self._pool = segment, trajectory, pool
+        self._advisor, self._poll_interval_s, self._deadline = advisor, poll_interval_s, deadline
+        self.earlier_cloud_steps = earlier_cloud_steps
+        self._boundary: tuple[int, int, tuple[Latents, ...]] | None = None
+        """Step, call and state where a step began last: only there can another cloud begin."""
+        self._has_started, self._was_accepted = False, False
+        self._call = trajectory.call
+        self._rejoined: set[Member] = set()
+        self._failures: dict[Member, tuple[float, HybridSDError]] = {}
+        """Of this round, with their time."""
+        self._num_messages = 0
+        """Of the clouds that were left."""
+        member = pool.choose(self._wanted())
+        if member is None:
+            raise pool.refusal()
+        self._take(member, segment.request_id)
+        self._retries = _Retries(patience=self._remote.patience, deadline=deadline)
+
+    @property
+    def has_handoff(self) -> bool:
+        """Whether the last state has arrived."""
+        return self._follower.has_handoff
+
+    @property
+    def _has_state(self) -> bool:
+        return self._trajectory.call > self._segment.first_call
+
+    @property
+    def _holds_state(self) -> bool:
+        """Whether there is a state at all to go on from, this segment's or one before it."""
+        return bool(self._trajectory.state) and self._trajectory.call > 0
+
+    def follow(self) -> Iterator[Event]:
+        """Follows one stream to its end, or until the advisor ends it.
+
+        Raises:
+            HybridSDError: By the table, also where it ends before the hand-off.
+        """
+        left_s = None if self._deadline is None else self._deadline - time.monotonic()
+        if left_s is not None and left_s <= 0:
+            raise Reason.DEADLINE_EXCEEDED.error(f"the cloud was not done after {self._segment.request.deadline_s} s")
+        trajectory = self._trajectory
+        for event in self._follower.follow(left_s):
+            if isinstance(event, StepDone):
+                self._member.got_on()
+                if event.ends_step:
+                    self._boundary = (trajectory.step, trajectory.call, trajectory.state)
+            elif isinstance(event, CloudStarted):
+                self._has_started = self._was_accepted = True
+            yield event
+        if not trajectory.early_handoff_reason and not self.has_handoff:
+            raise Reason.UNAVAILABLE.error(f"{self._member.target} ended the job before the hand-off")
+
+    def recover(self, error: HybridSDError) -> Iterator[Event]:
+        """Has the job asked for again: of the same cloud, or of another.
+
+        Raises:
+            HybridSDError: The error, or what it means, if nobody is to be asked again.
+        """
+        if isinstance(error, InternalError) and not self._holds_state:
+            try:
+                self._member.cloud.check_pairing(self._follower.segment)  # it may be no pair, which is no lie
+            except HybridSDError as mismatch:
+                error = mismatch
+        if len(self._pool.members()) == 1:
+            yield from self._ask_again(error, self._remote.num_messages)
+            return
+        yield from self._stand_in(error)
+
+    def _ask_again(self, error: HybridSDError, num_messages: int) -> Iterator[Event]:
+        """Waits as the retries say."""
+        delay_s = self._retries.delay_s(error, self._trajectory.call if self._has_state else None, num_messages)
+        if delay_s is None:
+            self._give_up(error)
+        yield Retrying(delay_s=delay_s, reason=error.reason, message=error.message)
+        yield from _sleep(delay_s, self._poll_interval_s)
+
+    def _give_up(self, error: HybridSDError) -> NoReturn:
+        if _may_stop(error, self._holds_state):
+            raise error
+        raise Reason.UNAVAILABLE.error(f"the cloud refused to go on: {error.message}") from error
+
+    def _stand_in(self, error: HybridSDError) -> Iterator[Event]:
+        """Goes on with this cloud where only the stream broke, else with another; when all have failed, waits."""
+        member = self._member
+        if self._trajectory.call != self._call:
+            self._call = self._trajectory.call
+            self._rejoined.clear()
+            self._failures.clear()
+        is_late = self._deadline is not None and time.monotonic() >= self._deadline - _DEADLINE_SLACK_S
+        is_wrong = isinstance(error, InvalidRequest) and error.reason is not Reason.REQUEST_ID_REUSED
+        if is_late or isinstance(error, Cancelled | Superseded) or (is_wrong and not self._was_accepted):
+            self._give_up(error)
+        broke = isinstance(error, CloudUnreachable) and error.retry_delay_s is None and self._remote.num_messages > 0
+        if broke and member not in self._rejoined:
+            self._rejoined.add(member)
+            yield Retrying(delay_s=0.0, reason=error.reason, message=error.message)
+            return
+        self._pool.failed(member, error)
+        self._failures[member] = (time.monotonic(), error)
+        other = self._pool.choose(self._wanted(), without=self._failures)
+        if other is None:
+            failure = self._failure()
+            yield from self._ask_again(failure, self._num_messages + self._remote.num_messages)
+            self._rejoined.clear()
+            self._failures.clear()
+            other = self._pool.choose(self._wanted()) or member
+        if other is not member:
+            self._trajectory.leave(member.target, self._follower.from_step, error)
+            self.close(cancel=not isinstance(error, CloudBusy), wait_s=0.0)
+            trajectory, asked = self._trajectory, self._segment.request.request_id
+            self._take(other, _request_id(asked, trajectory.num_cloud_segments))  # it may be the same server after all
+            trajectory.num_cloud_segments += 1
+            yield Failover(
+                server=other.target, left=member.target, step=self._trajectory.step, reason=error.reason,
+                message=error.message,
+            )  # fmt: skip
+
+    def _failure(self) -> HybridSDError:
+        """Returns what it means that all have failed: the first to have a place again, or why there is none."""
+        now = time.monotonic()
+        full = {
+            at + error.retry_delay_s - now: error
+            for at, error in self._failures.values()
+            if isinstance(error, CloudBusy) and error.retry_delay_s is not None
+        }
+        errors = [error for _, error in self._failures.values()]
+        lost = [error for error in errors if isinstance(error, CLOUD_FAILURES)]
+        if not lost and not self._was_accepted:
+            return errors[0]  # each refuses
+        told = "; ".join(dict.fromkeys(error.message for error in errors))
+        message = f"no cloud goes on: {told}" if len(errors) > 1 else told
+        if full:
+            due_s = min(full)
+            return full[due_s].reason.error(message, retry_delay_s=max(due_s, _SOON_S))
+        worst = lost[-1] if lost else None
+        if worst is None:
+            return Reason.UNAVAILABLE.error(message)
+        return worst.reason.error(message, retry_delay_s=worst.retry_delay_s)
+
+    def _wanted(self) -> Wanted:
+        segment = self._rest()
+        names = [stage.model or (self._trajectory.cloud_model if self._has_started else "") for stage in segment.stages]
+        wanted = Wanted.of(segment.resolved, segment.stages)
+        return replace(wanted, models=tuple(dict.fromkeys(names)))
+
+    def _rest(self) -> CloudSegment:
+        """Returns what is left to be run, for a cloud that has not been asked."""
+        if not (self._has_state and self._boundary is not None):
+            return self._segment  # from its beginning
+        step, call, state = self._boundary
+        rest = _from(self._segment, step, call, state)
+        is_ours = rest.conditioning is not None
+        return replace(
+            rest, sent_plan=self._trajectory.plan, followed=None if is_ours else self._trajectory.conditioning
+        )
+
+    def _take(self, member: Member, request_id: str) -> None:
+        """Gives the rest to a cloud, as a job of its own."""
+        segment = self._pool.fit(
+            self._rest(), member, default=self._trajectory.cloud_model if self._has_started else ""
+        )
+        segment = replace(segment, request_id=request_id)
+        self._member, self._remote = member, member.cloud.open(segment)
+        member.begin()
+        self._follower = _Follower(
+            segment=segment, trajectory=self._trajectory, remote=self._remote, advisor=self._advisor,
+            poll_interval_s=self._poll_interval_s, server=member.target, from_step=self._trajectory.step,
+            earlier_cloud_steps=self.earlier_cloud_steps + segment.first_step - self._segment.first_step,
+        )  # fmt: skip
+
+    def close(self, *, cancel: bool, wait_s: float) -> None:
+        """Leaves the current cloud; even where nothing was heard, the server may have begun."""
+        self._member.end()
+        self._num_messages += self._remote.num_messages
+        self._trajectory.received_bytes += self._remote.received_bytes
+        if cancel:
+            self._remote.cancel(wait_s=wait_s)
 
 
 def _may_stop(error: HybridSDError, holds_state: bool) -> bool:
@@ -241,31 +429,22 @@ class _Follower:
     poll_interval_s: float | None
     earlier_cloud_steps: int
     """Steps that the cloud ran before this segment."""
+    server: str
+    """Whose streams they are."""
+    from_step: int
+    """Where the image was when it was asked."""
 
     @property
     def has_state(self) -> bool:
         """Whether a state of this segment has arrived."""
         return self.trajectory.call > self.segment.first_call
 
-    @property
-    def holds_state(self) -> bool:
-        """Whether there is a state at all to go on from, this segment's or one before it."""
-        return bool(self.trajectory.state) and self.trajectory.call > 0
-
     def rest(self) -> CloudSegment | None:
         """Returns the segment from the held state on; None where that is in the middle of a step, or not there."""
         trajectory, plan = self.trajectory, self.trajectory.plan
         if not self.has_state or plan is None or plan.first_call(trajectory.step) != trajectory.call:
             return None
-        stages, done = list(self.segment.stages), trajectory.step - self.segment.first_step
-        while stages[0].steps is not None and done >= stages[0].steps:
-            done -= stages.pop(0).steps or 0
-        if stages[0].steps is not None:
-            stages[0] = replace(stages[0], steps=stages[0].steps - done)
-        return replace(
-            self.segment, stages=tuple(stages), first_step=trajectory.step, first_call=trajectory.call,
-            initial_state=trajectory.state,
-        )  # fmt: skip
+        return _from(self.segment, trajectory.step, trajectory.call, trajectory.state)
 
     @property
     def has_handoff(self) -> bool:
@@ -294,11 +473,14 @@ class _Follower:
                             trajectory.plan, event.call, "cloud", now - last, event.arrays, event.x0_preview
                         )  # states may be skipped, so steps are not counted by their records
                         trajectory.cloud_steps = self.earlier_cloud_steps + trajectory.step - self.segment.first_step
+                        trajectory.note_run(self.server, self.from_step)
                         yield done
                         if advisor is not None and not event.is_handoff and done.ends_step:
                             handoff = advisor.on_state(trajectory.step, now)
                 case CloudStarted():
+                    event = replace(event, server=self.server)
                     trajectory.cloud_started(event)
+                    trajectory.note_run(self.server, self.from_step, event.model)
                     yield event
                 case Queued():
                     position = event.position
@@ -314,6 +496,16 @@ class _Follower:
                 return
             if not isinstance(event, Waiting):
                 last = now
+
+
+def _from(segment: CloudSegment, step: int, call: int, state: tuple[Latents, ...]) -> CloudSegment:
+    """Returns a segment from a state on."""
+    stages, done = list(segment.stages), step - segment.first_step
+    while stages[0].steps is not None and done >= stages[0].steps:
+        done -= stages.pop(0).steps or 0
+    if stages[0].steps is not None:
+        stages[0] = replace(stages[0], steps=stages[0].steps - done)
+    return replace(segment, stages=tuple(stages), first_step=step, first_call=call, initial_state=state)
 
 
 def _request_id(request_id: str, segment: int) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from edge_client.bundles.bundle import Bundle
-from edge_client.cloud.client import Cloud
+from edge_client.cloud.pool import Pool
 from edge_client.cloud.types import CLOUD_FAILURES
 from edge_client.inference.models import Models
 from edge_client.request import Resolved, Stage
@@ -13,13 +13,13 @@ from hybridsd.errors import Reason
 
 @dataclass(kw_only=True, slots=True)
 class Components:
-    """The edge's models and plans, and the cloud."""
+    """The edge's models and plans, and the clouds."""
 
     bundle: Bundle
     models: Models
     others: Mapping[str, Models]
     """More edge models, by the name that a segment gives."""
-    cloud: Cloud | None
+    cloud: Pool | None
     cloud_guidance: dict[str, str] = field(default_factory=dict)
     """How each model of the cloud takes guidance, where that was asked; "" is its first."""
 

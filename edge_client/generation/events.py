@@ -34,6 +34,20 @@ class Retrying:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Failover:
+    """A cloud is lost, late or full, or refuses: another goes on from the last state that is held here."""
+
+    server: str
+    """Which goes on."""
+    left: str
+    """Which is left."""
+    step: int
+    """From which step on."""
+    reason: Reason
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StepDone:
     """One call of the U-Net is done, here or there. Most solvers make one call a step."""
 
@@ -81,4 +95,4 @@ class Finished:
     result: Result
 
 
-Event = Planned | Queued | Waiting | Retrying | CloudStarted | StepDone | Fallback | EarlyHandoff | Finished
+Event = Planned | Queued | Waiting | Retrying | Failover | CloudStarted | StepDone | Fallback | EarlyHandoff | Finished

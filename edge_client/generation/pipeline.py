@@ -10,6 +10,7 @@ import numpy as np
 
 from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.client import Cloud
+from edge_client.cloud.pool import Pool
 from edge_client.cloud.types import CLOUD_FAILURES
 from edge_client.generation.cloud_steps import Advisor, make_cloud_segment, run_cloud_segment
 from edge_client.generation.components import Components
@@ -30,7 +31,7 @@ def generate(
     resolved: Resolved,
     bundle: Bundle,
     models: Models,
-    cloud: Cloud | None = None,
+    cloud: Pool | Cloud | None = None,
     *,
     others: Mapping[str, Models] = MappingProxyType({}),
     advisor: Advisor | None = None,
@@ -43,7 +44,8 @@ def generate(
         resolved: What to draw; its stages say who takes part.
         bundle: The edge's files: plans for when the cloud sends none.
         models: The edge's models.
-        cloud: Where the cloud's steps run. Needed unless no step is the cloud's.
+        cloud: Where the cloud's steps run: one, or several that stand in for each other. Needed unless no step is the
+            cloud's.
         others: More edge models, by the name that a segment gives; they share the latent space of `models`.
         advisor: May end the cloud's part early.
         poll_interval_s: Yields `Waiting` when nothing has come from the cloud for so many seconds; None never does.
@@ -80,7 +82,7 @@ def _generate(
     resolved: Resolved,
     bundle: Bundle,
     models: Models,
-    cloud: Cloud | None,
+    cloud: Pool | Cloud | None,
     others: Mapping[str, Models],
     advisor: Advisor | None,
     poll_interval_s: float | None,
@@ -88,7 +90,8 @@ def _generate(
 ) -> Iterator[Event]:
     begin = time.perf_counter()
     request = resolved.request
-    components = Components(bundle=bundle, models=models, others=others, cloud=cloud)
+    pool = None if cloud is None else Pool.of(cloud)
+    components = Components(bundle=bundle, models=models, others=others, cloud=pool)
     trajectory = Trajectory.start(resolved, bundle.manifest.prediction_type)
     trajectory.tally = tally
     yield trajectory.planned()

@@ -28,6 +28,20 @@ def count_cloud_steps(steps: Iterable[StepRecord], first_step: int, plan: Plan) 
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CloudRun:
+    """Steps that one cloud ran without a break, or its refusal to run any."""
+
+    server: str
+    model: str
+    """Empty where it did not begin."""
+    first_step: int
+    num_steps: int
+    """Whole steps."""
+    left: str = ""
+    """Why another went on; empty where it did what it was asked for, or is the last."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SafetyReport:
     """What the safety checker was asked to do, and found."""
 
@@ -103,6 +117,8 @@ class Result:
     """Steps that the given image left out; `num_inference_steps` has those that ran."""
     request: Request = field(default_factory=Request)
     """What was asked for."""
+    clouds: tuple[CloudRun, ...] = ()
+    """Which clouds were asked, one after another, and what each ran."""
     drawn_size: tuple[int, int] | None = None
     """Width and height that were drawn, before the image was resized; None if it was not."""
 

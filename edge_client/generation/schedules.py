@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from edge_client.cloud.client import Cloud
+from edge_client.cloud.pool import Pool
 from edge_client.cloud.types import CLOUD_FAILURES
 from edge_client.generation.components import Components
 from edge_client.generation.trajectory import Trajectory
@@ -40,7 +40,7 @@ def find_plan(schedule: TimestepSchedule, trajectory: Trajectory, components: Co
         ) from lost
 
 
-def _plan_model(cloud: Cloud, manifest: Manifest, preferred: str, plans: str) -> str:
+def _plan_model(cloud: Pool, manifest: Manifest, preferred: str, plans: str) -> str:
     """Returns a model of the cloud that has the noise schedule and the prediction type of the edge's."""
     wanted = (manifest.latent_space, manifest.prediction_type)
     served = cloud.capabilities().models

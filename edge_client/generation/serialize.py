@@ -10,7 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from edge_client.cloud.types import CloudStarted, Queued, Waiting
-from edge_client.generation.events import EarlyHandoff, Event, Fallback, Finished, Planned, Retrying, StepDone
+from edge_client.generation.events import EarlyHandoff, Event, Failover, Fallback, Finished, Planned, Retrying, StepDone
 from edge_client.generation.result import Result
 from edge_client.request import Request
 from edge_client.types import ImageInput
@@ -46,9 +46,14 @@ def event_json(event: Event) -> dict[str, Any]:
             return {
                 "event": "retrying", "delay_s": event.delay_s, "reason": event.reason.name, "message": event.message
             }  # fmt: skip
+        case Failover():
+            return {
+                "event": "failover", "server": event.server, "left": event.left, "step": event.step,
+                "reason": event.reason.name, "message": event.message,
+            }  # fmt: skip
         case CloudStarted():
             return {
-                "event": "cloud_started", "request_id": event.request_id, "model": event.model,
+                "event": "cloud_started", "request_id": event.request_id, "model": event.model, "server": event.server,
                 "guidance_scale": event.guidance_scale, "num_dropped_tokens": event.num_dropped_tokens,
                 "num_calls": len(event.plan.rows),
             }  # fmt: skip
@@ -77,6 +82,7 @@ def result_json(result: Result) -> dict[str, Any]:
         "fallback_message": result.fallback_message,
         "request_id": result.request_id,
         "trace_id": result.trace_id,
+        "clouds": [asdict(run) for run in result.clouds],  # not in files: whose servers they are is nobody's business
         "received_bytes": result.received_bytes,
         "usage": None if result.usage is None else asdict(result.usage),
         "steps": [
@@ -263,6 +269,7 @@ def rest_image(index: int, result: Result) -> dict[str, Any]:
             for record in result.steps
         ],
         **_taken(result),
+        "clouds": [asdict(run) for run in result.clouds],
         "flagged": result.safety.flagged,
         "parameters": parameters(result),
     }

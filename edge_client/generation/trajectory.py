@@ -1,13 +1,13 @@
 """How far an image is, and its result in the end."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from edge_client.cloud.types import CloudStarted, Usage
 from edge_client.generation.energy import Tally
 from edge_client.generation.events import Fallback, Planned, StepDone
-from edge_client.generation.result import Result, SafetyReport, StepRecord
+from edge_client.generation.result import CloudRun, Result, SafetyReport, StepRecord
 from edge_client.request import Resolved
 from edge_client.types import Conditioning, ImageU8, Latents, Mode, Place
 from hybridsd import noise
@@ -37,10 +37,12 @@ class Trajectory:
     schedule_index: int = 0
     steps: list[StepRecord] = field(default_factory=list)
     cloud_model: str = ""
+    clouds: list[CloudRun] = field(default_factory=list)
+    """Which clouds ran what."""
     cloud_steps: int = 0
     """Whole steps that the cloud has run, without those of a saved state."""
     num_cloud_segments: int = 0
-    """Segments that the cloud was asked for."""
+    """Jobs that clouds were asked for; they have ids of their own."""
     cloud_deadline: float | None = None
     """When the cloud must be done with all its segments, in `time.monotonic()` seconds."""
     lost: HybridSDError | None = None
@@ -139,6 +141,30 @@ class Trajectory:
         self.conditioning = self.conditioning if started.conditioning is None else started.conditioning
         self.num_dropped_tokens = max(self.num_dropped_tokens, started.num_dropped_tokens)  # 0 for embeddings
 
+    def note_run(self, server: str, first_step: int, model: str = "") -> None:
+        """Notes that a cloud has begun, or that it got on to the current step.
+
+        Args:
+            server: Which.
+            first_step: Where it began.
+            model: Which it runs; empty where that was noted before.
+        """
+        last = self.clouds[-1] if self.clouds else None
+        if last is None or last.left or (last.server, last.first_step) != (server, first_step):
+            last = CloudRun(server=server, model=model or self.cloud_model, first_step=first_step, num_steps=0)
+            self.clouds.append(last)
+        self.clouds[-1] = replace(last, num_steps=max(self.step - first_step, 0))
+
+    def leave(self, server: str, first_step: int, error: HybridSDError) -> None:
+        """Notes why a cloud was left for another."""
+        last = self.clouds[-1] if self.clouds else None
+        if last is not None and not last.left and (last.server, last.first_step) == (server, first_step):
+            self.clouds[-1] = replace(last, left=error.message)
+            return
+        refused = CloudRun(server=server, model="", first_step=first_step, num_steps=0, left=error.message)
+        if refused not in self.clouds:  # it may be full again and again
+            self.clouds.append(refused)
+
     def fall_back(self, error: HybridSDError) -> Fallback:
         """Notes that the cloud failed, and returns that as an event."""
         message = error.message
@@ -199,6 +225,7 @@ class Trajectory:
             fallback_reason=None if self.lost is None else self.lost.reason,
             fallback_message="" if self.lost is None else self.lost.message,
             steps=tuple(self.steps),
+            clouds=tuple(self.clouds),
             prompt=request.prompt,
             negative_prompt=request.negative_prompt,
             scheduler=resolved.scheduler,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.client import Cloud
+from edge_client.cloud.pool import Pool
 from edge_client.inference.models import Models
 from edge_client.request import Resolved
 from edge_client.split.cost_model import Costs, curve_of
@@ -28,7 +29,7 @@ class AutoSplit:
         )  # fmt: skip
 
 
-def choose_split(resolved: Resolved, goals: Goals, bundle: Bundle, models: Models, cloud: Cloud) -> AutoSplit:
+def choose_split(resolved: Resolved, goals: Goals, bundle: Bundle, models: Models, cloud: Pool | Cloud) -> AutoSplit:
     """Returns the split for a request: this device is timed on one step and one decode, the cloud asked."""
     costs, notes = measure(resolved, bundle, models, cloud)
     goals_now = replace(goals, max_cloud_steps=0) if notes.is_away else goals

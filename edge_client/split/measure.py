@@ -8,11 +8,13 @@ from typing import Protocol
 
 from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.client import Cloud
+from edge_client.cloud.pool import Member, Pool, Wanted
 from edge_client.cloud.types import CLOUD_FAILURES, Capabilities
 from edge_client.inference.models import Models
 from edge_client.request import Resolved
 from edge_client.split.cost_model import Costs
 from hybridsd import noise
+from hybridsd.errors import HybridSDError
 
 LINK_BYTES = 1 << 20
 LINK_S = 0.5
@@ -69,6 +71,21 @@ def measure_link(cloud: Reachable) -> Link:
     return Link(round_trip_s, received / travelled_s, found)
 
 
+def _measure_one(pool: Pool, resolved: Resolved) -> tuple[Link, str]:
+    """Times the way to the cloud that an image would be asked of, and says to which where there are several."""
+    wanted = Wanted.of(resolved, [stage for stage in resolved.stages if stage.place == "cloud"])
+    tried: list[Member] = []
+    lost: HybridSDError | None = None
+    while (member := pool.choose(wanted, without=tried)) is not None:
+        try:
+            return measure_link(member.cloud), f" to {member.target}" if len(pool.members()) > 1 else ""
+        except CLOUD_FAILURES as error:
+            pool.failed(member, error)
+            tried.append(member)
+            lost = lost or error
+    raise lost or pool.refusal()
+
+
 @dataclass(frozen=True, slots=True)
 class Notes:
     """What is to be said of a measurement."""
@@ -77,8 +94,8 @@ class Notes:
     is_away: bool = False
 
 
-def measure(resolved: Resolved, bundle: Bundle, models: Models, cloud: Cloud) -> tuple[Costs, Notes]:
-    """Returns the times of a step on this device, and what the cloud reports of itself."""
+def measure(resolved: Resolved, bundle: Bundle, models: Models, cloud: Pool | Cloud) -> tuple[Costs, Notes]:
+    """Returns the times of a step on this device, and what the cloud reports of itself: of several, the one to ask."""
     request = resolved.request
     plan = bundle.find_plan(resolved.scheduler, resolved.num_inference_steps)
     calls_a_step = 1.0 if plan is None else len(plan.rows) / plan.num_inference_steps  # 2 for Heun
@@ -100,17 +117,15 @@ def measure(resolved: Resolved, bundle: Bundle, models: Models, cloud: Cloud) ->
         bytes_per_s=LINK_BYTES_PER_S, state_bytes=state_bytes,
     )  # fmt: skip
     try:
-        link = measure_link(cloud)
+        link, where = _measure_one(Pool.of(cloud), resolved)
     except CLOUD_FAILURES as error:
         return costs, Notes((f"the cloud is away: {error.message}",), is_away=True)
     found = link.capabilities
     call_s = calls_a_step * found.call_s or edge_step_s
-    ahead = found.num_queued + max(0, found.num_running + 1 - found.max_batch)
-    rounds = -(-ahead // found.max_batch)
-    queue_s = rounds * resolved.num_inference_steps * call_s / 2  # on average half-way through theirs
+    queue_s = found.expected_wait_s(resolved.num_inference_steps, call_s)
     bytes_per_s = link.bytes_per_s or LINK_BYTES_PER_S
     how = "was measured to carry" if link.bytes_per_s else "has no bundle to be timed on, and is taken to carry"
-    texts = [f"the link {how} {bytes_per_s / 1e6:.3g} MB/s, {1e3 * link.round_trip_s:.1f} ms there and back"]
+    texts = [f"the link{where} {how} {bytes_per_s / 1e6:.3g} MB/s, {1e3 * link.round_trip_s:.1f} ms there and back"]
     if not found.call_s:
         texts.append("the cloud has not run a step yet, so its step is taken to last as long as one here")
     texts.append(f"the cloud has {found.num_running} jobs running and {found.num_queued} waiting")

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 
 from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.client import Cloud
+from edge_client.cloud.pool import Pool
 from edge_client.generation.energy import Account, Prices
 from edge_client.inference.models import Models
 from edge_client.web import errors, openapi
@@ -61,7 +62,7 @@ def create_app(
     settings: Settings,
     bundle: Bundle,
     models: Models,
-    cloud: Cloud | None,
+    cloud: Pool | Cloud | None,
     *,
     others: Mapping[str, Models] = MappingProxyType({}),
     account: Account | None = None,
@@ -72,13 +73,14 @@ def create_app(
         settings: How to serve.
         bundle: The edge bundle.
         models: Its loaded models.
-        cloud: The cloud; None runs all steps on this device.
+        cloud: The cloud, or several; None runs all steps on this device.
         others: More edge models, by their names in segments.
         account: How energy and cost are known; None models them, with the cloud's price alone.
 
     Raises:
         InvalidRequest: FIELD_INVALID if the data folder cannot be used.
     """
+    pool = None if cloud is None else Pool.of(cloud)
     prices = Prices(cloud_dollars_per_hour=settings.cloud_dollars_per_hour)
     account = Account(prices=prices) if account is None else account
     store = Store(
@@ -88,8 +90,8 @@ def create_app(
     access, metrics = Access(settings.tokens, store.secret()), Metrics()
     if settings.tokens is not None:
         metrics.watch_tokens(settings.tokens)
-    if cloud is not None:
-        metrics.watch_cache(cloud.cache)
+    if pool is not None:
+        metrics.watch_cache(pool.cache)
 
     def count(job: StoredJob) -> None:
         began_s = job.started_at if job.attempts == 1 else None
@@ -106,14 +108,14 @@ def create_app(
         queue = JobQueue(
             store,
             JobWorker(
-                bundle=bundle, models=models, cloud=cloud, others=others, fit_size=settings.fit_size, metrics=metrics,
+                bundle=bundle, models=models, cloud=pool, others=others, fit_size=settings.fit_size, metrics=metrics,
                 account=account,
             ),
             num_workers=settings.workers, max_waiting=settings.max_queue, quotas=quotas, caller_of=access.caller_of,
             view=views.job, on_end=webhooks.send, on_count=count,
         )  # fmt: skip
         app.state.gateway = Gateway(
-            bundle=bundle, models=models, cloud=cloud, watch=CloudWatch(cloud), store=store, queue=queue, access=access,
+            bundle=bundle, models=models, cloud=pool, watch=CloudWatch(pool), store=store, queue=queue, access=access,
             quotas=quotas, views=views, webhooks=webhooks, streams=Streams(), metrics=metrics,
             max_body_bytes=settings.max_body_bytes,
             cloud_dollars_per_hour=settings.cloud_dollars_per_hour,

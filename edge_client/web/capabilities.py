@@ -38,6 +38,7 @@ async def capabilities(gateway: Gateway) -> dict[str, Any]:
             "reachable": found is not None,
             "target": "" if gateway.cloud is None else gateway.cloud.target,
             "message": message,
+            "clouds": gateway.watch.each,
             "models": [
                 {
                     "id": model.id, "guidance": model.guidance, "loras": list(model.loras),

@@ -1,9 +1,10 @@
-"""The cloud's capabilities, polled."""
+"""The clouds' capabilities, polled."""
 
 import asyncio
 import time
+from typing import Any
 
-from edge_client.cloud.client import Cloud
+from edge_client.cloud.pool import Pool
 from edge_client.cloud.types import Capabilities as CloudCapabilities
 from edge_client.web.errors import in_words
 from hybridsd.errors import HybridSDError
@@ -15,9 +16,9 @@ POLL_TIMEOUT_S = 2.0
 
 
 class CloudWatch:
-    """Polls the cloud, at most every `POLL_INTERVAL_S` seconds for all clients together."""
+    """Polls all clouds, at most every `POLL_INTERVAL_S` seconds for all clients together."""
 
-    def __init__(self, cloud: Cloud | None) -> None:
+    def __init__(self, cloud: Pool | None) -> None:
         self._cloud = cloud
         self._task: asyncio.Task[None] | None = None
         self._polled_s = -POLL_INTERVAL_S
@@ -29,14 +30,33 @@ class CloudWatch:
         """The cloud's last answer, without asking again; None if it did not answer."""
         return self._capabilities
 
+    @property
+    def each(self) -> list[dict[str, Any]]:
+        """What is known of each cloud, as a `schemas.native.OneCloud`."""
+        members = () if self._cloud is None else self._cloud.members()
+        return [
+            {
+                "target": member.target,
+                "reachable": (found := member.found) is not None,
+                "message": None if member.error is None else in_words(member.error.message),
+                "models": [model.id for model in found.models] if found else [],
+                "num_running": found.num_running if found else 0,
+                "num_queued": found.num_queued if found else 0,
+            }
+            for member in members
+        ]
+
     def health(self) -> list[tuple[str, bool, bool]]:
         """Returns each cloud's target, whether it answered when last asked, and whether it is left alone for now."""
         if self._cloud is None:
             return []
-        return [(self._cloud.target, self._capabilities is not None, self._cloud.breaker.is_tripped)]
+        return [
+            (member.target, member.found is not None, member.cloud.breaker.is_tripped)
+            for member in self._cloud.members()
+        ]
 
     async def poll(self, wait_s: float = POLL_TIMEOUT_S) -> tuple[CloudCapabilities | None, str | None]:
-        """Returns the cloud's capabilities; None and the reason where it cannot be reached.
+        """Returns what the clouds can do together; None and the reason where it cannot be reached.
 
         Args:
             wait_s: How long to wait for a new answer. After that the last one is returned.
@@ -48,7 +68,7 @@ class CloudWatch:
             await asyncio.wait((self._task,), timeout=wait_s)
         return self._capabilities, None if self._capabilities is not None else self._message
 
-    async def _ask(self, cloud: Cloud) -> None:
+    async def _ask(self, cloud: Pool) -> None:
         try:
             self._capabilities = await asyncio.to_thread(cloud.capabilities)
         except HybridSDError as error:

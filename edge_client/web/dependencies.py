@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 
 from edge_client.bundles.bundle import Bundle
-from edge_client.cloud.client import Cloud
+from edge_client.cloud.pool import Pool
 from edge_client.cloud.types import Capabilities as CloudCapabilities
 from edge_client.cloud.types import CloudModel
 from edge_client.inference.models import Models
@@ -33,7 +33,7 @@ class Gateway:
 
     bundle: Bundle
     models: Models
-    cloud: Cloud | None
+    cloud: Pool | None
     watch: CloudWatch
     store: Store
     queue: JobQueue

@@ -117,6 +117,11 @@ class FakeCloud(denoising_service_pb2_grpc.DenoisingServiceServicer, bundle_serv
     """What `CompilePlan` answers, whatever is asked for."""
     remembers: bool = False
     """Whether it keeps jobs: then an id with other content is refused, as the server does."""
+    model_id: str = "fake-large"
+    load: pb.Load = field(default_factory=pb.Load)
+    """What `GetCapabilities` says that it has to do."""
+    silent_capabilities: bool = False
+    """Does not answer `GetCapabilities`."""
     loras: tuple[str, ...] = ()
     """What `GetCapabilities` says that the model can be given."""
     bundle: Path | None = None
@@ -188,7 +193,7 @@ class FakeCloud(denoising_service_pb2_grpc.DenoisingServiceServicer, bundle_serv
         )
         known = set(request.known_digests)
         started = pb.Started(
-            request_id=request.request_id, model="fake-large", latent_space=self.latent_space,
+            request_id=request.request_id, model=self.model_id, latent_space=self.latent_space,
             plan_digest=plan.digest(), guidance_scale=request.guidance_scale,
         )  # fmt: skip
         if not sends_plan and plan.digest() not in known:
@@ -268,10 +273,13 @@ class FakeCloud(denoising_service_pb2_grpc.DenoisingServiceServicer, bundle_serv
         self, request: pb.GetCapabilitiesRequest, context: grpc.ServicerContext
     ) -> pb.GetCapabilitiesResponse:
         self._check_token(context)
+        while self.silent_capabilities and context.is_active() and not self.released.is_set():
+            time.sleep(0.01)
         reply = pb.GetCapabilitiesResponse(
-            server_version="0.1.0", models=[pb.Model(id="fake-large", latent_space=self.latent_space)]
+            server_version="0.1.0", models=[pb.Model(id=self.model_id, latent_space=self.latent_space)]
         )
         reply.models[0].prediction_type = "epsilon"
+        reply.load.CopyFrom(self.load)
         reply.models[0].loras.extend(pb.Lora(name=name) for name in self.loras)
         reply.models[0].context_length, reply.models[0].embed_dim = self.embed_shape
         if self.bundle is not None:

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image as Pillow
 
 from edge_client.bundles.bundle import Bundle
-from edge_client.cloud.client import Cloud
+from edge_client.cloud.pool import Pool
 from edge_client.cloud.types import Queued, Waiting
 from edge_client.generation.components import Components
 from edge_client.generation.energy import Account
@@ -61,7 +61,7 @@ class JobWorker:
 
     bundle: Bundle
     models: Models
-    cloud: Cloud | None
+    cloud: Pool | None
     others: Mapping[str, Models] = field(default_factory=dict)
     account: Account = field(default_factory=Account)
     fit_size: bool = False

@@ -52,6 +52,7 @@ class CloudStarted(_OfImage):
     """The cloud runs."""
 
     model: str
+    server: str
     guidance_scale: float
     num_dropped_tokens: int
     num_calls: int
@@ -77,6 +78,16 @@ class Retrying(_OfImage):
     """The cloud is asked again."""
 
     delay_s: float
+    reason: str
+    message: str
+
+
+class Failover(_OfImage):
+    """Another cloud goes on."""
+
+    server: str
+    left: str
+    step: int
     reason: str
     message: str
 
@@ -112,8 +123,9 @@ class Ended(_Data):
 
 DATA: dict[str, type[_Data]] = {
     "queued": Position, "started": Started, "split": Split, "planned": Planned, "waiting": Position,
-    "cloud_started": CloudStarted, "step": StepDone, "preview": Preview, "retrying": Retrying, "fallback": Fallback,
-    "early_handoff": EarlyHandoff, "image": ImageDone, "completed": Ended, "failed": Ended, "cancelled": Ended,
+    "cloud_started": CloudStarted, "step": StepDone, "preview": Preview, "retrying": Retrying, "failover": Failover,
+    "fallback": Fallback, "early_handoff": EarlyHandoff, "image": ImageDone, "completed": Ended,
+    "failed": Ended, "cancelled": Ended,
 }  # fmt: skip
 """What comes with each event."""
 

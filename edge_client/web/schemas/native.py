@@ -154,6 +154,16 @@ class Step(BaseModel):
     elapsed_s: float
 
 
+class CloudRun(BaseModel):
+    """Steps that one cloud ran without a break, or its refusal to run any."""
+
+    server: str
+    model: str
+    first_step: int
+    num_steps: int
+    left: str = Field("", description="why another went on; empty where none did")
+
+
 class EnergyInfo(BaseModel):
     """What a place took of electricity."""
 
@@ -190,6 +200,7 @@ class Image(BaseModel):
     preview_s: float = Field(0.0, description="what the previews took; part of elapsed_s")
     elapsed_s: float
     steps: list[Step]
+    clouds: list[CloudRun] = Field([], description="which clouds were asked, one after another, and what each ran")
     energy: dict[Place, EnergyInfo | None] = Field({}, description="of each place that took part; null: not known")
     cost: dict[Place, float | None] = Field({}, description="in dollars, likewise; null without the operator's price")
     flagged: bool | None = Field(None, description="by the safety checker; null: not checked")
@@ -265,13 +276,25 @@ class CloudModelInfo(BaseModel):
     schedulers: list[str]
 
 
+class OneCloud(BaseModel):
+    """One of the clouds that stand in for each other."""
+
+    target: str
+    reachable: bool
+    message: str | None = Field(description="why it is not reachable")
+    models: list[str]
+    num_running: int
+    num_queued: int
+
+
 class CloudInfo(BaseModel):
-    """The cloud, at the last poll."""
+    """The cloud, at the last poll; of several what they can do together."""
 
     configured: bool
     reachable: bool
     target: str
     message: str | None
+    clouds: list[OneCloud] = Field(description="each; a name with several addresses is several")
     models: list[CloudModelInfo]
     min_size: int = Field(description="least width and height of an image with cloud steps; of this device without one")
     max_size: int

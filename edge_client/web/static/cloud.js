@@ -75,7 +75,7 @@ function showBanner(text, action = false) {
 
 function showPlaces(cloud, edge, isAway) {
   const cloudWords = cloud.models[0]?.id ?? (cloud.configured ? cloud.target : "not configured");
-  const cloudState = isAway ? "away" : "connected";
+  const cloudState = isAway ? "away" : numberWords(cloud.clouds ?? []);
   byId("places").replaceChildren(
     place("cloud", "Cloud", cloudWords, cloud.configured ? cloudState : ""),
     place("edge", "This device", `${edge.model}, ${edge.provider.split(/[ :]/)[0]}`, ""),
@@ -86,4 +86,11 @@ function place(kind, name, words, state) {
   return make("li", { class: `place ${kind} ${state}` },
     make("i", { class: `swatch ${kind}`, "aria-hidden": "true" }), make("b", {}, name),
     make("span", { class: "place-words", title: words }, words), state ? make("span", { class: "place-state" }, state) : "");
+}
+
+/** @returns {string} "connected", "2 clouds", or "1 of 2 clouds" where one is away */
+function numberWords(clouds) {
+  if (clouds.length < 2) return "connected";
+  const numThere = clouds.filter(({ reachable }) => reachable).length;
+  return numThere === clouds.length ? `${clouds.length} clouds` : `${numThere} of ${clouds.length} clouds`;
 }

@@ -209,6 +209,7 @@ function facts(job, image) {
     ["Planned", planned === actual ? null : `${planned} steps in the cloud; it ran ${actual}`],
     ["Why", image.fallback_reason && [image.fallback_message, `(${image.fallback_reason})`].filter(Boolean).join(" ")],
     ["Handed over early", image.early_handoff_reason],
+    ["Clouds", cloudWords(image.clouds ?? [])],
     ["Large model", actual ? image.cloud_model : null],
     ["Small model", image.edge_model],
     ["Adapters", adapters],
@@ -227,4 +228,11 @@ function facts(job, image) {
     ["Made", new Date(1000 * job.created_at).toLocaleString()],
   ];
   return rows.filter(([, value]) => ![null, undefined, "", false].includes(value));
+}
+
+/** Which cloud ran what, where it was more than one. */
+function cloudWords(clouds) {
+  if (clouds.length < 2) return "";
+  return clouds.map(({ server, num_steps: steps, left }) =>
+    `${server} ${plural(steps, "step")}${left ? `, left: ${left}` : ""}`).join("; ");
 }

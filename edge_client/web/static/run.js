@@ -99,6 +99,9 @@ const HANDLERS = {
   retrying(run, { delay_s }) {
     run.phase = `The cloud does not answer; asked again in ${Math.ceil(delay_s)} s`;
   },
+  failover(run, { server }) {
+    run.phase = `A cloud is away; ${server} goes on`;
+  },
   fallback(run, data) {
     pictureAt(run, data.image_index).cloudSteps = data.actual;
     run.phase = "The cloud is away; this device continues alone";

@@ -39,13 +39,19 @@ export class Timeline {
 function summarize(picture) {
   const { image } = picture;
   const [first, ...others] = [
-    part("cloud", picture.steps),
+    part("cloud", picture.steps) + cloudsWords(image?.clouds ?? []),
     image?.received_bytes ? `wire ${bytes(image.received_bytes)}` : "",
     part("edge", picture.steps),
     picture.previewS ? `previews ${seconds(picture.previewS)}` : "",
     image ? `decode ${seconds(image.decode_s)}` : "",
   ].filter(Boolean);
   return first ? [first.charAt(0).toUpperCase() + first.slice(1), ...others] : [];
+}
+
+/** @returns {string} such as " (3 at a:50051, 5 at b:50051)", where more than one cloud ran steps */
+function cloudsWords(clouds) {
+  const ran = clouds.filter((run) => run.num_steps);
+  return ran.length > 1 ? ` (${ran.map((run) => `${run.num_steps} at ${run.server}`).join(", ")})` : "";
 }
 
 function part(place, steps) {

@@ -23,6 +23,7 @@ from PIL import Image
 from edge_client.bundles.bundle import Bundle, open_bundle
 from edge_client.cache import Cache
 from edge_client.cloud.client import Cloud
+from edge_client.cloud.pool import Pool
 from edge_client.inference.models import Models
 from edge_client.web.app import create_app
 from edge_client.web.connections import server_config
@@ -170,7 +171,7 @@ def serving(
     data_dir: Path,
     bundle: Bundle,
     models: Models,
-    cloud: Cloud | None,
+    cloud: Pool | Cloud | None,
     *,
     others: Mapping[str, Models] = MappingProxyType({}),
     tokens: Tokens | Sequence[str] = (),

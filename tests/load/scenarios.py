@@ -79,18 +79,22 @@ class Scale:
     sample_s: float
     edges: int
     """Threads that draw beside two clouds."""
-    rounds: int
-    """How often each cloud is killed."""
+    pause_s: float
+    """Of an edge between two pictures."""
+    kills: int
+    """Clouds that are killed and started again, one after the other."""
     cloud_part: float
     """Of the planned cloud steps at least so many are a cloud's, though clouds are killed."""
 
 
 FULL = Scale(
     seconds=45.0, patience_s=120.0, crowds=(1, 8, 32, 200), jobs=30, overload=10 * (MAX_BATCH + MAX_QUEUE),
-    soak_s=300.0, sample_s=5.0, edges=4, rounds=1, cloud_part=0.9,
+    soak_s=300.0, sample_s=5.0, edges=4, pause_s=0.0, kills=2,
+    cloud_part=0.9,
 )  # fmt: skip
 QUICK = Scale(
-    seconds=2.0, patience_s=120.0, crowds=(3,), jobs=12, overload=60, soak_s=3.0, sample_s=0.5, edges=2, rounds=1,
+    seconds=2.0, patience_s=120.0, crowds=(3,), jobs=12, overload=60, soak_s=3.0, sample_s=0.5, edges=2, pause_s=0.3,
+    kills=1,
     cloud_part=0.5,  # its pictures take no time, so those of the moments that are lost weigh more
 )  # fmt: skip
 
@@ -350,6 +354,7 @@ def two_clouds(place: Place, scale: Scale) -> Report:
                     results.append(last.result)
                 except Exception as error:  # each is a failed image
                     errors.append(f"{type(error).__name__}: {error}")
+                stop.wait(scale.pause_s)
 
     with started(*clouds):
         threads = [threading.Thread(target=draw, args=(index,), name=f"edge-{index}") for index in range(scale.edges)]
@@ -357,7 +362,7 @@ def two_clouds(place: Place, scale: Scale) -> Report:
         for thread in threads:
             thread.start()
         try:
-            for cloud in clouds * scale.rounds:
+            for cloud in clouds[: scale.kills]:
                 wait_for_more(results, 2 * scale.edges, scale.patience_s)
                 cloud.end(kill=True)
                 time.sleep(min(2.0, scale.seconds))  # an outage
@@ -373,7 +378,7 @@ def two_clouds(place: Place, scale: Scale) -> Report:
     part = actual / planned if planned else 0.0
     report.rows.append(
         {
-            "scenario": "2 clouds, each killed and restarted",
+            "scenario": f"2 clouds, {scale.kills} killed and restarted in turn",
             "images": str(len(results)),
             "images/s": f"{len(results) / elapsed_s:.2f}",
             "failed": str(len(errors)),

@@ -106,9 +106,9 @@ async def test_a_caller_who_goes_away_is_cancelled(start_server: StartServer, ga
     await anext(aiter(call))
     call.cancel()
     await until(lambda: calls(client, DENOISE, "CANCELLED") == 1)
-    with pytest.raises(grpc.RpcError):
-        await client.denoise(message(request_id="late"), timeout=0.5)
-    await until(lambda: calls(client, DENOISE, "DEADLINE_EXCEEDED") == 1)
+    while not calls(client, DENOISE, "DEADLINE_EXCEEDED"):  # on a busy machine a call may be late before it comes
+        with pytest.raises(grpc.RpcError):
+            await client.denoise(message(), timeout=0.5)
     gated.open()
 
 

@@ -14,7 +14,7 @@ from hybridsd import certificates
 log = structlog.get_logger()
 
 _asked_by_core: list[grpc.ServerCredentials] = []
-"""All that were made: gRPC's core keeps a bare pointer to them, which a late handshake follows after the server is gone."""
+"""All that were made: gRPC's core keeps a bare pointer, which a handshake may follow after the server is gone."""
 
 
 def credentials(settings: Settings) -> grpc.ServerCredentials:

@@ -13,6 +13,9 @@ from hybridsd import certificates
 
 log = structlog.get_logger()
 
+_asked_by_core: list[grpc.ServerCredentials] = []
+"""All that were made: gRPC's core keeps a bare pointer to them, which a late handshake follows after the server is gone."""
+
 
 def credentials(settings: Settings) -> grpc.ServerCredentials:
     """Returns credentials that follow the files of the settings: each new connection has what they hold then.
@@ -49,11 +52,13 @@ def credentials(settings: Settings) -> grpc.ServerCredentials:
         "certificate", file=where, fingerprint=shown(), clients_need_one=settings.tls_client_ca is not None,
         message="clients pin it with --tls-fingerprint",
     )  # fmt: skip
-    return grpc.dynamic_ssl_server_credentials(
+    made = grpc.dynamic_ssl_server_credentials(
         _configuration(files.current),
         reload,  # type: ignore[arg-type]  # None is: as before
         require_client_authentication=settings.tls_client_ca is not None,
     )
+    _asked_by_core.append(made)
+    return made
 
 
 def http_context(settings: Settings) -> ssl.SSLContext:

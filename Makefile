@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-quick lint format protos golden docs screenshots bench bench-full clean
+.PHONY: demo test test-quick lint format protos golden docs screenshots bench bench-full load clean
 .DEFAULT_GOAL := demo
 
 # torch first and alone: a wheel for this machine's CPU or GPU, in the one version we test with.
@@ -20,7 +20,8 @@ demo: $(INSTALLED)  ## start a cloud and an edge on this machine, make an image,
 	$(BIN)/python deploy/run_demo.py
 
 test: lint  ## everything that needs no GPU and no real weights; ends with pytest's own closing line
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Three workers on two cores: the third works while others wait for a browser, a server or a time-out.
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-quick: lint  ## lint and every test that is not marked slow: for every save
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
@@ -54,6 +55,9 @@ bench: $(INSTALLED)  ## ratios inside one run, with the machine named; BENCH="--
 
 bench-full: $(INSTALLED)  ## real sizes against diffusers' own pipeline in one run; BENCH="--provider openvino"
 	$(BIN)/python -m tests.benchmarks.bench_full $(BENCH)
+
+load: $(INSTALLED)  ## real processes under many clients, for a quarter of an hour; LOAD="contention --tiny"
+	$(BIN)/python -m tests.load.run $(LOAD)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

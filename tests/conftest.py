@@ -1,14 +1,15 @@
-"""The order of the tests: the longest files first, so that two workers end together (`make test` runs pytest -n 2)."""
+"""The order of the tests: the longest files first, so that all workers end together (`make test` runs pytest -n 3)."""
 
 import os
 
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # two workers share two cores, and the processes that they start inherit it
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and the processes that they start inherit it
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _LONG = (
     "e2e/test_commands.py", "unit/training/test_recipes.py", "unit/training/test_family.py", "unit/training/", "e2e/",
+    "tests/load/",
 )  # fmt: skip
 
 

@@ -226,7 +226,7 @@ class Engine:
             waiting = enumerate(self._scheduler.waiting)
             return running + [job.view(max(0, index - free)) for index, job in waiting if is_listed(job)]
 
-    def load(self, caller: Caller = NOBODY) -> Load:
+    def load(self, caller: Caller | None = None) -> Load:
         """Returns how busy the engine is, and how long a new job of a caller would wait."""
         with self._changed:
             return self._scheduler.load(caller)

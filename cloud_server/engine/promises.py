@@ -18,7 +18,7 @@ MIN_RETRY_S, MAX_RETRY_S = 0.5, 3600.0
 """Of a delay. The upper one is for clocks that have gone wrong; a caller with less patience gives up at once."""
 JITTER = 0.05
 """Part of a delay that is added at random at most, and a tenth of a second."""
-GRACE_S, GRACE = 5.0, 0.1
+GRACE_S, GRACE = 3.0, 0.1
 """For how long room is kept: seconds, and a part of the delay."""
 
 
@@ -94,7 +94,7 @@ class Door:
         """Lets a job in, or promises when.
 
         Args:
-            key: Owner and id of the job.
+            key: Owner and id of the job; whoever has no id cannot be known again, and is promised nothing.
             caller: Who asks.
             outlook: How busy it is.
             now_s: The time.
@@ -120,7 +120,7 @@ class Door:
             wait_s = max(wait_s, mine.due_s - now_s)
         wait_s = min(max(wait_s, MIN_RETRY_S), MAX_RETRY_S)
         delay_s = self._later(wait_s)
-        if mine is not None or self._may_promise(room, caller):
+        if mine is not None or (key[1] and self._may_promise(room, caller)):
             self._number += mine is None
             until_s = now_s + delay_s + GRACE_S + GRACE * delay_s
             self._promises[key] = Promise(caller, number, now_s + wait_s, until_s)
@@ -138,11 +138,13 @@ class Door:
     def _has_room(self, room: "_Room", ahead: list[Promise], outlook: Outlook, now_s: float, *, is_due: bool) -> bool:
         """Whether a job may come in now: behind those who have been promised the room before it is free again."""
         most = self._max_queue
+        if room.num_waiting < 0:
+            return True  # a place is free, and nobody is there to take it
         if is_due and room.is_within_part:
             return room.num_waiting < most + self._extra
         until_s = now_s + max(MIN_RETRY_S, outlook.begin_s(len(outlook.waiting)))
         soon = [promise.caller for promise in ahead if promise.due_s <= until_s]
-        kept = room.kept(soon)
+        kept = min(room.kept(soon), most - self._spare)  # those who come have a quarter more
         is_new = all(one.principal != room.caller.principal for one in soon)
         if is_new and room.num_of_principal == 0:
             return room.num_waiting + kept < most + self._extra

@@ -110,9 +110,10 @@ class Scheduler:
         """The groups of the active jobs that have begun."""
         return {job.trajectory.group for job in self._active if job.trajectory is not None}
 
-    def load(self, caller: Caller = NOBODY) -> Load:
-        """Returns how busy it is, and how long a caller would wait."""
-        return Load(len(self._active), len(self._waiting), self._call_s, self.wait_s(caller))
+    def load(self, caller: Caller | None = None) -> Load:
+        """Returns how busy it is, and how long a caller would wait, where one is given."""
+        wait_s = 0.0 if caller is None else self.wait_s(caller)
+        return Load(len(self._active), len(self._waiting), self._call_s, wait_s)
 
     def wait_s(self, caller: Caller) -> float:
         """Returns how long a new job of a caller would wait for its place, by measured calls; 0 where one is free.
@@ -167,8 +168,12 @@ class Scheduler:
         """Refuses a job for which there is no room in the queue, and keeps room for when it comes again.
 
         Raises:
-            HybridSDError: QUEUE_FULL with a retry delay.
+            HybridSDError: QUEUE_FULL with a retry delay; QUOTA_EXCEEDED for a principal that may have no jobs.
         """
+        if caller.quota.jobs == 0:  # it would wait for ever
+            raise Reason.QUOTA_EXCEEDED.error(
+                f"{caller.principal} may have 0 jobs at once; have `jobs` of its quota raised"
+            )
         delay_s = self._door.delay_s((caller.owner, request_id), caller, self._look(), self._clock())
         if delay_s is not None:
             raise Reason.QUEUE_FULL.error(

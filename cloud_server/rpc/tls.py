@@ -1,6 +1,5 @@
 """The server's certificate, and those of its callers: read again when their files change."""
 
-import contextlib
 import ssl
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +12,9 @@ from cloud_server.settings import Settings
 from hybridsd import certificates
 
 log = structlog.get_logger()
+
+_asked_by_core: list[grpc.ServerCredentials] = []
+"""All that were made: gRPC's core keeps a bare pointer, which a handshake may follow after the server is gone."""
 
 
 def credentials(settings: Settings) -> grpc.ServerCredentials:
@@ -50,11 +52,13 @@ def credentials(settings: Settings) -> grpc.ServerCredentials:
         "certificate", file=where, fingerprint=shown(), clients_need_one=settings.tls_client_ca is not None,
         message="clients pin it with --tls-fingerprint",
     )  # fmt: skip
-    return grpc.dynamic_ssl_server_credentials(
+    made = grpc.dynamic_ssl_server_credentials(
         _configuration(files.current),
         reload,  # type: ignore[arg-type]  # None is: as before
         require_client_authentication=settings.tls_client_ca is not None,
     )
+    _asked_by_core.append(made)
+    return made
 
 
 def http_context(settings: Settings) -> ssl.SSLContext:
@@ -63,19 +67,7 @@ def http_context(settings: Settings) -> ssl.SSLContext:
     Raises:
         ValueError: If the files cannot be used at first.
     """
-    cert, key = _pair(settings)
-    files = certificates.CertificateFiles(cert, key)
-    newest = outer = _context(cert, key)
-
-    def on_hello(connection: ssl.SSLObject, _name: str | None, _context_of: ssl.SSLContext) -> None:
-        nonlocal newest
-        if files.reload() is not None:
-            with contextlib.suppress(OSError, ssl.SSLError):  # replaced once more, this moment
-                newest = _context(cert, key)
-        connection.context = newest
-
-    outer.sni_callback = on_hello
-    return outer
+    return certificates.server_context(*_pair(settings))
 
 
 def valid_until(settings: Settings) -> datetime:
@@ -88,12 +80,6 @@ def _pair(settings: Settings) -> tuple[Path, Path]:
     if settings.tls_cert is None or settings.tls_key is None:
         raise ValueError("there is no certificate; give --tls-cert and --tls-key")
     return settings.tls_cert, settings.tls_key
-
-
-def _context(cert: Path, key: Path) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(cert, key)
-    return context
 
 
 def _configuration(contents: certificates.Contents) -> grpc.ServerCertificateConfiguration:

@@ -133,13 +133,13 @@ def serve(**options: Any) -> None:
     if options["fit_size"] is None:
         settings = replace(settings, fit_size=bundle.folder.parts[-3:] == _DEMO)
     app = create_app(settings, bundle, models, cloud, others=others, account=read_account(options, models))
-    tls, cert = _certificate(options, settings.data_dir)
+    tls, fingerprint = _certificate(options, settings.data_dir)
     listener = _listen(options["host"], options["port"])
     port = listener.getsockname()[1]
     scheme = "http" if tls is None else "https"
     click.echo(f"serving on {scheme}://{_shown(options['host'])}:{port}/", err=True)
-    if cert is not None:
-        fingerprint = certificates.show(certificates.fingerprint(cert.read_bytes()))
+    if tls is not None:
+        cert: Path = options["tls_cert"] or settings.data_dir / "tls" / certificates.FILE
         app.state.metrics.watch_certificate(lambda: certificates.valid_until(cert.read_bytes()))
         click.echo(f"its certificate has the SHA-256 fingerprint {fingerprint}", err=True)
     if options["port_file"] is not None:
@@ -155,15 +155,15 @@ def serve(**options: Any) -> None:
         tracing.switch_off()
 
 
-def _certificate(options: dict[str, Any], data_dir: Path) -> tuple[ssl.SSLContext | None, Path | None]:
-    """Returns what the gateway speaks TLS with, and its certificate; None to speak plain HTTP.
+def _certificate(options: dict[str, Any], data_dir: Path) -> tuple[ssl.SSLContext | None, str]:
+    """Returns what the gateway speaks TLS with, and its fingerprint; None to speak plain HTTP.
 
     Raises:
         InvalidRequest: FIELD_INVALID if the certificate cannot be used, or none be kept.
     """
     cert, key = options["tls_cert"], options["tls_key"]
     if cert is None and (options["plain_http"] or is_loopback(options["host"])):
-        return None, None
+        return None, ""
     try:
         if cert is None:
             names = certificates.names_of_this_machine((options["host"], *options["allowed_hosts"]))
@@ -171,7 +171,7 @@ def _certificate(options: dict[str, Any], data_dir: Path) -> tuple[ssl.SSLContex
             if made.replaces:
                 log.warning("certificate_renewed", file=str(made.path), message="the old one was near its end")
             cert = key = made.path
-        return server_context(cert, key), cert
+        return server_context(cert, key), certificates.show(certificates.fingerprint(cert.read_bytes()))
     except (OSError, ValueError) as error:
         raise Reason.FIELD_INVALID.error(
             f"there is no certificate for HTTPS: {error}; give --tls-cert and --tls-key, or --http to serve in plain "

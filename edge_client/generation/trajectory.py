@@ -212,7 +212,10 @@ class Trajectory:
             places.add("edge")
         mode: Mode = "hybrid" if len(places) == 2 else "cloud" if places == {"cloud"} else "edge"
         busy_s = self.text_s + decode_s + sum(each.elapsed_s for each in self.steps if each.place == "edge")
-        energy = self.tally.energy(self.usage, has_cloud=self.cloud_steps > 0, busy_s=busy_s)
+        cloud_calls, told = sum(each.place == "cloud" for each in self.steps), self.usage
+        if told is not None and told.num_calls + told.num_skipped_calls < cloud_calls:
+            told = None  # of a part: a cloud was lost before it told of its own
+        energy = self.tally.energy(told, has_cloud=self.cloud_steps > 0, busy_s=busy_s)
         return Result(
             image_u8=image_u8,
             latents=self.state[0],
@@ -245,7 +248,7 @@ class Trajectory:
             num_dropped_tokens=self.num_dropped_tokens,
             received_bytes=self.received_bytes,
             energy=energy,
-            cost=self.tally.cost(energy, self.usage),
+            cost=self.tally.cost(energy, told),
             usage=self.usage,
             decode_s=decode_s,
             text_s=self.text_s,

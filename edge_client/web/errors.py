@@ -179,8 +179,8 @@ def install(app: FastAPI) -> None:
         return respond(problem_of(reason.error(message), status=error.status_code), dict(error.headers or {}))
 
     @app.exception_handler(Exception)
-    async def bug(request: Request, error: Exception) -> JSONResponse:
-        log.error("request_failed", method=request.method, path=request.url.path, exc_info=error)
+    async def bug(_request: Request, error: Exception) -> JSONResponse:
+        log.error("request_failed", exc_info=error)  # its line has the route
         return respond(problem_of(Reason.INTERNAL.error("internal error; see the gateway's log"), status=500))
 
 

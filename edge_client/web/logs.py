@@ -5,10 +5,13 @@ Lines for people, or one JSON object a line, which docs/log.schema.json describe
 
 import logging
 import sys
+import traceback
 from contextvars import ContextVar
 from typing import Literal, TextIO
 
 import structlog
+from fastapi.exceptions import ValidationException
+from pydantic import ValidationError
 
 LogFormat = Literal["auto", "console", "json"]
 
@@ -16,6 +19,9 @@ _QUIET = (
     "PIL", "asyncio", "httpcore", "httpx", "multipart", "python_multipart", "sqlalchemy", "sse_starlette", "uvicorn",
 )  # fmt: skip
 """Libraries whose lines for debugging quote what they handle: events, which have prompts, rows, bodies."""
+
+_MAX_CHAIN = 8
+"""Errors of one traceback."""
 
 _notes: ContextVar[dict[str, object] | None] = ContextVar("web_notes", default=None)
 
@@ -37,10 +43,10 @@ def configure(log_format: LogFormat = "auto", *, level: int = logging.INFO, stre
     ]
     is_json = log_format == "json" or (log_format == "auto" and not stream.isatty())
     renderers: list[structlog.typing.Processor] = (
-        [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+        [structlog.processors.ExceptionRenderer(_traceback), structlog.processors.JSONRenderer()]
         if is_json
-        else [structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)]
-    )  # without the values of variables: prompts are nobody's business
+        else [structlog.dev.ConsoleRenderer(colors=False, exception_formatter=_write_traceback)]
+    )
     handler = logging.StreamHandler(stream)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -61,6 +67,24 @@ def configure(log_format: LogFormat = "auto", *, level: int = logging.INFO, stre
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=False,
     )  # fmt: skip
+
+
+def _write_traceback(to: TextIO, exc_info: structlog.typing.ExcInfo) -> None:
+    to.write(_traceback(exc_info))
+
+
+def _traceback(exc_info: structlog.typing.ExcInfo) -> str:
+    """Returns a traceback without the values of variables, and without messages that quote what was sent."""
+    parts: list[str] = []
+    error: BaseException | None = exc_info[1]
+    while error is not None and len(parts) < _MAX_CHAIN:
+        is_quoting = isinstance(error, ValidationError | ValidationException)
+        says = [f"{type(error).__name__}\n"] if is_quoting else traceback.format_exception_only(error)
+        parts.append(
+            "".join(["Traceback (most recent call last):\n", *traceback.format_tb(error.__traceback__), *says])
+        )
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return "\nduring which, or from which, came:\n\n".join(reversed(parts)).rstrip()
 
 
 def collect_notes() -> dict[str, object]:

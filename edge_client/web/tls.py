@@ -26,29 +26,9 @@ def server_context(cert: Path, key: Path) -> ssl.SSLContext:
 
     def on_reload(wrong: str | None) -> None:
         if wrong is None:
-            shown = certificates.show(certificates.fingerprint(files.current.cert))
+            shown = certificates.show(certificates.fingerprint(cert.read_bytes()))
             log.info("certificate_reloaded", file=where, fingerprint=shown)
         else:
             log.error("certificate_not_reloaded", file=where, message=f"{wrong}; the one of before stays in use")
 
-    files = certificates.CertificateFiles(cert, key, on_reload=on_reload)
-    newest = outer = _context(cert, key)
-
-    def on_hello(connection: ssl.SSLObject, _name: str | None, _context_of: ssl.SSLContext) -> None:
-        """Runs at the begin of each handshake, whether the client names a host or not."""
-        nonlocal newest
-        if files.reload() is not None:
-            try:
-                newest = _context(cert, key)
-            except (OSError, ssl.SSLError):  # replaced once more, this moment
-                log.exception("certificate_not_reloaded", file=where)
-        connection.context = newest
-
-    outer.sni_callback = on_hello
-    return outer
-
-
-def _context(cert: Path, key: Path) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(cert, key)
-    return context
+    return certificates.server_context(cert, key, on_reload=on_reload)

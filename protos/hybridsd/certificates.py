@@ -406,6 +406,40 @@ def stamp(path: Path) -> tuple[int, int, int] | None:
     return (found.st_mtime_ns, found.st_size, found.st_ino)
 
 
+def server_context(
+    cert: Path, key: Path, *, on_reload: Callable[[str | None], None] = lambda _wrong: None
+) -> ssl.SSLContext:
+    """Returns a context of a server that follows two files: each new connection has what they hold then.
+
+    Args:
+        cert: Chain in PEM.
+        key: In PEM; may be the same file.
+        on_reload: As of `CertificateFiles`.
+
+    Raises:
+        ValueError: If they cannot be used at first.
+    """
+    files = CertificateFiles(cert, key, on_reload=on_reload)
+    newest = outer = _server_context(cert, key)
+
+    def on_hello(connection: ssl.SSLObject, _name: str | None, _of: ssl.SSLContext) -> None:
+        """Runs at the begin of each handshake, whether the client names a host or not."""
+        nonlocal newest
+        if files.reload() is not None:
+            with contextlib.suppress(OSError):  # replaced once more, this moment: the next who comes looks again
+                newest = _server_context(cert, key)
+        connection.context = newest
+
+    outer.sni_callback = on_hello
+    return outer
+
+
+def _server_context(cert: Path, key: Path) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+    return context
+
+
 def fetch(
     host: str, port: int, timeout_s: float, *, client: tuple[Path, Path] | None = None, protocol: str = "h2"
 ) -> str:

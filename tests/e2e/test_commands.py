@@ -44,6 +44,7 @@ NOT_MADE = {
     "test": "what runs this test",
     "test-quick": "the same tests, without the slow ones",
     "lint": "a part of make test",
+    "load": "a bench of a quarter of an hour; tests/load/test_load.py runs parts of it",
     "screenshots": "needs chromium and eyes; tests/e2e/test_page.py drives the same page",
 }
 NOT_RUN = {
@@ -51,6 +52,7 @@ NOT_RUN = {
     r"make ": "see MADE and NOT_MADE",
     r"source \.venv/bin/activate": "this test runs in it",
     r"docker compose ": "needs an engine; tests/e2e/test_compose.py runs the same commands as processes",
+    r"python deploy/make_secrets\.py": "tests/e2e/test_compose.py runs it",
     r"pip install ": "needs the network; make test has done it",
     r"curl ": "test_curl below",
     r"sudo ": "needs another user and systemd; tests/e2e/test_units.py parses the units",

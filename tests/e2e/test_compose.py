@@ -1,13 +1,18 @@
 """The compose demo without an engine: its files are parsed, and its very commands run as processes on this machine."""
 
+import copy
+import hashlib
 import importlib.metadata
 import json
 import os
 import re
 import shlex
+import ssl
 import subprocess
 import time
+import tomllib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +37,10 @@ def load(name: str) -> dict[str, Any]:
 COMPOSE = load("docker-compose.yml")
 GPU = load("deploy/docker-compose.gpu.yml")
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
+OURS = [name for name, service in SERVICES.items() if "build" in service]
+OTHERS = [name for name in SERVICES if name not in OURS]
+CLOUDS = [name for name in OURS if "cloud" in name]
+SECRETS = "./deploy/secrets"
 
 
 def filled_in(text: str) -> str:
@@ -52,7 +61,47 @@ def mounts(service: str) -> dict[str, str]:
     return {inside: outside for outside, inside in pairs}
 
 
-@pytest.mark.parametrize("service", SERVICES)
+def test_compose_understands_the_file() -> None:
+    """Keys, values and what they refer to, by a parser of the specification; with and without what it must refuse."""
+    from compose_spec.compose_spec import PyCompose
+
+    def read(document: dict[str, Any]) -> None:
+        PyCompose.from_yaml(yaml.safe_dump(json.loads(filled_in(json.dumps(document))))).validate()
+
+    read(COMPOSE)
+    for service in SERVICES.values():
+        for needed in service.get("depends_on", {}):
+            assert set(SERVICES[needed].get("profiles", [])) <= set(service.get("profiles", [])), needed
+    wrong = copy.deepcopy(COMPOSE)
+    wrong["services"]["cloud"]["healthcheck"]["intervall"] = "5s"
+    with pytest.raises(ValueError, match="intervall"):
+        read(wrong)
+
+
+def test_the_demo_is_what_runs_without_a_profile() -> None:
+    """The others wait to be asked for."""
+    profiles = {name: service.get("profiles", []) for name, service in SERVICES.items()}
+
+    assert profiles == {
+        "cloud": [], "gateway": [], "cloud-2": ["two-clouds"], "cloud-tls": ["tls"], "gateway-tls": ["tls"],
+        "prometheus": ["observability"], "grafana": ["observability"],
+    }  # fmt: skip
+
+
+def test_the_second_cloud_answers_to_the_name_of_the_first() -> None:
+    """So the gateway's command is the same for one and for two."""
+    assert SERVICES["cloud-2"]["networks"]["default"]["aliases"] == ["cloud"]
+    assert SERVICES["cloud-2"]["command"] == SERVICES["cloud"]["command"]
+
+
+def test_images_of_others_are_pinned() -> None:
+    """A version each, so that an update is a decision."""
+    assert OTHERS == ["prometheus", "grafana"]
+    for name in OTHERS:
+        assert re.fullmatch(r"[a-z]+/[a-z]+:v?\d+\.\d+\.\d+", SERVICES[name]["image"])
+
+
+@pytest.mark.parametrize("service", OURS)
 def test_files_that_the_compose_file_names_are_there(service: str) -> None:
     """Dockerfiles, what they copy, and every folder that is mounted; nothing that is copied is ignored."""
     build = SERVICES[service]["build"]
@@ -62,14 +111,19 @@ def test_files_that_the_compose_file_names_are_there(service: str) -> None:
             *sources, _ = words.split()
             assert set(sources) <= allowed
             assert all((ROOT / source).exists() for source in sources)
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_what_is_mounted_is_there(service: str) -> None:
+    """Files and folders of this repository, secrets that a script makes, and volumes that are declared."""
     for outside in mounts(service).values():
         if outside.startswith("."):
-            assert (ROOT / outside).is_dir()
+            assert (ROOT / outside).exists() or outside.startswith(SECRETS)
         else:
             assert outside in COMPOSE["volumes"]
 
 
-@pytest.mark.parametrize("service", SERVICES)
+@pytest.mark.parametrize("service", OURS)
 def test_images_are_slim_and_nobody_is_root(service: str) -> None:
     """The last stage is a slim one with a user of its own, and the container may not do more than it needs."""
     steps = instructions(SERVICES[service]["build"]["dockerfile"])
@@ -79,26 +133,28 @@ def test_images_are_slim_and_nobody_is_root(service: str) -> None:
     assert last[0][1].endswith("-slim")
     assert users == ["hybridsd"]
     assert any(f"useradd --uid 10001 --create-home {users[0]}" in words for name, words in last if name == "RUN")
-    assert SERVICES[service]["read_only"]
-    assert SERVICES[service]["cap_drop"] == ["ALL"]
 
 
 @pytest.mark.parametrize("service", SERVICES)
 def test_a_service_is_bounded(service: str) -> None:
-    """Its image has a name, its memory and processes have limits, and its log does not fill the disk."""
+    """Its image has a name, it may do little, its memory and processes have limits, its log does not fill the disk."""
     found = SERVICES[service]
 
-    assert filled_in(found["image"]) == f"hybridsd-{'cloud' if service == 'cloud' else 'edge'}:latest"
+    if service in OURS:
+        assert filled_in(found["image"]) == f"hybridsd-{'cloud' if service in CLOUDS else 'edge'}:latest"
+    assert found["read_only"]
+    assert found["cap_drop"] == ["ALL"]
+    assert found["healthcheck"]["test"][0] == "CMD"
     assert filled_in(found["mem_limit"]).endswith("g")
     assert found["pids_limit"] > 0
     assert {"max-size", "max-file"} <= set(found["logging"]["options"])
 
 
-@pytest.mark.parametrize("service", SERVICES)
+@pytest.mark.parametrize("service", OURS)
 def test_sources_come_after_what_they_need(service: str, tmp_path: Path) -> None:
     """What is installed before the sources are copied is all that the package needs: a change of them costs seconds."""
     steps = instructions(SERVICES[service]["build"]["dockerfile"])
-    extra = "cloud" if service == "cloud" else "edge"
+    extra = "cloud" if service in CLOUDS else "edge"
     needed = f"python requirements.py {extra} > needed.txt && pip install -c constraints.txt -r needed.txt"
     printed = subprocess.run(
         [BIN / "python", "deploy/requirements.py", extra], cwd=ROOT, capture_output=True, text=True, check=True
@@ -114,15 +170,27 @@ def test_sources_come_after_what_they_need(service: str, tmp_path: Path) -> None
     assert ("RUN", needed) in steps[:first_source]
 
 
-def test_one_port_is_published_to_this_machine_alone() -> None:
-    """The page is all that can be reached, and the port is the one that its command listens on."""
-    (published,) = [filled_in(port) for service in SERVICES.values() for port in service.get("ports", [])]
-    address, _, inside = published.rsplit(":", 2)
-    command = SERVICES["gateway"]["command"]
+@pytest.mark.parametrize("service", SERVICES)
+def test_only_services_with_tls_and_tokens_are_published_beyond_this_machine(service: str) -> None:
+    """The others' ports are this machine's, and each is one that something listens on."""
+    command = SERVICES[service].get("command", [])
+    for port in map(filled_in, SERVICES[service].get("ports", [])):
+        address, _, inside = port.rpartition(":")[0].rpartition(":")[0], *port.split(":")[-2:]
+        if service in OURS:
+            assert command[command.index("--port") + 1] == inside
+        if address != "127.0.0.1":
+            assert {"--tls-cert", "--tls-key"} <= set(command)
+            assert {"--token-file", "--client-tokens"} & set(command)
+            assert not {"--insecure", "--open"} & set(command)
 
-    assert address == "127.0.0.1"
-    assert command[command.index("--port") + 1] == inside
-    assert command[command.index("--server") + 1] == f"cloud:{SERVICES['cloud']['expose'][0]}"
+
+def test_gateways_ask_their_clouds() -> None:
+    """By the name and port of the service; what Prometheus scrapes is exposed."""
+    for gateway, cloud in (("gateway", "cloud"), ("gateway-tls", "cloud-tls")):
+        command = SERVICES[gateway]["command"]
+        assert command[command.index("--server") + 1] == f"{cloud}:{SERVICES[cloud]['expose'][0]}"
+        command = SERVICES[cloud]["command"]
+        assert command[command.index("--metrics-port") + 1] == SERVICES[cloud]["expose"][1]
 
 
 def test_the_gpu_file_changes_the_cloud_alone() -> None:
@@ -164,11 +232,12 @@ def command_of(service: str, changed: dict[str, str], *more: str) -> list[str]:
     """Returns the command of a service as one of this machine: paths, hosts and ports replaced."""
     (entry,) = [json.loads(w) for n, w in instructions(SERVICES[service]["build"]["dockerfile"]) if n == "ENTRYPOINT"]
     words = [*entry, *SERVICES[service]["command"], *more]
-    inside = {path: str((ROOT / outside).resolve()) for path, outside in mounts(service).items()}
+    inside = {path: str((ROOT / outside).resolve()) for path, outside in mounts(service).items() if path not in changed}
     result = []
     for word in words:
         for old, new in {**inside, **changed}.items():
             word = new if word == old else word.replace(f"={old}", f"={new}")
+            word = f"{new}{word.removeprefix(old)}" if word.startswith(f"{old}/") else word
         result.append(word)
     return [str(BIN / result[0]), *result[1:]]
 
@@ -188,21 +257,26 @@ def start(command: list[str], log: Path, **environment: str) -> subprocess.Popen
         return subprocess.Popen(command, stdout=stream, stderr=stream, env={**ENVIRONMENT, **environment})
 
 
-@pytest.fixture
-def running(tmp_path: Path) -> Iterator[tuple[str, str]]:
-    """Both services as processes: the addresses of the cloud and of the gateway."""
-    ports, here = {"cloud": tmp_path / "cloud.port", "gateway": tmp_path / "gateway.port"}, {"0.0.0.0": "127.0.0.1"}
-    cloud = start(
-        command_of("cloud", {**here, "50051": "0"}, "--port-file", str(ports["cloud"])), tmp_path / "cloud.log"
-    )
-    processes = [cloud]
+@contextmanager
+def running(
+    cloud_service: str, gateway_service: str, folder: Path, secrets: Path | None = None
+) -> Iterator[tuple[str, str]]:
+    """A cloud and a gateway as processes: the addresses of both, host:port."""
+    changed = {"0.0.0.0": "127.0.0.1", "50051": "0", "8080": "0", "8443": "0", "9464": "0"}
+    changed["/data/gateway"] = str(folder / "data")
+    processes = []
+
+    def run(service: str, part: str) -> str:
+        own = {} if secrets is None else {"/run/secrets": str(secrets / part)}
+        port_file, log = folder / f"{part}.port", folder / f"{part}.log"
+        command = command_of(service, {**changed, **own}, "--port-file", str(port_file))
+        processes.append(start(command, log, HYBRIDSD_EDGE_CACHE=str(folder / "cache")))
+        return f"127.0.0.1:{wait_for(port_file, processes[-1], log)}"
+
     try:
-        address = f"127.0.0.1:{wait_for(ports['cloud'], cloud, tmp_path / 'cloud.log')}"
-        changed = {**here, "8080": "0", "cloud:50051": address, "/data/gateway": str(tmp_path / "data")}
-        command = command_of("gateway", changed, "--port-file", str(ports["gateway"]))
-        gateway = start(command, tmp_path / "gateway.log", HYBRIDSD_EDGE_CACHE=str(tmp_path / "cache"))
-        processes.append(gateway)
-        yield address, f"http://127.0.0.1:{wait_for(ports['gateway'], gateway, tmp_path / 'gateway.log')}"
+        address = run(cloud_service, "cloud")
+        changed[f"{cloud_service}:50051"] = address
+        yield address, run(gateway_service, "gateway")
     finally:
         for process in reversed(processes):
             process.terminate()
@@ -217,22 +291,81 @@ def healthy(service: str, changed: dict[str, str]) -> bool:
     return subprocess.run(command, capture_output=True, check=False, timeout=HANG_S, env=os.environ).returncode == 0
 
 
-def test_the_commands_of_the_compose_file_make_a_picture(running: tuple[str, str]) -> None:
-    """Both health checks pass, the page is there, and a job is drawn in both places."""
-    cloud, gateway = running
-    with httpx.Client(base_url=gateway, timeout=HANG_S, trust_env=False) as client:
-        page = client.get("/")
-        job = client.post("/v1/jobs", json={"prompt": PROMPT, "seed": 7, "hybrid": {"split": "2,2"}}).json()
-        with client.stream("GET", f"/v1/jobs/{job['id']}/events") as events:
-            names = [line.removeprefix("event: ") for line in events.iter_lines() if line.startswith("event: ")]
-        done = client.get(f"/v1/jobs/{job['id']}").json()
-        picture = client.get(done["images"][0]["url"])
+def draw(client: httpx.Client) -> tuple[list[str], dict[str, Any], bytes]:
+    """Draws a picture in both places; returns the names of its events, the job and the file."""
+    job = client.post("/v1/jobs", json={"prompt": PROMPT, "seed": 7, "hybrid": {"split": "2,2"}}).json()
+    with client.stream("GET", f"/v1/jobs/{job['id']}/events") as events:
+        names = [line.removeprefix("event: ") for line in events.iter_lines() if line.startswith("event: ")]
+    done = client.get(f"/v1/jobs/{job['id']}").json()
+    return names, done, client.get(done["images"][0]["url"]).content
 
-    assert healthy("cloud", {"127.0.0.1:50051": cloud})
-    assert healthy("gateway", {"http://127.0.0.1:8080": gateway})
-    assert not healthy("gateway", {"http://127.0.0.1:8080": "http://127.0.0.1:9"})
-    assert not healthy("cloud", {"127.0.0.1:50051": "127.0.0.1:9"})
+
+def test_the_commands_of_the_compose_file_make_a_picture(tmp_path: Path) -> None:
+    """Both health checks pass, the page is there, and a job is drawn in both places."""
+    with running("cloud", "gateway", tmp_path) as (cloud, gateway):
+        with httpx.Client(base_url=f"http://{gateway}", timeout=HANG_S, trust_env=False) as client:
+            page = client.get("/")
+            names, done, picture = draw(client)
+
+        assert healthy("cloud", {"127.0.0.1:50051": cloud})
+        assert healthy("gateway", {"http://127.0.0.1:8080": f"http://{gateway}"})
+        assert not healthy("gateway", {"http://127.0.0.1:8080": "http://127.0.0.1:9"})
+        assert not healthy("cloud", {"127.0.0.1:50051": "127.0.0.1:9"})
     assert "text/html" in page.headers["content-type"]
     assert names[-1] == "completed"
     assert (done["images"][0]["mode"], done["images"][0]["actual_cloud_steps"]) == ("hybrid", 2)
-    assert picture.content.startswith(b"\x89PNG")
+    assert picture.startswith(b"\x89PNG")
+
+
+def test_secrets_that_are_lost_are_made_again_for_all_who_share_them(tmp_path: Path) -> None:
+    """A token that Prometheus has lost is another one at both, and nobody else's changes."""
+
+    def make() -> dict[str, dict[str, str]]:
+        command = [str(BIN / "python"), "deploy/make_secrets.py", "--folder", str(tmp_path)]
+        subprocess.run(command, cwd=ROOT, capture_output=True, check=True, timeout=HANG_S)
+        files = (tmp_path / "cloud/tokens.toml", tmp_path / "gateway/client-tokens.toml")
+        return {file.name: {name: table["sha256"] for name, table in read_toml(file).items()} for file in files}
+
+    before = make()
+    (tmp_path / "prometheus/token").unlink()
+    after = make()
+    token = (tmp_path / "prometheus/token").read_text(encoding="utf-8").strip()
+
+    digest = hashlib.sha256(token.encode()).hexdigest()
+    assert {tables["prometheus"] for tables in after.values()} == {digest}
+    for name, tables in before.items():
+        assert tables["prometheus"] != digest
+        assert {**tables, "prometheus": digest} == after[name]
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    return tomllib.loads(file.read_text(encoding="utf-8"))
+
+
+def test_the_profile_with_tls_draws_for_who_has_a_token(tmp_path: Path) -> None:
+    """With the secrets that the script makes: HTTPS in front, TLS and a token between, health checks that pass."""
+    secrets = tmp_path / "secrets"
+    make = [str(BIN / "python"), "deploy/make_secrets.py", "--folder", str(secrets)]
+    said = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True, timeout=HANG_S).stdout
+    (token,) = re.findall(r"shown only now: (\S+)", said)
+    files = {path: path.read_bytes() for path in secrets.rglob("*") if path.is_file()}
+    again = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True, timeout=HANG_S).stdout
+    assert token not in again
+    assert {path: path.read_bytes() for path in secrets.rglob("*") if path.is_file()} == files
+    assert (secrets.stat().st_mode & 0o777, token.encode() in b"".join(files.values())) == (0o700, False)
+    scraping = (ROOT / "deploy/prometheus/prometheus.yml").read_text(encoding="utf-8")
+    for wanted in re.findall(r"/run/secrets/([\w.]+)", scraping):
+        assert (secrets / "prometheus" / wanted).is_file()
+
+    trust = ssl.create_default_context(cafile=str(secrets / "gateway/tls.pem"))
+    with running("cloud-tls", "gateway-tls", tmp_path, secrets) as (cloud, gateway):
+        with httpx.Client(base_url=f"https://{gateway}", timeout=HANG_S, trust_env=False, verify=trust) as client:
+            stranger = client.get("/v1/jobs")
+            client.headers["authorization"] = f"Bearer {token}"
+            _, done, _ = draw(client)
+        assert healthy("cloud-tls", {"127.0.0.1:50051": cloud})
+        assert healthy("gateway-tls", {"https://127.0.0.1:8443": f"https://{gateway}"})
+        assert not healthy("cloud", {"127.0.0.1:50051": cloud})  # which speaks plain text
+
+    assert stranger.status_code == 401
+    assert (done["images"][0]["mode"], done["images"][0]["actual_cloud_steps"]) == ("hybrid", 2)

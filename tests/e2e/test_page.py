@@ -5,6 +5,7 @@ import io
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ PROMPT = "a fox to the left of a donut on a yellow background"
 PATIENCE_MS = 1e3 * HANG_S
 expect.set_options(timeout=PATIENCE_MS)
 PHONE = {"width": 360, "height": 740}
+POLL_MS = 10_000
+"""After which the page asks again how the cloud is; its clock is set forward, so that no test waits for it."""
 
 
 @pytest.fixture(scope="module")
@@ -292,6 +295,7 @@ def test_everything_can_be_reached_by_keyboard(page: Page) -> None:
 def test_a_cloud_that_dies_is_said_and_the_picture_is_finished(page: Page, servers: tuple[Process, Process]) -> None:
     """The cloud is killed in the middle: the device goes on, a banner says so, and goes when the cloud is back."""
     cloud, _ = servers
+    page.clock.install()
     fill_in(page, steps=100, cloud_steps=90)
     page.get_by_test_id("generate").click()
     expect(page.get_by_test_id("timeline").locator(".segment.cloud.done").nth(3)).to_be_attached()
@@ -306,6 +310,10 @@ def test_a_cloud_that_dies_is_said_and_the_picture_is_finished(page: Page, serve
         assert len(image["steps"]) == 100
     finally:
         cloud.start()
+    give_up_at = time.monotonic() + HANG_S
+    while page.get_by_test_id("banner").inner_text() and time.monotonic() < give_up_at:
+        page.clock.fast_forward(POLL_MS)
+        page.wait_for_timeout(200)  # the gateway itself asks the cloud every few seconds
     expect(page.get_by_test_id("banner")).to_be_empty()
 
 
@@ -469,6 +477,7 @@ def test_a_split_says_what_it_takes(page: Page) -> None:
     page.locator("#size").select_option("custom")
     for name, side in (("width", 96), ("height", 64)):
         page.locator(f"#{name}").fill(str(side))
+    page.clock.install()
     page.reload()  # the new price; the form keeps its values
     said = page.get_by_test_id("split-cost")
     expect(said).to_contain_text("after the first image")
@@ -477,6 +486,7 @@ def test_a_split_says_what_it_takes(page: Page) -> None:
     fill_in(page, steps=10, cloud_steps=4)
     generate(page)
     finish(page)
+    page.clock.fast_forward(POLL_MS)
 
     expect(said).to_have_text("About 1.7 s: cloud 0.40 s, this device 1.2 s · 40 KB over the network · 0.4 ¢")
     page.get_by_test_id("split").fill("0")
@@ -681,7 +691,9 @@ def test_each_image_has_an_address(page: Page) -> None:
     page.reload()
     expect(page.get_by_test_id("dialog")).to_be_visible()
     page.get_by_test_id("dialog").get_by_role("button", name="Close").click()
+    expect(page).to_have_url(plain)  # closing goes back, which takes a moment
     page.get_by_test_id("gallery-item").first.click()
+    expect(page).to_have_url(address)
     page.go_back()
     expect(page.get_by_test_id("dialog")).to_be_hidden()
     page.go_forward()

@@ -17,6 +17,7 @@ class Cloud:
         self.now_s, self.waiting = 0.0, list[Caller]()
         self.running = [ALICE] * num_places
         self.outlook: Outlook | None = None
+        self.num_free = 0
         self.door = Door(max_queue=max_queue, rand=lambda: 0.0)
 
     def ask(self, name: str, caller: Caller) -> float | None:
@@ -26,7 +27,7 @@ class Cloud:
                 waiting=list(self.waiting),
                 begins_s=[float(index + 1) for index in range(len(self.waiting))],
                 running=self.running,
-                num_free=0,
+                num_free=self.num_free,
                 next_s=len(self.waiting) + 1.0,
                 spacing_s=1.0,
             )
@@ -195,5 +196,17 @@ def test_room_that_is_promised_for_later_is_used_until_then() -> None:
     for index in range(30):
         cloud.ask(f"more-{index}", ALICE)
     cloud.waiting = cloud.waiting[:1]  # the others have given up
+
+    assert cloud.ask("now", ALICE) is None
+
+
+def test_an_idle_cloud_refuses_nobody() -> None:
+    """Whatever it has promised to those who do not come: a place that is free is taken."""
+    cloud = Cloud()
+    cloud.fill(ALICE)
+    for index in range(30):
+        cloud.ask(f"more-{index}", ALICE)
+    cloud.tick(8.0)
+    cloud.num_free, cloud.running = 1, []
 
     assert cloud.ask("now", ALICE) is None

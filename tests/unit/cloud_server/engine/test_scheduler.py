@@ -9,6 +9,7 @@ from cloud_server.engine.request import JobRequest
 from cloud_server.engine.scheduler import PLACE_TURNS, Scheduler
 from cloud_server.engine.step import Trajectory
 from hybridsd.errors import CloudBusy, Reason
+from hybridsd.tokens import Quota
 from tests.support.tiny_bundle import make_plan
 
 
@@ -130,10 +131,17 @@ def test_a_promise_is_kept_by_the_queue() -> None:
     refusal_s(scheduler, "promised-no-more")
 
 
+def test_whoever_may_have_no_jobs_is_told_so() -> None:
+    """And does not wait for ever."""
+    with pytest.raises(CloudBusy, match="0 jobs") as refused:
+        make_scheduler().check_room("any", Caller(principal="a", quota=Quota(jobs=0)))
+    assert refused.value.reason is Reason.QUOTA_EXCEEDED
+
+
 def test_the_wait_is_what_it_will_be() -> None:
     """0 where a place is free; behind all that a caller has, and less for one who has had nothing."""
     scheduler = make_scheduler(max_batch=2, max_queue=9)
-    assert scheduler.load().wait_s == 0.0
+    assert scheduler.load(Caller(principal="a")).wait_s == 0.0
     jobs = [make_job(f"a{index}", caller="a") for index in range(8)]
     add(scheduler, jobs[0])
     scheduler.charge(jobs[:1], 1.0)

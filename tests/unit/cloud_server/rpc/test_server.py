@@ -306,3 +306,27 @@ def test_messages_stay_small() -> None:
     """The largest answer, eight arrays and a preview of 1024 pixels in fp32, is under gRPC's limit of 4 MiB."""
     state: Message = pb.State()
     assert state.ByteSize() + 9 * 4 * 128 * 128 * 4 < 4 << 20
+
+
+async def test_capabilities_say_how_long_this_caller_would_wait(
+    start_server: StartServer, gated: GatedDenoiser
+) -> None:
+    """Nothing where a place is free; where none is, less for a caller who has had nothing than for one who has all."""
+    client = await start_server(denoiser=gated, max_batch=1, tokens=("alice", "bob"))
+
+    async def wait_s(name: str) -> float:
+        request, metadata = pb.GetCapabilitiesRequest(), (("authorization", f"Bearer {name}"),)
+        answer = await client.denoising.GetCapabilities(request, metadata=metadata)
+        return answer.load.wait_duration.ToNanoseconds() / 1e9
+
+    assert await wait_s("alice") == 0.0
+    metadata = (("authorization", "Bearer alice"),)
+    jobs = [asyncio.create_task(client.denoise(message(seed=seed), metadata=metadata)) for seed in range(3)]
+    gated.allow(1)
+    for _ in range(2):
+        await asyncio.to_thread(gated.entered.acquire)
+    await until(lambda: client.server.engine.load().num_queued == 2)
+
+    assert await wait_s("alice") > await wait_s("bob") > 0.0
+    gated.open()
+    await asyncio.gather(*jobs)

@@ -108,6 +108,23 @@ def test_a_cloud_that_lies_about_it_is_not_believed(
     assert result.energy["cloud"] is None
 
 
+def test_a_cloud_that_tells_of_a_part_leaves_the_whole_unknown(
+    bundle: Bundle, models: Models, cloud: Cloud, fake: FakeCloud
+) -> None:
+    """As where one cloud ran the first calls and was lost, and another told of its own."""
+
+    def tell(message: pb.DenoiseResponse) -> None:
+        if message.WhichOneof("event") == "finished":
+            message.finished.usage.energy.joules = 42.0
+            message.finished.usage.num_calls = 2
+
+    fake.mangle = tell
+    account = Account(prices=Prices(cloud_dollars_per_hour=2.0))
+    result = draw(replace(REQUEST, mode="hybrid", cloud_steps=3), bundle, models, cloud, account=account)
+    assert result.energy["cloud"] is None
+    assert result.cost["cloud"] is None
+
+
 def test_segments_of_the_cloud_add_up() -> None:
     usage = Usage(queue_s=1.0, text_s=0.0, compute_s=2.0, num_calls=3, sent_bytes=4, energy=Energy(5.0, "measured"))
 

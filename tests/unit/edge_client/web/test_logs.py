@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import structlog
+from pydantic import BaseModel, ValidationError
 
 from edge_client.web import logs
 from edge_client.web.request_log import route_of
@@ -44,6 +45,28 @@ def test_tracebacks_have_no_values_of_variables(stream: io.StringIO, log_format:
         structlog.get_logger("here").exception("job_failed")
     assert "broken at 12" in stream.getvalue()
     assert "secret" not in stream.getvalue()
+
+
+@pytest.mark.parametrize("log_format", ["console", "json"])
+def test_errors_that_quote_what_was_sent_are_not_quoted(stream: io.StringIO, log_format: logs.LogFormat) -> None:
+    """Pydantic's say the values at fault; ours, in front of them, are said."""
+    logs.configure(log_format, stream=stream)
+
+    class Job(BaseModel):
+        prompt: int
+
+    try:
+        try:
+            Job(prompt="a " + "sec" + "ret fox")  # type: ignore[arg-type]
+        except ValidationError as error:
+            raise RuntimeError("the job cannot be read") from error
+    except RuntimeError:
+        structlog.get_logger("here").exception("request_failed")
+    says = stream.getvalue()
+    assert "the job cannot be read" in says
+    assert "ValidationError" in says
+    assert says.index("ValidationError") < says.index("the job cannot be read")
+    assert "secret" not in says
 
 
 def test_libraries_that_quote_what_they_handle_are_quiet(stream: io.StringIO) -> None:

@@ -21,7 +21,7 @@ from edge_client.web.connections import PatientServer, server_config
 from edge_client.web.tls import server_context
 from hybridsd import certificates
 from hybridsd.errors import InvalidRequest
-from tests.support.certificates import Issued, issue
+from tests.support.certificates import issue
 
 
 def shown_to(port: int, name: str | None = None) -> str:
@@ -117,13 +117,14 @@ def given(*words: str) -> dict[str, Any]:
 def test_beyond_this_machine_there_is_https(tmp_path: Path) -> None:
     """With a certificate for the names that clients use, the same at each start; unless --http is given."""
     everywhere = given("--host", "0.0.0.0", "--open", "--allowed-host", "gateway.test")
-    tls, fingerprint = _certificate(everywhere, tmp_path)
+    tls, cert = _certificate(everywhere, tmp_path)
+    assert cert == tmp_path / "tls" / certificates.FILE
+    content = cert.read_bytes()
     again, same = _certificate(everywhere, tmp_path)
-    content = (tmp_path / "tls" / certificates.FILE).read_bytes()
 
     assert tls is not None
     assert again is not None
-    assert fingerprint == same == certificates.show(certificates.fingerprint(content))
+    assert (same, cert.read_bytes()) == (cert, content)
     assert "gateway.test" in certificates.names_of(content)
     assert _certificate(given("--host", "0.0.0.0", "--open", "--http"), tmp_path)[0] is None
     assert _certificate(given(), tmp_path)[0] is None
@@ -131,13 +132,13 @@ def test_beyond_this_machine_there_is_https(tmp_path: Path) -> None:
 
 def test_a_given_certificate_is_used(tmp_path: Path) -> None:
     """Here as elsewhere, also with --http; one that cannot be used is said before anybody is served."""
-    issued: Issued = issue("gateway")
+    issued = issue("gateway")
     cert, key = map(str, issued.write(tmp_path, "gateway"))
     pair = ("--tls-cert", cert, "--tls-key", key)
     for words in (pair, (*pair, "--http"), (*pair, "--host", "0.0.0.0", "--open")):
-        tls, fingerprint = _certificate(given(*words), tmp_path)
+        tls, used = _certificate(given(*words), tmp_path)
         assert tls is not None
-        assert certificates.read_fingerprint(fingerprint).hex() == issued.fingerprint
+        assert str(used) == cert
     with pytest.raises(InvalidRequest, match="--tls-cert"):
         _certificate(given("--tls-cert", key, "--tls-key", key), tmp_path)
     (tmp_path / "tls").write_text("in the way")

@@ -232,13 +232,17 @@ def command_of(service: str, changed: dict[str, str], *more: str) -> list[str]:
     """Returns the command of a service as one of this machine: paths, hosts and ports replaced."""
     (entry,) = [json.loads(w) for n, w in instructions(SERVICES[service]["build"]["dockerfile"]) if n == "ENTRYPOINT"]
     words = [*entry, *SERVICES[service]["command"], *more]
-    inside = {path: str((ROOT / outside).resolve()) for path, outside in mounts(service).items() if path not in changed}
-    result = []
-    for word in words:
-        for old, new in {**inside, **changed}.items():
-            word = new if word == old else word.replace(f"={old}", f"={new}")
-            word = f"{new}{word.removeprefix(old)}" if word.startswith(f"{old}/") else word
-        result.append(word)
+    folders = {path: str((ROOT / outside).resolve()) for path, outside in mounts(service).items() if outside[0] in "./"}
+    places = {**folders, **changed}
+
+    def here(word: str) -> str:
+        name, equals, path = word.rpartition("=")
+        for old in sorted(places, key=len, reverse=True):
+            if path == old or path.startswith(f"{old}/"):
+                return f"{name}{equals}{places[old]}{path.removeprefix(old)}"
+        return word
+
+    result = [here(word) for word in words]
     return [str(BIN / result[0]), *result[1:]]
 
 

@@ -248,11 +248,12 @@ def probe(server: str, timeout_s: float, **options: Any) -> None:
     from cloud_server.rpc import probe as probing
 
     try:
-        answer = probing.ask(server, timeout_s, probing.Trust(**options))
+        trust = probing.Trust(**options)
+        answer = probing.ask(server, timeout_s, trust)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     except OSError as error:
-        click.echo(f"Error: {server} does not answer ({error}); look at its log", err=True)
+        click.echo(f"Error: {probing.say_away(server, str(error), trust)}", err=True)
         sys.exit(4)
     click.echo(answer)
     if answer != "SERVING":

@@ -83,7 +83,7 @@ def _calling(
     """Yields a stub, its messages and the options of each call; says what fails, and exits."""
     import grpc  # takes a while; --help must not
 
-    from cloud_server.rpc.probe import Trust, open_channel
+    from cloud_server.rpc.probe import Trust, open_channel, say_away
     from hybridsd.v1 import denoising_service_pb2, denoising_service_pb2_grpc
 
     token = _token(token_file)
@@ -97,7 +97,7 @@ def _calling(
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     except OSError as error:
-        click.echo(f"Error: {server} does not answer ({error}); look at its log", err=True)
+        click.echo(f"Error: {say_away(server, str(error), trusted)}", err=True)
         sys.exit(4)
     metadata = (("authorization", f"Bearer {token}"),) if token else ()
     with channel:
@@ -106,7 +106,9 @@ def _calling(
             yield stub, denoising_service_pb2, {"timeout": TIMEOUT_S, "metadata": metadata}
         except grpc.RpcError as error:
             is_away = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-            what = f"{server} does not answer ({error.code().name}); look at its log" if is_away else error.details()
+            what = say_away(server, error.code().name, trusted) if is_away else error.details()
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                what = f"{what}; give the right one with --token-file, or {_PREFIX}TOKEN"
             click.echo(f"Error: {what}", err=True)
             sys.exit(4 if is_away else 3)
 

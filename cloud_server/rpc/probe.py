@@ -55,6 +55,24 @@ def ask(server: str, timeout_s: float, trust: Trust) -> str:
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(status))
 
 
+def say_away(server: str, why: str, trust: Trust) -> str:
+    """Returns why a server does not answer and what to do, for whoever typed a command.
+
+    Args:
+        server: host:port.
+        why: As `ask` raises it, or the name of gRPC's code.
+        trust: How it was spoken to.
+    """
+    if "WRONG_VERSION_NUMBER" in why or "RECORD_LAYER_FAILURE" in why:
+        return f"{server} does not speak TLS; leave out --tls and the other options of certificates"
+    hint = ""
+    if why == grpc.StatusCode.UNAVAILABLE.name and trust.is_plain:
+        hint = ", or give --tls if it speaks TLS"
+    elif why == grpc.StatusCode.UNAVAILABLE.name and trust.client_cert is None:
+        hint = ", or give --client-cert and --client-key if it asks for them"
+    return f"{server} does not answer ({why}); look at its log{hint}"
+
+
 def open_channel(server: str, timeout_s: float, trust: Trust) -> grpc.Channel:
     """Returns a channel to host:port; arguments and errors as of `ask`."""
     host, _, port = server.rpartition(":")

@@ -11,6 +11,7 @@ from edge_client import cache
 from edge_client.bundles import bundle as bundles
 from edge_client.cloud.client import Cloud
 from edge_client.cloud.pool import Pool
+from edge_client.cloud.token_file import TokenFile
 from edge_client.inference.models import Models
 from edge_client.paths import cache_folder
 from edge_client.request import Patience
@@ -68,7 +69,7 @@ def open_cloud(
 
     Args:
         server: "host:port" of each, with commas between them.
-        token_file: Holds the token that they are shown.
+        token_file: Holds the token that they are shown; read again when it changes.
         tls_ca: As of `Cloud`, like the others; they hold for each.
         tls_fingerprints: As above.
         client_cert: As above.
@@ -76,12 +77,7 @@ def open_cloud(
         insecure: As above.
         patience: As above.
     """
-    token = os.environ.get("HYBRIDSD_EDGE_TOKEN", "").strip() or None
-    if token_file is not None:
-        try:
-            token = token_file.read_text(encoding="utf-8").strip()
-        except (OSError, ValueError) as error:
-            raise Reason.FIELD_INVALID.error(f"cannot read {token_file}: {error}", field="token_file") from error
+    token = TokenFile(token_file) if token_file is not None else os.environ.get("HYBRIDSD_EDGE_TOKEN", "").strip()
     shared = cache.Cache(cache_folder())
 
     def connect(target: str, address: str | None) -> Cloud:

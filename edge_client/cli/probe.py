@@ -100,7 +100,7 @@ def _ask(gateway: str, timeout_s: float, pin: bytes | None) -> str:
         with connection.getresponse() as response:
             text: str = response.read(_MAX_BYTES).decode("utf-8", "replace")
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise _away(gateway, str(error) or type(error).__name__) from error
+        raise _away(gateway, str(error) or type(error).__name__, _scheme_hint(url, error)) from error
     finally:
         connection.close()
     if response.status != http.client.OK:
@@ -108,8 +108,19 @@ def _ask(gateway: str, timeout_s: float, pin: bytes | None) -> str:
     return text
 
 
-def _away(gateway: str, why: str) -> HybridSDError:
-    return Reason.UNAVAILABLE.error(f"{gateway} is not ready: {_shown(why)}; look at its log")
+def _scheme_hint(url: SplitResult, error: Exception) -> str:
+    """Returns what else to try where a gateway may speak the other of HTTP and HTTPS."""
+    if url.scheme == "http" and isinstance(error, http.client.RemoteDisconnected | ConnectionResetError):
+        return f", or give --gateway https://{url.netloc} if it speaks HTTPS"
+    if isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLCertVerificationError):
+        return f", or give --gateway http://{url.netloc} if it speaks HTTP"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return ", or give its certificate with --tls-fingerprint"
+    return ""
+
+
+def _away(gateway: str, why: str, hint: str = "") -> HybridSDError:
+    return Reason.UNAVAILABLE.error(f"{gateway} is not ready: {_shown(why)}; look at its log{_shown(hint)}")
 
 
 def _shown(text: str) -> str:

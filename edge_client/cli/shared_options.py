@@ -86,7 +86,7 @@ def server_options(command: F) -> F:
         click.option(
             "--token-file",
             type=click.Path(exists=True, dir_okay=False, path_type=Path),
-            help="File with the access token. HYBRIDSD_EDGE_TOKEN holds the token itself.",
+            help="File with the access token, read again when it changes. HYBRIDSD_EDGE_TOKEN holds the token itself.",
         ),
         click.option(
             "--server",

@@ -6,7 +6,7 @@ The only module of the edge that touches gRPC; `edge_client.cloud.conversion` kn
 import contextlib
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +19,7 @@ from edge_client.cloud.conversion import Conversation, check_plan
 from edge_client.cloud.progress import Progress
 from edge_client.cloud.status import translate
 from edge_client.cloud.stream import NOTHING, Inbox
+from edge_client.cloud.token_file import check_token
 from edge_client.cloud.traffic import bought_s, count_bytes
 from edge_client.cloud.trust import Trust, no_connection
 from edge_client.cloud.types import (
@@ -69,7 +70,7 @@ class Cloud:
 
     Args:
         target: "host:port".
-        token: Bearer token; None sends none.
+        token: Bearer token, or what returns it before each call; None sends none.
         tls_ca: PEM file of the authority that signed the server's certificate; given, TLS is used.
         tls_fingerprints: SHA-256 of certificates of which the server must show one; given, TLS is used.
         client_cert: Certificate chain that this device shows, PEM; given, TLS is used.
@@ -89,7 +90,7 @@ class Cloud:
         self,
         target: str,
         *,
-        token: str | None = None,
+        token: str | Callable[[], str] | None = None,
         tls_ca: Path | None = None,
         tls_fingerprints: Sequence[str] = (),
         client_cert: Path | None = None,
@@ -102,11 +103,8 @@ class Cloud:
         idle_timeout_s: float | None = None,
     ) -> None:
         self.host, self.port = read_target(target)
-        if token is not None and not (token.isascii() and token.isprintable()):
-            raise Reason.FIELD_INVALID.error(
-                "the token has line breaks or characters beyond ASCII; give one line, as the server's operator did",
-                field="token",
-            )
+        if isinstance(token, str):
+            check_token(token)
         self.target, self.cache = target if address is None else f"{target} ({address})", cache
         self._connect_timeout_s = connect_timeout_s
         self.patience = Patience() if patience is None else patience
@@ -189,9 +187,8 @@ class Cloud:
         self, request_id: str = "", user: str = "", trace: TraceContext | None = None
     ) -> tuple[tuple[str, str | bytes], ...]:
         """Returns the gRPC metadata of a call: who asks, for what, for whom, and in which trace: the work's."""
-        token: tuple[tuple[str, str | bytes], ...] = (
-            (("authorization", f"Bearer {self._token}"),) if self._token else ()
-        )
+        shown = self._token() if callable(self._token) else self._token
+        token: tuple[tuple[str, str | bytes], ...] = (("authorization", f"Bearer {shown}"),) if shown else ()
         trace = trace or trace_context.current()
         named = (("x-request-id", request_id), (USER_KEY, user), *(() if trace is None else trace.headers()))
         return (*token, *((key, value) for key, value in named if value))

@@ -159,14 +159,22 @@ async def test_probes_of_a_server_with_tls(tiny_model: Model, tmp_path: Path) ->
         right = certificates.show(certificates.fingerprint(content))
         assert await probe(port, "--tls") == (0, "SERVING\n")
         assert await probe(port, "--tls-fingerprint", right.lower()) == (0, "SERVING\n")
-        assert (await probe(port))[0] == 4
+        code, said = await probe(port)
+        assert code == 4
+        assert "give --tls if it speaks TLS" in said
         code, said = await probe(port, "--tls-fingerprint", "00" * 32)
         assert code == 4
         assert right in said
         assert (await probe(port, "--tls-fingerprint", "00"))[0] == 2
     async with serving(tiny_model, tls_dir=tmp_path / "tls", tls_client_ca=tmp_path / "ca.pem") as port:
-        assert (await probe(port, "--tls"))[0] == 4
+        code, said = await probe(port, "--tls")
+        assert code == 4
+        assert "give --client-cert and --client-key if it asks for them" in said
         assert await probe(port, "--tls", *pair) == (0, "SERVING\n")
+    async with serving(tiny_model) as port:
+        code, said = await probe(port, "--tls")
+        assert code == 4
+        assert "does not speak TLS; leave out --tls" in said
 
 
 def test_fingerprint_before_the_first_start(tmp_path: Path) -> None:

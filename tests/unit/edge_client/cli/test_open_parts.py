@@ -10,7 +10,8 @@ from click.testing import CliRunner
 
 from edge_client.cli import open_parts
 from edge_client.cli.main import main
-from edge_client.cli.open_parts import wait_for_server
+from edge_client.cli.open_parts import open_cloud, wait_for_server
+from hybridsd.errors import InvalidRequest
 from tests.support.fake_cloud import FakeCloud, serve
 from tests.support.patience import HANG_S
 
@@ -70,3 +71,31 @@ def test_generate_reaches_a_cloud_that_is_starting(
 
     assert "waiting for" in done.stderr
     assert "hybrid: cloud 3 steps" in done.stderr
+
+
+def test_a_token_is_replaced_while_it_runs(tmp_path: Path) -> None:
+    """The file is read again for each call; while it is empty, or gone, the token of before is sent."""
+    file = tmp_path / "token"
+    file.write_text("first\n")
+    running = serve(FakeCloud(token="first"))
+    with open_cloud(running.target, token_file=file, tls_ca=None, insecure=False) as cloud:
+        cloud.capabilities()
+        replacement = tmp_path / "token.new"
+        replacement.write_text("second\n")
+        replacement.replace(file)
+        running.fake.token = "second"
+        cloud.capabilities()
+        file.write_text("")
+        cloud.capabilities()
+        file.unlink()
+        cloud.capabilities()
+    running.server.stop(grace=None).wait()
+
+
+@pytest.mark.parametrize(("content", "says"), [("\n", "is empty"), ("one\ntwo", "give one line")])
+def test_files_without_one_token(content: str, says: str, tmp_path: Path) -> None:
+    """Nothing is sent without a token to a cloud for which one was given."""
+    file = tmp_path / "token"
+    file.write_text(content)
+    with pytest.raises(InvalidRequest, match=says):
+        open_cloud("127.0.0.1:1", token_file=file, tls_ca=None, insecure=False)

@@ -54,6 +54,27 @@ def test_probe_does_not_wait_for_a_silent_gateway() -> None:
     assert "is not ready" in said.stderr
 
 
+def test_probe_tells_http_and_https_apart(gateway: HTTPServer) -> None:
+    """Whoever asks in the wrong one hears of the other: a server of TLS hangs up on plain HTTP."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def hang_up() -> None:
+            connection, _ = listener.accept()
+            connection.recv(1 << 16)
+            connection.close()
+
+        port = listener.getsockname()[1]
+        hanging_up = threading.Thread(target=hang_up)
+        hanging_up.start()
+        plain = probe(f"http://127.0.0.1:{port}")
+        hanging_up.join()
+    secure = probe(f"https://127.0.0.1:{gateway.server_port}")
+
+    assert (plain.exit_code, secure.exit_code) == (4, 4)
+    assert f"give --gateway https://127.0.0.1:{port} if it speaks HTTPS" in plain.stderr
+    assert f"give --gateway http://127.0.0.1:{gateway.server_port} if it speaks HTTP" in secure.stderr
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1:8080", "file:///etc/passwd", "http://", "http://x:99999", "http://[x"])
 def test_probe_wants_an_address(address: str) -> None:
     """What is no address of a gateway is wrong usage."""

@@ -90,6 +90,14 @@ class Settings:
                 raise ValueError(f"--tls-name {error}") from error
         if self.tls_client_ca is not None and not self.uses_tls:
             raise ValueError("--tls-client-ca needs TLS; leave --insecure out")
+        if not is_loopback(self.metrics_host):
+            if self.metrics_port is None:
+                raise ValueError(f"--metrics-host is {self.metrics_host} without --metrics-port; give a port, as 9464")
+            if not (self.uses_tls or self.insecure):
+                raise ValueError(
+                    f"--metrics-host {self.metrics_host} can be reached from elsewhere, and tokens would come there in"
+                    " plain text; give --tls-name with the name of this machine to speak TLS, or --insecure"
+                )
 
     @property
     def uses_tls(self) -> bool:

@@ -120,7 +120,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 def serve(**options: Any) -> None:
     """Serves web clients: OpenAI's images API, AUTOMATIC1111's, jobs with events, and a page to draw with."""
     settings = _settings(options)
-    logs.configure(options["log_format"])
+    logs_json = logs.configure(options["log_format"])
     read_traces(options, "hybridsd-gateway")
     bundle = open_bundle(options["bundle_name"])
     runs_with = {name: options[name] for name in ("provider", "threads", "low_memory")}
@@ -133,15 +133,13 @@ def serve(**options: Any) -> None:
     if options["fit_size"] is None:
         settings = replace(settings, fit_size=bundle.folder.parts[-3:] == _DEMO)
     app = create_app(settings, bundle, models, cloud, others=others, account=read_account(options, models))
-    tls, fingerprint = _certificate(options, settings.data_dir)
+    tls, cert = _certificate(options, settings.data_dir)
     listener = _listen(options["host"], options["port"])
     port = listener.getsockname()[1]
     scheme = "http" if tls is None else "https"
-    click.echo(f"serving on {scheme}://{_shown(options['host'])}:{port}/", err=True)
-    if tls is not None:
-        cert: Path = options["tls_cert"] or settings.data_dir / "tls" / certificates.FILE
+    _say_where(f"{scheme}://{_shown(options['host'])}:{port}/", cert, as_json=logs_json)
+    if cert is not None:
         app.state.metrics.watch_certificate(lambda: certificates.valid_until(cert.read_bytes()))
-        click.echo(f"its certificate has the SHA-256 fingerprint {fingerprint}", err=True)
     if options["port_file"] is not None:
         output_files.write(options["port_file"], f"{port}\n".encode(), overwrite=True)
     config = server_config(
@@ -155,15 +153,26 @@ def serve(**options: Any) -> None:
         tracing.switch_off()
 
 
-def _certificate(options: dict[str, Any], data_dir: Path) -> tuple[ssl.SSLContext | None, str]:
-    """Returns what the gateway speaks TLS with, and its fingerprint; None to speak plain HTTP.
+def _say_where(address: str, cert: Path | None, *, as_json: bool) -> None:
+    """Says where it listens, and with which certificate, in the log's format: a log of JSON has nothing else."""
+    fingerprint = None if cert is None else certificates.show(certificates.fingerprint(cert.read_bytes()))
+    if as_json:
+        log.info("listening", address=address, fingerprint=fingerprint)
+        return
+    click.echo(f"serving on {address}", err=True)
+    if fingerprint is not None:
+        click.echo(f"its certificate has the SHA-256 fingerprint {fingerprint}", err=True)
+
+
+def _certificate(options: dict[str, Any], data_dir: Path) -> tuple[ssl.SSLContext | None, Path | None]:
+    """Returns what the gateway speaks TLS with, and the file of its certificate; None to speak plain HTTP.
 
     Raises:
         InvalidRequest: FIELD_INVALID if the certificate cannot be used, or none be kept.
     """
     cert, key = options["tls_cert"], options["tls_key"]
     if cert is None and (options["plain_http"] or is_loopback(options["host"])):
-        return None, ""
+        return None, None
     try:
         if cert is None:
             names = certificates.names_of_this_machine((options["host"], *options["allowed_hosts"]))
@@ -171,7 +180,7 @@ def _certificate(options: dict[str, Any], data_dir: Path) -> tuple[ssl.SSLContex
             if made.replaces:
                 log.warning("certificate_renewed", file=str(made.path), message="the old one was near its end")
             cert = key = made.path
-        return server_context(cert, key), certificates.show(certificates.fingerprint(cert.read_bytes()))
+        return server_context(cert, key), cert
     except (OSError, ValueError) as error:
         raise Reason.FIELD_INVALID.error(
             f"there is no certificate for HTTPS: {error}; give --tls-cert and --tls-key, or --http to serve in plain "

@@ -26,8 +26,8 @@ _MAX_CHAIN = 8
 _notes: ContextVar[dict[str, object] | None] = ContextVar("web_notes", default=None)
 
 
-def configure(log_format: LogFormat = "auto", *, level: int = logging.INFO, stream: TextIO | None = None) -> None:
-    """Sets up logging, once a process.
+def configure(log_format: LogFormat = "auto", *, level: int = logging.INFO, stream: TextIO | None = None) -> bool:
+    """Sets up logging, once a process. Returns whether lines are JSON.
 
     Args:
         log_format: "console", "json", or "auto": console exactly when the stream is a terminal.
@@ -67,6 +67,7 @@ def configure(log_format: LogFormat = "auto", *, level: int = logging.INFO, stre
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=False,
     )  # fmt: skip
+    return is_json
 
 
 def _write_traceback(to: TextIO, exc_info: structlog.typing.ExcInfo) -> None:

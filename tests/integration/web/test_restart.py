@@ -1,6 +1,7 @@
 """`hybridsd serve` as a process that is stopped, or killed in the middle: no job and no image is lost."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -39,9 +40,12 @@ class Process:
         }  # fmt: skip
         self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
         assert self.process.stderr is not None
-        said = self.process.stderr.readline().decode()  # comes when it listens
-        assert said.startswith("serving on http://127.0.0.1:"), said + self.process.stderr.read().decode()
-        self.url = said.split()[-1]
+        said = self.process.stderr.readline().decode()  # comes when it listens, in the log's format: JSON in a pipe
+        assert said.startswith("{"), said + self.process.stderr.read().decode()
+        line = json.loads(said)
+        assert line["event"] == "listening"
+        self.url: str = line["address"]
+        assert self.url.startswith("http://127.0.0.1:")
 
     @property
     def port(self) -> int:

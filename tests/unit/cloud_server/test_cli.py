@@ -39,6 +39,8 @@ def test_check_says_what_was_found(tiny_folder: Path, monkeypatch: pytest.Monkey
         (["--host", "0.0.0.0", "--tls-dir", "/dev/null/tls"], "--insecure"),
         (["--tls-name", "no name"], "--tls-name 'no name'"),
         (["--host", "0.0.0.0", "--insecure", "--tls-client-ca", __file__], "--tls-client-ca needs TLS"),
+        (["--metrics-host", "0.0.0.0"], "without --metrics-port; give a port"),
+        (["--metrics-host", "0.0.0.0", "--metrics-port", "0"], "plain text; give --tls-name"),
         (["--port", "70000"], "70000"),
         (["--tls-cert", __file__], "go together"),
         (["--bundle", "."], "model.json"),

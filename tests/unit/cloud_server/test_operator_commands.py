@@ -77,6 +77,7 @@ async def test_jobs_are_listed_and_stopped(start_server: StartServer, gated: Gat
     """An admin sees the jobs of all and stops them; others see and stop their own."""
     path = tmp_path / "tokens"
     secrets = {name: add_token(path, name) for name in ("alice", "bob")}
+    secrets["nobody"] = "a-token-that-nobody-has"
     secrets["root"] = add_token(path, "root", scopes=frozenset({"admin"}))
     client = await start_server(denoiser=gated, max_batch=1, tokens=Tokens(path))
     address = f"127.0.0.1:{client.server.port}"
@@ -95,6 +96,8 @@ async def test_jobs_are_listed_and_stopped(start_server: StartServer, gated: Gat
     (line,) = [line for line in listed.stdout.splitlines() if line.startswith("fox")]
     assert line.split()[:7] == ["fox", "alice", "ann", "tiny", "running", "0/4", "-"]
     assert "fox" not in (await jobs("bob", "list")).output
+    stranger = await jobs("nobody", "list")
+    assert (stranger.exit_code, "give the right one with --token-file" in stranger.output) == (3, True)
     refused = await jobs("bob", "cancel", "fox")
     assert (refused.exit_code, "no job fox" in refused.output) == (3, True)
     assert (await jobs("root", "cancel", "fox", "--owner", "bob")).exit_code == 3

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import grpc
 import httpx
 import pytest
 
@@ -13,8 +14,10 @@ from edge_client.cloud.client import Cloud
 from edge_client.cloud.pool import Pool
 from edge_client.inference.models import Models
 from edge_client.web import cloud_watch
+from hybridsd.errors import Reason
+from hybridsd.v1 import denoising_service_pb2 as pb
 from tests.integration.web.conftest import serving, submit, watching
-from tests.support.fake_cloud import FakeCloud, Running, serve
+from tests.support.fake_cloud import FakeCloud, Running, refuse, serve
 from tests.support.patience import HANG_S
 
 
@@ -83,6 +86,25 @@ def test_job_goes_on_at_the_other(pair: httpx.Client, clouds: list[Running]) -> 
     ]  # fmt: skip
     assert image["actual_cloud_steps"] == 4
     assert 'hybridsd_edge_failovers_total{reason="UNAVAILABLE"} 1.0' in pair.get("/metrics").text
+
+
+def test_why_a_cloud_was_left_names_fields_of_the_api(pair: httpx.Client, clouds: list[Running]) -> None:
+    """What the core says of a request's fields is shown in the words of who asks."""
+
+    def broken(messages: Iterator[pb.DenoiseResponse], context: grpc.ServicerContext) -> Iterator[pb.DenoiseResponse]:
+        for message in messages:
+            yield message
+            if message.HasField("state"):
+                break
+        refuse(context, Reason.UNAVAILABLE, "gone; set `mode` to edge")
+
+    clouds[0].fake.rewrite = broken
+    clouds[1].fake.model_id = "fake-large"
+    pair.get("/v1/capabilities")
+    with watching(pair, submit(pair, hybrid={"cloud_steps": 4})["id"]) as events:
+        (image,) = next(event.data for event in events if event.name == "completed")["job"]["images"]
+
+    assert [run["left"] for run in image["clouds"]] == ["gone; set hybrid.mode to edge", ""]
 
 
 def test_model_of_one_is_drawn_there(pair: httpx.Client, clouds: list[Running]) -> None:

@@ -4,10 +4,14 @@ import asyncio
 import time
 from typing import Any
 
+import structlog
+
 from edge_client.cloud.pool import Pool
 from edge_client.cloud.types import Capabilities as CloudCapabilities
 from edge_client.web.errors import in_words
 from hybridsd.errors import HybridSDError
+
+log = structlog.get_logger()
 
 POLL_INTERVAL_S = 3.0
 """An answer of the cloud is used for this long."""
@@ -23,6 +27,7 @@ class CloudWatch:
         self._task: asyncio.Task[None] | None = None
         self._polled_s = -POLL_INTERVAL_S
         self._capabilities: CloudCapabilities | None = None
+        self._lost: frozenset[str] = frozenset()
         self._message = "no cloud is configured; set the operator's --server" if cloud is None else "not asked yet"
 
     @property
@@ -74,4 +79,18 @@ class CloudWatch:
         except HybridSDError as error:
             self._capabilities, self._message = None, in_words(error.message)
         finally:
+            self._log_changes(cloud)
             self._polled_s, self._task = time.monotonic(), None
+
+    def _log_changes(self, cloud: Pool) -> None:
+        """Logs once that a cloud is lost, and why, and once that it is back."""
+        members = cloud.members()
+        lost = frozenset(member.target for member in members if member.error is not None and member.found is None)
+        for member in members:
+            if member.error is not None and member.target in lost - self._lost:
+                log.warning(
+                    "cloud_lost", server=member.target, reason=member.error.reason.name, message=member.error.message
+                )
+            elif member.target in self._lost - lost:
+                log.info("cloud_back", server=member.target)
+        self._lost = lost

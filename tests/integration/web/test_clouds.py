@@ -7,6 +7,7 @@ from pathlib import Path
 import grpc
 import httpx
 import pytest
+from structlog.testing import capture_logs
 
 from edge_client.bundles.bundle import Bundle
 from edge_client.cache import Cache
@@ -66,6 +67,22 @@ def test_one_of_two_is_enough(pair: httpx.Client, clouds: list[Running]) -> None
     assert [each["reachable"] for each in found["clouds"]] == [False, True]
     assert clouds[0].target in found["clouds"][0]["message"]
     assert pair.get("/readyz").json()["cloud_reachable"]
+
+
+def test_the_log_says_once_which_cloud_is_lost_or_back(pair: httpx.Client, clouds: list[Running]) -> None:
+    """Why as well: a token that the cloud does not take any more would else be found by its users."""
+    with capture_logs() as lines:
+        pair.get("/v1/capabilities")
+        clouds[0].fake.token = "another"
+        pair.get("/v1/capabilities")
+        pair.get("/v1/capabilities")
+        clouds[0].fake.token = None
+        pair.get("/v1/capabilities")
+    told = [line for line in lines if line["event"].startswith("cloud_")]
+    assert [(line["event"], line["server"]) for line in told] == [
+        ("cloud_lost", clouds[0].target), ("cloud_back", clouds[0].target)
+    ]  # fmt: skip
+    assert told[0]["reason"] == "UNAUTHENTICATED"
 
 
 def test_job_goes_on_at_the_other(pair: httpx.Client, clouds: list[Running]) -> None:

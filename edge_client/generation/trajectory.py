@@ -175,16 +175,6 @@ class Trajectory:
             planned=self.resolved.planned_cloud_steps, actual=self.cloud_steps, reason=error.reason, message=message
         )
 
-    def _cloud_calls(self) -> int:
-        """Returns how many calls the cloud's states are worth; states may have been skipped."""
-        resume, total = self.resolved.request.resume, 0
-        before = 0 if resume is None else resume.call
-        for each in self.steps:
-            first = before if before < each.call else 0  # each schedule counts its own
-            total += each.call - first if each.place == "cloud" else 0
-            before = each.call
-        return total
-
     def final_latents(self) -> Latents:
         """Returns the latents to decode, checked."""
         latents = self.state[0]
@@ -222,8 +212,8 @@ class Trajectory:
             places.add("edge")
         mode: Mode = "hybrid" if len(places) == 2 else "cloud" if places == {"cloud"} else "edge"
         busy_s = self.text_s + decode_s + sum(each.elapsed_s for each in self.steps if each.place == "edge")
-        told = self.usage
-        if told is not None and told.num_calls + told.num_skipped_calls < self._cloud_calls():
+        cloud_calls, told = sum(each.place == "cloud" for each in self.steps), self.usage
+        if told is not None and told.num_calls + told.num_skipped_calls < cloud_calls:
             told = None  # of a part: a cloud was lost before it told of its own
         energy = self.tally.energy(told, has_cloud=self.cloud_steps > 0, busy_s=busy_s)
         return Result(

@@ -191,6 +191,7 @@ class JobWorker:
                 result = event.result
                 record = rest_image(index, result)
                 record["fallback_message"] = in_words(result.fallback_message)
+                record["clouds"] = [{**run, "left": in_words(run["left"])} for run in record["clouds"]]
                 yield WorkerEvent("image", record, encode_png(result.image_u8, png_text(result)))
             case _:
                 data = event_json(event)

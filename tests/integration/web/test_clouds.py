@@ -9,6 +9,7 @@ import pytest
 
 from edge_client.bundles.bundle import Bundle
 from edge_client.cache import Cache
+from edge_client.cloud import pool
 from edge_client.cloud.client import Cloud
 from edge_client.cloud.pool import Pool
 from edge_client.inference.models import Models
@@ -36,11 +37,11 @@ def pair(
     monkeypatch.setattr(cloud_watch, "POLL_INTERVAL_S", 0.0)
     with ExitStack() as stack:
         cache = Cache(tmp_path / "cache")
-        pool = stack.enter_context(
+        both = stack.enter_context(
             Pool([each.target for each in clouds], lambda at, _: Cloud(at, cache=cache, idle_timeout_s=HANG_S))
         )
-        pool.ask_all(HANG_S)
-        server = stack.enter_context(serving(tmp_path / "data", bundle, models, pool))
+        both.ask_all(HANG_S)
+        server = stack.enter_context(serving(tmp_path / "data", bundle, models, both))
         yield stack.enter_context(server.client())
 
 
@@ -83,6 +84,22 @@ def test_job_goes_on_at_the_other(pair: httpx.Client, clouds: list[Running]) -> 
     ]  # fmt: skip
     assert image["actual_cloud_steps"] == 4
     assert 'hybridsd_edge_failovers_total{reason="UNAVAILABLE"} 1.0' in pair.get("/metrics").text
+
+
+def test_why_a_cloud_was_left_is_in_the_words_of_the_interface(
+    pair: httpx.Client, clouds: list[Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the event and in the image: no field of another interface is named."""
+    clouds[1].fake.model_id = "fake-large"
+    pair.get("/v1/capabilities")
+    monkeypatch.setattr(pool, "AGE_S", HANG_S)  # it is not known that the first is gone
+    clouds[0].server.stop(grace=None).wait()
+    with watching(pair, submit(pair, hybrid={"cloud_steps": 4})["id"]) as events:
+        told = {event.name: event.data for event in events}
+    first, *_ = told["completed"]["job"]["images"][0]["clouds"]
+    assert first["left"] == told["failover"]["message"]
+    assert "hybrid.mode" in first["left"]
+    assert "`mode`" not in first["left"]
 
 
 def test_model_of_one_is_drawn_there(pair: httpx.Client, clouds: list[Running]) -> None:

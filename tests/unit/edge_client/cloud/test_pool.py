@@ -343,9 +343,18 @@ def test_addresses_and_this_machine_are_not_resolved() -> None:
 
 
 def test_system_says_each_address_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = [(0, 0, 0, "", (address, 1)) for address in ("10.0.0.1", "10.0.0.1", "::2")]
+    answers = [(2, 0, 0, "", (address, 1)) for address in ("10.0.0.1", "10.0.0.1", "10.0.0.2")]
     monkeypatch.setattr(names_module.socket, "getaddrinfo", lambda *_args, **_options: answers)
-    assert names_module.find_addresses("clouds.lan", 1) == ("10.0.0.1", "::2")
+    assert names_module.find_addresses("clouds.lan", 1) == ("10.0.0.1", "10.0.0.2")
+
+
+def test_host_with_both_families_is_one_cloud(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each would count twice, and be away for ever by the one that this machine has no way to."""
+    answers = [(10, 0, 0, "", ("2001:db8::1", 1, 0, 0)), (2, 0, 0, "", ("10.0.0.1", 1))]
+    monkeypatch.setattr(names_module.socket, "getaddrinfo", lambda *_args, **_options: answers)
+    assert names_module.find_addresses("cloud.lan", 1) == ("2001:db8::1",)
+    pool = Pool(["cloud.lan:50051"], lambda target, _: Stub(target, FREE))  # type: ignore[arg-type, return-value]
+    assert [member.target for member in pool.members()] == ["cloud.lan:50051"]  # gRPC tries both
 
 
 @pytest.fixture

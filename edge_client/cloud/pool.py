@@ -117,7 +117,8 @@ class Member:
         self.renew()
         with self._lock:
             self.num_jobs += 1
-            self._begun_at.append(self._clock())
+            now = self._clock()  # an only cloud may never be asked for its load
+            self._begun_at = [*(at for at in self._begun_at if now - at < OLD_S), now]
 
     def end(self) -> None:
         """Notes that it has ended."""
@@ -323,12 +324,12 @@ class Pool:
             found = ()
         with self._news:
             name.is_resolving, name.resolved_at = False, self._clock()
+            unused = [member for member in self._retired if member.num_jobs == 0]  # not those that retire now:
+            self._retired = [member for member in self._retired if member.num_jobs]  # one may have been chosen just now
             if found and set(found) != set(name.addresses) and not self._closed:
                 with contextlib.suppress(HybridSDError):  # a file of `connect` may be gone: then all stays as it is
                     self._change(name, found)
             self._news.notify_all()
-            unused = [member for member in self._retired if member.num_jobs == 0]
-            self._retired = [member for member in self._retired if member.num_jobs]
         for member in unused:
             member.cloud.close()
 

@@ -305,8 +305,7 @@ class _Relay:
         lost = [error for error in errors if isinstance(error, CLOUD_FAILURES)]
         if not lost and not self._was_accepted:
             return errors[0]  # each refuses
-        told = "; ".join(dict.fromkeys(error.message for error in errors))
-        message = f"no cloud goes on: {told}" if len(errors) > 1 else told
+        message = f"no cloud goes on: {_join(errors)}" if len(errors) > 1 else errors[0].message
         if full:
             due_s = min(full)
             return full[due_s].reason.error(message, retry_delay_s=max(due_s, _SOON_S))
@@ -353,6 +352,13 @@ class _Relay:
         self._trajectory.received_bytes += self._remote.received_bytes
         if cancel:
             self._remote.cancel(wait_s=wait_s)
+
+
+def _join(errors: Sequence[HybridSDError]) -> str:
+    """Returns the messages of errors as one; what to do against several alike is said once, behind the last of them."""
+    parts = [message.partition("; ") for message in dict.fromkeys(error.message for error in errors)]
+    last = {advice: what for what, _, advice in parts}
+    return "; ".join(f"{what}{then}{advice}" if last[advice] == what else what for what, then, advice in parts)
 
 
 def _may_stop(error: HybridSDError, holds_state: bool) -> bool:

@@ -78,7 +78,7 @@ class Metrics:
             Counter, "takeovers", "Images whose cloud was lost, late or full, so that this device took over.", "reason"
         )
         self.failovers = self._make(
-            Counter, "failovers", "Times that a cloud was left, and another went on, by why it was left.", "reason"
+            Counter, "failovers", "Times that a cloud was left, and another asked, by why it was left.", "reason"
         )
         self.early_handoffs = self._make(
             Counter, "early_handoffs", "Images that were taken from the cloud on purpose, by an automatic split."

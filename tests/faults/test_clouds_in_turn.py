@@ -25,11 +25,11 @@ from edge_client.request import Patience, Request
 from hybridsd import codec
 from hybridsd.errors import Reason
 from hybridsd.v1 import denoising_service_pb2 as pb
-from tests.faults.conftest import PATIENCE
 from tests.support.fake_cloud import FakeCloud, Running, one_process, serve
 from tests.support.patience import HANG_S
 
 REQUEST = Request(prompt="a red fox", mode="hybrid", codec="fp32", seed=11, scheduler="ddim", cloud_steps=5)
+PATIENCE = Patience(idle_timeout_s=HANG_S, progress_timeout_s=HANG_S, reattach_timeout_s=0.2)
 EXACT = 1e-5
 
 

@@ -4,21 +4,19 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-import grpc
 import httpx
 import pytest
 from structlog.testing import capture_logs
 
 from edge_client.bundles.bundle import Bundle
 from edge_client.cache import Cache
+from edge_client.cloud import pool
 from edge_client.cloud.client import Cloud
 from edge_client.cloud.pool import Pool
 from edge_client.inference.models import Models
 from edge_client.web import cloud_watch
-from hybridsd.errors import Reason
-from hybridsd.v1 import denoising_service_pb2 as pb
 from tests.integration.web.conftest import serving, submit, watching
-from tests.support.fake_cloud import FakeCloud, Running, refuse, serve
+from tests.support.fake_cloud import FakeCloud, Running, serve
 from tests.support.patience import HANG_S
 
 
@@ -40,11 +38,11 @@ def pair(
     monkeypatch.setattr(cloud_watch, "POLL_INTERVAL_S", 0.0)
     with ExitStack() as stack:
         cache = Cache(tmp_path / "cache")
-        pool = stack.enter_context(
+        both = stack.enter_context(
             Pool([each.target for each in clouds], lambda at, _: Cloud(at, cache=cache, idle_timeout_s=HANG_S))
         )
-        pool.ask_all(HANG_S)
-        server = stack.enter_context(serving(tmp_path / "data", bundle, models, pool))
+        both.ask_all(HANG_S)
+        server = stack.enter_context(serving(tmp_path / "data", bundle, models, both))
         yield stack.enter_context(server.client())
 
 
@@ -105,23 +103,20 @@ def test_job_goes_on_at_the_other(pair: httpx.Client, clouds: list[Running]) -> 
     assert 'hybridsd_edge_failovers_total{reason="UNAVAILABLE"} 1.0' in pair.get("/metrics").text
 
 
-def test_why_a_cloud_was_left_names_fields_of_the_api(pair: httpx.Client, clouds: list[Running]) -> None:
-    """What the core says of a request's fields is shown in the words of who asks."""
-
-    def broken(messages: Iterator[pb.DenoiseResponse], context: grpc.ServicerContext) -> Iterator[pb.DenoiseResponse]:
-        for message in messages:
-            yield message
-            if message.HasField("state"):
-                break
-        refuse(context, Reason.UNAVAILABLE, "gone; set `mode` to edge")
-
-    clouds[0].fake.rewrite = broken
+def test_why_a_cloud_was_left_is_in_the_words_of_the_interface(
+    pair: httpx.Client, clouds: list[Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the event and in the image: no field of another interface is named."""
     clouds[1].fake.model_id = "fake-large"
     pair.get("/v1/capabilities")
+    monkeypatch.setattr(pool, "AGE_S", HANG_S)  # it is not known that the first is gone
+    clouds[0].server.stop(grace=None).wait()
     with watching(pair, submit(pair, hybrid={"cloud_steps": 4})["id"]) as events:
-        (image,) = next(event.data for event in events if event.name == "completed")["job"]["images"]
-
-    assert [run["left"] for run in image["clouds"]] == ["gone; set hybrid.mode to edge", ""]
+        told = {event.name: event.data for event in events}
+    first, *_ = told["completed"]["job"]["images"][0]["clouds"]
+    assert first["left"] == told["failover"]["message"]
+    assert "hybrid.mode" in first["left"]
+    assert "`mode`" not in first["left"]
 
 
 def test_model_of_one_is_drawn_there(pair: httpx.Client, clouds: list[Running]) -> None:

@@ -110,6 +110,20 @@ def test_own_jobs_count_before_the_cloud_says_so() -> None:
     assert sorted(begun.values()) == [3, 3, 3]
 
 
+def test_begun_jobs_are_forgotten_where_nobody_asks() -> None:
+    """An only cloud is not asked for its load: what was begun there must not be kept for ever."""
+    clock = Clock()
+    pool, _ = pool_of(FREE, clock=clock)
+    pool.capabilities()
+    (only,) = pool.members()
+    only.begin()
+    one_s = only.load_s(20)
+    for _ in range(50):
+        clock.now += OLD_S
+        only.begin()
+    assert only.load_s(20) == one_s
+
+
 def test_chance_decides_between_equals() -> None:
     """Many edges that know the same do not all go to the first."""
     pool, _ = pool_of(FREE, FREE, FREE)
@@ -287,6 +301,10 @@ def test_name_with_several_addresses_is_several_clouds() -> None:
     names.addresses = ("fd00::2", "10.0.0.3")
     clock.now += RESOLVE_S + 1
     again(pool, names, lambda: first[0] not in pool.members())
+    for thread in threading.enumerate():
+        if thread.name == "hybridsd-names":
+            thread.join(HANG_S)
+    assert not made[1][2].closed  # a job may have chosen it just before
     assert pool.members()[0] is first[1]
     clock.now += RESOLVE_S + 1
     again(pool, names, lambda: made[1][2].closed)  # that of the first address
@@ -325,9 +343,18 @@ def test_addresses_and_this_machine_are_not_resolved() -> None:
 
 
 def test_system_says_each_address_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = [(0, 0, 0, "", (address, 1)) for address in ("10.0.0.1", "10.0.0.1", "::2")]
+    answers = [(2, 0, 0, "", (address, 1)) for address in ("10.0.0.1", "10.0.0.1", "10.0.0.2")]
     monkeypatch.setattr(names_module.socket, "getaddrinfo", lambda *_args, **_options: answers)
-    assert names_module.find_addresses("clouds.lan", 1) == ("10.0.0.1", "::2")
+    assert names_module.find_addresses("clouds.lan", 1) == ("10.0.0.1", "10.0.0.2")
+
+
+def test_host_with_both_families_is_one_cloud(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each would count twice, and be away for ever by the one that this machine has no way to."""
+    answers = [(10, 0, 0, "", ("2001:db8::1", 1, 0, 0)), (2, 0, 0, "", ("10.0.0.1", 1))]
+    monkeypatch.setattr(names_module.socket, "getaddrinfo", lambda *_args, **_options: answers)
+    assert names_module.find_addresses("cloud.lan", 1) == ("2001:db8::1",)
+    pool = Pool(["cloud.lan:50051"], lambda target, _: Stub(target, FREE))  # type: ignore[arg-type, return-value]
+    assert [member.target for member in pool.members()] == ["cloud.lan:50051"]  # gRPC tries both
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 
 from edge_client.bundles.bundle import Bundle
 from edge_client.cache import Cache
+from edge_client.cloud import pool as pool_module
 from edge_client.cloud.client import Cloud
 from edge_client.cloud.pool import Pool
 from edge_client.generation.events import Failover, Fallback, Finished, Retrying
@@ -28,7 +29,7 @@ from tests.support.tiny_bundle import TinyUNet, make_plan
 
 EXACT = 1e-5
 REQUEST = Request(prompt="a red fox", mode="hybrid", codec="fp32", seed=11, cloud_steps=5)
-PATIENCE = Patience(idle_timeout_s=1.0, reattach_timeout_s=0.2, busy_timeout_s=2.0)
+PATIENCE = Patience(idle_timeout_s=HANG_S, reattach_timeout_s=0.2, busy_timeout_s=2.0)
 BUSY = pb.Load(num_queued=50)
 """What makes the other one the first choice."""
 
@@ -44,6 +45,14 @@ class Mortal(FakeCloud):
 
 
 Open = Callable[..., tuple[Pool, list[Running]]]
+
+
+@pytest.fixture(autouse=True)
+def _memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the pool knows stays known, however slow the machine is."""
+    monkeypatch.setattr(pool_module, "AGE_S", HANG_S)
+    monkeypatch.setattr(pool_module, "OLD_S", HANG_S)
+    monkeypatch.setattr(pool_module, "REST_S", pool_module.MAX_REST_S)
 
 
 @pytest.fixture
@@ -147,6 +156,17 @@ def test_edge_takes_over_when_both_die(open_pool: Open, bundle: Bundle, models: 
     assert len(first.requests) + len(second.requests) <= 12
 
 
+def test_advice_of_several_is_said_once(open_pool: Open, bundle: Bundle, models: Models) -> None:
+    """Both are named; what to do is the same."""
+    pool, served = open_pool(FakeCloud(), FakeCloud())
+    for each in served:
+        each.server.stop(grace=None).wait()
+    result, _ = run(pool, bundle, models)
+
+    assert all(f"{each.target} refuses connections; " in result.fallback_message for each in served)
+    assert result.fallback_message.count("set `mode` to edge") == 1
+
+
 def make_plan_name(bundle: Bundle) -> str:
     return bundle.manifest.defaults.scheduler
 
@@ -209,12 +229,12 @@ def test_busy_timeout_is_for_all_together(open_pool: Open, bundle: Bundle, model
 def test_silent_one_is_left_and_the_other_goes_on(open_pool: Open, bundle: Bundle, models: Models) -> None:
     """Its job is cancelled there, and it is not asked for a while."""
     first, second = FakeCloud(hang_after_call=2), FakeCloud()
-    pool, served = open_pool(first, second, patience=replace(PATIENCE, idle_timeout_s=0.3))
+    pool, served = open_pool(first, second, patience=replace(PATIENCE, idle_timeout_s=1.0))
     result, events = run(pool, bundle, models)
 
     assert [(run.server, run.num_steps) for run in result.clouds] == [(served[0].target, 2), (served[1].target, 3)]
     assert [event.reason for event in events if isinstance(event, Failover)] == [Reason.DEADLINE_EXCEEDED]
-    assert first.cancel_seen.wait(10)
+    assert first.cancel_seen.wait(HANG_S)
     assert first.cancelled == [first.requests[0].request_id]
     assert second.cancelled == []
     again, _ = run(pool, bundle, models)
@@ -224,7 +244,7 @@ def test_silent_one_is_left_and_the_other_goes_on(open_pool: Open, bundle: Bundl
 def test_deadline_is_for_all_together(open_pool: Open, bundle: Bundle, models: Models) -> None:
     """Once it has passed, no other cloud is asked."""
     first, second = FakeCloud(hang_after_call=2), FakeCloud()
-    pool, _ = open_pool(first, second, patience=replace(PATIENCE, idle_timeout_s=30.0))
+    pool, _ = open_pool(first, second, patience=PATIENCE)
     result, _ = run(pool, bundle, models, deadline_s=1.0)
 
     assert (result.actual_cloud_steps, result.fallback_reason) == (2, Reason.DEADLINE_EXCEEDED)
@@ -336,7 +356,7 @@ def test_edge_cancels_where_the_job_is(open_pool: Open, bundle: Bundle, models: 
         if getattr(event, "call", 0) == 4:
             break
     events.close()
-    assert second.cancel_seen.wait(10)
+    assert second.cancel_seen.wait(HANG_S)
     assert second.cancelled == [second.requests[0].request_id] != [REQUEST.request_id]
     assert all(member.num_jobs == 0 for member in pool.members())
 

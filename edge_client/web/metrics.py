@@ -46,15 +46,20 @@ class Metrics:
         # How it is: set when it is asked for.
         self.ready = self._make(Gauge, "ready", "1 while jobs are taken and get on.")
         self.queue_length = self._make(Gauge, "queue_length", "Jobs that wait.")
-        self.queue_limit = self._make(Gauge, "queue_limit", "Jobs that may wait (--max-queue).")
+        self.queue_limit = self._make(Gauge, "queue_limit", "Jobs that may wait, the operator's --max-queue.")
         self.jobs_running = self._make(Gauge, "jobs_running", "Jobs that run.")
         self.event_streams = self._make(Gauge, "event_streams", "Streams of events that are open.")
         self.disk_used = self._make(Gauge, "disk_used_bytes", "Of images that are kept, finished and given.")
-        self.disk_limit = self._make(Gauge, "disk_limit_bytes", "What finished images may take (--max-data-mib).")
-        self.disk_free = self._make(Gauge, "disk_free_bytes", "Left on the disk of --data-dir.")
+        self.disk_limit = self._make(
+            Gauge, "disk_limit_bytes", "What finished images may take, the operator's --max-data-mib."
+        )
+        self.disk_free = self._make(Gauge, "disk_free_bytes", "Left on the disk of the operator's --data-dir.")
         self.cloud_up = self._make(Gauge, "cloud_up", "1 where a cloud answered when it was last asked.", "target")
         self.cloud_silent = self._make(
-            Gauge, "cloud_silent", "1 while a cloud that was silent is left alone (--silence-memory).", "target"
+            Gauge,
+            "cloud_silent",
+            "1 while a cloud that was silent is left alone, the operator's --silence-memory.",
+            "target",
         )
         # Jobs.
         self.jobs = self._make(

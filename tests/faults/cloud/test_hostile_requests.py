@@ -320,6 +320,7 @@ async def test_bytes_that_are_no_message(start_server: StartServer, log_lines: A
     error = await raw(client, method, sent)
 
     assert failure(error)[:2] == ("INVALID_ARGUMENT", "FIELD_INVALID")
+    await until(lambda: any(line["event"] == "call" for line in log_lines()))  # it is written after the status is sent
     lines = log_lines()
     assert [line["code"] for line in lines if line["event"] == "call"] == ["INVALID_ARGUMENT"]
     assert not any(line.get("level") in ("error", "critical") or "exception" in line for line in lines)

@@ -26,8 +26,11 @@ CALL_MEMORY = 0.9
 """Weight of the past in the running mean of the duration of a call."""
 PLACE_TURNS = 64
 """Turns after which a job makes room for one of the same user, and waits in turn: most images take fewer."""
-MAX_WAIT_TURNS = 32
-"""Turns after which a job with a place has its turn, whoever has had how much."""
+MAX_WAIT_TURNS = 40
+"""Turns after which the jobs that a principal has in a group have their turn, whoever has had how much.
+
+Times the groups that it is in: whoever asks for many sizes, each for itself, would have most of the turns otherwise.
+"""
 RECOVERY_TURNS = 64
 """Turns at a batch cap before a larger batch is tried; twice as many after each try that failed."""
 MAX_RECOVERY_TURNS = 4096
@@ -249,7 +252,7 @@ class Scheduler:
     def choose(self) -> list[Job]:
         """Returns up to a batch of the group whose turn it is: that of the job whose caller has had least.
 
-        A job waits for its turn no longer than `MAX_WAIT_TURNS`.
+        A principal waits for its turn no longer than `MAX_WAIT_TURNS`, and so a job not longer than all its groups.
         """
         ready = self._movable(self._active)
         if not ready:
@@ -257,10 +260,11 @@ class Scheduler:
         groups: dict[Group | None, list[Job]] = {}
         for job in ready:
             groups.setdefault(_group(job), []).append(job)
-        group = min(groups, key=lambda group: self._turn_order(groups[group]))
+        num_groups = Counter(who for jobs in groups.values() for who in {job.caller.principal for job in jobs})
+        group = min(groups, key=lambda group: self._turn_order(groups[group], num_groups))
         jobs, cap = groups[group], self._cap(group)
         if len(jobs) > cap:
-            chosen = set(sorted(jobs, key=lambda job: self._turn_order([job]))[:cap])
+            chosen = set(sorted(jobs, key=lambda job: self._turn_order([job], num_groups))[:cap])
             jobs = [job for job in jobs if job in chosen]  # in order of places, as are the stacked embeddings
         self._turn += 1
         for job in jobs:
@@ -269,12 +273,12 @@ class Scheduler:
         self._recover(group, len(jobs))
         return jobs
 
-    def _turn_order(self, jobs: Sequence[Job]) -> tuple[bool, float, float, int]:
+    def _turn_order(self, jobs: Sequence[Job], num_groups: Counter[str]) -> tuple[bool, float, float, int]:
         """Returns what the next turn goes by: who is overdue, then who has had least, then who waited longest."""
-        last_turn = min(job.last_turn for job in jobs)
+        is_due = any(self._turn - job.last_turn >= MAX_WAIT_TURNS * num_groups[job.caller.principal] for job in jobs)
         standings = [self._shares.standing(job.caller) for job in jobs]
         principals, users = (round(sum(column) / len(jobs), 6) for column in zip(*standings, strict=True))
-        return (self._turn - last_turn < MAX_WAIT_TURNS, principals, users, last_turn)
+        return (not is_due, principals, users, min(job.last_turn for job in jobs))
 
     def limit_batch(self, group: Group, cap: int) -> None:
         """Makes batches of a group no larger than `cap`, for a while: memory that was short may be there later."""

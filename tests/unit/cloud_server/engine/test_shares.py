@@ -141,6 +141,18 @@ def test_one_size_of_a_caller_does_not_starve_another() -> None:
     assert max(crowd.waits_s) < 20.0
 
 
+@pytest.mark.parametrize("weight", [1.0, 1000.0])
+def test_many_sizes_do_not_take_the_turns_of_one(weight: float) -> None:
+    """Each in a batch of its own: they have the share of their caller among them, not a share each."""
+    many = [Member(caller("many", weight=weight), (20,)) for _ in range(12)]
+    crowd = EvenCrowd([*many, *(Member(caller("sizes"), (20,), width=9 + index) for index in range(24))])
+    crowd.run(1000.0)
+
+    costs = crowd.costs(100.0, 1000.0)
+    assert costs["sizes"] > 0
+    assert costs["sizes"] / 900 < 1 / (1 + weight) + 0.03
+
+
 def test_priority_is_a_head_start() -> None:
     """A job of priority begins at the next call; those of a flood of them take no more than their share for long."""
     first = Member(caller("vip", has_priority=True), (20,), begins_s=50.0, images=3, think_s=50.0)

@@ -16,7 +16,7 @@ from cloud_server.engine.events import Failed, Finished, Queued
 from cloud_server.engine.job import Job
 from cloud_server.engine.promises import Door, Outlook
 from cloud_server.engine.quotas import Quotas
-from cloud_server.engine.shares import Claim, Shares
+from cloud_server.engine.shares import MAX_LINE_TURNS, QUANTUM_CALLS, Claim, Place, Shares
 from cloud_server.engine.step import Group
 from hybridsd.errors import Reason
 
@@ -91,6 +91,7 @@ class Scheduler:
         self._call_s = 0.0
         self._calls_s: OrderedDict[object, float] = OrderedDict()  # the same by `Job.kind`
         self._turn = 0
+        self._served: dict[tuple[str, ...], int] = {}  # when principals, and users, had their last turns
         self.quotas = Quotas(clock)
 
     @property
@@ -131,8 +132,7 @@ class Scheduler:
         job.in_line_since, job.in_line_turn = self._num_in_line + 1, self._turn
         line = self._shares.line([*self._waiting, job], self._active, self._turn)
         ahead = next(index for index, claim in enumerate(line) if claim.job is job)
-        rivals = [other for other in self._movable(self._active) if other.kind == job.kind]
-        if not ahead and self._shares.loser(line[0], rivals, self._active) is not None:
+        if not ahead and self._shares.loser(line[0], self._rivals(job.kind, is_free=False)) is not None:
             return self._call_s
         return self._look().begin_s(ahead + self._door.num_promised(caller, self._clock()))
 
@@ -207,7 +207,8 @@ class Scheduler:
         """
         admitted: list[Job] = []
         while (found := self._next_to_begin()) is not None:
-            job, loser = found
+            claim, loser = found
+            job = claim.job
             if loser is not None:
                 self._active.remove(loser)
                 self._waiting.append(loser)
@@ -218,6 +219,7 @@ class Scheduler:
                 if loser in admitted:
                     admitted.remove(loser)
             self._waiting.remove(job)
+            self._keep(claim)
             self._active.append(job)
             job.last_turn = self._turn
             admitted.append(job)
@@ -225,29 +227,49 @@ class Scheduler:
             self.post_positions()
         return admitted
 
-    def _next_to_begin(self) -> tuple[Job, Job | None] | None:
+    def _keep(self, claim: Claim) -> None:
+        """Keeps a place from others for a quantum, where it is the only one of whoever had no turn for too long."""
+        job = claim.job
+        here = {name for other in self._active for name in _names(other.caller)}
+        principal, user = (
+            name not in here and self._turn - self._served.get(name, -MAX_LINE_TURNS) >= MAX_LINE_TURNS
+            for name in _names(job.caller)
+        )
+        until = job.num_turns + QUANTUM_CALLS
+        job.kept_turns = until if claim.is_old and principal else 0
+        job.kept_turns_of_user = until if claim.is_old_of_user and user else 0
+
+    def _next_to_begin(self) -> tuple[Claim, Job | None] | None:
         """Returns who gets a place now, and who makes room for it where none is free."""
         if not self._waiting:
             return None
-        places = Counter(job.kind for job in self._active)
+        num_places = Counter(job.kind for job in self._active)
         is_full = len(self._active) >= GROUPS_IN_FLIGHT * self._max_batch
         tried = set()
+        rivals: dict[object, list[Place]] = {}
+        oldest: dict[object, dict[Caller, Job]] = {}
         for claim in self._line():
             job, key = claim.job, claim.job.kind
             if claim.is_barred:
                 return None  # and so are all behind it
-            if places[key] < self._max_batch and not is_full:
-                return job, None
+            is_free = num_places[key] < self._max_batch
+            if is_free and not is_full:
+                return claim, None
             if (key, job.caller) in tried:
                 continue
             tried.add((key, job.caller))
-            rivals = [
-                other for other in self._movable(self._active) if places[key] < self._max_batch or other.kind == key
-            ]
-            loser = self._shares.loser(claim, rivals, self._active) or _oldest(job.caller, rivals)
+            if key not in rivals:
+                rivals[key] = self._rivals(key, is_free=is_free)
+                oldest[key] = _oldest([place.job for place in rivals[key]])
+            loser = self._shares.loser(claim, rivals[key]) or oldest[key].get(job.caller)
             if loser is not None:
-                return job, loser
+                return claim, loser
         return None
+
+    def _rivals(self, kind: object, *, is_free: bool) -> list[Place]:
+        """Returns whose places a job of a kind could get: those of its kind, or all where one of its own is free."""
+        places = self._shares.places(self._active)
+        return [place for place in places if place.job.trajectory is not None and (is_free or place.job.kind == kind)]
 
     def choose(self) -> list[Job]:
         """Returns up to a batch of the group whose turn it is: that of the job whose caller has had least.
@@ -270,6 +292,9 @@ class Scheduler:
         for job in jobs:
             job.last_turn = self._turn
             job.num_turns += 1
+            self._served.update(dict.fromkeys(_names(job.caller), self._turn))
+        if self._turn % MAX_LINE_TURNS == 0:
+            self._served = {name: turn for name, turn in self._served.items() if self._turn - turn < MAX_LINE_TURNS}
         self._recover(group, len(jobs))
         return jobs
 
@@ -420,10 +445,15 @@ def _mean(past_s: float, new_s: float) -> float:
     return CALL_MEMORY * past_s + (1.0 - CALL_MEMORY) * new_s if past_s else new_s
 
 
-def _oldest(caller: Caller, rivals: Sequence[Job]) -> Job | None:
-    """Returns the job of the same user that has had its place for longest, if that was for `PLACE_TURNS`."""
-    mine = [job for job in rivals if job.caller == caller and job.num_turns >= PLACE_TURNS]
-    return max(mine, key=lambda job: job.num_turns, default=None)
+def _oldest(jobs: Sequence[Job]) -> dict[Caller, Job]:
+    """Returns the job of each user that has had its place for longest, if that was for `PLACE_TURNS`."""
+    long = sorted((job for job in jobs if job.num_turns >= PLACE_TURNS), key=lambda job: job.num_turns)
+    return {job.caller: job for job in long}
+
+
+def _names(caller: Caller) -> tuple[tuple[str], tuple[str, str]]:
+    """Returns what principal and user are known by."""
+    return (caller.principal,), (caller.principal, caller.user)
 
 
 def _group(job: Job) -> Group | None:

@@ -189,6 +189,28 @@ def test_every_job_begins_after_bounded_work_of_others() -> None:
     assert began_s <= 50 + MAX_LINE_TURNS + QUANTUM_CALLS
 
 
+@pytest.mark.parametrize("max_batch", [1, 8])
+def test_whoever_has_had_too_much_is_not_starved(max_batch: int) -> None:
+    """By no weight, and by no other user of its own: a place that it has waited for is not lost at once."""
+    members = [
+        Member(caller("light", weight=0.001), (20,)),
+        *(Member(caller("heavy/many", weight=1000.0), (20,), begins_s=3.0) for _ in range(20)),
+        Member(caller("heavy/one", weight=1000.0), (50,)),
+    ]
+    crowd = EvenCrowd(members, max_batch=max_batch)
+    crowd.run(3000.0)
+
+    for principal, user in (("light", ""), ("heavy", "one"), ("heavy", "many")):
+        turns = [
+            index
+            for index, batch in enumerate(crowd.batches)
+            if any((job.caller.principal, job.caller.user) == (principal, user) for job in batch)
+        ]
+        gaps = [after - before for before, after in zip([0, *turns], [*turns, len(crowd.batches)], strict=True)]
+        assert max(gaps) <= MAX_LINE_TURNS + 3 * QUANTUM_CALLS
+    assert len(members[0].seen) >= 5
+
+
 def test_a_quota_of_jobs_bars_nobody_else() -> None:
     """No more than so many have places, and those that wait for that are in nobody's way."""
     quota = Quota(jobs=2)

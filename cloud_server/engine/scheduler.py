@@ -5,6 +5,7 @@ turn for its group: see `shares`. Who may wait, and who is to come again when: s
 threads: the engine holds its lock.
 """
 
+import heapq
 import random
 import time
 from collections import Counter, OrderedDict
@@ -180,7 +181,9 @@ class Scheduler:
         delay_s = self._door.delay_s((caller.owner, request_id), caller, self._look(), self._clock())
         if delay_s is not None:
             raise Reason.QUEUE_FULL.error(
-                f"{len(self._waiting)} jobs wait already; come again in {delay_s:.1f} s", retry_delay_s=delay_s
+                f"the queue has no room for you now: {len(self._waiting)} jobs wait, and {len(self._door)} requests"
+                f" were told when to come again; come again in {delay_s:.1f} s",
+                retry_delay_s=delay_s,
             )
 
     def forget_promise(self, request_id: str, caller: Caller = NOBODY) -> None:
@@ -401,7 +404,8 @@ class Scheduler:
         state = (self._turn, self._num_in_line, len(self._waiting), len(self._active))
         if self._outlook is not None and self._outlook[0] == state:
             return self._outlook[1]
-        waiting = [claim.job for claim in self._line() if not claim.is_barred]
+        line = self._line()
+        waiting = [claim.job for claim in line if not claim.is_barred]
         keys = Counter(job.kind for job in [*self._active, *waiting])
         round_s = sum(self._calls_s.get(key, self._call_s) for key in keys)
         frees_s: dict[object, list[float]] = {key: [] for key in keys}
@@ -415,6 +419,7 @@ class Scheduler:
                 places.remove(begins[-1][0])
             places.append(begins[-1][0] + job.calls_left * round_s)
         begins.sort(key=lambda begin: begin[0])
+        barred = [claim.job for claim in line if claim.is_barred]
         here = [*self._active, *waiting]
         mean_s = sum(job.request.handoff_call - job.request.first_call for job in here) / max(1, len(here)) * round_s
         self._outlook = (
@@ -426,9 +431,24 @@ class Scheduler:
                 num_free=self.free_places(),
                 next_s=max((_next_s(places, self._max_batch) for places in frees_s.values()), default=0.0),
                 spacing_s=mean_s / max(self._max_batch, sum(map(len, frees_s.values()))),
+                barred=[job.caller for job in barred],
+                barred_s=self._barred_begin_s(barred, round_s),
             ),
         )
         return self._outlook[1]
+
+    def _barred_begin_s(self, barred: Sequence[Job], round_s: float) -> list[float]:
+        """Returns when jobs that a quota bars begin: each when one of its principal has ended."""
+        ends_s: dict[str, list[float]] = {job.caller.principal: [] for job in barred}
+        for job in self._active:
+            if job.caller.principal in ends_s:
+                heapq.heappush(ends_s[job.caller.principal], max(0, job.calls_left) * round_s)
+        begins = []
+        for job in barred:
+            ends = ends_s[job.caller.principal]
+            begins.append(heapq.heappop(ends) if ends else 0.0)
+            heapq.heappush(ends, begins[-1] + job.calls_left * round_s)
+        return begins
 
     def _cap(self, group: Group | None) -> int:
         held = None if group is None else self._batch_caps.get(group)

@@ -138,6 +138,32 @@ def test_whoever_may_have_no_jobs_is_told_so() -> None:
     assert refused.value.reason is Reason.QUOTA_EXCEEDED
 
 
+def test_jobs_that_a_quota_bars_are_bounded_and_in_nobodys_way() -> None:
+    """They count as waiting for their own token alone, and who is refused hears when the next of them begins."""
+    scheduler = make_scheduler(max_batch=4, max_queue=8, rand=lambda: 0.0)
+    flood = Caller(principal="flood", quota=Quota(jobs=1))
+
+    def come(number: int) -> None:
+        scheduler.check_room(str(number), flood)
+        job = make_job(str(number))
+        job.caller = flood
+        add(scheduler, job)
+
+    for number in range(1 + 8):
+        come(number)
+    scheduler.charge(scheduler.choose(), 1.0)
+    with pytest.raises(CloudBusy) as refused:
+        come(9)
+    assert (len(scheduler.running), len(scheduler.waiting)) == (1, 8)
+    assert refused.value.retry_delay_s == pytest.approx(6.0)
+
+    for number in range(3 + 4):  # free places, and half of the queue
+        other = Caller(principal="other")
+        scheduler.check_room(str(number), other)
+        job = make_job(str(number), caller="other")
+        add(scheduler, job)
+
+
 def test_the_wait_is_what_it_will_be() -> None:
     """0 where a place is free; behind all that a caller has, and less for one who has had nothing."""
     scheduler = make_scheduler(max_batch=2, max_queue=9)

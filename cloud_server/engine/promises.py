@@ -18,6 +18,8 @@ MIN_RETRY_S, MAX_RETRY_S = 0.5, 3600.0
 """Of a delay. The upper one is for clocks that have gone wrong; a caller with less patience gives up at once."""
 JITTER = 0.05
 """Part of a delay that is added at random at most, and a tenth of a second."""
+MAX_TURNED_AWAY = 1024
+"""Callers whose refusals are remembered until something changes."""
 GRACE_S, GRACE = 3.0, 0.1
 """For how long room is kept: seconds, and a part of the delay."""
 
@@ -131,7 +133,7 @@ class Door:
             self._lapse_s = min(self._lapse_s, until_s)
             self._turned_away = None, {}
         else:
-            if self._turned_away[0] is not outlook:
+            if self._turned_away[0] is not outlook or len(self._turned_away[1]) >= MAX_TURNED_AWAY:
                 self._turned_away = outlook, {}
             self._turned_away[1][caller] = wait_s
         return delay_s

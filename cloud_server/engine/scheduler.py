@@ -83,6 +83,7 @@ class Scheduler:
         self._keep_finished, self._keep_finished_s = keep_finished, keep_finished_s
         self._shares, self._door = Shares(), Door(max_queue=max_queue, rand=rand)
         self._outlook: tuple[object, Outlook] | None = None
+        self._round_s, self._ends_s = 0.0, list[tuple[str, float]]()  # what it was made of: when whose jobs end
         self._num_in_line = 0
         self._waiting: list[Job] = []
         self._active: list[Job] = []
@@ -125,11 +126,18 @@ class Scheduler:
 
         Who has less than others does not wait for all that wait already; promises are kept first.
         """
-        if not self._waiting and self.free_places():
+        is_barred = caller.quota.jobs is not None and sum(self.count(caller.principal)) >= caller.quota.jobs
+        if not self._waiting and self.free_places() and not is_barred:
             return 0.0
         kinds = Counter(job.kind for job in [*self._active, *self._waiting])
+        if not kinds:
+            return 0.0
         like = next(job for job in [*self._active, *self._waiting] if job.kind == kinds.most_common(1)[0][0])
         job = Job(like.request, 0.0, caller=caller)
+        if is_barred:
+            barred = [claim.job for claim in self._line() if claim.is_barred and _is_of(caller, claim.job)]
+            self._look()
+            return self._barred_begin_s([*barred, job])[-1]
         job.in_line_since, job.in_line_turn = self._num_in_line + 1, self._turn
         line = self._shares.line([*self._waiting, job], self._active, self._turn)
         ahead = next(index for index, claim in enumerate(line) if claim.job is job)
@@ -407,10 +415,12 @@ class Scheduler:
         line = self._line()
         waiting = [claim.job for claim in line if not claim.is_barred]
         keys = Counter(job.kind for job in [*self._active, *waiting])
-        round_s = sum(self._calls_s.get(key, self._call_s) for key in keys)
+        self._round_s = round_s = sum(self._calls_s.get(key, self._call_s) for key in keys)
         frees_s: dict[object, list[float]] = {key: [] for key in keys}
+        self._ends_s = []
         for job in self._active:
             frees_s[job.kind].append(max(0, job.calls_left) * round_s)
+            self._ends_s.append((job.caller.principal, frees_s[job.kind][-1]))
         begins = []
         for job in waiting:
             places = frees_s[job.kind]
@@ -418,6 +428,7 @@ class Scheduler:
             if len(places) >= self._max_batch:
                 places.remove(begins[-1][0])
             places.append(begins[-1][0] + job.calls_left * round_s)
+            self._ends_s.append((job.caller.principal, places[-1]))
         begins.sort(key=lambda begin: begin[0])
         barred = [claim.job for claim in line if claim.is_barred]
         here = [*self._active, *waiting]
@@ -432,22 +443,21 @@ class Scheduler:
                 next_s=max((_next_s(places, self._max_batch) for places in frees_s.values()), default=0.0),
                 spacing_s=mean_s / max(self._max_batch, sum(map(len, frees_s.values()))),
                 barred=[job.caller for job in barred],
-                barred_s=self._barred_begin_s(barred, round_s),
+                barred_s=self._barred_begin_s(barred),
             ),
         )
         return self._outlook[1]
 
-    def _barred_begin_s(self, barred: Sequence[Job], round_s: float) -> list[float]:
+    def _barred_begin_s(self, barred: Sequence[Job]) -> list[float]:
         """Returns when jobs that a quota bars begin: each when one of its principal has ended."""
-        ends_s: dict[str, list[float]] = {job.caller.principal: [] for job in barred}
-        for job in self._active:
-            if job.caller.principal in ends_s:
-                heapq.heappush(ends_s[job.caller.principal], max(0, job.calls_left) * round_s)
+        ends_s: dict[str, list[float]] = {}
+        for principal, end_s in self._ends_s:
+            heapq.heappush(ends_s.setdefault(principal, []), end_s)
         begins = []
         for job in barred:
-            ends = ends_s[job.caller.principal]
+            ends = ends_s.setdefault(job.caller.principal, [])
             begins.append(heapq.heappop(ends) if ends else 0.0)
-            heapq.heappush(ends, begins[-1] + job.calls_left * round_s)
+            heapq.heappush(ends, begins[-1] + job.calls_left * self._round_s)
         return begins
 
     def _cap(self, group: Group | None) -> int:
@@ -474,6 +484,10 @@ def _oldest(jobs: Sequence[Job]) -> dict[Caller, Job]:
 def _names(caller: Caller) -> tuple[tuple[str], tuple[str, str]]:
     """Returns what principal and user are known by."""
     return (caller.principal,), (caller.principal, caller.user)
+
+
+def _is_of(caller: Caller, job: Job) -> bool:
+    return job.caller.principal == caller.principal
 
 
 def _group(job: Job) -> Group | None:

@@ -156,6 +156,7 @@ def test_jobs_that_a_quota_bars_are_bounded_and_in_nobodys_way() -> None:
         come(9)
     assert (len(scheduler.running), len(scheduler.waiting)) == (1, 8)
     assert refused.value.retry_delay_s == pytest.approx(6.0)
+    assert scheduler.wait_s(flood) == pytest.approx(9 * 6.0)  # behind the one that runs and those eight
 
     for number in range(3 + 4):  # free places, and half of the queue
         other = Caller(principal="other")

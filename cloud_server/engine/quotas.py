@@ -111,9 +111,7 @@ class Quotas:
         if account is None:
             account = self._accounts[caller.principal] = _Account(Bucket(limit, self._clock))
         elif account.bucket.per_minute != limit:
-            used = account.bucket.per_minute - account.bucket.left
-            account.bucket = Bucket(limit, self._clock)
-            account.bucket.take(min(used, limit))  # a changed limit forgives nothing
+            account.bucket.resize(limit)
         self._accounts.move_to_end(caller.principal)
         while len(self._accounts) > MAX_ACCOUNTS:
             self._accounts.popitem(last=False)

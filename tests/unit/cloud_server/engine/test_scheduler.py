@@ -1,5 +1,7 @@
 """The scheduler alone: no thread, no model."""
 
+from collections.abc import Iterable
+
 import pytest
 
 from cloud_server.engine.caller import Caller
@@ -7,6 +9,7 @@ from cloud_server.engine.events import Failed, Finished, Queued, Usage
 from cloud_server.engine.job import Job
 from cloud_server.engine.request import JobRequest
 from cloud_server.engine.scheduler import PLACE_TURNS, Scheduler
+from cloud_server.engine.shares import Place, Shares
 from cloud_server.engine.step import Trajectory
 from hybridsd.errors import CloudBusy, Reason
 from hybridsd.tokens import Quota
@@ -233,6 +236,21 @@ def test_callers_take_turns_for_places() -> None:
     scheduler.end(many[0], Failed(Reason.INTERNAL.error("oh")))
 
     assert scheduler.admit() == [one]
+
+
+def test_a_long_queue_is_looked_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Places are ranked once for each size, not for each of 200 users that wait: all of it happens under a lock."""
+    scheduler = make_scheduler(max_batch=2, max_queue=200)
+    add(scheduler, *(make_job(str(index), width=8 + index % 2, caller=str(index)) for index in range(200)))
+    ranked, rank = [], Shares.places
+
+    def see(self: Shares, active: Iterable[Job]) -> list[Place]:
+        ranked.append(1)
+        return rank(self, active)
+
+    monkeypatch.setattr(Shares, "places", see)
+    assert scheduler.admit() == []
+    assert len(ranked) <= 2
 
 
 def test_a_long_job_does_not_keep_others_waiting() -> None:

@@ -52,6 +52,8 @@ class Job:
         """Counted in jobs that stood in line before it."""
         self.in_line_turn = 0
         """The turn in which it last began to wait."""
+        self.kept_turns = self.kept_turns_of_user = 0
+        """Turns up to which no other principal takes its place, or no other user of its own."""
         # Only the thread that has the job in hand touches these: texts first, then steps.
         self.texts: tuple[Texts, ...] = ()
         """Of each stage."""
@@ -97,6 +99,11 @@ class Job:
     def calls_left(self) -> int:
         """Calls of the U-Net that are still to come."""
         return self.num_asked_calls - self.num_calls - self.num_skipped_calls
+
+    def keeps_place(self, other: Caller) -> bool:
+        """Whether its place is not for another caller yet: it had waited long for it."""
+        is_own = other.principal == self.caller.principal
+        return self.num_turns < (self.kept_turns_of_user if is_own else self.kept_turns)
 
     def view(self, position: int | None) -> JobView:
         """Returns what lists show, for a place in the queue; None: it runs."""

@@ -18,6 +18,8 @@ MIN_RETRY_S, MAX_RETRY_S = 0.5, 3600.0
 """Of a delay. The upper one is for clocks that have gone wrong; a caller with less patience gives up at once."""
 JITTER = 0.05
 """Part of a delay that is added at random at most, and a tenth of a second."""
+MAX_TURNED_AWAY = 1024
+"""Callers whose refusals are remembered until something changes."""
 GRACE_S, GRACE = 3.0, 0.1
 """For how long room is kept: seconds, and a part of the delay."""
 
@@ -37,6 +39,10 @@ class Outlook:
     """When the one after them would."""
     spacing_s: float
     """Mean time from one beginning to the next, further on."""
+    barred: Sequence[Caller] = ()
+    """Whose jobs wait until others of their own have ended, as a quota says: in nobody's way but their own."""
+    barred_s: Sequence[float] = ()
+    """When those begin."""
 
     def begin_s(self, index: int) -> float:
         """Returns when the job of an index begins, also beyond the last; 0 for one before the first."""
@@ -127,7 +133,7 @@ class Door:
             self._lapse_s = min(self._lapse_s, until_s)
             self._turned_away = None, {}
         else:
-            if self._turned_away[0] is not outlook:
+            if self._turned_away[0] is not outlook or len(self._turned_away[1]) >= MAX_TURNED_AWAY:
                 self._turned_away = outlook, {}
             self._turned_away[1][caller] = wait_s
         return delay_s
@@ -177,10 +183,11 @@ class _Room:
         users = {one.user for one in here if one.principal == caller.principal}
         self.has_other_principals = len(self._weights) > 1
         self.is_shared = self.has_other_principals or len(users) > 1
-        self._waiting = Counter(one.principal for one in outlook.waiting)
-        self._users = Counter(one.user for one in outlook.waiting if one.principal == caller.principal)
+        barred = [one for one in outlook.barred if one.principal == caller.principal]
+        self._waiting = Counter(one.principal for one in [*outlook.waiting, *barred])
+        self._users = Counter(one.user for one in [*outlook.waiting, *barred] if one.principal == caller.principal)
         self._promised = promised
-        self.num_waiting = len(outlook.waiting) - outlook.num_free
+        self.num_waiting = len(outlook.waiting) + len(barred) - (0 if barred else outlook.num_free)
         self.num_of_principal = self._waiting[caller.principal]
         self.num_of_user = self._users[caller.user]
         self.part = self._part(caller.principal)
@@ -219,14 +226,14 @@ class _Room:
         """Returns how long it takes until there is room, behind all who have been promised it before."""
         num_promised = sum(one.principal == self.caller.principal for one in self._promised)
         num_by_user = sum(map(self._is_user, self._promised))
+        jobs = sorted(
+            zip([*outlook.begins_s, *outlook.barred_s], [*outlook.waiting, *outlook.barred], strict=True),
+            key=lambda begin: begin[0],
+        )
         if self.num_of_user + num_by_user >= self.part_of_user and self.part_of_user < self.part:
-            begins = [s for one, s in zip(outlook.waiting, outlook.begins_s, strict=True) if self._is_user(one)]
+            begins = [begin_s for begin_s, one in jobs if self._is_user(one)]
             return self._of_own(begins, self.num_of_user + num_by_user - self.part_of_user, outlook)
-        begins = [
-            s
-            for one, s in zip(outlook.waiting, outlook.begins_s, strict=True)
-            if one.principal == self.caller.principal
-        ]
+        begins = [begin_s for begin_s, one in jobs if one.principal == self.caller.principal]
         own_s = self._of_own(begins, self.num_of_principal + num_promised - self.part, outlook)
         all_s = outlook.begin_s(self.num_waiting + outlook.num_free + self.kept(self._promised) - most)
         return max(own_s, all_s)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 MAX_ACCOUNTS = 4096
 """Principals whose steps are counted; of more, those that asked longest ago begin anew."""
+MAX_PROMISES = 256
+"""Of a principal; further refusals are estimates alone."""
 MIN_RETRY_S = 0.5
 MAX_PROMISE_S = 120.0
 """So far ahead steps are kept for who was refused; beyond it, delays are random up to this."""
@@ -76,7 +78,7 @@ class Quotas:
             delay_s = MAX_PROMISE_S * (1 + self._rand()) / 2
         else:
             delay_s = wait_s + self._rand() * (0.1 + JITTER * wait_s)
-            if key[1]:  # whoever has no id cannot be known again
+            if key[1] and (mine or len(promises) < MAX_PROMISES):  # whoever has no id cannot be known again
                 promises[key] = (now_s + wait_s, steps)
         raise _exceeded(
             caller,
@@ -109,9 +111,7 @@ class Quotas:
         if account is None:
             account = self._accounts[caller.principal] = _Account(Bucket(limit, self._clock))
         elif account.bucket.per_minute != limit:
-            used = account.bucket.per_minute - account.bucket.left
-            account.bucket = Bucket(limit, self._clock)
-            account.bucket.take(min(used, limit))  # a changed limit forgives nothing
+            account.bucket.resize(limit)
         self._accounts.move_to_end(caller.principal)
         while len(self._accounts) > MAX_ACCOUNTS:
             self._accounts.popitem(last=False)

@@ -5,6 +5,7 @@ turn for its group: see `shares`. Who may wait, and who is to come again when: s
 threads: the engine holds its lock.
 """
 
+import heapq
 import random
 import time
 from collections import Counter, OrderedDict
@@ -16,7 +17,7 @@ from cloud_server.engine.events import Failed, Finished, Queued
 from cloud_server.engine.job import Job
 from cloud_server.engine.promises import Door, Outlook
 from cloud_server.engine.quotas import Quotas
-from cloud_server.engine.shares import Claim, Shares
+from cloud_server.engine.shares import MAX_LINE_TURNS, QUANTUM_CALLS, Claim, Place, Shares
 from cloud_server.engine.step import Group
 from hybridsd.errors import Reason
 
@@ -26,8 +27,11 @@ CALL_MEMORY = 0.9
 """Weight of the past in the running mean of the duration of a call."""
 PLACE_TURNS = 64
 """Turns after which a job makes room for one of the same user, and waits in turn: most images take fewer."""
-MAX_WAIT_TURNS = 32
-"""Turns after which a job with a place has its turn, whoever has had how much."""
+MAX_WAIT_TURNS = 40
+"""Turns after which the jobs that a principal has in a group have their turn, whoever has had how much.
+
+Times the groups that it is in: whoever asks for many sizes, each for itself, would have most of the turns otherwise.
+"""
 RECOVERY_TURNS = 64
 """Turns at a batch cap before a larger batch is tried; twice as many after each try that failed."""
 MAX_RECOVERY_TURNS = 4096
@@ -79,6 +83,7 @@ class Scheduler:
         self._keep_finished, self._keep_finished_s = keep_finished, keep_finished_s
         self._shares, self._door = Shares(), Door(max_queue=max_queue, rand=rand)
         self._outlook: tuple[object, Outlook] | None = None
+        self._round_s, self._ends_s = 0.0, list[tuple[str, float]]()  # what it was made of: when whose jobs end
         self._num_in_line = 0
         self._waiting: list[Job] = []
         self._active: list[Job] = []
@@ -88,6 +93,7 @@ class Scheduler:
         self._call_s = 0.0
         self._calls_s: OrderedDict[object, float] = OrderedDict()  # the same by `Job.kind`
         self._turn = 0
+        self._served: dict[tuple[str, ...], int] = {}  # when principals, and users, had their last turns
         self.quotas = Quotas(clock)
 
     @property
@@ -120,16 +126,22 @@ class Scheduler:
 
         Who has less than others does not wait for all that wait already; promises are kept first.
         """
-        if not self._waiting and self.free_places():
+        is_barred = caller.quota.jobs is not None and sum(self.count(caller.principal)) >= caller.quota.jobs
+        if not self._waiting and self.free_places() and not is_barred:
             return 0.0
         kinds = Counter(job.kind for job in [*self._active, *self._waiting])
+        if not kinds:
+            return 0.0
         like = next(job for job in [*self._active, *self._waiting] if job.kind == kinds.most_common(1)[0][0])
         job = Job(like.request, 0.0, caller=caller)
+        if is_barred:
+            barred = [claim.job for claim in self._line() if claim.is_barred and _is_of(caller, claim.job)]
+            self._look()
+            return self._barred_begin_s([*barred, job])[-1]
         job.in_line_since, job.in_line_turn = self._num_in_line + 1, self._turn
         line = self._shares.line([*self._waiting, job], self._active, self._turn)
         ahead = next(index for index, claim in enumerate(line) if claim.job is job)
-        rivals = [other for other in self._movable(self._active) if other.kind == job.kind]
-        if not ahead and self._shares.loser(line[0], rivals, self._active) is not None:
+        if not ahead and self._shares.loser(line[0], self._rivals(job.kind, is_free=False)) is not None:
             return self._call_s
         return self._look().begin_s(ahead + self._door.num_promised(caller, self._clock()))
 
@@ -177,7 +189,9 @@ class Scheduler:
         delay_s = self._door.delay_s((caller.owner, request_id), caller, self._look(), self._clock())
         if delay_s is not None:
             raise Reason.QUEUE_FULL.error(
-                f"{len(self._waiting)} jobs wait already; come again in {delay_s:.1f} s", retry_delay_s=delay_s
+                f"the queue has no room for you now: {len(self._waiting)} jobs wait, and {len(self._door)} requests"
+                f" were told when to come again; come again in {delay_s:.1f} s",
+                retry_delay_s=delay_s,
             )
 
     def forget_promise(self, request_id: str, caller: Caller = NOBODY) -> None:
@@ -204,7 +218,8 @@ class Scheduler:
         """
         admitted: list[Job] = []
         while (found := self._next_to_begin()) is not None:
-            job, loser = found
+            claim, loser = found
+            job = claim.job
             if loser is not None:
                 self._active.remove(loser)
                 self._waiting.append(loser)
@@ -215,6 +230,7 @@ class Scheduler:
                 if loser in admitted:
                     admitted.remove(loser)
             self._waiting.remove(job)
+            self._keep(claim)
             self._active.append(job)
             job.last_turn = self._turn
             admitted.append(job)
@@ -222,34 +238,54 @@ class Scheduler:
             self.post_positions()
         return admitted
 
-    def _next_to_begin(self) -> tuple[Job, Job | None] | None:
+    def _keep(self, claim: Claim) -> None:
+        """Keeps a place from others for a quantum, where it is the only one of whoever had no turn for too long."""
+        job = claim.job
+        here = {name for other in self._active for name in _names(other.caller)}
+        principal, user = (
+            name not in here and self._turn - self._served.get(name, -MAX_LINE_TURNS) >= MAX_LINE_TURNS
+            for name in _names(job.caller)
+        )
+        until = job.num_turns + QUANTUM_CALLS
+        job.kept_turns = until if claim.is_old and principal else 0
+        job.kept_turns_of_user = until if claim.is_old_of_user and user else 0
+
+    def _next_to_begin(self) -> tuple[Claim, Job | None] | None:
         """Returns who gets a place now, and who makes room for it where none is free."""
         if not self._waiting:
             return None
-        places = Counter(job.kind for job in self._active)
+        num_places = Counter(job.kind for job in self._active)
         is_full = len(self._active) >= GROUPS_IN_FLIGHT * self._max_batch
         tried = set()
+        rivals: dict[object, list[Place]] = {}
+        oldest: dict[object, dict[Caller, Job]] = {}
         for claim in self._line():
             job, key = claim.job, claim.job.kind
             if claim.is_barred:
                 return None  # and so are all behind it
-            if places[key] < self._max_batch and not is_full:
-                return job, None
+            is_free = num_places[key] < self._max_batch
+            if is_free and not is_full:
+                return claim, None
             if (key, job.caller) in tried:
                 continue
             tried.add((key, job.caller))
-            rivals = [
-                other for other in self._movable(self._active) if places[key] < self._max_batch or other.kind == key
-            ]
-            loser = self._shares.loser(claim, rivals, self._active) or _oldest(job.caller, rivals)
+            if key not in rivals:
+                rivals[key] = self._rivals(key, is_free=is_free)
+                oldest[key] = _oldest([place.job for place in rivals[key]])
+            loser = self._shares.loser(claim, rivals[key]) or oldest[key].get(job.caller)
             if loser is not None:
-                return job, loser
+                return claim, loser
         return None
+
+    def _rivals(self, kind: object, *, is_free: bool) -> list[Place]:
+        """Returns whose places a job of a kind could get: those of its kind, or all where one of its own is free."""
+        places = self._shares.places(self._active)
+        return [place for place in places if place.job.trajectory is not None and (is_free or place.job.kind == kind)]
 
     def choose(self) -> list[Job]:
         """Returns up to a batch of the group whose turn it is: that of the job whose caller has had least.
 
-        A job waits for its turn no longer than `MAX_WAIT_TURNS`.
+        A principal waits for its turn no longer than `MAX_WAIT_TURNS`, and so a job not longer than all its groups.
         """
         ready = self._movable(self._active)
         if not ready:
@@ -257,24 +293,28 @@ class Scheduler:
         groups: dict[Group | None, list[Job]] = {}
         for job in ready:
             groups.setdefault(_group(job), []).append(job)
-        group = min(groups, key=lambda group: self._turn_order(groups[group]))
+        num_groups = Counter(who for jobs in groups.values() for who in {job.caller.principal for job in jobs})
+        group = min(groups, key=lambda group: self._turn_order(groups[group], num_groups))
         jobs, cap = groups[group], self._cap(group)
         if len(jobs) > cap:
-            chosen = set(sorted(jobs, key=lambda job: self._turn_order([job]))[:cap])
+            chosen = set(sorted(jobs, key=lambda job: self._turn_order([job], num_groups))[:cap])
             jobs = [job for job in jobs if job in chosen]  # in order of places, as are the stacked embeddings
         self._turn += 1
         for job in jobs:
             job.last_turn = self._turn
             job.num_turns += 1
+            self._served.update(dict.fromkeys(_names(job.caller), self._turn))
+        if self._turn % MAX_LINE_TURNS == 0:
+            self._served = {name: turn for name, turn in self._served.items() if self._turn - turn < MAX_LINE_TURNS}
         self._recover(group, len(jobs))
         return jobs
 
-    def _turn_order(self, jobs: Sequence[Job]) -> tuple[bool, float, float, int]:
+    def _turn_order(self, jobs: Sequence[Job], num_groups: Counter[str]) -> tuple[bool, float, float, int]:
         """Returns what the next turn goes by: who is overdue, then who has had least, then who waited longest."""
-        last_turn = min(job.last_turn for job in jobs)
+        is_due = any(self._turn - job.last_turn >= MAX_WAIT_TURNS * num_groups[job.caller.principal] for job in jobs)
         standings = [self._shares.standing(job.caller) for job in jobs]
         principals, users = (round(sum(column) / len(jobs), 6) for column in zip(*standings, strict=True))
-        return (self._turn - last_turn < MAX_WAIT_TURNS, principals, users, last_turn)
+        return (not is_due, principals, users, min(job.last_turn for job in jobs))
 
     def limit_batch(self, group: Group, cap: int) -> None:
         """Makes batches of a group no larger than `cap`, for a while: memory that was short may be there later."""
@@ -372,12 +412,15 @@ class Scheduler:
         state = (self._turn, self._num_in_line, len(self._waiting), len(self._active))
         if self._outlook is not None and self._outlook[0] == state:
             return self._outlook[1]
-        waiting = [claim.job for claim in self._line() if not claim.is_barred]
+        line = self._line()
+        waiting = [claim.job for claim in line if not claim.is_barred]
         keys = Counter(job.kind for job in [*self._active, *waiting])
-        round_s = sum(self._calls_s.get(key, self._call_s) for key in keys)
+        self._round_s = round_s = sum(self._calls_s.get(key, self._call_s) for key in keys)
         frees_s: dict[object, list[float]] = {key: [] for key in keys}
+        self._ends_s = []
         for job in self._active:
             frees_s[job.kind].append(max(0, job.calls_left) * round_s)
+            self._ends_s.append((job.caller.principal, frees_s[job.kind][-1]))
         begins = []
         for job in waiting:
             places = frees_s[job.kind]
@@ -385,7 +428,9 @@ class Scheduler:
             if len(places) >= self._max_batch:
                 places.remove(begins[-1][0])
             places.append(begins[-1][0] + job.calls_left * round_s)
+            self._ends_s.append((job.caller.principal, places[-1]))
         begins.sort(key=lambda begin: begin[0])
+        barred = [claim.job for claim in line if claim.is_barred]
         here = [*self._active, *waiting]
         mean_s = sum(job.request.handoff_call - job.request.first_call for job in here) / max(1, len(here)) * round_s
         self._outlook = (
@@ -397,9 +442,23 @@ class Scheduler:
                 num_free=self.free_places(),
                 next_s=max((_next_s(places, self._max_batch) for places in frees_s.values()), default=0.0),
                 spacing_s=mean_s / max(self._max_batch, sum(map(len, frees_s.values()))),
+                barred=[job.caller for job in barred],
+                barred_s=self._barred_begin_s(barred),
             ),
         )
         return self._outlook[1]
+
+    def _barred_begin_s(self, barred: Sequence[Job]) -> list[float]:
+        """Returns when jobs that a quota bars begin: each when one of its principal has ended."""
+        ends_s: dict[str, list[float]] = {}
+        for principal, end_s in self._ends_s:
+            heapq.heappush(ends_s.setdefault(principal, []), end_s)
+        begins = []
+        for job in barred:
+            ends = ends_s.setdefault(job.caller.principal, [])
+            begins.append(heapq.heappop(ends) if ends else 0.0)
+            heapq.heappush(ends, begins[-1] + job.calls_left * self._round_s)
+        return begins
 
     def _cap(self, group: Group | None) -> int:
         held = None if group is None else self._batch_caps.get(group)
@@ -416,10 +475,19 @@ def _mean(past_s: float, new_s: float) -> float:
     return CALL_MEMORY * past_s + (1.0 - CALL_MEMORY) * new_s if past_s else new_s
 
 
-def _oldest(caller: Caller, rivals: Sequence[Job]) -> Job | None:
-    """Returns the job of the same user that has had its place for longest, if that was for `PLACE_TURNS`."""
-    mine = [job for job in rivals if job.caller == caller and job.num_turns >= PLACE_TURNS]
-    return max(mine, key=lambda job: job.num_turns, default=None)
+def _oldest(jobs: Sequence[Job]) -> dict[Caller, Job]:
+    """Returns the job of each user that has had its place for longest, if that was for `PLACE_TURNS`."""
+    long = sorted((job for job in jobs if job.num_turns >= PLACE_TURNS), key=lambda job: job.num_turns)
+    return {job.caller: job for job in long}
+
+
+def _names(caller: Caller) -> tuple[tuple[str], tuple[str, str]]:
+    """Returns what principal and user are known by."""
+    return (caller.principal,), (caller.principal, caller.user)
+
+
+def _is_of(caller: Caller, job: Job) -> bool:
+    return job.caller.principal == caller.principal
 
 
 def _group(job: Job) -> Group | None:

@@ -19,7 +19,8 @@ place, not a larger share, and so ages by itself.
 
 The bound: whoever has no place for a kind of job, and has waited for one for `MAX_LINE_TURNS` calls, comes before all
 others, whatever they have, or have not, had; within a principal the same holds for its users. So the first job of each
-begins within that many calls and one for each other that waits as long; the next ones after it in turn.
+begins within that many calls and one for each other that waits as long; the next ones after it in turn. If it is the
+only one with a place, nobody else gets that before it has had `QUANTUM_CALLS` turns: else it would be lost at once.
 
 A quantum is `QUANTUM_CALLS` times the mean seconds of a job in a call.
 """
@@ -94,8 +95,20 @@ class Claim:
     of_user: float
     """Among those of one principal."""
     job: Job
+    is_old: bool = False
+    """Whether its principal has waited too long."""
+    is_old_of_user: bool = False
     is_barred: bool = False
     """Whether its principal has as many places as it may."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A job that has a place, and how far its caller is with all that it has."""
+
+    of_principal: float
+    of_user: float
+    job: Job
 
 
 class Shares:
@@ -160,41 +173,48 @@ class Shares:
         for job in sorted(waiting, key=lambda job: job.in_line_since):
             user = self._of_user(job.caller, held.add_of_user(job))
             is_old = turn - job.in_line_turn >= MAX_LINE_TURNS and held.of_user(job) == 1
-            claims.append(Claim(0.0, -math.inf if is_old else user, job))
+            claims.append(Claim(0.0, -math.inf if is_old else user, job, is_old_of_user=is_old))
         claims.sort(key=lambda claim: claim.of_user)  # stable
         for claim in claims:
             job, caller = claim.job, claim.job.caller
             num_running[caller.principal] += 1
             claim.of_principal = self._of_principal(caller, held.add_of_principal(job))
             if turn - job.in_line_turn >= MAX_LINE_TURNS and held.of_principal(job) == 1:
-                claim.of_principal = -math.inf
+                claim.of_principal, claim.is_old = -math.inf, True
             claim.is_barred = caller.quota.jobs is not None and num_running[caller.principal] > caller.quota.jobs
         return sorted(claims, key=lambda claim: (claim.is_barred, claim.of_principal, claim.job.in_line_since))
 
-    def loser(self, claim: Claim, rivals: Sequence[Job], active: Iterable[Job]) -> Job | None:
-        """Returns who of `rivals` makes room for a job that waits; None where nobody has to.
-
-        That is the newest job of whoever is furthest ahead, if the other would still be behind with one place more.
-        """
-        held, caller = _Held(active), claim.job.caller
-
-        def standing(other: Job) -> tuple[float, float, int]:
-            who = other.caller
-            return (
-                self._of_principal(who, held.of_principal(other)),
-                self._of_user(who, held.of_user(other)),
-                other.in_line_since,
+    def places(self, active: Iterable[Job]) -> list[Place]:
+        """Returns who has places: first whoever is furthest ahead, and of its jobs the newest."""
+        jobs = list(active)
+        held = _Held(jobs)
+        places = [
+            Place(
+                self._of_principal(job.caller, held.of_principal(job)),
+                self._of_user(job.caller, held.of_user(job)),
+                job,
             )
+            for job in jobs
+        ]
+        return sorted(
+            places, key=lambda place: (place.of_principal, place.of_user, place.job.in_line_since), reverse=True
+        )
 
-        last = max(rivals, key=standing, default=None)
+    def loser(self, claim: Claim, rivals: Iterable[Place]) -> Job | None:
+        """Returns who makes room for a job that waits; None where nobody has to.
+
+        That is the first of `rivals` (see `places`) that may lose its place, if the other would still be behind with
+        one place more.
+        """
+        caller = claim.job.caller
+        last = next((place for place in rivals if not place.job.keeps_place(caller)), None)
         if last is None:
             return None
-        of_principal, of_user, _ = standing(last)
-        if last.caller.principal != caller.principal:
-            is_behind = claim.of_principal + self.quantum_s / caller.weight < of_principal
+        if last.job.caller.principal != caller.principal:
+            is_behind = claim.of_principal + self.quantum_s / caller.weight < last.of_principal
         else:
-            is_behind = last.caller.user != caller.user and claim.of_user + self.quantum_s < of_user
-        return last if is_behind else None
+            is_behind = last.job.caller.user != caller.user and claim.of_user + self.quantum_s < last.of_user
+        return last.job if is_behind else None
 
     def _of_principal(self, caller: Caller, places: int) -> float:
         claims = places - (HEAD_START if caller.has_priority else 0)

@@ -52,6 +52,13 @@ class Bucket:
             self._fill()
             self._level = min(self._level + amount, float(self.per_minute))
 
+    def resize(self, per_minute: float) -> None:
+        """Changes how much it holds and gets in a minute; what was taken stays taken."""
+        with self._lock:
+            self._fill()
+            self._level = max(0.0, self._level + per_minute - self.per_minute)
+            self.per_minute = per_minute
+
     def _fill(self) -> None:
         now_s = self._clock()
         self._level = min(self._level + (now_s - self._at_s) * self.per_minute / 60, float(self.per_minute))

@@ -80,8 +80,10 @@ class Quotas:
         if limit is None:
             return None
         bucket = self._buckets.get(caller.owner)
-        if bucket is None or bucket.per_minute != limit:  # the operator has changed it
+        if bucket is None:
             bucket = self._buckets[caller.owner] = Bucket(limit, self._clock)
+        elif bucket.per_minute != limit:  # the operator has changed it
+            bucket.resize(limit)
         return bucket
 
 

@@ -4,6 +4,7 @@ import contextlib
 import socket
 import threading
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -25,6 +26,15 @@ def test_streams_of_a_client_are_bounded(
 ) -> None:
     """Also of one who asks by HEAD, or is gone; others have their own."""
     monkeypatch.setattr(streams, "MAX_STREAMS", 3)
+    run, ended = streams._Stream.__call__, threading.Semaphore(0)
+
+    async def see(self: streams._Stream, *args: Any) -> None:
+        try:
+            await run(self, *args)
+        finally:
+            ended.release()  # the client has its answer before the server counts the stream as closed
+
+    monkeypatch.setattr(streams._Stream, "__call__", see)
     gate.close()
     mine, other = ({"authorization": f"Bearer {token}"} for token in TOKENS[:2])
     with (
@@ -36,6 +46,7 @@ def test_streams_of_a_client_are_bounded(
         path = f"/v1/jobs/{job['id']}/events"
         for _ in range(5):
             assert client.head(path).status_code == 200
+            assert ended.acquire(timeout=HANG_S)
         with contextlib.ExitStack() as opened:
             held = [opened.enter_context(watching(client, job["id"])) for _ in range(3)]
             refused = client.get(path)
@@ -46,8 +57,11 @@ def test_streams_of_a_client_are_bounded(
                 assert next(events).name == "queued"
             gate.open()
             assert [list(each)[-1].name for each in held] == ["completed"] * 3
+        for _ in range(3 + 1):
+            assert ended.acquire(timeout=HANG_S)
         for _ in range(5):
             assert client.get(path).status_code == 200  # those have ended
+            assert ended.acquire(timeout=HANG_S)
 
 
 def test_who_does_not_read_is_left(server: GatewayServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,3 +47,16 @@ def test_a_bucket_never_holds_more_than_a_minutes_worth() -> None:
 def test_jitter_only_delays() -> None:
     assert jittered(8.0, lambda: 0.0) == 8.0
     assert jittered(8.0, lambda: 1.0) == 8.0 * (1 + JITTER)
+
+
+def test_another_limit_forgives_nothing() -> None:
+    """Neither a higher nor a lower one: what was taken comes back with time."""
+    now_s = 0.0
+    bucket = Bucket(60, lambda: now_s)
+    assert bucket.take(60) == 0
+    bucket.resize(120)
+    assert bucket.left == 60
+    bucket.resize(30)
+    assert bucket.left == 0
+    now_s = 60.0
+    assert bucket.left == 30

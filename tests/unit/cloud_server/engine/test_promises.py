@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from cloud_server.engine.caller import Caller
-from cloud_server.engine.promises import GRACE_S, MAX_PROMISES, Door, Outlook
+from cloud_server.engine.promises import GRACE_S, MAX_PROMISES, MAX_TURNED_AWAY, Door, Outlook
 
 ALICE, BOB, CAROL = (Caller(principal=name, owner=name) for name in ("alice", "bob", "carol"))
 
@@ -198,6 +198,16 @@ def test_room_that_is_promised_for_later_is_used_until_then() -> None:
     cloud.waiting = cloud.waiting[:1]  # the others have given up
 
     assert cloud.ask("now", ALICE) is None
+
+
+def test_users_that_are_turned_away_are_not_kept() -> None:
+    """However many a gateway makes up while nothing moves."""
+    cloud = Cloud()
+    cloud.fill(ALICE)
+    for index in range(MAX_PROMISES + MAX_TURNED_AWAY + 10):
+        cloud.ask("", Caller(principal="alice", user=str(index), owner=f"alice/{index}"))
+
+    assert len(cloud.door._turned_away[1]) <= MAX_TURNED_AWAY
 
 
 def test_an_idle_cloud_refuses_nobody() -> None:

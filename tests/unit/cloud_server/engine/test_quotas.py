@@ -111,6 +111,16 @@ def test_a_changed_limit_forgives_nothing() -> None:
     refusal(lambda: counted.check(caller(steps_per_minute=40), key(""), 1))
 
 
+def test_promises_are_bounded() -> None:
+    """However many ids a principal makes up: each check looks at all of them, and others wait for it."""
+    counted, alice = Quotas(Clock()), caller(steps_per_minute=10**6)
+    counted.charge(alice, key("first"), 10**6)
+    for index in range(quotas.MAX_PROMISES + 10):
+        refusal(lambda index=index: counted.check(alice, key(index), 1))
+
+    assert len(counted._accounts["alice"].promises) == quotas.MAX_PROMISES
+
+
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quotas, "MAX_ACCOUNTS", 8)
     counted = Quotas(Clock())

@@ -1,5 +1,7 @@
 """The scheduler alone: no thread, no model."""
 
+from collections.abc import Iterable
+
 import pytest
 
 from cloud_server.engine.caller import Caller
@@ -7,6 +9,7 @@ from cloud_server.engine.events import Failed, Finished, Queued, Usage
 from cloud_server.engine.job import Job
 from cloud_server.engine.request import JobRequest
 from cloud_server.engine.scheduler import PLACE_TURNS, Scheduler
+from cloud_server.engine.shares import Place, Shares
 from cloud_server.engine.step import Trajectory
 from hybridsd.errors import CloudBusy, Reason
 from hybridsd.tokens import Quota
@@ -138,6 +141,33 @@ def test_whoever_may_have_no_jobs_is_told_so() -> None:
     assert refused.value.reason is Reason.QUOTA_EXCEEDED
 
 
+def test_jobs_that_a_quota_bars_are_bounded_and_in_nobodys_way() -> None:
+    """They count as waiting for their own token alone, and who is refused hears when the next of them begins."""
+    scheduler = make_scheduler(max_batch=4, max_queue=8, rand=lambda: 0.0)
+    flood = Caller(principal="flood", quota=Quota(jobs=1))
+
+    def come(number: int) -> None:
+        scheduler.check_room(str(number), flood)
+        job = make_job(str(number))
+        job.caller = flood
+        add(scheduler, job)
+
+    for number in range(1 + 8):
+        come(number)
+    scheduler.charge(scheduler.choose(), 1.0)
+    with pytest.raises(CloudBusy) as refused:
+        come(9)
+    assert (len(scheduler.running), len(scheduler.waiting)) == (1, 8)
+    assert refused.value.retry_delay_s == pytest.approx(6.0)
+    assert scheduler.wait_s(flood) == pytest.approx(9 * 6.0)  # behind the one that runs and those eight
+
+    for number in range(3 + 4):  # free places, and half of the queue
+        other = Caller(principal="other")
+        scheduler.check_room(str(number), other)
+        job = make_job(str(number), caller="other")
+        add(scheduler, job)
+
+
 def test_the_wait_is_what_it_will_be() -> None:
     """0 where a place is free; behind all that a caller has, and less for one who has had nothing."""
     scheduler = make_scheduler(max_batch=2, max_queue=9)
@@ -206,6 +236,21 @@ def test_callers_take_turns_for_places() -> None:
     scheduler.end(many[0], Failed(Reason.INTERNAL.error("oh")))
 
     assert scheduler.admit() == [one]
+
+
+def test_a_long_queue_is_looked_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Places are ranked once for each size, not for each of 200 users that wait: all of it happens under a lock."""
+    scheduler = make_scheduler(max_batch=2, max_queue=200)
+    add(scheduler, *(make_job(str(index), width=8 + index % 2, caller=str(index)) for index in range(200)))
+    ranked, rank = [], Shares.places
+
+    def see(self: Shares, active: Iterable[Job]) -> list[Place]:
+        ranked.append(1)
+        return rank(self, active)
+
+    monkeypatch.setattr(Shares, "places", see)
+    assert scheduler.admit() == []
+    assert len(ranked) <= 2
 
 
 def test_a_long_job_does_not_keep_others_waiting() -> None:

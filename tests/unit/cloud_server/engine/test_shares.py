@@ -141,6 +141,18 @@ def test_one_size_of_a_caller_does_not_starve_another() -> None:
     assert max(crowd.waits_s) < 20.0
 
 
+@pytest.mark.parametrize("weight", [1.0, 1000.0])
+def test_many_sizes_do_not_take_the_turns_of_one(weight: float) -> None:
+    """Each in a batch of its own: they have the share of their caller among them, not a share each."""
+    many = [Member(caller("many", weight=weight), (20,)) for _ in range(12)]
+    crowd = EvenCrowd([*many, *(Member(caller("sizes"), (20,), width=9 + index) for index in range(24))])
+    crowd.run(1000.0)
+
+    costs = crowd.costs(100.0, 1000.0)
+    assert costs["sizes"] > 0
+    assert costs["sizes"] / 900 < 1 / (1 + weight) + 0.03
+
+
 def test_priority_is_a_head_start() -> None:
     """A job of priority begins at the next call; those of a flood of them take no more than their share for long."""
     first = Member(caller("vip", has_priority=True), (20,), begins_s=50.0, images=3, think_s=50.0)
@@ -175,6 +187,28 @@ def test_every_job_begins_after_bounded_work_of_others() -> None:
     assert waits.seen[0] > 100.0  # it did have to wait
     began_s = next(batch for batch, jobs in enumerate(crowd.batches) if jobs[0].caller.principal == "light")
     assert began_s <= 50 + MAX_LINE_TURNS + QUANTUM_CALLS
+
+
+@pytest.mark.parametrize("max_batch", [1, 8])
+def test_whoever_has_had_too_much_is_not_starved(max_batch: int) -> None:
+    """By no weight, and by no other user of its own: a place that it has waited for is not lost at once."""
+    members = [
+        Member(caller("light", weight=0.001), (20,)),
+        *(Member(caller("heavy/many", weight=1000.0), (20,), begins_s=3.0) for _ in range(20)),
+        Member(caller("heavy/one", weight=1000.0), (50,)),
+    ]
+    crowd = EvenCrowd(members, max_batch=max_batch)
+    crowd.run(3000.0)
+
+    for principal, user in (("light", ""), ("heavy", "one"), ("heavy", "many")):
+        turns = [
+            index
+            for index, batch in enumerate(crowd.batches)
+            if any((job.caller.principal, job.caller.user) == (principal, user) for job in batch)
+        ]
+        gaps = [after - before for before, after in zip([0, *turns], [*turns, len(crowd.batches)], strict=True)]
+        assert max(gaps) <= MAX_LINE_TURNS + 3 * QUANTUM_CALLS
+    assert len(members[0].seen) >= 5
 
 
 def test_a_quota_of_jobs_bars_nobody_else() -> None:

@@ -154,12 +154,12 @@ class CloudServer:
             raise OSError(f"cannot listen on {address}: {error}; choose another --port") from error
         if self.port == 0:
             raise OSError(f"cannot listen on {address}; choose another --host or --port")
+        if settings.metrics_port is not None:  # before anything runs that would have to be stopped if this fails
+            tls = http_context(settings) if settings.uses_tls and not is_loopback(settings.metrics_host) else None
+            await self._http.start(settings.metrics_host, settings.metrics_port, tls)
         self.engine.start()
         await self._set_health(_SERVING)
         await self._server.start()
-        if settings.metrics_port is not None:
-            tls = http_context(settings) if settings.uses_tls and not is_loopback(settings.metrics_host) else None
-            await self._http.start(settings.metrics_host, settings.metrics_port, tls)
         self._is_serving = True
         self._watchdog = asyncio.create_task(self._watch())
         log.info("listening", address=f"{host}:{self.port}", tls=settings.uses_tls)

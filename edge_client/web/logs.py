@@ -57,9 +57,11 @@ def configure(log_format: LogFormat = "auto", *, level: int = logging.INFO, stre
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    for own in ("uvicorn", "uvicorn.access", "uvicorn.error"):  # a default configuration of uvicorn's takes these away
-        logging.getLogger(own).handlers.clear()
-        logging.getLogger(own).propagate = True
+    for name in ("uvicorn", "uvicorn.access", "uvicorn.error"):  # as if uvicorn had not configured them itself
+        own = logging.getLogger(name)
+        own.handlers.clear()
+        own.setLevel(logging.NOTSET)
+        own.propagate = True
     for library in _QUIET:
         logging.getLogger(library).setLevel(logging.WARNING)
     structlog.configure(

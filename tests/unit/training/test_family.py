@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 from cloud_server.models.devices import place
 from cloud_server.models.load import load_model
@@ -20,6 +21,7 @@ from tests.support.patience import HANG_S
 from tests.support.toy import TOY_SCENES, ToyFamily, run
 from training import recipes
 from training.cli.demo import STAGES
+from training.cli.main import main
 from training.data.latents import CachedScenes, decode, encode, image_of, load_latents, scene_of
 from training.data.scenes import to_model_range
 from training.evaluation.classifier import CLASSES, load_classifier, scenes_and_images
@@ -227,3 +229,19 @@ def test_recipes_leave_curve_and_checkpoint(family: ToyFamily, name: str) -> Non
     assert family.curve(name)[-1]["step"] == 30
     assert (folder / "loss.png").stat().st_size > 1000
     assert list((folder / "curves").rglob("events.out.tfevents.*"))
+
+
+def test_noise_levels_refuse_a_family_whose_large_model_does_not_lead(family: ToyFamily, tmp_path: Path) -> None:
+    """It measures what the recipes wrote, and says which noise levels are behind; a gate of 0 lets all pass."""
+    for name in ("vae", "text", "unet", "small_unet"):
+        (tmp_path / name).symlink_to(family.folder / name)
+    arguments = ["noise-levels", "--out", str(tmp_path), "--scenes", "2", "--timesteps", "801,101"]
+    open_, shut = (CliRunner().invoke(main, [*arguments, "--gate", gate]) for gate in ("0", "1000"))
+    written = json.loads((tmp_path / "noise_levels" / "noise_levels.json").read_text())
+
+    assert open_.exit_code == 0, open_.output
+    assert "| t | 801 | 101 |" in open_.output
+    assert shut.exit_code == 1
+    assert "the large U-Net does not lead" in shut.output
+    assert [level["timestep"] for level in written["levels"]] == [801, 101]
+    assert written["gate"] == 1000

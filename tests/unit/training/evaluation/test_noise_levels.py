@@ -7,11 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from torch import Tensor, nn
 
-from tests.support.toy import ToyFamily
-from training.cli.main import main
 from training.core.diffusion import SCHEDULER_CONFIG
 from training.core.noise_schedule import NoiseSchedule, PredictionType
 from training.core.task import normal
@@ -78,20 +75,3 @@ def test_table_and_file_say_the_same(tmp_path: Path) -> None:
     assert written["scenes"] == 40
     assert written["levels"][0]["timestep"] == 641
     assert written["levels"][0]["ratio"] == pytest.approx(0.9416, abs=1e-4)
-
-
-@pytest.mark.slow
-def test_the_command_refuses_a_family_whose_large_model_does_not_lead(family: ToyFamily, tmp_path: Path) -> None:
-    """It measures what the recipes wrote, and says which noise levels are behind; a gate of 0 lets all pass."""
-    for name in ("vae", "text", "unet", "small_unet"):
-        (tmp_path / name).symlink_to(family.folder / name)
-    arguments = ["noise-levels", "--out", str(tmp_path), "--scenes", "2", "--timesteps", "801,101"]
-    open_, shut = (CliRunner().invoke(main, [*arguments, "--gate", gate]) for gate in ("0", "1000"))
-    written = json.loads((tmp_path / "noise_levels" / "noise_levels.json").read_text())
-
-    assert open_.exit_code == 0, open_.output
-    assert "| t | 801 | 101 |" in open_.output
-    assert shut.exit_code == 1
-    assert "the large U-Net does not lead" in shut.output
-    assert [level["timestep"] for level in written["levels"]] == [801, 101]
-    assert written["gate"] == 1000

@@ -231,7 +231,7 @@ def slow_reader(place: Place, scale: Scale) -> Report:
 
     async def run(reads: bool) -> list[Asked]:
         async with clients_of(cloud, [place.tokens[2], *spread_out(place, 4)], scale) as (odd, *clients):
-            request = request_of(1000, 128, steps=1000, scheduler="ddim")
+            request = request_of(900, 128, steps=900, scheduler="ddim")
             request.preview_every = 1
             call = odd.call(request, scale.seconds + scale.patience_s)
             await call.read()

@@ -283,7 +283,7 @@ class Scheduler:
         return [place for place in places if place.job.trajectory is not None and (is_free or place.job.kind == kind)]
 
     def choose(self) -> list[Job]:
-        """Returns up to a batch of the group whose turn it is: that of the job whose caller has had least.
+        """Returns up to a batch of the group whose turn it is: that whose callers, taken together, have had least.
 
         A principal waits for its turn no longer than `MAX_WAIT_TURNS`, and so a job not longer than all its groups.
         """

@@ -11,7 +11,6 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # what its core would log, the 
 
 import grpc
 
-from edge_client.addresses import is_loopback as is_loopback
 from hybridsd.errors import Reason
 from hybridsd.v1 import bundle_service_pb2_grpc, denoising_service_pb2_grpc
 

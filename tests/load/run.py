@@ -2,8 +2,8 @@
 
     python -m tests.load.run [SCENARIO...] [--quick] [--tiny] [--plain-tokens]
 
-Everything listens on the loopback, has an end, and is ended. Without a scenario it runs all of them, for about ten
-minutes. It is a bench: tests/load/test_load.py runs a small part of it.
+Everything listens on the loopback, has an end, and is ended. Without a scenario it runs all of them, for about a
+quarter of an hour. It is a bench: tests/load/test_load.py runs a small part of it.
 """
 
 import argparse

@@ -10,12 +10,12 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from edge_client import cache as caches
+from edge_client.addresses import is_loopback
 from edge_client.bundles import bundle as bundles
 from edge_client.bundles.bundle import Bundle
 from edge_client.bundles.download import fetch
 from edge_client.cache import Cache
 from edge_client.cloud.client import Cloud
-from edge_client.cloud.connection import is_loopback
 from edge_client.cloud.status import translate
 from edge_client.generation.pipeline import generate
 from edge_client.generation.resolve import resolve

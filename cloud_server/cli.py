@@ -4,11 +4,12 @@ Every flag is also a variable HYBRIDSD_CLOUD_...; a flag wins. Knows nothing of 
 """
 
 import asyncio
+import itertools
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from cloud_server.models.devices import Placement
     from cloud_server.models.load import Model
     from cloud_server.models.loras import LoraSource
+    from cloud_server.models.served import FixedModels
 
 F = TypeVar("F", bound=Callable[..., Any])
 log = structlog.get_logger()
@@ -58,7 +60,9 @@ _MODEL_OPTIONS = (
             "all but the U-Net for a U-Net. Repeatable."),
     _option("--lora", "loras", multiple=True, metavar="[MODEL:]NAME=PATH_OR_HUB_ID",
             help="A LoRA adapter that requests may ask for by name. Repeatable."),
-    _option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where models run."),
+    _option("--device", default="auto", metavar="DEVICE[,DEVICE...]", help="Where models run: auto (one GPU, else the "
+            "CPU), cpu, cuda, cuda:1, or all GPUs with all. Each of several, as cuda:0,cuda:1 or cpu*2, is a worker "
+            "with models of its own; one queue is in front of them."),
     _option("--dtype", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", help="Of the U-Net."),
     _option("--latent-space", help="Name of the models' latent space, where their folders do not say."),
     _option("--threads", type=click.IntRange(1), help="Threads of a U-Net call on the CPU; torch's choice if not set."),
@@ -160,7 +164,7 @@ def serve(log_format: logs.LogFormat, token_file: Path | None, **options: Any) -
         bundles = [load_bundle(folder) for folder in settings.bundles]
         if len({bundle.name for bundle in bundles}) < len(bundles):
             raise ModelError(f"two bundles have one name: {', '.join(sorted(bundle.name for bundle in bundles))}")
-        models = _load(settings, _placement(settings))
+        models, served = _load(settings, _placements(settings))
 
         def on_listening(port: int) -> None:
             if settings.port_file is not None:
@@ -168,7 +172,7 @@ def serve(log_format: logs.LogFormat, token_file: Path | None, **options: Any) -
                 part.write_text(f"{port}\n", encoding="utf-8")
                 part.replace(settings.port_file)  # readers see no file or all of it
 
-        if asyncio.run(process.run(settings, models, bundles, on_listening=on_listening)) is False:
+        if asyncio.run(process.run(settings, models, bundles, on_listening=on_listening, served=served)) is False:
             _exit_now(0)
     except process.EngineLost as error:
         log.critical("engine_lost", message=str(error))
@@ -195,11 +199,14 @@ def check(log_format: logs.LogFormat, **options: Any) -> None:
     for key in ("models", "variant", "configs", "loras", "device", "dtype", "latent_space", "threads"):
         click.echo(f"{key + ':':<14}{_shown(settings)[key]}")
     try:
-        placement = _placement(settings)
-        click.echo(
-            f"\nruns on {placement.device} ({placement.device_reason}), in {placement.dtype} ({placement.dtype_reason})"
-        )
-        for name, model in _load(settings, placement).items():
+        placements = _placements(settings)
+        click.echo()
+        for placement in placements:
+            click.echo(
+                f"runs on {placement.device} ({placement.device_reason}), in {placement.dtype}"
+                f" ({placement.dtype_reason})"
+            )
+        for name, model in _load(settings, placements[:1])[0].items():
             click.echo(f"\nmodel {name}")
             for line in check_model(model):
                 click.echo(f"  {line}")
@@ -310,11 +317,11 @@ def _exit_now(code: int) -> None:
     os._exit(code)
 
 
-def _placement(settings: Settings) -> "Placement":
-    from cloud_server.models.devices import place
+def _placements(settings: Settings) -> "list[Placement]":
+    from cloud_server.models.devices import place_all
 
     try:
-        return place(settings.device, settings.dtype)
+        return place_all(settings.device, settings.dtype)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
 
@@ -327,14 +334,16 @@ def _leave_threads_to_the_engine(settings: Settings) -> Settings:
     """
     import torch
 
-    threads = torch.get_num_threads() if settings.threads is None else settings.threads
+    num_workers = len(_placements(settings))
+    threads = max(1, torch.get_num_threads() // num_workers) if settings.threads is None else settings.threads
     torch.set_num_threads(1)
     return replace(settings, threads=threads)
 
 
-def _load(settings: Settings, placement: "Placement") -> "dict[str, Model]":
-    """Loads the models, by id."""
+def _load(settings: Settings, placements: "Sequence[Placement]") -> "tuple[dict[str, Model], FixedModels]":
+    """Loads the models onto each device; returns them by id, as they are on the first, and where they are."""
     from cloud_server.models.load import ModelError, config_for, load_model, size_multiple
+    from cloud_server.models.served import FixedModels
     from cloud_server.models.sources import locate, parse_source
 
     loras = _loras(settings)
@@ -357,8 +366,8 @@ def _load(settings: Settings, placement: "Placement") -> "dict[str, Model]":
             if settings.max_size is not None:
                 check_max_size(parsed.id, size_multiple(files))
     logs.quiet_libraries()
-    models = {}
-    for source in settings.models:
+    loaded: list[dict[str, Model]] = [{} for _ in placements]
+    for source, (models, placement) in itertools.product(settings.models, zip(loaded, placements, strict=True)):
         started_s = time.monotonic()
         model = load_model(
             source, placement, latent_space=settings.latent_space, variant=settings.variant, configs=settings.configs,
@@ -375,7 +384,8 @@ def _load(settings: Settings, placement: "Placement") -> "dict[str, Model]":
             dtype=f"{placement.dtype} ({placement.dtype_reason})",
             elapsed_s=round(time.monotonic() - started_s, 3),
         )
-    return models
+    denoisers = ({name: model.denoiser for name, model in models.items()} for models in loaded)
+    return loaded[0], FixedModels(*denoisers)
 
 
 def _loras(settings: Settings) -> "list[LoraSource]":

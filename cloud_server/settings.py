@@ -29,9 +29,11 @@ class Settings:
     loras: tuple[str, ...] = ()
     """`[model:]name=path`."""
     device: str = "auto"
+    """As `devices.place_all` takes it: one worker for each."""
     dtype: str = "auto"
     latent_space: str | None = None
     threads: int | None = None
+    """Of a call on a CPU; None divides what torch chooses among its workers."""
     host: str = "127.0.0.1"
     port: int = 50051
     port_file: Path | None = None

@@ -1,30 +1,42 @@
-"""The step-level batching engine: one thread runs the U-Nets, and its loop is the step; another reads texts for it.
+"""The step-level batching engine: a thread for each device runs U-Nets, and its loop is the step.
 
 Jobs enter and leave between two calls of the U-Net; jobs with different schedulers, steps, splits and guidance share a
-call when model and shapes agree. The scheduler decides, the executor runs, and the engine, which alone has a lock and
-these threads, brings the outcome of the one to the other.
+call when model and shapes agree. The scheduler decides, the executors run, and the engine, which alone has a lock and
+threads, brings the outcome of the one to the other. Beside the step threads, one thread reads texts and makes first
+states, and one for each device copies states off it and hands them to readers: a device waits for none of that.
+
+All devices are in one process: torch lets go of the interpreter while it computes. A device that is lost, or stuck,
+takes no job with it: each goes on from the last state that came off it, on another.
 """
 
+import contextlib
+import functools
+import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 
 import structlog
 import torch
 
-from cloud_server.energy import EnergyMeter, Measured
+from cloud_server.energy import EnergyMeter
 from cloud_server.engine.caller import NOBODY, Caller
+from cloud_server.engine.device_worker import DeviceWorker, Pending
 from cloud_server.engine.event_buffer import EventBuffer
 from cloud_server.engine.events import Failed, Finished, Started
-from cloud_server.engine.executor import Batch, BatchTooLarge, Call, Executor, is_out_of_memory
+from cloud_server.engine.executor import Batch, BatchTooLarge, Executor, is_out_of_memory
 from cloud_server.engine.job import Job, JobView
+from cloud_server.engine.placement import Placement
 from cloud_server.engine.quotas import check_queued
 from cloud_server.engine.request import JobRequest
 from cloud_server.engine.scheduler import Load, Scheduler
 from cloud_server.engine.spans import tell_calls
+from cloud_server.engine.texts import TextReader
 from cloud_server.metrics import Metrics
 from cloud_server.models.denoiser import Denoiser
+from cloud_server.models.devices import use
+from cloud_server.models.served import ServedModels
 from hybridsd import tracing
 from hybridsd.errors import HybridSDError, Reason
 from hybridsd.quotas import jittered
@@ -33,6 +45,8 @@ log = structlog.get_logger()
 
 SLOW_CALLS = 4.0
 """A call that takes this many times the mean is not stuck yet: a machine may be slow."""
+MAX_LOSSES = 2
+"""Devices that a job may be in a call on when they are lost; then it ends, for it may be the cause."""
 DRAIN_RETRY_S = 5.0
 """When to come again to a server that is being replaced."""
 
@@ -49,7 +63,7 @@ class Engine:
 
     def __init__(
         self,
-        denoisers: Mapping[str, Denoiser],
+        models: ServedModels,
         *,
         max_batch: int = 8,
         max_queue: int = 32,
@@ -57,39 +71,53 @@ class Engine:
         keep_finished_s: float = 120.0,
         num_threads: int | None = None,
         stall_timeout_s: float = 60.0,
-        energy: EnergyMeter | None = None,
+        energy: Sequence[EnergyMeter] = (),
         metrics: Metrics | None = None,
+        runs_ahead: bool | None = None,
     ) -> None:
         """Makes an engine that does nothing until `start`.
 
         Args:
-            denoisers: Models by id, all on one device.
+            models: What is served, and on which devices.
             max_batch: Jobs in one call of the U-Net.
             max_queue: Jobs that may wait beyond those that have a place.
             keep_finished: Finished jobs that a late retry still finds.
             keep_finished_s: For how long.
             num_threads: Threads of a call on a CPU; None leaves the choice to torch.
             stall_timeout_s: A step, or a text, that takes longer is stuck, unless all steps are slow.
-            energy: How jobs' energy is known; None: it is not.
+            energy: How jobs' energy is known on each device; empty: it is not.
             metrics: What counts calls and jobs.
+            runs_ahead: See `DeviceWorker`.
         """
         self._metrics = Metrics() if metrics is None else metrics
         self._num_threads, self._stall_timeout_s = num_threads, stall_timeout_s
+        self._models = models
         self._changed = threading.Condition()  # guards everything down to the blank line
         self._scheduler = Scheduler(
             max_batch=max_batch, max_queue=max_queue, keep_finished=keep_finished, keep_finished_s=keep_finished_s,
-            on_end=self._count,
+            on_end=self._count, placement=Placement(len(models.devices), load_s=models.load_s),
         )  # fmt: skip
         self._is_draining = self._is_stopping = self._is_dead = False
         self._unread: deque[Job] = deque()  # admitted, but for their texts
-        self._busy_since_s: dict[str, float] = {}  # by name of the thread
+        self._texts_since_s: float | None = None  # when the thread of the texts began what it does
 
-        self._executor = Executor(denoisers, self._metrics)
-        self._energy = EnergyMeter() if energy is None else energy
-        self._threads = [
-            threading.Thread(target=self._run, args=(turn,), name=name, daemon=True)
-            for name, turn in (("texts", self._text_turn), ("steps", self._step_turn))
+        self._texts = TextReader(lambda is_hit: self._metrics.note_lookup("texts", is_hit=is_hit))  # of its thread
+        self._workers = [
+            DeviceWorker(
+                number,
+                Executor(device, functools.partial(_find, models, number), self._metrics),
+                energy[number] if energy else EnergyMeter(),
+                runs_ahead=runs_ahead,
+            )
+            for number, device in enumerate(models.devices)
         ]
+        self._threads = [threading.Thread(target=self._run_texts, name="texts", daemon=True)]
+        for kind, run in (("steps", self._run_steps), ("publishing", self._run_publishing)):
+            self._threads += [
+                threading.Thread(target=run, args=(worker,), name=f"{kind}-{worker.number}", daemon=True)
+                for worker in self._workers
+            ]
+        models.listen(self._wake, self._in_use)
 
     def start(self) -> None:
         """Starts the threads."""
@@ -102,11 +130,15 @@ class Engine:
             self._is_draining = self._is_stopping = True
             self._end_all("the server is stopping; resume from the last state, at another one or later")
             self._changed.notify_all()
+        for worker in self._workers:
+            with contextlib.suppress(queue.Full):  # then its thread is stuck
+                worker.unpublished.put_nowait(None)
         limit_s = time.monotonic() + timeout_s
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join(max(0.0, limit_s - time.monotonic()))
-        self._executor.close()
+        for worker in self._workers:
+            worker.executor.close()
 
     @property
     def is_running(self) -> bool:
@@ -258,19 +290,47 @@ class Engine:
         """
         with self._changed:
             self._sweep()
+            limit_s, placement = self._stall_limit_s(), self._scheduler.placement
+            for worker in self._workers:
+                if placement.num_well > 1 and _stalled_s(worker.since_s) >= limit_s:
+                    self._lose(worker)
             if not self._is_stuck():
                 return not self._is_dead
             self._end_all(self._says_stuck())
             return False
 
+    @property
+    def num_devices(self) -> int:
+        """Workers, one for each device, lost ones too."""
+        return len(self._workers)
+
+    @property
+    def num_devices_lost(self) -> int:
+        """Devices that are lost, or stuck."""
+        placement = self._scheduler.placement
+        return placement.num_devices - placement.num_well
+
     def _stalled_s(self) -> float:
         if self._is_dead:
             return float("inf")
-        now_s = time.monotonic()
-        return max((now_s - since_s for since_s in self._busy_since_s.values()), default=0.0)
+        placement = self._scheduler.placement
+        well = [worker.since_s for worker in self._workers if placement.is_well(worker.number)]
+        return max(_stalled_s(since_s) for since_s in [self._texts_since_s, *well])
+
+    def _stall_limit_s(self) -> float:
+        return max(self._stall_timeout_s, SLOW_CALLS * self._scheduler.call_s)
 
     def _is_stuck(self) -> bool:
-        return self._stalled_s() >= max(self._stall_timeout_s, SLOW_CALLS * self._scheduler.call_s)
+        return self._stalled_s() >= self._stall_limit_s()
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _in_use(self, device: int) -> set[str]:
+        """Returns the models that jobs on a device need."""
+        with self._changed:
+            return {model for job in self._scheduler.running if job.device == device for model in job.models}
 
     def _says_stuck(self) -> str:
         if self._is_dead:
@@ -317,76 +377,156 @@ class Engine:
 
     # What follows runs on the engine's threads.
 
-    def _run(self, turn: Callable[[], bool]) -> None:
-        is_steps = turn == self._step_turn
-        _set_torch_threads(self._num_threads if is_steps else 1)  # a second pool beside that of the steps slows both
+    def _run(self, turn: Callable[[], bool], worker: DeviceWorker | None) -> None:
+        """Takes turns until one says that it was the last.
+
+        Args:
+            turn: What the thread does.
+            worker: The device that is lost with the thread; None for that of the texts, without which nothing works.
+        """
         try:
             with torch.inference_mode():
                 while turn():
                     pass
-        except BaseException:  # such as a lost device: the process ends, and a supervisor restarts it
+                return
+        except BaseException:
             log.exception("engine_died", thread=threading.current_thread().name)
         with self._changed:
-            self._is_dead = self._is_draining = True
-            self._end_all(self._says_stuck())
+            if worker is not None:
+                worker.is_dead = True
+                self._lose(worker)
+            if worker is None or all(each.is_dead for each in self._workers):
+                self._is_dead = self._is_draining = True  # the process ends, and a supervisor restarts it
+                self._end_all(self._says_stuck())
             self._changed.notify_all()
+
+    def _run_steps(self, worker: DeviceWorker) -> None:
+        _set_torch_threads(self._num_threads)
+        use(worker.executor.device)
+        self._run(functools.partial(self._step_turn, worker), worker)
+
+    def _run_publishing(self, worker: DeviceWorker) -> None:
+        _set_torch_threads(1)
+        use(worker.executor.device)
+        self._run(functools.partial(self._publish_turn, worker), worker)
+
+    def _run_texts(self) -> None:
+        _set_torch_threads(1)  # a second pool beside that of the steps slows both
+        self._run(self._text_turn, None)
+
+    def _lose(self, worker: DeviceWorker) -> None:
+        """Gives up a device: its jobs go on from their last states on others, where there are any."""
+        placement = self._scheduler.placement
+        if not placement.is_well(worker.number):
+            return
+        suspects, lost = worker.in_hand, self._scheduler.lose(worker.number)
+        log.error("device_lost", device=worker.number, jobs=len(lost), devices_left=placement.num_well)
+        if not placement.num_well:
+            return
+        for job in suspects:
+            job.num_losses += 1
+            if job.num_losses >= MAX_LOSSES:  # it may be what breaks them
+                self._scheduler.end(job, Failed(Reason.UNAVAILABLE.error(
+                    f"{job.num_losses} devices of the server were lost during this job; try another server",
+                    retry_delay_s=DRAIN_RETRY_S,
+                )))  # fmt: skip
+        self._unread.extend(job for job in lost if job.outcome is None)
+        self._admit()
 
     def _text_turn(self) -> bool:
         """Reads the texts of one job, or waits for one; False ends the thread."""
         with self._changed:
-            self._busy_since_s.pop("texts", None)
+            self._texts_since_s = None
             if self._is_stopping or self._is_dead:
                 return False
-            job = self._unread.popleft() if self._unread else None
-            if job is None:
+            found = self._next_unread()
+            if found is None:
                 self._changed.wait()
                 return True
-            if job.outcome is not None:
-                return True
-            self._busy_since_s["texts"] = time.monotonic()
+            job, worker, denoisers = found
+            begin, is_new = job.num_begins, not job.texts
+            self._texts_since_s = time.monotonic()
         try:
-            with tracing.start("encode text", job.trace), self._energy.measure() as measured:
-                trajectory = self._executor.prepare(job)
+            with tracing.start("encode text", job.trace), worker.energy.measure() as measured:
+                trajectory = self._texts.prepare(job, denoisers)
         except torch.AcceleratorError:
-            raise
-        except Exception as error:
-            self._fail(job, error)
+            log.exception("device_failed", device=worker.number)
+            with self._changed:
+                worker.in_hand, worker.is_dead = [*worker.in_hand, job], True
+                self._lose(worker)
+                if all(each.is_dead for each in self._workers):
+                    raise
             return True
-        if job.text_s > 0:
+        except Exception as error:
+            self._fail(job, error, begin)
+            return True
+        if is_new and job.text_s > 0:
             num_texts = sum(2 if negative else 1 for _, negative in job.texts)
-            job.add_energy(self._energy.of_texts(measured, job.request.model, num_texts, job.text_s))
+            job.add_energy(worker.energy.of_texts(measured, job.request.model, num_texts, job.text_s))
+        trajectory.begin = begin
         with self._changed:
             if job.outcome is None:
                 job.post(Started(*job.texts[0]))
-                job.trajectory = trajectory
+                if begin == job.num_begins:
+                    job.trajectory = trajectory
                 self._changed.notify_all()
         return True
 
-    def _step_turn(self) -> bool:
-        """Schedules, runs one call of the U-Net and follows its outcome, or waits for work; False ends the thread."""
+    def _next_unread(self) -> tuple[Job, DeviceWorker, dict[str, Denoiser]] | None:
+        """Takes the first job whose texts are to be read and whose models are loaded on its device."""
+        for job in list(self._unread):
+            if job.outcome is not None or job.device is None:
+                self._unread.remove(job)
+                continue
+            denoisers: dict[str, Denoiser] = {}
+            for model in job.models:
+                denoiser, error = self._models.denoiser(model, job.device), self._models.error(model, job.device)
+                if denoiser is not None:
+                    denoisers[model] = denoiser
+                elif error is None:
+                    self._models.want(model, job.device)
+                else:
+                    self._scheduler.end(job, Failed(error))
+            if len(denoisers) == len(job.models) and job.outcome is None:
+                self._unread.remove(job)
+                return job, self._workers[job.device], denoisers
+        return None
+
+    def _step_turn(self, worker: DeviceWorker) -> bool:
+        """Schedules, asks for one call of the U-Net and follows it, or waits for work; False ends the thread."""
         with self._changed:
-            self._busy_since_s.pop("steps", None)
-            if self._is_stopping or self._is_dead:
+            pending = worker.pending
+            worker.in_hand = [] if pending is None else [call.job for call in pending.calls]
+            if self._is_stopping or self._is_dead or worker.is_dead:
                 return False
+            if not self._scheduler.placement.is_well(worker.number):
+                log.warning("device_back", device=worker.number)  # a step that was given up has come back
+                self._scheduler.placement.restore(worker.number)
             self._scheduler.sweep(active=True)
             self._admit()
-            batch = [(job, job.trajectory) for job in self._scheduler.choose() if job.trajectory is not None]
-            if not batch:
+            chosen = self._scheduler.choose(worker.number)
+            batch = [(job, job.trajectory) for job in chosen if job.trajectory is not None]
+            self._scheduler.begin_call(chosen)
+            worker.in_hand += chosen
+            if not worker.in_hand:
+                worker.since_s = None
                 self._changed.wait()
                 return True
+            worker.since_s = time.monotonic()
             groups = self._scheduler.groups
-            self._busy_since_s["steps"] = time.monotonic()
-        try:
-            with self._energy.measure() as measured:
-                calls = self._executor.call(batch, groups)
-        except BatchTooLarge:
-            self._halve(batch)
-            return True
-        self._note_energy(measured, calls)
-        tell_calls(calls)
-        self._note(calls)
-        for call in calls:
-            self._follow(call)
+        launched = None
+        if batch:
+            try:
+                launched = worker.launch(batch, groups)
+            except BatchTooLarge:
+                self._halve(batch)
+            else:
+                self._advance(worker, launched)
+        if launched is not None and not worker.runs_ahead:
+            pending, launched = launched, None
+        worker.pending = launched
+        if pending is not None:
+            self._settle(worker, pending)
         return True
 
     def _halve(self, batch: Batch) -> None:
@@ -395,48 +535,72 @@ class Engine:
         log.warning("out_of_memory", jobs=len(batch), batch_cap=cap, group=group)
         with self._changed:
             self._scheduler.limit_batch(group, cap)
+            self._scheduler.end_call([job for job, trajectory in batch if trajectory.begin == job.num_begins])
 
-    def _note_energy(self, measured: Measured, calls: list[Call]) -> None:
-        group = calls[0].trajectory.group
-        rows = [call.trajectory.num_rows for call in calls]
-        energies = self._energy.of_call(measured, group[0], group[1][1] * group[1][2], rows, calls[0].elapsed_s)
-        for call, energy in zip(calls, energies, strict=True):
-            if not isinstance(call.outcome, Exception):
-                call.job.add_energy(energy)
+    def _advance(self, worker: DeviceWorker, launched: Pending) -> None:
+        """Takes jobs to where their calls lead. Those that are at their hand-off leave their places."""
+        for call in launched.calls:
+            if isinstance(call.outcome, Exception):
+                continue
+            try:
+                trajectory = worker.executor.advance(call)
+            except torch.AcceleratorError:
+                raise
+            except Exception as error:
+                call.outcome = error
+                continue
+            with self._changed:
+                job = call.job
+                if job.outcome is not None or job.num_begins != call.trajectory.begin:
+                    continue  # it was given up meanwhile, or runs elsewhere
+                if trajectory is None:
+                    self._scheduler.leave(job)
+                else:
+                    job.trajectory = trajectory
+                    self._scheduler.end_call([job])
 
-    def _note(self, calls: list[Call]) -> None:
-        """Charges what a call took to its jobs; after one that failed, each had one for itself."""
+    def _settle(self, worker: DeviceWorker, pending: Pending) -> None:
+        """Waits until a device is done with calls, charges them, and lets their states be published."""
+        worker.settle(pending)
+        tell_calls(pending.calls)
+        done = []
+        for call in pending.calls:
+            if isinstance(call.outcome, Exception):
+                self._fail(call.job, call.outcome, call.trajectory.begin)
+            else:
+                done.append(call)
         batches: dict[float, list[Job]] = {}
-        for call in calls:
-            if not isinstance(call.outcome, Exception):
-                batches.setdefault(call.elapsed_s, []).append(call.job)
+        for call in done:
+            batches.setdefault(call.elapsed_s, []).append(call.job)
+            call.job.compute_s += call.elapsed_s
+            call.job.num_calls += 1
+            call.job.num_skipped_calls += len(call.reached) - 1
         with self._changed:
             for elapsed_s, jobs in batches.items():
                 self._scheduler.charge(jobs, elapsed_s)
+        for call in [call for call in done if call.job.outcome is None]:
+            worker.unpublished.put((call, call.reached[-1].call == call.job.request.handoff_call))
 
-    def _follow(self, call: Call) -> None:
-        """Takes a job to where its call led, or ends it."""
-        job = call.job
-        if job.outcome is not None:
-            return  # it was given up meanwhile
-        if isinstance(call.outcome, Exception):
-            self._fail(job, call.outcome)
-            return
-        job.compute_s += call.elapsed_s
-        job.num_calls += 1
+    def _publish_turn(self, worker: DeviceWorker) -> bool:
+        """Publishes what one call led to for one job, and ends the job at its hand-off; False ends the thread."""
+        work = worker.unpublished.get()
+        if work is None:
+            return False
+        call, is_done = work
+        job, begin = call.job, call.trajectory.begin
+        if job.outcome is not None or job.num_begins != begin:
+            return True
         try:
-            is_done = self._executor.advance(job, call.trajectory, call.outcome)
-            changed = None if is_done else self._executor.next_stage(job, call.trajectory)
+            worker.executor.publish(call)
         except torch.AcceleratorError:
             raise
         except Exception as error:
-            self._fail(job, error)
-            return
-        with self._changed:
-            if is_done:
-                self._end(job, Finished(job.usage()))
-            elif changed is not None and job.outcome is None:
-                job.trajectory = changed
+            self._fail(job, error, begin)
+            return True
+        if is_done:
+            with self._changed:
+                self._scheduler.end(job, Finished(job.usage()))
+        return True
 
     def _count(self, job: Job) -> None:
         """Counts a job that has ended. Its caller has a name to count by only where callers have tokens."""
@@ -450,7 +614,7 @@ class Engine:
             num_calls=usage.num_calls,
         )
 
-    def _fail(self, job: Job, error: Exception) -> None:
+    def _fail(self, job: Job, error: Exception, begin: int) -> None:
         request = job.request
         if is_out_of_memory(error):
             log.warning("out_of_memory", jobs=1, request_id=request.request_id, shape=request.latent_shape)
@@ -463,12 +627,16 @@ class Engine:
             log.error("job_failed", request_id=job.request.request_id, call=job.num_calls, exc_info=error)
             error = Reason.INTERNAL.error("the job failed; the server's log has the details under its request_id")
         with self._changed:
-            self._end(job, Failed(error))
+            if job.num_begins == begin:  # else it runs elsewhere, and its device was at fault
+                self._scheduler.end(job, Failed(error))
 
-    def _end(self, job: Job, outcome: Finished | Failed) -> None:
-        self._scheduler.end(job, outcome)
-        if self._scheduler.is_idle:  # what is left of this turn is nothing
-            self._busy_since_s.pop(threading.current_thread().name, None)
+
+def _find(models: ServedModels, device: int, model: str) -> Denoiser | None:
+    return models.denoiser(model, device)
+
+
+def _stalled_s(since_s: float | None) -> float:
+    return 0.0 if since_s is None else time.monotonic() - since_s
 
 
 def _may_see(caller: Caller, job: Job) -> bool:

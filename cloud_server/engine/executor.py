@@ -1,10 +1,10 @@
-"""Runs what the scheduler chose: texts, calls of the U-Net, states. Without the engine's lock.
+"""Runs what the scheduler chose on one device: calls of the U-Net, and states off it. Without the engine's lock.
 
-`prepare` is for one thread, `call` and `advance` for another: texts are encoded while the U-Net runs.
+`call` is for the thread of the device; `publish` for another, so that the device does not wait for copies and readers.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -15,10 +15,10 @@ import torch
 from cloud_server.engine import step
 from cloud_server.engine.events import Snapshot
 from cloud_server.engine.job import Job
-from cloud_server.engine.request import Stage
-from cloud_server.engine.step import Group, Progress, Texts, Trajectory
+from cloud_server.engine.step import Group, Progress, Reached, Trajectory
 from cloud_server.metrics import Metrics
-from cloud_server.models.denoiser import Conditions, Denoiser, Encoded, TextCache
+from cloud_server.models.denoiser import Conditions, Denoiser
+from cloud_server.models.devices import Wait, beside, mark
 from hybridsd.errors import Reason
 
 log = structlog.get_logger()
@@ -31,14 +31,32 @@ class BatchTooLarge(Exception):
     """A batch did not fit into memory; nothing of it has run."""
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class Call:
-    """What one call of the U-Net led to, for one job."""
+    """What one call of the U-Net leads to, for one job."""
 
     job: Job
     trajectory: Trajectory
-    elapsed_s: float
+    """Where the job was: it has been moved on."""
+    num_jobs: int
+    """In the call."""
     outcome: Progress | Exception
+    reached: Sequence[Reached] = ()
+    """Where the call has led, and those that were skipped after it."""
+    elapsed_s: float = 0.0
+    """Known when the device is done."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Launched:
+    """Calls that a device has been asked for."""
+
+    calls: Sequence[Call]
+    started_s: float
+    wait: Wait
+    """Until the device has done them; raises torch.AcceleratorError if it is lost."""
+    done_s: float | None = None
+    """When it had, where that is known."""
 
 
 Batch = Sequence[tuple[Job, Trajectory]]
@@ -46,18 +64,11 @@ Batch = Sequence[tuple[Job, Trajectory]]
 
 
 class Executor:
-    """The models, their text caches, and the joined conditions of the batches in flight."""
+    """One device: its models, and the joined conditions of the batches in flight."""
 
-    def __init__(self, denoisers: Mapping[str, Denoiser], metrics: Metrics) -> None:
-        """Takes models by id, all on one device, and what counts calls."""
-        self._denoisers, self._metrics = denoisers, metrics
-
-        def on_lookup(is_hit: bool) -> None:
-            metrics.note_lookup("texts", is_hit=is_hit)
-
-        self._texts = {  # of the thread of `prepare`
-            name: TextCache(denoiser, on_lookup=on_lookup) for name, denoiser in denoisers.items()
-        }
+    def __init__(self, device: torch.device, find: Callable[[str], Denoiser | None], metrics: Metrics) -> None:
+        """Takes the device, what finds a model on it by id, and what counts calls."""
+        self.device, self._find, self._metrics = device, find, metrics
         self._joined: dict[Group, tuple[list[Trajectory], Conditions]] = {}
         self._noises = ThreadPoolExecutor(NOISE_THREADS, thread_name_prefix="noise")
 
@@ -65,21 +76,10 @@ class Executor:
         """Lets go of the threads; noise that nobody waits for is not drawn."""
         self._noises.shutdown(wait=False, cancel_futures=True)
 
-    def prepare(self, job: Job) -> Trajectory:
-        """Encodes all texts of a job and makes its first state.
+    def call(self, batch: Batch, groups: set[Group]) -> list[Launched]:
+        """Asks for one call for a batch; when it fails, for one call for each job, to find the one at fault.
 
-        Raises:
-            torch.AcceleratorError: If the device is lost to this process.
-        """
-        request, first = job.request, job.request.stages[0]
-        started_s = time.monotonic()
-        job.texts = tuple(self._encode(job, stage) for stage in request.stages)
-        trajectory = step.begin(self._denoisers[first.model], request, *job.texts[0])
-        log.debug("job_prepared", request_id=request.request_id, elapsed_ms=1e3 * (time.monotonic() - started_s))
-        return trajectory
-
-    def call(self, batch: Batch, groups: set[Group]) -> list[Call]:
-        """Runs one call for a batch; when it fails, one call for each job, to find the one at fault.
+        A GPU may still be at work when this returns; a CPU is done.
 
         Args:
             batch: Jobs of one group.
@@ -90,97 +90,90 @@ class Executor:
             torch.AcceleratorError: If the device is lost to this process.
         """
         trajectories = [trajectory for _, trajectory in batch]
-        denoiser = self._denoisers[trajectories[0].group[0]]
         started_s = time.monotonic()
         for job, trajectory in batch:
             job.first_call_s = started_s if job.first_call_s is None else job.first_call_s
-            step.draw_ahead(trajectory, self._noises)
-        results = self._try(denoiser, trajectories, groups)
+            step.move_to(trajectory, self.device)
+            step.draw_ahead(trajectory, self.device, self._noises)
+        results = self._try(trajectories, groups)
         if isinstance(results, Exception) and is_out_of_memory(results):
-            if denoiser.device.type == "cuda":
+            if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             if len(batch) > 1:
                 raise BatchTooLarge
-            results = self._try(denoiser, trajectories, groups)  # alone, and with all memory that others left
+            results = self._try(trajectories, groups)  # alone, and with all memory that others left
         if isinstance(results, Exception):
             if len(batch) == 1:
-                return [Call(*batch[0], 0.0, results)]
+                return [Launched([Call(*batch[0], 1, results)], started_s, lambda: None, time.monotonic())]
             log.warning("batch_failed", jobs=len(batch), error=type(results).__name__)
-            return [call for pair in batch for call in self.call([pair], groups)]
-        elapsed_s = time.monotonic() - started_s
-        self._metrics.note_call(trajectories[0].group[0], len(batch), elapsed_s)
-        return [Call(*pair, elapsed_s, result) for pair, result in zip(batch, results, strict=True)]
+            return [each for pair in batch for each in self.call([pair], groups)]
+        calls = [Call(*pair, len(batch), result) for pair, result in zip(batch, results, strict=True)]
+        done_s = None if self.device.type == "cuda" else time.monotonic()
+        return [Launched(calls, started_s, mark(self.device), done_s)]
 
-    def _try(
-        self, denoiser: Denoiser, trajectories: list[Trajectory], groups: set[Group]
-    ) -> list[Progress] | Exception:
-        """Returns what a call led to. An error of memory comes without its frames, which would hold that memory."""
+    def _try(self, trajectories: list[Trajectory], groups: set[Group]) -> list[Progress] | Exception:
+        """Returns what a call leads to. An error of memory comes without its frames, which would hold that memory."""
         try:
-            results = step.step(denoiser, trajectories, self._conditions(trajectories, groups))
-            if denoiser.device.type == "cuda":
-                torch.cuda.synchronize(denoiser.device)  # or durations and step boundaries mean nothing
+            model = trajectories[0].group[0]
+            denoiser = self._find(model)
+            if denoiser is None:
+                raise Reason.UNAVAILABLE.error(f"model {model} was unloaded during the job; ask for it again")
+            return step.step(denoiser, trajectories, self._conditions(trajectories, groups))
         except torch.AcceleratorError:
             raise
         except Exception as error:
             self._joined.clear()
             return MemoryError() if is_out_of_memory(error) else error
-        return results
 
-    def advance(self, job: Job, trajectory: Trajectory, result: Progress) -> bool:
-        """Takes a job to where its call led, and over the calls after it that it skips; publishes its states.
+    def advance(self, call: Call) -> Trajectory | None:
+        """Takes a job to where its call leads, and over the calls after it that it skips; notes them in `call.reached`.
 
         Returns:
-            Whether it has reached its hand-off.
+            Where the job goes on; None at its hand-off.
+        """
+        assert isinstance(call.outcome, Progress)
+        trajectory, request = call.trajectory, call.job.request
+        reached = [step.move(trajectory, call.outcome, ran=True)]
+        for _ in range(0 if request.skipping is None else request.skipping.skipped_calls):
+            skipped = step.skip(self.device, trajectory)
+            if skipped is None:
+                break
+            reached.append(step.move(trajectory, skipped, ran=False))
+        call.reached = reached
+        if trajectory.call >= request.handoff_call:
+            return None
+        return step.enter_next(trajectory) or trajectory
+
+    def settle(self, launched: Launched, not_before_s: float) -> float:
+        """Waits until the device has done what it was asked for, and says how long that took.
+
+        Args:
+            launched: The calls.
+            not_before_s: When it was done with those before.
+
+        Returns:
+            When it was done, in `time.monotonic()` seconds.
+        """
+        launched.wait()
+        done_s = launched.done_s or time.monotonic()
+        elapsed_s = done_s - max(launched.started_s, not_before_s)
+        for call in launched.calls:
+            call.elapsed_s = 0.0 if isinstance(call.outcome, Exception) else elapsed_s
+        first = launched.calls[0]
+        if not isinstance(first.outcome, Exception):
+            self._metrics.note_call(first.trajectory.group[0], len(launched.calls), elapsed_s)
+        return done_s
+
+    def publish(self, call: Call) -> None:
+        """Posts the states that a call led to where they are due, and keeps the last one.
 
         Raises:
             HybridSDError: OUTPUT_NOT_FINITE.
+            torch.AcceleratorError: If the device is lost to this process.
         """
-        device = self._denoisers[trajectory.group[0]].device
-        step.move(trajectory, result, ran=True)
-        is_done = _publish(job, result)
-        skipping = job.request.skipping
-        for _ in range(0 if skipping is None else skipping.skipped_calls):
-            skipped = step.skip(device, trajectory)
-            if skipped is None:
-                break
-            step.move(trajectory, skipped, ran=False)
-            job.num_skipped_calls += 1
-            is_done = _publish(job, skipped) or is_done
-        return is_done
-
-    def next_stage(self, job: Job, trajectory: Trajectory) -> Trajectory | None:
-        """Returns the job with another model, where its next call is another model's; else None."""
-        for index, stage in enumerate(job.request.stages):
-            if index and stage.first_call == trajectory.call:
-                changed = step.enter(
-                    self._denoisers[stage.model], job.request, stage, trajectory.state, *job.texts[index]
-                )
-                changed.num_calls = trajectory.num_calls  # the warm-up is the job's, not the model's
-                return changed
-        return None
-
-    def _encode(self, job: Job, stage: Stage) -> Texts:
-        """Returns prompt and, where the stage's model takes it, negative prompt, in one number of chunks."""
-        request, texts = job.request, self._texts[stage.model]
-        given = [request.prompt]
-        is_guided = step.is_guided(self._denoisers[stage.model], stage.guidance_scale)
-        if is_guided and request.negative_prompt is not None:
-            given.append(request.negative_prompt)
-        spent_s = texts.spent_s
-
-        def encode(num_chunks: int | None) -> list[Encoded]:
-            return [
-                texts.encode(text, request.text_options, request.loras, num_chunks) if isinstance(text, str) else text
-                for text in given
-            ]
-
-        encoded = encode(None)
-        lengths = {len(one.embeds) for one in encoded}
-        if len(lengths) > 1:
-            shortest = len(texts.encode("").embeds)  # one chunk
-            encoded = encode(max(lengths) // shortest)
-        job.text_s += texts.spent_s - spent_s
-        return encoded[0], encoded[1] if len(encoded) > 1 else None
+        with beside(self.device):
+            for reached in call.reached:
+                _publish(call.job, reached)
 
     def _conditions(self, trajectories: list[Trajectory], groups: set[Group]) -> Conditions:
         """Returns the joined conditions of a batch: the last one of its group, when the batch has not changed."""
@@ -194,20 +187,20 @@ class Executor:
         return joined
 
 
-def _publish(job: Job, result: Progress) -> bool:
-    """Posts a state where one is due; says whether it was the hand-off."""
-    if not job.request.is_state_due(result.call):
-        return False
-    tensors = result.state if result.x0_preview is None else [*result.state, result.x0_preview]
-    arrays = tuple(tensor.cpu().numpy() for tensor in tensors)
-    if not all(np.isfinite(array).all() for array in arrays):
+def _publish(job: Job, reached: Reached) -> None:
+    """Keeps where a job is, and posts it where it is due."""
+    checkpoint = step.checkpoint(reached)
+    preview = None if reached.x0_preview is None else step.off_device(reached.x0_preview)
+    arrays = checkpoint.state if preview is None else (*checkpoint.state, preview)
+    is_due = job.request.is_state_due(reached.call)
+    if is_due and not all(np.isfinite(array).all() for array in arrays):
         raise Reason.OUTPUT_NOT_FINITE.error(
-            f"the model's output is not finite before call {result.call}; change the input, or serve another dtype"
+            f"the model's output is not finite before call {reached.call}; change the input, or serve another dtype"
         )
-    preview = None if result.x0_preview is None else arrays[-1]
-    is_handoff = result.call == job.request.handoff_call
-    job.post(Snapshot(result.call, arrays[: len(result.state)], preview, is_handoff))
-    return is_handoff
+    job.checkpoint = checkpoint
+    if is_due:
+        is_handoff = reached.call == job.request.handoff_call
+        job.post(Snapshot(reached.call, checkpoint.state, preview, is_handoff))
 
 
 def is_out_of_memory(error: Exception) -> bool:

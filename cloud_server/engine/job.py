@@ -5,13 +5,14 @@ Knows nothing of models or messages. Times are `time.monotonic()` seconds.
 
 import threading
 import time
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from cloud_server.engine.caller import NOBODY, Caller
 from cloud_server.engine.event_buffer import EventBuffer
 from cloud_server.engine.events import Event, Failed, Finished, Queued, Snapshot, Started, Usage
 from cloud_server.engine.request import JobRequest
-from cloud_server.engine.step import Texts, Trajectory
+from cloud_server.engine.step import Checkpoint, Texts, Trajectory
 from hybridsd import trace_context
 from hybridsd.energy import Energy
 from hybridsd.errors import HybridSDError, Reason
@@ -52,11 +53,21 @@ class Job:
         """Counted in jobs that stood in line before it."""
         self.in_line_turn = 0
         """The turn in which it last began to wait."""
+        self.device: int | None = None
+        """Where it steps; None until it has a place."""
+        self.is_in_call = False
+        """Whether a call is running for it."""
+        self.num_begins = 0
+        """How often it lost its device, and was begun anew on another."""
+        self.num_losses = 0
+        """Devices that were lost during a call of it."""
         self.kept_turns = self.kept_turns_of_user = 0
         """Turns up to which no other principal takes its place, or no other user of its own."""
         # Only the thread that has the job in hand touches these: texts first, then steps.
         self.texts: tuple[Texts, ...] = ()
         """Of each stage."""
+        self.checkpoint: Checkpoint | None = None
+        """The last state that came off its device: from here it can go on, on another."""
         self.first_call_s: float | None = None
         self.first_state_s: float | None = None
         self.text_s = 0.0
@@ -90,15 +101,36 @@ class Job:
         return self._stop_error is not None
 
     @property
-    def kind(self) -> object:
+    def model(self) -> str:
+        """The model that it needs now."""
+        if self.trajectory is not None:
+            return self.trajectory.group[0]
+        begun = [stage.model for stage in self.request.stages if stage.first_call <= self.next_call]
+        return begun[-1]
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models that it needs from now on."""
+        call = self.next_call
+        later = [stage.model for stage in self.request.more_stages if stage.first_call > call]
+        return tuple(dict.fromkeys([self.model, *later]))
+
+    @property
+    def next_call(self) -> int:
+        """The call that it has come to; where it would begin anew, as far as is known, while it has no device."""
+        if self.trajectory is not None:
+            return self.trajectory.call
+        return self.request.first_call if self.checkpoint is None else self.checkpoint.call
+
+    @property
+    def kind(self) -> Hashable:
         """What it shares places with: jobs of its model, latent shape and adapters."""
-        model = self.request.model if self.trajectory is None else self.trajectory.group[0]
-        return (model, self.request.latent_shape, self.request.loras)
+        return (self.model, self.request.latent_shape, self.request.loras)
 
     @property
     def calls_left(self) -> int:
         """Calls of the U-Net that are still to come."""
-        return self.num_asked_calls - self.num_calls - self.num_skipped_calls
+        return self.request.handoff_call - self.next_call
 
     def keeps_place(self, other: Caller) -> bool:
         """Whether its place is not for another caller yet: it had waited long for it."""
@@ -148,6 +180,8 @@ class Job:
                         return
                     self._queued = event
                 case Started():
+                    if self._started is not None:
+                        return  # it began anew on another device
                     self._queued, self._started = None, event
                 case Snapshot():
                     self._newest = event

@@ -1,20 +1,21 @@
 """Which job is admitted, which batch steps next, who waits where: decisions without threads or models.
 
 Jobs of one group share a call of the U-Net. Who has had least gets free places, has a place made free, and has the next
-turn for its group: see `shares`. Who may wait, and who is to come again when: see `promises`. Not safe for several
-threads: the engine holds its lock.
+turn for its group: see `shares`. Who may wait, and who is to come again when: see `promises`. On which device: see
+`placement`. Not safe for several threads: the engine holds its lock.
 """
 
 import heapq
 import random
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 from cloud_server.engine.caller import NOBODY, Caller
 from cloud_server.engine.events import Failed, Finished, Queued
 from cloud_server.engine.job import Job
+from cloud_server.engine.placement import Placement
 from cloud_server.engine.promises import Door, Outlook
 from cloud_server.engine.quotas import Quotas
 from cloud_server.engine.shares import MAX_LINE_TURNS, QUANTUM_CALLS, Claim, Place, Shares
@@ -59,6 +60,8 @@ class Load:
     """Recent mean duration of a call of the U-Net; 0 when none has run."""
     wait_s: float = 0.0
     """How long a new job of who asks would wait for its place; 0 where one is free."""
+    num_steps: int = 0
+    """Calls of the U-Net that all jobs have still to come."""
 
 
 class Scheduler:
@@ -74,8 +77,10 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
         on_end: Callable[[Job], None] = lambda _job: None,
         rand: Callable[[], float] = random.random,
+        placement: Placement | None = None,
     ) -> None:
         """See `Engine`; `on_end` hears of each job that has ended; `clock` and `rand` are for tests."""
+        self.placement = Placement() if placement is None else placement
         self._on_end = on_end
         self.num_preemptions = 0
         """Jobs that had to give their places to others, so far."""
@@ -87,6 +92,7 @@ class Scheduler:
         self._num_in_line = 0
         self._waiting: list[Job] = []
         self._active: list[Job] = []
+        self._leaving: list[Job] = []  # their last call has run, and is still to be published
         self._jobs: dict[tuple[str, str], Job] = {}  # by `Job.key`, as are finished ones
         self._finished: OrderedDict[tuple[str, str], tuple[float, Job]] = OrderedDict()
         self._batch_caps: OrderedDict[Group, BatchCap] = OrderedDict()
@@ -99,7 +105,7 @@ class Scheduler:
     @property
     def is_idle(self) -> bool:
         """Whether no job is here."""
-        return not self._active and not self._waiting
+        return not self._active and not self._waiting and not self._leaving
 
     @property
     def has_active(self) -> bool:
@@ -116,10 +122,20 @@ class Scheduler:
         """The groups of the active jobs that have begun."""
         return {job.trajectory.group for job in self._active if job.trajectory is not None}
 
+    @property
+    def num_places(self) -> int:
+        """Jobs of one kind that may have a place: a full batch on each device that works."""
+        return self._max_batch * max(1, self.placement.num_well)
+
+    @property
+    def num_steps(self) -> int:
+        """Calls of the U-Net that all jobs, those that run and those that wait, have still to come."""
+        return sum(max(0, job.calls_left) for job in [*self._active, *self._waiting])
+
     def load(self, caller: Caller | None = None) -> Load:
         """Returns how busy it is, and how long a caller would wait, where one is given."""
         wait_s = 0.0 if caller is None else self.wait_s(caller)
-        return Load(len(self._active), len(self._waiting), self._call_s, wait_s)
+        return Load(len(self._active), len(self._waiting), self._call_s, wait_s, self.num_steps)
 
     def wait_s(self, caller: Caller) -> float:
         """Returns how long a new job of a caller would wait for its place, by measured calls; 0 where one is free.
@@ -212,7 +228,7 @@ class Scheduler:
             claim.job.post(Queued(max(0, index - free)))
 
     def admit(self) -> list[Job]:
-        """Moves waiting jobs to places: `max_batch` for each group, a few groups' worth for all.
+        """Moves waiting jobs to places: `max_batch` for each group and device, a few groups' worth for all.
 
         Where none is free, a job of whoever is too far ahead goes back into the queue, and keeps its state.
         """
@@ -231,12 +247,70 @@ class Scheduler:
                     admitted.remove(loser)
             self._waiting.remove(job)
             self._keep(claim)
+            self._place(job)
             self._active.append(job)
             job.last_turn = self._turn
             admitted.append(job)
         if admitted:
             self.post_positions()
         return admitted
+
+    def _place(self, job: Job) -> None:
+        """Chooses a device for a job that has none, or whose device is lost."""
+        if job.device is None or not self.placement.is_well(job.device):
+            job.device = self.placement.choose(self._loads(), job.kind, job.models, job.calls_left)
+
+    def _loads(self) -> list[Counter[Hashable]]:
+        """Returns how many jobs of each kind each device has."""
+        loads: list[Counter[Hashable]] = [Counter() for _ in range(self.placement.num_devices)]
+        for job in self._active:
+            if job.device is not None:
+                loads[job.device][job.kind] += 1
+        return loads
+
+    def _share_out(self, device: int) -> None:
+        """Moves jobs from a device, between two calls of theirs, to others that would have them done sooner."""
+        if self.placement.num_well < 2:
+            return
+        loads = self._loads()
+        for job in reversed(self._movable(self._active)):  # who came last moves
+            if job.device != device or sum(loads[device].values()) < 2:
+                continue
+            other = self.placement.relief(loads, device, job.kind, job.models)
+            if other is not None:
+                loads[device][job.kind] -= 1
+                loads[other][job.kind] += 1
+                job.device = other
+
+    def lose(self, device: int) -> list[Job]:
+        """Gives up a device, and places its jobs on others. Returns those that have places, to be begun anew there.
+
+        Where no device is left the jobs stay as they are.
+        """
+        self.placement.lose(device)
+        if not self.placement.num_well:
+            return []
+        for job in [job for job in self._leaving if job.device == device]:  # what it led to may be lost
+            self._leaving.remove(job)
+            self._active.append(job)
+        for job in [*self._active, *self._waiting]:
+            if job.device == device:
+                job.trajectory, job.device, job.is_in_call = None, None, False
+                job.num_begins += 1
+        lost = [job for job in self._active if job.device is None]
+        for job in lost:
+            self._place(job)
+        return lost
+
+    def leave(self, job: Job) -> None:
+        """Frees the place of a job whose last call has run: what is left is to publish it."""
+        if job in self._active:
+            self._active.remove(job)
+            self._leaving.append(job)
+        elif job in self._waiting:  # it lost its place while it was in that call
+            self._waiting.remove(job)
+            self._leaving.append(job)
+            self.post_positions()
 
     def _keep(self, claim: Claim) -> None:
         """Keeps a place from others for a quantum, where it is the only one of whoever had no turn for too long."""
@@ -255,7 +329,7 @@ class Scheduler:
         if not self._waiting:
             return None
         num_places = Counter(job.kind for job in self._active)
-        is_full = len(self._active) >= GROUPS_IN_FLIGHT * self._max_batch
+        is_full = len(self._active) >= GROUPS_IN_FLIGHT * self.num_places
         tried = set()
         rivals: dict[object, list[Place]] = {}
         oldest: dict[object, dict[Caller, Job]] = {}
@@ -263,7 +337,7 @@ class Scheduler:
             job, key = claim.job, claim.job.kind
             if claim.is_barred:
                 return None  # and so are all behind it
-            is_free = num_places[key] < self._max_batch
+            is_free = num_places[key] < self.num_places
             if is_free and not is_full:
                 return claim, None
             if (key, job.caller) in tried:
@@ -282,12 +356,16 @@ class Scheduler:
         places = self._shares.places(self._active)
         return [place for place in places if place.job.trajectory is not None and (is_free or place.job.kind == kind)]
 
-    def choose(self) -> list[Job]:
+    def choose(self, device: int = 0) -> list[Job]:
         """Returns up to a batch of the group whose turn it is: that whose callers, taken together, have had least.
 
         A principal waits for its turn no longer than `MAX_WAIT_TURNS`, and so a job not longer than all its groups.
+
+        Args:
+            device: Which asks.
         """
-        ready = self._movable(self._active)
+        self._share_out(device)
+        ready = [job for job in self._movable(self._active) if job.device == device]
         if not ready:
             return []
         groups: dict[Group | None, list[Job]] = {}
@@ -308,6 +386,16 @@ class Scheduler:
             self._served = {name: turn for name, turn in self._served.items() if self._turn - turn < MAX_LINE_TURNS}
         self._recover(group, len(jobs))
         return jobs
+
+    def begin_call(self, batch: Sequence[Job]) -> None:
+        """Lets no device choose these jobs until `end_call`."""
+        for job in batch:
+            job.is_in_call = True
+
+    def end_call(self, batch: Sequence[Job]) -> None:
+        """Lets jobs be chosen again, by whatever device."""
+        for job in batch:
+            job.is_in_call = False
 
     def _turn_order(self, jobs: Sequence[Job], num_groups: Counter[str]) -> tuple[bool, float, float, int]:
         """Returns what the next turn goes by: who is overdue, then who has had least, then who waited longest."""
@@ -337,6 +425,7 @@ class Scheduler:
         """Charges a call of the U-Net to the jobs that it was for."""
         self._call_s = _mean(self._call_s, elapsed_s)
         key = batch[0].kind
+        self.placement.costs.note(key, len(batch), elapsed_s)
         self._calls_s[key] = _mean(self._calls_s.pop(key, 0.0), elapsed_s)
         if len(self._calls_s) > MAX_CAPS:
             self._calls_s.popitem(last=False)
@@ -359,6 +448,8 @@ class Scheduler:
             self.post_positions()
         elif job in self._active:
             self._active.remove(job)
+        elif job in self._leaving:
+            self._leaving.remove(job)
         if self._jobs.get(job.key) is job:
             del self._jobs[job.key]
             if isinstance(outcome, Finished):
@@ -372,7 +463,7 @@ class Scheduler:
 
     def end_all(self, outcome: Failed) -> None:
         """Ends every job."""
-        for job in [*self._waiting, *self._active]:
+        for job in [*self._waiting, *self._active, *self._leaving]:
             self.end(job, outcome)
 
     def _forget(self) -> None:
@@ -386,7 +477,7 @@ class Scheduler:
 
     def free_places(self) -> int:
         """Returns how many jobs could begin at once, of one group."""
-        return max(0, self._max_batch - len(self._active))
+        return max(0, self.num_places - len(self._active))
 
     def retry_delay_s(self, caller: Caller = NOBODY) -> float:
         """Returns when the queue will have moved on for a caller, in seconds."""
@@ -401,8 +492,8 @@ class Scheduler:
         return self._shares.line(self._waiting, self._active, self._turn)
 
     def _movable(self, jobs: Sequence[Job]) -> list[Job]:
-        """Returns those jobs whose texts are read."""
-        return [job for job in jobs if job.trajectory is not None]
+        """Returns those jobs whose texts are read, and that are in no call."""
+        return [job for job in jobs if job.trajectory is not None and not job.is_in_call]
 
     def _look(self) -> Outlook:
         """Returns how busy it is: places as they get free, given to who waits, in order.
@@ -415,7 +506,10 @@ class Scheduler:
         line = self._line()
         waiting = [claim.job for claim in line if not claim.is_barred]
         keys = Counter(job.kind for job in [*self._active, *waiting])
-        self._round_s = round_s = sum(self._calls_s.get(key, self._call_s) for key in keys)
+        num_devices = max(1, self.placement.num_well)
+        self._round_s = round_s = sum(self._calls_s.get(key, self._call_s) for key in keys) / min(
+            num_devices, max(1, len(keys))
+        )
         frees_s: dict[object, list[float]] = {key: [] for key in keys}
         self._ends_s = []
         for job in self._active:
@@ -424,8 +518,8 @@ class Scheduler:
         begins = []
         for job in waiting:
             places = frees_s[job.kind]
-            begins.append((_next_s(places, self._max_batch), job.caller))
-            if len(places) >= self._max_batch:
+            begins.append((_next_s(places, self.num_places), job.caller))
+            if len(places) >= self.num_places:
                 places.remove(begins[-1][0])
             places.append(begins[-1][0] + job.calls_left * round_s)
             self._ends_s.append((job.caller.principal, places[-1]))
@@ -440,8 +534,8 @@ class Scheduler:
                 begins_s=[begin_s for begin_s, _ in begins],
                 running=[job.caller for job in self._active],
                 num_free=self.free_places(),
-                next_s=max((_next_s(places, self._max_batch) for places in frees_s.values()), default=0.0),
-                spacing_s=mean_s / max(self._max_batch, sum(map(len, frees_s.values()))),
+                next_s=max((_next_s(places, self.num_places) for places in frees_s.values()), default=0.0),
+                spacing_s=mean_s / max(self.num_places, sum(map(len, frees_s.values()))),
                 barred=[job.caller for job in barred],
                 barred_s=self._barred_begin_s(barred),
             ),

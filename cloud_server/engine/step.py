@@ -3,7 +3,8 @@
 Knows nothing of threads, queues or messages. Solver state is float32 on the device of the model.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 
@@ -41,8 +42,25 @@ class Trajectory:
     known: torch.Tensor | None = None
     """Latents to end in where `mask` is 0."""
     mask: torch.Tensor | None = None
-    noises: "dict[int, Future[Latents]]" = field(default_factory=dict)
-    """Noise of coming calls that is being drawn, or has been."""
+    noises: "dict[int, Future[torch.Tensor]]" = field(default_factory=dict)
+    """Noise of coming calls that is being drawn, or has been, on the device."""
+    next_stage: "Trajectory | None" = None
+    """Where another model goes on, without a state yet."""
+    begin: int = 0
+    """How often the job had lost its device before: what a lost device says later is of an older one."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Checkpoint:
+    """What a job goes on from when its device is lost, off the device."""
+
+    call: int
+    """The next call to run."""
+    state: tuple[Latents, ...]
+    outputs: tuple[Latents, ...]
+    """See `Trajectory.outputs`."""
+    num_calls: int
+    """See `Trajectory.num_calls`."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -58,44 +76,119 @@ class Progress:
     """The guided output."""
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Reached:
+    """Where a job is after a call: what is to be published, and what it can go on from."""
+
+    call: int
+    """The next call to run."""
+    state: list[torch.Tensor]
+    x0_preview: torch.Tensor | None
+    outputs: tuple[torch.Tensor, ...]
+    """See `Trajectory.outputs`."""
+    num_calls: int
+    """See `Trajectory.num_calls`."""
+
+
 def is_guided(denoiser: Denoiser, guidance_scale: float) -> bool:
     """Whether a job takes two rows of a batch."""
     return denoiser.guidance == "cfg" and guidance_scale > 1.0
 
 
-def begin(denoiser: Denoiser, request: JobRequest, prompt: Encoded, negative_prompt: Encoded | None) -> Trajectory:
-    """Returns a job at its first call, its initial state drawn or taken from the request."""
+def begin(
+    denoisers: Mapping[str, Denoiser],
+    request: JobRequest,
+    texts: Sequence[Texts],
+    checkpoint: Checkpoint | None = None,
+) -> Trajectory:
+    """Returns a job at its first call, or at the one that it had come to.
 
-    def on_device(latents: Latents) -> torch.Tensor:
-        return torch.from_numpy(latents).to(denoiser.device)
-
-    if request.initial_state:
-        state = [on_device(latents) for latents in request.initial_state]
+    Args:
+        denoisers: The models that it needs from there on, on one device.
+        request: The job; its initial state is drawn where it brings none.
+        texts: Of each stage.
+        checkpoint: Where to go on, for a job that has begun before.
+    """
+    device = next(iter(denoisers.values())).device
+    call = request.first_call if checkpoint is None else checkpoint.call
+    current = max(index for index, stage in enumerate(request.stages) if stage.first_call <= call)
+    stages = [
+        _enter(denoisers[stage.model], stage, texts_of, request)
+        for stage, texts_of in zip(request.stages[current:], texts[current:], strict=True)
+    ]
+    for before, after in itertools.pairwise(stages):
+        before.next_stage = after
+    trajectory = stages[0]
+    trajectory.call = call
+    if checkpoint is not None:
+        trajectory.state = [_on_device(latents, device) for latents in checkpoint.state]
+        if call > request.stages[current].first_call:  # else they are another model's
+            trajectory.outputs = tuple(_on_device(output, device) for output in checkpoint.outputs)
+        trajectory.num_calls = checkpoint.num_calls
+    elif request.initial_state:
+        trajectory.state = [_on_device(latents, device) for latents in request.initial_state]
     else:
         latents = request.initial_latents
         if latents is None:
             latents = noise.initial_latents(request.seed, request.image_index, request.latent_shape)
-        state = initial_state(request.plan, on_device(latents))
-    return enter(denoiser, request, request.stages[0], state, prompt, negative_prompt)
+        trajectory.state = initial_state(request.plan, _on_device(latents, device))
+    return trajectory
 
 
-def enter(
-    denoiser: Denoiser,
-    request: JobRequest,
-    stage: Stage,
-    state: list[torch.Tensor],
-    prompt: Encoded,
-    negative_prompt: Encoded | None,
-) -> Trajectory:
-    """Returns a job at the first call of a stage, with the conditions of its model."""
+def enter_next(trajectory: Trajectory) -> Trajectory | None:
+    """Returns the job with another model, where its next call is another model's; else None."""
+    changed = trajectory.next_stage
+    if changed is None or changed.call != trajectory.call:
+        return None
+    changed.state, changed.begin = trajectory.state, trajectory.begin
+    changed.num_calls = trajectory.num_calls  # the warm-up is the job's, not the model's
+    return changed
+
+
+def move_to(trajectory: Trajectory, device: torch.device) -> None:
+    """Takes all that a job has from one device to another."""
+    if trajectory.conditions.embeds.device == device:
+        return
+    trajectory.conditions = trajectory.conditions.to(device)
+    trajectory.state = [latents.to(device) for latents in trajectory.state]
+    trajectory.outputs = tuple(output.to(device) for output in trajectory.outputs)
+    trajectory.known = None if trajectory.known is None else trajectory.known.to(device)
+    trajectory.mask = None if trajectory.mask is None else trajectory.mask.to(device)
+    if trajectory.next_stage is not None:
+        move_to(trajectory.next_stage, device)
+
+
+def checkpoint(reached: Reached) -> Checkpoint:
+    """Returns where a job is, off its device: a copy, or on a CPU the same memory, which nobody writes to."""
+    return Checkpoint(
+        reached.call,
+        tuple(off_device(latents) for latents in reached.state),
+        tuple(off_device(output) for output in reached.outputs),
+        reached.num_calls,
+    )
+
+
+def off_device(tensor: torch.Tensor) -> Latents:
+    """Returns a tensor as an array."""
+    array: Latents = tensor.cpu().numpy()
+    return array
+
+
+def _on_device(latents: Latents, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(latents).to(device)
+
+
+def _enter(denoiser: Denoiser, stage: Stage, texts: Texts, request: JobRequest) -> Trajectory:
+    """Returns a job at the first call of a stage, with the conditions of its model, without a state."""
+    prompt, negative_prompt = texts
     guided = is_guided(denoiser, stage.guidance_scale) and negative_prompt is not None
     rows = [negative_prompt, prompt] if guided and negative_prompt is not None else [prompt]
     conditions = denoiser.conditions(rows, size=request.size, guidance_scale=stage.guidance_scale)
     group: Group = (stage.model, request.latent_shape, tuple(conditions.embeds.shape[1:]), request.loras)
-    trajectory = Trajectory(request, group, conditions, len(rows), stage.guidance_scale, stage.first_call, state)
+    trajectory = Trajectory(request, group, conditions, len(rows), stage.guidance_scale, stage.first_call)
     if request.known_latents is not None and request.mask is not None:
-        trajectory.known = torch.from_numpy(request.known_latents).to(denoiser.device)
-        trajectory.mask = torch.from_numpy(request.mask).to(denoiser.device)
+        trajectory.known = _on_device(request.known_latents, denoiser.device)
+        trajectory.mask = _on_device(request.mask, denoiser.device)
     return trajectory
 
 
@@ -130,18 +223,20 @@ def step(denoiser: Denoiser, batch: Sequence[Trajectory], conditions: Conditions
     ]
 
 
-def draw_ahead(trajectory: Trajectory, pool: Executor) -> None:
-    """Begins to draw the noise of the next call, and of those that may be skipped after it.
+def draw_ahead(trajectory: Trajectory, device: torch.device, pool: Executor) -> None:
+    """Begins to draw the noise of the next two calls, and of those that may be skipped after each, onto a device.
 
-    Drawing takes as long as a fast step (12 ms at 1024x1024): it goes on while the U-Net runs.
+    Drawing takes as long as a fast step (12 ms at 1024x1024): it goes on while the U-Net runs, a call ahead.
     """
     request = trajectory.request
-    num_calls = 1 + (0 if request.skipping is None else request.skipping.skipped_calls)
+
+    def draw(call: int) -> torch.Tensor:
+        return _on_device(noise.call_noise(request.seed, request.image_index, call, request.latent_shape), device)
+
+    num_calls = 2 * (1 + (0 if request.skipping is None else request.skipping.skipped_calls))
     for call in range(trajectory.call, min(trajectory.call + num_calls, request.handoff_call)):
         if request.plan.rows[call].draws_noise and call not in trajectory.noises:
-            trajectory.noises[call] = pool.submit(
-                noise.call_noise, request.seed, request.image_index, call, request.latent_shape
-            )
+            trajectory.noises[call] = pool.submit(draw, call)
 
 
 def skip(device: torch.device, trajectory: Trajectory) -> Progress | None:
@@ -160,8 +255,8 @@ def skip(device: torch.device, trajectory: Trajectory) -> Progress | None:
     return _advance(device, trajectory, last + skipping.extrapolation * (last - previous))
 
 
-def move(trajectory: Trajectory, result: Progress, *, ran: bool) -> None:
-    """Takes a job to where a call led.
+def move(trajectory: Trajectory, result: Progress, *, ran: bool) -> Reached:
+    """Takes a job to where a call led, and says where that is.
 
     Args:
         trajectory: The job.
@@ -174,6 +269,7 @@ def move(trajectory: Trajectory, result: Progress, *, ran: bool) -> None:
         trajectory.num_calls += 1
         if trajectory.request.skipping is not None:
             trajectory.outputs = (*trajectory.outputs[-1:], result.output)
+    return Reached(result.call, result.state, result.x0_preview, trajectory.outputs, trajectory.num_calls)
 
 
 def _guide(trajectory: Trajectory, output: torch.Tensor) -> torch.Tensor:
@@ -193,9 +289,9 @@ def _advance(device: torch.device, trajectory: Trajectory, guided: torch.Tensor)
         ahead = trajectory.noises.get(call)
         if ahead is None:
             values = noise.call_noise(request.seed, request.image_index, call, request.latent_shape)
+            drawn = _on_device(values, device)
         else:
-            values = ahead.result()
-        drawn = torch.from_numpy(values).to(device)
+            drawn = ahead.result().to(device)
     preview = x0_preview(row, trajectory.state, shown) if request.is_preview_due(call + 1) else None
     is_last = call + 1 == len(request.plan.rows)
     state = advance(row, trajectory.state, guided if is_last else shown, drawn)

@@ -57,6 +57,14 @@ class Conditions:
     guidance: torch.Tensor | None = None
     """`[B]`, float32: the guidance_scale, where the model's guidance is "embedded"; else None."""
 
+    def to(self, device: torch.device) -> Conditions:
+        """Returns the same on another device."""
+
+        def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        return Conditions(self.embeds.to(device), move(self.pooled), move(self.time_ids), move(self.guidance))
+
     @staticmethod
     def join(parts: Sequence[Conditions]) -> Conditions:
         """Joins the rows of jobs of one model, whose embeddings have equally many tokens.
@@ -236,25 +244,26 @@ def embed_guidance(guidance_scale: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 class TextCache:
-    """Encodes texts, and remembers the last of them. For one thread."""
+    """Encodes the texts of one model, and remembers the last of them. For one thread."""
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        *,
-        max_texts: int = MAX_TEXTS,
-        on_lookup: Callable[[bool], None] = lambda _is_hit: None,
-    ) -> None:
-        """Takes what encodes, how many texts are held, and who hears of each request whether it was."""
-        self._denoiser, self._max_texts, self._on_lookup = denoiser, max_texts, on_lookup
+    def __init__(self, *, max_texts: int = MAX_TEXTS, on_lookup: Callable[[bool], None] = lambda _is_hit: None) -> None:
+        """Takes how many texts are held, and who hears of each request whether it was."""
+        self._max_texts, self._on_lookup = max_texts, on_lookup
         self._held: OrderedDict[tuple[str, TextOptions, Loras, int | None], Encoded] = OrderedDict()
         self.spent_s = 0.0
         """Time in the text encoder so far."""
 
     def encode(
-        self, text: str, options: TextOptions = _PLAIN, loras: Loras = (), num_chunks: int | None = None
+        self,
+        denoiser: Denoiser,
+        text: str,
+        options: TextOptions = _PLAIN,
+        loras: Loras = (),
+        num_chunks: int | None = None,
     ) -> Encoded:
         """Returns the embeddings of a text; see `Denoiser.encode`.
+
+        The denoiser is one of the model whose texts these are: which, and on which device, makes no difference.
 
         Raises:
             RuntimeError: If the encoder fails; the message does not quote the text, for it goes to the log.
@@ -264,7 +273,7 @@ class TextCache:
         if key not in self._held:
             started_s = time.monotonic()
             try:
-                encoded = self._denoiser.encode(text, options, loras, num_chunks)
+                encoded = denoiser.encode(text, options, loras, num_chunks)
             except (torch.AcceleratorError, torch.OutOfMemoryError, MemoryError):
                 raise
             except Exception as error:

@@ -20,6 +20,7 @@ from cloud_server.engine.engine import Engine
 from cloud_server.engine.scheduler import GROUPS_IN_FLIGHT
 from cloud_server.metrics import Metrics
 from cloud_server.models.load import Model
+from cloud_server.models.served import FixedModels, ServedModels
 from cloud_server.rpc import write_response
 from cloud_server.rpc.auth import AuthInterceptor
 from cloud_server.rpc.bundle_service import Bundle, BundleService
@@ -67,17 +68,32 @@ class EngineLost(Exception):
 class CloudServer:
     """A server that listens from `start` to `stop`; made, started and stopped on one event loop."""
 
-    def __init__(self, settings: Settings, models: Mapping[str, Model], bundles: Sequence[Bundle] = ()) -> None:
-        """Takes loaded models by id, the default first; settings that concern loading are not looked at."""
+    def __init__(
+        self,
+        settings: Settings,
+        models: Mapping[str, Model],
+        bundles: Sequence[Bundle] = (),
+        *,
+        served: ServedModels | None = None,
+    ) -> None:
+        """Takes loaded models by id, the default first; settings that concern loading are not looked at.
+
+        Args:
+            settings: How to serve.
+            models: What is served.
+            bundles: To hand out.
+            served: On which devices the models are; None: as they are.
+        """
         self._settings = settings
         self.metrics = Metrics()
+        served = served or FixedModels({name: model.denoiser for name, model in models.items()})
         self.engine = Engine(
-            {name: model.denoiser for name, model in models.items()},
+            served,
             max_batch=settings.max_batch,
             max_queue=settings.max_queue,
             num_threads=settings.threads,
             stall_timeout_s=settings.stall_timeout_s,
-            energy=energy_meter(settings, models),
+            energy=energy_meters(settings, models, served.devices),
             metrics=self.metrics,
         )
         infos = [model.info for model in models.values()]
@@ -203,8 +219,15 @@ class CloudServer:
         metrics.watch("queue_limit", "Jobs that may wait (--max-queue).", lambda: settings.max_queue)
         metrics.watch("jobs_running", "Jobs that have a place.", lambda: engine.load().num_running)
         metrics.watch(
-            "places", "Jobs that may have a place: full batches that take turns.",
-            lambda: GROUPS_IN_FLIGHT * settings.max_batch,
+            "places", "Jobs that may have a place: full batches that take turns, on each device that works.",
+            lambda: GROUPS_IN_FLIGHT * settings.max_batch * (engine.num_devices - engine.num_devices_lost),
+        )  # fmt: skip
+        metrics.watch("queued_steps", "Steps that jobs, those that wait and those that run, have still to come.",
+                      lambda: engine.load().num_steps)  # fmt: skip
+        metrics.watch("devices", "Workers, one for each device.", lambda: engine.num_devices)
+        metrics.watch(
+            "devices_lost", "Workers whose device is lost, or stuck: their jobs go on with the others.",
+            lambda: engine.num_devices_lost,
         )  # fmt: skip
         metrics.watch("streams", "Calls of Denoise that are open.", lambda: self._service.num_streams)
         metrics.watch(
@@ -246,7 +269,12 @@ class CloudServer:
 
 
 async def run(
-    settings: Settings, models: Mapping[str, Model], bundles: Sequence[Bundle], *, on_listening: Callable[[int], None]
+    settings: Settings,
+    models: Mapping[str, Model],
+    bundles: Sequence[Bundle],
+    *,
+    on_listening: Callable[[int], None],
+    served: ServedModels | None = None,
 ) -> bool:
     """Serves until SIGTERM or SIGINT, then drains; at a second signal jobs end with UNAVAILABLE.
 
@@ -265,7 +293,7 @@ async def run(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    server = CloudServer(settings, models, bundles)
+    server = CloudServer(settings, models, bundles, served=served)
     await server.start()
     on_listening(server.port)
     await first_of(asked.wait(), server.lost.wait())
@@ -280,18 +308,21 @@ async def run(
     return not server.engine.is_running
 
 
-def energy_meter(settings: Settings, models: Mapping[str, Model]) -> EnergyMeter:
-    """Returns how the energy of jobs is known on this device."""
-    device = next(iter(models.values())).denoiser.device
-    kind: Literal["cpu", "gpu"] = "gpu" if device.type == "cuda" else "cpu"
-    uuid = str(torch.cuda.get_device_properties(device).uuid) if kind == "gpu" else None
-    counter, why_not = find_counter(kind, uuid)
-    log.info("energy", source="modelled" if counter is None else "measured", reason=why_not or None)
-    return EnergyMeter(
-        {name: model.cost for name, model in models.items()},
-        EnergyModel(settings.joules_per_mac or JOULES_PER_MAC[kind], settings.watts),
-        Meter(counter),
-    )
+def energy_meters(
+    settings: Settings, models: Mapping[str, Model], devices: Sequence[torch.device]
+) -> list[EnergyMeter]:
+    """Returns how the energy of jobs is known on each device; workers of one device share its counter."""
+    costs = {name: model.cost for name, model in models.items()}
+    meters: dict[torch.device, EnergyMeter] = {}
+    for device in dict.fromkeys(devices):
+        kind: Literal["cpu", "gpu"] = "gpu" if device.type == "cuda" else "cpu"
+        uuid = str(torch.cuda.get_device_properties(device).uuid) if kind == "gpu" else None
+        counter, why_not = find_counter(kind, uuid)
+        source = "modelled" if counter is None else "measured"
+        log.info("energy", device=str(device), source=source, reason=why_not or None)
+        model = EnergyModel(settings.joules_per_mac or JOULES_PER_MAC[kind], settings.watts)
+        meters[device] = EnergyMeter(costs, model, Meter(counter))
+    return [meters[device] for device in devices]
 
 
 async def first_of(*waits: Awaitable[object], timeout_s: float | None = None) -> None:

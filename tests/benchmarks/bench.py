@@ -31,6 +31,7 @@ from cloud_server.engine.request import JobRequest
 from cloud_server.models.denoiser import Conditions
 from cloud_server.models.devices import place
 from cloud_server.models.load import Model, load_model
+from cloud_server.models.served import FixedModels
 from deploy.run_demo import BIN, DEMO, ENVIRONMENT, running_cloud
 from edge_client.bundles.bundle import Bundle
 from edge_client.cache import Cache
@@ -112,7 +113,7 @@ async def _drain(buffer: EventBuffer, on_state: Callable[[], None] | None = None
 
 async def engine_s(model: Model, jobs: Sequence[JobRequest], threads: int) -> float:
     """Times the engine on the same jobs, from its start to the last hand-off."""
-    engine = Engine({model.info.id: model.denoiser}, max_batch=8, num_threads=threads)
+    engine = Engine(FixedModels({model.info.id: model.denoiser}), max_batch=8, num_threads=threads)
     boxes = [EventBuffer() for _ in jobs]
     for job, box in zip(jobs, boxes, strict=True):
         engine.submit(job, box)
@@ -129,7 +130,7 @@ async def first_step_of_eighth(model: Model, tries: int, num_calls: int, threads
     times = []
     rng = np.random.default_rng(1)
     for attempt in range(tries):
-        engine = Engine({model.info.id: model.denoiser}, max_batch=8, num_threads=threads)
+        engine = Engine(FixedModels({model.info.id: model.denoiser}), max_batch=8, num_threads=threads)
         *seven, eighth = mixed_jobs(model, num_calls, first_id=100 * attempt)
         running = asyncio.Event()
         boxes = [EventBuffer() for _ in seven]

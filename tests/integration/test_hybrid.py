@@ -229,7 +229,7 @@ def test_private_sends_no_prompt(
 ) -> None:
     """With `private` the cloud never encodes, because it never gets, the text."""
     seen: list[str] = []
-    inner = server.engine._executor._denoisers["tiny"]
+    inner = server.engine._models.denoiser("tiny", 0)
     monkeypatch.setattr(inner, "encode", lambda text, *_: seen.append(text))
     result, _ = run(request("ddim", 3, private=True), bundle, models, connect(server))
 

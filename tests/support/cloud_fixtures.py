@@ -17,6 +17,7 @@ from cloud_server import logs
 from cloud_server.engine.engine import Engine
 from cloud_server.models.devices import place
 from cloud_server.models.load import Model, load_model
+from cloud_server.models.served import FixedModels
 from cloud_server.rpc.bundle_service import Bundle
 from cloud_server.rpc.server import CloudServer
 from cloud_server.settings import Settings
@@ -60,7 +61,7 @@ def make_engine() -> Iterator[Callable[..., Engine]]:
     engines: list[Engine] = []
 
     def make(denoisers: dict[str, Any], **options: Any) -> Engine:
-        engine = Engine(denoisers, num_threads=1, **options)
+        engine = Engine(FixedModels(denoisers), num_threads=1, **options)
         engines.append(engine)
         engine.start()
         return engine

@@ -93,6 +93,8 @@ class Crowd:
             self.cost[job.caller.principal] += elapsed_s / len(batch)
             self.cost[f"{job.caller.principal}/{job.caller.user}"] += elapsed_s / len(batch)
             job.num_calls += 1
+            if job.trajectory is not None:
+                job.trajectory.call += 1
             if job.calls_left == 0:
                 self.scheduler.end(job, Finished(Usage(0, 0, 0, job.num_calls)))
                 member, asked_s, retries = self._owners.pop(job)

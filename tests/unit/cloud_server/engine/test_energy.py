@@ -40,7 +40,7 @@ def energy_of(events: list[Any]) -> Energy | None:
 async def test_a_job_takes_its_rows_of_each_call(tiny_model: Model, make_engine: MakeEngine) -> None:
     """Text and U-Net, by their MACs; a second job with the same text does not encode it again."""
     meter = EnergyMeter({"tiny": ModelCost(Macs((100.0, 2.0)), 1000.0)}, EnergyModel(0.5))
-    engine = make_engine({"tiny": tiny_model.denoiser}, energy=meter)
+    engine = make_engine({"tiny": tiny_model.denoiser}, energy=[meter])
     guided = energy_of(await events_of(engine, job_request(tiny_model, handoff_call=3)))
     again = energy_of(await events_of(engine, job_request(tiny_model, handoff_call=3, negative_prompt=None)))
 
@@ -51,7 +51,7 @@ async def test_a_job_takes_its_rows_of_each_call(tiny_model: Model, make_engine:
 async def test_a_counter_is_shared_by_rows(tiny_model: Model, make_engine: MakeEngine, gated: GatedDenoiser) -> None:
     """All that rose during the calls belongs to the jobs, two parts to the one with guidance, one to the other."""
     meter = EnergyMeter(meter=Meter(Rising(gated)))
-    engine = make_engine({"tiny": gated}, energy=meter)
+    engine = make_engine({"tiny": gated}, energy=[meter])
     first, guided, plain = EventBuffer(), EventBuffer(), EventBuffer()
     engine.submit(job_request(tiny_model, handoff_call=1), first)
     await asyncio.to_thread(gated.entered.acquire)

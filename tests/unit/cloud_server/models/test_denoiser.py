@@ -248,14 +248,14 @@ def test_adapters_are_selected_before_every_network() -> None:
 def test_texts_are_remembered() -> None:
     """By everything that matters to their embeddings, the last of them."""
     texts = Texts()
-    cache = TextCache(denoiser_of(texts), max_texts=5)
+    cache, denoiser = TextCache(max_texts=5), denoiser_of(texts)
     variations: list[dict[str, Any]] = [{}, {"options": CHUNK}, {"loras": (("style", 1.0),)}, {"num_chunks": 2}]
     for variation in variations * 2:
-        cache.encode("a fox", **variation)
+        cache.encode(denoiser, "a fox", **variation)
     assert texts.calls == 4
     for text in ("b", "c"):
-        cache.encode(text)
-    cache.encode("a fox")
+        cache.encode(denoiser, text)
+    cache.encode(denoiser, "a fox")
     assert texts.calls == 7  # it was the oldest of six
     assert cache.spent_s > 0
 
@@ -263,7 +263,7 @@ def test_texts_are_remembered() -> None:
 @pytest.mark.parametrize("value", [ValueError("a secret fox"), float("nan")])
 def test_a_text_encoder_that_fails_does_not_quote_the_text(value: float | Exception) -> None:
     """Its message goes to the log."""
-    cache = TextCache(denoiser_of(Texts(value)))
+    cache = TextCache()
     with pytest.raises(RuntimeError, match="text encoder") as failed:
-        cache.encode("a secret fox")
+        cache.encode(denoiser_of(Texts(value)), "a secret fox")
     assert "secret" not in str(failed.value)

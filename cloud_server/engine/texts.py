@@ -1,0 +1,71 @@
+"""Reads the texts of jobs, and makes their first states. For one thread."""
+
+import time
+from collections.abc import Callable, Mapping
+
+import structlog
+
+from cloud_server.engine import step
+from cloud_server.engine.job import Job
+from cloud_server.engine.request import Stage
+from cloud_server.engine.step import Texts, Trajectory
+from cloud_server.models.denoiser import Denoiser, Encoded, TextCache
+from cloud_server.models.devices import beside
+
+log = structlog.get_logger()
+
+
+class TextReader:
+    """The encoded texts of all models."""
+
+    def __init__(self, on_lookup: Callable[[bool], None]) -> None:
+        """Takes who hears of each text that is asked for whether it was held."""
+        self._on_lookup = on_lookup
+        self._caches: dict[str, TextCache] = {}
+
+    def forget(self, models: Mapping[str, object]) -> None:
+        """Drops the texts of all models but these."""
+        self._caches = {model: cache for model, cache in self._caches.items() if model in models}
+
+    def prepare(self, job: Job, denoisers: Mapping[str, Denoiser]) -> Trajectory:
+        """Encodes all texts of a job, unless it has begun before, and takes it to a device.
+
+        Args:
+            job: The job.
+            denoisers: The models that it needs, on one device.
+
+        Raises:
+            torch.AcceleratorError: If the device is lost to this process.
+        """
+        started_s = time.monotonic()
+        with beside(next(iter(denoisers.values())).device):
+            if not job.texts:
+                job.texts = tuple(self._encode(job, denoisers[stage.model], stage) for stage in job.request.stages)
+            trajectory = step.begin(denoisers, job.request, job.texts, job.checkpoint)
+        log.debug("job_prepared", request_id=job.request.request_id, elapsed_ms=1e3 * (time.monotonic() - started_s))
+        return trajectory
+
+    def _encode(self, job: Job, denoiser: Denoiser, stage: Stage) -> Texts:
+        """Returns prompt and, where the stage's model takes it, negative prompt, in one number of chunks."""
+        request = job.request
+        cache = self._caches.setdefault(stage.model, TextCache(on_lookup=self._on_lookup))
+        given = [request.prompt]
+        if step.is_guided(denoiser, stage.guidance_scale) and request.negative_prompt is not None:
+            given.append(request.negative_prompt)
+        spent_s = cache.spent_s
+
+        def encode(num_chunks: int | None) -> list[Encoded]:
+            return [
+                cache.encode(denoiser, text, request.text_options, request.loras, num_chunks)
+                if isinstance(text, str)
+                else text
+                for text in given
+            ]
+
+        encoded = encode(None)
+        lengths = {len(one.embeds) for one in encoded}
+        if len(lengths) > 1:
+            shortest = len(cache.encode(denoiser, "").embeds)  # one chunk
+            encoded = encode(max(lengths) // shortest)
+        job.text_s += cache.spent_s - spent_s
+        return encoded[0], encoded[1] if len(encoded) > 1 else None

@@ -419,7 +419,7 @@ class Engine:
         placement = self._scheduler.placement
         if not placement.is_well(worker.number):
             return
-        suspects, lost = worker.in_hand, self._scheduler.lose(worker.number)
+        suspects, lost = set(worker.in_hand), self._scheduler.lose(worker.number)
         log.error("device_lost", device=worker.number, jobs=len(lost), devices_left=placement.num_well)
         if not placement.num_well:
             return

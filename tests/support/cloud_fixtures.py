@@ -60,8 +60,8 @@ def make_engine() -> Iterator[Callable[..., Engine]]:
     """Makes engines and stops them."""
     engines: list[Engine] = []
 
-    def make(denoisers: dict[str, Any], **options: Any) -> Engine:
-        engine = Engine(FixedModels(denoisers), num_threads=1, **options)
+    def make(*devices: dict[str, Any], **options: Any) -> Engine:
+        engine = Engine(FixedModels(*devices), num_threads=1, **options)
         engines.append(engine)
         engine.start()
         return engine

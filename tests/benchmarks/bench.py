@@ -111,9 +111,12 @@ async def _drain(buffer: EventBuffer, on_state: Callable[[], None] | None = None
             return
 
 
-async def engine_s(model: Model, jobs: Sequence[JobRequest], threads: int) -> float:
-    """Times the engine on the same jobs, from its start to the last hand-off."""
-    engine = Engine(FixedModels({model.info.id: model.denoiser}), max_batch=8, num_threads=threads)
+async def engine_s(
+    model: Model, jobs: Sequence[JobRequest], threads: int, *, others: Sequence[Model] = (), max_batch: int = 8
+) -> float:
+    """Times the engine on the same jobs, from its start to the last hand-off; each other model is one more worker."""
+    devices = [{model.info.id: each.denoiser} for each in (model, *others)]
+    engine = Engine(FixedModels(*devices), max_batch=max_batch, num_threads=threads)
     boxes = [EventBuffer() for _ in jobs]
     for job, box in zip(jobs, boxes, strict=True):
         engine.submit(job, box)
@@ -173,6 +176,13 @@ def child(what: str, large: Path, dtype: str, repeats: int, num_calls: int) -> l
         worker = threading.Thread(target=bare)
         worker.start()
         worker.join()
+    elif what == "devices":
+        other = load_model(f"bench={large}", place(dtype=dtype))
+        for repeat in range(2 * (repeats + 1)):  # one and two workers take turns; the first pair warms up
+            jobs = [replace(job, request_id=f"r{repeat}-{i}") for i, job in enumerate(mixed_jobs(model, num_calls))]
+            others = [other] if repeat % 2 else []
+            times.append(asyncio.run(engine_s(model, jobs, 1, others=others)))
+        del times[:2]
     elif what == "engine":
         for repeat in range(repeats + 1):  # the first warms up
             jobs = [replace(job, request_id=f"r{repeat}-{i}") for i, job in enumerate(mixed_jobs(model, num_calls))]
@@ -201,6 +211,16 @@ def bench_engine(large: Path, dtype: str, *, repeats: int, num_calls: int, num_p
     say(
         f"first step of the 8th job, in steps: mean {statistics.mean(times) / step_s:.2f}, "
         f"worst {max(times) / step_s:.2f} (aim 2; {len(times)} arrivals at random moments)"
+    )
+
+
+def bench_devices(large: Path, dtype: str, *, repeats: int, num_calls: int) -> None:
+    """Prints what a second worker adds, each with one thread."""
+    times = in_child("devices", large, dtype, repeats, num_calls)
+    ratios = [one / two for one, two in zip(times[::2], times[1::2], strict=True)]
+    say(
+        f"two CPU workers / one, one thread each, 8 mixed jobs: {statistics.median(ratios):.2f} times as fast (aim 1.8; "
+        f"{len(ratios)} pairs {min(ratios):.2f} to {max(ratios):.2f}; {times[0]:.2f} s against {times[1]:.2f} s)"
     )
 
 
@@ -390,11 +410,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="full-size shapes with random weights: minutes, 10 GiB")
     parser.add_argument("--family", type=Path, default=DEMO, help="folder with large/ and edge/")
-    parser.add_argument("--only", choices=["engine", "hybrid", "wire", "codec", "start", "memory"], action="append")
+    parser.add_argument(
+        "--only", choices=["engine", "devices", "hybrid", "wire", "codec", "start", "memory"], action="append"
+    )
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--smoke", action="store_true", help="the smallest size of everything: does it run?")
-    parser.add_argument("--child", choices=["bare", "engine", "first"], help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=["bare", "engine", "devices", "first"], help=argparse.SUPPRESS)
     parser.add_argument("--calls", type=int, default=12, help=argparse.SUPPRESS)
     options = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(30))
@@ -419,9 +441,11 @@ def main() -> None:
         say(
             f"models: large U-Net {model.info.num_parameters:,}, small U-Net {edge.num_parameters['unet']:,} parameters"
         )
-        wanted = options.only or ["engine", "hybrid", "wire", "codec", "start", "memory"]
+        wanted = options.only or ["engine", "devices", "hybrid", "wire", "codec", "start", "memory"]
         if "engine" in wanted:
             bench_engine(family / "large", options.dtype, repeats=repeats, num_calls=calls, num_pairs=pairs)
+        if "devices" in wanted:
+            bench_devices(family / "large", options.dtype, repeats=repeats, num_calls=calls)
         if "hybrid" in wanted:
             cloud = ["--model", f"bench={family / 'large'}", "--dtype", options.dtype]
             bench_hybrid(model, family / "edge", cloud, steps=steps, k=k, repeats=repeats, settle_s=settle_s)

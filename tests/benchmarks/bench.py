@@ -51,6 +51,7 @@ from hybridsd.prompting import TextOptions
 from tests.benchmarks.common import PROMPT, SETTLE_S, machine, say
 from tests.support.wire import measure
 
+PARTS = ("engine", "devices", "hybrid", "wire", "codec", "start", "memory")
 MIX = (
     # scheduler, guided: eight jobs that have nothing in common but the model
     ("dpmpp_2m", True), ("ddim", True), ("euler", True), ("pndm", True),
@@ -219,8 +220,8 @@ def bench_devices(large: Path, dtype: str, *, repeats: int, num_calls: int) -> N
     times = in_child("devices", large, dtype, repeats, num_calls)
     ratios = [one / two for one, two in zip(times[::2], times[1::2], strict=True)]
     say(
-        f"two CPU workers / one, one thread each, 8 mixed jobs: {statistics.median(ratios):.2f} times as fast (aim 1.8; "
-        f"{len(ratios)} pairs {min(ratios):.2f} to {max(ratios):.2f}; {times[0]:.2f} s against {times[1]:.2f} s)"
+        f"two CPU workers / one, one thread each, 8 mixed jobs: {statistics.median(ratios):.2f} times as fast (aim "
+        f"1.8; {len(ratios)} pairs {min(ratios):.2f} to {max(ratios):.2f}; {times[0]:.2f} s against {times[1]:.2f} s)"
     )
 
 
@@ -441,7 +442,7 @@ def main() -> None:
         say(
             f"models: large U-Net {model.info.num_parameters:,}, small U-Net {edge.num_parameters['unet']:,} parameters"
         )
-        wanted = options.only or ["engine", "devices", "hybrid", "wire", "codec", "start", "memory"]
+        wanted = options.only or PARTS
         if "engine" in wanted:
             bench_engine(family / "large", options.dtype, repeats=repeats, num_calls=calls, num_pairs=pairs)
         if "devices" in wanted:

@@ -42,6 +42,10 @@ def test_check_says_what_was_found(tiny_folder: Path, monkeypatch: pytest.Monkey
         (["--metrics-host", "0.0.0.0"], "without --metrics-port; give a port"),
         (["--metrics-host", "0.0.0.0", "--metrics-port", "0"], "plain text; give --tls-name"),
         (["--port", "70000"], "70000"),
+        (["--device", "tpu"], "device is 'tpu'; choose auto, cpu, cuda, cuda:0, ..., or all"),
+        (["--device", "cpu,cpu*x"], "device is 'cpu*x'; write NAME*TIMES with times from 1 to 64, as cpu*2"),
+        (["--device", "cpu*40,cpu*40"], "device names 80 workers; choose at most 64"),
+        (["--device", "cuda:99"], "device is cuda:99, but torch finds"),
         (["--tls-cert", __file__], "go together"),
         (["--bundle", "."], "model.json"),
         (["--model", "no/such/model"], "neither a folder nor a hub id"),
@@ -70,7 +74,7 @@ async def test_a_process_serves_and_stops(tiny_folder: Path, tmp_path: Path) -> 
     port_file = tmp_path / "port"
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "cloud_server.cli", "serve", "--model", f"tiny={tiny_folder}", "--port", "0",
-        "--port-file", str(port_file), "--threads", "1", "--device", "cpu",
+        "--port-file", str(port_file), "--threads", "1", "--device", "cpu*2",
         stderr=asyncio.subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     try:
@@ -103,14 +107,14 @@ def test_threads_are_left_to_the_engine(tiny_folder: Path, monkeypatch: pytest.M
     monkeypatch.setattr(cloud_server.rpc.server, "run", run)
     before = torch.get_num_threads()
     try:
-        for flags in ([], ["--threads", "3"]):
+        for flags in ([], ["--threads", "3"], ["--device", "cpu*2"]):
             torch.set_num_threads(2)
             result = CliRunner().invoke(main, ["serve", "--model", str(tiny_folder), "--port", "0", *flags])
             assert result.exit_code == 0, result.output
     finally:
         torch.set_num_threads(before)
 
-    assert seen == [(2, 1), (3, 1)]
+    assert seen == [(2, 1), (3, 1), (1, 1)]  # two workers have half each
 
 
 @pytest.mark.parametrize("option", ["--heartbeat", "--drain-timeout", "--stall-timeout", "--stall-exit"])

@@ -58,6 +58,9 @@ MIX = (
     ("unipc", True), ("euler_ancestral", True), ("dpmpp_2m_karras", False), ("lms", False),
 )  # fmt: skip
 
+ENGINE_PARTS = ("bare", "engine", "first")
+"""Of `child`, which `bench_engine` takes."""
+
 
 def mixed_jobs(model: Model, num_calls: int, first_id: int = 0) -> list[JobRequest]:
     """Returns eight jobs of the same number of calls, each with another scheduler, step count and seed."""
@@ -152,19 +155,26 @@ async def first_step_of_eighth(model: Model, tries: int, num_calls: int, threads
     return times
 
 
-def in_child(what: str, large: Path, dtype: str, repeats: int, num_calls: int) -> list[float]:
+def in_child(what: str, large: Path, dtype: str, repeats: int, num_calls: int) -> dict[str, list[float]]:
     """Runs `child` in a process of its own: two pools of OpenMP threads in one process spoil each other's times."""
     words = ["--child", what, "--family", str(large.parent), "--dtype", dtype, "--repeats", str(repeats)]
     command = [sys.executable, "-m", "tests.benchmarks.bench", *words, "--calls", str(num_calls)]
     output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return list(json.loads(output.splitlines()[-1]))
+    return dict(json.loads(output.splitlines()[-1]))
 
 
-def child(what: str, large: Path, dtype: str, repeats: int, num_calls: int) -> list[float]:
-    """Returns times in seconds: of "bare" loops, of "engine" runs, or of "first" states of an eighth job."""
+def child(what: str, large: Path, dtype: str, repeats: int, num_calls: int) -> dict[str, list[float]]:
+    """Returns times in seconds of each part of `what`, separated by commas.
+
+    They are "bare" loops, "engine" runs, and "first" states of an eighth job.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the server does: the models are loaded without a pool of threads
     model = load_model(f"bench={large}", place(dtype=dtype))
+    return {part: _times(part, model, threads, repeats, num_calls) for part in what.split(",")}
+
+
+def _times(what: str, model: Model, threads: int, repeats: int, num_calls: int) -> list[float]:
     times: list[float] = []
 
     def bare() -> None:
@@ -194,12 +204,23 @@ def child(what: str, large: Path, dtype: str, repeats: int, num_calls: int) -> l
     return times
 
 
-def bench_engine(large: Path, dtype: str, *, repeats: int, num_calls: int, num_pairs: int) -> None:
+def timer(
+    large: Path, dtype: str, repeats: int, num_calls: int, *, together: Sequence[str] = ()
+) -> Callable[[str], list[float]]:
+    """Returns what runs a part in a child of its own, and gives its times in seconds.
+
+    Parts that are named in `together` run in one child, now: that spoils their times, and loads the model once.
+    """
+    known = in_child(",".join(together), large, dtype, repeats, num_calls) if together else {}
+    return lambda part: known[part] if part in known else in_child(part, large, dtype, repeats, num_calls)[part]
+
+
+def bench_engine(times_of: Callable[[str], list[float]], *, repeats: int, num_calls: int, num_pairs: int) -> None:
     """Prints throughput and admission latency of the engine."""
     ratios, steps = [], []
     for _ in range(num_pairs):  # bare and engine take turns, since the machine's speed drifts
-        bare = statistics.median(in_child("bare", large, dtype, repeats, num_calls))
-        engine = statistics.median(in_child("engine", large, dtype, repeats, num_calls))
+        bare = statistics.median(times_of("bare"))
+        engine = statistics.median(times_of("engine"))
         ratios.append(bare / engine)
         steps.append(bare / num_calls)
     step_s = statistics.median(steps)
@@ -208,16 +229,16 @@ def bench_engine(large: Path, dtype: str, *, repeats: int, num_calls: int, num_p
         f"(aim 0.97; {num_pairs} pairs of medians of {repeats}: {min(ratios):.3f} to {max(ratios):.3f}; "
         f"bare step {1e3 * step_s:.0f} ms)"
     )
-    times = in_child("first", large, dtype, repeats, num_calls)
+    times = times_of("first")
     say(
         f"first step of the 8th job, in steps: mean {statistics.mean(times) / step_s:.2f}, "
         f"worst {max(times) / step_s:.2f} (aim 2; {len(times)} arrivals at random moments)"
     )
 
 
-def bench_devices(large: Path, dtype: str, *, repeats: int, num_calls: int) -> None:
+def bench_devices(times_of: Callable[[str], list[float]]) -> None:
     """Prints what a second worker adds, each with one thread."""
-    times = in_child("devices", large, dtype, repeats, num_calls)
+    times = times_of("devices")
     ratios = [one / two for one, two in zip(times[::2], times[1::2], strict=True)]
     say(
         f"two CPU workers / one, one thread each, 8 mixed jobs: {statistics.median(ratios):.2f} times as fast (aim "
@@ -417,7 +438,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--smoke", action="store_true", help="the smallest size of everything: does it run?")
-    parser.add_argument("--child", choices=["bare", "engine", "devices", "first"], help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--calls", type=int, default=12, help=argparse.SUPPRESS)
     options = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(30))
@@ -443,10 +464,12 @@ def main() -> None:
             f"models: large U-Net {model.info.num_parameters:,}, small U-Net {edge.num_parameters['unet']:,} parameters"
         )
         wanted = options.only or PARTS
+        in_children = [*ENGINE_PARTS] * ("engine" in wanted) + ["devices"] * ("devices" in wanted)
+        times_of = timer(family / "large", options.dtype, repeats, calls, together=in_children if options.smoke else ())
         if "engine" in wanted:
-            bench_engine(family / "large", options.dtype, repeats=repeats, num_calls=calls, num_pairs=pairs)
+            bench_engine(times_of, repeats=repeats, num_calls=calls, num_pairs=pairs)
         if "devices" in wanted:
-            bench_devices(family / "large", options.dtype, repeats=repeats, num_calls=calls)
+            bench_devices(times_of)
         if "hybrid" in wanted:
             cloud = ["--model", f"bench={family / 'large'}", "--dtype", options.dtype]
             bench_hybrid(model, family / "edge", cloud, steps=steps, k=k, repeats=repeats, settle_s=settle_s)

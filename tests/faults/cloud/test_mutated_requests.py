@@ -21,6 +21,8 @@ REFUSALS = {reason.name for reason in Reason} - {"INTERNAL", "UNAVAILABLE", "QUE
 NUMBERS = (0, 1, 2, 3, 7, 8, 63, 64, 65, 255, 999, 1000, 1001, 4000, 4096, 65535, 65536, 2**31 - 1, -1, -2, -(2**31))
 FLOATS = (0.0, -0.0, 0.5, 1.0, 1.5, 30.0, 30.5, -1.0, 1e-300, 1e300, float("inf"), float("-inf"), float("nan"))
 TEXTS = ("", " ", "x", "tiny", "ddim", "heun", "../x", "(a:1.3)", "(" * 50, ":1" * 50, "é\u0301\u202e\x00", "x" * 5000)
+LONG = 12
+"""Steps of a request that asks for more: longer than the correct ones, and soon done."""
 BYTES = (b"", b"\0", b"\xff" * 3, bytes(32), bytes(1024), b"\x00\x7c" * 256)
 
 
@@ -149,8 +151,8 @@ async def run(client: Client, tiny_model: Model, log_lines: Any, numbers: range)
         else:
             for _ in range(rng.choice((1, 1, 1, 2, 3))):
                 mutate(request, rng)
-            if request.scheduler.num_inference_steps > 100:  # they are right, and take seconds
-                request.scheduler.num_inference_steps = 100
+            if request.scheduler.num_inference_steps > LONG:  # they are right, and take seconds
+                request.scheduler.num_inference_steps = LONG
             sent = request.SerializeToString()
         error = await error_of(raw(sent))  # type: ignore[operator]
         code, end, field, _ = ("OK", "finished", None, None) if error is None else failure(error)

@@ -19,7 +19,7 @@ import click
 import pytest
 from PIL import Image
 
-from deploy.run_demo import BIN
+from deploy.run_demo import BIN, PROMPT
 from tests.support.patience import HANG_S
 from tests.support.web_processes import Process
 
@@ -188,6 +188,16 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
+def assert_is_the_demo(printed: str, output: Path) -> None:
+    """Checks that an image came from both processes, and that it was said where it is."""
+    assert f"image: {output}" in printed
+    assert "cloud: 8 steps" in printed
+    assert "edge:  17 steps" in printed
+    with Image.open(output) as picture:
+        assert picture.size == (128, 128)
+        assert PROMPT in picture.info["parameters"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", MADE)
 def test_make(checkout: Path, target: str) -> None:
@@ -204,6 +214,8 @@ def test_make(checkout: Path, target: str) -> None:
 
     assert said in printed
     assert "bench" not in target or "machine: " in printed
+    if target == "demo":
+        assert_is_the_demo(printed, checkout / "out" / "demo.png")
     if target != "golden":  # its floats are this machine's; tests/contract/test_golden.py has tolerances
         after = sources()
         assert [path for path in before if before[path] != after.get(path)] == []

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deploy.run_demo import BIN, DEMO, ENVIRONMENT, ROOT, running_cloud
+from deploy.run_demo import BIN, DEMO, ENVIRONMENT, running_cloud
 from tests.support.patience import HANG_S
 
 pytestmark = pytest.mark.slow
@@ -53,22 +52,6 @@ def generate(*words: object, cache: Path) -> dict[str, Any]:
 def pixels(path: str | Path) -> np.ndarray:
     with Image.open(path) as picture:
         return np.asarray(picture.convert("RGB"), dtype=np.int16)
-
-
-def test_demo_command(tmp_path: Path) -> None:
-    """The script behind `make demo` makes an image from both processes and says where it is."""
-    output = tmp_path / "demo.png"
-    command = [sys.executable, str(ROOT / "deploy/run_demo.py"), "--output", str(output), "--split", "3,5"]
-    environment = {**os.environ, "HYBRIDSD_EDGE_CACHE": str(tmp_path / "cache")}
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=HANG_S, env=environment)
-
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert f"image: {output}" in result.stdout
-    assert "cloud: 3 steps" in result.stdout
-    assert "edge:  5 steps" in result.stdout
-    with Image.open(output) as picture:
-        assert picture.size == (128, 128)
-        assert PROMPT in picture.info["parameters"]
 
 
 def test_same_seed_is_the_same_picture_in_every_mode_that_runs_the_same_models(server: str, tmp_path: Path) -> None:

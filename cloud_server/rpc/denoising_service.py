@@ -63,6 +63,10 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
         """Ends what is being read with UNAVAILABLE."""
         self._reader.close()
 
+    def end(self) -> None:
+        """Ends the threads that write answers; called when no stream is open any more."""
+        self._answers.close()
+
     async def Denoise(  # type: ignore[override]
         self, request: pb.DenoiseRequest, context: "grpc.aio.ServicerContext[Any, Any]"
     ) -> None:

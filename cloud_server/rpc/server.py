@@ -198,6 +198,7 @@ class CloudServer:
         self._bundles.close()
         self.engine.stop(0.0)  # ends all streams, whatever the threads do
         await self._server.stop(STATUS_S)
+        self._service.end()
         if not self.lost.is_set():
             await asyncio.to_thread(self.engine.stop, JOIN_S)
         await self._http.stop()

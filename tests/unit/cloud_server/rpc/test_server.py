@@ -5,6 +5,7 @@ import contextlib
 import json
 import shutil
 import subprocess
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,19 @@ async def test_a_drain_that_takes_too_long_ends_jobs(start_server: StartServer, 
 
     assert failure(ended.value)[:2] == ("UNAVAILABLE", "UNAVAILABLE")
     await stopping
+
+
+async def test_no_thread_of_a_service_outlives_the_server(start_server: StartServer) -> None:
+    """Those that read requests and write answers end with it."""
+    before = set(threading.enumerate())
+    client = await start_server()
+    await client.denoise(message())
+    started = {thread.name for thread in set(threading.enumerate()) - before}
+    await client.server.stop(1.0)
+
+    names = {"requests", "answers"}
+    assert names <= started
+    await until(lambda: not names & {thread.name for thread in set(threading.enumerate()) - before})
 
 
 async def test_one_line_a_call_and_never_a_prompt(start_server: StartServer, tiny_model: Model, log_lines: Any) -> None:

@@ -20,8 +20,9 @@ demo: $(INSTALLED)  ## start a cloud and an edge on this machine, make an image,
 	$(BIN)/python deploy/run_demo.py
 
 test: lint  ## everything that needs no GPU and no real weights; ends with pytest's own closing line
-# Three workers on two cores: the third works while others wait for a browser, a server or a time-out.
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+# Three workers on two cores: the third works while others wait for a browser, a server or a time-out. One that crashes
+# ends the run: xdist starts another in its place, which waits for ever for the rest of a file.
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 test-quick: lint  ## lint and every test that is not marked slow: for every save
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"

@@ -166,15 +166,21 @@ def in_child(what: str, large: Path, dtype: str, repeats: int, num_calls: int) -
 def child(what: str, large: Path, dtype: str, repeats: int, num_calls: int) -> dict[str, list[float]]:
     """Returns times in seconds of each part of `what`, separated by commas.
 
-    They are "bare" loops, "engine" runs, and "first" states of an eighth job.
+    They are "bare" loops, "engine" runs, runs of one and of two "devices" in turns, or "first" states of an eighth job.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the server does: the models are loaded without a pool of threads
-    model = load_model(f"bench={large}", place(dtype=dtype))
-    return {part: _times(part, model, threads, repeats, num_calls) for part in what.split(",")}
+
+    def load() -> Model:
+        return load_model(f"bench={large}", place(dtype=dtype))
+
+    model = load()
+    return {part: _times(part, model, load, threads, repeats, num_calls) for part in what.split(",")}
 
 
-def _times(what: str, model: Model, threads: int, repeats: int, num_calls: int) -> list[float]:
+def _times(
+    what: str, model: Model, load: Callable[[], Model], threads: int, repeats: int, num_calls: int
+) -> list[float]:
     times: list[float] = []
 
     def bare() -> None:
@@ -188,7 +194,7 @@ def _times(what: str, model: Model, threads: int, repeats: int, num_calls: int) 
         worker.start()
         worker.join()
     elif what == "devices":
-        other = load_model(f"bench={large}", place(dtype=dtype))
+        other = load()
         for repeat in range(2 * (repeats + 1)):  # one and two workers take turns; the first pair warms up
             jobs = [replace(job, request_id=f"r{repeat}-{i}") for i, job in enumerate(mixed_jobs(model, num_calls))]
             others = [other] if repeat % 2 else []

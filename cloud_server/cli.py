@@ -155,16 +155,11 @@ def serve(log_format: logs.LogFormat, token_file: Path | None, **options: Any) -
         raise click.UsageError(str(error)) from error
     from cloud_server.models.load import ModelError
     from cloud_server.rpc import server as process  # torch and diffusers take seconds to import; --help must not
-    from cloud_server.rpc.bundle_service import load_bundle
     from hybridsd.errors import HybridSDError
 
     try:
         tracing.switch_on("hybridsd-cloud", settings.traces)
-        settings = _leave_threads_to_the_engine(settings)
-        bundles = [load_bundle(folder) for folder in settings.bundles]
-        if len({bundle.name for bundle in bundles}) < len(bundles):
-            raise ModelError(f"two bundles have one name: {', '.join(sorted(bundle.name for bundle in bundles))}")
-        models, served = _load(settings, _placements(settings))
+        loaded = load(settings)
 
         def on_listening(port: int) -> None:
             if settings.port_file is not None:
@@ -172,7 +167,7 @@ def serve(log_format: logs.LogFormat, token_file: Path | None, **options: Any) -
                 part.write_text(f"{port}\n", encoding="utf-8")
                 part.replace(settings.port_file)  # readers see no file or all of it
 
-        if asyncio.run(process.run(settings, models, bundles, on_listening=on_listening, served=served)) is False:
+        if asyncio.run(process.run(**loaded, on_listening=on_listening)) is False:
             _exit_now(0)
     except process.EngineLost as error:
         log.critical("engine_lost", message=str(error))
@@ -265,6 +260,39 @@ def probe(server: str, timeout_s: float, **options: Any) -> None:
     click.echo(answer)
     if answer != "SERVING":
         sys.exit(4)
+
+
+def read_options(arguments: Sequence[str]) -> Settings:
+    """Returns the settings of `hybridsd-cloud serve` with these arguments and this environment, without serving.
+
+    Configures the log as well. For processes of others that serve: deploy/ray.
+
+    Raises:
+        click.ClickException: Saying what is wrong.
+    """
+    options = dict(serve.make_context("hybridsd-cloud serve", list(arguments)).params)
+    logs.configure(options.pop("log_format"))
+    return _settings(tokens=_tokens(options.pop("token_file")), **options)
+
+
+def load(settings: Settings) -> dict[str, Any]:
+    """Loads what a server hands out, models and bundles.
+
+    Returns:
+        The arguments of `CloudServer`, and of `run` beside it.
+
+    Raises:
+        ModelError, HybridSDError, OSError, click.UsageError: Saying what cannot be served.
+    """
+    from cloud_server.models.load import ModelError
+    from cloud_server.rpc.bundle_service import load_bundle
+
+    settings = _leave_threads_to_the_engine(settings)
+    bundles = [load_bundle(folder) for folder in settings.bundles]
+    if len({bundle.name for bundle in bundles}) < len(bundles):
+        raise ModelError(f"two bundles have one name: {', '.join(sorted(bundle.name for bundle in bundles))}")
+    models, served = _load(settings, _placements(settings))
+    return {"settings": settings, "models": models, "bundles": bundles, "served": served}
 
 
 def _settings(**options: Any) -> Settings:

@@ -12,8 +12,8 @@ import grpc
 
 from cloud_server.engine.caller import NOBODY, Caller
 from cloud_server.logs import note
-from cloud_server.rpc.interceptors import rich_status
 from cloud_server.rpc.peer import peer_name
+from cloud_server.rpc.status import rich_status
 from hybridsd.errors import HybridSDError, Reason
 from hybridsd.tokens import MAX_USER_CHARS, USER_KEY, Token, Tokens
 

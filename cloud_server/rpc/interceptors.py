@@ -13,50 +13,22 @@ from typing import Any
 
 import grpc
 import structlog
-from google.protobuf import any_pb2
-from google.protobuf.message import DecodeError, Message
-from google.rpc import error_details_pb2, status_pb2
-from grpc_status import rpc_status
+from google.protobuf.message import DecodeError
 
 from cloud_server.engine.request import new_request_id
 from cloud_server.logs import collect_notes
 from cloud_server.metrics import Metrics
+from cloud_server.rpc.status import rich_status
 from hybridsd import trace_context, tracing
-from hybridsd.durations import to_duration
-from hybridsd.errors import DOMAIN, HybridSDError, Reason
+from hybridsd.errors import HybridSDError, Reason
 from hybridsd.limits import MAX_REQUEST_BYTES
 
 log = structlog.get_logger()
-
-MAX_RECEIVED_BYTES = 2 * MAX_REQUEST_BYTES
-"""Beyond this gRPC itself refuses, before we can say why."""
 
 _OURS = "/hybridsd."
 _LOG_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 Handler = Callable[[Any, "grpc.aio.ServicerContext[Any, Any]"], Awaitable[Any]]
-
-
-def rich_status(error: HybridSDError) -> grpc.Status:
-    """Returns an error as a gRPC status with `google.rpc` details (docs/protocol.md, "Errors")."""
-    details: list[Message] = [error_details_pb2.ErrorInfo(reason=error.reason.name, domain=DOMAIN)]
-    code = grpc.StatusCode[error.reason.value.grpc_code]
-    if error.field is not None:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message[:1000])
-        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    if error.retry_delay_s is not None:
-        details.append(error_details_pb2.RetryInfo(retry_delay=to_duration(error.retry_delay_s)))
-    if error.quota is not None:
-        violated = error_details_pb2.QuotaFailure.Violation(subject=error.quota, description=error.message[:1000])
-        details.append(error_details_pb2.QuotaFailure(violations=[violated]))
-    packed = []
-    for detail in details:
-        packed.append(any_pb2.Any())
-        packed[-1].Pack(detail)
-    status: grpc.Status = rpc_status.to_status(
-        status_pb2.Status(code=code.value[0], message=error.message[:1000], details=packed)
-    )
-    return status
 
 
 class RequestInterceptor(grpc.aio.ServerInterceptor):

@@ -27,9 +27,10 @@ from cloud_server.rpc.bundle_service import Bundle, BundleService
 from cloud_server.rpc.call_metrics import MetricsInterceptor
 from cloud_server.rpc.denoising_service import DenoisingService
 from cloud_server.rpc.http_endpoint import HttpEndpoint
-from cloud_server.rpc.interceptors import MAX_RECEIVED_BYTES, RequestInterceptor
+from cloud_server.rpc.interceptors import RequestInterceptor
+from cloud_server.rpc.server_options import OPTIONS
 from cloud_server.rpc.tls import credentials, http_context, valid_until
-from cloud_server.settings import Settings, is_loopback
+from cloud_server.settings import Settings, address, is_loopback
 from hybridsd.energy import JOULES_PER_MAC, Meter, find_counter
 from hybridsd.energy import Model as EnergyModel
 from hybridsd.v1 import bundle_service_pb2, bundle_service_pb2_grpc, denoising_service_pb2_grpc
@@ -41,18 +42,6 @@ SERVICES = (
     pb.DESCRIPTOR.services_by_name["DenoisingService"].full_name,
     bundle_service_pb2.DESCRIPTOR.services_by_name["BundleService"].full_name,
 )
-_OPTIONS = [
-    ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a riddle
-    ("grpc.max_receive_message_length", MAX_RECEIVED_BYTES),
-    ("grpc.keepalive_time_ms", 10_000),  # a caller that vanished holds its place until a ping is not answered
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.ping_timeout_ms", 5_000),  # else a minute, whatever the line before says
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ("grpc.http2.max_ping_strikes", 0),
-    ("grpc.server_handshake_timeout_ms", 10_000),  # a caller that does not begin holds a socket; else two minutes
-]
 STATUS_S = 1.0
 """For streams that have ended to send their status."""
 JOIN_S = 5.0
@@ -120,7 +109,7 @@ class CloudServer:
                 RequestInterceptor(self.metrics),
                 AuthInterceptor(settings.tokens),
             ],
-            options=_OPTIONS,
+            options=OPTIONS,
         )
         self._health = health.aio.HealthServicer()
         denoising_service_pb2_grpc.add_DenoisingServiceServicer_to_server(self._service, self._server)
@@ -159,17 +148,16 @@ class CloudServer:
             ValueError: If the certificate cannot be used.
         """
         settings = self._settings
-        host = f"[{settings.host}]" if ":" in settings.host and not settings.host.startswith("[") else settings.host
-        address = f"{host}:{settings.port}"
+        where = address(settings.host, settings.port)
         try:
             if settings.uses_tls:
-                self.port = self._server.add_secure_port(address, credentials(settings))
+                self.port = self._server.add_secure_port(where, credentials(settings))
             else:
-                self.port = self._server.add_insecure_port(address)
+                self.port = self._server.add_insecure_port(where)
         except RuntimeError as error:
-            raise OSError(f"cannot listen on {address}: {error}; choose another --port") from error
+            raise OSError(f"cannot listen on {where}: {error}; choose another --port") from error
         if self.port == 0:
-            raise OSError(f"cannot listen on {address}; choose another --host or --port")
+            raise OSError(f"cannot listen on {where}; choose another --host or --port")
         if settings.metrics_port is not None:  # before anything runs that would have to be stopped if this fails
             tls = http_context(settings) if settings.uses_tls and not is_loopback(settings.metrics_host) else None
             await self._http.start(settings.metrics_host, settings.metrics_port, tls)
@@ -178,7 +166,7 @@ class CloudServer:
         await self._server.start()
         self._is_serving = True
         self._watchdog = asyncio.create_task(self._watch())
-        log.info("listening", address=f"{host}:{self.port}", tls=settings.uses_tls)
+        log.info("listening", address=address(settings.host, self.port), tls=settings.uses_tls)
 
     async def stop(self, drain_timeout_s: float) -> None:
         """Refuses new jobs, lets the running ones finish, and closes.

@@ -119,7 +119,7 @@ def server_config(
         options: Of uvicorn.
     """
     config = uvicorn.Config(
-        app, http=PatientProtocol, ws="none", access_log=False, server_header=False,
+        app, http=PatientProtocol, ws="none", loop="asyncio", access_log=False, server_header=False,
         proxy_headers=bool(trusted_proxies), forwarded_allow_ips=list(trusted_proxies), **options,
     )  # fmt: skip
     if tls is not None:

@@ -408,16 +408,12 @@ def test_the_policy_linter_finds_nothing_but_what_is_broken(tmp_path: Path) -> N
         document["metadata"]["name"] = f"broken-{number}"
         breaks(document["spec"]["template"]["spec"])
         files[f"broken-{number}.yaml"] = [document]
-    alone = copy.deepcopy(find(render(FULL), *POD))
-    alone["metadata"]["namespace"] = "elsewhere"
-    files["no-policy.yaml"] = [alone]
     found = lint(files, tmp_path)
 
     for name in ("overlays-demo.yaml", "overlays-production.yaml", "loader.yaml"):
         assert found[name] == set()
     for number, (what, (wanted, _)) in enumerate(BREAKS.items()):
         assert wanted in found[f"broken-{number}.yaml"], what
-    assert "CKV2_K8S_6" in found["no-policy.yaml"]  # pods that no policy is about
 
 
 def test_what_the_linter_leaves_out_has_a_reason() -> None:

@@ -10,15 +10,18 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
 
 from deploy.run_demo import BIN, ROOT
+from edge_client.cloud.pool import MAX_SERVERS
 from tests.support.kubernetes_secrets import made_secrets
 from tests.support.manifests import (
     ENTRYPOINTS,
@@ -28,6 +31,7 @@ from tests.support.manifests import (
     changed,
     faults,
     find,
+    instructions,
     read,
     render,
     secret_faults,
@@ -39,12 +43,13 @@ from tests.support.promql import parse
 
 pytestmark = pytest.mark.slow
 
-OVERLAYS = ("overlays/demo", "overlays/production")
+OVERLAYS = ("overlays/demo", "overlays/production", "overlays/ray")
 FOLDERS = ("storage", *OVERLAYS)
 VERSIONS = ("1.30", "1.37")
 """The oldest that the documents promise, and the newest that is known here."""
 CHECKOV = BIN.parent / "checkov/bin/checkov"
-PLAIN, FULL = OVERLAYS
+PLAIN, FULL, RAY = OVERLAYS
+OF_RAY = ROOT / "deploy/ray"
 CLOUD = "spec/template/spec"
 BOX = f"{CLOUD}/containers/0"
 
@@ -77,10 +82,69 @@ def wrong_fields(document: Document, version: str = VERSIONS[-1]) -> Iterator[st
         understood = known.model_dump(by_alias=True, exclude_unset=True, mode="json")
         yield from _lost(document, understood, "")
         return
+    if document["kind"] == "RayService":
+        yield from (error.message for error in jsonschema.Draft202012Validator(RAY_SERVICE).iter_errors(document))
+        for pod in pods_of_ray(document):
+            yield from wrong_fields(pod, version)
+        return
     try:
         kubernetes_validate.validate(document, version, strict=True)
     except kubernetes_validate.ValidationError as error:
         yield f"{'/'.join(map(str, error.path))}: {error.message}"
+
+
+def known(required: str, optional: str = "", **of: Any) -> dict[str, Any]:
+    """Returns the schema of an object with these fields and no other."""
+    names = [*required.split(), *optional.split()]
+    return {
+        "type": "object", "required": required.split(), "additionalProperties": False,
+        "properties": {name: of.get(name, {}) for name in names},
+    }  # fmt: skip
+
+
+COUNT = {"type": "integer", "minimum": 0}
+PARAMETERS = {"type": "object", "additionalProperties": {"type": "string"}}
+RAY_SERVICE = known(
+    "apiVersion kind metadata spec",
+    apiVersion={"const": "ray.io/v1"},
+    spec=known(
+        "serveConfigV2 rayClusterConfig",
+        "excludeHeadPodFromServeSvc serveService upgradeStrategy rayClusterDeletionDelaySeconds suspend",
+        serveConfigV2={"type": "string"},
+        excludeHeadPodFromServeSvc={"type": "boolean"},
+        rayClusterConfig=known(
+            "headGroupSpec",
+            "workerGroupSpecs enableInTreeAutoscaling autoscalerOptions rayVersion gcsFaultToleranceOptions",
+            enableInTreeAutoscaling={"type": "boolean"},
+            autoscalerOptions=known(
+                "", "resources image imagePullPolicy securityContext idleTimeoutSeconds upscalingMode version",
+                idleTimeoutSeconds=COUNT,
+            ),
+            headGroupSpec=known(
+                "template", "rayStartParams serviceType headService enableIngress resources labels",
+                rayStartParams=PARAMETERS,
+            ),
+            workerGroupSpecs={"type": "array", "items": known(
+                "groupName template", "replicas minReplicas maxReplicas rayStartParams numOfHosts idleTimeoutSeconds",
+                replicas=COUNT, minReplicas=COUNT, maxReplicas=COUNT, rayStartParams=PARAMETERS,
+            )},
+        ),
+    ),
+)  # fmt: skip
+"""As KubeRay's reference has it, as far as we use it: no package has its schema. Its pods have that of Kubernetes."""
+
+
+def pods_of_ray(document: Document) -> list[Document]:
+    """Returns the pods that a RayService asks for."""
+    cluster = document["spec"]["rayClusterConfig"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    return [
+        {
+            "apiVersion": "v1", "kind": "Pod", "spec": group["template"]["spec"],
+            "metadata": {**group["template"]["metadata"], "name": f"ray-{number}", "namespace": "hybridsd"},
+        }
+        for number, group in enumerate(groups)
+    ]  # fmt: skip
 
 
 def _lost(given: Any, understood: Any, where: str) -> Iterator[str]:
@@ -306,6 +370,11 @@ def test_our_own_policies_are_kept(folder: str) -> None:
     documents = render(folder) if folder != "storage" else [*kept(), *render(PLAIN)]
 
     assert list(policy_faults(documents)) == []
+    for each in documents:
+        if each["kind"] == "RayService":
+            options = each["spec"]["rayClusterConfig"]["autoscalerOptions"]  # of a container that KubeRay adds
+            pod = pods_of_ray(each)[0]["spec"]["containers"][0]
+            assert options["securityContext"] == pod["securityContext"]
 
 
 @pytest.mark.parametrize(
@@ -402,6 +471,8 @@ def test_the_policy_linter_finds_nothing_but_what_is_broken(tmp_path: Path) -> N
         folder.replace("/", "-") + ".yaml": [*(kept() if folder != PLAIN else []), *render(folder)]
         for folder in OVERLAYS
     }  # fmt: skip
+    (ray,) = (each for each in render(RAY) if each["kind"] == "RayService")
+    files |= {f"ray-{number}.yaml": [pod] for number, pod in enumerate(pods_of_ray(ray))}
     files["loader.yaml"] = [*read(KUBERNETES / "storage/loader.yaml"), *files["overlays-demo.yaml"]]
     for number, (_, breaks) in enumerate(BREAKS.values()):
         document = copy.deepcopy(find(render(FULL), *POD))
@@ -410,8 +481,11 @@ def test_the_policy_linter_finds_nothing_but_what_is_broken(tmp_path: Path) -> N
         files[f"broken-{number}.yaml"] = [document]
     found = lint(files, tmp_path)
 
-    for name in ("overlays-demo.yaml", "overlays-production.yaml", "loader.yaml"):
+    for name in (*(folder.replace("/", "-") + ".yaml" for folder in OVERLAYS), "loader.yaml"):
         assert found[name] == set()
+    # KubeRay adds probes where there are none, and an autoscaler to the head, which asks the API for pods.
+    assert found["ray-0.yaml"] == {"CKV_K8S_8", "CKV_K8S_9", "CKV_K8S_38"}
+    assert found["ray-1.yaml"] == {"CKV_K8S_8"}
     for number, (what, (wanted, _)) in enumerate(BREAKS.items()):
         assert wanted in found[f"broken-{number}.yaml"], what
 
@@ -475,13 +549,80 @@ def test_the_adapter_asks_by_pod_and_names_what_the_autoscaler_wants() -> None:
 
 
 def test_images_have_the_user_that_pods_run_as() -> None:
-    """And the tag that compose builds them under."""
+    """And the names that compose builds them under; Ray's is built on the cloud's."""
     for folder in OVERLAYS:
         for pod in workloads(render(folder)):
-            text = (ROOT / ENTRYPOINTS[pod.image]).read_text(encoding="utf-8")
+            below = {"hybridsd-ray": "hybridsd-cloud"}.get(pod.image, pod.image)
+            text = (ROOT / ENTRYPOINTS[below]).read_text(encoding="utf-8")
             assert f"--uid {pod.spec['securityContext']['runAsUser']} " in text
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
-    assert {compose[name]["image"].partition(":")[0] for name in ("cloud", "gateway")} == set(ENTRYPOINTS)
+    assert {compose[name]["image"].partition(":")[0] for name in ("cloud", "gateway")} == {*ENTRYPOINTS} - {
+        "hybridsd-ray"
+    }
+    steps = instructions(ENTRYPOINTS["hybridsd-ray"])
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert ("ARG", f"CLOUD=hybridsd-cloud:{version}") in steps
+    assert [words for name, words in steps if name == "USER"][-1] == "hybridsd"
+
+
+RAY_BREAKS = [
+    ("template/spec/containers/0/image", "hybridsd-rai:0.1.0", "nothing builds"),
+    ("template/spec/containers/0/envFrom/1/configMapRef/name", "x", "no ConfigMap"),
+    ("template/spec/containers/0/volumeMounts/2/mountPath", "/model", "nothing lies at"),
+    ("template/spec/volumes/0/secret/secretName", "x", "nobody makes"),
+    ("template/metadata/labels/app.kubernetes.io~1component", "cloud", "0 kinds of pods"),
+    ("template/spec/enableServiceLinks", True, "HYBRIDSD_CLOUD_PORT"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "says"), RAY_BREAKS)
+def test_a_wrong_reference_of_ray_is_found(path: str, value: object, says: str, secrets: dict[str, set[str]]) -> None:
+    """Of its workers; and a field that KubeRay does not know."""
+    where = f"spec/rayClusterConfig/workerGroupSpecs/0/{path}"
+    documents = changed(render(RAY), "RayService", "hybridsd-cloud", where, value)
+
+    assert any(says in fault for fault in [*faults(documents, kept(), secrets), *secret_faults(documents, secrets)])
+    wrong = changed(render(RAY), "RayService", "hybridsd-cloud", where.partition("/template")[0] + "/replica", 2)
+    assert list(wrong_fields(find(wrong, "RayService", "hybridsd-cloud")))
+    wrong = changed(
+        render(RAY), "RayService", "hybridsd-cloud", where.partition("/template")[0] + "/template/spec/x", 2
+    )
+    assert list(wrong_fields(find(wrong, "RayService", "hybridsd-cloud")))
+
+
+@pytest.mark.skipif(not OF_RAY.exists(), reason="deploy/ray is not here yet")
+def test_ray_runs_the_application_of_deploy_ray() -> None:
+    """With its configuration and variables, but for the models and how much there may be."""
+
+    def rest_of(config: dict[str, Any]) -> dict[str, Any]:
+        (application,) = config["applications"]
+        application["args"]["options"] = None
+        (deployment,) = application["deployments"]
+        del deployment["ray_actor_options"]
+        for name in ("min_replicas", "max_replicas"):
+            del deployment["autoscaling_config"][name]
+        return config
+
+    (service,) = (each for each in render(RAY) if each["kind"] == "RayService")
+    ours = yaml.safe_load(service["spec"]["serveConfigV2"])
+    (replicas,) = ours["applications"][0]["deployments"]
+    cluster = service["spec"]["rayClusterConfig"]
+    (group,) = cluster["workerGroupSpecs"]
+    limit = group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"]
+
+    assert ours["applications"][0]["args"]["options"] == ""  # HYBRIDSD_CLOUD_MODEL says it
+    assert replicas["ray_actor_options"] == {"num_cpus": int(limit)}  # one replica fills a pod
+    assert replicas["autoscaling_config"]["max_replicas"] == group["maxReplicas"] <= MAX_SERVERS
+    assert replicas["autoscaling_config"]["min_replicas"] == group["minReplicas"]
+    assert ours["grpc_options"]["port"] == group["template"]["spec"]["containers"][0]["ports"][0]["containerPort"]
+    assert rest_of(ours) == rest_of(yaml.safe_load((OF_RAY / "serve_config.yaml").read_text(encoding="utf-8")))
+    lines = (OF_RAY / "node.env").read_text(encoding="utf-8").splitlines()
+    pairs = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    (given,) = (
+        each["data"] for each in render(RAY)
+        if each["kind"] == "ConfigMap" and each["metadata"]["name"].startswith("hybridsd-ray")
+    )  # fmt: skip
+    assert given == pairs
 
 
 def test_the_document_names_folders_that_are_there() -> None:

@@ -20,10 +20,16 @@ from edge_client.cli.main import main as edge_program
 from edge_client.cloud.pool import MAX_SERVERS
 
 KUBERNETES = ROOT / "deploy/kubernetes"
-ENTRYPOINTS = {"hybridsd-cloud": "deploy/cloud.Dockerfile", "hybridsd-edge": "deploy/edge.Dockerfile"}
+ENTRYPOINTS = {
+    "hybridsd-cloud": "deploy/cloud.Dockerfile",
+    "hybridsd-edge": "deploy/edge.Dockerfile",
+    "hybridsd-ray": "deploy/ray.Dockerfile",
+}
 """Our images, and what they are built from."""
 PROGRAMS: dict[str, click.Command] = {"hybridsd": edge_program, "hybridsd-cloud": cloud_program}
 PREFIXES = {"hybridsd": "HYBRIDSD_EDGE_", "hybridsd-cloud": "HYBRIDSD_CLOUD_"}
+OF_RAY = (6379, 8265)
+"""Ports of its head."""
 NO_OPTIONS = {"HYBRIDSD_EDGE_CACHE"}
 """Variables that are no option."""
 GRACEFUL_SHUTDOWN_S = 5
@@ -97,7 +103,12 @@ class Workload:
 
     @property
     def command(self) -> list[str]:
-        """What runs in it: the entry point of the image, or what stands in its place, and the arguments."""
+        """What runs in it: the entry point of the image, or what stands in its place, and the arguments.
+
+        Of a node of Ray, which KubeRay starts, the command whose options its variables are.
+        """
+        if self.kind == "RayService":
+            return ["hybridsd-cloud", "serve"]
         (entry,) = [json.loads(words) for name, words in instructions(ENTRYPOINTS[self.image]) if name == "ENTRYPOINT"]
         return [*self.container.get("command", entry), *self.container.get("args", ())]
 
@@ -137,6 +148,14 @@ def workloads(documents: list[Document]) -> Iterator[Workload]:
             template, strategy = each["spec"]["template"], each["spec"]["strategy"]["type"]
             labels, replicas = template["metadata"]["labels"], each["spec"].get("replicas")
             yield Workload("Deployment", name, labels, template["spec"], replicas, strategy)
+        elif each["kind"] == "RayService":
+            cluster = each["spec"]["rayClusterConfig"]
+            for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+                template, part = group["template"], group.get("groupName", "head")
+                labels = {"ray.io/node-type": "worker" if "groupName" in group else "head"}
+                labels |= template["metadata"]["labels"]
+                replicas = group.get("minReplicas", 1)
+                yield Workload("RayService", f"{name}-{part}", labels, template["spec"], replicas, "")
         elif each["kind"] == "Pod":
             yield Workload("Pod", name, each["metadata"]["labels"], each["spec"], 1, "")
 
@@ -203,10 +222,11 @@ def _faults_of_pod(
     if pod.spec.get("enableServiceLinks") is not False:
         yield f"{where}: a Service named hybridsd-cloud would set the option HYBRIDSD_CLOUD_PORT"
     yield from (f"{where}: {fault}" for fault in _faults_of_volumes(pod, everything, secrets))
-    if pod.kind == "Deployment":
+    if pod.kind != "Pod":
         yield from (f"{where}: {fault}" for fault in _faults_of_options(pod, documents))
-        yield from (f"{where}: {fault}" for fault in _faults_of_probes(pod, documents))
-        for spread in pod.spec["topologySpreadConstraints"]:
+        if pod.kind == "Deployment":
+            yield from (f"{where}: {fault}" for fault in _faults_of_probes(pod, documents))
+        for spread in pod.spec.get("topologySpreadConstraints", ()):
             if not selects(spread["labelSelector"], pod.labels):
                 yield f"{where}: the spread over {spread['topologyKey']} is of other pods"
 
@@ -242,7 +262,7 @@ def _faults_of_options(pod: Workload, documents: list[Document]) -> Iterator[str
         if name.startswith("HYBRIDSD_") and name not in options and name not in NO_OPTIONS:
             yield f"{name} is no option of {program}"
     for name, port in pod.ports().items():
-        if str(port) not in given.values():
+        if str(port) not in given.values() and port not in OF_RAY:
             yield f"nothing listens on port {name}, {port}"
     for name in (f"{PREFIXES[program]}PORT", f"{PREFIXES[program]}METRICS_PORT"):
         if name in given and int(given[name]) not in pod.ports().values():
@@ -275,7 +295,7 @@ def secret_faults(documents: list[Document], secrets: dict[str, set[str]]) -> It
     """Yields every file of a secret that an option names and that the secret does not have."""
     for pod in workloads(documents):
         mounts = pod.mounts()
-        for name, value in pod.environment(documents).items() if pod.kind == "Deployment" else ():
+        for name, value in pod.environment(documents).items() if pod.kind != "Pod" else ():
             for mount, volume in mounts.items():
                 key = value.removeprefix(f"{mount}/")
                 secret = volume.get("secret", {}).get("secretName")
@@ -351,7 +371,7 @@ def _faults_of_policy(spec: dict[str, Any], pods: list[Workload]) -> Iterator[st
         yield "is of no pods"
     for rule in spec.get("ingress", ()):
         for port in rule["ports"]:
-            if any(port["port"] not in pod.ports().values() for pod in chosen):
+            if "endPort" not in port and any(port["port"] not in pod.ports().values() for pod in chosen):
                 yield f"nothing listens on {port['port']}"
         for peer in rule["from"]:
             is_ours = "podSelector" in peer and "namespaceSelector" not in peer
@@ -364,7 +384,7 @@ def _faults_of_policy(spec: dict[str, Any], pods: list[Workload]) -> Iterator[st
                 if not asked:
                     yield "lets out to pods that are not there"
                 for port in rule["ports"]:
-                    if any(port["port"] not in pod.ports().values() for pod in asked):
+                    if "endPort" not in port and any(port["port"] not in pod.ports().values() for pod in asked):
                         yield f"nothing listens on {port['port']} there"
 
 

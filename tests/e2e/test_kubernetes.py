@@ -263,6 +263,8 @@ def test_a_reference_that_leads_nowhere_is_found(
     ("variable", "value", "says"),
     [
         ("HYBRIDSD_CLOUD_MAX_BACH", "8", "is no option"),
+        ("HYBRIDSD_CLOUD_MAX_BATCH", "many", "'many' is not a valid integer"),
+        ("HYBRIDSD_EDGE_LOG_FORMAT", "jsn", "'jsn' is not one of"),
         ("HYBRIDSD_CLOUD_MODEL", "demo=/model/cloud", "nothing lies at /model/cloud"),
         ("HYBRIDSD_CLOUD_TOKEN_FILE", "/etc/hybridsd/tokens/token.toml", "has no token.toml"),
         ("HYBRIDSD_CLOUD_PORT", "50052", "no port of the container"),

@@ -258,9 +258,15 @@ def _faults_of_options(pod: Workload, documents: list[Document]) -> Iterator[str
     """Variables are options, ports are ports, files lie in volumes, and what is written can be written."""
     program, command = pod.command[0], pod.command[1]
     options, given = options_of(program, command, "probe"), pod.environment(documents)
-    for name in given:
+    for name, value in given.items():
         if name.startswith("HYBRIDSD_") and name not in options and name not in NO_OPTIONS:
             yield f"{name} is no option of {program}"
+        elif name in options and not isinstance(options[name].type, click.Path):
+            for word in value.split() if options[name].multiple else [value]:
+                try:
+                    options[name].type.convert(word, options[name], None)
+                except click.BadParameter as error:
+                    yield f"{name}: {error.message}"
     for name, port in pod.ports().items():
         if str(port) not in given.values() and port not in OF_RAY:
             yield f"nothing listens on port {name}, {port}"

@@ -340,7 +340,7 @@ def policy_faults(documents: list[Document]) -> Iterator[str]:
         )
         for pod in workloads(documents)
     }
-    for pod in (pod for pod in workloads(documents) if pod.kind == "Deployment"):
+    for pod in (pod for pod in workloads(documents) if pod.kind != "Pod" and not pod.name.endswith("-head")):
         given = pod.environment(documents)
         safe = {"TLS_CERT", "TLS_KEY", "TOKEN_FILE" if "cloud" in pod.name else "CLIENT_TOKENS"}
         plain = {"INSECURE", "OPEN", "HTTP"}
@@ -565,6 +565,12 @@ def test_images_have_the_user_that_pods_run_as() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     assert ("ARG", f"CLOUD=hybridsd-cloud:{version}") in steps
     assert [words for name, words in steps if name == "USER"][-1] == "hybridsd"
+    allowed = {
+        line[1:] for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines() if line[:1] == "!"
+    }
+    copied = {words.split()[0] for name, words in steps if name == "COPY"}
+    assert copied <= allowed
+    assert all((ROOT / path).exists() for path in copied - {"deploy/ray"}), copied
 
 
 RAY_BREAKS = [

@@ -618,6 +618,8 @@ def test_ray_runs_the_application_of_deploy_ray() -> None:
     (group,) = cluster["workerGroupSpecs"]
     limit = group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"]
 
+    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert f"ray=={cluster['rayVersion']}" in pinned
     assert ours["applications"][0]["args"]["options"] == ""  # HYBRIDSD_CLOUD_MODEL says it
     assert replicas["ray_actor_options"] == {"num_cpus": int(limit)}  # one replica fills a pod
     assert replicas["autoscaling_config"]["max_replicas"] == group["maxReplicas"] <= MAX_SERVERS

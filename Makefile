@@ -14,6 +14,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[cloud,edge,training,dev]'
+# The policy linter of deploy/kubernetes pins dozens of packages that others need newer.
+	$(PYTHON) -m venv $(VENV)/checkov
+	$(VENV)/checkov/bin/pip install --quiet --no-compile checkov==3.3.30
 	touch $@
 
 demo: $(INSTALLED)  ## start a cloud and an edge on this machine, make an image, say where it is
@@ -34,6 +37,7 @@ lint: $(INSTALLED)  ## style, types, who may import whom, generated files
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python protos/generate.py --check
 	$(BIN)/python docs/generate_cli.py --check
+	$(BIN)/python deploy/kubernetes/make_rule.py --check
 
 format: $(INSTALLED)  ## fix what can be fixed
 	$(BIN)/ruff check --fix .

@@ -52,6 +52,7 @@ NOT_RUN = {
     r"make ": "see MADE and NOT_MADE",
     r"source \.venv/bin/activate": "this test runs in it",
     r"docker compose ": "needs an engine; tests/e2e/test_compose.py runs the same commands as processes",
+    r"(docker build|kind load|kubectl|helm) ": "needs a cluster; tests/e2e/test_kubernetes.py renders the same folders",
     r"python deploy/make_secrets\.py": "tests/e2e/test_compose.py runs it",
     r"pip install ": "needs the network; make test has done it",
     r"curl ": "test_curl below",

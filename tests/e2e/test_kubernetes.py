@@ -468,7 +468,7 @@ def box(spec: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_policy_linter_finds_nothing_but_what_is_broken(tmp_path: Path) -> None:
     """checkov passes what is rendered, and for each policy fails the copy that breaks it."""
-    assert CHECKOV.exists(), "make installs checkov into .venv/checkov"
+    assert CHECKOV.exists(), "make test installs checkov into .venv/checkov"
     files = {
         folder.replace("/", "-") + ".yaml": [*(kept() if folder != PLAIN else []), *render(folder)]
         for folder in OVERLAYS
@@ -598,7 +598,6 @@ def test_a_wrong_reference_of_ray_is_found(path: str, value: object, says: str, 
     assert list(wrong_fields(find(wrong, "RayService", "hybridsd-cloud")))
 
 
-@pytest.mark.skipif(not OF_RAY.exists(), reason="deploy/ray is not here yet")
 def test_ray_runs_the_application_of_deploy_ray() -> None:
     """With its configuration and variables, but for the models and how much there may be."""
 

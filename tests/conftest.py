@@ -8,7 +8,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and the proc
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _LONG = (
-    "e2e/test_commands.py", "unit/training/test_recipes.py", "e2e/test_page.py", "unit/training/test_family.py",
+    "e2e/test_commands.py", "integration/test_ray.py", "unit/training/test_recipes.py", "e2e/test_page.py",
+    "unit/training/test_family.py",
     "e2e/test_processes.py", "tests/load/", "unit/training/export/", "unit/training/cli/",
     "contract/test_plan_parity.py", "faults/cloud/test_mutated_requests.py", "unit/training/", "e2e/", "integration/",
 )  # fmt: skip

@@ -1,0 +1,296 @@
+"""A cloud in virtual time: the product's scheduler, with devices that take measured times in place of models.
+
+Does what `cloud_server.engine.engine` does with its scheduler, in the same order, without its threads.
+"""
+
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from cloud_server.engine.caller import Caller
+from cloud_server.engine.event_buffer import EventBuffer
+from cloud_server.engine.events import Event, Finished, Queued, Usage
+from cloud_server.engine.job import Job
+from cloud_server.engine.request import JobRequest
+from cloud_server.engine.scheduler import Load, Scheduler
+from cloud_server.engine.step import Group, Trajectory
+from cloud_server.models.denoiser import MAX_TEXTS
+from hybridsd.errors import Reason
+from tests.load.simulator.clock import Clock
+
+CallTime = Callable[[str, int, int], float]
+"""Seconds of a call, by model, width of a square picture, jobs of the batch."""
+NOTHING = Finished(Usage(0.0, 0.0, 0.0, 0))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Image:
+    """What is asked of a cloud."""
+
+    request_id: str
+    model: str
+    size: int
+    """Width and height in pixels."""
+    calls: int
+    """Of the U-Net."""
+    prompt: str = ""
+
+
+@dataclass(slots=True)
+class Device:
+    """One device, and what it has done."""
+
+    index: int
+    models: OrderedDict[str, None] = field(default_factory=OrderedDict)
+    """That are loaded, the last used last."""
+    loads: str | None = None
+    """A model that is being loaded, beside its calls."""
+    is_busy: bool = False
+    busy_s: float = 0.0
+    num_calls: int = 0
+    num_job_calls: int = 0
+    num_loads: int = 0
+
+
+class _Reader:
+    """What a stream is to a job: hears its events."""
+
+    def __init__(self, on_queued: Callable[[int], None]) -> None:
+        self._on_queued = on_queued
+
+    def post(self, event: Event) -> None:
+        if isinstance(event, Queued):
+            self._on_queued(event.position)
+
+    def supersede(self) -> None:
+        """A job here has one reader."""
+
+
+class _Shared(Scheduler):
+    """One queue in front of several devices: places for all of them, batches for one."""
+
+    def __init__(self, *, num_devices: int, device_batch: int, **options: Any) -> None:
+        super().__init__(max_batch=num_devices * device_batch, **options)
+        self._device_batch = device_batch
+
+    def _cap(self, group: Group | None) -> int:
+        return min(super()._cap(group), self._device_batch)
+
+
+class Cloud:
+    """A server of one or more devices."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        call_s: CallTime,
+        *,
+        num_devices: int = 1,
+        max_batch: int = 8,
+        max_queue: int = 32,
+        resident: int = 8,
+        load_s: float = 0.0,
+        prepare_s: float = 0.0,
+        text_s: float = 0.0,
+        rand: Callable[[], float],
+    ) -> None:
+        """Makes a server without jobs, whose devices have loaded nothing.
+
+        Args:
+            clock: The time.
+            call_s: What a call takes.
+            num_devices: Behind one queue.
+            max_batch: Jobs in one call.
+            max_queue: Jobs that may wait.
+            resident: Models that a device can hold; the one used longest ago makes room.
+            load_s: To load one.
+            prepare_s: Between the admission of a job and its first call, at the earliest.
+            text_s: To encode a text that is not held; one after another.
+            rand: Returns numbers from 0 up to 1.
+        """
+        self._clock, self._call_s = clock, call_s
+        options: dict[str, Any] = {
+            "max_queue": max_queue, "keep_finished": 0, "keep_finished_s": 0.0, "clock": clock, "rand": rand,
+            "on_end": self._forget,
+        }  # fmt: skip
+        self.scheduler: Scheduler = (
+            Scheduler(max_batch=max_batch, **options)
+            if num_devices == 1
+            else _Shared(num_devices=num_devices, device_batch=max_batch, **options)
+        )
+        self.devices = [Device(index) for index in range(num_devices)]
+        self.max_batch = max_batch * num_devices
+        self.num_refusals = 0
+        self._resident, self._load_s, self._prepare_s, self._text_s = resident, load_s, prepare_s, text_s
+        self._hooks: dict[Job, Callable[[int], None]] = {}
+        self._unread: deque[Job] = deque()
+        self._is_reading = False
+        self._texts: OrderedDict[str, None] = OrderedDict()
+
+    def load(self, caller: Caller) -> Load:
+        """Returns how busy it is, and how long a caller would wait: what it tells edges."""
+        return self.scheduler.load(caller)
+
+    def ask(
+        self,
+        image: Image,
+        caller: Caller,
+        on_state: Callable[[int], None],
+        on_queued: Callable[[int], None] = lambda _position: None,
+    ) -> Job:
+        """Takes a job.
+
+        Args:
+            image: What is asked for.
+            caller: By whom.
+            on_state: Hears how many calls have been run, after each.
+            on_queued: Hears how many jobs begin before this one.
+
+        Raises:
+            HybridSDError: QUEUE_FULL, with a retry delay.
+        """
+        try:
+            self.scheduler.check_room(image.request_id, caller)
+        except Exception:
+            self.num_refusals += 1
+            raise
+        job = Job(_request(image), self._clock.now_s, caller=caller)
+        self._hooks[job] = on_state
+        self.scheduler.add(job)
+        job.attach(cast(EventBuffer, _Reader(on_queued)), None)
+        self._admit()
+        self.scheduler.post_positions()
+        self._work()
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """Stops a job, as an edge does that has no more use for it."""
+        self.scheduler.forget_promise(job.request.request_id, job.caller)
+        if job.outcome is None:
+            job.stop(Reason.CANCELLED.error("the job was cancelled"))
+            self._sweep(active=False)
+            self._work()
+
+    def _sweep(self, *, active: bool) -> None:
+        self.scheduler.sweep(active=active)
+        self._admit()
+
+    def _admit(self) -> None:
+        self._unread.extend(job for job in self.scheduler.admit() if job.trajectory is None)
+        self._read()
+
+    def _read(self) -> None:
+        """Reads the texts of one job after another."""
+        while self._unread and not self._is_reading:
+            job = self._unread.popleft()
+            if job.outcome is not None:
+                continue
+            prompt = str(job.request.prompt)
+            is_new = prompt not in self._texts
+            self._texts[prompt] = None
+            self._texts.move_to_end(prompt)
+            if len(self._texts) > MAX_TEXTS:
+                self._texts.popitem(last=False)
+            self._is_reading = True
+            self._clock.after(self._text_s if is_new else 0.0, lambda job=job: self._has_read(job))  # type: ignore[misc]
+
+    def _has_read(self, job: Job) -> None:
+        self._is_reading = False
+        self._clock.after(self._prepare_s, lambda: self._is_ready(job))
+        self._read()
+
+    def _is_ready(self, job: Job) -> None:
+        if job.outcome is None:
+            request = job.request
+            group: Group = (request.model, request.latent_shape, (), request.loras)
+            job.trajectory = Trajectory(request, group, cast(Any, None), 2, 1.0, 0)
+            self._work()
+
+    def _work(self) -> None:
+        """Gives work to devices that have none."""
+        for device in self.devices:
+            if not device.is_busy:
+                self._turn(device)
+
+    def _turn(self, device: Device) -> None:
+        """Begins the next call of a device, where there is one for it."""
+        self._sweep(active=True)
+        jobs = self._choose(device)
+        if not jobs:
+            return
+        batch = [(job, cast(Trajectory, job.trajectory)) for job in jobs]
+        model, shape = batch[0][1].group[0], batch[0][1].group[1]
+        device.models.move_to_end(model)
+        for job in jobs:
+            job.trajectory = None  # no other device's, and nobody's to take its place from
+        call_s = self._call_s(model, shape[2] * 8, len(batch))
+        device.is_busy = True
+        device.busy_s += call_s
+        device.num_calls += 1
+        device.num_job_calls += len(batch)
+        self._clock.after(call_s, lambda: self._done(device, batch, call_s))
+
+    def _choose(self, device: Device) -> list[Job]:
+        """Returns the batch whose turn it is, of the models that a device has loaded; has others loaded beside."""
+        cold = [
+            job
+            for job in self.scheduler.running
+            if job.trajectory is not None and job.request.model not in device.models
+        ]
+        if not cold:
+            return self.scheduler.choose()
+        held = [(job, job.trajectory) for job in cold]
+        for job in cold:
+            job.trajectory = None
+        chosen = self.scheduler.choose()
+        for job, trajectory in held:
+            job.trajectory = trajectory
+        for model in dict.fromkeys(job.request.model for job in cold):
+            is_away = not any(model in other.models or model == other.loads for other in self.devices)
+            has_room = len(device.models) < self._resident and not chosen
+            if device.loads is None and (is_away or has_room):
+                device.loads = model
+                self._clock.after(self._load_s, lambda model=model: self._has_loaded(device, model))  # type: ignore[misc]
+        return chosen
+
+    def _has_loaded(self, device: Device, model: str) -> None:
+        device.loads = None
+        device.num_loads += 1
+        device.models[model] = None
+        while len(device.models) > self._resident:
+            device.models.popitem(last=False)
+        self._work()
+
+    def _done(self, device: Device, batch: list[tuple[Job, Trajectory]], call_s: float) -> None:
+        """Follows the outcome of a call."""
+        device.is_busy = False
+        for job, trajectory in batch:
+            if job.outcome is None:
+                job.trajectory = trajectory
+        self.scheduler.charge([job for job, _ in batch], call_s)
+        for job, trajectory in batch:
+            if job.outcome is not None:
+                continue
+            trajectory.call += 1
+            job.num_calls += 1
+            hook = self._hooks[job]
+            if trajectory.call == job.request.handoff_call:
+                self.scheduler.end(job, NOTHING)
+            hook(trajectory.call)
+        self._turn(device)
+        self._work()
+
+    def _forget(self, job: Job) -> None:
+        self._hooks.pop(job, None)
+
+
+def _request(image: Image) -> JobRequest:
+    """Returns a request as the engine has it; its plan is nobody's to run."""
+    side = image.size // 8
+    return JobRequest(
+        request_id=image.request_id, model=image.model, prompt=image.prompt, negative_prompt="", guidance_scale=4.0,
+        size=(image.size, image.size), latent_shape=(4, side, side), plan=cast(Any, None), handoff_call=image.calls,
+        state_every=1,
+    )  # fmt: skip
+

@@ -4,7 +4,7 @@ Does what `cloud_server.engine.engine` does with its scheduler, in the same orde
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -90,12 +90,13 @@ class Cloud:
         max_batch: int = 8,
         max_queue: int = 32,
         resident: int = 8,
+        models: Sequence[str] = (),
         load_s: float = 0.0,
         prepare_s: float = 0.0,
         text_s: float = 0.0,
         rand: Callable[[], float],
     ) -> None:
-        """Makes a server without jobs, whose devices have loaded nothing.
+        """Makes a server without jobs.
 
         Args:
             clock: The time.
@@ -104,6 +105,7 @@ class Cloud:
             max_batch: Jobs in one call.
             max_queue: Jobs that may wait.
             resident: Models that a device can hold; the one used longest ago makes room.
+            models: That each device has loaded at first.
             load_s: To load one.
             prepare_s: Between the admission of a job and its first call, at the earliest.
             text_s: To encode a text that is not held; one after another.
@@ -119,7 +121,7 @@ class Cloud:
             if num_devices == 1
             else _Shared(num_devices=num_devices, device_batch=max_batch, **options)
         )
-        self.devices = [Device(index) for index in range(num_devices)]
+        self.devices = [Device(index, OrderedDict.fromkeys(models[:resident])) for index in range(num_devices)]
         self.max_batch = max_batch * num_devices
         self.num_refusals = 0
         self._resident, self._load_s, self._prepare_s, self._text_s = resident, load_s, prepare_s, text_s

@@ -4,7 +4,7 @@ import math
 import random
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from tests.load.figures import percentile
@@ -17,6 +17,8 @@ from tests.load.simulator.traffic import KINDS, Traffic, arrivals
 
 MAX_BATCH, MAX_QUEUE = 8, 32
 """Of a cloud, by default."""
+SETTLED = 20
+"""A load is constant for so many times what a full batch takes from its first step to its last."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,10 +68,9 @@ class Result:
         return len(self.served) / (3600 * self.hours)
 
     @property
-    def cloud_part(self) -> float:
-        """Of the planned cloud steps those that were a cloud's."""
-        planned = sum(each.planned for each in self.asked)
-        return sum(each.cloud_steps for each in self.asked) / planned if planned else math.nan
+    def cloud_steps(self) -> float:
+        """Cloud steps of an image whose edge can reach a cloud, on average."""
+        return mean([each.cloud_steps for each in self.drawn if not each.is_offline])
 
     def first_state_s(self, part: float) -> float:
         """Returns a percentile of the time from asking to the first state."""
@@ -120,6 +121,7 @@ def run(setup: Setup, *, rule: Name, num_devices: int, rate: float, hours: float
         Cloud(
             clock, lambda _model, size, batch: steps.call_s(size, batch), num_devices=per_cloud,
             max_batch=setup.max_batch, max_queue=setup.max_queue * per_cloud, resident=setup.resident,
+            models=[f"model-{index}" for index in range(len(setup.traffic.model_weights))],
             load_s=steps.load_s, text_s=steps.text_s, rand=chance.random,
         )
         for _ in range(num_devices // per_cloud)
@@ -158,28 +160,27 @@ class Point:
 
 
 def sweep(
-    setup: Setup, *, rule: Name, num_devices: int, loads: Sequence[float], images: int, min_hours: float = 0.0
+    setup: Setup, *, rule: Name, num_devices: int, loads: Sequence[float], images: int
 ) -> list[Point]:
-    """Runs constant loads without bursts, of about so many images each; a longer one where it would be too short."""
+    """Runs constant loads without bursts, of so many images each or more: it takes as long as several images do."""
     steady = replace(setup, traffic=replace(setup.traffic, swing=0.0, burst_part=0.0))
     points = []
     for load in loads:
         rate = load * num_devices * capacity(setup)
-        hours = max(images / rate / 3600, min_hours)
+        hours = max(images / rate, SETTLED * MAX_BATCH / capacity(setup)) / 3600
         points.append(Point(load=load, result=run(steady, rule=rule, num_devices=num_devices, rate=rate, hours=hours)))
     return points
 
 
-def bend(points: Sequence[Point], bound: float, part: float = 0.99) -> float:
-    """Returns the load at which a percentile of the hand-off is so many times that of the first point.
+def bend(points: Sequence[Point], what: Callable[[Result], float], bound: float) -> float:
+    """Returns the load at which something is so many times what it is at the first point; infinite where it never is.
 
-    Linear between the points; infinite where it does not come to that.
+    Linear between the points. A bound below 1 is one that it falls to.
     """
-    first_s = points[0].result.handoff_s(part)
-    before = points[0]
+    first, before = what(points[0].result), points[0]
     for point in points[1:]:
-        low, high = (each.result.handoff_s(part) / first_s for each in (before, point))
-        if high >= bound:
+        low, high = (what(each.result) / first for each in (before, point))
+        if high >= bound if bound > 1 else high <= bound:
             return before.load + (point.load - before.load) * (bound - low) / (high - low)
         before = point
     return math.inf

@@ -44,6 +44,7 @@ class Drawn:
     kind: str
     size: int
     asked_s: float
+    is_offline: bool
     planned: int = 0
     """Cloud steps that the automatic split chose; 0 asks no cloud."""
     cloud_steps: int = 0
@@ -83,7 +84,7 @@ class Drawing:
         self._step_s, self._decode_s = kind.slower * edge.step_s, kind.slower * edge.decode_s
         self._text_s = kind.slower * edge.text_s
         self._travel_s = ARRAYS_OF_A_STATE * 2 * 4 * (image.size // 8) ** 2 / kind.bytes_per_s
-        self.result = Drawn(kind.name, image.size, now_s)
+        self.result = Drawn(kind.name, image.size, now_s, kind.is_offline)
         self._job: Job | None = None
         self._tried: list[Cloud] = []
         self._gives_up_s = now_s + PATIENCE.busy_timeout_s

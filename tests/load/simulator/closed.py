@@ -1,0 +1,106 @@
+"""The clients of `make load` in virtual time: each asks for one picture after another, and comes again when it is told."""
+
+import itertools
+import random
+from collections.abc import Callable, Sequence
+
+from cloud_server.engine.caller import Caller
+from hybridsd.errors import HybridSDError
+from tests.load.clients import Asked, Mix
+from tests.load.simulator.clock import Clock
+from tests.load.simulator.cloud import Cloud, Image
+from tests.load.simulator.steps import Steps
+
+PREPARE_PART = 0.5
+"""Of a request's overhead before its first call; the rest is after its last."""
+
+
+class _Client:
+    def __init__(
+        self, clock: Clock, cloud: Cloud, token: str, next_image: Callable[[], Image], *, until_s: float,
+        patience_s: float, after_s: float,
+    ) -> None:  # fmt: skip
+        self._clock, self._cloud, self._next_image = clock, cloud, next_image
+        self._caller = Caller(principal=token, owner=token)
+        self._until_s, self._patience_s, self._after_s = until_s, patience_s, after_s
+        self.done: list[Asked] = []
+
+    def ask(self) -> None:
+        """Asks for the next picture, unless it is late."""
+        if self._clock.now_s < self._until_s:
+            self._asked = Asked(token=self._caller.principal, begin_s=self._clock.now_s)
+            self._image = self._next_image()
+            self._try()
+
+    def _try(self) -> None:
+        try:
+            self._cloud.ask(self._image, self._caller, self._on_state)
+        except HybridSDError as error:
+            delay_s = error.retry_delay_s or 0.0
+            asked = self._asked
+            asked.reason = error.reason.name
+            if self._clock.now_s + delay_s > asked.begin_s + self._patience_s:
+                self._end("refused", 0.1)
+                return
+            asked.num_retries += 1
+            self._clock.after(delay_s, self._try)
+
+    def _on_state(self, call: int) -> None:
+        asked, now_s = self._asked, self._clock.now_s
+        if asked.first_state_s is None:
+            asked.first_state_s = now_s - asked.begin_s
+        asked.calls.append((now_s, self._image.size**2 / 64))
+        if call == self._image.calls:
+            self._clock.after(self._after_s, lambda: self._end("done", 0.0))
+
+    def _end(self, outcome: str, pause_s: float) -> None:
+        asked = self._asked
+        asked.outcome, asked.elapsed_s = outcome, self._clock.now_s - asked.begin_s
+        self.done.append(asked)
+        self._clock.after(pause_s, self.ask)
+
+
+def crowd(
+    steps: Steps, tokens: Sequence[str], *, seconds: float, patience_s: float, max_batch: int = 8, max_queue: int = 32,
+    seed: int = 0,
+) -> tuple[list[Asked], float]:  # fmt: skip
+    """Returns what `tests.load.scenarios.crowd` would see of one device: the requests, and how long it took.
+
+    Args:
+        steps: Measured times.
+        tokens: Of each client.
+        seconds: Of asking; the last pictures are waited for.
+        patience_s: Of a client, for one picture.
+        max_batch: Of the cloud.
+        max_queue: Of the cloud.
+        seed: Of the jitter of refusals; the pictures are those of `Mix`, as there.
+    """
+    clock = Clock()
+    half_s = PREPARE_PART * steps.overhead_s
+    cloud = Cloud(
+        clock, lambda _model, size, batch: steps.call_s(size, batch), max_batch=max_batch, max_queue=max_queue,
+        prepare_s=half_s, rand=random.Random(seed).random,
+    )  # fmt: skip
+    numbers = itertools.count()
+
+    def images(mix: Mix) -> Callable[[], Image]:
+        def next_image() -> Image:
+            request = mix.next()
+            return Image(
+                request_id=f"load-{next(numbers)}", model="load", size=request.width, calls=request.handoff_step,
+                prompt=request.text.prompt,
+            )  # fmt: skip
+
+        return next_image
+
+    clients = [
+        _Client(
+            clock, cloud, token, images(Mix(seed=index)), until_s=seconds, patience_s=patience_s,
+            after_s=steps.overhead_s - half_s,
+        )
+        for index, token in enumerate(tokens)
+    ]  # fmt: skip
+    for client in clients:
+        clock.at(0.0, client.ask)
+    clock.run()
+    return list(itertools.chain.from_iterable(client.done for client in clients)), clock.now_s

@@ -1,4 +1,4 @@
-"""`make simulate`: a day of traffic against one, four and sixteen devices, in virtual time. Prints tables; draws charts.
+"""`make simulate`: a day of traffic against one, four, sixteen devices in virtual time. Prints tables, draws charts.
 
     python -m tests.load.simulate [--table demo] [--hours 0.1] [--charts FOLDER]
     python -m tests.load.simulate --measure out/steps.json [--model FOLDER] [--cloud-option=--device=cuda]
@@ -131,7 +131,7 @@ def measure(options: argparse.Namespace) -> Steps:
     """Starts a cloud, times it and this machine's edge, and returns the table."""
     with place(tiny=options.tiny) as here:
         if options.model is not None:
-            here = replace(here, model=options.model)  # noqa: PLW2901
+            here = replace(here, model=options.model)
         cloud = here.cloud("cloud", *options.cloud_option)
         begin = time.monotonic()
         with started(cloud):

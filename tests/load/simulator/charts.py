@@ -28,14 +28,16 @@ def draw(
                 label = f"{num_devices}, {rule}" if num_devices > 1 else "1 device"
                 style = STYLES[rule] if num_devices > 1 else "-"
                 loads = [point.load for point in points]
-                axes.plot(loads, [p.result.handoff_s(0.99) for p in points], style, color=color, label=label, zorder=index)
+                axes.plot(
+                    loads, [p.result.handoff_s(0.99) for p in points], style, color=color, label=label, zorder=index
+                )
             axes.set(xlabel="load of each device (1: full batches)", ylabel="p99 of the hand-off, s", yscale="log")
             axes.legend(fontsize=7)
             axes.grid(visible=True, alpha=0.3)
             files.append(_save(figure, folder / f"scaling-{name}-load.svg"))
         figure, axes = pyplot.subplots(figsize=(6.4, 3.6))
         for result in results:
-            done = sorted((each.handoff_s for each in result.served if each.handoff_s is not None))
+            done = sorted(each.handoff_s for each in result.served if each.handoff_s is not None)
             parts = [(index + 1) / max(len(result.asked), 1) for index in range(len(done))]
             color = f"C{sorted({each.num_devices for each in results}).index(result.num_devices)}"
             label = f"{result.num_devices}, {result.rule}" if result.num_devices > 1 else "1 device"

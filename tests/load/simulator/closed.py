@@ -1,4 +1,4 @@
-"""The clients of `make load` in virtual time: each asks for one picture after another, and comes again when it is told."""
+"""The clients of `make load` in virtual time: each asks for one picture after another and comes again when told."""
 
 import itertools
 import random
@@ -8,21 +8,20 @@ from cloud_server.engine.caller import Caller
 from hybridsd.errors import HybridSDError
 from tests.load.clients import Asked, Mix
 from tests.load.simulator.clock import Clock
-from tests.load.simulator.cloud import Cloud, Image
-from tests.load.simulator.steps import Steps
+from tests.load.simulator.cloud import CallTime, Cloud, Image
 
-PREPARE_PART = 0.5
-"""Of a request's overhead before its first call; the rest is after its last."""
+Delay = Callable[[], float]
+"""Returns seconds."""
 
 
 class _Client:
     def __init__(
         self, clock: Clock, cloud: Cloud, token: str, next_image: Callable[[], Image], *, until_s: float,
-        patience_s: float, after_s: float,
+        patience_s: float, state_s: Delay, after_s: Delay,
     ) -> None:  # fmt: skip
         self._clock, self._cloud, self._next_image = clock, cloud, next_image
         self._caller = Caller(principal=token, owner=token)
-        self._until_s, self._patience_s, self._after_s = until_s, patience_s, after_s
+        self._until_s, self._patience_s, self._state_s, self._after_s = until_s, patience_s, state_s, after_s
         self.done: list[Asked] = []
 
     def ask(self) -> None:
@@ -46,12 +45,15 @@ class _Client:
             self._clock.after(delay_s, self._try)
 
     def _on_state(self, call: int) -> None:
+        self._clock.after(self._state_s(), lambda: self._arrived(call))
+
+    def _arrived(self, call: int) -> None:
         asked, now_s = self._asked, self._clock.now_s
         if asked.first_state_s is None:
             asked.first_state_s = now_s - asked.begin_s
         asked.calls.append((now_s, self._image.size**2 / 64))
         if call == self._image.calls:
-            self._clock.after(self._after_s, lambda: self._end("done", 0.0))
+            self._clock.after(self._after_s(), lambda: self._end("done", 0.0))
 
     def _end(self, outcome: str, pause_s: float) -> None:
         asked = self._asked
@@ -61,25 +63,30 @@ class _Client:
 
 
 def crowd(
-    steps: Steps, tokens: Sequence[str], *, seconds: float, patience_s: float, max_batch: int = 8, max_queue: int = 32,
+    call_s: CallTime, tokens: Sequence[str], *, before_s: Delay, state_s: Delay, after_s: Delay, turnover_s: float = 0.0,
+    seconds: float, patience_s: float, max_batch: int = 8, max_queue: int = 32, mixes: Sequence[Mix] | None = None,
     seed: int = 0,
 ) -> tuple[list[Asked], float]:  # fmt: skip
     """Returns what `tests.load.scenarios.crowd` would see of one device: the requests, and how long it took.
 
     Args:
-        steps: Measured times.
+        call_s: Of one model.
         tokens: Of each client.
+        before_s: Returns what lies between asking and the first call, at the earliest; as do the next two:
+        state_s: Between the end of a call and its state here.
+        after_s: Between the last state and the end of a stream.
+        turnover_s: Of the device's time that each request takes.
         seconds: Of asking; the last pictures are waited for.
         patience_s: Of a client, for one picture.
         max_batch: Of the cloud.
         max_queue: Of the cloud.
-        seed: Of the jitter of refusals; the pictures are those of `Mix`, as there.
+        mixes: What each client asks for; by default as there.
+        seed: Of the jitter of refusals.
     """
     clock = Clock()
-    half_s = PREPARE_PART * steps.overhead_s
     cloud = Cloud(
-        clock, lambda _model, size, batch: steps.call_s(size, batch), max_batch=max_batch, max_queue=max_queue,
-        prepare_s=half_s, rand=random.Random(seed).random,
+        clock, call_s, max_batch=max_batch, max_queue=max_queue, prepare_s=before_s, turnover_s=turnover_s,
+        rand=random.Random(seed).random,
     )  # fmt: skip
     numbers = itertools.count()
 
@@ -95,10 +102,10 @@ def crowd(
 
     clients = [
         _Client(
-            clock, cloud, token, images(Mix(seed=index)), until_s=seconds, patience_s=patience_s,
-            after_s=steps.overhead_s - half_s,
+            clock, cloud, token, images(mix), until_s=seconds, patience_s=patience_s,
+            state_s=state_s, after_s=after_s,
         )
-        for index, token in enumerate(tokens)
+        for mix, token in zip(mixes or [Mix(seed=index) for index in range(len(tokens))], tokens, strict=True)
     ]  # fmt: skip
     for client in clients:
         clock.at(0.0, client.ask)

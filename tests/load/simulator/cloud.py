@@ -92,7 +92,8 @@ class Cloud:
         resident: int = 8,
         models: Sequence[str] = (),
         load_s: float = 0.0,
-        prepare_s: float = 0.0,
+        prepare_s: Callable[[], float] = lambda: 0.0,
+        turnover_s: float = 0.0,
         text_s: float = 0.0,
         rand: Callable[[], float],
     ) -> None:
@@ -107,7 +108,8 @@ class Cloud:
             resident: Models that a device can hold; the one used longest ago makes room.
             models: That each device has loaded at first.
             load_s: To load one.
-            prepare_s: Between the admission of a job and its first call, at the earliest.
+            prepare_s: Returns what lies between the admission of a job and its first call, at the earliest.
+            turnover_s: That each job takes of its device's time before its first call.
             text_s: To encode a text that is not held; one after another.
             rand: Returns numbers from 0 up to 1.
         """
@@ -125,6 +127,7 @@ class Cloud:
         self.max_batch = max_batch * num_devices
         self.num_refusals = 0
         self._resident, self._load_s, self._prepare_s, self._text_s = resident, load_s, prepare_s, text_s
+        self._turnover_s = turnover_s
         self._hooks: dict[Job, Callable[[int], None]] = {}
         self._unread: deque[Job] = deque()
         self._is_reading = False
@@ -199,7 +202,7 @@ class Cloud:
 
     def _has_read(self, job: Job) -> None:
         self._is_reading = False
-        self._clock.after(self._prepare_s, lambda: self._is_ready(job))
+        self._clock.after(self._prepare_s(), lambda: self._is_ready(job))
         self._read()
 
     def _is_ready(self, job: Job) -> None:
@@ -226,7 +229,8 @@ class Cloud:
         device.models.move_to_end(model)
         for job in jobs:
             job.trajectory = None  # no other device's, and nobody's to take its place from
-        call_s = self._call_s(model, shape[2] * 8, len(batch))
+        num_new = sum(trajectory.call == 0 for _, trajectory in batch)
+        call_s = self._call_s(model, shape[2] * 8, len(batch)) + num_new * self._turnover_s
         device.is_busy = True
         device.busy_s += call_s
         device.num_calls += 1
@@ -295,4 +299,3 @@ def _request(image: Image) -> JobRequest:
         size=(image.size, image.size), latent_shape=(4, side, side), plan=cast(Any, None), handoff_call=image.calls,
         state_every=1,
     )  # fmt: skip
-

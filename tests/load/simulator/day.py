@@ -5,7 +5,7 @@ import random
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from tests.load.figures import percentile
 from tests.load.simulator.clock import Clock
@@ -13,7 +13,7 @@ from tests.load.simulator.cloud import Cloud
 from tests.load.simulator.edges import Drawing, Drawn, Kind, World, mean_cloud_steps
 from tests.load.simulator.routing import Name, rule_of
 from tests.load.simulator.steps import Steps
-from tests.load.simulator.traffic import KINDS, Traffic, arrivals
+from tests.load.simulator.traffic import KINDS, Arrival, Traffic, arrivals
 
 MAX_BATCH, MAX_QUEUE = 8, 32
 """Of a cloud, by default."""
@@ -26,7 +26,7 @@ class Setup:
     """What is simulated."""
 
     steps: Steps
-    traffic: Traffic = Traffic()
+    traffic: Traffic = field(default_factory=Traffic)
     kinds: tuple[Kind, ...] = KINDS
     max_batch: int = MAX_BATCH
     max_queue: int = MAX_QUEUE
@@ -99,7 +99,7 @@ def capacity(setup: Setup) -> float:
     steps, weights = setup.steps, setup.traffic.size_weights[: len(setup.steps.sizes)]
     full = setup.max_batch
     device_s = sum(
-        weight * mean_cloud_steps(setup.kinds, steps, size) * steps.call_s(size, full) / full
+        weight * (mean_cloud_steps(setup.kinds, steps, size) * steps.call_s(size, full) / full + steps.turnover_s)
         for size, weight in zip(steps.sizes, weights, strict=False)
     )
     return sum(weights) / device_s
@@ -122,19 +122,21 @@ def run(setup: Setup, *, rule: Name, num_devices: int, rate: float, hours: float
             clock, lambda _model, size, batch: steps.call_s(size, batch), num_devices=per_cloud,
             max_batch=setup.max_batch, max_queue=setup.max_queue * per_cloud, resident=setup.resident,
             models=[f"model-{index}" for index in range(len(setup.traffic.model_weights))],
-            load_s=steps.load_s, text_s=steps.text_s, rand=chance.random,
+            load_s=steps.load_s, turnover_s=steps.turnover_s, text_s=steps.text_s, rand=chance.random,
         )
         for _ in range(num_devices // per_cloud)
     ]  # fmt: skip
     world = World(clock=clock, steps=steps, clouds=clouds, rule=rule_of(rule, clock, chance, age_s=setup.age_s))
-    coming = arrivals(
-        setup.traffic, rate=rate, hours=hours, sizes=steps.sizes, seed=setup.seed, kinds=setup.kinds
-    )
+    coming = arrivals(setup.traffic, rate=rate, hours=hours, sizes=steps.sizes, seed=setup.seed, kinds=setup.kinds)
 
     def next_image() -> None:
         arrival = next(coming, None)
         if arrival is not None:
-            clock.at(arrival.at_s, lambda: (Drawing(world, arrival.kind, arrival.image, arrival.caller), next_image())[1])
+            clock.at(arrival.at_s, lambda: draw(arrival))
+
+    def draw(arrival: Arrival) -> None:
+        Drawing(world, arrival.kind, arrival.image, arrival.caller)
+        next_image()
 
     next_image()
     devices = [device for cloud in clouds for device in cloud.devices]
@@ -159,9 +161,7 @@ class Point:
     result: Result
 
 
-def sweep(
-    setup: Setup, *, rule: Name, num_devices: int, loads: Sequence[float], images: int
-) -> list[Point]:
+def sweep(setup: Setup, *, rule: Name, num_devices: int, loads: Sequence[float], images: int) -> list[Point]:
     """Runs constant loads without bursts, of so many images each or more: it takes as long as several images do."""
     steady = replace(setup, traffic=replace(setup.traffic, swing=0.0, burst_part=0.0))
     points = []

@@ -1,4 +1,4 @@
-"""Edge devices in virtual time: the product's automatic split chooses k, its advisor watches over it, then they draw."""
+"""Edge devices in virtual time: the automatic split chooses k, its advisor watches over it, then they draw."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ from tests.load.simulator.steps import Steps
 PATIENCE = Patience()
 CURVE: Curve = curve_of(())
 """Of quality: the one that the product takes where a bundle has none."""
+NO_GOALS = Goals()
 ARRAYS_OF_A_STATE = 2
 """Arrays of a state of DPM-Solver++ 2M, of 2 bytes a number in fp16."""
 
@@ -33,7 +34,7 @@ class Kind:
     """Times the reference edge's time for a step, a text and a decode."""
     round_trip_s: float = 0.03
     bytes_per_s: float = 5e6
-    goals: Goals = Goals()
+    goals: Goals = NO_GOALS
     is_offline: bool = False
 
 
@@ -223,5 +224,3 @@ def mean_cloud_steps(kinds: Sequence[Kind], steps: Steps, size: int, num_steps: 
         )  # fmt: skip
         total += kind.share * choose(num_steps, costs, kind.goals, CURVE).cloud_steps
     return total / sum(kind.share for kind in kinds)
-
-

@@ -1,5 +1,6 @@
-"""Takes the times that the simulator needs from a real cloud: through its door, as clients see them, and so with all that
-the server does beside a call.
+"""Takes the times that the simulator needs from a real cloud: through its door, as clients see them.
+
+So they have all that the server does beside a call.
 """
 
 import asyncio
@@ -14,10 +15,13 @@ from edge_client.bundles.bundle import Bundle
 from edge_client.inference.models import Models
 from hybridsd import noise
 from hybridsd.prompting import DEFAULT_TEXT
-from tests.load.clients import Client, ask_all, connected, request_of
+from tests.load.clients import Client, Mix, ask_all, connected, keep_asking, request_of
+from tests.load.simulator.closed import crowd
 from tests.load.simulator.steps import Edge, Steps
 
 BATCHES = (1, 2, 4, 8)
+SHORT, TURNOVER_S = 2, 3.0
+"""Steps of short requests, and for how long they are asked for."""
 PATIENCE_S = 600.0
 
 
@@ -47,9 +51,10 @@ async def measure_cloud(
                 asked = await clients[0].ask(request)
                 rest_s = asked.elapsed_s - 2 * times[size][1]
                 (texts if is_new else overheads).append(max(rest_s, 0.0))
-    overhead_s = statistics.median(overheads)
-    text_s = max(statistics.median(texts) - overhead_s, 0.0)
-    return Steps(source=source, calls=times, overhead_s=overhead_s, text_s=text_s)
+        overhead_s = statistics.median(overheads)
+        text_s = max(statistics.median(texts) - overhead_s, 0.0)
+        steps = Steps(source=source, calls=times, overhead_s=overhead_s, text_s=text_s)
+        return replace(steps, turnover_s=await _turnover_s(clients, steps, sizes[0]))
 
 
 async def _step_s(clients: Sequence[Client], size: int, calls: int) -> float:
@@ -65,16 +70,34 @@ async def _step_s(clients: Sequence[Client], size: int, calls: int) -> float:
     return statistics.fmean(between)
 
 
-def together(tables: Sequence[Steps]) -> Steps:
-    """Returns the mean of tables of the same sizes and batches: a machine that others use changes its speed."""
-    calls = {
-        size: {batch: statistics.fmean(each.calls[size][batch] for each in tables) for batch in by_batch}
-        for size, by_batch in tables[0].calls.items()
-    }
-    numbers = {
-        name: statistics.fmean(getattr(each, name) for each in tables) for name in ("overhead_s", "text_s", "load_s")
-    }
-    return replace(tables[0], calls=calls, **numbers)
+async def _turnover_s(clients: Sequence[Client], steps: Steps, size: int) -> float:
+    """Returns what a request takes of the device: what explains how many short ones are done in a while."""
+
+    def mixes() -> list[Mix]:
+        return [Mix(seed=index, cloud_steps=(SHORT,), sizes=(size,)) for index in range(len(clients))]
+
+    begin = time.monotonic()
+    until = begin + TURNOVER_S
+    lists = await asyncio.gather(
+        *(keep_asking(client, mix, until) for client, mix in zip(clients, mixes(), strict=True))
+    )
+    rate = sum(map(len, lists)) / (time.monotonic() - begin)
+
+    def simulated(turnover_s: float) -> float:
+        tokens = [client.token for client in clients]
+        half_s = steps.overhead_s / 2
+        asked, elapsed_s = crowd(
+            lambda _model, width, batch: steps.call_s(width, batch), tokens, before_s=lambda: half_s,
+            state_s=lambda: 0.0, after_s=lambda: half_s, turnover_s=turnover_s, seconds=TURNOVER_S,
+            patience_s=PATIENCE_S, mixes=mixes(),
+        )  # fmt: skip
+        return len(asked) / elapsed_s
+
+    low, high = 0.0, 1.0 / rate
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (middle, high) if simulated(middle) > rate else (low, middle)
+    return low
 
 
 def measure_edge(bundle: Bundle, models: Models, sizes: Sequence[int], repeats: int = 5) -> dict[int, Edge]:

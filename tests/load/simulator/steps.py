@@ -29,6 +29,8 @@ class Steps:
     """By width in pixels of a square picture, by guided jobs of a batch: seconds from one step to the next."""
     overhead_s: float = 0.0
     """Of a request, beside its calls and its link: until its first call, and after its last."""
+    turnover_s: float = 0.0
+    """Of a device's time that each request takes beside its calls: it is read, planned and answered meanwhile."""
     text_s: float = 0.0
     """To encode a text that is not known."""
     load_s: float = 0.0
@@ -85,8 +87,10 @@ def read_steps(name: str) -> Steps:
 def from_json(held: Mapping[str, Any]) -> Steps:
     """Returns a table from what `to_json` wrote."""
     edge = {int(size): Edge(**times) for size, times in held.get("edge", {}).items()}
-    calls = {int(size): {int(jobs): float(s) for jobs, s in by_batch.items()} for size, by_batch in held["calls"].items()}
-    numbers = {name: float(held.get(name, 0.0)) for name in ("overhead_s", "text_s", "load_s")}
+    calls = {
+        int(size): {int(jobs): float(s) for jobs, s in by_batch.items()} for size, by_batch in held["calls"].items()
+    }
+    numbers = {name: float(held.get(name, 0.0)) for name in ("overhead_s", "turnover_s", "text_s", "load_s")}
     return Steps(source=held["source"], calls=calls, edge=edge or None, **numbers)
 
 
@@ -98,6 +102,7 @@ def to_json(steps: Steps) -> dict[str, Any]:
     }
     calls = {str(size): {str(jobs): s for jobs, s in sorted(by.items())} for size, by in sorted(steps.calls.items())}
     return {
-        "source": steps.source, "overhead_s": steps.overhead_s, "text_s": steps.text_s, "load_s": steps.load_s,
+        "source": steps.source, "overhead_s": steps.overhead_s, "turnover_s": steps.turnover_s,
+        "text_s": steps.text_s, "load_s": steps.load_s,
         "calls": calls, **({"edge": edge} if edge else {}),
     }  # fmt: skip

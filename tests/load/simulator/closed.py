@@ -63,9 +63,9 @@ class _Client:
 
 
 def crowd(
-    call_s: CallTime, tokens: Sequence[str], *, before_s: Delay, state_s: Delay, after_s: Delay, turnover_s: float = 0.0,
-    seconds: float, patience_s: float, max_batch: int = 8, max_queue: int = 32, mixes: Sequence[Mix] | None = None,
-    seed: int = 0,
+    call_s: CallTime, tokens: Sequence[str], *, before_s: Delay, state_s: Delay, after_s: Delay,
+    seconds: float, patience_s: float, turnover_s: float = 0.0, max_batch: int = 8, max_queue: int = 32,
+    mixes: Sequence[Mix] | None = None, seed: int = 0,
 ) -> tuple[list[Asked], float]:  # fmt: skip
     """Returns what `tests.load.scenarios.crowd` would see of one device: the requests, and how long it took.
 

@@ -142,9 +142,8 @@ def test_a_place_is_refused_as_the_product_refuses_it() -> None:
         try:
             cloud.ask(image(5), SOMEBODY, done.append)
         except CloudBusy as error:
-            assert error.retry_delay_s is not None
-            delays_s.append(error.retry_delay_s)
-            clock.after(error.retry_delay_s, again)
+            delays_s.append(error.retry_delay_s or 0.0)
+            clock.after(delays_s[-1], again)
 
     clock.after(refused.value.retry_delay_s, again)
     clock.run()
@@ -411,6 +410,21 @@ def test_the_command_tells_and_draws(tmp_path: Path, capsys: pytest.CaptureFixtu
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert names == ["scaling-demo-day.svg", "scaling-demo-load.svg"]
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
+
+
+@pytest.mark.slow
+def test_a_table_is_measured_from_a_real_cloud(tmp_path: Path) -> None:
+    """Of tiny models: steps of each batch, an edge, and what a request costs; it can be simulated with at once."""
+    file = tmp_path / "steps.json"
+    assert main(["--measure", str(file), "--tiny", "--sizes", "64,96", "--calls", "8"]) == 0
+    steps = read_steps(str(file))
+
+    assert steps.sizes == (64, 96)
+    assert set(steps.calls[64]) == {1, 2, 4, 8}
+    assert steps.load_s > 0
+    assert steps.edge is not None
+    assert steps.edge[96].step_s > 0
+    assert main(["--table", str(file), "--hours", "0.0005", "--images", "0", "--devices", "1"]) == 0
 
 
 def test_figures_are_of_what_was_done() -> None:

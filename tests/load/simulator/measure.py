@@ -5,6 +5,7 @@ So they have all that the server does beside a call.
 
 import asyncio
 import itertools
+import math
 import secrets
 import statistics
 import time
@@ -20,6 +21,8 @@ from tests.load.simulator.closed import crowd
 from tests.load.simulator.steps import Edge, Steps
 
 BATCHES = (1, 2, 4, 8)
+TRIES = 3
+"""Of which the quickest counts: others may use the machine."""
 SHORT, TURNOVER_S = 2, 3.0
 """Steps of short requests, and for how long they are asked for."""
 PATIENCE_S = 600.0
@@ -41,7 +44,9 @@ async def measure_cloud(
     async with connected(address, [token] * max(batches), PATIENCE_S) as clients:
         for size in sizes:
             await ask_all([client.ask(request_of(2, size)) for client in clients])
-        times = {size: {batch: await _step_s(clients[:batch], size, calls) for batch in batches} for size in sizes}
+        times: dict[int, dict[int, float]] = {size: dict.fromkeys(batches, math.inf) for size in sizes}
+        for _, size, batch in itertools.product(range(TRIES), sizes, batches):
+            times[size][batch] = min(times[size][batch], await _step_s(clients[:batch], size, calls))
         overheads, texts = [], []
         for size in sizes:
             for is_new in (False, True) * 6:
@@ -103,7 +108,7 @@ async def _turnover_s(clients: Sequence[Client], steps: Steps, size: int) -> flo
 
 
 def measure_edge(bundle: Bundle, models: Models, sizes: Sequence[int], repeats: int = 5) -> dict[int, Edge]:
-    """Times a guided step, a decode and a text of this device at each size; medians."""
+    """Times a guided step, a decode and a text of this device at each size; the quickest of several."""
     models.warm_up()
     found = {}
     for size in sizes:
@@ -121,7 +126,7 @@ def measure_edge(bundle: Bundle, models: Models, sizes: Sequence[int], repeats: 
             if repeat:  # the first warms up
                 for taken, (begin, end) in zip(times.values(), itertools.pairwise(marks), strict=True):
                     taken.append(end - begin)
-        found[size] = Edge(**{name: statistics.median(taken) for name, taken in times.items()})
+        found[size] = Edge(**{name: min(taken) for name, taken in times.items()})
     return found
 
 

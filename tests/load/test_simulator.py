@@ -356,7 +356,7 @@ def test_times_of_calls_are_read_from_spans() -> None:
     ]  # fmt: skip
     found = observe(spans, requests)
 
-    assert found.between_s == {64: {1: [1.5], 2: [1.5]}}
+    assert found.between_s == {64: {1: [(1.0, 1.5)], 2: [(2.5, 1.5)]}}
     assert found.before_s == [0.5]
     assert found.state_s == pytest.approx([0.2, 0.3])
     assert found.after_s == pytest.approx([0.05, 0.1])

@@ -65,7 +65,7 @@ class _Client:
 def crowd(
     call_s: CallTime, tokens: Sequence[str], *, before_s: Delay, state_s: Delay, after_s: Delay,
     seconds: float, patience_s: float, turnover_s: float = 0.0, max_batch: int = 8, max_queue: int = 32,
-    mixes: Sequence[Mix] | None = None, seed: int = 0,
+    mixes: Sequence[Mix] | None = None, seed: int = 0, clock: Clock | None = None,
 ) -> tuple[list[Asked], float]:  # fmt: skip
     """Returns what `tests.load.scenarios.crowd` would see of one device: the requests, and how long it took.
 
@@ -82,8 +82,9 @@ def crowd(
         max_queue: Of the cloud.
         mixes: What each client asks for; by default as there.
         seed: Of the jitter of refusals.
+        clock: At 0, for who looks at it.
     """
-    clock = Clock()
+    clock = clock or Clock()
     cloud = Cloud(
         clock, call_s, max_batch=max_batch, max_queue=max_queue, prepare_s=before_s, turnover_s=turnover_s,
         rand=random.Random(seed).random,

@@ -1,8 +1,7 @@
 """What a real cloud told of a run by its spans: each call of the U-Net, and what its requests took beside."""
 
+import bisect
 import random
-import statistics
-from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +9,17 @@ from dataclasses import dataclass
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
+from tests.load.simulator.cloud import CallTime
+
 VARIABLES = {"OTEL_BSP_MAX_QUEUE_SIZE": "100000", "OTEL_BSP_SCHEDULE_DELAY": "1000", "OTEL_TRACES_SAMPLER": "always_on"}
 """So that no span is dropped."""
-ENOUGH = 5
-"""Calls of a size and batch from which chance draws; of fewer, those of the next batch are taken as well."""
+NEAR = 8
+"""Calls of a size and batch from which chance draws: those nearest in time, since a shared machine changes its speed.
+
+Where there are fewer, those of the next batch are taken as well.
+"""
+Timed = tuple[float, float]
+"""When, in seconds since the run began, and how long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +47,7 @@ class Seen:
 class Observed:
     """Times of a run."""
 
-    between_s: Mapping[int, Mapping[int, Sequence[float]]]
+    between_s: Mapping[int, Mapping[int, Sequence[Timed]]]
     """By size and jobs of a batch: from the beginning of a call to that of the next, while there was work."""
     before_s: Sequence[float]
     """From asking to being ready to step, where there is a place."""
@@ -50,40 +56,39 @@ class Observed:
     after_s: Sequence[float]
     """From then to the end of the stream, for the last one."""
 
-    def call_s(self, rand: random.Random) -> Callable[[str, int, int], float]:
-        """Returns what draws the time of a call from those that were seen."""
+    def call_s(self, rand: random.Random, clock: Callable[[], float]) -> CallTime:
+        """Returns what draws the time of a call from those that were seen at about that time of the run.
+
+        Args:
+            rand: Chance.
+            clock: Seconds since the run began.
+        """
         pools = {size: _pools(by_batch) for size, by_batch in self.between_s.items()}
 
         def draw(_model: str, size: int, batch: int) -> float:
             batches, values = pools[size]
-            return rand.choice(values[max(bisect_right(batches, batch) - 1, 0)])
+            seen = values[max(bisect.bisect_right(batches, batch) - 1, 0)]
+            index = bisect.bisect_left(seen, (clock(), 0.0)) - NEAR // 2
+            index = max(0, min(index, len(seen) - NEAR))
+            return rand.choice(seen[index : index + NEAR])[1]
 
         return draw
 
-    @property
-    def num_calls(self) -> int:
-        """How many calls were seen."""
-        return sum(len(values) for by_batch in self.between_s.values() for values in by_batch.values())
 
-    def mean_s(self, size: int, batch: int) -> float:
-        """Returns the mean time of a call."""
-        return statistics.fmean(self.between_s[size][batch])
-
-
-def _pools(by_batch: Mapping[int, Sequence[float]]) -> tuple[list[int], list[Sequence[float]]]:
+def _pools(by_batch: Mapping[int, Sequence[Timed]]) -> tuple[list[int], list[Sequence[Timed]]]:
     """Returns batches and their times, those with few samples joined to the next larger one, or smaller at the end."""
-    batches, values, few = [], [], list[float]()
+    batches, values, few = list[int](), list[Sequence[Timed]](), list[Timed]()
     for batch, times in sorted(by_batch.items()):
-        few = [*few, *times]
-        if len(few) >= ENOUGH:
+        few = sorted([*few, *times])
+        if len(few) >= NEAR:
             batches.append(batch)
             values.append(few)
             few = []
     if few and values:
-        values[-1] = [*values[-1], *few]
+        values[-1] = sorted([*values[-1], *few])
     elif few:
         batches, values = [1], [few]
-    return batches, list(values)
+    return batches, values
 
 
 def read_spans(received: Iterable[ExportTraceServiceRequest]) -> list[Span]:
@@ -127,7 +132,8 @@ def observe(spans: Sequence[Span], asked: Mapping[str, Seen]) -> Observed:
     left = {name: each.calls for name, each in asked.items()}
     last_s = {}
     begun: set[str] = set()
-    between: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    run_s = min((each.begin_s for each in asked.values()), default=0.0)
+    between: dict[int, dict[int, list[Timed]]] = defaultdict(lambda: defaultdict(list))
     for index, call in enumerate(calls):
         for job in call.jobs:
             begun.add(job)
@@ -135,10 +141,11 @@ def observe(spans: Sequence[Span], asked: Mapping[str, Seen]) -> Observed:
             last_s[job] = call.end_s
             if not left[job]:
                 begun.discard(job)
+        until_s = call.end_s
         if begun and index + 1 < len(calls):  # else it may have waited for work
-            between[asked[call.jobs[0]].size][len(call.jobs)].append(calls[index + 1].begin_s - call.begin_s)
-        else:
-            between[asked[call.jobs[0]].size][len(call.jobs)].append(call.end_s - call.begin_s)
+            until_s = calls[index + 1].begin_s
+        timed = (call.begin_s - run_s, until_s - call.begin_s)
+        between[asked[call.jobs[0]].size][len(call.jobs)].append(timed)
     missing = sum(max(count, 0) for count in left.values())
     if not calls or missing:
         raise ValueError(

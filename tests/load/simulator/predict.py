@@ -10,6 +10,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from tests.load.clients import Asked
 from tests.load.figures import percentile
+from tests.load.simulator.clock import Clock
 from tests.load.simulator.closed import crowd
 from tests.load.simulator.observe import Seen, observe
 
@@ -73,14 +74,14 @@ def predict(
     observed = observe(spans, requests)
     runs = []
     for seed in range(RUNS):
-        chance = random.Random(seed)
+        chance, clock = random.Random(seed), Clock()
 
         def one_of(values: Sequence[float], chance: random.Random = chance) -> Callable[[], float]:
             return lambda: chance.choice(values)
 
         asked, elapsed_s = crowd(
-            observed.call_s(chance), tokens, before_s=one_of(observed.before_s), state_s=one_of(observed.state_s),
-            after_s=one_of(observed.after_s), seconds=seconds, patience_s=patience_s, seed=seed,
+            observed.call_s(chance, clock), tokens, before_s=one_of(observed.before_s),
+            state_s=one_of(observed.state_s), after_s=one_of(observed.after_s), seconds=seconds, patience_s=patience_s, seed=seed, clock=clock,
         )  # fmt: skip
         runs.append(Figures.of(asked, elapsed_s))
     return Figures(**{name: statistics.median(getattr(run, name) for run in runs) for name in Figures.__slots__})

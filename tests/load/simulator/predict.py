@@ -81,7 +81,8 @@ def predict(
 
         asked, elapsed_s = crowd(
             observed.call_s(chance, clock), tokens, before_s=one_of(observed.before_s),
-            state_s=one_of(observed.state_s), after_s=one_of(observed.after_s), seconds=seconds, patience_s=patience_s, seed=seed, clock=clock,
+            state_s=one_of(observed.state_s), after_s=one_of(observed.after_s), seconds=seconds,
+            patience_s=patience_s, seed=seed, clock=clock,
         )  # fmt: skip
         runs.append(Figures.of(asked, elapsed_s))
     return Figures(**{name: statistics.median(getattr(run, name) for run in runs) for name in Figures.__slots__})

@@ -12,6 +12,7 @@ from cloud_server.engine.caller import Caller
 from cloud_server.engine.event_buffer import EventBuffer
 from cloud_server.engine.events import Event, Finished, Queued, Usage
 from cloud_server.engine.job import Job
+from cloud_server.engine.placement import Placement
 from cloud_server.engine.request import JobRequest
 from cloud_server.engine.scheduler import Load, Scheduler
 from cloud_server.engine.step import Group, Trajectory
@@ -67,17 +68,6 @@ class _Reader:
         """A job here has one reader."""
 
 
-class _Shared(Scheduler):
-    """One queue in front of several devices: places for all of them, batches for one."""
-
-    def __init__(self, *, num_devices: int, device_batch: int, **options: Any) -> None:
-        super().__init__(max_batch=num_devices * device_batch, **options)
-        self._device_batch = device_batch
-
-    def _cap(self, group: Group | None) -> int:
-        return min(super()._cap(group), self._device_batch)
-
-
 class Cloud:
     """A server of one or more devices."""
 
@@ -114,15 +104,10 @@ class Cloud:
             rand: Returns numbers from 0 up to 1.
         """
         self._clock, self._call_s = clock, call_s
-        options: dict[str, Any] = {
-            "max_queue": max_queue, "keep_finished": 0, "keep_finished_s": 0.0, "clock": clock, "rand": rand,
-            "on_end": self._forget,
-        }  # fmt: skip
-        self.scheduler: Scheduler = (
-            Scheduler(max_batch=max_batch, **options)
-            if num_devices == 1
-            else _Shared(num_devices=num_devices, device_batch=max_batch, **options)
-        )
+        self.scheduler = Scheduler(
+            max_batch=max_batch, max_queue=max_queue, keep_finished=0, keep_finished_s=0.0, clock=clock, rand=rand,
+            on_end=self._forget, placement=Placement(num_devices, load_s=self._cold_s),
+        )  # fmt: skip
         self.devices = [Device(index, OrderedDict.fromkeys(models[:resident])) for index in range(num_devices)]
         self.max_batch = max_batch * num_devices
         self.num_refusals = 0
@@ -186,19 +171,25 @@ class Cloud:
         self._read()
 
     def _read(self) -> None:
-        """Reads the texts of one job after another."""
-        while self._unread and not self._is_reading:
-            job = self._unread.popleft()
-            if job.outcome is not None:
-                continue
-            prompt = str(job.request.prompt)
-            is_new = prompt not in self._texts
-            self._texts[prompt] = None
-            self._texts.move_to_end(prompt)
-            if len(self._texts) > MAX_TEXTS:
-                self._texts.popitem(last=False)
-            self._is_reading = True
-            self._clock.after(self._text_s if is_new else 0.0, lambda job=job: self._has_read(job))  # type: ignore[misc]
+        """Reads the texts of one job after another, of those whose models are loaded where they are."""
+        for job in list(self._unread):
+            if self._is_reading:
+                return
+            if job.outcome is not None or job.device is None:
+                self._unread.remove(job)
+            elif job.model in self.devices[job.device].models:
+                self._unread.remove(job)
+                prompt = str(job.request.prompt)
+                is_new = prompt not in self._texts
+                self._texts[prompt] = None
+                self._texts.move_to_end(prompt)
+                if len(self._texts) > MAX_TEXTS:
+                    self._texts.popitem(last=False)
+                self._is_reading = True
+                text_s = self._text_s if is_new else 0.0
+                self._clock.after(text_s, lambda job=job: self._has_read(job))  # type: ignore[misc]
+            else:
+                self._load(self.devices[job.device], job.model)
 
     def _has_read(self, job: Job) -> None:
         self._is_reading = False
@@ -213,22 +204,24 @@ class Cloud:
             self._work()
 
     def _work(self) -> None:
-        """Gives work to devices that have none."""
-        for device in self.devices:
-            if not device.is_busy:
-                self._turn(device)
+        """Gives work to devices that have none; who is given some may have sent some to another."""
+        has_begun = True
+        while has_begun:
+            has_begun = False
+            for device in self.devices:
+                has_begun = (not device.is_busy and self._turn(device)) or has_begun
 
-    def _turn(self, device: Device) -> None:
-        """Begins the next call of a device, where there is one for it."""
+    def _turn(self, device: Device) -> bool:
+        """Begins the next call of a device; says whether there is one for it."""
         self._sweep(active=True)
-        jobs = self._choose(device)
+        jobs = self.scheduler.choose(device.index)
         if not jobs:
-            return
+            return False
+        self.scheduler.begin_call(jobs)
         batch = [(job, cast(Trajectory, job.trajectory)) for job in jobs]
         model, shape = batch[0][1].group[0], batch[0][1].group[1]
-        device.models.move_to_end(model)
-        for job in jobs:
-            job.trajectory = None  # no other device's, and nobody's to take its place from
+        if model in device.models:
+            device.models.move_to_end(model)
         num_new = sum(trajectory.call == 0 for _, trajectory in batch)
         call_s = self._call_s(model, shape[2] * 8, len(batch)) + num_new * self._turnover_s
         device.is_busy = True
@@ -236,55 +229,49 @@ class Cloud:
         device.num_calls += 1
         device.num_job_calls += len(batch)
         self._clock.after(call_s, lambda: self._done(device, batch, call_s))
+        return True
 
-    def _choose(self, device: Device) -> list[Job]:
-        """Returns the batch whose turn it is, of the models that a device has loaded; has others loaded beside."""
-        cold = [
-            job
-            for job in self.scheduler.running
-            if job.trajectory is not None and job.request.model not in device.models
-        ]
-        if not cold:
-            return self.scheduler.choose()
-        held = [(job, job.trajectory) for job in cold]
-        for job in cold:
-            job.trajectory = None
-        chosen = self.scheduler.choose()
-        for job, trajectory in held:
-            job.trajectory = trajectory
-        for model in dict.fromkeys(job.request.model for job in cold):
-            is_away = not any(model in other.models or model == other.loads for other in self.devices)
-            has_room = len(device.models) < self._resident and not chosen
-            if device.loads is None and (is_away or has_room):
-                device.loads = model
-                self._clock.after(self._load_s, lambda model=model: self._has_loaded(device, model))  # type: ignore[misc]
-        return chosen
+    def _done(self, device: Device, batch: list[tuple[Job, Trajectory]], call_s: float) -> None:
+        """Follows the outcome of a call."""
+        device.is_busy = False
+        jobs = [job for job, _ in batch]
+        self.scheduler.end_call(jobs)
+        alive = [(job, trajectory, self._hooks[job]) for job, trajectory in batch if job.outcome is None]
+        for job, trajectory, _ in alive:
+            trajectory.call += 1
+            job.num_calls += 1
+            if trajectory.call == job.request.handoff_call:
+                self.scheduler.leave(job)
+        self.scheduler.charge(jobs, call_s)
+        for job, trajectory, hook in alive:
+            if trajectory.call == job.request.handoff_call:
+                self.scheduler.end(job, NOTHING)
+            hook(trajectory.call)
+        self._turn(device)
+        self._work()
+
+    def _cold_s(self, model: str, device: int) -> float:
+        """Returns what it takes to load a model, where it is not loaded."""
+        return 0.0 if model in self.devices[device].models else self._load_s
+
+    def _load(self, device: Device, model: str) -> None:
+        """Begins to load a model beside the calls, where the device loads none, and one can go that nobody needs."""
+        if device.loads is not None:
+            return
+        needed = {job.model for job in self.scheduler.running if job.device == device.index}
+        spare = [other for other in device.models if other not in needed]
+        if len(device.models) >= self._resident:
+            if not spare:
+                return
+            del device.models[spare[0]]
+        device.loads = model
+        self._clock.after(self._load_s, lambda: self._has_loaded(device, model))
 
     def _has_loaded(self, device: Device, model: str) -> None:
         device.loads = None
         device.num_loads += 1
         device.models[model] = None
-        while len(device.models) > self._resident:
-            device.models.popitem(last=False)
-        self._work()
-
-    def _done(self, device: Device, batch: list[tuple[Job, Trajectory]], call_s: float) -> None:
-        """Follows the outcome of a call."""
-        device.is_busy = False
-        for job, trajectory in batch:
-            if job.outcome is None:
-                job.trajectory = trajectory
-        self.scheduler.charge([job for job, _ in batch], call_s)
-        for job, trajectory in batch:
-            if job.outcome is not None:
-                continue
-            trajectory.call += 1
-            job.num_calls += 1
-            hook = self._hooks[job]
-            if trajectory.call == job.request.handoff_call:
-                self.scheduler.end(job, NOTHING)
-            hook(trajectory.call)
-        self._turn(device)
+        self._read()
         self._work()
 
     def _forget(self, job: Job) -> None:

@@ -208,8 +208,9 @@ class Cloud:
         has_begun = True
         while has_begun:
             has_begun = False
-            for device in self.devices:
-                has_begun = (not device.is_busy and self._turn(device)) or has_begun
+            free = [job for job in self.scheduler.running if job.trajectory is not None and not job.is_in_call]
+            for number in sorted({job.device for job in free if job.device is not None}):
+                has_begun = (not self.devices[number].is_busy and self._turn(self.devices[number])) or has_begun
 
     def _turn(self, device: Device) -> bool:
         """Begins the next call of a device; says whether there is one for it."""

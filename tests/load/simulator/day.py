@@ -17,7 +17,7 @@ from tests.load.simulator.traffic import KINDS, Arrival, Traffic, arrivals
 
 MAX_BATCH, MAX_QUEUE = 8, 32
 """Of a cloud, by default."""
-SETTLED = 20
+SETTLED = 10
 """A load is constant for so many times what a full batch takes from its first step to its last."""
 
 

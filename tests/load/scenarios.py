@@ -193,7 +193,8 @@ def prediction(place: Place, scale: Scale) -> Report:
             return list(itertools.chain.from_iterable(await asyncio.gather(*asking))), time.monotonic() - begin
 
     for num_clients in scale.predicted:
-        name, tokens = f"{num_clients} clients", spread_out(place, num_clients)
+        name = f"{num_clients} client" + ("s" if num_clients > 1 else "")
+        tokens = spread_out(place, num_clients)
         with collector() as (url, received):
             cloud = place.cloud(f"cloud-{num_clients}", "--traces", "otlp")
             cloud.environment = {**VARIABLES, "OTEL_EXPORTER_OTLP_ENDPOINT": url}

@@ -75,6 +75,7 @@ def mean_s(waits: Sequence[float]) -> float:
     return sum(settled) / len(settled)
 
 
+@pytest.mark.slow
 def test_one_device_with_equal_jobs_is_the_queue_m_d_1() -> None:
     """The mean wait of Pollaczek and Khinchine: load * service / (2 - 2 * load)."""
     clock, load, jobs = Clock(), 0.6, 6000
@@ -83,6 +84,7 @@ def test_one_device_with_equal_jobs_is_the_queue_m_d_1() -> None:
     assert mean_s(waits) == pytest.approx(load / (2 * (1 - load)), rel=0.1)
 
 
+@pytest.mark.slow
 def test_one_device_with_jobs_of_any_length_is_the_queue_m_m_1() -> None:
     """The mean wait for calls of exponential length: load * service / (1 - load)."""
     clock, chance, load, jobs = Clock(), random.Random(2), 0.5, 6000
@@ -224,6 +226,7 @@ def test_a_seed_is_a_run() -> None:
     assert [repr(each) for each in once.drawn] != [repr(each) for each in other.drawn]
 
 
+@pytest.mark.slow
 def test_more_devices_wait_less_and_cost_more() -> None:
     """Of the same day."""
     results = [day(num_devices=number, load=2.0) for number in (1, 2, 8)]
@@ -234,6 +237,7 @@ def test_more_devices_wait_less_and_cost_more() -> None:
     assert results[1].cost_per_thousand(1.0) < results[2].cost_per_thousand(1.0)
 
 
+@pytest.mark.slow
 def test_one_queue_serves_more_than_queues_of_their_own() -> None:
     """No device is idle while jobs wait at another, so steps are not left to edges."""
     results = {rule: day(rule, 4, load=3.0) for rule in NAMES}
@@ -401,6 +405,7 @@ def test_a_run_that_was_simulated_is_predicted() -> None:
     assert abs(off["picture_p50"]) < 0.1
 
 
+@pytest.mark.slow
 def test_the_command_tells_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Tables of the day and of the loads; the same charts of the same seed."""
     words = ["--hours", "0.002", "--images", "9", "--devices", "1,2", "--rules", "shared", "--watts", "100", "--charts"]

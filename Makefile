@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CHECKOV := $(VENV)/checkov/.installed
 
-.PHONY: demo test test-quick lint format protos golden docs screenshots bench bench-full load clean
+.PHONY: demo test test-quick lint format protos golden docs screenshots bench bench-full load simulate clean
 .DEFAULT_GOAL := demo
 
 # torch first and alone: a wheel for this machine's CPU or GPU, in the one version we test with.
@@ -67,6 +67,9 @@ bench-full: $(INSTALLED)  ## real sizes against diffusers' own pipeline in one r
 
 load: $(INSTALLED)  ## real processes under many clients, for a quarter of an hour; LOAD="contention --tiny"
 	$(BIN)/python -m tests.load.run $(LOAD)
+
+simulate: $(INSTALLED)  ## a day against one, four, sixteen devices, in virtual time; SIMULATE="--table sd15-cpu --hours 24"
+	$(BIN)/python -m tests.load.simulate $(SIMULATE)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -33,6 +33,7 @@ MADE = {
     "demo": ((), "image: "),
     "bench": (("BENCH=--smoke",), "low memory mode"),
     "bench-full": (("BENCH=--smoke",), "| **all** |"),
+    "simulate": (("SIMULATE=--hours 0.002 --images 9 --devices 1,2",), "asked for there"),
     "format": ((), "unchanged"),
     "protos": ((), ""),
     "docs": ((), ""),

@@ -1,6 +1,5 @@
 """One image is one trace: spans and logs of command line, gateway and cloud have one trace id and one tree."""
 
-import http.server
 import json
 import logging
 import subprocess
@@ -8,14 +7,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import structlog
 from fastapi.testclient import TestClient
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -29,6 +26,7 @@ from edge_client.inference.models import Models
 from edge_client.web.app import create_app
 from edge_client.web.settings import Settings
 from hybridsd import tracing
+from tests.support.collector import collector
 from tests.support.patience import HANG_S
 
 Connect = Callable[[CloudServer], Cloud]
@@ -180,30 +178,6 @@ def test_logs_of_gateway_and_cloud_name_the_trace(
     assert ended == ids
     denoised = [line["trace_id"] for line in lines if line["event"] == "call" and line["method"] == "Denoise"]
     assert sorted(denoised) == sorted(ids.values())
-
-
-@contextmanager
-def collector(hold: threading.Event | None = None) -> Iterator[tuple[str, list[ExportTraceServiceRequest]]]:
-    """Runs a collector of OTLP over HTTP; yields its address and what it has received."""
-    received: list[ExportTraceServiceRequest] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            content = self.rfile.read(int(self.headers["content-length"]))
-            received.append(ExportTraceServiceRequest.FromString(content))
-            if hold is not None:
-                hold.wait(HANG_S)
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", received
-    server.shutdown()
-    server.server_close()
 
 
 def test_spans_are_sent_by_otlp_when_the_command_ends(

@@ -66,6 +66,7 @@ class Asked:
 
     token: str
     begin_s: float
+    request_id: str = ""
     calls: list[tuple[float, float]] = field(default_factory=list)
     """When each call of the U-Net was seen, and its latent pixels."""
     first_state_s: float | None = None
@@ -91,7 +92,7 @@ class Client:
 
     async def ask(self, request: pb.DenoiseRequest) -> Asked:
         """Asks for one picture until it is there, or patience ends; never raises."""
-        asked = Asked(token=self.token, begin_s=time.monotonic())
+        asked = Asked(token=self.token, begin_s=time.monotonic(), request_id=request.request_id)
         try:
             await asyncio.wait_for(self._until_done(request, asked), self.patience_s + GRACE_S)
         except TimeoutError:
@@ -118,7 +119,8 @@ class Client:
 
     def call(self, request: pb.DenoiseRequest, timeout_s: float) -> Any:
         """Begins a call, whose messages are read by whoever wants them."""
-        metadata = (("authorization", f"Bearer {self.token}"),)
+        trace = request.request_id.removeprefix("load-")
+        metadata = (("authorization", f"Bearer {self.token}"), ("traceparent", f"00-{trace * 2}-{trace}-01"))
         return self._stub.Denoise(request, timeout=timeout_s, metadata=metadata)
 
     async def _follow(self, request: pb.DenoiseRequest, asked: Asked) -> None:

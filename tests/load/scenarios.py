@@ -35,6 +35,9 @@ from tests.load.clients import (
 )
 from tests.load.figures import jain, percentile, slope
 from tests.load.servers import NAMES, Place, Samples, sampled, started
+from tests.load.simulator.observe import VARIABLES, read_spans
+from tests.load.simulator.predict import Figures, predict, seen
+from tests.support.collector import collector
 from tests.support.web_processes import Process
 
 FAIR = 0.95
@@ -45,6 +48,8 @@ FLAT_PART = 0.05
 """Of its memory that a process may gain in the second half of a soak."""
 MAX_BATCH, MAX_QUEUE = 8, 32
 """Of a cloud, by default."""
+NEAR = 0.15
+"""By which part the simulator may be off, in throughput and in the median time to the first state."""
 MAX_TURNS = 1.5
 """Of a full batch that a job of a token with nothing else may take: it does not wait for others to end."""
 
@@ -71,6 +76,8 @@ class Scale:
     patience_s: float
     """Of a client, for one picture."""
     crowds: tuple[int, ...]
+    predicted: tuple[int, ...]
+    """Clients of the crowds that the simulator predicts."""
     jobs: int
     """Of the token that asks for much."""
     overload: int
@@ -88,13 +95,13 @@ class Scale:
 
 
 FULL = Scale(
-    seconds=45.0, patience_s=120.0, crowds=(1, 8, 32, 200), jobs=30, overload=10 * (MAX_BATCH + MAX_QUEUE),
-    soak_s=300.0, sample_s=5.0, edges=4, pause_s=0.0, kills=2,
+    seconds=45.0, patience_s=120.0, crowds=(1, 8, 32, 200), predicted=(1, 8, 32), jobs=30,
+    overload=10 * (MAX_BATCH + MAX_QUEUE), soak_s=300.0, sample_s=5.0, edges=4, pause_s=0.0, kills=2,
     cloud_part=0.9,
 )  # fmt: skip
 QUICK = Scale(
-    seconds=2.0, patience_s=120.0, crowds=(3,), jobs=12, overload=60, soak_s=3.0, sample_s=0.5, edges=2, pause_s=0.3,
-    kills=1,
+    seconds=2.0, patience_s=120.0, crowds=(3,), predicted=(3,), jobs=12, overload=60, soak_s=3.0,
+    sample_s=0.5, edges=2, pause_s=0.3, kills=1,
     cloud_part=0.5,  # its pictures take no time, so those of the moments that are lost weigh more
 )  # fmt: skip
 
@@ -171,6 +178,53 @@ def crowd(place: Place, scale: Scale) -> Report:
     with started(cloud):
         for num_clients in scale.crowds:
             asyncio.run(one(num_clients))
+    return report
+
+
+def prediction(place: Place, scale: Scale) -> Report:
+    """1, 8, 32 clients as in `crowd`, and what the simulator says of them from the times of the U-Net's calls."""
+    report = Report()
+
+    async def one(cloud: Process, tokens: Sequence[str]) -> tuple[list[Asked], float]:
+        async with clients_of(cloud, tokens, scale) as clients:
+            begin = time.monotonic()
+            mixes = [Mix(seed=index) for index in range(len(clients))]
+            asking = [keep_asking(*each, begin + scale.seconds) for each in zip(clients, mixes, strict=True)]
+            return list(itertools.chain.from_iterable(await asyncio.gather(*asking))), time.monotonic() - begin
+
+    for num_clients in scale.predicted:
+        name = f"{num_clients} client" + ("s" if num_clients > 1 else "")
+        tokens = spread_out(place, num_clients)
+        with collector() as (url, received):
+            cloud = place.cloud(f"cloud-{num_clients}", "--traces", "otlp")
+            cloud.environment = {**VARIABLES, "OTEL_EXPORTER_OTLP_ENDPOINT": url}
+            with started(cloud):
+                asked, elapsed_s = asyncio.run(one(cloud, tokens))
+            spans = read_spans(received)  # all of them: it sent the last when it ended
+        check(report, name, asked)
+        if any(each.outcome != "done" for each in asked):
+            continue
+        measured = Figures.of(asked, elapsed_s)
+        predicted = predict(spans, seen(asked), tokens, seconds=scale.seconds, patience_s=scale.patience_s)
+        report.rows += [
+            {
+                "scenario": f"{name}, {what}",
+                "images": str(len(asked)) if figures is measured else "",
+                "first state p50": f"{figures.first_state_p50:.2f} s",
+                "p99": f"{figures.first_state_p99:.2f} s",
+                "picture p50": f"{figures.picture_p50:.2f} s",
+                "picture p99": f"{figures.picture_p99:.2f} s",
+                "images/s": f"{figures.images_per_s:.2f}",
+            }
+            for what, figures in (("measured", measured), ("predicted", predicted))
+        ]
+        off = measured.differences(predicted)
+        columns = ("images/s", "first state p50", "p99", "picture p50", "picture p99")
+        row = {column: f"{100 * part:+.0f} %" for column, part in zip(columns, off.values(), strict=True)}
+        report.rows.append({"scenario": f"{name}, difference", **row})
+        for what in ("images_per_s", "first_state_p50"):  # of a picture the median lies between those of 4 and 8 steps
+            said = f"{name}: the simulator's {what.replace('_', ' ')} is {100 * off[what]:+.0f} % off"
+            report.promise(abs(off[what]) <= NEAR, f"{said}, not {100 * NEAR:.0f} % or less")
     return report
 
 
@@ -412,10 +466,11 @@ def wait_for_more(results: Sequence[Result], count: int, timeout_s: float) -> No
 
 SCENARIOS = {
     "crowd": crowd, "contention": contention, "overload": overload, "two-clouds": two_clouds,
-    "slow-reader": slow_reader, "soak": soak,
+    "slow-reader": slow_reader, "soak": soak, "prediction": prediction,
 }  # fmt: skip
 COLUMNS = (
-    "scenario", "images", "first state p50", "p99", "p99 ratio", "images/s", "Jain", "the one", "cloud steps",
+    "scenario", "images", "first state p50", "p99", "p99 ratio", "picture p50", "picture p99", "images/s",
+    "Jain", "the one", "cloud steps",
     "retries mean", "max", "refused", "failed", "hung", "memory MiB", "files", "threads",
 )  # fmt: skip
 assert len(NAMES) == 3

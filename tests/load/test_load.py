@@ -47,7 +47,7 @@ def test_the_bench_runs() -> None:
     Whether its promises hold is for `make load` on a quiet machine: most are about time.
     """
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'protos'}", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "tests.load.run", "contention", "two-clouds", "--quick"]
+    command = [sys.executable, "-m", "tests.load.run", "contention", "two-clouds", "prediction", "--quick"]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=HANG_S
     )
@@ -58,3 +58,4 @@ def test_the_bench_runs() -> None:
     assert done.stdout.startswith("machine: ")
     assert "12 jobs against 1" in done.stdout
     assert "2 clouds, 1 killed" in done.stdout
+    assert "3 clients, predicted" in done.stdout

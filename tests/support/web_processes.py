@@ -22,6 +22,8 @@ class Process:
     words: tuple[str, ...]
     folder: Path
     port: int = 0
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables that it has beside ours."""
     running: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
     def start(self) -> None:
@@ -29,7 +31,7 @@ class Process:
         port_file, log = self.folder / f"{self.words[0]}.port", self.folder / f"{self.words[0]}.log"
         port_file.unlink(missing_ok=True)
         command = [str(BIN / self.words[0]), *self.words[1:], "--port", str(self.port), "--port-file", str(port_file)]
-        environment = {**ENVIRONMENT, "HYBRIDSD_EDGE_CACHE": str(self.folder / "cache")}
+        environment = {**ENVIRONMENT, "HYBRIDSD_EDGE_CACHE": str(self.folder / "cache"), **self.environment}
         with log.open("ab") as stream:
             self.running = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
         give_up_at = time.monotonic() + HANG_S

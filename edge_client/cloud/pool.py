@@ -41,7 +41,7 @@ RESOLVE_S = 30.0
 """A name is resolved again after so long, or when a cloud has failed."""
 RESOLVE_WAIT_S = 2.0
 """How long a name is waited for at first; again after so long at the earliest."""
-NEAR_S, NEAR_PART = 0.05, 0.25
+NEAR_S, NEAR_PART = 0.002, 0.25
 """Loads this near to the least are equal: among them chance decides, so that many edges do not all choose one."""
 ASSUMED_CALL_S = 0.1
 JITTER = 0.25

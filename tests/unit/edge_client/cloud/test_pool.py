@@ -97,6 +97,14 @@ def test_least_loaded_is_chosen() -> None:
     assert chosen(says) == stubs[1].target
 
 
+def test_a_job_more_counts_where_calls_are_short() -> None:
+    """A cloud whose steps take 50 ms and who runs one job is not as good as an idle one."""
+    idle = replace(FREE, call_s=0.05, num_running=0)
+    pool, stubs = pool_of(replace(idle, num_running=1), idle)
+    know(pool)
+    assert {chosen(pool) for _ in range(20)} == {stubs[1].target}
+
+
 def test_own_jobs_count_before_the_cloud_says_so() -> None:
     """Many images begun at once spread over all, though the answers are the old ones."""
     pool, _ = pool_of(FREE, FREE, FREE)

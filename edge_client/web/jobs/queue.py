@@ -207,7 +207,7 @@ class JobQueue:
                     "request; send it again"
                 )
                 self._spawn_webhook(self._store.finish(job.id, "failed", problem_of(unknown)))
-        for job in self._store.pending_webhooks():
+        for job in self._store.take_webhooks():
             self._spawn_webhook(job)
         self._is_started = True
         self._begin_jobs()
@@ -468,6 +468,8 @@ class JobQueue:
     async def _run(self, job_id: str) -> None:
         live, loop = self._live[job_id], asyncio.get_running_loop()
         job = self._store.begin(job_id)
+        if job is None:
+            return
         live.queue_span.end()
         live.emit("started", {"attempt": job.attempts})
         if job.attempts > MAX_ATTEMPTS:

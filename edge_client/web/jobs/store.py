@@ -25,14 +25,13 @@ from edge_client.web.jobs.tables import images as _images
 from edge_client.web.jobs.tables import jobs as _jobs
 from edge_client.web.jobs.uploads import Upload
 from edge_client.web.schemas.native import State
+from edge_client.web.settings import LEASE_S
 from hybridsd.errors import HybridSDError, Reason
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 UNFINISHED: tuple[State, ...] = ("queued", "running")
-LEASE_S = 15.0
-"""So long a replica that says nothing keeps its jobs; then another runs them."""
 WEBHOOK_S = 120.0
 """So long a replica may take for all attempts at a webhook; then another makes them."""
 RETRY_S = 10.0
@@ -365,7 +364,13 @@ class Store:
             this &= _jobs.c.attempts == attempt
         if is_waiting:
             this &= self._is_free
-        values = {"state": state, "error": error, "finished_at": time.time(), "upload_bytes": 0, "lease_until": None}
+        values: dict[str, Any] = {
+            "state": state,
+            "error": error,
+            "finished_at": time.time(),
+            "upload_bytes": 0,
+            "lease_until": None,
+        }
         if self.is_shared:  # its webhook is called from here
             values["webhook_until"] = self.database.now + WEBHOOK_S
         with self._begin() as connection:
@@ -378,12 +383,21 @@ class Store:
         return job
 
     def disk_bytes(self) -> tuple[int, int | None]:
-        """Returns the bytes of all images that are kept, finished and given, and what is left there, if that is known."""
+        """Returns the bytes of all images that are kept, finished and given, and what is left there, where known."""
         query = sa.select(sa.func.sum(_jobs.c.image_bytes + _jobs.c.upload_bytes))
         with self._begin() as connection:
             num_bytes = int(connection.scalar(query) or 0)
         with self._files():
             return num_bytes, self.files.free_bytes()
+
+    def ping(self) -> None:
+        """Asks the database whether it is there.
+
+        Raises:
+            CloudUnreachable: DATABASE_UNAVAILABLE.
+        """
+        with self._begin() as connection:
+            connection.execute(sa.select(1))
 
     def finish_webhook(self, job_id: str) -> None:
         """Marks the webhook of a job as done."""
@@ -448,7 +462,7 @@ class Store:
 
     def take_webhooks(self) -> list[StoredJob]:
         """Returns finished jobs whose webhook has not been called, and which no other replica is about to call."""
-        due = _jobs.c.webhook_due & _jobs.c.state.in_(("completed", "failed", "cancelled"))
+        due: sa.ColumnElement[bool] = _jobs.c.webhook_due & _jobs.c.state.in_(("completed", "failed", "cancelled"))
         with self._begin() as connection:
             if self.is_shared:
                 now = self.database.now

@@ -34,7 +34,7 @@ jobs = sa.Table(
     sa.Column("webhook_until", sa.Float),
 )  # fmt: skip
 """`is_cancelled`: somebody has asked for that while it ran. `lease_until`: until then, by the clock of the database, it
-belongs to the replica that runs it; `webhook_until`: to the one that calls its webhook. None with SQLite: to no other."""
+is the replica's that runs it; `webhook_until`: its webhook is that of the one that calls it. None with SQLite."""
 
 images = sa.Table(
     "images", meta,

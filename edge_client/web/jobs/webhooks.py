@@ -76,4 +76,4 @@ class Webhooks:
                         delay_s *= 2
                 else:
                     break
-        self._store.finish_webhook(job.id)
+        await self._store.run(self._store.finish_webhook, job.id)

@@ -74,7 +74,7 @@ async def working(folder: Path, worker: ScriptedWorker, num_workers: int = 1) ->
         store, worker, num_workers=num_workers, max_waiting=4, quotas=Quotas(), caller_of=caller, view=view,
         on_end=ignore,
     )  # fmt: skip
-    queue.start()
+    await queue.start()
     yield queue
     worker.may_begin.set()
     await queue.stop()
@@ -245,7 +245,7 @@ async def test_steps_that_did_not_run_come_back(tmp_path: Path) -> None:
         )
         assert first.id == again.id
         assert math.floor(queue._quotas.steps_left(limited) or 0) == 2
-        queue.cancel(first)
+        await queue.cancel(first)
         assert queue._quotas.steps_left(limited) == 10
 
 

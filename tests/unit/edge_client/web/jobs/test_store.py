@@ -45,7 +45,7 @@ def test_a_job_whose_pictures_cannot_be_kept_is_none(tmp_path: Path, opening: Op
     """A disk that takes no files takes no job either, and the next one is kept under the same id."""
     store = opening(max_jobs=10)
     (tmp_path / "uploads").write_bytes(b"in the way")
-    with pytest.raises(HybridSDError, match="data_dir|`images`") as caught:
+    with pytest.raises(HybridSDError, match=r"data_dir|`images`") as caught:
         store.add("a", "", "native", {"image": True}, "digest", Upload(image=b"image"))
     left = store.unfinished()
     (tmp_path / "uploads").unlink()

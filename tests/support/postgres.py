@@ -20,7 +20,7 @@ from tests.support.patience import HANG_S
 
 REQUIRED = os.environ.get("HYBRIDSD_TEST_POSTGRES") == "required"
 """Where it is not installed, tests that need it are skipped, but not where this is set, as in CI."""
-_FAST = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "shared_buffers=16MB", "max_connections=200")
+_FAST = ("fsync=off", "full_page_writes=off", "shared_buffers=16MB", "max_connections=200")
 
 
 def _programs() -> Path | None:

@@ -149,6 +149,7 @@ class Database:
                 with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
                     connection.exec_driver_sql(f"LISTEN {_CHANNEL}")
                     driver: Any = connection.connection.driver_connection
+                    connection.detach()  # nobody else is to hear with it
                     tell("")  # whatever was said before
                     while not is_over():
                         for said in driver.notifies(timeout=0.5):

@@ -310,7 +310,9 @@ class JobQueue:
             self._admitted[caller.user] -= 1
             if not self._admitted[caller.user]:
                 del self._admitted[caller.user]
-        if job.id not in self._live:  # else it was told of in the meantime
+        if job.id in self._live:  # it was told of in the meantime
+            self._live[job.id].caller = caller
+        else:
             self._admit(job, filled, caller)
         self._begin_jobs()
         return job

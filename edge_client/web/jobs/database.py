@@ -24,6 +24,8 @@ T = TypeVar("T")
 
 CALL_S = 8.0
 """No caller waits longer for a shared database."""
+CLOSE_S = 3.0
+"""How long to wait for what still runs."""
 RETRY_S = 1.0
 """While it is lost, it is asked again so often; all others are refused at once."""
 _CHANNEL = "hybridsd"
@@ -71,8 +73,10 @@ class Database:
 
     def close(self) -> None:
         """Closes the connections."""
-        if self._threads is not None:
-            self._threads.shutdown(wait=False)
+        if self._threads is not None:  # one that waits for a silent database is left behind
+            ending = threading.Thread(target=self._threads.shutdown, daemon=True)
+            ending.start()
+            ending.join(CLOSE_S)
         self.engine.dispose()
 
     @property

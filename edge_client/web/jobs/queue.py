@@ -484,9 +484,10 @@ class JobQueue:
             found = await self._store.run(self._store.outlines)
             unknown = [each.id for each in found if each.id not in self._live]
             kept = await self._store.run(self._store.unfinished, unknown) if unknown else []
+            leased = {each.id for each in found if each.is_leased}
             for job in kept:
                 if job.id not in self._live:
-                    await self._admit_kept(job)
+                    await self._admit_kept(job, is_elsewhere=job.id in leased)
             for each in found:
                 live = self._live.get(each.id)
                 if live is not None and not live.is_finished:
@@ -604,11 +605,14 @@ class JobQueue:
         """
         about_to_run = sum(not self._live[each].attempt for each in self._running)
         more = about_to_run + max(self._all_workers - len(self._busy), 0)
+        own_more = (
+            more if caller.quota.jobs is None else min(more, max(caller.quota.jobs - self.used(caller)["jobs"], 0))
+        )
         quota, user, limit = caller.quota.queued, caller.user, self.max_waiting
 
         def may_add(waiting: dict[str, int]) -> bool:
             total, own = sum(waiting.values()), waiting.get(user, 0)
-            if quota is not None and own >= quota + more:
+            if quota is not None and own >= quota + own_more:
                 return False
             share = max(limit // len({*waiting, user}), 1)
             return total < limit + more or (own < share and total < 2 * limit + more)
@@ -664,11 +668,11 @@ class JobQueue:
             return passed_s * max(live.work.steps - live.num_run, 0) / live.num_run
         return max(self._takes_s(live) - passed_s, 0.0)
 
-    async def _admit_kept(self, job: StoredJob) -> None:
+    async def _admit_kept(self, job: StoredJob, *, is_elsewhere: bool) -> None:
         """Takes a job of the last run, or of another replica."""
         try:
             create = JobCreate.model_validate(_body(job.request))
-            self._admit(job, create, self._caller_of(job.owner, job.user))
+            self._admit(job, create, self._caller_of(job.owner, job.user), is_elsewhere=is_elsewhere)
         except (ValidationError, HybridSDError) as error:  # an older gateway took it
             if self._store.is_shared and time.time() < job.created_at + UPDATE_S:
                 return  # or a newer one, which draws it
@@ -685,10 +689,14 @@ class JobQueue:
                 )
                 self.call_webhook(ended)
 
-    def _admit(self, job: StoredJob, create: JobCreate, caller: Caller) -> None:
+    def _admit(self, job: StoredJob, create: JobCreate, caller: Caller, *, is_elsewhere: bool = False) -> None:
         live = _Live(job.number, create, caller, job.work, self._worker.needs_cloud(create))
-        live.wait(job.attempts)
         self._live[job.id] = live
+        if is_elsewhere:
+            live.number = ATTEMPT_EVENTS * job.attempts
+            self._elsewhere.add(job.id)
+            return
+        live.wait(job.attempts)
         self._wait(job.id, live)
         self._emit_positions()
 

@@ -334,7 +334,7 @@ class Store:
                 made = {"job": job.number, "index": index, "record": record, "attempt": max(job.attempts, 1)}
                 connection.execute(_images.insert().values(made))
         except LeaseLostError:
-            if job.attempts > 1 or not self._has_image(job, index):
+            if not self._has_image(job, index):
                 self._discard(_image(job.number, index, job.attempts))
             raise
 
@@ -539,8 +539,10 @@ class Store:
         self.database.notify(connection, "")
 
     def _has_image(self, job: StoredJob, index: int) -> bool:
+        """Returns whether an image of this attempt is the job's."""
         with self._begin() as connection:
             same = (_images.c.job == job.number) & (_images.c.index == index)
+            same &= _images.c.attempt == max(job.attempts, 1)
             return connection.execute(sa.select(_images.c.job).where(same)).first() is not None
 
     def _with_images(self, connection: Connection, rows: Sequence[Row[Any]]) -> list[StoredJob]:

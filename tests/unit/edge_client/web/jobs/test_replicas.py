@@ -82,9 +82,8 @@ class Replica:
             view=lambda job, _position: {"id": job.id, "state": job.state, "images": job.images},
         )  # fmt: skip
 
-    async def add(self, prompt: str = "a fox", owner: str = "", **quota: Any) -> StoredJob:
-        who = caller(owner, quota=Quota(**quota))
-        return await self.queue.submit(JobCreate(prompt=prompt), Upload(), caller=who, api="native")
+    async def add(self, prompt: str = "a fox", owner: str = "") -> StoredJob:
+        return await self.queue.submit(JobCreate(prompt=prompt), Upload(), caller=caller(owner), api="native")
 
     async def names(self, job: StoredJob, after: int = 0) -> list[str]:
         return [event.name async for event in self.queue.events(job, after)]
@@ -96,8 +95,11 @@ class Replica:
             task.cancel()
 
 
-def caller(owner: str, user: str = "", **values: Any) -> Caller:
-    return Caller(owner=owner, host="", user=user or owner, **values)
+LIMITS = {"limited": Quota(jobs=1, queued=2), "metered": Quota(steps_per_minute=10)}
+
+
+def caller(owner: str, user: str = "") -> Caller:
+    return Caller(owner=owner, host="", user=user or owner, quota=LIMITS.get(owner, Quota()))
 
 
 async def nothing() -> None:
@@ -290,17 +292,16 @@ async def test_the_queue_is_one(tmp_path: Path, postgres: Postgres) -> None:
 async def test_limits_of_a_token_are_of_all_replicas(tmp_path: Path, postgres: Postgres) -> None:
     """Jobs that run, jobs that wait, steps a minute."""
     async with replicas(tmp_path, postgres, num_workers=2) as (one, two):
-        jobs = [await each.add(f"{index}", "a", jobs=1, queued=2) for index, each in enumerate((one, two, one))]
+        jobs = [await each.add(f"{index}", "limited") for index, each in enumerate((one, two, one))]
         for each in (one, two):
-            await reached(lambda each=each: each.queue.used(caller("a")) == {"jobs": 1, "queued": 2})
+            await reached(lambda each=each: each.queue.used(caller("limited")) == {"jobs": 1, "queued": 2})
         with pytest.raises(HybridSDError, match="limit queued") as queued:
-            await two.add("4", "a", jobs=1, queued=2)
+            await two.add("4", "limited")
         assert len(one.worker.ran) + len(two.worker.ran) <= 1
         create = JobCreate(prompt="steps", num_inference_steps=8)
-        limited = caller("b", quota=Quota(steps_per_minute=10))
-        job = await one.queue.submit(create, Upload(), caller=limited, api="native")
+        job = await one.queue.submit(create, Upload(), caller=caller("metered"), api="native")
         with pytest.raises(HybridSDError, match="steps_per_minute") as steps:
-            await two.queue.submit(create, Upload(), caller=limited, api="native")
+            await two.queue.submit(create, Upload(), caller=caller("metered"), api="native")
         await two.queue.cancel(job)
         await one.queue.finished(job)
         for each in (one, two):

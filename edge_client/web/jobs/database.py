@@ -57,15 +57,18 @@ class Database:
         self.is_shared = url is not None
         self._retry_at, self._asks = 0.0, threading.Lock()
         self._lost_at: float | None = None
+        self.why_lost = ""
+        """What the driver said last."""
         if url is None:
-            self.name = str(folder)
+            self.name, self._password = str(folder), ""
             self.engine = sa.create_engine(f"sqlite:///{folder / 'jobs.sqlite'}")
             sa.event.listen(self.engine, "connect", _configure_sqlite)
         else:
             address = _postgres(url)
+            self._password = str(address.password or "")
             self.name = f"{address.host or address.query.get('host') or 'localhost'}/{address.database or ''}"
             self.engine = sa.create_engine(
-                address, connect_args=_CONNECT, pool_size=_THREADS, max_overflow=_THREADS, pool_timeout=CALL_S,
+                address, connect_args=_CONNECT, pool_size=4, max_overflow=_THREADS, pool_timeout=CALL_S,
                 pool_pre_ping=True, hide_parameters=True,
             )  # fmt: skip
             sa.event.listen(self.engine, "connect", _configure_postgres)
@@ -218,7 +221,7 @@ class Database:
 
     def _lost(self, why: str) -> HybridSDError:
         with self._asks:
-            self._retry_at = time.monotonic() + RETRY_S
+            self.why_lost, self._retry_at = why, time.monotonic() + RETRY_S
             if self._lost_at is None:
                 self._lost_at = time.monotonic()
                 log.warning("database_lost", error=why)
@@ -229,7 +232,8 @@ class Database:
         cause = getattr(error, "orig", None)
         state = getattr(cause, "sqlstate", None)
         if state is None or state.startswith(("08", "57P", "53300", "25006")):
-            return self._lost(f"{type(cause or error).__name__} {state or ''}".strip())
+            said = str(cause or error).strip().partition("\n")[0][:300]
+            return self._lost(said.replace(self._password, "***") if self._password else said)
         log.warning("database_failed", error=type(cause).__name__, code=state)
         return self._refusal()
 

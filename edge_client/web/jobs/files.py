@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,9 +18,6 @@ class Files(Protocol):
 
     def read(self, name: str) -> bytes:
         """Returns what is in a file; FileNotFoundError if there is none."""
-
-    def move(self, old: str, new: str) -> None:
-        """Renames a folder."""
 
     def remove(self, name: str) -> None:
         """Removes a file or folder; never raises."""
@@ -63,9 +59,6 @@ class _Folder:
 
     def read(self, name: str) -> bytes:
         return (self._folder / name).read_bytes()
-
-    def move(self, old: str, new: str) -> None:
-        (self._folder / old).rename(self._folder / new)
 
     def remove(self, name: str) -> None:
         path = self._folder / name
@@ -116,16 +109,6 @@ class _Remote:
         content: bytes = self._do(lambda: self._system.cat_file(self._path(name)))
         return content
 
-    def move(self, old: str, new: str) -> None:
-        def copy() -> None:
-            for each in self._system.find(self._path(old)):
-                target = f"{self._path(new)}/{each.rpartition('/')[2]}"
-                self._system.makedirs(self._path(new), exist_ok=True)
-                self._system.copy(each, target)
-            self._system.rm(self._path(old), recursive=True)
-
-        self._do(copy)
-
     def remove(self, name: str) -> None:
         with contextlib.suppress(OSError):
             self._do(lambda: self._system.rm(self._path(name), recursive=True))
@@ -170,8 +153,3 @@ def _shown(address: str) -> str:
     """Returns an address without who asks, which may have a secret in it."""
     scheme, _, rest = address.partition("://")
     return f"{scheme}://{rest.partition('?')[0].rpartition('@')[2]}"
-
-
-def new_name() -> str:
-    """Returns a name that nobody else uses."""
-    return uuid.uuid4().hex

@@ -36,7 +36,7 @@ from edge_client.web.jobs.uploads import Upload
 from edge_client.web.jobs.worker import WorkerEvent
 from edge_client.web.schemas.native import JobCreate, State
 from hybridsd import trace_context, tracing
-from hybridsd.errors import HybridSDError, Reason
+from hybridsd.errors import CloudUnreachable, HybridSDError, Reason
 
 log = structlog.get_logger()
 
@@ -294,7 +294,7 @@ class JobQueue:
                 filled, work = await self.decode(caller, self._worker.fill_in, create, upload)
             add = functools.partial(self._add, filled, work, upload, caller, api, digest, self._may_add(caller))
             try:
-                job = await (self._store.run(add) if self._store.is_shared else self._in_thread(add))
+                job = await (self._add_shared(add, upload, caller) if self._store.is_shared else self._in_thread(add))
             except NoRoomError:  # jobs came to other replicas
                 await self.look()
                 self._admitted[caller.user] -= 1
@@ -317,6 +317,12 @@ class JobQueue:
         self._begin_jobs()
         return job
 
+    async def _add_shared(self, add: Callable[..., StoredJob], upload: Upload, caller: Caller) -> StoredJob:
+        """Writes the images first: a slow storage is no slow database."""
+        await self._store.run(self._store.check_room, caller.owner, caller.user, upload.num_bytes)
+        key = await asyncio.to_thread(self._store.write_upload, upload) if upload.num_bytes else ""
+        return await self._store.run(add, upload_key=key)
+
     async def _in_thread(self, work: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._checks, functools.partial(work, *args, **options))
 
@@ -334,6 +340,7 @@ class JobQueue:
         api: str,
         digest: str,
         may_add: Callable[[dict[str, int]], bool],
+        upload_key: str | None = None,
     ) -> StoredJob:
         """Stores a checked job, in a thread."""
         request = filled.model_dump(mode="json", exclude={"id"})
@@ -342,7 +349,7 @@ class JobQueue:
         try:
             return self._store.add(
                 filled.id or uuid.uuid4().hex, caller.owner, api, request, digest, upload, user=caller.user, work=work,
-                may_add=may_add,
+                upload_key=upload_key, may_add=may_add,
             )  # fmt: skip
         except BaseException:
             self._quotas.give_back(caller, work.steps)
@@ -400,6 +407,11 @@ class JobQueue:
 
     async def events(self, job: StoredJob, after: int = 0) -> AsyncIterator[JobEvent]:
         """Yields the events after number `after`, past and future, until the job ends."""
+        with contextlib.suppress(CloudUnreachable):  # a shared database is lost: the stream ends, and may be resumed
+            async for event in self._events(job, after):
+                yield event
+
+    async def _events(self, job: StoredJob, after: int) -> AsyncIterator[JobEvent]:
         live = await self._find(job)
         if live is None:
             is_over = False

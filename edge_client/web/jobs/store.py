@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Row
 
 from edge_client.web.jobs.database import Database
-from edge_client.web.jobs.files import new_name, open_files
+from edge_client.web.jobs.files import open_files
 from edge_client.web.jobs.folder_lock import FolderLock
 from edge_client.web.jobs.quotas import Work, exceeded, whole_delay
 from edge_client.web.jobs.tables import images as _images
@@ -26,7 +26,7 @@ from edge_client.web.jobs.tables import jobs as _jobs
 from edge_client.web.jobs.uploads import Upload
 from edge_client.web.schemas.native import State
 from edge_client.web.settings import LEASE_S
-from hybridsd.errors import HybridSDError, Reason
+from hybridsd.errors import CloudUnreachable, HybridSDError, Reason
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -101,6 +101,8 @@ class StoredJob:
     steps: int = 0
     width: int = 0
     height: int = 0
+    upload_key: str = ""
+    """Where its uploads are."""
     is_cancelled: bool = False
     """Somebody has asked for that."""
     images: list[dict[str, Any]] = field(default_factory=list)
@@ -167,9 +169,14 @@ class Store:
                     self._check_images()
                 self._opened = opened.pop_all()
         except (OSError, sa.exc.SQLAlchemyError) as error:
-            raise Reason.FIELD_INVALID.error(f"cannot store jobs in {folder}: {error}; change `data_dir`",
-                field="data_dir",
+            where, option = (folder, "data_dir") if database is None else ("the database, or images", "database")
+            raise Reason.FIELD_INVALID.error(f"cannot store jobs in {where}: {error}; change `{option}`", field=option
             ) from error  # fmt: skip
+        except CloudUnreachable as error:
+            raise Reason.DATABASE_UNAVAILABLE.error(
+                f"the database {self.database.name} does not answer ({self.database.why_lost}); start it, or change "
+                "`database`"
+            ) from error
         self._remove_abandoned()
 
     @property
@@ -200,9 +207,22 @@ class Store:
         *,
         user: str = "",
         work: Work = Work(),  # noqa: B008 (it is frozen)
+        upload_key: str | None = None,
         may_add: Callable[[dict[str, int]], bool] = lambda _waiting: True,
     ) -> StoredJob:
         """Stores a new job.
+
+        Args:
+            job_id: Its id.
+            owner: Whose it is.
+            api: By which it came.
+            request: The `JobCreate`.
+            digest: Of the request.
+            upload: Its images.
+            user: Whose share it takes.
+            work: What it asks for.
+            upload_key: Where `write_upload` has written the images; None: they are still to be written.
+            may_add: With a shared database, returns whether there is room, by how many jobs of each user wait.
 
         Raises:
             InvalidRequest: REQUEST_ID_REUSED if the id is taken, also by a deleted job; BODY_TOO_LARGE if its images
@@ -210,39 +230,51 @@ class Store:
             CloudBusy: TOO_MANY_JOBS or QUOTA_EXCEEDED if there is no room for its images yet.
             NoRoomError: With a shared database, `may_add` refuses for how many jobs of each user wait.
         """
-        num_bytes = sum(len(content) for content in (upload.image, upload.mask) if content is not None)
+        num_bytes = upload.num_bytes
+        if upload_key is None:
+            self.check_room(owner, user, num_bytes)
+            upload_key = self.write_upload(upload)
         values = {
             "id": job_id, "owner": owner, "api": api, "state": "queued", "created_at": time.time(),
             "request": request, "digest": digest, "webhook_due": request.get("webhook") is not None,
             "upload_bytes": num_bytes, "user": user, "steps": work.steps, "width": work.width, "height": work.height,
+            "upload_key": upload_key,
         }  # fmt: skip
-        new = f"uploads/new-{time.time():.0f}-{new_name()}"
         try:
-            with self._begin() as connection:
-                self._check_room(connection, owner, user, num_bytes)
-            with self._files():
-                for name, content in (("image", upload.image), ("mask", upload.mask)):
-                    if content is not None:
-                        self.files.write(f"{new}/{name}", content)
             with self._begin() as connection:
                 if self.is_shared:
                     self.database.lock(connection, "add")  # or two replicas would find the same room
                     if not may_add(self._num_waiting(connection)):
                         raise NoRoomError
                     self._check_room(connection, owner, user, num_bytes)
-                number = connection.execute(_jobs.insert().values(values)).inserted_primary_key[0]  # type: ignore[index]
-                if num_bytes:
-                    with self._files():
-                        self.files.move(new, _uploads(number))  # a job cannot run without its images
+                connection.execute(_jobs.insert().values(values))
                 self._tell(connection)
-        except sa.exc.IntegrityError as error:
+        except BaseException as error:
+            if upload_key:
+                self._discard(f"uploads/{upload_key}")
+            if not isinstance(error, sa.exc.IntegrityError):
+                raise
             raise Reason.REQUEST_ID_REUSED.error(
                 f"id {job_id} belongs to another job; choose another id", field="id"
             ) from error
-        finally:
-            if num_bytes:
-                self._discard(new)
         return self.get(job_id)
+
+    def write_upload(self, upload: Upload) -> str:
+        """Writes the images of a job that is still to be added; returns their place."""
+        if upload == Upload():
+            return ""
+        key = f"{time.time():.0f}-{uuid.uuid4().hex}"
+        with self._files():
+            for name, content in (("image", upload.image), ("mask", upload.mask)):
+                if content is not None:
+                    self.files.write(f"uploads/{key}/{name}", content)
+        return key
+
+    def check_room(self, owner: str, user: str, num_bytes: int) -> None:
+        """Refuses an upload for which there is no room; see `add`."""
+        if num_bytes:
+            with self._begin() as connection:
+                self._check_room(connection, owner, user, num_bytes)
 
     def begin(self, job_id: str, *, user: str = "", at_most: int | None = None) -> StoredJob | None:
         """Marks a job as running, here, and counts the attempt.
@@ -378,7 +410,7 @@ class Store:
                 raise LeaseLostError
             self._tell(connection)
         job = self.get(job_id)
-        self._discard(_uploads(job.number))
+        self._discard(_uploads(job))
         self._prune(job)
         return job
 
@@ -487,7 +519,7 @@ class Store:
         with self._files():
             return Upload(
                 *(
-                    self.files.read(f"{_uploads(job.number)}/{name}") if job.request.get(name) else None
+                    self.files.read(f"{_uploads(job)}/{name}") if job.request.get(name) else None
                     for name in ("image", "mask")
                 )
             )
@@ -564,7 +596,7 @@ class Store:
         """Fills in what the tables of the first gateway did not say: what files take."""
         for number in connection.scalars(sa.select(_jobs.c.number)).all() if version < 1 else ():
             sizes = {
-                "upload_bytes": self.files.size(_uploads(number)),
+                "upload_bytes": self.files.size(f"uploads/{number}"),
                 "image_bytes": self.files.size(f"images/{number}"),
             }
             connection.execute(_jobs.update().where(_jobs.c.number == number).values(sizes))
@@ -591,11 +623,15 @@ class Store:
 
     def _remove_abandoned(self) -> None:
         """Removes uploads that a crash has left."""
+        with self._begin() as connection:
+            known = set(connection.scalars(sa.select(_jobs.c.upload_key).where(_jobs.c.state.in_(UNFINISHED))))
         with contextlib.suppress(OSError):
             for name in self.files.folders("uploads"):
-                begun = name.split("-")[1] if name.startswith("new-") else ""
-                is_old = not begun.isdecimal() or float(begun) < time.time() - _ABANDONED_S
-                if begun and (is_old or not self.is_shared):
+                written_at, _, rest = name.partition("-")
+                if not rest or name in known:
+                    continue  # of an older gateway, by its number
+                is_new = written_at.isdecimal() and float(written_at) > time.time() - _ABANDONED_S
+                if not (self.is_shared and is_new):  # another replica may be about to add it
                     self._discard(f"uploads/{name}")
 
     def _check_room(self, connection: Connection, owner: str, user: str, num_bytes: int) -> None:
@@ -690,8 +726,8 @@ def _kept_bytes(whose: sa.ColumnElement[bool]) -> sa.Select[Any]:
     return sa.select(sa.func.sum(_jobs.c.image_bytes)).where(_IS_DONE, whose)
 
 
-def _uploads(number: int) -> str:
-    return f"uploads/{number}"
+def _uploads(job: StoredJob) -> str:
+    return f"uploads/{job.upload_key or job.number}"
 
 
 def _image(number: int, index: int, attempt: int) -> str:

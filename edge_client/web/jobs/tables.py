@@ -29,12 +29,14 @@ jobs = sa.Table(
     sa.Column("steps", sa.Integer, nullable=False, server_default="0"),
     sa.Column("width", sa.Integer, nullable=False, server_default="0"),
     sa.Column("height", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("upload_key", sa.Text, nullable=False, server_default=""),
     sa.Column("is_cancelled", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("lease_until", sa.Float),
     sa.Column("webhook_until", sa.Float),
 )  # fmt: skip
-"""`is_cancelled`: somebody has asked for that while it ran. `lease_until`: until then, by the clock of the database, it
-is the replica's that runs it; `webhook_until`: its webhook is that of the one that calls it. None with SQLite."""
+"""`upload_key`: the folder of its uploads; empty: its number. `is_cancelled`: somebody has asked for that while it ran.
+`lease_until`: until then, by the clock of the database, it is the replica's that runs it; `webhook_until`: its webhook
+is that of the one that calls it. None with SQLite."""
 
 images = sa.Table(
     "images", meta,
@@ -80,6 +82,7 @@ _ADDED = (
     *(("jobs", name, "INTEGER NOT NULL DEFAULT 0") for name in ("upload_bytes", "image_bytes")),  # in version 1
     ("jobs", "user", "TEXT NOT NULL DEFAULT ''"),  # in version 2
     *(("jobs", name, "INTEGER NOT NULL DEFAULT 0") for name in ("steps", "width", "height")),
+    ("jobs", "upload_key", "TEXT NOT NULL DEFAULT ''"),
     ("jobs", "is_cancelled", "BOOLEAN NOT NULL DEFAULT false"),  # in version 3
     ("jobs", "lease_until", "FLOAT"),
     ("jobs", "webhook_until", "FLOAT"),

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +25,6 @@ from tests.integration.web.conftest import (
     TOKENS,
     Gate,
     GatewayServer,
-    ask,
     finish,
     picture,
     pixels,
@@ -154,44 +152,6 @@ def test_images_at_an_address(tmp_path: Path, bundle: Bundle, models: Models, cl
     assert system.find("/gateway/images/images") == []
     assert system.find("/gateway/images/uploads") == []
     assert not list(tmp_path.rglob("*.png"))
-
-
-def test_while_the_database_is_away(
-    tmp_path: Path, bundle: Bundle, models: Models, cloud: Cloud, postgres: Postgres
-) -> None:
-    """Every route that needs it says 503 and when to come again, and so do the health checks; then all is as before."""
-    with (
-        two_replicas(tmp_path, bundle, models, cloud, postgres.fresh()) as (one, _two),
-        one.client() as client,
-    ):
-        job = finish(client, seed=1)
-        assert client.get("/readyz").status_code == 200
-        postgres.stop()
-        try:
-            asked = [
-                client.post("/v1/jobs", json=ask()),
-                client.get("/v1/jobs"),
-                client.get(f"/v1/jobs/{job['id']}"),
-                client.get(f"/v1/jobs/{job['id']}/events"),
-                client.get(job["images"][0]["url"]),
-                client.post(f"/v1/jobs/{job['id']}/cancel"),
-                client.post("/v1/images/generations", json={"prompt": "a fox", "size": "32x32"}),
-                client.get("/sdapi/v1/progress"),
-                client.get("/readyz"),
-            ]
-            lives, said = client.get("/healthz").status_code, client.get("/metrics").text
-        finally:
-            postgres.start()
-        while client.get("/readyz").status_code != 200:
-            time.sleep(0.1)
-        assert client.get(f"/v1/jobs/{job['id']}").json() == job
-        assert finish(client, seed=1)["state"] == "completed"
-
-    assert {(each.status_code, each.json()["reason"]) for each in asked} == {(503, "DATABASE_UNAVAILABLE")}
-    assert all(int(each.headers["retry-after"]) >= 1 for each in asked)
-    assert lives == 200
-    assert "hybridsd_edge_database_up 0.0" in said
-    assert "hybridsd_edge_ready 0.0" in said
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Callable, Container, Coroutine, Generator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Container, Coroutine, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec, Protocol, TypeVar
@@ -408,10 +408,11 @@ class JobQueue:
     async def events(self, job: StoredJob, after: int = 0) -> AsyncIterator[JobEvent]:
         """Yields the events after number `after`, past and future, until the job ends."""
         with contextlib.suppress(CloudUnreachable):  # a shared database is lost: the stream ends, and may be resumed
-            async for event in self._events(job, after):
-                yield event
+            async with contextlib.aclosing(self._events(job, after)) as events:
+                async for event in events:
+                    yield event
 
-    async def _events(self, job: StoredJob, after: int) -> AsyncIterator[JobEvent]:
+    async def _events(self, job: StoredJob, after: int) -> AsyncGenerator[JobEvent]:
         live = await self._find(job)
         if live is None:
             is_over = False
@@ -532,10 +533,13 @@ class JobQueue:
         except HybridSDError as error:
             if error.reason not in (Reason.NOT_FOUND, Reason.JOB_GONE):
                 raise
-        if (job is not None and job.state in UNFINISHED) or job_id in self._running or live.is_finished:
+        if job is not None and job.state in UNFINISHED:
             return  # it has just come
         if live.num_readers:
             await self._hear([live])
+        if job_id in self._running or live.is_finished:
+            self._elsewhere.discard(job_id)
+            return
         if job_id in self._waiting:
             if job is not None and job.attempts:
                 self._waiting.begin(job_id)
@@ -721,6 +725,8 @@ class JobQueue:
 
     def _begin_jobs(self) -> None:
         """Begins the jobs whose turn it is, while there are workers for them."""
+        if self._store.database.lost_s:
+            return  # nothing can be begun; the next look does it
         while self._is_started and not self._stopping and (job_id := self._next()) is not None:
             self._running.add(job_id)
             self._emit_positions()
@@ -875,7 +881,8 @@ class JobQueue:
         job = await (self._store.run(finish) if is_waiting else self._insist(live, finish))
         if job_id in self._waiting:
             self._waiting.remove(job_id)
-        live.is_finished = True
+        self._elsewhere.discard(job_id)
+        is_told, live.is_finished = live.is_finished, True
         live.queue_span.end()  # of one that was cancelled while it waited
         live.span.set(
             hybridsd__job=job_id, hybridsd__api=job.api, hybridsd__state=state, hybridsd__images=len(job.images)
@@ -887,7 +894,8 @@ class JobQueue:
         if state != "completed":
             with contextlib.suppress(HybridSDError):  # without the database nobody has steps
                 await self._store.run(self._quotas.give_back, live.caller, live.work.steps - live.num_run)
-        live.emit(state, {"job": self._view(job, None)}, _end_number(job))
+        if not is_told:  # a look has seen it end
+            live.emit(state, {"job": self._view(job, None)}, _end_number(job))
         log.info(
             "job_ended", job=job_id, state=state, reason=error and error["reason"], api=job.api,
             trace_id=live.span.context.trace_id,  # of the job, whoever cancelled it

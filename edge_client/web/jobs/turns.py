@@ -1,6 +1,7 @@
 """Whose turn it is: waiting jobs, each user's in order of arrival, users in turns by what their jobs cost."""
 
 import bisect
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -133,8 +134,8 @@ class _Line:
         self._insert(job_id, user, length, next(self._arrivals))
 
     def put_back(self, job_id: str, user: str) -> None:
-        """Adds a job before all others; it has taken its part of the line before."""
-        entry = (self._begun, -next(self._arrivals), job_id)
+        """Adds a job before all others but those that were put back; it has taken its part of the line before."""
+        entry = (-math.inf, next(self._arrivals), job_id)
         bisect.insort(self._line, entry)
         self._jobs[job_id] = (entry, user, 0.0)
         self._counts[user] += 1

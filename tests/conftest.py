@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.patience import HANG_S
 from tests.support.postgres import Postgres, running_postgres
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and the processes that they start inherit it
@@ -31,6 +32,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
-    """A server for the whole run; each test takes a fresh schema of it."""
-    with running_postgres() as server:
+    """A server for the whole run; each test takes a fresh schema of it. On a loaded machine it may take its time."""
+    from edge_client.web.jobs import database
+
+    with running_postgres() as server, pytest.MonkeyPatch.context() as patience:
+        patience.setattr(database, "CALL_S", HANG_S)
+        patience.setitem(database._CONNECT, "connect_timeout", int(HANG_S))
+        patience.setattr(database, "_LIMITS", {})
         yield server

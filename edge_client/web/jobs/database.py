@@ -22,7 +22,7 @@ log = structlog.get_logger()
 P = ParamSpec("P")
 T = TypeVar("T")
 
-CALL_S = 8.0
+CALL_S = 10.0
 """No caller waits longer for a shared database."""
 CLOSE_S = 3.0
 """How long to wait for what still runs."""
@@ -30,10 +30,10 @@ RETRY_S = 1.0
 """While it is lost, it is asked again so often; all others are refused at once."""
 _CHANNEL = "hybridsd"
 _THREADS = 16
-_LIMITS = {"statement_timeout": "5s", "lock_timeout": "4s", "idle_in_transaction_session_timeout": "30s"}
+_LIMITS = {"statement_timeout": "8s", "lock_timeout": "6s", "idle_in_transaction_session_timeout": "30s"}
 """Of Postgres: whoever is cut off in the middle holds nobody up for long."""
 _CONNECT = {
-    "connect_timeout": 3, "keepalives_idle": 5, "keepalives_interval": 3, "keepalives_count": 3,
+    "connect_timeout": 5, "keepalives_idle": 5, "keepalives_interval": 3, "keepalives_count": 3,
     "tcp_user_timeout": 8000, "application_name": "hybridsd-gateway",
 }  # fmt: skip
 _MIGRATING = 7_206_541

@@ -68,7 +68,6 @@ def test_a_database_that_says_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It takes connections and is silent. Who asks is answered; who watches a job sees its end once it speaks again."""
-    monkeypatch.setattr(database, "CALL_S", 1.0)
     with (
         two_replicas(tmp_path, bundle, models, cloud, postgres.fresh()) as (one, _two),
         one.client() as client,
@@ -80,7 +79,9 @@ def test_a_database_that_says_nothing(
                 pass
             postgres.freeze()
             try:
-                asked = [client.post("/v1/jobs", json=ask()) for _ in range(20)]
+                with monkeypatch.context() as hurry:
+                    hurry.setattr(database, "CALL_S", 1.0)
+                    asked = [client.post("/v1/jobs", json=ask()) for _ in range(20)]
                 lives = client.get("/healthz").status_code
                 gate.open()
             finally:

@@ -181,7 +181,7 @@ def test_killed_in_the_middle_another_goes_on(
 
     fake.mangle = hold_second
     monkeypatch.setenv("HYBRIDSD_DATABASE", postgres.fresh().replace("test@", "test:hunter2@"))
-    options = ("--images", str(tmp_path / "images"), "--lease", "2")
+    options = ("--images", str(tmp_path / "images"), "--lease", "5")
     running: list[Process] = []
     try:
         for name in ("one", "two"):

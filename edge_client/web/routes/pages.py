@@ -71,8 +71,7 @@ async def healthz() -> dict[str, str]:
 async def readyz(gateway: SharedGateway, request: Request) -> Any:
     """Whether the gateway takes jobs and gets on with them. Without a cloud it does, too: this device runs all steps.
 
-    Strangers are told no more than that. 503: all workers are held by jobs that make no progress, or a shared database
-    does not answer.
+    Strangers are told no more. 503: jobs that make no progress hold all workers, or a shared database is silent.
     """
     await gateway.store.run(gateway.store.ping)
     found, _ = await gateway.watch.poll(wait_s=0.5)

@@ -1,5 +1,6 @@
 """Debian's Postgres as a process of the tests. It refuses to run as root, so that it then runs as its own user."""
 
+import contextlib
 import itertools
 import os
 import pwd
@@ -38,6 +39,7 @@ class Postgres:
         self._numbers = itertools.count()
         self._server: subprocess.Popen[bytes] | None = None
         self._as: dict[str, Any] = {}
+        self._signalled: set[int] = set()
         if os.geteuid() == 0:
             user = pwd.getpwnam("postgres")
             self._as = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
@@ -105,8 +107,12 @@ class Postgres:
         assert self._server is not None
         main = self._server.pid
         children = Path(f"/proc/{main}/task/{main}/children").read_text().split()
-        for pid in (main, *map(int, children)):
-            os.kill(pid, how)
+        self._signalled |= {main, *map(int, children)}  # the list may lack some while others end
+        for pid in sorted(self._signalled):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, how)
+        if how is signal.SIGCONT:
+            self._signalled.clear()
 
     def _run(self, program: str, *words: str) -> None:
         subprocess.run(

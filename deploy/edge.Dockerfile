@@ -5,13 +5,13 @@ RUN python -m venv /opt/hybridsd
 ENV PATH=/opt/hybridsd/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 # What it needs comes first and by itself: a change of the sources installs none of it again.
 COPY constraints.txt pyproject.toml deploy/requirements.py ./
-RUN python requirements.py edge > needed.txt && pip install -c constraints.txt -r needed.txt
+RUN python requirements.py edge postgres fsspec > needed.txt && pip install -c constraints.txt -r needed.txt
 COPY README.md LICENSE ./
 COPY protos/hybridsd protos/hybridsd
 COPY cloud_server cloud_server
 COPY edge_client edge_client
 COPY training training
-RUN pip install -c constraints.txt '.[edge]'
+RUN pip install -c constraints.txt '.[edge,postgres,fsspec]'
 
 FROM python:3.11-slim
 RUN useradd --uid 10001 --create-home hybridsd && install -d -o hybridsd -g hybridsd /data

@@ -1,8 +1,12 @@
 """The order of the tests: the longest files first, so that all workers end together (`make test` runs pytest -n 3)."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
+
+from tests.support.patience import HANG_S
+from tests.support.postgres import Postgres, running_postgres
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and the processes that they start inherit it
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,3 +28,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((number for number, part in enumerate(_LONG) if part in path), len(_LONG))
 
     items.sort(key=rank)  # stable: within a file and between the others nothing changes
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A server for the whole run; each test takes a fresh schema of it. On a loaded machine it may take its time."""
+    from edge_client.web.jobs import database
+
+    with running_postgres() as server, pytest.MonkeyPatch.context() as patience:
+        patience.setattr(database, "CALL_S", HANG_S)
+        patience.setitem(database._CONNECT, "connect_timeout", int(HANG_S))
+        patience.setattr(database, "_LIMITS", {})
+        yield server

@@ -31,7 +31,7 @@ from edge_client.inference.models import Models
 from edge_client.web import logs
 from edge_client.web.app import create_app
 from edge_client.web.connections import PatientServer, server_config
-from edge_client.web.settings import Settings
+from edge_client.web.settings import LEASE_S, Settings
 from edge_client.web.tls import server_context
 from hybridsd import certificates, tracing
 from hybridsd.errors import Reason
@@ -89,6 +89,20 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option(
     "--data-dir", type=click.Path(file_okay=False, path_type=Path),
     help="Folder of jobs and images. Default: in the data folder of this user.",
+)  # fmt: skip
+@click.option(
+    "--database", envvar=["HYBRIDSD_DATABASE", "HYBRIDSD_EDGE_DATABASE"], metavar="URL",
+    help="Postgres for the jobs, which several replicas of the gateway share, such as postgresql://user@host/hybridsd. "
+    "Default: SQLite in --data-dir, of this gateway alone.",
+)  # fmt: skip
+@click.option(
+    "--images", metavar="FOLDER|URL",
+    help="Where images are, for all replicas alike: a shared folder, or an address of fsspec such as "
+    "s3://bucket/images. Default: --data-dir.",
+)  # fmt: skip
+@click.option(
+    "--lease", type=click.FloatRange(1, 600), default=LEASE_S, show_default=True, metavar="SECONDS",
+    help="With --database: how long a replica may be silent before another runs its jobs.",
 )  # fmt: skip
 @click.option("--max-jobs", type=click.IntRange(1), default=1000, show_default=True, help="Finished jobs to keep.")
 @click.option(
@@ -208,6 +222,9 @@ def _settings(options: dict[str, Any]) -> Settings:
     names, any_address = _host_names(host, options["allowed_hosts"], has_tokens=tokens is not None)
     return Settings(
         data_dir=options["data_dir"] or platformdirs.user_data_path("hybridsd") / "gateway",
+        database=options["database"] or None,
+        images=options["images"] or None,
+        lease_s=options["lease"],
         tokens=tokens,
         hosts=names,
         any_address=any_address,

@@ -25,6 +25,7 @@ from edge_client.web.auth import Access
 from edge_client.web.bodies import BodyMiddleware
 from edge_client.web.cloud_watch import CloudWatch
 from edge_client.web.dependencies import Gateway
+from edge_client.web.jobs.board import Board
 from edge_client.web.jobs.queue import JobQueue
 from edge_client.web.jobs.quotas import Quotas
 from edge_client.web.jobs.store import Store, StoredJob
@@ -78,14 +79,16 @@ def create_app(
         account: How energy and cost are known; None models them, with the cloud's price alone.
 
     Raises:
-        InvalidRequest: FIELD_INVALID if the data folder cannot be used.
+        InvalidRequest: FIELD_INVALID if the data folder cannot be used, or is used; see `Store`.
+        CloudUnreachable: DATABASE_UNAVAILABLE.
     """
     pool = None if cloud is None else Pool.of(cloud)
     prices = Prices(cloud_dollars_per_hour=settings.cloud_dollars_per_hour)
     account = Account(prices=prices) if account is None else account
     store = Store(
         settings.data_dir, max_jobs=settings.max_jobs, max_bytes=settings.max_data_bytes,
-        quota_bytes=lambda owner: access.caller_of(owner).quota.bytes,
+        quota_bytes=lambda owner: access.caller_of(owner).quota.bytes, database=settings.database,
+        images=settings.images, lease_s=settings.lease_s,
     )  # fmt: skip
     access, metrics = Access(settings.tokens, store.secret()), Metrics()
     if settings.tokens is not None:
@@ -100,7 +103,8 @@ def create_app(
             queue_s=None if began_s is None else max(0.0, began_s - job.created_at), num_images=len(job.images),
         )  # fmt: skip
 
-    views, quotas = Views(access, store), Quotas()
+    views = Views(access, store)
+    quotas = Quotas(shared=Board(store.database, store.lease_s).bucket if store.is_shared else None)
     webhooks = Webhooks(settings.webhook_hosts, store, lambda job: views.job(job, None))
 
     @asynccontextmanager
@@ -120,7 +124,7 @@ def create_app(
             max_body_bytes=settings.max_body_bytes,
             cloud_dollars_per_hour=settings.cloud_dollars_per_hour,
         )  # fmt: skip
-        queue.start()
+        await queue.start()
         asking = asyncio.create_task(app.state.gateway.watch.poll(wait_s=0))  # so that the first job can be checked
         warming = None if models.low_memory else asyncio.create_task(asyncio.to_thread(_warm_up, models))
         yield

@@ -84,24 +84,24 @@ class Gateway:
         models = found.models if found is not None else ()
         return [model for model in models if model.latent_space == self.bundle.manifest.latent_space]
 
-    def job(self, job_id: str, caller: Caller) -> StoredJob:
+    async def job(self, job_id: str, caller: Caller) -> StoredJob:
         """Returns a job of the caller; an admin's are all.
 
         Raises:
             NotFound: NOT_FOUND, also for a job of another; JOB_GONE.
         """
-        job = self.store.get(job_id, None if caller.is_admin else caller.owner)
+        job = await self.store.run(self.store.get, job_id, None if caller.is_admin else caller.owner)
         note(job=job.id)
         return job
 
-    def quotas_of(self, caller: Caller) -> dict[str, dict[str, int | None]]:
+    async def quotas_of(self, caller: Caller) -> dict[str, dict[str, int | None]]:
         """Returns the limits of a caller's token and what is used of them, by their names."""
-        quota, left = caller.quota, self.quotas.steps_left(caller)
+        quota, left = caller.quota, await self.store.run(self.quotas.steps_left, caller)
         used: dict[str, int | None] = dict(self.queue.used(caller))
         if quota.steps_per_minute is not None and left is not None:
             used["steps_per_minute"] = math.ceil(quota.steps_per_minute - left)
         if quota.bytes is not None:
-            used["bytes"] = self.store.kept_bytes(caller.owner)
+            used["bytes"] = await self.store.run(self.store.kept_bytes, caller.owner)
         limits = {each.name: getattr(quota, each.name) for each in fields(quota)}
         return {name: {"limit": limit, "used": used.get(name)} for name, limit in limits.items() if limit is not None}
 

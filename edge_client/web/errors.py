@@ -36,7 +36,7 @@ _DESCRIPTIONS = {
     499: "the job was cancelled",
     500: "internal error",
     502: "the cloud is unreachable or failed",
-    503: "the cloud is busy, or the gateway stops",
+    503: "the cloud is busy, or the gateway stops, or its database does not answer",
     504: "the cloud did not answer in time",
 }
 _ALWAYS = (400, 403, 408, 413, 429, 500)
@@ -47,9 +47,9 @@ _TITLES = {499: "Client Closed Request"}
 
 _OPERATOR = (
     "allowed_hosts", "bundle", "busy_timeout", "client_cert", "client_key", "cors_origins", "data_dir",
-    "edge_models", "idle_timeout", "insecure", "low_memory", "max_body_mib", "progress_timeout", "provider",
-    "queue_timeout", "reattach_timeout", "server", "silence_memory", "threads", "tls_ca", "tls_fingerprint",
-    "token", "token_file", "webhook_hosts",
+    "database", "edge_models", "idle_timeout", "images", "insecure", "low_memory", "max_body_mib",
+    "progress_timeout", "provider", "queue_timeout", "reattach_timeout", "server", "silence_memory", "threads",
+    "tls_ca", "tls_fingerprint", "token", "token_file", "webhook_hosts",
 )  # fmt: skip
 """Fields that only who runs the gateway can set."""
 _HYBRID = (
@@ -59,6 +59,7 @@ _NATIVE = {
     **{name: f"hybrid.{name}" for name in _HYBRID},
     **{name: f"the operator's --{name.removesuffix('s').replace('_', '-')}" for name in _OPERATOR},
     "threads": "the operator's --threads",
+    "images": "the operator's --images",
     "deadline_s": "hybrid.deadline_ms",
     "max_latency": "hybrid.max_latency_ms",
     "image_input": "image",

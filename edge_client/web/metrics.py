@@ -45,15 +45,16 @@ class Metrics:
         build.labels(importlib.metadata.version("hybridsd")).set(1)
         # How it is: set when it is asked for.
         self.ready = self._make(Gauge, "ready", "1 while jobs are taken and get on.")
-        self.queue_length = self._make(Gauge, "queue_length", "Jobs that wait.")
+        self.database_up = self._make(Gauge, "database_up", "1 where the database of the jobs answers.")
+        self.queue_length = self._make(Gauge, "queue_length", "Jobs that wait, at all replicas of the gateway.")
         self.queue_limit = self._make(Gauge, "queue_limit", "Jobs that may wait, the operator's --max-queue.")
-        self.jobs_running = self._make(Gauge, "jobs_running", "Jobs that run.")
+        self.jobs_running = self._make(Gauge, "jobs_running", "Jobs that run here.")
         self.event_streams = self._make(Gauge, "event_streams", "Streams of events that are open.")
         self.disk_used = self._make(Gauge, "disk_used_bytes", "Of images that are kept, finished and given.")
         self.disk_limit = self._make(
             Gauge, "disk_limit_bytes", "What finished images may take, the operator's --max-data-mib."
         )
-        self.disk_free = self._make(Gauge, "disk_free_bytes", "Left on the disk of the operator's --data-dir.")
+        self.disk_free = self._make(Gauge, "disk_free_bytes", "Left on the disk of the images; NaN where nobody knows.")
         self.cloud_up = self._make(Gauge, "cloud_up", "1 where a cloud answered when it was last asked.", "target")
         self.cloud_silent = self._make(
             Gauge,

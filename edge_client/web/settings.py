@@ -6,6 +6,9 @@ from pathlib import Path
 
 from hybridsd.tokens import Tokens
 
+LEASE_S = 15.0
+"""See `Settings.lease_s`."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
@@ -13,6 +16,12 @@ class Settings:
 
     data_dir: Path
     """Folder of the jobs and their images."""
+    database: str | None = None
+    """Address of Postgres, which several replicas share; None: SQLite in the folder."""
+    images: str | Path | None = None
+    """Folder or address of the images; None: the folder."""
+    lease_s: float = LEASE_S
+    """How long a replica may be silent before another runs its jobs."""
     tokens: Tokens | None = None
     """Tokens that are accepted; None: no token is needed."""
     hosts: Sequence[str] = ("*",)

@@ -1,13 +1,12 @@
 """Waits for a job on behalf of a client, and cancels it when the client disconnects."""
 
 import asyncio
-import contextlib
 
 from fastapi import Request
 
 from edge_client.web.dependencies import Gateway
 from edge_client.web.jobs.store import StoredJob
-from hybridsd.errors import Reason, WrongState
+from hybridsd.errors import Reason
 
 POLL_INTERVAL_S = 0.25
 """Seconds between checks whether the client is still connected."""
@@ -30,8 +29,7 @@ async def finish_job(request: Request, gateway: Gateway, job: StoredJob) -> Stor
     finally:
         if not waiting.done():
             waiting.cancel()
-            with contextlib.suppress(WrongState):
-                gateway.queue.cancel(job)
+            gateway.queue.abandon(job)
 
 
 def require_completed(job: StoredJob) -> StoredJob:

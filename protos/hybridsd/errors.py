@@ -138,6 +138,7 @@ class Reason(Enum):
     QUOTA_EXCEEDED = Row(CloudBusy, "RESOURCE_EXHAUSTED", 429, 4, "a limit of the token is reached")
     QUEUE_FULL = Row(CloudBusy, "RESOURCE_EXHAUSTED", 503, 4, "too many jobs wait")
     UNAVAILABLE = Row(CloudUnreachable, "UNAVAILABLE", 502, 4, "the server cannot be reached, or stops")
+    DATABASE_UNAVAILABLE = Row(CloudUnreachable, "UNAVAILABLE", 503, 4, "the gateway's database does not answer")
     DEADLINE_EXCEEDED = Row(CloudTimeout, "DEADLINE_EXCEEDED", 504, 4, "the deadline passed")
     CANCELLED = Row(Cancelled, "CANCELLED", 499, 130, "the caller stopped the job")
     SUPERSEDED = Row(Superseded, "ABORTED", 409, 3, "another call attached to the same job")

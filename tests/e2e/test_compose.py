@@ -23,6 +23,7 @@ from packaging.requirements import Requirement
 
 from deploy.run_demo import BIN, ENVIRONMENT, ROOT
 from tests.support.patience import HANG_S
+from tests.support.postgres import Postgres
 
 pytestmark = pytest.mark.slow
 
@@ -85,6 +86,7 @@ def test_the_demo_is_what_runs_without_a_profile() -> None:
     assert profiles == {
         "cloud": [], "gateway": [], "cloud-2": ["two-clouds"], "cloud-tls": ["tls"], "gateway-tls": ["tls"],
         "prometheus": ["observability"], "grafana": ["observability"],
+        "replica": ["replicas"], "replica-2": ["replicas"], "postgres": ["replicas"],
     }  # fmt: skip
 
 
@@ -96,9 +98,9 @@ def test_the_second_cloud_answers_to_the_name_of_the_first() -> None:
 
 def test_images_of_others_are_pinned() -> None:
     """A version each, so that an update is a decision."""
-    assert OTHERS == ["prometheus", "grafana"]
+    assert sorted(OTHERS) == ["grafana", "postgres", "prometheus"]
     for name in OTHERS:
-        assert re.fullmatch(r"[a-z]+/[a-z]+:v?\d+\.\d+\.\d+", SERVICES[name]["image"])
+        assert re.fullmatch(r"([a-z]+/)?[a-z]+:v?\d+\.\d+(\.\d+)?", SERVICES[name]["image"])
 
 
 @pytest.mark.parametrize("service", OURS)
@@ -154,15 +156,15 @@ def test_a_service_is_bounded(service: str) -> None:
 def test_sources_come_after_what_they_need(service: str, tmp_path: Path) -> None:
     """What is installed before the sources are copied is all that the package needs: a change of them costs seconds."""
     steps = instructions(SERVICES[service]["build"]["dockerfile"])
-    extra = "cloud" if service in CLOUDS else "edge"
-    needed = f"python requirements.py {extra} > needed.txt && pip install -c constraints.txt -r needed.txt"
+    extras = ["cloud"] if service in CLOUDS else ["edge", "postgres", "fsspec"]
+    needed = f"python requirements.py {' '.join(extras)} > needed.txt && pip install -c constraints.txt -r needed.txt"
     printed = subprocess.run(
-        [BIN / "python", "deploy/requirements.py", extra], cwd=ROOT, capture_output=True, text=True, check=True
+        [BIN / "python", "deploy/requirements.py", *extras], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.splitlines()
     wanted = {
         requirement.name
         for requirement in map(Requirement, importlib.metadata.requires("hybridsd") or [])
-        if requirement.marker is None or requirement.marker.evaluate({"extra": extra})
+        if requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in extras)
     }
 
     assert {Requirement(line).name for line in printed} == wanted
@@ -186,7 +188,7 @@ def test_only_services_with_tls_and_tokens_are_published_beyond_this_machine(ser
 
 def test_gateways_ask_their_clouds() -> None:
     """By the name and port of the service; what Prometheus scrapes is exposed."""
-    for gateway, cloud in (("gateway", "cloud"), ("gateway-tls", "cloud-tls")):
+    for gateway, cloud in (("gateway", "cloud"), ("gateway-tls", "cloud-tls"), ("replica", "cloud")):
         command = SERVICES[gateway]["command"]
         assert command[command.index("--server") + 1] == f"{cloud}:{SERVICES[cloud]['expose'][0]}"
         command = SERVICES[cloud]["command"]
@@ -205,10 +207,10 @@ def test_the_gpu_file_changes_the_cloud_alone() -> None:
 
 
 def test_the_edge_image_has_no_torch() -> None:
-    """Nothing that `.[edge]` needs, directly or not, is torch; the Dockerfile installs that and no more."""
+    """Nothing that the edge needs, directly or not, is torch; the Dockerfile installs that and no more."""
     (installed,) = [words for name, words in instructions("deploy/edge.Dockerfile") if words.startswith("pip install")]
     seen: set[tuple[str, str]] = set()
-    left = [("hybridsd", "edge")]
+    left = [("hybridsd", "edge"), ("hybridsd", "postgres"), ("hybridsd", "fsspec")]
     while left:
         name, extra = left.pop()
         if (name, extra) in seen:
@@ -223,7 +225,7 @@ def test_the_edge_image_has_no_torch() -> None:
                 left += [(requirement.name.lower(), each) for each in requirement.extras or {""}]
 
     names = {name for name, _ in seen}
-    assert shlex.split(installed)[-1] == ".[edge]"
+    assert shlex.split(installed)[-1] == ".[edge,postgres,fsspec]"
     assert {"onnxruntime", "fastapi", "grpcio"} <= names
     assert not {"torch", "diffusers", "transformers"} & names
 
@@ -263,11 +265,11 @@ def start(command: list[str], log: Path, **environment: str) -> subprocess.Popen
 
 @contextmanager
 def running(
-    cloud_service: str, gateway_service: str, folder: Path, secrets: Path | None = None
+    cloud_service: str, gateway_service: str, folder: Path, secrets: Path | None = None, **more: str
 ) -> Iterator[tuple[str, str]]:
     """A cloud and a gateway as processes: the addresses of both, host:port."""
     changed = {"0.0.0.0": "127.0.0.1", "50051": "0", "8080": "0", "8443": "0", "9464": "0"}
-    changed["/data/gateway"] = str(folder / "data")
+    changed |= {"/data/gateway": str(folder / "data"), "/data/images": str(folder / "images"), **more}
     processes = []
 
     def run(service: str, part: str) -> str:
@@ -319,6 +321,22 @@ def test_the_commands_of_the_compose_file_make_a_picture(tmp_path: Path) -> None
     assert names[-1] == "completed"
     assert (done["images"][0]["mode"], done["images"][0]["actual_cloud_steps"]) == ("hybrid", 2)
     assert picture.startswith(b"\x89PNG")
+
+
+def test_the_command_of_a_replica_makes_a_picture(tmp_path: Path, postgres: Postgres) -> None:
+    """With a Postgres; its database and its images are where the command says."""
+    words = SERVICES["replica"]["command"]
+    database = words[words.index("--database") + 1]
+    with (
+        running("cloud", "replica", tmp_path, **{database: postgres.fresh()}) as (_, gateway),
+        httpx.Client(base_url=f"http://{gateway}", timeout=HANG_S, trust_env=False) as client,
+    ):
+        names, _, picture = draw(client)
+
+    assert names[-1] == "completed"
+    assert picture == next((tmp_path / "images").glob("images/*/0.png")).read_bytes()
+    assert SERVICES["replica-2"]["command"] == words
+    assert database == f"postgresql://{SERVICES['postgres']['environment']['POSTGRES_USER']}@postgres/hybridsd"
 
 
 def test_secrets_that_are_lost_are_made_again_for_all_who_share_them(tmp_path: Path) -> None:

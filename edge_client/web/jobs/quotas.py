@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from edge_client.web.auth import Caller
 from hybridsd.errors import HybridSDError, Reason
@@ -26,15 +27,39 @@ class Work:
         return float(max(self.steps * self.width * self.height, 1))
 
 
+class AnyBucket(Protocol):
+    """A `hybridsd.quotas.Bucket`, wherever it is kept."""
+
+    @property
+    def per_minute(self) -> float:
+        """How much it holds, and gets in a minute."""
+
+    @property
+    def left(self) -> float:
+        """How much can be taken now."""
+
+    def take(self, amount: float) -> float:
+        """Takes an amount and returns 0, or returns the seconds until it is there."""
+
+    def give_back(self, amount: float) -> None:
+        """Puts back what was taken and not used."""
+
+
 class Quotas:
     """What tokens have used of their limits. Safe to use from several threads.
 
     Args:
         clock: Returns seconds, which never go back.
+        shared: Returns the bucket that replicas share of an owner, by its steps a minute; None: there are none.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        shared: Callable[[str, float], AnyBucket] | None = None,
+    ) -> None:
+        self._clock, self._shared = clock, shared
         self._buckets: dict[str, Bucket] = {}
 
     def take(self, caller: Caller, work: Work) -> None:
@@ -75,10 +100,12 @@ class Quotas:
         bucket = self._bucket(caller)
         return None if bucket is None else bucket.left
 
-    def _bucket(self, caller: Caller) -> Bucket | None:
+    def _bucket(self, caller: Caller) -> AnyBucket | None:
         limit = caller.quota.steps_per_minute
         if limit is None:
             return None
+        if self._shared is not None:
+            return self._shared(caller.owner, limit)
         bucket = self._buckets.get(caller.owner)
         if bucket is None:
             bucket = self._buckets[caller.owner] = Bucket(limit, self._clock)

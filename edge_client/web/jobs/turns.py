@@ -1,6 +1,7 @@
 """Whose turn it is: waiting jobs, each user's in order of arrival, users in turns by what their jobs cost."""
 
 import bisect
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -56,7 +57,16 @@ class Turns:
         """Returns the number of jobs before this one."""
         return next(position for position, each in enumerate(self) if each == job_id)
 
-    def add(self, job_id: str, user: str, cost: float, *, weight: float = 1.0, has_priority: bool = False) -> None:
+    def add(
+        self,
+        job_id: str,
+        user: str,
+        cost: float,
+        *,
+        weight: float = 1.0,
+        has_priority: bool = False,
+        had_begun: bool = False,
+    ) -> None:
         """Adds a job.
 
         Args:
@@ -65,8 +75,12 @@ class Turns:
             cost: In a unit that all jobs have, above 0.
             weight: Of the user's share, above 0.
             has_priority: Whether it comes before those without.
+            had_begun: Whether it has had its turn, and comes first again.
         """
-        self._lines[has_priority].add(job_id, user, cost / weight)
+        if had_begun:
+            self._lines[has_priority].put_back(job_id, user)
+        else:
+            self._lines[has_priority].add(job_id, user, cost / weight)
 
     def remove(self, job_id: str) -> None:
         """Removes a job that does not begin. Its user's later jobs move up."""
@@ -76,10 +90,14 @@ class Turns:
         """Removes and returns the next job that may begin; None if none may."""
         job_id = next((each for each in self if may_begin(each)), None)
         if job_id is not None:
-            has_priority = job_id in self._lines[True]
-            self._lines[has_priority].begin(job_id)
-            self._passed = self._passed + 1 if has_priority and self._lines[False] else 0
+            self.begin(job_id)
         return job_id
+
+    def begin(self, job_id: str) -> None:
+        """Removes a job that begins, whose turn ever it is."""
+        has_priority = job_id in self._lines[True]
+        self._lines[has_priority].begin(job_id)
+        self._passed = self._passed + 1 if has_priority and self._lines[False] else 0
 
 
 class _Line:
@@ -115,9 +133,18 @@ class _Line:
     def add(self, job_id: str, user: str, length: float) -> None:
         self._insert(job_id, user, length, next(self._arrivals))
 
+    def put_back(self, job_id: str, user: str) -> None:
+        """Adds a job before all others but those that were put back; it has taken its part of the line before."""
+        entry = (-math.inf, next(self._arrivals), job_id)
+        bisect.insort(self._line, entry)
+        self._jobs[job_id] = (entry, user, 0.0)
+        self._counts[user] += 1
+
     def remove(self, job_id: str) -> None:
         entry = self._jobs[job_id][0]
-        user, _ = self._take(job_id)
+        user, length = self._take(job_id)
+        if not length:
+            return  # it was put back: what it takes of its user's share is taken
         self._next[user] = entry[0]
         for _, arrived, later in [each for each in self._line if each > entry and self._jobs[each[2]][1] == user]:
             self._insert(later, *self._take(later), arrived)

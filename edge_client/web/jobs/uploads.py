@@ -16,6 +16,11 @@ class Upload:
     image: bytes | None = None
     mask: bytes | None = None
 
+    @property
+    def num_bytes(self) -> int:
+        """Of both."""
+        return len(self.image or b"") + len(self.mask or b"")
+
 
 def decode(text: str, field: str) -> bytes:
     """Decodes base64 or a data URL.

@@ -59,10 +59,11 @@ class Views:
 
         Raises:
             NotFound: NOT_FOUND if it does not exist, or not yet.
+            InternalError: INTERNAL if it cannot be read.
         """
         try:
-            content = self._store.image_path(job, index).read_bytes()
-        except OSError as error:
+            content = self._store.read_image(job, index)
+        except FileNotFoundError as error:
             raise Reason.NOT_FOUND.error(
                 f"job {job.id} has no image {index}; it has {len(job.images)}, counted from 0"
             ) from error

@@ -1,6 +1,7 @@
 """Webhooks: calls a URL with each finished job. Only hosts that the operator allows are called."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -9,7 +10,7 @@ import httpx
 import structlog
 
 from edge_client.web.jobs.store import Store, StoredJob
-from hybridsd.errors import Reason
+from hybridsd.errors import CloudUnreachable, Reason
 
 log = structlog.get_logger()
 
@@ -76,4 +77,5 @@ class Webhooks:
                         delay_s *= 2
                 else:
                     break
-        self._store.finish_webhook(job.id)
+        with contextlib.suppress(CloudUnreachable):  # a shared database is lost; it is called once more
+            await self._store.run(self._store.finish_webhook, job.id)

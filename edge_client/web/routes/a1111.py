@@ -40,7 +40,7 @@ from edge_client.web.schemas.a1111 import (
 from edge_client.web.schemas.native import MAX_IMAGES, Format, Hybrid, JobCreate
 from edge_client.web.wait_for_job import finish_job, require_completed
 from hybridsd import schedulers
-from hybridsd.errors import HybridSDError, Reason
+from hybridsd.errors import HybridSDError, NotFound, Reason
 from hybridsd.limits import MIN_GUIDANCE
 
 router = APIRouter(prefix="/sdapi/v1", tags=["sdapi"], route_class=JsonRoute)
@@ -75,14 +75,16 @@ class Tasks:
         if len(self._last) > MAX_TASKS:
             self._last.popitem(last=False)
 
-    def find(self, caller: Caller, given: str | None, gateway: Gateway) -> StoredJob | None:
+    async def find(self, caller: Caller, given: str | None, gateway: Gateway) -> StoredJob | None:
         """Returns the caller's task with this id, or the last one; None without one."""
-        job_id = given or self._last.get(caller)
+        job_id, store = given or self._last.get(caller), gateway.store
+        if job_id is None and store.is_shared:  # it may have asked another replica
+            job_id = await store.run(store.newest, caller.user, "sdapi")
         if job_id is None:
             return None
         try:
-            return gateway.store.get(job_id, caller.owner)
-        except HybridSDError:
+            return await store.run(store.get, job_id, caller.owner)
+        except NotFound:
             return None
 
 
@@ -138,7 +140,7 @@ async def _draw(
     if body.send_images:
         for record in view["images"]:
             images.append(await asyncio.to_thread(gateway.views.image_base64, job, record["index"], wanted, quality))
-        preview = gateway.queue.last(job, "preview") if job.state == "cancelled" else None
+        preview = await gateway.queue.last(job, "preview") if job.state == "cancelled" else None
         if preview is not None:
             images.append(await asyncio.to_thread(preview_base64, preview["image"], wanted))  # the unfinished image
     info = {"job_timestamp": _timestamp(job.created_at), "interrupted": job.state == "cancelled", "task_id": job.id}
@@ -187,7 +189,7 @@ async def progress(
     id_task: Annotated[str | None, Query(max_length=64)] = None,
 ) -> dict[str, Any]:
     """Returns the progress of the caller's task: `id_task`, else its last one."""
-    job = tasks.find(caller, id_task, gateway)
+    job = await tasks.find(caller, id_task, gateway)
     idle = job is None or job.state not in UNFINISHED
     state: dict[str, Any] = {
         "skipped": False, "interrupted": job is not None and job.state == "cancelled", "stopping_generation": False,
@@ -201,7 +203,7 @@ async def progress(
     }  # fmt: skip
     if job is None or idle:
         return answer
-    event = gateway.queue.last(job, "step")
+    event = await gateway.queue.last(job, "step")
     if event is None:
         position = gateway.queue.position(job.id)
         answer["textinfo"] = "running" if position is None else f"waiting, {position} ahead"
@@ -211,7 +213,7 @@ async def progress(
     share = (index + (event["step"] + 1) / steps) / job.request["n"]
     elapsed_s = time.time() - (job.started_at or time.time())
     answer |= {"progress": round(share, 4), "eta_relative": round(elapsed_s * (1 - share) / share, 2)}
-    preview = None if skip_current_image else gateway.queue.last(job, "preview")
+    preview = None if skip_current_image else await gateway.queue.last(job, "preview")
     if preview is not None:
         answer["current_image"] = await asyncio.to_thread(preview_base64, preview["image"])
     return answer
@@ -225,9 +227,9 @@ async def interrupt(
     id_task: Annotated[str | None, Query(max_length=64)] = None,
 ) -> dict[str, Any]:
     """Cancels the caller's task: `id_task`, else its last one."""
-    job = tasks.find(caller, id_task, gateway)
+    job = await tasks.find(caller, id_task, gateway)
     if job is not None and job.state in UNFINISHED:
-        gateway.queue.cancel(job)
+        await gateway.queue.cancel(job)
     return {}
 
 

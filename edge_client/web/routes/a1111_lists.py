@@ -104,7 +104,7 @@ async def internal_progress(
 ) -> dict[str, Any]:
     """Returns the progress of a task as the web UI's own page reads it."""
     now = await progress(gateway, tasks, caller, not live_preview, id_task)
-    job = tasks.find(caller, id_task, gateway)
+    job = await tasks.find(caller, id_task, gateway)
     picture = now["current_image"]
     return {
         "active": now["current_task"] is not None and job is not None and job.state == "running",

@@ -39,7 +39,7 @@ async def read_me(gateway: SharedGateway, caller: AnyCaller) -> Any:
         "scopes": sorted(caller.scopes),
         "expires_at": None if caller.expires is None else caller.expires.timestamp(),
         "weight": caller.weight,
-        "quotas": gateway.quotas_of(caller),
+        "quotas": await gateway.quotas_of(caller),
     }
 
 
@@ -67,7 +67,7 @@ async def list_jobs(
         caller.check("admin")
     whose = None if owner == "*" else caller.owner if owner is None else owner
     number = None if before is None else int(before)
-    jobs = gateway.store.page(whose, limit=limit + 1, before=number, state=state)
+    jobs = await gateway.store.run(gateway.store.page, whose, limit=limit + 1, before=number, state=state)
     more = len(jobs) > limit
     jobs = jobs[:limit]
     return JSONResponse({"jobs": [gateway.view(job) for job in jobs], "next": str(jobs[-1].number) if more else None})
@@ -76,23 +76,23 @@ async def list_jobs(
 @router.get("/jobs/{job_id}", response_model=Job, responses=answers(401, 404, 410, 422))
 async def read_job(job_id: JobId, gateway: SharedGateway, caller: JobReader) -> Response:
     """Returns a job."""
-    return JSONResponse(gateway.view(gateway.job(job_id, caller)))
+    return JSONResponse(gateway.view(await gateway.job(job_id, caller)))
 
 
 @router.delete("/jobs/{job_id}", status_code=204, responses=answers(401, 404, 409, 410, 422))
 async def delete_job(job_id: JobId, gateway: SharedGateway, caller: JobReader) -> Response:
     """Deletes a finished job with its images."""
-    job = gateway.job(job_id, caller)
+    job = await gateway.job(job_id, caller)
     if job.state in UNFINISHED:
         raise Reason.JOB_FINISHED.error(f"job {job.id} is {job.state}; cancel it first")
-    gateway.store.remove(job)
+    await gateway.store.run(gateway.store.remove, job)
     return Response(status_code=204)
 
 
 @router.post("/jobs/{job_id}/cancel", response_model=Job, responses=answers(401, 404, 409, 410, 422))
 async def cancel_job(job_id: JobId, gateway: SharedGateway, caller: JobReader) -> Response:
     """Cancels a waiting or running job. A running job stops after its current step."""
-    return JSONResponse(gateway.view(gateway.queue.cancel(gateway.job(job_id, caller))))
+    return JSONResponse(gateway.view(await gateway.queue.cancel(await gateway.job(job_id, caller))))
 
 
 @router.get(
@@ -120,7 +120,7 @@ async def watch_job(
                 field="last_event_id",
             )
         after = int(last_event_id)
-    job = gateway.job(job_id, caller)
+    job = await gateway.job(job_id, caller)
 
     async def stream() -> AsyncIterator[JSONServerSentEvent]:
         async for event in gateway.queue.events(job, after):
@@ -149,7 +149,7 @@ async def read_image(
 ) -> Response:
     """Returns an image. A PNG file holds its parameters."""
     caller = gateway.access.reader(request, key)
-    job = gateway.store.get(job_id) if caller is None else gateway.job(job_id, caller)
+    job = await (gateway.store.run(gateway.store.get, job_id) if caller is None else gateway.job(job_id, caller))
     content = await asyncio.to_thread(gateway.views.image, job, index, wanted, quality, max_side)
     headers = {"Cache-Control": "private, max-age=31536000, immutable"}
     if download == "1":

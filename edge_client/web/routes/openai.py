@@ -23,7 +23,7 @@ from edge_client.web.prompt_syntax import EMPTY
 from edge_client.web.schemas.native import MAX_IMAGES, Format, Hybrid, JobCreate
 from edge_client.web.schemas.openai import Generation, Images, Model, ModelList
 from edge_client.web.wait_for_job import finish_job, require_completed
-from hybridsd.errors import AccessDenied, HybridSDError, Reason
+from hybridsd.errors import AccessDenied, CloudUnreachable, HybridSDError, Reason
 
 
 class _OpenAIRoute(JsonRoute):
@@ -44,7 +44,7 @@ class _OpenAIRoute(JsonRoute):
                     status = 404 if error.reason in (Reason.MODEL_UNKNOWN, Reason.LORA_UNKNOWN) else 422
                 response = respond(problem_of(error, status=status, api="openai"))
             if request.method == "POST":
-                response.headers.update(_rate_limits(request))
+                response.headers.update(await _rate_limits(request))
             return response
 
         return handle_or_refuse
@@ -54,12 +54,12 @@ RATE_LIMIT_HEADERS = tuple(f"x-ratelimit-{what}-steps" for what in ("limit", "re
 """Of a token with a limit of steps a minute, in each answer that concerns images."""
 
 
-def _rate_limits(request: Request) -> dict[str, str]:
+async def _rate_limits(request: Request) -> dict[str, str]:
     """Returns the headers that say what is left of a token's steps a minute, as OpenAI says it of its limits."""
     gateway: Gateway = request.app.state.gateway
-    with contextlib.suppress(AccessDenied):
+    with contextlib.suppress(AccessDenied, CloudUnreachable):
         caller = gateway.access.caller(request)
-        limit, left = caller.quota.steps_per_minute, gateway.quotas.steps_left(caller)
+        limit, left = caller.quota.steps_per_minute, await gateway.store.run(gateway.quotas.steps_left, caller)
         if limit is not None and left is not None:
             full_s = math.ceil((limit - left) * 60 / limit)
             return dict(zip(RATE_LIMIT_HEADERS, (str(limit), str(int(left)), f"{full_s}s"), strict=True))
@@ -232,8 +232,7 @@ def _query(body: Generation, url: str) -> str:
 
 def _cancel(gateway: Gateway, jobs: Sequence[StoredJob]) -> None:
     for job in jobs:
-        with contextlib.suppress(HybridSDError):
-            gateway.queue.cancel(job)
+        gateway.queue.abandon(job)
 
 
 async def _stream(

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import gzip
 import hashlib
+import math
 import mimetypes
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from starlette.types import Scope
 from edge_client.web.bodies import in_thread
 from edge_client.web.dependencies import Gateway, SharedGateway
 from edge_client.web.errors import answers, problem_of, respond
-from hybridsd.errors import AccessDenied, Reason
+from hybridsd.errors import AccessDenied, CloudUnreachable, Reason
 
 STATIC = Path(__file__).parents[1] / "static"
 API_DOCS = Path(__file__).parents[1] / "api_docs"
@@ -70,8 +71,9 @@ async def healthz() -> dict[str, str]:
 async def readyz(gateway: SharedGateway, request: Request) -> Any:
     """Whether the gateway takes jobs and gets on with them. Without a cloud it does, too: this device runs all steps.
 
-    Strangers are told no more than that. 503: all workers are held by jobs that make no progress.
+    Strangers are told no more. 503: jobs that make no progress hold all workers, or a shared database is silent.
     """
+    await gateway.store.run(gateway.store.ping)
     found, _ = await gateway.watch.poll(wait_s=0.5)
     if gateway.queue.is_stalled:
         stalled = Reason.UNAVAILABLE.error(
@@ -101,14 +103,19 @@ async def metrics(gateway: SharedGateway, request: Request) -> Response:
 def _exposition(gateway: Gateway, is_stalled: bool) -> bytes:
     """Returns all metrics, with those that say how the gateway is now."""
     metrics, load = gateway.metrics, gateway.queue.load
-    metrics.ready.set(not is_stalled)
+    used_bytes: int | None = None
+    free_bytes: int | None = None
+    with contextlib.suppress(CloudUnreachable):  # the database: what else is known is worth telling
+        used_bytes, free_bytes = gateway.store.disk_bytes()
+    is_lost = used_bytes is None
+    metrics.database_up.set(not is_lost)
+    metrics.ready.set(not is_stalled and not is_lost)
     metrics.queue_length.set(load["num_waiting"])
-    metrics.jobs_running.set(load["num_running"])
+    metrics.jobs_running.set(gateway.queue.num_running)
     metrics.queue_limit.set(gateway.queue.max_waiting)
     metrics.event_streams.set(gateway.streams.num_open)
-    used_bytes, free_bytes = gateway.store.disk_bytes()
-    metrics.disk_used.set(used_bytes)
-    metrics.disk_free.set(free_bytes)
+    metrics.disk_used.set(math.nan if used_bytes is None else used_bytes)
+    metrics.disk_free.set(math.nan if free_bytes is None else free_bytes)
     metrics.disk_limit.set(gateway.store.max_bytes)
     for gauge in (metrics.cloud_up, metrics.cloud_silent):
         gauge.clear()  # a name may have other addresses than before

@@ -27,13 +27,14 @@ from tests.support.patience import HANG_S
 class Process:
     """A gateway in a process of its own."""
 
-    def __init__(self, data_dir: Path, bundle: Bundle, cloud: Running, home: Path) -> None:
+    def __init__(self, data_dir: Path, bundle: Bundle, cloud: Running, home: Path, *options: str) -> None:
         self._port_file = home / "port"
         self._port_file.unlink(missing_ok=True)
         command = [
             sys.executable, "-c", "from edge_client.cli.main import main; main()", "serve", "--port", "0",
             "--port-file", str(self._port_file), "--data-dir", str(data_dir), "--bundle", str(bundle.folder),
             "--server", cloud.target, "--provider", "cpu", "--threads", "1", "--workers", "1",
+            *options,
         ]  # fmt: skip
         environment = {
             **os.environ, "HYBRIDSD_EDGE_CACHE": str(home / "cache"), "XDG_DATA_HOME": str(home / "share"),

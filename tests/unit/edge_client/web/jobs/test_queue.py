@@ -12,6 +12,7 @@ import pytest
 
 from edge_client.web.auth import Caller
 from edge_client.web.jobs import queue as queue_module
+from edge_client.web.jobs.board import Board
 from edge_client.web.jobs.queue import ATTEMPT_EVENTS, DEFAULT_JOB_S, STALLED_S, JobQueue
 from edge_client.web.jobs.quotas import Quotas, Work
 from edge_client.web.jobs.store import Store, StoredJob
@@ -22,6 +23,17 @@ from hybridsd.errors import HybridSDError, Reason
 from hybridsd.quotas import JITTER
 from hybridsd.tokens import Quota
 from tests.support.patience import HANG_S
+
+
+@pytest.fixture(autouse=True, params=["sqlite", "postgres"])
+def database(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of this is true of a gateway alone and of a replica."""
+    if request.param == "postgres":
+        monkeypatch.setitem(OPTIONS, "database", request.getfixturevalue("postgres").fresh())
+
+
+OPTIONS: dict[str, Any] = {}
+"""Of stores."""
 
 
 class ScriptedWorker:
@@ -69,16 +81,18 @@ async def ignore(job: StoredJob) -> None:
 
 @asynccontextmanager
 async def working(folder: Path, worker: ScriptedWorker, num_workers: int = 1) -> AsyncIterator[JobQueue]:
-    store = Store(folder, max_jobs=10)
+    store = Store(folder, max_jobs=10, **OPTIONS)
     queue = JobQueue(
-        store, worker, num_workers=num_workers, max_waiting=4, quotas=Quotas(), caller_of=caller, view=view,
-        on_end=ignore,
+        store, worker, num_workers=num_workers, max_waiting=4, caller_of=caller, view=view, on_end=ignore,
+        quotas=Quotas(shared=Board(store.database, 15).bucket if store.is_shared else None),
     )  # fmt: skip
-    queue.start()
-    yield queue
-    worker.may_begin.set()
-    await queue.stop()
-    store.close()
+    await queue.start()
+    try:
+        yield queue
+    finally:
+        worker.may_begin.set()
+        await queue.stop()
+        store.close()
 
 
 async def test_a_slow_reader_gets_every_event(tmp_path: Path) -> None:
@@ -245,7 +259,7 @@ async def test_steps_that_did_not_run_come_back(tmp_path: Path) -> None:
         )
         assert first.id == again.id
         assert math.floor(queue._quotas.steps_left(limited) or 0) == 2
-        queue.cancel(first)
+        await queue.cancel(first)
         assert queue._quotas.steps_left(limited) == 10
 
 
@@ -255,16 +269,17 @@ async def test_a_job_keeps_its_share_after_a_restart(tmp_path: Path) -> None:
         await add(queue, JobCreate(prompt="b"), "b")
         create = JobCreate(prompt="a", n=2, num_inference_steps=5)
         job = await queue.submit(create, Upload(), caller=caller("a", "net"), api="native")
-    store = Store(tmp_path, max_jobs=10)
+    store = Store(tmp_path, max_jobs=10, **OPTIONS)
     kept = store.get(job.id)
     store.close()
 
     assert (kept.owner, kept.user, kept.work) == ("a", "net", Work(steps=10, width=8, height=8))
 
 
-async def test_a_job_that_is_not_understood_any_more_fails(tmp_path: Path) -> None:
+async def test_a_job_that_is_not_understood_any_more_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A field that an update has dropped fails that job, with a reason; the others are drawn."""
-    store = Store(tmp_path, max_jobs=10)
+    monkeypatch.setattr(queue_module, "UPDATE_S", 0.0)  # no newer replica is about to draw it
+    store = Store(tmp_path, max_jobs=10, **OPTIONS)
     old = store.add("old", "", "native", {"prompt": "a fox", "sharpness": 3, "n": 1}, "old", Upload())
     syntax = JobCreate(prompt="a fox", hybrid=Hybrid(segments="x")).model_dump(mode="json")
     other = store.add("other", "", "native", syntax, "other", Upload())
@@ -297,6 +312,7 @@ async def test_files_are_not_touched_on_the_loop(tmp_path: Path, monkeypatch: py
     worker.may_begin.set()
     async with working(tmp_path, worker) as queue:
         upload = Upload(image=b"image", mask=b"mask")
+        seen.clear()  # of the opening
         await queue.finished(await queue.submit(JobCreate(prompt="a fox"), upload, caller=caller(""), api="native"))
 
     assert seen == [("hash", False), ("write", False), ("write", False), ("write", False)]

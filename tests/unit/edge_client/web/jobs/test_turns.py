@@ -135,3 +135,22 @@ def test_users_who_left_are_forgotten() -> None:
         turns.pop()
 
     assert sum(len(line._next) for line in turns._lines.values()) < 3000
+
+
+def test_what_had_begun_comes_first_again() -> None:
+    """In the order in which it came back, and the others of its user stay where they were."""
+    turns = Turns()
+    for job_id in ("a1", "a2", "a3"):
+        turns.add(job_id, "a", 10)
+    turns.add("b1", "b", 10)
+    assert [turns.pop(), turns.pop()] == ["a1", "b1"]
+    turns.begin("a3")  # elsewhere
+    for job_id in ("a3", "a1"):
+        turns.add(job_id, "a", 10, had_begun=True)
+    turns.add("b2", "b", 10)
+    before = list(turns)
+    turns.remove("a3")
+
+    assert before == ["a3", "a1", "a2", "b2"]
+    assert list(turns) == ["a1", "a2", "b2"]
+    assert turns.count("a") == 2

@@ -43,12 +43,12 @@ from tests.support.promql import parse
 
 pytestmark = pytest.mark.slow
 
-OVERLAYS = ("overlays/demo", "overlays/production", "overlays/ray")
+OVERLAYS = ("overlays/demo", "overlays/production", "overlays/ray", "overlays/replicas")
 FOLDERS = ("storage", *OVERLAYS)
 VERSIONS = ("1.30", "1.37")
 """The oldest that the documents promise, and the newest that is known here."""
 CHECKOV = BIN.parent / "checkov/bin/checkov"
-PLAIN, FULL, RAY = OVERLAYS
+PLAIN, FULL, RAY, MANY = OVERLAYS
 OF_RAY = ROOT / "deploy/ray"
 CLOUD = "spec/template/spec"
 BOX = f"{CLOUD}/containers/0"
@@ -62,7 +62,7 @@ def secrets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
 
 
 def kept() -> list[Document]:
-    return render("storage")
+    return [*render("storage"), *read(KUBERNETES / "storage/images.yaml")]
 
 
 # Schemas.
@@ -284,6 +284,20 @@ def test_a_wrong_option_is_found(variable: str, value: str, says: str, secrets: 
     options[variable] = value
 
     assert any(says in fault for fault in [*faults(documents, kept(), secrets), *secret_faults(documents, secrets)])
+
+
+def test_several_gateways_share_what_they_need(secrets: dict[str, set[str]]) -> None:
+    """A claim of all of them, and nothing of one alone; one that is one pod's is found."""
+    documents = render(MANY)
+    pod = next(pod for pod in workloads(documents) if pod.name == "hybridsd-gateway")
+    given = pod.environment(documents)
+
+    assert (pod.replicas, pod.strategy) == (3, "RollingUpdate")
+    assert "emptyDir" in pod.mounts()["/data"]
+    assert pod.mounts()[given["HYBRIDSD_EDGE_IMAGES"]]["persistentVolumeClaim"]["claimName"] == "hybridsd-images"
+    assert "password" not in given["HYBRIDSD_DATABASE"]
+    claims = changed(kept(), "PersistentVolumeClaim", "hybridsd-images", "spec/accessModes", ["ReadWriteOnce"])
+    assert any("which is one pod's" in fault for fault in faults(documents, claims, secrets))
 
 
 def test_a_change_of_an_option_rolls_the_pods(tmp_path: Path) -> None:
@@ -646,7 +660,7 @@ def test_the_document_names_folders_that_are_there() -> None:
     components = {path.parent.name for path in KUBERNETES.glob("components/*/kustomization.yaml")}
     assert components <= set(re.findall(r"`(\w+)`", text))
     overlays = [read(KUBERNETES / folder / "kustomization.yaml")[0] for folder in OVERLAYS]
-    used = {Path(name).name for overlay in overlays for name in overlay["components"]}
+    used = {Path(name).name for overlay in overlays for name in overlay.get("components", ())}
     assert components == used
 
 

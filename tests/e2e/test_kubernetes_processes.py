@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import make_url
 
 from deploy.run_demo import PROMPT
 from hybridsd.certificates import own_certificate
@@ -17,6 +18,7 @@ from tests.support.kubernetes_secrets import made_secrets
 from tests.support.manifests import Workload, adapted, find, render, workloads
 from tests.support.patience import HANG_S
 from tests.support.pods import Cluster, Pod, trust
+from tests.support.postgres import Postgres
 from tests.support.promql import parse
 
 pytestmark = pytest.mark.slow
@@ -203,6 +205,35 @@ def rotate(cluster: Cluster, client: httpx.Client) -> tuple[str, bytes]:
 
     wait_for(is_renewed, "the gateway shows its old certificate")
     return token, pem
+
+
+def test_gateways_share_jobs_and_images(tmp_path: Path, postgres: Postgres) -> None:
+    """Two of the overlay `replicas`, with a Postgres that a mounted file names: what one draws, the other hands out."""
+    made, token = made_secrets(tmp_path / "made")
+    address = make_url(postgres.fresh()).query
+    lines = ["[hybridsd]", f"host={address['host']}", "user=test", "dbname=postgres", f"options={address['options']}"]
+    made["hybridsd-gateway-database"] = {"pg_service.conf": "\n".join(lines).encode()}
+    (tmp_path / "cluster").mkdir()
+    with running(tmp_path / "cluster", "overlays/replicas", ("127.0.0.1",), secrets=made) as cluster:
+        first = cluster.pods[-1]
+        second = cluster.start(workload(cluster, "hybridsd-gateway"))
+        second.wait_until_ready()
+        verify = trust([made["hybridsd-metrics"]["gateway.pem"]])
+        headers = {"authorization": f"Bearer {token}"}
+        options: dict[str, Any] = {"timeout": HANG_S, "trust_env": False, "verify": verify, "headers": headers}
+        with httpx.Client(base_url=first.url("web", "https"), **options) as client:
+            job = draw(client)
+            url = job["images"][0]["url"]
+            image = client.get(url).content
+        with httpx.Client(base_url=second.url("web", "https"), **options) as other:
+            assert other.get(f"/v1/jobs/{job['id']}").json()["state"] == "completed"
+            assert other.get(url).content == image
+        first.terminate()
+        first.process.wait(timeout=HANG_S)
+        with httpx.Client(base_url=second.url("web", "https"), **options) as other:
+            assert other.get(url).content == image
+
+    assert image.startswith(b"\x89PNG")
 
 
 def test_a_wrong_option_ends_a_pod(tmp_path: Path) -> None:

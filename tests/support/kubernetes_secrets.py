@@ -25,6 +25,10 @@ def made_secrets(folder: Path) -> tuple[dict[str, dict[str, bytes]], str]:
     Returns:
         Names of secrets with their files, and the token of web clients.
     """
+    text = (ROOT / "docs/kubernetes.md").read_text(encoding="utf-8")
+    (service,) = re.findall(r"^```ini\n# pg_service.conf\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "pg_service.conf").write_text(service, encoding="utf-8")
     found: dict[str, dict[str, bytes]] = {}
     token = ""
     for program, *words in commands():

@@ -123,9 +123,11 @@ class Pod:
                 folder.parent.mkdir(exist_ok=True)
                 put_secret(folder, self.cluster.secrets[name])
             return folder
-        folder = self.folder / path.strip("/").replace("/", "-")
-        folder.mkdir()
-        if volume.get("persistentVolumeClaim", {}).get("claimName") == "hybridsd-models":  # as the document fills it
+        claim = volume.get("persistentVolumeClaim", {}).get("claimName")
+        above = self.cluster.folder if claim == "hybridsd-images" else self.folder
+        folder = above / path.strip("/").replace("/", "-")
+        folder.mkdir(exist_ok=True)
+        if claim == "hybridsd-models":  # as the document fills it
             (folder / "cloud").symlink_to(DEMO / "large")
             (folder / "edge").symlink_to(DEMO / "edge")
         return folder

@@ -138,6 +138,11 @@ class Denoiser(Protocol):
 class Texts(Protocol):
     """The text encoders of a model, as `cloud_server.models.text_encoders` has them."""
 
+    @property
+    def networks(self) -> Sequence[Any]:
+        """Their networks, for adapters."""
+        ...
+
     def encode(self, text: str, options: TextOptions, num_chunks: int | None = None) -> Encoded:
         """See `Denoiser.encode`."""
         ...
@@ -184,6 +189,23 @@ class DiffusersDenoiser:
         self._takes_pooled, self._guidance_dim = takes_pooled, guidance_dim
         self.device, self.dtype = device, dtype
         self.guidance: Guidance = "embedded" if guidance_dim else "cfg"
+        self.version = ""
+        """Of the weights, adapters included: what was computed with others is not this model's."""
+
+    def change(self, change: Callable[[Any, Sequence[Any], Any], Any]) -> Any:
+        """Changes its adapters, in place, while nobody uses it.
+
+        Args:
+            change: Takes the U-Net, the text encoders and the adapters that are there, if any; returns those that are
+                there then.
+
+        Returns:
+            What `change` returned.
+        """
+        networks = self._texts.networks
+        changed = change(self._unet, networks, self._adapters)
+        self._adapters, self._text_adapters = changed.within([self._unet]), changed.within(networks)
+        return changed
 
     def encode(self, text: str, options: TextOptions, loras: Loras = (), num_chunks: int | None = None) -> Encoded:
         """See `Denoiser`."""

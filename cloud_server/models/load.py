@@ -233,6 +233,20 @@ def change_adapters(model: Model, add: Sequence[LoraSource], remove: Sequence[st
     return replace(model, info=replace(model.info, loras=denoiser.change(change).infos))
 
 
+def import_networks() -> None:
+    """Imports what networks are made of, which takes seconds: before anything steps that would wait for it."""
+    import diffusers
+    import peft.tuners.lora  # noqa: F401
+    import transformers
+
+    for module, names in (
+        (diffusers, ["UNet2DConditionModel"]),
+        (transformers, ["CLIPTextModel", "CLIPTextModelWithProjection", "CLIPTokenizer"]),
+    ):
+        for name in names:
+            getattr(module, name)
+
+
 def size_multiple(files: Files) -> int:
     """Returns of what widths and heights of a model's images are multiples, in pixels; its weights are not read."""
     try:

@@ -241,6 +241,13 @@ class ModelRegistry:
 
     # What an operator asks.
 
+    def dtype_of(self, model: str, device: torch.device) -> torch.dtype:
+        """Returns the precision of a model's U-Net on a device."""
+        with self._changed:
+            entry = self._entries.get(model)
+            held = None if entry is None else entry.held.get(device)
+            return self._dtype if held is None else next(iter(held.denoisers.values())).dtype
+
     def views(self) -> list[View]:
         """Returns all models, the default first."""
         with self._changed:

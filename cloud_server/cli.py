@@ -93,8 +93,8 @@ _SERVE_OPTIONS = (
     _option("--max-batch", type=click.IntRange(1, 256), default=8, help="Jobs in one U-Net call."),
     _option("--max-queue", type=click.IntRange(1), default=32, help="Jobs that may wait."),
     _option("--max-size", type=click.IntRange(8), help="Largest width and height; else twice the models' default."),
-    _option("--memory-budget", type=click.FloatRange(0, min_open=True), metavar="GIB", help="What weights of models may "
-            "take of each device; those that were used least recently make room for others. No limit if not set."),
+    _option("--memory-budget", type=click.FloatRange(0, min_open=True), metavar="GIB", help="What weights of models "
+            "may take of each device; those that were used least recently make room for others. No limit if not set."),
     _option("--bundle", "bundles", type=_FOLDER, multiple=True, help="Edge bundle to hand out. Repeatable."),
     _option("--metrics-port", type=click.IntRange(0, 65535), help="Port for /healthz, /readyz and /metrics in HTTP; "
             "0 takes a free one. None if not set."),

@@ -135,6 +135,7 @@ class ModelRegistry:
         self._loader: Runs = Loader(self._bin) if loader is None else loader
         self._on_change: Callable[[], None] = lambda: None
         self._in_use: Callable[[int], set[str]] = lambda _device: set()
+        self._needed: Callable[[], set[str]] = set
         self._changed = threading.Condition()  # guards what follows
         self._entries: dict[str, _Entry] = {}
         self._denoisers: dict[tuple[str, int], Denoiser] = {}  # read without it
@@ -197,6 +198,10 @@ class ModelRegistry:
     def listen(self, on_change: Callable[[], None], in_use: Callable[[int], set[str]]) -> None:
         """See `ServedModels`."""
         self._on_change, self._in_use = on_change, in_use
+
+    def watch_jobs(self, needed: Callable[[], set[str]]) -> None:
+        """Takes what says which models jobs need, those that wait included: none of these is unloaded."""
+        self._needed = needed
 
     # What a server asks at its start.
 
@@ -303,7 +308,7 @@ class ModelRegistry:
         """
         with self._changed:
             entry = self._find(model)
-        is_used = self._is_used(entry, self._alive_bytes)
+        is_used = self._is_needed(entry)
         with self._changed:
             entry = self._find(model)
             if keep and entry.spec is None:
@@ -652,9 +657,12 @@ class ModelRegistry:
     def _is_used(self, entry: _Entry, devices: Mapping[torch.device, object]) -> bool:
         return any(entry.id in self._used(device) for device in devices)
 
+    def _is_needed(self, entry: _Entry) -> bool:
+        return entry.id in self._needed() or self._is_used(entry, self._alive_bytes)
+
     def _leave(self, task: _Task) -> bool:
         """Lets go of a model for good, when no job needs it."""
-        if self._is_used(task.entry, self._alive_bytes):
+        if self._is_needed(task.entry):
             return False
         with self._changed:
             self._cancel(task.entry)
@@ -666,7 +674,7 @@ class ModelRegistry:
 
     def _rest(self, task: _Task) -> bool:
         """Lets go of a model that stays known, when no job needs it."""
-        if self._is_used(task.entry, self._alive_bytes):
+        if self._is_needed(task.entry):
             return False
         with self._changed:
             for device in list(task.entry.held):

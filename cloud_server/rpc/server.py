@@ -98,6 +98,7 @@ class CloudServer:
             energy=energy_meters(settings, Costs(self.models.catalog), served.devices),
             metrics=self.metrics,
         )
+        self.models.watch_jobs(self.engine.models_needed)
         self._service = DenoisingService(
             self.engine,
             self.models,

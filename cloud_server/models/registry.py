@@ -149,8 +149,8 @@ class ModelRegistry:
     def of(cls, models: Mapping[str, Model]) -> ModelRegistry:
         """Returns models that are loaded, as they are, on one device: they stay so until they are unloaded."""
         registry = cls([next(iter(models.values())).denoiser.device])
-        for name, model in models.items():
-            registry.adopt(model, None, name=name)
+        for model in models.values():
+            registry.adopt(model, None)
         return registry
 
     # What the engine asks.
@@ -211,15 +211,14 @@ class ModelRegistry:
             self._kept_bytes(device) + size_bytes <= self._budget_bytes for device in self._alive_bytes
         )
 
-    def adopt(self, model: Model, spec: ModelSpec | None, *, name: str | None = None) -> None:
+    def adopt(self, model: Model, spec: ModelSpec | None) -> None:
         """Takes a model that was loaded in this process, onto all devices.
 
         Args:
             model: The model; with a `spec` its denoiser is not to be used otherwise.
             spec: How to load it again; None: it stays loaded as it is.
-            name: Its id, where it is not `model.info.id`.
         """
-        entry = _Entry(name or model.info.id, spec)
+        entry = _Entry(model.info.id, spec)
         description = Description(model.info, model.plans, 0, model.cost)
         if spec is None or not isinstance(model.denoiser, DiffusersDenoiser):
             for device in self._alive_bytes:
@@ -379,6 +378,11 @@ class ModelRegistry:
         for task in tasks:
             if not task.done.done():
                 task.done.set_exception(Reason.UNAVAILABLE.error("the server is stopping; try another one, or later"))
+
+    def join(self, timeout_s: float) -> None:
+        """Waits after `close` for the thread, which may be in the middle of something."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
 
     # Under the lock.
 
@@ -758,13 +762,15 @@ class ModelRegistry:
     def _make(
         self, skeleton: Skeleton[Model], weights: tuple[Weights, ...], device: torch.device, pause: Callable[[], None]
     ) -> tuple[_Held, Model]:
-        """Makes a model for each worker of a device."""
+        """Makes a model for each worker of a device; weights that it has no use for are let go of."""
         tensors = {number: tensor for part in weights for number, tensor in part.tensors.items()}
         denoisers: dict[int, Denoiser] = {}
         model: Model | None = None
         for worker, other in enumerate(self._devices):
             if other == device:
-                model = unpack(skeleton, tensors, device, pause=pause)
+                numbers: dict[int, int] = {}
+                model = unpack(skeleton, tensors, device, pause=pause, numbers=numbers)
+                weights = tuple(part for part in weights if not part.tensors.keys().isdisjoint(numbers.values()))
                 denoisers[worker] = model.denoiser
                 self._bin.throw_after(model.denoiser, *weights)
         assert model is not None

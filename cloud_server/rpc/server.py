@@ -211,6 +211,7 @@ class CloudServer:
         self._service.end()
         if not self.lost.is_set():
             await asyncio.to_thread(self.engine.stop, JOIN_S)
+            await asyncio.to_thread(self.models.join, JOIN_S)
         await self._http.stop()
         log.info("stopped", **load)
 

@@ -74,6 +74,7 @@ def make(loader: QuickLoader, folders: dict[str, Path]) -> Iterator[Make]:
     yield make_
     for registry in made:
         registry.close()
+        registry.join(HANG_S)
 
 
 def output(denoiser: Denoiser, loras: tuple[tuple[str, float], ...] = ()) -> torch.Tensor:

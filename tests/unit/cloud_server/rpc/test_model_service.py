@@ -139,7 +139,7 @@ async def test_a_model_with_jobs_is_unloaded_only_after_them(
     start_server: StartServer, registry: ModelRegistry, tiny_model: Model, gated: GatedDenoiser
 ) -> None:
     """Those that run and those that wait; who asks meanwhile hears that there is none."""
-    registry.adopt(replace(tiny_model, denoiser=gated), None, name="busy")
+    registry.adopt(replace(tiny_model, info=replace(tiny_model.info, id="busy"), denoiser=gated), None)
     client = await start_server(registry=registry, max_batch=1)
     calls = [asyncio.create_task(final(client, model="busy", seed=seed)) for seed in range(6)]
     await asyncio.to_thread(gated.entered.acquire)

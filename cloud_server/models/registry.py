@@ -350,7 +350,7 @@ class ModelRegistry:
             source = replace(source, model=model)
             return self._add(_Task(entry, lambda task: self._extend(task, source), self._clock() + ROOM_S))
 
-    def remove_lora(self, model: str, key: str) -> None:
+    def remove_lora(self, model: str, name: str, owner: str = "") -> None:
         """Lets nobody ask for an adapter any more; its memory is free when no job needs the model.
 
         Raises:
@@ -359,8 +359,11 @@ class ModelRegistry:
         with self._changed:
             entry = self._find(model)
             description, spec = entry.description, entry.spec
-            if description is None or spec is None or all(info.key != key for info in description.info.loras):
-                raise Reason.LORA_UNKNOWN.error(f"model {model} has no adapter {key!r}; see the list", field="name")
+            known = () if description is None or spec is None else description.info.loras
+            key = next((info.key for info in known if (info.owner, info.name) == (owner, name)), None)
+            if description is None or spec is None or key is None:
+                whose = f" of {owner[:64]}" if owner else " for everybody"
+                raise Reason.LORA_UNKNOWN.error(f"model {model} has no adapter {name[:64]!r}{whose}", field="name")
             left = tuple(info for info in description.info.loras if info.key != key)
             entry.description = replace(description, info=replace(description.info, loras=left))
             entry.spec = replace(spec, loras=tuple(lora for lora in spec.loras if lora.key != key))

@@ -14,7 +14,7 @@ import grpc
 from cloud_server.logs import note
 from cloud_server.models.catalog import Memory, OnDevice, State, View
 from cloud_server.models.load import ModelError, ModelSpec
-from cloud_server.models.loras import LoraInfo, LoraSource, check_name, key_of
+from cloud_server.models.loras import LoraInfo, LoraSource, check_name
 from cloud_server.models.registry import ModelRegistry
 from cloud_server.models.sources import parse_source
 from cloud_server.rpc.write_response import STATES
@@ -125,7 +125,7 @@ class ModelService(model_service_pb2_grpc.ModelServiceServicer):
         self._check_peer(context)
         model = request.model or self._registry.catalog.default.info.id
         note(model=model[:MAX_ID], lora=request.name[:MAX_ID], owner=request.owner or None)
-        self._registry.remove_lora(model, key_of(request.owner, request.name))
+        self._registry.remove_lora(model, request.name, request.owner)
         return pb.UnloadLoraResponse()
 
     def _check_peer(self, context: Any) -> None:

@@ -53,9 +53,8 @@ def read_loras(
 def _find_lora(name: str, models: Sequence[ModelInfo], owner: str) -> str:
     """Returns the key of an adapter that all models have: the caller's own, else everybody's."""
     for whose in dict.fromkeys((owner, "")):
-        key = key_of(whose, name)
-        if all(key in [known.key for known in info.loras] for info in models):
-            return key
+        if all((whose, name) in [(known.owner, known.name) for known in info.loras] for info in models):
+            return key_of(whose, name)
     lacking = next((info for info in models if name not in visible_loras(info.loras, owner)), models[0])
     offered = [known for known in visible_loras(lacking.loras, owner) if known != name]
     what = f"choose one of {', '.join(offered)}" if offered else "it has none: leave loras out"

@@ -148,10 +148,10 @@ async def test_models_are_listed_loaded_and_unloaded(
     lora = write_loras(tmp_path, tiny_model, "style")["style"]
     loaded = await models("lora", "load", f"style={lora}", "--model", "mine")
     assert "style is loaded, 6,208 parameters" in loaded.output
-    rows = [line.split() for line in (await models("list")).stdout.splitlines()]
-    assert [row[:2] for row in rows[1:3]] == [["first", "cold"], ["mine", "warm"]]
-    assert rows[2][4:6] == ["cpu", "style"]
-    assert rows[3][:3] == ["cpu:", "models", "take"]
+    rows = {line.split()[0]: line.split() for line in (await models("list")).stdout.splitlines()}
+    assert (rows["first"][1], rows["mine"][1]) == ("cold", "warm")
+    assert rows["mine"][4:6] == ["cpu", "style"]
+    assert rows["cpu:"][:3] == ["cpu:", "models", "take"]
     assert (await models("lora", "unload", "style", "--model", "mine")).exit_code == 0
     assert (await models("load", "first")).exit_code == 0  # one that is known, by its id
     assert (await models("unload", "first")).exit_code == 0

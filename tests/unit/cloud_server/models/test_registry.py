@@ -353,7 +353,7 @@ async def test_adapters_belong_to_tokens(make: Make, models: dict[str, Model], t
         registry.add_lora("a", LoraSource("style", str(paths["one"]), owner="bob"))
 
     needed.add("a")
-    registry.remove_lora("a", "bob/style")
+    registry.remove_lora("a", "style", "bob")
     assert [info.key for info in registry.catalog["a"].info.loras] == ["alice/style", "style"]
     assert torch.equal(output(found(registry, "a"), (("bob/style", 0.5),)), expected["bob/style"])  # a job goes on
     with pytest.raises(HybridSDError) as refused:
@@ -366,7 +366,7 @@ async def test_adapters_belong_to_tokens(make: Make, models: dict[str, Model], t
         output(found(registry, "a"), (("bob/style", 0.5),))
     assert torch.equal(output(found(registry, "a"), (("style", 0.5),)), expected["style"])
     with pytest.raises(HybridSDError) as refused:
-        registry.remove_lora("a", "bob/style")
+        registry.remove_lora("a", "style", "bob")
     assert refused.value.reason is Reason.LORA_UNKNOWN
 
     end(registry.unload("a", keep=True))

@@ -146,7 +146,7 @@ async def test_a_model_with_jobs_is_unloaded_only_after_them(
     await until(lambda: client.server.engine.load().num_queued > 0)
     refused = await fails(client.models.UnloadModel(UnloadModelRequest(id="busy")))
     assert refused[:2] == ("FAILED_PRECONDITION", "MODEL_IN_USE")
-    unloading = asyncio.create_task(client.models.UnloadModel(UnloadModelRequest(id="busy", drain=True)))
+    unloading = client.models.UnloadModel(UnloadModelRequest(id="busy", drain=True))
     await until(lambda: "busy" not in registry.catalog)
     assert (await fails(final(client, model="busy")))[1] == "MODEL_UNKNOWN"
     assert not unloading.done()
@@ -193,6 +193,8 @@ async def test_adapters_are_those_of_the_caller_and_everybodys(
     assert (together[1] == expected["two"]).all()
     assert (await fails(run("bob", "secret")))[:3] == ("FAILED_PRECONDITION", "LORA_UNKNOWN", "loras.name")
     assert (await fails(run("bob", "alice/secret")))[1] == "LORA_UNKNOWN"
+    by_key = UnloadLoraRequest(name="alice/secret")
+    assert (await fails(client.models.UnloadLora(by_key, metadata=heads["root"])))[1] == "LORA_UNKNOWN"
     await client.models.UnloadLora(UnloadLoraRequest(name="style", owner="bob"), metadata=heads["root"])
     assert (await run("bob") == expected["three"]).all()
     listed = await client.models.ListModels(ListModelsRequest(), metadata=heads["root"])

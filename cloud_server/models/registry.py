@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -80,6 +81,8 @@ class _Entry:
     loading: dict[torch.device, _Task] = field(default_factory=dict)
     errors: dict[torch.device, tuple[HybridSDError, float]] = field(default_factory=dict)
     """And when each came."""
+    closed: set[torch.device] = field(default_factory=set)
+    """Devices where it may be evicted at once: jobs that move there would not find it."""
     hidden: set[str] = field(default_factory=set)
     """Adapters that are still in the networks, but cannot be asked for."""
     load_s: float | None = None
@@ -172,13 +175,13 @@ class ModelRegistry:
     def load_s(self, model: str, device: int) -> float:
         """See `ServedModels`."""
         entry = self._entries.get(model)
-        if entry is None or (model, device) in self._denoisers:
+        if entry is None or ((model, device) in self._denoisers and self._devices[device] not in entry.closed):
             return 0.0
         size_bytes = 0 if entry.description is None else entry.description.size_bytes
         return entry.load_s or FIRST_LOAD_S + size_bytes / BYTES_PER_S
 
     def want(self, model: str, device: int) -> None:
-        """See `ServedModels`; after a failed load only when some time has passed."""
+        """See `ServedModels`; see `error`."""
         with self._changed:
             entry = self._entries.get(model)
             if entry is not None:
@@ -187,13 +190,13 @@ class ModelRegistry:
                     self._begin(entry, self._devices[device])
 
     def error(self, model: str, device: int) -> HybridSDError | None:
-        """See `ServedModels`."""
+        """See `ServedModels`; for some time after a load has failed, so that not each job begins another."""
         with self._changed:
             entry = self._entries.get(model)
             if entry is None:
                 return _unknown(model, self.catalog)
-            found = entry.errors.get(self._devices[device])
-            return None if found is None else found[0]
+            error, since_s = entry.errors.get(self._devices[device], (None, 0.0))
+            return error if error is not None and self._clock() - since_s < RETRY_S else None
 
     def listen(self, on_change: Callable[[], None], in_use: Callable[[int], set[str]]) -> None:
         """See `ServedModels`."""
@@ -622,8 +625,7 @@ class ModelRegistry:
         """Makes room on a device, of models that no job needs, the least recently used first; False: not yet."""
         if self._budget_bytes is None:
             return True
-        used = self._used(device)
-        with self._changed:
+        with self._closed(device) as used, self._changed:
             over = self._kept_bytes(device) + size_bytes - self._budget_bytes
             holders = [e for e in self._entries.values() if device in e.held and e is not task.entry]
             idle = [e for e in holders if e.id not in used and e.spec is not None]
@@ -647,6 +649,20 @@ class ModelRegistry:
         if leaving:
             self._on_change()
         return alive + size_bytes <= self._budget_bytes
+
+    @contextmanager
+    def _closed(self, device: torch.device) -> Iterator[set[str]]:
+        """Lets no job move to a device because of what is loaded there, and yields what those there need."""
+        with self._changed:
+            entries = [entry for entry in self._entries.values() if device in entry.held]
+            for entry in entries:
+                entry.closed.add(device)
+        try:
+            yield self._used(device)
+        finally:
+            with self._changed:
+                for entry in entries:
+                    entry.closed.discard(device)
 
     def _evict(self, entry: _Entry, device: torch.device) -> None:
         held = entry.held.pop(device)
@@ -681,11 +697,14 @@ class ModelRegistry:
 
     def _rest(self, task: _Task) -> bool:
         """Lets go of a model that stays known, when no job needs it."""
-        if self._is_needed(task.entry):
+        entry = task.entry
+        if self._is_needed(entry):
             return False
-        with self._changed:
-            for device in list(task.entry.held):
-                self._evict(task.entry, device)
+        for device in list(entry.held):
+            with self._closed(device) as used, self._changed:
+                if entry.id in used:
+                    return False
+                self._evict(entry, device)
         return True
 
     def _extend(self, task: _Task, source: LoraSource) -> bool:

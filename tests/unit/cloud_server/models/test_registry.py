@@ -147,6 +147,24 @@ async def test_the_least_recently_used_makes_room(make: Make, size_bytes: int) -
     assert states(registry) == {"a": State.COLD, "b": State.WARM, "c": State.WARM}
 
 
+async def test_no_job_moves_to_where_a_model_is_about_to_go(make: Make, size_bytes: int) -> None:
+    """From before it is asked what jobs need, loading counts: else one would move there, and not find it."""
+    registry, said = make("a", "b", budget_bytes=int(1.5 * size_bytes)), list[float]()
+    await warm(registry, "a")
+
+    def in_use(device: int) -> set[str]:
+        said.append(registry.load_s("a", device))
+        return {"a"} if len(said) < 3 else set()
+
+    registry.listen(lambda: None, in_use)
+    registry.want("b", 0)
+    await until(lambda: len(said) > 1)
+    assert all(said)
+    await until(lambda: registry.load_s("a", 0) == 0.0 or len(said) > 2)
+    await until(lambda: states(registry)["b"] is State.WARM)
+    assert registry.load_s("a", 0) > 0
+
+
 async def test_memory_counts_until_nobody_uses_it(make: Make, size_bytes: int) -> None:
     """A step that still runs with a model that was evicted holds its memory; the next is loaded when it is free."""
     registry = make("a", "b", budget_bytes=int(1.5 * size_bytes))
@@ -217,6 +235,7 @@ async def test_a_load_that_fails_is_no_more_than_an_error(
         registry.want("a", 0)
         assert states(registry)["a"] is State.FAILED
         registry._clock.now_s += RETRY_S  # type: ignore[attr-defined]
+        assert registry.error("a", 0) is None  # who asks now, wants it again
     registry.want("a", 0)
     assert registry.error("a", 0) is None
     await until(lambda: states(registry)["a"] is State.WARM)

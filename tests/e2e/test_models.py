@@ -87,9 +87,9 @@ def test_an_operator_loads_and_unloads_beside_jobs(tmp_path: Path) -> None:
         states = {model.id: model.state for model in stub.GetCapabilities(pb.GetCapabilitiesRequest()).models}
         assert states["third"] == pb.MODEL_STATE_WARM
         assert pb.MODEL_STATE_COLD in states.values()
+        assert np.array_equal(latents(stub), before)
         assert np.array_equal(latents(stub, model="second"), plain)  # loaded again, with its adapter
         assert np.array_equal(latents(stub, model="second", loras=[pb.LoraWeight(name="ink")]), inked)
-        assert np.array_equal(latents(stub), before)
         models(address, "unload", "second", "--drain")
         with pytest.raises(grpc.RpcError, match="is not served"):
             latents(stub, model="second")

@@ -6,6 +6,7 @@ Each server has its own registry. Every label is one of a set that the operator 
 import contextlib
 import importlib.metadata
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from typing import NamedTuple, TypeVar
@@ -53,7 +54,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         # What a server is and how it is; a server tells with `watch`.
-        self.model_load = self._histogram("model_load_seconds", "Loading a model onto a device.", LOAD_S, "model")
+        self.model_load = self._histogram("model_load_seconds", "Loading a model onto a device.", LOAD_S)
         self.evictions = self._make(Counter, "model_evictions", "Models that made room for others.")
         # Jobs.
         self.jobs = self._make(
@@ -145,13 +146,12 @@ class Metrics:
                 "hybridsd_cloud_model_bytes", "What the weights of models take of a device.", labels=["device"]
             )
             budget = GaugeMetricFamily(
-                "hybridsd_cloud_model_budget_bytes", "What they may take (--memory-budget); none without a limit.",
+                "hybridsd_cloud_model_budget_bytes", "What they may take (--memory-budget); infinite without a limit.",
                 labels=["device"],
             )  # fmt: skip
             for device, used_bytes, budget_bytes in read():
                 used.add_metric([device], used_bytes)
-                if budget_bytes is not None:
-                    budget.add_metric([device], budget_bytes)
+                budget.add_metric([device], math.inf if budget_bytes is None else budget_bytes)
             return used, budget
 
         self.registry.register(_Read(families))
@@ -179,10 +179,6 @@ class Metrics:
         self.step.labels(label).observe(elapsed_s)
         self.batch.observe(num_jobs)
         self.steps.labels(label).inc(num_jobs)
-
-    def note_load(self, model: str, elapsed_s: float) -> None:
-        """Counts a model that was loaded onto a device."""
-        self.model_load.labels(self._model_label(model)).observe(elapsed_s)
 
     def note_job(
         self, *, outcome: str, token: str, queue_s: float, text_s: float, first_state_s: float | None, num_calls: int

@@ -581,7 +581,7 @@ class ModelRegistry:
             entry.is_new = False
             self._hide(entry, model)
             self._publish(entry)
-        self._metrics.note_load(entry.id, elapsed_s)
+        self._metrics.model_load.observe(elapsed_s)
         log.info(
             "model_loaded", model=entry.id, latent_space=model.info.latent_space,
             num_parameters=model.info.num_parameters, device=str(device), dtype=str(self._dtype),

@@ -3,10 +3,12 @@
 It has a lower priority than the server, one thread, and no GPU. Run as `python -m`, with two open files.
 """
 
+import contextlib
 import logging
 import os
 import sys
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -18,6 +20,8 @@ NICE = 10
 def main() -> None:
     """Does one order."""
     os.nice(NICE)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")  # where memory is short, this process goes, not the server
     connection, file = Connection(int(sys.argv[1])), int(sys.argv[2])
     _log_to(connection)
     from cloud_server.models import loading

@@ -503,7 +503,7 @@ class ModelRegistry:
             text = f"{type(failed).__name__}: {' '.join(str(failed).split())[:200]}"
             is_done, error = True, Reason.UNAVAILABLE.error(f"model {entry.id}: {text}", retry_delay_s=RETRY_S)
         if not is_done:
-            task.retry_s = self._clock() + TICK_S
+            task.retry_s = self._clock() + (TICK_S if task.device is not None else 3 * TICK_S)
             return
         with self._changed:
             if task in self._tasks:

@@ -1,6 +1,6 @@
 """The models that a server knows, on which of its devices they are loaded, and which make room for others.
 
-One thread does all that takes a while; what the engine asks is answered from what is there. A denoiser is never
+Threads of its own do all that takes a while; what the engine asks is answered from what is there. A denoiser is never
 changed, only replaced. Knows nothing of jobs or the network.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager
+from concurrent.futures import Future, InvalidStateError
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -33,6 +33,8 @@ TICK_S = 0.1
 """How often a load that waits for room looks again."""
 ROOM_S = 300.0
 """For how long a load waits for room: until jobs of others have ended, and their memory is free."""
+MAX_THREADS = 2
+"""Models that are loaded at a time: one that is downloaded does not hold up one that jobs wait for."""
 RETRY_S = 10.0
 """After a load that failed, until a job's wish begins another."""
 FIRST_LOAD_S, BYTES_PER_S = 10.0, 3e8
@@ -93,7 +95,7 @@ class _Entry:
 
 @dataclass(eq=False, slots=True)
 class _Task:
-    """Something for the thread to do, again and again until it is done."""
+    """Something for a thread to do, again and again until it is done."""
 
     entry: _Entry
     attempt: Callable[[_Task], bool]
@@ -102,6 +104,8 @@ class _Task:
     device: torch.device | None = None
     done: Future[None] = field(default_factory=Future)
     retry_s: float = 0.0
+    reserved: dict[torch.device, int] = field(default_factory=dict)
+    """Bytes that it is about to take."""
     waits_for: str = ""
     """For the message when it has waited too long."""
 
@@ -145,7 +149,9 @@ class ModelRegistry:
         self._alive_bytes = dict.fromkeys(devices, 0)
         """Of weights that are not free yet, held or not."""
         self._tasks: list[_Task] = []
-        self._thread: threading.Thread | None = None
+        self._busy: set[_Entry] = set()
+        """What a thread is at; no other one touches it."""
+        self._threads: list[threading.Thread] = []
         self._is_closing = False
 
     @classmethod
@@ -382,13 +388,12 @@ class ModelRegistry:
             tasks, self._tasks = self._tasks, []
             self._changed.notify_all()
         for task in tasks:
-            if not task.done.done():
-                task.done.set_exception(Reason.UNAVAILABLE.error("the server is stopping; try another one, or later"))
+            _settle(task.done, Reason.UNAVAILABLE.error("the server is stopping; try another one, or later"))
 
     def join(self, timeout_s: float) -> None:
-        """Waits after `close` for the thread, which may be in the middle of something."""
-        if self._thread is not None:
-            self._thread.join(timeout_s)
+        """Waits after `close` for the threads, which may be in the middle of something."""
+        for thread in self._threads:
+            thread.join(timeout_s / MAX_THREADS)
 
     # Under the lock.
 
@@ -414,9 +419,9 @@ class ModelRegistry:
         if self._is_closing:
             raise Reason.UNAVAILABLE.error("the server is stopping; try another one, or later")
         self._tasks.append(task)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="models", daemon=True)
-            self._thread.start()
+        if len(self._threads) < MAX_THREADS:
+            self._threads.append(threading.Thread(target=self._run, name="models", daemon=True))
+            self._threads[-1].start()
         self._changed.notify_all()
         return task.done
 
@@ -461,7 +466,7 @@ class ModelRegistry:
     def _kept_bytes(self, device: torch.device) -> int:
         return sum(entry.held[device].size_bytes for entry in self._entries.values() if device in entry.held)
 
-    # What follows runs on the thread, without the lock where it takes a while.
+    # What follows runs on the threads, without the lock where it takes a while.
 
     def _run(self) -> None:
         while True:
@@ -470,14 +475,18 @@ class ModelRegistry:
                     if self._is_closing:
                         return
                     self._changed.wait(TICK_S if self._tasks else None)
+                self._busy.add(task.entry)
             self._attempt(task)
+            with self._changed:
+                self._busy.discard(task.entry)
+                self._changed.notify_all()
             del task
 
     def _next(self) -> _Task | None:
         """Returns what can be tried now: on a device one after the other, or the small would overtake the large."""
         waiting: set[torch.device] = set()
         for task in self._tasks:
-            if task.device is not None and task.device in waiting:
+            if task.entry in self._busy or (task.device is not None and task.device in waiting):
                 continue
             if task.retry_s <= self._clock():
                 return task
@@ -502,6 +511,7 @@ class ModelRegistry:
             log.exception("model_failed", model=entry.id)
             text = f"{type(failed).__name__}: {' '.join(str(failed).split())[:200]}"
             is_done, error = True, Reason.UNAVAILABLE.error(f"model {entry.id}: {text}", retry_delay_s=RETRY_S)
+        task.reserved.clear()
         if not is_done:
             task.retry_s = self._clock() + (TICK_S if task.device is not None else 3 * TICK_S)
             return
@@ -514,11 +524,7 @@ class ModelRegistry:
                 self._fail(entry, task.device, error)
         if error is not None:
             log.warning("model_not_loaded", model=entry.id, message=str(error))
-        if not task.done.done():
-            if error is None:
-                task.done.set_result(None)
-            else:
-                task.done.set_exception(error)
+        _settle(task.done, error)
         self._on_change()
 
     def _fail(self, entry: _Entry, device: torch.device, error: ModelError | HybridSDError) -> None:
@@ -563,6 +569,7 @@ class ModelRegistry:
             skeleton, tensors = loaded.skeleton, dict(loaded.tensors)
             del loaded
         weights = self._weigh(to_device(tensors, device), device)
+        task.reserved.clear()
         del tensors
         held, model = self._make(skeleton, (weights,), device, Pace())
         size_bytes = weights.num_bytes
@@ -626,9 +633,10 @@ class ModelRegistry:
         if self._budget_bytes is None:
             return True
         with self._closed(device) as used, self._changed:
-            over = self._kept_bytes(device) + size_bytes - self._budget_bytes
+            reserved = sum(other.reserved.get(device, 0) for other in self._tasks if other is not task)
+            over = self._kept_bytes(device) + reserved + size_bytes - self._budget_bytes
             holders = [e for e in self._entries.values() if device in e.held and e is not task.entry]
-            idle = [e for e in holders if e.id not in used and e.spec is not None]
+            idle = [e for e in holders if e.id not in used and e.spec is not None and e not in self._busy]
             leaving: list[_Entry] = []
             for entry in sorted(idle, key=lambda other: other.held[device].last_use_s):
                 if over <= 0:
@@ -644,11 +652,14 @@ class ModelRegistry:
                 return False
             for entry in leaving:
                 self._evict(entry, device)
-            alive = self._alive_bytes[device]
+                self._metrics.evictions.inc()
+            has_room = self._alive_bytes[device] + reserved + size_bytes <= self._budget_bytes
+            if has_room:
+                task.reserved[device] = size_bytes
             task.waits_for = f"the memory of models that were evicted from {device} is not free yet"
         if leaving:
             self._on_change()
-        return alive + size_bytes <= self._budget_bytes
+        return has_room
 
     @contextmanager
     def _closed(self, device: torch.device) -> Iterator[set[str]]:
@@ -670,7 +681,6 @@ class ModelRegistry:
             entry.skeleton = None
             entry.hidden.clear()
         self._publish(entry)
-        self._metrics.evictions.inc()
         log.info("model_evicted", model=entry.id, device=str(device), size_bytes=held.size_bytes)
 
     def _used(self, device: torch.device) -> set[str]:
@@ -719,6 +729,8 @@ class ModelRegistry:
                     self._begin(entry, self._devices[0])
                 task.waits_for = f"model {entry.id} has not been loaded for its adapter {source.name}"
                 return False
+            if entry.description and any(info.key == source.key for info in entry.description.info.loras):
+                raise Reason.FIELD_INVALID.error(f"model {entry.id} has an adapter {source.name} now", field="name")
         info = describe_lora(source)
         size_bytes = info.num_parameters * self._dtype.itemsize
         if not all(self._has_room(task, device, size_bytes) for device in list(entry.held)):
@@ -743,7 +755,11 @@ class ModelRegistry:
         skeleton = entry.skeleton
         if skeleton is None:
             return False
-        loaded = self._loader.run(AdapterOrder(skeleton, add, remove), is_wanted=lambda: not self._is_closing)
+
+        def is_wanted() -> bool:
+            return not self._is_closing and not entry.is_leaving
+
+        loaded = self._loader.run(AdapterOrder(skeleton, add, remove), is_wanted=is_wanted)
         assert loaded is not None
         made: dict[torch.device, _Held] = {}
         model: Model | None = None
@@ -797,6 +813,15 @@ class ModelRegistry:
                 self._bin.throw_after(model.denoiser, *weights)
         assert model is not None
         return _Held(weights, denoisers, self._clock()), model
+
+
+def _settle(future: Future[None], error: Exception | None) -> None:
+    """Ends a future, unless it has ended."""
+    with suppress(InvalidStateError):
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
 
 
 def _unknown(model: str, catalog: Catalog) -> HybridSDError:

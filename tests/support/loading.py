@@ -31,6 +31,8 @@ class QuickLoader:
         self.orders: list[Order] = []
         self.gate = threading.Event()
         self.gate.set()
+        self.gated: str | None = None
+        """The id of the model that alone waits at the gate; None: each does."""
         self.described = threading.Semaphore(0)
         self.errors: list[Exception] = []
         """What the next orders end with, instead."""
@@ -50,7 +52,7 @@ class QuickLoader:
                 return None
             self.described.release()
             until_s = time.monotonic() + HANG_S
-            while not self.gate.wait(0.01):
+            while self.gated in (None, order.spec.id) and not self.gate.wait(0.01):
                 assert time.monotonic() < until_s
                 if not is_wanted():
                     raise LoadCancelled

@@ -265,6 +265,32 @@ async def test_a_load_can_be_given_up(make: Make, loader: QuickLoader, folders: 
     assert list(registry.catalog) == ["a", "b"]
 
 
+async def test_a_long_load_does_not_hold_up_another(make: Make, loader: QuickLoader, folders: dict[str, Path]) -> None:
+    """As of a model that is downloaded, while a job waits for one that is there."""
+    registry = make("a")
+    loader.gated = "b"
+    loader.gate.clear()
+    (load,) = registry.load(ModelSpec(source=str(folders["b"])))
+    assert loader.described.acquire(timeout=HANG_S)
+    await warm(registry, "a")
+    assert states(registry) == {"a": State.WARM, "b": State.LOADING}
+    loader.gate.set()
+    end(load)
+
+
+async def test_two_loads_at_a_time_keep_to_the_budget(make: Make, loader: QuickLoader, size_bytes: int) -> None:
+    """What one is about to take is not there for the other."""
+    registry = make("a", "b", budget_bytes=int(1.5 * size_bytes))
+    loader.gate.clear()
+    registry.want("a", 0)
+    assert loader.described.acquire(timeout=HANG_S)
+    registry.want("b", 0)
+    loader.gate.set()
+    await until(lambda: states(registry)["b"] is State.WARM)
+    assert states(registry) == {"a": State.COLD, "b": State.WARM}
+    assert registry.memory()[0].used_bytes <= int(1.5 * size_bytes)
+
+
 async def test_a_model_is_unloaded_after_its_jobs(make: Make, folders: dict[str, Path]) -> None:
     """At once where none needs it; refused where one does, unless it is to be waited for; the only one stays."""
     registry, needed = make("a", "b"), {"a"}

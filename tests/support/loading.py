@@ -1,12 +1,8 @@
-"""Loads models without processes, and processes that load nothing."""
+"""Loads models without processes; tiny models and adapters to load."""
 
-import os
-import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -80,20 +76,3 @@ def write_loras(folder: Path, model: Any, *names: str) -> dict[str, Path]:
         paths[name], _ = tiny_loras.write("peft", folder / f"{name}.safetensors", *networks)
         save_file({key: tensor * (1 + index) for key, tensor in load_file(paths[name]).items()}, paths[name])
     return paths
-
-
-def main() -> None:
-    """A process that is asked to load: after the order it does what the environment says."""
-    connection = Connection(int(sys.argv[1]))
-    connection.recv_bytes()
-    match os.environ["TEST_LOADING"]:
-        case "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        case "ends":
-            sys.exit(3)
-        case "hangs":
-            time.sleep(10 * HANG_S)
-
-
-if __name__ == "__main__":
-    main()

@@ -27,7 +27,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def registry(folders: dict[str, Path]) -> Iterator[ModelRegistry]:
     """One whose processes do what the environment says, with a model that is loaded."""
-    made = ModelRegistry([CPU], loader=Loader(Bin(), module="tests.support.loading"))
+    made = ModelRegistry([CPU], loader=Loader(Bin(), module="tests.support.loading_stub"))
     spec = ModelSpec(source=str(folders["first"]))
     made._loader, real = QuickLoader(), made._loader
     made.know(spec, spec.describe(torch.float32))

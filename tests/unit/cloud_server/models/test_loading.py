@@ -15,7 +15,7 @@ from cloud_server.models.loras import LoraSource
 from tests.support.loading import CPU, write_loras
 from tests.unit.cloud_server.models.test_handover import output
 
-STUB = "tests.support.loading"
+STUB = "tests.support.loading_stub"
 
 
 def num_children() -> int:

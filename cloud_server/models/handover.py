@@ -14,7 +14,7 @@ import pickle
 import threading
 import time
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -33,6 +33,9 @@ MAX_TOKENIZERS = 8
 """Tokenizers that are kept, to be shared: reading one holds up all threads for 0.1 s, and most models have the same."""
 COPY_BYTES = 16 * 2**20
 """To a GPU at a time: what a step copies does not wait for longer than that takes."""
+
+FREE_BYTES, FREE_PAUSE_S = 2**20, 0.001
+"""Between tensors of such a size that are freed, others have a turn."""
 
 _ALIGNMENT = 64
 _PROT_READ, _PROT_WRITE, _MAP_SHARED = 1, 2, 1
@@ -199,57 +202,76 @@ def to_device(tensors: Tensors, device: torch.device) -> dict[int, torch.Tensor]
     return copies
 
 
-class Weights:
-    """Tensors on one device, and who is to let go of them last: a thread that nobody waits for."""
-
-    def __init__(self, tensors: Tensors, device: torch.device, *, on_freed: Callable[[int], None]) -> None:
-        """Takes the tensors, where they are, and who hears, some time after the last use, how many bytes are free."""
-        self.tensors, self.device = dict(tensors), device
-        self.num_bytes = sum(tensor.nbytes for tensor in self.tensors.values())
-        finalizer = weakref.finalize(self, on_freed, self.num_bytes)
-        finalizer.atexit = False
-
-
 class Bin:
-    """Takes what is not needed any more: freeing gigabytes takes a while, in which the interpreter must not be held."""
+    """Frees what is not needed any more: gigabytes take a while, in which the interpreter must not be held."""
 
     def __init__(self) -> None:
         """Has no thread until something comes."""
-        self._things: list[Any] = []
+        self._things: deque[_Unmap | _Freeing | Callable[[], None]] = deque()
         self._changed = threading.Condition(threading.RLock())  # finalizers may come to a thread that is in here
         self._thread: threading.Thread | None = None
 
-    def put(self, *things: Any) -> None:
-        """Takes what its caller lets go of. Never waits."""
+    def put(self, thing: _Unmap | _Freeing | Callable[[], None]) -> None:
+        """Takes what is to be done, in turn. Never waits."""
         with self._changed:
-            self._things.extend(things)
+            self._things.append(thing)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="bin", daemon=True)
                 self._thread.start()
             self._changed.notify()
-
-    def throw_after(self, thing: object, *weights: Weights) -> None:
-        """Takes weights when a thing that uses them is gone."""
-        finalizer = weakref.finalize(thing, self.put, *weights)
-        finalizer.atexit = False
 
     def _run(self) -> None:
         while True:
             with self._changed:
                 while not self._things:
                     self._changed.wait()
-                thing = self._things.pop()
+                thing = self._things.popleft()
             if isinstance(thing, _Unmap):
                 _libc.munmap(thing.address, thing.size_bytes)  # without the interpreter's lock
-            elif isinstance(thing, Weights) and thing.device.type == "cuda":
-                torch.cuda.synchronize(thing.device)  # calls that were begun go on to read it
+            elif isinstance(thing, _Freeing):
+                if thing.device.type == "cuda":
+                    torch.cuda.synchronize(thing.device)  # calls that were begun go on to read it
+                while thing.tensors:
+                    num_bytes = thing.tensors.popitem()[1].nbytes  # one after the other, for the same reason
+                    if num_bytes >= FREE_BYTES:
+                        time.sleep(FREE_PAUSE_S)
+                self.put(thing.on_freed)  # after the pages that they were in
+            else:
+                thing()
             del thing
+
+
+class Weights:
+    """Tensors on one device, which are freed by a `Bin` when nobody has these weights any more."""
+
+    def __init__(self, tensors: Tensors, device: torch.device, bin_: Bin, *, on_freed: Callable[[], None]) -> None:
+        """Takes the tensors, where they are, what frees them, and who hears of it then."""
+        self.tensors, self.device = dict(tensors), device
+        self.num_bytes = sum(tensor.nbytes for tensor in self.tensors.values())
+        finalizer = weakref.finalize(self, bin_.put, _Freeing(self.tensors, device, on_freed))
+        finalizer.atexit = False
+
+    def keep_for(self, thing: object) -> None:
+        """Stays as long as a thing does, which uses the tensors."""
+        finalizer = weakref.finalize(thing, _let_go, self)
+        finalizer.atexit = False
+
+
+def _let_go(_weights: Weights) -> None:
+    pass
 
 
 @dataclass(frozen=True, slots=True)
 class _Unmap:
     address: int
     size_bytes: int
+
+
+@dataclass(eq=False, slots=True)
+class _Freeing:
+    tensors: dict[int, torch.Tensor]
+    device: torch.device
+    on_freed: Callable[[], None]
 
 
 class _Packer(pickle.Pickler):

@@ -786,16 +786,16 @@ class ModelRegistry:
 
     def _weigh(self, tensors: Mapping[int, torch.Tensor], device: torch.device) -> Weights:
         """Takes tensors as used memory of a device, until they are free."""
+        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
 
-        def on_freed(num_bytes: int) -> None:
+        def on_freed() -> None:
             with self._changed:
                 self._alive_bytes[device] -= num_bytes
                 self._changed.notify_all()
 
-        weights = Weights(tensors, device, on_freed=on_freed)
         with self._changed:
-            self._alive_bytes[device] += weights.num_bytes
-        return weights
+            self._alive_bytes[device] += num_bytes
+        return Weights(tensors, device, self._bin, on_freed=on_freed)
 
     def _make(
         self, skeleton: Skeleton[Model], weights: tuple[Weights, ...], device: torch.device, pause: Callable[[], None]
@@ -810,7 +810,8 @@ class ModelRegistry:
                 model = unpack(skeleton, tensors, device, pause=pause, numbers=numbers)
                 weights = tuple(part for part in weights if not part.tensors.keys().isdisjoint(numbers.values()))
                 denoisers[worker] = model.denoiser
-                self._bin.throw_after(model.denoiser, *weights)
+                for part in weights:
+                    part.keep_for(model.denoiser)
         assert model is not None
         return _Held(weights, denoisers, self._clock()), model
 

@@ -13,6 +13,7 @@ from cloud_server.models.handover import Bin, Weights, pack, read_shared, to_dev
 from cloud_server.models.load import Model
 from hybridsd.prompting import TextOptions
 from tests.support.engine_fakes import until
+from tests.support.patience import HANG_S
 
 CPU = torch.device("cpu")
 
@@ -102,22 +103,22 @@ async def test_memory_is_free_when_the_last_tensor_is_gone(file: int) -> None:
 
 async def test_weights_are_let_go_of_after_what_uses_them(tiny_model: Model) -> None:
     """A job that still runs keeps them; nothing of a model holds itself in memory."""
-    freed: list[int] = []
-    bin_ = Bin()
+    freed = threading.Event()
     skeleton, tensors = pack(tiny_model)
-    weights = Weights(to_device(tensors, CPU), CPU, on_freed=freed.append)
-    size_bytes = weights.num_bytes
-    assert size_bytes == sum(tensor.nbytes for tensor in tensors.values())
+    copies = {number: tensor.detach().clone() for number, tensor in tensors.items()}
+    weights = Weights(to_device(copies, CPU), CPU, Bin(), on_freed=freed.set)
+    assert weights.num_bytes == sum(tensor.nbytes for tensor in tensors.values())
+    copies.clear()
     model = unpack(skeleton, weights.tensors, CPU)
-    bin_.throw_after(model.denoiser, weights)
+    weights.keep_for(model.denoiser)
     gc.disable()
     try:
         del weights
         in_use = model.denoiser
         del model
-        assert not freed
+        assert not freed.is_set()
         del in_use
-        await until(lambda: freed == [size_bytes])
+        await until(freed.is_set)
     finally:
         gc.enable()
 
@@ -128,11 +129,9 @@ def test_the_bin_takes_things_from_within_itself() -> None:
 
     class Thing:
         def __del__(self) -> None:
-            bin_.put(object())
-            done.set()
+            bin_.put(done.set)
 
     with bin_._changed:
-        bin_.put(Thing())
         thing = Thing()
         del thing
-    assert done.is_set()
+    assert done.wait(HANG_S)

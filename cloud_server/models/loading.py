@@ -196,8 +196,6 @@ def serve_order(connection: Connection, file: int, work: Callable[[Order, Connec
         file: In memory, for tensors.
         work: Does it.
     """
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server drains, and may wait for this load
     try:
         answer = "done", work(pickle.loads(connection.recv_bytes()), connection, file)
     except ModelError as error:
@@ -212,7 +210,13 @@ def serve_order(connection: Connection, file: int, work: Callable[[Order, Connec
         connection.recv_bytes()  # until the server has mapped the file
 
 
-def _end_with_parent() -> None:
-    while os.read(0, 1):
-        pass
-    os._exit(1)
+def end_with_server() -> None:
+    """Lets the process end when the server does, and not before: that drains, and may wait for this load."""
+
+    def wait() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -26,6 +26,7 @@ def main() -> None:
     _log_to(connection)
     from cloud_server.models import loading
 
+    loading.end_with_server()
     loading.serve_order(connection, file, _work)
 
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,14 +10,12 @@ import grpc
 import numpy as np
 import pytest
 
-from cloud_server.models.devices import place
-from cloud_server.models.load import load_model
 from deploy.run_demo import BIN, ENVIRONMENT, running_cloud
 from hybridsd import codec
 from hybridsd.v1 import denoising_service_pb2 as pb
 from hybridsd.v1 import denoising_service_pb2_grpc
 from tests.support.engine_fakes import message
-from tests.support.loading import write_loras, write_models
+from tests.support.loading import write_models
 from tests.support.patience import HANG_S
 
 pytestmark = pytest.mark.slow
@@ -53,6 +52,7 @@ def while_jobs_run(stub: Stub, act: Callable[[], None]) -> int:
     while not done.is_set():
         latents(stub, seed=num_jobs)
         num_jobs += 1
+        time.sleep(0.1)  # the load is to have some of this machine
     thread.join()
     if failed:
         raise failed[0]
@@ -62,8 +62,6 @@ def while_jobs_run(stub: Stub, act: Callable[[], None]) -> int:
 def test_an_operator_loads_and_unloads_beside_jobs(tmp_path: Path) -> None:
     """Two workers of one processor, within a budget: jobs go on, and one of a model that is not loaded waits for it."""
     folders = write_models(tmp_path, "first", "second")
-    loaded = {name: load_model(str(folder), place("cpu", "fp32")) for name, folder in folders.items()}
-    lora = write_loras(tmp_path, loaded["second"], "ink")["ink"]
     options = [
         "--model", folders["first"], "--device", "cpu*2", "--dtype", "fp32", "--threads", "1",
         "--memory-budget", str(3 * 87184 / 2**30),
@@ -75,19 +73,13 @@ def test_an_operator_loads_and_unloads_beside_jobs(tmp_path: Path) -> None:
         stub = Stub(channel)
         before = latents(stub)
         assert while_jobs_run(stub, lambda: _ignore(models(address, "load", folders["second"]))) > 0
-        while_jobs_run(stub, lambda: _ignore(models(address, "lora", "load", f"ink={lora}", "--model", "second")))
         plain = latents(stub, model="second")
-        inked = latents(stub, model="second", loras=[pb.LoraWeight(name="ink")])
-        assert not np.array_equal(plain, inked)
-        listed = models(address, "list")
-        assert "ink" in listed
-        assert "cpu: models take" in listed
-
+        assert not np.array_equal(plain, before)
+        assert "cpu: models take" in models(address, "list")
         models(address, "unload", "second", "--keep")
         states = {model.id: model.state for model in stub.GetCapabilities(pb.GetCapabilitiesRequest()).models}
         assert states == {"first": pb.MODEL_STATE_WARM, "second": pb.MODEL_STATE_COLD}
-        assert np.array_equal(latents(stub, model="second", loras=[pb.LoraWeight(name="ink")]), inked)  # loaded again
-        assert np.array_equal(latents(stub, model="second"), plain)
+        assert np.array_equal(latents(stub, model="second"), plain)  # loaded again
         assert np.array_equal(latents(stub), before)
         models(address, "unload", "second", "--drain")
         with pytest.raises(grpc.RpcError, match="is not served"):

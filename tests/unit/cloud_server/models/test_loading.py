@@ -1,8 +1,10 @@
 """The process that loads a model: what comes of it, and how it may end."""
 
 import os
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.connection import Pipe
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 from cloud_server.models.handover import Bin, unpack
 from cloud_server.models.load import Description, Model, ModelError, ModelSpec
-from cloud_server.models.loading import AdapterOrder, LoadCancelled, Loader, LoadFailed, LoadOrder
+from cloud_server.models.loading import AdapterOrder, LoadCancelled, Loader, LoadFailed, LoadOrder, serve_order
 from cloud_server.models.loras import LoraSource
 from tests.support.loading import CPU, write_loras
 from tests.unit.cloud_server.models.test_handover import output
@@ -49,9 +51,9 @@ def test_a_load_has_a_limit_of_time_and_can_be_given_up(stub: Callable[[str], No
     assert num_children() == before
 
 
-@pytest.mark.slow  # the process imports torch and diffusers three times
+@pytest.mark.slow  # the process imports torch and diffusers twice
 def test_a_process_loads_a_model_and_its_adapters(tiny_folder: Path, tiny_model: Model, tmp_path: Path) -> None:
-    """It is what `load_model` loads; an adapter comes without the model; what is wrong is said in the same words."""
+    """It is what `load_model` loads; an adapter comes without the model."""
     loader, heard = Loader(Bin()), list[Description]()
 
     def on_described(described: Description) -> bool:
@@ -72,5 +74,28 @@ def test_a_process_loads_a_model_and_its_adapters(tiny_folder: Path, tiny_model:
     assert sum(tensor.numel() for tensor in more.tensors.values()) == sum(
         info.num_parameters for info in unpack(more.skeleton, None, CPU).info.loras
     )
-    with pytest.raises(ModelError, match="neither a folder nor a hub id"):
-        loader.run(LoadOrder(ModelSpec(source="/nowhere"), torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "says"),
+    [
+        (ModelError("no model; give another"), ModelError, "no model; give another"),
+        (MemoryError("800 MB"), LoadFailed, "no memory to load it: 800 MB"),
+        (OSError("no space"), LoadFailed, "OSError: no space"),
+    ],
+)
+def test_what_goes_wrong_in_the_process_is_said_in_its_words(
+    raised: Exception, kind: type[Exception], says: str
+) -> None:
+    """What is wrong with a model, and what is wrong with the machine, are told apart."""
+
+    def work(*_: object) -> None:
+        raise raised
+
+    ours, theirs = Pipe()
+    ours.send_bytes(pickle.dumps("an order"))
+    ours.send_bytes(b"taken")
+    serve_order(theirs, 0, work)
+    what, error = pickle.loads(ours.recv_bytes())
+    assert (what, type(error)) == ("failed", kind)
+    assert says in str(error)

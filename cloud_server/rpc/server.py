@@ -22,7 +22,6 @@ from cloud_server.metrics import LoadedModel, Metrics
 from cloud_server.models.catalog import Costs, State
 from cloud_server.models.load import Model
 from cloud_server.models.registry import ModelRegistry
-from cloud_server.models.served import ServedModels
 from cloud_server.rpc import write_response
 from cloud_server.rpc.auth import AuthInterceptor
 from cloud_server.rpc.bundle_service import Bundle, BundleService
@@ -30,8 +29,8 @@ from cloud_server.rpc.call_metrics import MetricsInterceptor
 from cloud_server.rpc.denoising_service import DenoisingService
 from cloud_server.rpc.http_endpoint import HttpEndpoint
 from cloud_server.rpc.interceptors import RequestInterceptor
-from cloud_server.rpc.server_options import OPTIONS
 from cloud_server.rpc.model_service import ModelService
+from cloud_server.rpc.server_options import OPTIONS
 from cloud_server.rpc.tls import credentials, http_context, valid_until
 from cloud_server.settings import Settings, address, is_loopback
 from hybridsd.energy import JOULES_PER_MAC, Meter, find_counter
@@ -73,7 +72,6 @@ class CloudServer:
         models: Mapping[str, Model] | ModelRegistry,
         bundles: Sequence[Bundle] = (),
         *,
-        served: ServedModels | None = None,
         metrics: Metrics | None = None,
     ) -> None:
         """Takes models; settings that concern loading are not looked at.
@@ -82,20 +80,18 @@ class CloudServer:
             settings: How to serve.
             models: What is served: those of a registry, or loaded ones by id, the default first.
             bundles: To hand out.
-            served: On which devices the models are; None: as `models` says.
             metrics: What counts; None: metrics of its own.
         """
         self._settings = settings
         self.metrics = Metrics() if metrics is None else metrics
         self.models = models if isinstance(models, ModelRegistry) else ModelRegistry.of(models)
-        served = served or self.models
         self.engine = Engine(
-            served,
+            self.models,
             max_batch=settings.max_batch,
             max_queue=settings.max_queue,
             num_threads=settings.threads,
             stall_timeout_s=settings.stall_timeout_s,
-            energy=energy_meters(settings, Costs(self.models.catalog), served.devices),
+            energy=energy_meters(settings, Costs(self.models.catalog), self.models.devices),
             metrics=self.metrics,
         )
         self.models.watch_jobs(self.engine.models_needed)

@@ -52,6 +52,14 @@ def test_what_is_put_together_is_the_same_and_shares_its_tensors(tiny_model: Mod
     assert len(skeleton.content) < 200_000  # it has no weights
 
 
+def test_putting_together_pauses_at_every_tensor(tiny_model: Model) -> None:
+    """So that no other thread waits for the whole of it."""
+    skeleton, tensors = pack(tiny_model)
+    pauses: list[int] = []
+    unpack(skeleton, tensors, CPU, pause=lambda: pauses.append(1))
+    assert len(pauses) > len(tensors)
+
+
 def test_only_new_tensors_are_packed_again(tiny_model: Model) -> None:
     """Those that were there keep their numbers; stand-ins take no memory."""
     skeleton, tensors = pack(tiny_model)

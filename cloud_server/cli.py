@@ -95,6 +95,8 @@ _SERVE_OPTIONS = (
     _option("--max-size", type=click.IntRange(8), help="Largest width and height; else twice the models' default."),
     _option("--memory-budget", type=click.FloatRange(0, min_open=True), metavar="GIB", help="What weights of models "
             "may take of each device; those that were used least recently make room for others. No limit if not set."),
+    _option("--load-nice", type=click.IntRange(0, 19), default=19, help="Of the process that loads a model beside "
+            "steps: 0 loads fast, 19 takes of the processor what steps leave."),
     _option("--bundle", "bundles", type=_FOLDER, multiple=True, help="Edge bundle to hand out. Repeatable."),
     _option("--metrics-port", type=click.IntRange(0, 65535), help="Port for /healthz, /readyz and /metrics in HTTP; "
             "0 takes a free one. None if not set."),
@@ -391,6 +393,7 @@ def _registry(settings: Settings, placements: "Sequence[Placement]", metrics: "M
         dtype=dtype,
         budget_bytes=None if settings.memory_budget is None else int(settings.memory_budget * GIB),
         max_size=settings.max_size,
+        load_nice=settings.load_nice,
         metrics=metrics,
     )
     for spec in specs:

@@ -1,6 +1,6 @@
 """The process that loads one model, or changes the adapters of one, and hands it over; see `loading`.
 
-It has a lower priority than the server, one thread, and no GPU. Run as `python -m`, with two open files.
+It has a lower priority than the server, one thread, and no GPU. Run as `python -m`, with two open files and how nice to be.
 """
 
 import contextlib
@@ -13,13 +13,10 @@ from typing import Any
 
 import structlog
 
-NICE = 10
-"""Beside busy steps it has about a tenth of a core: steps come first, and loading ends."""
-
 
 def main() -> None:
     """Does one order."""
-    os.nice(NICE)
+    os.nice(int(sys.argv[3]))
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # where memory is short, this process goes, not the server
     connection, file = Connection(int(sys.argv[1])), int(sys.argv[2])

@@ -22,7 +22,7 @@ from cloud_server.models.catalog import Catalog, Memory, OnDevice, State, View
 from cloud_server.models.denoiser import Denoiser, DiffusersDenoiser
 from cloud_server.models.handover import Bin, Pace, Skeleton, Weights, pack, to_device, unpack
 from cloud_server.models.load import Description, Model, ModelError, ModelSpec
-from cloud_server.models.loading import AdapterOrder, LoadCancelled, Loaded, Loader, LoadFailed, LoadOrder, Order
+from cloud_server.models.loading import NICE, AdapterOrder, LoadCancelled, Loaded, Loader, LoadFailed, LoadOrder, Order
 from cloud_server.models.loras import LoraSource, check_sources
 from cloud_server.models.loras import describe as describe_lora
 from hybridsd.errors import HybridSDError, Reason
@@ -121,6 +121,7 @@ class ModelRegistry:
         budget_bytes: int | None = None,
         max_size: int | None = None,
         loader: Runs | None = None,
+        load_nice: int = NICE,
         metrics: Metrics | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -132,6 +133,7 @@ class ModelRegistry:
             budget_bytes: What models may take of each device; None: all.
             max_size: Largest width and height of images, which no model may exceed with its smallest; None: any.
             loader: What loads; None: processes of their own.
+            load_nice: How nice these are.
             metrics: What counts loads and evictions.
             clock: Seconds, for tests.
         """
@@ -139,7 +141,7 @@ class ModelRegistry:
         self._devices, self._dtype, self._budget_bytes, self._max_size = list(devices), dtype, budget_bytes, max_size
         self._metrics, self._clock = Metrics() if metrics is None else metrics, clock
         self._bin = Bin()
-        self._loader: Runs = Loader(self._bin) if loader is None else loader
+        self._loader: Runs = Loader(self._bin, nice=load_nice) if loader is None else loader
         self._on_change: Callable[[], None] = lambda: None
         self._in_use: Callable[[int], set[str]] = lambda _device: set()
         self._needed: Callable[[], set[str]] = set

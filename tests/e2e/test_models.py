@@ -63,7 +63,7 @@ def test_an_operator_loads_and_unloads_beside_jobs(tmp_path: Path) -> None:
     """Two workers of one processor, within a budget: jobs go on, and one of a model that is not loaded waits for it."""
     folders = write_models(tmp_path, "first", "second")
     options = [
-        "--model", folders["first"], "--device", "cpu*2", "--dtype", "fp32", "--threads", "1",
+        "--model", folders["first"], "--device", "cpu*2", "--dtype", "fp32", "--threads", "1", "--load-nice", "0",
         "--memory-budget", str(3 * 87184 / 2**30),
     ]  # fmt: skip
     with (

@@ -54,7 +54,7 @@ def test_a_load_has_a_limit_of_time_and_can_be_given_up(stub: Callable[[str], No
 @pytest.mark.slow  # the process imports torch and diffusers twice
 def test_a_process_loads_a_model_and_its_adapters(tiny_folder: Path, tiny_model: Model, tmp_path: Path) -> None:
     """It is what `load_model` loads; an adapter comes without the model."""
-    loader, heard = Loader(Bin()), list[Description]()
+    loader, heard = Loader(Bin(), nice=0), list[Description]()
 
     def on_described(described: Description) -> bool:
         heard.append(described)

@@ -1,6 +1,6 @@
 """The process that loads one model, or changes the adapters of one, and hands it over; see `loading`.
 
-It has a lower priority than the server, one thread, and no GPU. Run as `python -m`, with two open files and its niceness.
+It has a lower priority than the server, one thread and no GPU. Run as `python -m`, with two open files and niceness.
 """
 
 import contextlib

@@ -4,7 +4,6 @@ Every flag is also a variable HYBRIDSD_CLOUD_...; a flag wins. Knows nothing of 
 """
 
 import asyncio
-import itertools
 import logging
 import os
 import sys
@@ -21,16 +20,18 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its core logs each handshake 
 
 from cloud_server import logs, preflight
 from cloud_server.jobs_cli import jobs
+from cloud_server.models_cli import models as models_commands
 from cloud_server.settings import MAX_HEARTBEAT_S, MAX_WAIT_S, Settings
 from cloud_server.tokens_cli import tokens
 from hybridsd import certificates, tracing
 from hybridsd.tokens import Tokens, warn_of_readers
 
 if TYPE_CHECKING:
+    from cloud_server.metrics import Metrics
     from cloud_server.models.devices import Placement
-    from cloud_server.models.load import Model
+    from cloud_server.models.load import Model, ModelSpec
     from cloud_server.models.loras import LoraSource
-    from cloud_server.models.served import FixedModels
+    from cloud_server.models.registry import ModelRegistry
 
 F = TypeVar("F", bound=Callable[..., Any])
 log = structlog.get_logger()
@@ -92,6 +93,10 @@ _SERVE_OPTIONS = (
     _option("--max-batch", type=click.IntRange(1, 256), default=8, help="Jobs in one U-Net call."),
     _option("--max-queue", type=click.IntRange(1), default=32, help="Jobs that may wait."),
     _option("--max-size", type=click.IntRange(8), help="Largest width and height; else twice the models' default."),
+    _option("--memory-budget", type=click.FloatRange(0, min_open=True), metavar="GIB", help="What weights of models "
+            "may take of each device; those that were used least recently make room for others. No limit if not set."),
+    _option("--load-nice", type=click.IntRange(0, 19), default=19, help="Of the process that loads a model beside "
+            "steps: 0 loads fast, 19 takes of the processor what steps leave."),
     _option("--bundle", "bundles", type=_FOLDER, multiple=True, help="Edge bundle to hand out. Repeatable."),
     _option("--metrics-port", type=click.IntRange(0, 65535), help="Port for /healthz, /readyz and /metrics in HTTP; "
             "0 takes a free one. None if not set."),
@@ -132,6 +137,7 @@ def main() -> None:
 
 main.add_command(tokens)
 main.add_command(jobs)
+main.add_command(models_commands)
 
 
 @main.command()
@@ -201,8 +207,9 @@ def check(log_format: logs.LogFormat, **options: Any) -> None:
                 f"runs on {placement.device} ({placement.device_reason}), in {placement.dtype}"
                 f" ({placement.dtype_reason})"
             )
-        for name, model in _load(settings, placements[:1])[0].items():
-            click.echo(f"\nmodel {name}")
+        for spec in _specs(settings):
+            model = _load_model(spec, placements[0], settings)
+            click.echo(f"\nmodel {model.info.id}")
             for line in check_model(model):
                 click.echo(f"  {line}")
     except ModelError as error:
@@ -284,6 +291,7 @@ def load(settings: Settings) -> dict[str, Any]:
     Raises:
         ModelError, HybridSDError, OSError, click.UsageError: Saying what cannot be served.
     """
+    from cloud_server.metrics import Metrics
     from cloud_server.models.load import ModelError
     from cloud_server.rpc.bundle_service import load_bundle
 
@@ -291,8 +299,9 @@ def load(settings: Settings) -> dict[str, Any]:
     bundles = [load_bundle(folder) for folder in settings.bundles]
     if len({bundle.name for bundle in bundles}) < len(bundles):
         raise ModelError(f"two bundles have one name: {', '.join(sorted(bundle.name for bundle in bundles))}")
-    models, served = _load(settings, _placements(settings))
-    return {"settings": settings, "models": models, "bundles": bundles, "served": served}
+    metrics = Metrics()
+    registry = _registry(settings, _placements(settings), metrics)
+    return {"settings": settings, "models": registry, "bundles": bundles, "metrics": metrics}
 
 
 def _settings(**options: Any) -> Settings:
@@ -368,10 +377,39 @@ def _leave_threads_to_the_engine(settings: Settings) -> Settings:
     return replace(settings, threads=threads)
 
 
-def _load(settings: Settings, placements: "Sequence[Placement]") -> "tuple[dict[str, Model], FixedModels]":
-    """Loads the models onto each device; returns them by id, as they are on the first, and where they are."""
-    from cloud_server.models.load import ModelError, config_for, load_model, size_multiple
-    from cloud_server.models.served import FixedModels
+def _registry(settings: Settings, placements: "Sequence[Placement]", metrics: "Metrics") -> "ModelRegistry":
+    """Loads the models onto the devices, as far as the budget of memory goes; the others wait until they are needed."""
+    from cloud_server.models.load import ModelError, import_networks
+    from cloud_server.models.registry import GIB, ModelRegistry
+
+    dtypes = {placement.dtype for placement in placements}
+    if len(dtypes) > 1:
+        raise ModelError("the devices are best at different precisions; choose one for all with --dtype")
+    (dtype,) = dtypes
+    specs = _specs(settings)
+    import_networks()
+    registry = ModelRegistry(
+        [placement.device for placement in placements],
+        dtype=dtype,
+        budget_bytes=None if settings.memory_budget is None else int(settings.memory_budget * GIB),
+        max_size=settings.max_size,
+        load_nice=settings.load_nice,
+        metrics=metrics,
+    )
+    for spec in specs:
+        if settings.memory_budget is not None:
+            described = spec.describe(dtype)
+            if not registry.fits(described.size_bytes):
+                registry.know(spec, described)
+                log.info("model_known", model=spec.id, size_bytes=described.size_bytes, message="loaded when needed")
+                continue
+        registry.adopt(_load_model(spec, placements[0], settings), spec)
+    return registry
+
+
+def _specs(settings: Settings) -> "list[ModelSpec]":
+    """Returns the models that are to be served, whose files are there as far as this machine knows."""
+    from cloud_server.models.load import ModelError, ModelSpec, config_for, size_multiple
     from cloud_server.models.sources import locate, parse_source
 
     loras = _loras(settings)
@@ -379,41 +417,46 @@ def _load(settings: Settings, placements: "Sequence[Placement]") -> "tuple[dict[
     named = {text.partition("=")[0] for text in settings.configs if "=" in text} | {lora.model for lora in loras}
     if unknown := sorted(named - served - {""}):
         raise ModelError(f"--config or --lora is for {unknown[0]!r}; the models are {', '.join(sorted(served))}")
-
-    def check_max_size(model: str, multiple: int) -> None:
-        if settings.max_size is not None and settings.max_size < multiple:
-            raise ModelError(
-                f"--max-size is {settings.max_size}, but model {model} takes multiples of {multiple} pixels; choose at"
-                " least that"
-            )
-
     for source in settings.models:  # before the first is loaded
         parsed = parse_source(source, variant=settings.variant)
         if Path(parsed.where).exists():
             files = locate(parsed, config_for(parsed.id, settings.configs))
             if settings.max_size is not None:
-                check_max_size(parsed.id, size_multiple(files))
+                _check_max_size(settings, parsed.id, size_multiple(files))
     logs.quiet_libraries()
-    loaded: list[dict[str, Model]] = [{} for _ in placements]
-    for source, (models, placement) in itertools.product(settings.models, zip(loaded, placements, strict=True)):
-        started_s = time.monotonic()
-        model = load_model(
-            source, placement, latent_space=settings.latent_space, variant=settings.variant, configs=settings.configs,
-            loras=loras,
-        )  # fmt: skip
-        check_max_size(model.info.id, model.info.size_multiple)  # of one from the hub
-        models[model.info.id] = model
-        log.info(
-            "model_loaded",
-            model=model.info.id,
-            latent_space=model.info.latent_space,
-            num_parameters=model.info.num_parameters,
-            device=f"{placement.device} ({placement.device_reason})",
-            dtype=f"{placement.dtype} ({placement.dtype_reason})",
-            elapsed_s=round(time.monotonic() - started_s, 3),
+    return [
+        ModelSpec(
+            source=source, latent_space=settings.latent_space, variant=settings.variant, configs=settings.configs,
+            loras=tuple(lora for lora in loras if lora.model in ("", parse_source(source).id)),
         )
-    denoisers = ({name: model.denoiser for name, model in models.items()} for models in loaded)
-    return loaded[0], FixedModels(*denoisers)
+        for source in settings.models
+    ]  # fmt: skip
+
+
+def _check_max_size(settings: Settings, model: str, multiple: int) -> None:
+    from cloud_server.models.load import ModelError
+
+    if settings.max_size is not None and settings.max_size < multiple:
+        raise ModelError(
+            f"--max-size is {settings.max_size}, but model {model} takes multiples of {multiple} pixels; choose at"
+            " least that"
+        )
+
+
+def _load_model(spec: "ModelSpec", placement: "Placement", settings: Settings) -> "Model":
+    started_s = time.monotonic()
+    model = spec.load(placement)
+    _check_max_size(settings, model.info.id, model.info.size_multiple)  # of one from the hub
+    log.info(
+        "model_loaded",
+        model=model.info.id,
+        latent_space=model.info.latent_space,
+        num_parameters=model.info.num_parameters,
+        device=f"{placement.device} ({placement.device_reason})",
+        dtype=f"{placement.dtype} ({placement.dtype_reason})",
+        elapsed_s=round(time.monotonic() - started_s, 3),
+    )
+    return model
 
 
 def _loras(settings: Settings) -> "list[LoraSource]":

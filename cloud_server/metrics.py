@@ -6,9 +6,10 @@ Each server has its own registry. Every label is one of a set that the operator 
 import contextlib
 import importlib.metadata
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -29,11 +30,22 @@ STEP_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)
 BATCH = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256)
 CALL_S = (0.001, 0.003, 0.006, 0.01, 0.03, 0.1, 0.3, 0.6, 1, 3, 10, 30, 60, 120, 300)
 """Of calls: a part of what gRFC A66 advises, which is for calls of microseconds, and beyond: a job is one call."""
+LOAD_S = (0.3, 1, 3, 10, 20, 30, 60, 120, 300, 600, 1800)
 CALL_BYTES = (0, 1024, 4096, 16384, 65536, 262144, 1048576, 4194304, 16777216, 67108864)
 
 M = TypeVar("M", Counter, Gauge, Histogram)
 
 prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # which would double the number of series, for nobody who asks
+
+
+class LoadedModel(NamedTuple):
+    """A model on a device."""
+
+    id: str
+    latent_space: str
+    device: str
+    dtype: str | None
+    """None where it is not loaded."""
 
 
 class Metrics:
@@ -42,9 +54,8 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         # What a server is and how it is; a server tells with `watch`.
-        self.model_info = self._make(
-            Gauge, "model_info", "1 for each model that is loaded.", "model", "latent_space", "device", "dtype"
-        )
+        self.model_load = self._histogram("model_load_seconds", "Loading a model onto a device.", LOAD_S)
+        self.evictions = self._make(Counter, "model_evictions", "Models that made room for others.")
         # Jobs.
         self.jobs = self._make(
             Counter, "jobs", "Jobs that have ended: completed, cancelled, late, unavailable (the server stopped or was"
@@ -106,6 +117,44 @@ class Metrics:
         self.registry.register(
             _Read(lambda: [CounterMetricFamily(f"hybridsd_cloud_{name}", documentation, value=read())])
         )
+
+    def watch_models(self, read: Callable[[], Iterable["LoadedModel"]]) -> None:
+        """Adds which models are loaded."""
+
+        def families() -> Iterable[Metric]:
+            info = GaugeMetricFamily(
+                "hybridsd_cloud_model_info", "1 for each model that is loaded.",
+                labels=["model", "latent_space", "device", "dtype"],
+            )  # fmt: skip
+            loaded = GaugeMetricFamily(
+                "hybridsd_cloud_model_loaded", "Whether a model that is known is loaded on a device: 1 or 0.",
+                labels=["model", "device"],
+            )  # fmt: skip
+            for model in itertools.islice(read(), MAX_MODELS):
+                if model.dtype is not None:
+                    info.add_metric([model.id, model.latent_space, model.device, model.dtype], 1)
+                loaded.add_metric([model.id, model.device], 0 if model.dtype is None else 1)
+            return info, loaded
+
+        self.registry.register(_Read(families))
+
+    def watch_memory(self, read: Callable[[], Iterable[tuple[str, int, int | None]]]) -> None:
+        """Adds what models take of each device, by its name: bytes, and how many they may take."""
+
+        def families() -> Iterable[Metric]:
+            used = GaugeMetricFamily(
+                "hybridsd_cloud_model_bytes", "What the weights of models take of a device.", labels=["device"]
+            )
+            budget = GaugeMetricFamily(
+                "hybridsd_cloud_model_budget_bytes", "What they may take (--memory-budget); infinite without a limit.",
+                labels=["device"],
+            )  # fmt: skip
+            for device, used_bytes, budget_bytes in read():
+                used.add_metric([device], used_bytes)
+                budget.add_metric([device], math.inf if budget_bytes is None else budget_bytes)
+            return used, budget
+
+        self.registry.register(_Read(families))
 
     def watch_certificate(self, read: Callable[[], datetime]) -> None:
         """Adds when the certificate expires, by a function that reads it."""

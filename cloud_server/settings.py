@@ -31,6 +31,10 @@ class Settings:
     device: str = "auto"
     """As `devices.place_all` takes it: one worker for each."""
     dtype: str = "auto"
+    memory_budget: float | None = None
+    """GiB of each device that models may take; None: all."""
+    load_nice: int = 19
+    """Of the process that loads a model beside steps."""
     latent_space: str | None = None
     threads: int | None = None
     """Of a call on a CPU; None divides what torch chooses among its workers."""

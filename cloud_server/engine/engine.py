@@ -327,6 +327,11 @@ class Engine:
         with self._changed:
             self._changed.notify_all()
 
+    def models_needed(self) -> set[str]:
+        """Returns the models that jobs need, those that wait included."""
+        with self._changed:
+            return {model for job in [*self._scheduler.running, *self._scheduler.waiting] for model in job.models}
+
     def _in_use(self, device: int) -> set[str]:
         """Returns the models that jobs on a device need."""
         with self._changed:

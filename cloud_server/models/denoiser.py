@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hybridsd.errors import HybridSDError, Reason
 from hybridsd.prompting import TextOptions
 
 MAX_TEXTS = 128
@@ -138,6 +139,11 @@ class Denoiser(Protocol):
 class Texts(Protocol):
     """The text encoders of a model, as `cloud_server.models.text_encoders` has them."""
 
+    @property
+    def networks(self) -> Sequence[Any]:
+        """Their networks, for adapters."""
+        ...
+
     def encode(self, text: str, options: TextOptions, num_chunks: int | None = None) -> Encoded:
         """See `Denoiser.encode`."""
         ...
@@ -184,11 +190,27 @@ class DiffusersDenoiser:
         self._takes_pooled, self._guidance_dim = takes_pooled, guidance_dim
         self.device, self.dtype = device, dtype
         self.guidance: Guidance = "embedded" if guidance_dim else "cfg"
+        self.version = ""
+        """Of the weights, adapters included: what was computed with others is not this model's."""
+
+    def change(self, change: Callable[[Any, Sequence[Any], Any], Any]) -> Any:
+        """Changes its adapters, in place, while nobody uses it.
+
+        Args:
+            change: Takes the U-Net, the text encoders and the adapters that are there, if any; returns those that are
+                there then.
+
+        Returns:
+            What `change` returned.
+        """
+        networks = self._texts.networks
+        changed = change(self._unet, networks, self._adapters)
+        self._adapters, self._text_adapters = changed.within([self._unet]), changed.within(networks)
+        return changed
 
     def encode(self, text: str, options: TextOptions, loras: Loras = (), num_chunks: int | None = None) -> Encoded:
         """See `Denoiser`."""
-        if self._text_adapters is not None:
-            self._text_adapters.select(loras)
+        _select(self._text_adapters, loras)
         return self._texts.encode(text, options, num_chunks)
 
     def conditions(self, rows: Sequence[Encoded], *, size: tuple[int, int], guidance_scale: float) -> Conditions:
@@ -207,8 +229,7 @@ class DiffusersDenoiser:
         self, sample: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions, loras: Loras = ()
     ) -> torch.Tensor:
         """See `Denoiser`."""
-        if self._adapters is not None:
-            self._adapters.select(loras)
+        _select(self._adapters, loras)
         inputs: dict[str, Any] = {}
         if self._takes_pooled:
             inputs["added_cond_kwargs"] = {"text_embeds": conditions.pooled, "time_ids": conditions.time_ids}
@@ -221,6 +242,22 @@ class DiffusersDenoiser:
 
     def _stack(self, rows: Sequence[np.ndarray[Any, np.dtype[np.float32]]]) -> torch.Tensor:
         return torch.stack([torch.from_numpy(row) for row in rows]).to(self.device, self.dtype)
+
+
+def _select(adapters: Adapters | None, loras: Loras) -> None:
+    """Lets adapters act.
+
+    Raises:
+        HybridSDError: LORA_UNKNOWN for one that is not there any more.
+    """
+    try:
+        if adapters is not None:
+            adapters.select(loras)
+        elif loras:
+            raise KeyError(loras[0][0])
+    except KeyError as error:
+        name = str(error.args[0]).rpartition("/")[2]
+        raise Reason.LORA_UNKNOWN.error(f"the lora {name} was unloaded; leave it out", field="loras.name") from None
 
 
 def embed_guidance(guidance_scale: torch.Tensor, dim: int) -> torch.Tensor:
@@ -249,7 +286,7 @@ class TextCache:
     def __init__(self, *, max_texts: int = MAX_TEXTS, on_lookup: Callable[[bool], None] = lambda _is_hit: None) -> None:
         """Takes how many texts are held, and who hears of each request whether it was."""
         self._max_texts, self._on_lookup = max_texts, on_lookup
-        self._held: OrderedDict[tuple[str, TextOptions, Loras, int | None], Encoded] = OrderedDict()
+        self._held: OrderedDict[tuple[str, str, TextOptions, Loras, int | None], Encoded] = OrderedDict()
         self.spent_s = 0.0
         """Time in the text encoder so far."""
 
@@ -263,18 +300,18 @@ class TextCache:
     ) -> Encoded:
         """Returns the embeddings of a text; see `Denoiser.encode`.
 
-        The denoiser is one of the model whose texts these are: which, and on which device, makes no difference.
+        The denoiser is one of the model whose texts these are: on which device makes no difference, but which weights.
 
         Raises:
             RuntimeError: If the encoder fails; the message does not quote the text, for it goes to the log.
         """
-        key = (text, options, loras, num_chunks)
+        key = (getattr(denoiser, "version", ""), text, options, loras, num_chunks)
         self._on_lookup(key in self._held)
         if key not in self._held:
             started_s = time.monotonic()
             try:
                 encoded = denoiser.encode(text, options, loras, num_chunks)
-            except (torch.AcceleratorError, torch.OutOfMemoryError, MemoryError):
+            except (torch.AcceleratorError, torch.OutOfMemoryError, MemoryError, HybridSDError):
                 raise
             except Exception as error:
                 raise RuntimeError(f"the text encoder failed: {type(error).__name__}") from None

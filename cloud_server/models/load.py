@@ -7,11 +7,14 @@ edge decodes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
+import torch
 
 from cloud_server.energy import UNKNOWN, ModelCost
 from cloud_server.models import single_file
@@ -23,6 +26,8 @@ from cloud_server.models.plans import PlanCompiler, default_scheduler, own_sched
 from cloud_server.models.pruned_unet import build_unet, load_unet, read_tensors
 from cloud_server.models.sources import (
     METADATA_NAME,
+    TEXT_STEM,
+    UNET_STEM,
     VAE_WEIGHTS,
     Files,
     ModelError,
@@ -31,6 +36,7 @@ from cloud_server.models.sources import (
     parse_source,
     read_json,
     read_weights_header,
+    weights_of,
 )
 from cloud_server.models.text_encoders import load_text_encoders
 from hybridsd import aspect_buckets, weight_files
@@ -43,7 +49,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-__all__ = ["Model", "ModelError", "ModelInfo", "load_model"]
+__all__ = ["Description", "Model", "ModelError", "ModelInfo", "ModelSpec", "load_model"]
 
 _METADATA: dict[str, type | tuple[type, ...]] = {
     "latent_space": str,
@@ -54,6 +60,8 @@ _METADATA: dict[str, type | tuple[type, ...]] = {
 }
 """What `hybridsd.json` of a model folder may say, and its types."""
 _KNOWN_SPACES = {(0.18215, 4): "sd1", (0.13025, 4): "sdxl"}
+_TEXT_BYTES = torch.float32.itemsize
+"""Of a parameter of a text encoder."""
 _CONSISTENCY_SCHEDULER = "lcm"
 """The only one for a model whose guidance is embedded."""
 
@@ -99,6 +107,69 @@ class Model:
     cost: ModelCost = UNKNOWN
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Description:
+    """A model that need not be loaded."""
+
+    info: ModelInfo
+    plans: PlanCompiler
+    size_bytes: int
+    """Of its weights, in the precision that they have when it is loaded; 0: not known."""
+    cost: ModelCost = UNKNOWN
+    """Known once it was loaded."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec:
+    """A model to serve, as an operator says it; see `load_model`."""
+
+    source: str
+    latent_space: str | None = None
+    variant: str | None = None
+    configs: tuple[str, ...] = ()
+    loras: tuple[LoraSource, ...] = ()
+
+    @property
+    def id(self) -> str:
+        """By which it is asked for."""
+        return parse_source(self.source).id
+
+    def load(self, placement: Placement) -> Model:
+        """See `load_model`."""
+        return load_model(
+            self.source, placement, latent_space=self.latent_space, variant=self.variant, configs=self.configs,
+            loras=self.loras,
+        )  # fmt: skip
+
+    def describe(self, dtype: torch.dtype) -> Description:
+        """Says all of a model that can be said without reading its weights.
+
+        Args:
+            dtype: That its U-Net would have.
+
+        Raises:
+            ModelError: If it is not what we can serve, as far as that can be seen.
+        """
+        name = self.id
+        try:
+            files = locate(parse_source(self.source, variant=self.variant), config_for(name, self.configs))
+            described = _describe_files(files, self.latent_space)
+            num_unet, num_text = _count(files, described.parts)
+        except KeyError as error:
+            raise ModelError(f"model {name}: its configuration lacks {error}; save it with diffusers again") from error
+        loras = _own(self.loras, name)
+        infos: tuple[LoraInfo, ...] = ()
+        if loras:
+            from cloud_server.models.loras import describe  # takes a while to import
+
+            infos = tuple(describe(lora) for lora in loras)
+        size_bytes = dtype.itemsize * num_unet + _TEXT_BYTES * num_text
+        size_bytes += dtype.itemsize * sum(info.num_parameters for info in infos)
+        return Description(
+            replace(described.info, num_parameters=num_unet, loras=infos), described.compiler, size_bytes
+        )
+
+
 def load_model(
     source: str,
     placement: Placement,
@@ -129,10 +200,51 @@ def load_model(
             locate(parse_source(source, variant=variant), config_for(name, configs)),
             placement,
             latent_space,
-            [lora for lora in loras if lora.model in ("", name)],
+            _own(loras, name),
         )
     except KeyError as error:
         raise ModelError(f"model {name}: its configuration lacks {error}; save it with diffusers again") from error
+
+
+def change_adapters(model: Model, add: Sequence[LoraSource], remove: Sequence[str]) -> Model:
+    """Changes the adapters of a model, in place.
+
+    Args:
+        model: Loaded by `load_model`.
+        add: Adapters to read into it.
+        remove: Keys of adapters to take out of it before.
+
+    Returns:
+        The model with its new description.
+
+    Raises:
+        ModelError: If an adapter cannot be used with it; it is not to be used then.
+    """
+    from cloud_server.models.loras import install, stamp
+
+    denoiser = model.denoiser
+    assert isinstance(denoiser, DiffusersDenoiser)
+
+    def change(unet: Any, networks: Sequence[Any], before: LoraSet | None) -> LoraSet:
+        return install(unet, networks, add, None if before is None else before.remove(unet, networks, remove))
+
+    said = [denoiser.version, *map(stamp, add), *remove]
+    denoiser.version = hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]
+    return replace(model, info=replace(model.info, loras=denoiser.change(change).infos))
+
+
+def import_networks() -> None:
+    """Imports what networks are made of, which takes seconds: before anything steps that would wait for it."""
+    import diffusers
+    import peft.tuners.lora  # noqa: F401
+    import transformers
+
+    for module, names in (
+        (diffusers, ["UNet2DConditionModel"]),
+        (transformers, ["CLIPTextModel", "CLIPTextModelWithProjection", "CLIPTokenizer"]),
+    ):
+        for name in names:
+            getattr(module, name)
 
 
 def size_multiple(files: Files) -> int:
@@ -150,25 +262,82 @@ def _halvings(config: dict[str, Any]) -> int:
     return int(2 ** (len(config["block_out_channels"]) - 1))
 
 
-def _load(files: Files, placement: Placement, latent_space: str | None, loras: Sequence[LoraSource]) -> Model:
-    name, unet_config = files.source.id, read_json(files.unet / "config.json")
+@dataclass(frozen=True, slots=True)
+class _Described:
+    """What the files of a model say, but for weights."""
+
+    info: ModelInfo
+    unet_config: dict[str, Any]
+    parts: list[str]
+    """Its text encoders."""
+    architecture: Architecture
+    has_zeros_for_empty: bool
+    compiler: PlanCompiler
+
+
+def _describe_files(files: Files, latent_space: str | None) -> _Described:
+    unet_config = read_json(files.unet / "config.json")
     parts = ["text_encoder", "text_encoder_2"][: 2 if is_sdxl(unet_config) else 1]
     texts = [files.read(f"{part}/config.json") for part in parts]
     scheduler_config = files.read("scheduler/scheduler_config.json")
     if files.checkpoint is not None:
         said = weight_files.scheduler_changes(read_weights_header(files.checkpoint))
-        log.info("checkpoint_says", model=name, **said)
+        log.info("checkpoint_says", model=files.source.id, **said)
         scheduler_config |= said
     index = files.read("model_index.json") if files.find("model_index.json") else {}
-    architecture = detect(name, unet_config, texts, scheduler_config, index)
+    architecture = detect(files.source.id, unet_config, texts, scheduler_config, index)
     compiler = PlanCompiler(scheduler_config)
     info = _describe(files, architecture, unet_config, scheduler_config, compiler, latent_space)
+    has_zeros = architecture.is_sdxl and bool(index.get("force_zeros_for_empty_prompt"))
+    return _Described(info, unet_config, parts, architecture, has_zeros, compiler)
+
+
+def _count(files: Files, parts: Sequence[str]) -> tuple[int, int]:
+    """Returns the parameters of U-Net and text encoders, as the headers of their files say."""
+    if files.checkpoint is not None:
+        names = [single_file.UNET_PREFIX, *single_file.TEXT_PREFIXES]
+        counts = [_count_in([files.checkpoint], prefix) for prefix in names]
+        return counts[0], sum(counts[1:])
+    variant, unet = files.source.variant, files.unet_file
+    paths = weights_of(files.unet, UNET_STEM, variant).files if unet is None else [unet]
+    folders = [files.find(part) or files.roots[0] / part for part in parts]
+    return _count_in(paths), sum(_count_in(weights_of(folder, TEXT_STEM, variant).files) for folder in folders)
+
+
+def _count_in(paths: Iterable[Path], prefix: str = "") -> int:
+    return sum(
+        math.prod(entry["shape"])
+        for path in paths
+        for name, entry in read_weights_header(path).items()
+        if name != "__metadata__" and name.startswith(prefix) and not name.endswith(single_file.NO_WEIGHT)
+    )
+
+
+def _own(loras: Sequence[LoraSource], model: str) -> list[LoraSource]:
+    return [lora for lora in loras if lora.model in ("", model)]
+
+
+def _version(files: Files, loras: Sequence[LoraSource]) -> str:
+    """Returns what changes when a file of the model, or of an adapter, does."""
+    paths = {path for root in (*files.roots, files.unet) for path in root.glob("**/*")}
+    paths |= {path for path in (files.checkpoint, files.unet_file) if path is not None}
+    stats = sorted((path.name, path.stat()) for path in paths if path.suffix in (".safetensors", ".json", ".txt"))
+    said = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats]
+    if loras:
+        from cloud_server.models.loras import stamp
+
+        said += [stamp(lora) for lora in loras]
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()[:16]
+
+
+def _load(files: Files, placement: Placement, latent_space: str | None, loras: Sequence[LoraSource]) -> Model:
+    name, described, version = files.source.id, _describe_files(files, latent_space), _version(files, loras)
+    info, architecture = described.info, described.architecture
     tensors = None if files.checkpoint is None else single_file.read_checkpoint(files.checkpoint)
-    unet = _load_unet(files, unet_config, tensors, placement)
+    unet = _load_unet(files, described.unet_config, tensors, placement)
     encoders = load_text_encoders(
-        name, files, parts, tensors,
-        device=placement.device,
-        has_zeros_for_empty=architecture.is_sdxl and bool(index.get("force_zeros_for_empty_prompt")),
+        name, files, described.parts, tensors,
+        device=placement.device, has_zeros_for_empty=described.has_zeros_for_empty,
     )  # fmt: skip
     info = replace(info, num_parameters=sum(parameter.numel() for parameter in unet.parameters()))
     num_text_parameters = encoders.num_parameters  # before adapters
@@ -183,6 +352,7 @@ def _load(files: Files, placement: Placement, latent_space: str | None, loras: S
         adapters=None if adapters is None else adapters.within([unet]),
         text_adapters=None if adapters is None else adapters.within(encoders.networks),
     )
+    denoiser.version = version
     cost = ModelCost(
         count_macs(
             unet, channels=info.latent_channels, side=info.size_multiple // info.vae_scale_factor,
@@ -192,7 +362,7 @@ def _load(files: Files, placement: Placement, latent_space: str | None, loras: S
         float(num_text_parameters * info.context_length),  # nearly all of them are of linear layers
     )  # fmt: skip
     infos = adapters.infos if adapters else ()
-    return Model(replace(info, loras=infos), denoiser, compiler, num_text_parameters, cost)
+    return Model(replace(info, loras=infos), denoiser, described.compiler, num_text_parameters, cost)
 
 
 def _install(unet: Any, text_encoders: Sequence[Any], loras: Sequence[LoraSource]) -> LoraSet:

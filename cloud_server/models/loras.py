@@ -5,10 +5,12 @@ Reads the files of diffusers, peft and kohya through diffusers' own conversion.
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,13 @@ class LoraSource:
     """A .safetensors file, a folder with pytorch_lora_weights.safetensors, or a hub id."""
     model: str = ""
     """The id of the model that it is for; empty for every model."""
+    owner: str = ""
+    """The name of the token that alone may ask for it; empty for everybody's."""
+
+    @property
+    def key(self) -> str:
+        """Its name within the model, which no other owner's adapter has."""
+        return key_of(self.owner, self.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +49,28 @@ class LoraInfo:
 
     name: str
     num_parameters: int
+    owner: str = ""
+    """See `LoraSource`."""
+
+    @property
+    def key(self) -> str:
+        """See `LoraSource`."""
+        return key_of(self.owner, self.name)
+
+
+def key_of(owner: str, name: str) -> str:
+    """Returns the name of an adapter within a model; an adapter's own name has no slash."""
+    return f"{owner}/{name}" if owner else name
+
+
+def check_name(name: str) -> None:
+    """Refuses what cannot be the name of an adapter.
+
+    Raises:
+        ModelError: Saying what is allowed.
+    """
+    if not _NAME.fullmatch(name):
+        raise ModelError(f"the adapter's name is {name[:80]!r}; give 1 to 64 characters of A-Z a-z 0-9 . _ -")
 
 
 def parse_source(text: str) -> LoraSource:
@@ -58,30 +89,44 @@ def parse_source(text: str) -> LoraSource:
 class LoraSet:
     """The adapters of one model."""
 
-    def __init__(self, networks: Sequence[Any], infos: Sequence[LoraInfo]) -> None:
-        """Takes networks with their adapters in them, named `lora_0` and so on; none acts until `select`."""
-        self.infos = tuple(infos)
-        self._names = {info.name: f"lora_{index}" for index, info in enumerate(infos)}
+    def __init__(self, networks: Sequence[Any], infos: Mapping[str, LoraInfo]) -> None:
+        """Takes networks, and the adapters in them by the names that they have there; none acts until `select`."""
+        self._infos = dict(infos)
+        self._names = {info.key: name for name, info in infos.items()}
         self._layers = [
             layer for network in networks for layer in network.modules() if isinstance(layer, BaseTunerLayer)
         ]
         self._selected: tuple[tuple[str, float], ...] | None = None
         self.select(())
 
+    @property
+    def infos(self) -> tuple[LoraInfo, ...]:
+        """The adapters."""
+        return tuple(self._infos.values())
+
     def within(self, networks: Sequence[Any]) -> LoraSet:
         """Returns the same adapters, as far as they are within some of the networks, to be selected by themselves."""
-        return LoraSet(networks, self.infos)
+        return LoraSet(networks, self._infos)
+
+    def remove(self, unet: Any, text_encoders: Sequence[Any], keys: Sequence[str]) -> LoraSet:
+        """Takes adapters out of the networks; those that are not there are passed over."""
+        leaving = {self._names[key] for key in keys if key in self._names}
+        networks = (unet, *text_encoders)
+        for layer in (layer for network in networks for layer in network.modules()):
+            for name in leaving.intersection(layer.scaling if isinstance(layer, BaseTunerLayer) else ()):
+                layer.delete_adapter(name)
+        return LoraSet(networks, {name: info for name, info in self._infos.items() if name not in leaving})
 
     def select(self, loras: tuple[tuple[str, float], ...]) -> None:
         """Lets these adapters act, with their weights, and no others; without any the networks are as they were.
 
         Raises:
-            KeyError: For a name that is not one of `infos`.
+            KeyError: For a key that is not one of `infos`.
         """
         if loras == self._selected:
             return
         self._selected = None  # until all layers are set
-        weights = {self._names[name]: weight for name, weight in loras}
+        weights = {self._names[key]: weight for key, weight in loras}
         for layer in self._layers:
             names = [name for name in layer.scaling if name in weights]
             layer.enable_adapters(bool(names))
@@ -98,7 +143,7 @@ def check_sources(sources: Sequence[LoraSource]) -> None:
     Raises:
         ModelError: If two have one name, or a file is not there.
     """
-    twice = [name for name, count in Counter(source.name for source in sources).items() if count > 1]
+    twice = [key for key, count in Counter(source.key for source in sources).items() if count > 1]
     if twice:
         raise ModelError(f"two loras have the name {twice[0]}; give each its own")
     for source in sources:
@@ -109,23 +154,27 @@ def check_sources(sources: Sequence[LoraSource]) -> None:
                 raise ModelError(f"lora {source.name}: {source.where}: {error}") from error
 
 
-def install(unet: Any, text_encoders: Sequence[Any], sources: Sequence[LoraSource]) -> LoraSet:
+def install(
+    unet: Any, text_encoders: Sequence[Any], sources: Sequence[LoraSource], before: LoraSet | None = None
+) -> LoraSet:
     """Reads adapters into networks.
 
     Args:
         unet: Of diffusers.
         text_encoders: Of transformers; two for SDXL.
         sources: The adapters.
+        before: Those that are in them already.
 
     Raises:
         ModelError: If two have one name, or a file cannot be read or does not fit these networks as a whole.
     """
     check_sources(sources)
-    networks, infos = (unet, *text_encoders), []
-    for index, source in enumerate(sources):
-        before = {id(parameter) for network in networks for parameter in network.parameters()}
+    networks, infos = (unet, *text_encoders), {} if before is None else dict(before._infos)
+    for source in sources:
+        name = next(name for name in (f"lora_{index}" for index in itertools.count()) if name not in infos)
+        known = {id(parameter) for network in networks for parameter in network.parameters()}
         try:
-            _load(source, f"lora_{index}", unet, text_encoders)
+            _load(source, name, unet, text_encoders)
         except (lora_files.LoraFormatError, ModelError) as error:
             raise ModelError(f"lora {source.name}: {source.where} cannot be used: {error}") from error
         except Exception as error:  # torch, peft and diffusers have many ways to say that layers do not fit
@@ -133,11 +182,31 @@ def install(unet: Any, text_encoders: Sequence[Any], sources: Sequence[LoraSourc
             raise ModelError(
                 f"lora {source.name}: {source.where} does not fit this model: {text}; give one made for it"
             ) from error
-        added = [p for network in networks for p in network.parameters() if id(p) not in before]
-        infos.append(LoraInfo(source.name, sum(parameter.numel() for parameter in added)))
+        added = [p for network in networks for p in network.parameters() if id(p) not in known]
+        infos[name] = LoraInfo(source.name, sum(parameter.numel() for parameter in added), source.owner)
     for network in networks:
         network.requires_grad_(False)
     return LoraSet(networks, infos)
+
+
+def describe(source: LoraSource) -> LoraInfo:
+    """Returns what the header of an adapter's file says.
+
+    Raises:
+        ModelError: If it is not there, or no file of weights.
+    """
+    try:
+        header = read_weights_header(_find(source))
+    except ModelError as error:
+        raise ModelError(f"lora {source.name}: {source.where} cannot be used: {error}") from error
+    shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
+    return LoraInfo(source.name, sum(math.prod(shape) for shape in shapes if len(shape) > 1), source.owner)
+
+
+def stamp(source: LoraSource) -> str:
+    """Returns what changes when an adapter's file does."""
+    found = _find(source).stat()
+    return f"{source.key} {found.st_size} {found.st_mtime_ns}"
 
 
 def _load(source: LoraSource, name: str, unet: Any, text_encoders: Sequence[Any]) -> None:

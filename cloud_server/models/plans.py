@@ -35,6 +35,9 @@ class PlanCompiler:
         self._plans: OrderedDict[tuple[str, int, int], tuple[Plan, bytes]] = OrderedDict()
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PlanCompiler, (self._base_config,)  # for another process, without the plans
+
     def plan(self, scheduler: str, num_inference_steps: int, begin_step: int = 0) -> Plan:
         """Returns the plan of a scheduler, by any of its names; see `compile_plan`.
 

@@ -18,9 +18,9 @@ from cloud_server.models.sources import ModelError, read_weights_header
 Tensors = dict[str, torch.Tensor]
 
 UNET_PREFIX = "model.diffusion_model."
-_TEXT_PREFIXES = ("cond_stage_model.", "conditioner.")
+TEXT_PREFIXES = ("cond_stage_model.", "conditioner.")
 _REFINER = "conditioner.embedders.0.model.text_projection"
-_NO_WEIGHT = "position_ids"
+NO_WEIGHT = "position_ids"
 
 
 def read_checkpoint(path: Path) -> Tensors:
@@ -33,7 +33,7 @@ def read_checkpoint(path: Path) -> Tensors:
     _check_names(path, names)
     try:
         with safe_open(path, framework="pt") as file:
-            wanted = [name for name in names if name.startswith((UNET_PREFIX, *_TEXT_PREFIXES))]
+            wanted = [name for name in names if name.startswith((UNET_PREFIX, *TEXT_PREFIXES))]
             return {name: file.get_tensor(name) for name in wanted}
     except Exception as error:
         raise ModelError(f"{path} cannot be read: {error}; download it again") from error
@@ -87,7 +87,7 @@ def text_tensors(tensors: Tensors, network: Any, part: str) -> Tensors:
         )
     if not hasattr(network, "text_model"):
         found = {name.removeprefix("text_model."): tensor for name, tensor in found.items()}
-    return {name: tensor for name, tensor in found.items() if not name.endswith(_NO_WEIGHT)}
+    return {name: tensor for name, tensor in found.items() if not name.endswith(NO_WEIGHT)}
 
 
 def _check_names(path: Path, names: list[str]) -> None:

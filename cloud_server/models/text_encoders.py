@@ -36,7 +36,12 @@ class ClipEncoder:
         """
         self.network, self._tokenizer = network, tokenizer
         self._device, self._is_penultimate = device, is_penultimate
-        self.chunks = prompting.Encoder(
+
+    @property
+    def chunks(self) -> prompting.Encoder:
+        """It, as functions: made anew, or it would hold itself in memory when nobody does any more."""
+        network, tokenizer = self.network, self._tokenizer
+        return prompting.Encoder(
             tokenize=self._tokenize,
             run=self._run,
             context_length=network.config.max_position_embeddings,

@@ -25,6 +25,7 @@ _SCOPES = {
     "DownloadFile": ("generate",),
     "CancelDenoise": ("generate", "admin"),
     "ListJobs": ("generate", "admin"),
+    **dict.fromkeys(("ListModels", "LoadModel", "UnloadModel", "LoadLora", "UnloadLora"), ("admin",)),
 }
 """Of which a token must have one, by method; any token may call the others."""
 _USER = re.compile(r"[ -~]+")

@@ -6,7 +6,7 @@ Knows nothing of torch or of how a step is made.
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,10 +18,10 @@ from cloud_server.engine.events import Failed, Finished, Snapshot, Started
 from cloud_server.engine.request import JobRequest
 from cloud_server.logs import note
 from cloud_server.metrics import Metrics
-from cloud_server.models.load import Model
+from cloud_server.models.registry import ModelRegistry
 from cloud_server.rpc import write_response
 from cloud_server.rpc.auth import current_caller
-from cloud_server.rpc.read_request import AnswerStyle, RequestReader, check_request_id
+from cloud_server.rpc.read_request import AnswerStyle, RequestReader, check_request_id, lora_owner
 from cloud_server.rpc.worker_pool import WorkerPool
 from cloud_server.rpc.write_stream import write
 from hybridsd.v1 import denoising_service_pb2 as pb
@@ -38,26 +38,29 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
     def __init__(
         self,
         engine: Engine,
-        models: Mapping[str, Model],
+        models: ModelRegistry,
         *,
         version: str,
-        limits: pb.Limits,
+        limits: Callable[[], pb.Limits],
         bundles: list[pb.BundleInfo],
         heartbeat_s: float = 5.0,
         stall_timeout_s: float = 60.0,
         metrics: Metrics | None = None,
     ) -> None:
-        """Takes an engine that serves `models`, the default first."""
+        """Takes an engine that serves `models`, and what says the limits of a request, which follow the models."""
         self._metrics = Metrics() if metrics is None else metrics
         self._engine, self._models, self._version = engine, models, version
         self._limits, self._bundles, self._heartbeat_s = limits, bundles, heartbeat_s
         self._reader = RequestReader(
-            models, max_size=limits.max_size, min_size=limits.min_size, stall_timeout_s=stall_timeout_s,
-            metrics=self._metrics,
+            models.catalog, sizes=self._sizes, stall_timeout_s=stall_timeout_s, metrics=self._metrics
         )  # fmt: skip
         self._answers = WorkerPool("answers", ANSWER_THREADS)  # each stream has one piece of work at a time
         self._num_reading: Counter[str] = Counter()  # by principal
         self.num_streams = 0
+
+    def _sizes(self) -> tuple[int, int]:
+        limits = self._limits()
+        return limits.min_size, limits.max_size
 
     def close(self) -> None:
         """Ends what is being read with UNAVAILABLE."""
@@ -104,7 +107,7 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
         self, request: pb.DenoiseRequest, context: "grpc.aio.ServicerContext[Any, Any]"
     ) -> tuple[JobRequest, AnswerStyle]:
         """Reads a request, and lets its caller hear that the server is alive where that takes long."""
-        reading = asyncio.create_task(self._reader.read(request, current_caller().quota))
+        reading = asyncio.create_task(self._reader.read(request, current_caller()))
         try:
             wait_s = min(FIRST_WORD_S, self._heartbeat_s)
             message = write_response.waiting(self._engine.load().num_queued)
@@ -208,10 +211,12 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
         self, request: pb.GetCapabilitiesRequest, context: "grpc.aio.ServicerContext[Any, Any]"
     ) -> pb.GetCapabilitiesResponse:
         """Says what there is."""
+        caller = current_caller()
         return write_response.capabilities(
             version=self._version,
-            models=[model.info for model in self._models.values()],
+            models=[view for view in self._models.views() if view.id in self._models.catalog.snapshot()],
             bundles=self._bundles,
-            limits=self._limits,
-            load=self._engine.load(current_caller()),
+            limits=self._limits(),
+            load=self._engine.load(caller),
+            owner=lora_owner(caller),
         )

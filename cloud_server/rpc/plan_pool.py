@@ -6,7 +6,8 @@ Knows nothing of messages but the names of their fields.
 import asyncio
 
 from cloud_server.metrics import Metrics
-from cloud_server.models.load import Model
+from cloud_server.models.load import Description
+from cloud_server.models.plans import PlanCompiler
 from cloud_server.rpc.worker_pool import WorkerPool
 from hybridsd.errors import HybridSDError, Reason
 from hybridsd.plan import Plan
@@ -20,7 +21,7 @@ STALL_RETRY_S = 5.0
 
 _FIELDS = {Reason.SCHEDULER_UNKNOWN: "scheduler.name", Reason.STEPS_INVALID: "scheduler.num_inference_steps"}
 
-Key = tuple[str, str, int, int]
+Key = tuple[PlanCompiler, str, int, int]
 Compiled = tuple[Plan, bytes]
 
 
@@ -39,7 +40,7 @@ class PlanPool:
         self._quick.close()
         self._slow.close()
 
-    async def plan(self, model: Model, scheduler: str, num_inference_steps: int, begin_step: int) -> Compiled:
+    async def plan(self, model: Description, scheduler: str, num_inference_steps: int, begin_step: int) -> Compiled:
         """Returns a plan of a model and its digest: at once if it was compiled before.
 
         Raises:
@@ -56,9 +57,11 @@ class PlanPool:
             field = "scheduler.begin_step" if error.field == "begin_step" else _FIELDS.get(error.reason, "scheduler")
             raise error.reason.error(error.message, field=field) from error
 
-    async def _compiled(self, model: Model, scheduler: str, num_inference_steps: int, begin_step: int) -> Compiled:
+    async def _compiled(
+        self, model: Description, scheduler: str, num_inference_steps: int, begin_step: int
+    ) -> Compiled:
         """Waits for a plan that is being compiled; when the last who waits leaves, it need not be begun."""
-        key = (model.info.id, scheduler, num_inference_steps, begin_step)
+        key = (model.plans, scheduler, num_inference_steps, begin_step)
         pool = self._quick if num_inference_steps <= QUICK_STEPS else self._slow
         self._check_stall(pool)
         if key not in self._running:

@@ -6,7 +6,9 @@ Knows the messages and the models' descriptions. Knows nothing of the engine or 
 from collections.abc import Sequence
 
 from cloud_server.engine.request import Latents, Skipping
+from cloud_server.models.catalog import visible_loras
 from cloud_server.models.load import ModelInfo
+from cloud_server.models.loras import key_of
 from hybridsd import codec
 from hybridsd.errors import Reason
 from hybridsd.limits import MAX_LORA_WEIGHT, MAX_LORAS
@@ -18,11 +20,18 @@ MIN_X0_OUTPUT = 1e-6
 """Inpainting divides by it."""
 
 
-def read_loras(request: pb.DenoiseRequest, models: Sequence[ModelInfo]) -> tuple[tuple[str, float], ...]:
-    """Returns names and weights of adapters, by name.
+def read_loras(
+    request: pb.DenoiseRequest, models: Sequence[ModelInfo], owner: str = ""
+) -> tuple[tuple[str, float], ...]:
+    """Returns keys and weights of adapters, by key.
+
+    Args:
+        request: The request.
+        models: All of the job.
+        owner: Who asks, as adapters name their owners; empty: nobody's own adapters.
 
     Raises:
-        HybridSDError: LORA_UNKNOWN where one of the models has none of that name; FIELD_INVALID.
+        HybridSDError: LORA_UNKNOWN where one of the models has none of that name for the caller; FIELD_INVALID.
     """
     if len(request.loras) > MAX_LORAS or len({lora.name for lora in request.loras}) < len(request.loras):
         raise Reason.FIELD_INVALID.error(
@@ -30,21 +39,26 @@ def read_loras(request: pb.DenoiseRequest, models: Sequence[ModelInfo]) -> tuple
         )
     loras = []
     for lora in request.loras:
-        for info in models:
-            offered = [known.name for known in info.loras]
-            if lora.name not in offered:
-                what = f"choose one of {', '.join(offered)}" if offered else "it has none: leave loras out"
-                raise Reason.LORA_UNKNOWN.error(
-                    f"model {info.id} has no lora {lora.name[:64]!r}; {what}", field="loras.name"
-                )
+        key = _find_lora(lora.name, models, owner)
         weight = lora.weight if lora.HasField("weight") else 1.0
         if not -MAX_LORA_WEIGHT <= weight <= MAX_LORA_WEIGHT:
             raise Reason.FIELD_INVALID.error(
                 f"lora {lora.name} has weight {weight}; choose -{MAX_LORA_WEIGHT:g} to {MAX_LORA_WEIGHT:g}",
                 field="loras.weight",
             )
-        loras.append((lora.name, weight))
+        loras.append((key, weight))
     return tuple(sorted(loras))
+
+
+def _find_lora(name: str, models: Sequence[ModelInfo], owner: str) -> str:
+    """Returns the key of an adapter that all models have: the caller's own, else everybody's."""
+    for whose in dict.fromkeys((owner, "")):
+        if all((whose, name) in [(known.owner, known.name) for known in info.loras] for info in models):
+            return key_of(whose, name)
+    lacking = next((info for info in models if name not in visible_loras(info.loras, owner)), models[0])
+    offered = [known for known in visible_loras(lacking.loras, owner) if known != name]
+    what = f"choose one of {', '.join(offered)}" if offered else "it has none: leave loras out"
+    raise Reason.LORA_UNKNOWN.error(f"model {lacking.id} has no lora {name[:64]!r}; {what}", field="loras.name")
 
 
 def check_solver(models: Sequence[ModelInfo], scheduler: str) -> None:

@@ -7,14 +7,15 @@ event loop: hostile requests may take long to check. Counts are checked before c
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from cloud_server.engine.caller import NOBODY, Caller
 from cloud_server.engine.quotas import check_pixels
 from cloud_server.engine.request import JobRequest, Latents, Stage, new_request_id
 from cloud_server.metrics import Metrics
 from cloud_server.models.denoiser import Encoded
-from cloud_server.models.load import Model, ModelInfo
+from cloud_server.models.load import Description, ModelInfo
 from cloud_server.rpc.plan_pool import PlanPool
 from cloud_server.rpc.read_conditioning import (
     MAX_MESSAGE_BYTES,
@@ -31,7 +32,6 @@ from hybridsd.durations import to_seconds
 from hybridsd.errors import Reason
 from hybridsd.limits import MAX_EVERY, MAX_GUIDANCE, MAX_IMAGE_INDEX, MAX_SEED, MAX_STEPS, MIN_GUIDANCE
 from hybridsd.plan import MAX_ARRAYS, MAX_NAME, Plan
-from hybridsd.tokens import NO_QUOTA, Quota
 from hybridsd.v1 import denoising_service_pb2 as pb
 from hybridsd.v1 import tensor_pb2
 
@@ -72,15 +72,21 @@ class RequestReader:
 
     def __init__(
         self,
-        models: Mapping[str, Model],
+        models: Mapping[str, Description],
         *,
-        max_size: int,
-        min_size: int,
+        sizes: Callable[[], tuple[int, int]],
         stall_timeout_s: float = 60.0,
         metrics: Metrics | None = None,
     ) -> None:
-        """Takes models by id, the default first, the limits of width and height in pixels, and of a plan's time."""
-        self._models, self._max_size, self._min_size = models, max_size, min_size
+        """Takes models.
+
+        Args:
+            models: By id, the default first; others may come and go.
+            sizes: Returns the smallest and the largest width and height in pixels.
+            stall_timeout_s: The limit of a plan's time.
+            metrics: What counts plans.
+        """
+        self._models, self._sizes = models, sizes
         self._reading = WorkerPool("requests", READING_THREADS, max_waiting=MAX_READING)
         self._plans = PlanPool(stall_timeout_s=stall_timeout_s, metrics=metrics or Metrics())
 
@@ -89,13 +95,13 @@ class RequestReader:
         self._reading.close()
         self._plans.close()
 
-    async def read(self, request: pb.DenoiseRequest, quota: Quota = NO_QUOTA) -> tuple[JobRequest, AnswerStyle]:
-        """Returns the job, and how to answer, for a caller with a quota.
+    async def read(self, request: pb.DenoiseRequest, caller: Caller = NOBODY) -> tuple[JobRequest, AnswerStyle]:
+        """Returns the job, and how to answer, for a caller.
 
         Raises:
             HybridSDError: The documented reason, naming the field; QUEUE_FULL where too many are being read.
         """
-        checked = await self._reading.run(self._check, request, quota)
+        checked = await self._reading.run(self._check, request, caller)
         plan = checked.plan or await self._plans.plan(checked.model, *checked.steps)
         return await self._reading.run(self._finish, request, checked, *plan)
 
@@ -110,17 +116,17 @@ class RequestReader:
         encoded = await self._reading.run(codec.encode_plan, plan)
         return pb.CompilePlanResponse(plan=encoded, plan_digest=digest)
 
-    def _check(self, request: pb.DenoiseRequest, quota: Quota) -> "_Checked":
+    def _check(self, request: pb.DenoiseRequest, caller: Caller) -> "_Checked":
         """Checks all that can be checked without the plan, what is cheap first."""
         model = self._model(request.model, request.latent_space)
         info = model.info
         shape, size = self._latent_shape(request, info)
-        check_pixels(quota, *size)
+        check_pixels(caller.quota, *size)
         _check_scalars(request)
         guidance_scale = _guidance_scale(request, info)
         changes = self._model_changes(request, info, guidance_scale)
         stages = [(info, guidance_scale), *((other, scale) for _, other, scale in changes)]
-        loras = read_loras(request, [other for other, _ in stages])
+        loras = read_loras(request, [other for other, _ in stages], lora_owner(caller))
         is_guided = any(other.guidance == "cfg" and scale > 1.0 for other, scale in stages)
         prompt, negative_prompt = read_conditioning(request, [other for other, _ in stages], is_guided=is_guided)
         plan = None
@@ -232,11 +238,12 @@ class RequestReader:
             changes.append((change.step, info, scale))
         return changes
 
-    def _model(self, name: str, latent_space: str, *, field: str = "model") -> Model:
-        model = self._models.get(name) if name else next(iter(self._models.values()))
+    def _model(self, name: str, latent_space: str, *, field: str = "model") -> Description:
+        models = dict(self._models.items())
+        model = models.get(name) if name else next(iter(models.values()))
         if model is None:
             raise Reason.MODEL_UNKNOWN.error(
-                f"model {name[:64]!r} is not served; choose one of {', '.join(self._models)}", field=field
+                f"model {name[:64]!r} is not served; choose one of {', '.join(models)}", field=field
             )
         if latent_space and latent_space != model.info.latent_space:
             raise Reason.LATENT_SPACE_MISMATCH.error(
@@ -251,12 +258,12 @@ class RequestReader:
     ) -> tuple[tuple[int, int, int], tuple[int, int]]:
         """Returns the shape of latents, and width and height in pixels."""
         sizes = []
+        min_size, max_size = self._sizes()
         for field in ("height", "width"):
             size = getattr(request, field) if request.HasField(field) else info.default_size
-            if size % info.size_multiple or not self._min_size <= size <= self._max_size:
+            if size % info.size_multiple or not min_size <= size <= max_size:
                 raise Reason.SIZE_INVALID.error(
-                    f"{field} is {size}; choose a multiple of {info.size_multiple}"
-                    f" from {self._min_size} to {self._max_size}",
+                    f"{field} is {size}; choose a multiple of {info.size_multiple} from {min_size} to {max_size}",
                     field=field,
                 )
             sizes.append(size)
@@ -268,7 +275,7 @@ class RequestReader:
 class _Checked:
     """What is known of a request before its plan."""
 
-    model: Model
+    model: Description
     shape: tuple[int, int, int]
     size: tuple[int, int]
     stages: list[tuple[ModelInfo, float]]
@@ -280,6 +287,11 @@ class _Checked:
     """The caller's own, and its digest."""
     steps: tuple[str, int, int]
     """Scheduler, number of steps and first step of the plan to compile otherwise."""
+
+
+def lora_owner(caller: Caller) -> str:
+    """Returns whose adapters a caller may ask for beside everybody's: those of its token, or certificate."""
+    return caller.principal if caller.owner else ""
 
 
 def check_request_id(request_id: str, *, may_be_empty: bool) -> None:
@@ -328,7 +340,9 @@ def _guidance_scale(request: pb.DenoiseRequest, info: ModelInfo) -> float:
     return scale
 
 
-def _steps(spec: pb.SchedulerSpec, model: Model, request: pb.DenoiseRequest | None = None) -> tuple[str, int, int]:
+def _steps(
+    spec: pb.SchedulerSpec, model: Description, request: pb.DenoiseRequest | None = None
+) -> tuple[str, int, int]:
     """Returns scheduler, number of steps and first step of the plan to compile.
 
     Args:

@@ -15,12 +15,13 @@ import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cloud_server.energy import EnergyMeter
+from cloud_server.energy import EnergyMeter, ModelCost
 from cloud_server.engine.engine import Engine
 from cloud_server.engine.scheduler import GROUPS_IN_FLIGHT
-from cloud_server.metrics import Metrics
+from cloud_server.metrics import LoadedModel, Metrics
+from cloud_server.models.catalog import Costs, State
 from cloud_server.models.load import Model
-from cloud_server.models.served import FixedModels, ServedModels
+from cloud_server.models.registry import ModelRegistry
 from cloud_server.rpc import write_response
 from cloud_server.rpc.auth import AuthInterceptor
 from cloud_server.rpc.bundle_service import Bundle, BundleService
@@ -28,12 +29,19 @@ from cloud_server.rpc.call_metrics import MetricsInterceptor
 from cloud_server.rpc.denoising_service import DenoisingService
 from cloud_server.rpc.http_endpoint import HttpEndpoint
 from cloud_server.rpc.interceptors import RequestInterceptor
+from cloud_server.rpc.model_service import ModelService
 from cloud_server.rpc.server_options import OPTIONS
 from cloud_server.rpc.tls import credentials, http_context, valid_until
 from cloud_server.settings import Settings, address, is_loopback
 from hybridsd.energy import JOULES_PER_MAC, Meter, find_counter
 from hybridsd.energy import Model as EnergyModel
-from hybridsd.v1 import bundle_service_pb2, bundle_service_pb2_grpc, denoising_service_pb2_grpc
+from hybridsd.v1 import (
+    bundle_service_pb2,
+    bundle_service_pb2_grpc,
+    denoising_service_pb2_grpc,
+    model_service_pb2,
+    model_service_pb2_grpc,
+)
 from hybridsd.v1 import denoising_service_pb2 as pb
 
 log = structlog.get_logger()
@@ -41,6 +49,7 @@ log = structlog.get_logger()
 SERVICES = (
     pb.DESCRIPTOR.services_by_name["DenoisingService"].full_name,
     bundle_service_pb2.DESCRIPTOR.services_by_name["BundleService"].full_name,
+    model_service_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
 )
 STATUS_S = 1.0
 """For streams that have ended to send their status."""
@@ -60,49 +69,46 @@ class CloudServer:
     def __init__(
         self,
         settings: Settings,
-        models: Mapping[str, Model],
+        models: Mapping[str, Model] | ModelRegistry,
         bundles: Sequence[Bundle] = (),
         *,
-        served: ServedModels | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
-        """Takes loaded models by id, the default first; settings that concern loading are not looked at.
+        """Takes models; settings that concern loading are not looked at.
 
         Args:
             settings: How to serve.
-            models: What is served.
+            models: What is served: those of a registry, or loaded ones by id, the default first.
             bundles: To hand out.
-            served: On which devices the models are; None: as they are.
+            metrics: What counts; None: metrics of its own.
         """
         self._settings = settings
-        self.metrics = Metrics()
-        served = served or FixedModels({name: model.denoiser for name, model in models.items()})
+        self.metrics = Metrics() if metrics is None else metrics
+        self.models = models if isinstance(models, ModelRegistry) else ModelRegistry.of(models)
         self.engine = Engine(
-            served,
+            self.models,
             max_batch=settings.max_batch,
             max_queue=settings.max_queue,
             num_threads=settings.threads,
             stall_timeout_s=settings.stall_timeout_s,
-            energy=energy_meters(settings, models, served.devices),
+            energy=energy_meters(settings, Costs(self.models.catalog), self.models.devices),
             metrics=self.metrics,
         )
-        infos = [model.info for model in models.values()]
-        limits = write_response.limits(
-            min_size=max(info.size_multiple for info in infos),
-            max_size=settings.max_size or 2 * max(info.default_size for info in infos),
-            max_queue=settings.max_queue,
-            max_batch=settings.max_batch,
-        )
+        self.models.watch_jobs(self.engine.models_needed)
         self._service = DenoisingService(
             self.engine,
-            models,
+            self.models,
             version=importlib.metadata.version("hybridsd"),
-            limits=limits,
+            limits=self._limits,
             bundles=[bundle.info() for bundle in bundles],
             heartbeat_s=settings.heartbeat_s,
             stall_timeout_s=settings.stall_timeout_s,
             metrics=self.metrics,
         )
         self._bundles = BundleService(bundles)
+        operators = ModelService(
+            self.models, tokens=settings.tokens, has_certificates=settings.tls_client_ca is not None
+        )  # fmt: skip
         self._server = grpc.aio.server(
             interceptors=[
                 MetricsInterceptor(self.metrics),
@@ -114,10 +120,11 @@ class CloudServer:
         self._health = health.aio.HealthServicer()
         denoising_service_pb2_grpc.add_DenoisingServiceServicer_to_server(self._service, self._server)
         bundle_service_pb2_grpc.add_BundleServiceServicer_to_server(self._bundles, self._server)
+        model_service_pb2_grpc.add_ModelServiceServicer_to_server(operators, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
         self._is_serving, self._is_well = False, True
-        self._watch_metrics(models)
+        self._watch_metrics()
         self._http = HttpEndpoint(
             self.metrics.registry, tokens=settings.tokens, is_open=settings.insecure, not_ready=self.not_ready
         )
@@ -139,6 +146,16 @@ class CloudServer:
         if not self._is_serving:
             return "the server is starting or stopping"
         return None if self._is_well else f"a step has not come back for {self.engine.stalled_s():.0f} s"
+
+    def _limits(self) -> pb.Limits:
+        """Returns what a request must keep to, with the models of now."""
+        settings, infos = self._settings, [model.info for model in self.models.catalog.snapshot().values()]
+        return write_response.limits(
+            min_size=max(info.size_multiple for info in infos),
+            max_size=settings.max_size or 2 * max(info.default_size for info in infos),
+            max_queue=settings.max_queue,
+            max_batch=settings.max_batch,
+        )
 
     async def start(self) -> None:
         """Listens, and sets `port`.
@@ -184,11 +201,13 @@ class CloudServer:
             self._watchdog.cancel()
         self._service.close()
         self._bundles.close()
+        self.models.close()
         self.engine.stop(0.0)  # ends all streams, whatever the threads do
         await self._server.stop(STATUS_S)
         self._service.end()
         if not self.lost.is_set():
             await asyncio.to_thread(self.engine.stop, JOIN_S)
+            await asyncio.to_thread(self.models.join, JOIN_S)
         await self._http.stop()
         log.info("stopped", **load)
 
@@ -200,7 +219,7 @@ class CloudServer:
         while self._service.num_streams or self._bundles.num_streams or not self.engine.is_idle:  # noqa: ASYNC110  (several things, some a thread's)
             await asyncio.sleep(0.05)
 
-    def _watch_metrics(self, models: Mapping[str, Model]) -> None:
+    def _watch_metrics(self) -> None:
         """Lets the metrics ask how the server is."""
         metrics, engine, settings = self.metrics, self.engine, self._settings
         metrics.watch("ready", "1 while jobs are taken.", lambda: self.not_ready() is None)
@@ -230,9 +249,20 @@ class CloudServer:
             metrics.watch_tokens(settings.tokens)
         if settings.uses_tls:
             metrics.watch_certificate(lambda: valid_until(settings))
-        for name, model in models.items():
-            device, dtype = str(model.denoiser.device), str(model.denoiser.dtype).removeprefix("torch.")
-            metrics.model_info.labels(name, model.info.latent_space, device, dtype).set(1)
+        metrics.watch_models(self._loaded)
+        metrics.watch_memory(
+            lambda: [(str(each.device), each.used_bytes, each.budget_bytes) for each in self.models.memory()]
+        )
+
+    def _loaded(self) -> list[LoadedModel]:
+        """Returns the models that are known, a device each."""
+        found = []
+        for view in self.models.views():
+            for on in view.devices if view.info is not None else ():
+                dtype = str(self.models.dtype_of(view.id, on.device)).removeprefix("torch.")
+                is_warm, space = on.state is State.WARM, view.info.latent_space if view.info else ""
+                found.append(LoadedModel(view.id, space, str(on.device), dtype if is_warm else None))
+        return found
 
     async def _set_health(self, status: int) -> None:
         for name in ("", *SERVICES):
@@ -259,11 +289,11 @@ class CloudServer:
 
 async def run(
     settings: Settings,
-    models: Mapping[str, Model],
+    models: ModelRegistry,
     bundles: Sequence[Bundle],
     *,
     on_listening: Callable[[int], None],
-    served: ServedModels | None = None,
+    metrics: Metrics | None = None,
 ) -> bool:
     """Serves until SIGTERM or SIGINT, then drains; at a second signal jobs end with UNAVAILABLE.
 
@@ -282,7 +312,7 @@ async def run(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    server = CloudServer(settings, models, bundles, served=served)
+    server = CloudServer(settings, models, bundles, metrics=metrics)
     await server.start()
     on_listening(server.port)
     await first_of(asked.wait(), server.lost.wait())
@@ -298,10 +328,9 @@ async def run(
 
 
 def energy_meters(
-    settings: Settings, models: Mapping[str, Model], devices: Sequence[torch.device]
+    settings: Settings, costs: Mapping[str, ModelCost], devices: Sequence[torch.device]
 ) -> list[EnergyMeter]:
     """Returns how the energy of jobs is known on each device; workers of one device share its counter."""
-    costs = {name: model.cost for name, model in models.items()}
     meters: dict[torch.device, EnergyMeter] = {}
     for device in dict.fromkeys(devices):
         kind: Literal["cpu", "gpu"] = "gpu" if device.type == "cuda" else "cpu"

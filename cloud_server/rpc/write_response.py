@@ -9,6 +9,7 @@ from cloud_server.engine.events import Finished, Queued, Snapshot, Started
 from cloud_server.engine.job import JobView
 from cloud_server.engine.request import JobRequest, Latents
 from cloud_server.engine.scheduler import Load
+from cloud_server.models.catalog import State, View, visible_loras
 from cloud_server.models.denoiser import Encoded
 from cloud_server.models.load import ModelInfo
 from cloud_server.rpc.read_request import AnswerStyle
@@ -19,6 +20,12 @@ from hybridsd.v1 import denoising_service_pb2 as pb
 from hybridsd.v1 import tensor_pb2
 
 _SOURCES = {"modelled": pb.ENERGY_SOURCE_MODELLED, "measured": pb.ENERGY_SOURCE_MEASURED}
+STATES = {
+    State.COLD: pb.MODEL_STATE_COLD,
+    State.LOADING: pb.MODEL_STATE_LOADING,
+    State.WARM: pb.MODEL_STATE_WARM,
+    State.FAILED: pb.MODEL_STATE_FAILED,
+}
 MAX_JOBS = 1000
 """Of a list, which fits into a message then."""
 
@@ -144,12 +151,18 @@ def limits(*, min_size: int, max_size: int, max_queue: int, max_batch: int) -> p
 
 
 def capabilities(
-    *, version: str, models: Iterable[ModelInfo], bundles: Iterable[pb.BundleInfo], limits: pb.Limits, load: Load
+    *,
+    version: str,
+    models: Iterable[View],
+    bundles: Iterable[pb.BundleInfo],
+    limits: pb.Limits,
+    load: Load,
+    owner: str = "",
 ) -> pb.GetCapabilitiesResponse:
-    """Returns what the server can do and how busy it is."""
+    """Returns what the server can do and how busy it is, to who owns the adapters of `owner`."""
     return pb.GetCapabilitiesResponse(
         server_version=version,
-        models=[_model(info) for info in models],
+        models=[_model(view.info, view, owner) for view in models if view.info is not None],
         bundles=bundles,
         limits=limits,
         load=pb.Load(
@@ -161,7 +174,7 @@ def capabilities(
     )
 
 
-def _model(info: ModelInfo) -> pb.Model:
+def _model(info: ModelInfo, view: View, owner: str) -> pb.Model:
     return pb.Model(
         id=info.id,
         latent_space=info.latent_space,
@@ -178,7 +191,12 @@ def _model(info: ModelInfo) -> pb.Model:
         default_guidance_scale=info.default_guidance_scale,
         guidance=pb.GUIDANCE_KIND_EMBEDDED if info.guidance == "embedded" else pb.GUIDANCE_KIND_CLASSIFIER_FREE,
         pooled_dim=info.pooled_dim,
-        loras=[pb.Lora(name=lora.name, num_parameters=lora.num_parameters) for lora in info.loras],
+        loras=[
+            pb.Lora(name=lora.name, num_parameters=lora.num_parameters)
+            for lora in visible_loras(info.loras, owner).values()
+        ],
         sizes=[pb.Size(width=width, height=height) for width, height in info.sizes],
         scheduler_note=info.scheduler_note,
+        state=STATES[view.state],
+        loaded_on=[str(on.device) for on in view.devices if on.state is State.WARM],
     )

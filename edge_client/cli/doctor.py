@@ -225,7 +225,9 @@ def check_cloud(cloud: Cloud, bundle: Bundle | None) -> Iterator[Check]:
     apart = [f"{model.id} reads texts as {model.describe_texts()}" for model in same_space if model.id not in fitting]
     also = f"; not {', '.join(apart)}" if apart else ""
     if fitting:
-        yield Check("pairing", True, f"latent space {space!r} is that of {', '.join(fitting)}{also}")
+        cold = {model.id: f" ({model.state})" for model in same_space if model.state != "warm"}
+        names = ", ".join(f"{model}{cold.get(model, '')}" for model in fitting)
+        yield Check("pairing", True, f"latent space {space!r} is that of {names}{also}")
     else:
         others = ", ".join(apart or (f"{model.id}: {model.latent_space!r}" for model in found.models)) or "no models"
         what = f"{manifest.name} (latent space {space!r}, texts as {texts[0][0]} tokens of {texts[0][1]} features)"

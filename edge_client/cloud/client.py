@@ -54,6 +54,11 @@ CONNECT_TIMEOUT_S = 5.0
 PLAN_TIMEOUT_S = 30.0
 """The largest plans take seconds to compile."""
 _DENOISE = "hybridsd.v1.DenoisingService/Denoise"
+MODEL_STATES = {
+    pb.MODEL_STATE_COLD: "cold", pb.MODEL_STATE_LOADING: "loading", pb.MODEL_STATE_WARM: "warm",
+    pb.MODEL_STATE_FAILED: "failed",
+}  # fmt: skip
+"""A server that does not say has all its models loaded."""
 USAGE_TIMEOUT_S = 2.0
 """How long the usage may come after the hand-off, heartbeats or not."""
 CANCEL_TIMEOUT_S = 5.0
@@ -356,6 +361,7 @@ class Cloud:
                 loras=tuple(printable(lora.name) for lora in model.loras),
                 embed_shape=(model.context_length, model.embed_dim),
                 pooled_dim=model.pooled_dim,
+                state=MODEL_STATES.get(model.state, "warm"),
             )
             for model in reply.models
         )

@@ -101,6 +101,8 @@ class CloudModel:
     embed_shape: tuple[int, int] = (0, 0)
     """Tokens of its text context, and features of each; 0 where it does not say."""
     pooled_dim: int = 0
+    state: str = "warm"
+    """Whether it is loaded there: "warm", "loading", "cold" or "failed"; a job of one that is not waits for it."""
 
     def reads_as(self, embed_shape: tuple[int, int], pooled_dim: int) -> bool:
         """Returns whether its text embeddings are those of an edge model, as far as it says."""

@@ -42,7 +42,7 @@ async def capabilities(gateway: Gateway) -> dict[str, Any]:
             "models": [
                 {
                     "id": model.id, "guidance": model.guidance, "loras": list(model.loras),
-                    "schedulers": list(model.schedulers),
+                    "schedulers": list(model.schedulers), "state": model.state,
                 }
                 for model in gateway.compatible_models(found)
             ],

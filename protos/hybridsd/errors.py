@@ -125,6 +125,7 @@ class Reason(Enum):
     REQUEST_ID_REUSED = Row(InvalidRequest, "INVALID_ARGUMENT", 422, 2, "another request has that id")
     MANIFEST_INVALID = Row(InvalidRequest, "INVALID_ARGUMENT", 422, 2, "a bundle's model.json or files are wrong")
     MODEL_UNKNOWN = Row(ModelMismatch, "FAILED_PRECONDITION", 409, 3, "the server does not serve that model")
+    MODEL_IN_USE = Row(WrongState, "FAILED_PRECONDITION", 409, 3, "jobs need that model")
     LORA_UNKNOWN = Row(ModelMismatch, "FAILED_PRECONDITION", 409, 3, "the model has no LoRA of that name")
     LATENT_SPACE_MISMATCH = Row(ModelMismatch, "FAILED_PRECONDITION", 409, 3, "edge and cloud models cannot be paired")
     PLAN_MISSING = Row(ModelMismatch, "FAILED_PRECONDITION", 409, 3, "no plan at hand for that scheduler and steps")

@@ -7,6 +7,7 @@ everything at its smallest size: its numbers say nothing, but all of it has run.
 
 import argparse
 import asyncio
+import itertools
 import json
 import resource
 import statistics
@@ -30,7 +31,8 @@ from cloud_server.engine.events import Failed, Finished, Snapshot
 from cloud_server.engine.request import JobRequest
 from cloud_server.models.denoiser import Conditions
 from cloud_server.models.devices import place
-from cloud_server.models.load import Model, load_model
+from cloud_server.models.load import Model, ModelSpec, load_model
+from cloud_server.models.registry import ModelRegistry
 from cloud_server.models.served import FixedModels
 from deploy.run_demo import BIN, DEMO, ENVIRONMENT, running_cloud
 from edge_client.bundles.bundle import Bundle
@@ -51,7 +53,8 @@ from hybridsd.prompting import TextOptions
 from tests.benchmarks.common import PROMPT, SETTLE_S, machine, say
 from tests.support.wire import measure
 
-PARTS = ("engine", "devices", "hybrid", "wire", "codec", "start", "memory")
+CHILD_PARTS = ("devices", "loading")
+PARTS = ("engine", *CHILD_PARTS, "hybrid", "wire", "codec", "start", "memory")
 MIX = (
     # scheduler, guided: eight jobs that have nothing in common but the model
     ("dpmpp_2m", True), ("ddim", True), ("euler", True), ("pndm", True),
@@ -155,6 +158,64 @@ async def first_step_of_eighth(model: Model, tries: int, num_calls: int, threads
     return times
 
 
+async def steps_beside_loading(
+    model: Model, large: Path, threads: int, *, num_loads: int, num_quiet: int
+) -> list[float]:
+    """Times the steps of a job while other models are loaded beside it, and while none is.
+
+    Returns:
+        How many steps were quiet, and how many beside a load; then the times of them all, and of the loads.
+    """
+    registry = ModelRegistry([model.denoiser.device], dtype=model.denoiser.dtype)
+    registry.adopt(model, ModelSpec(source=f"bench={large}"))
+    described = registry.catalog["bench"]
+    side = described.info.default_size // described.info.vae_scale_factor
+    plan = described.plans.plan("ddim", 900)
+    job = JobRequest(
+        request_id="", model="bench", prompt=PROMPT, negative_prompt="", guidance_scale=4.0, plan=plan,
+        latent_shape=(described.info.latent_channels, side, side), handoff_call=len(plan.rows), state_every=1,
+    )  # fmt: skip
+    engine, steps = Engine(registry, num_threads=threads), list[float]()
+    engine.start()
+
+    async def run_jobs() -> None:
+        for number in itertools.count():
+            box, last_s = EventBuffer(), 0.0
+            engine.submit(replace(job, request_id=f"bench-loading-{number}"), box)
+            while not isinstance(event := await box.next(600.0), Finished):
+                now_s = time.perf_counter()
+                if isinstance(event, Snapshot) and event.call > 2:  # between two jobs is no step
+                    steps.append(now_s - last_s)
+                last_s = now_s
+
+    async def wait_for(num_steps: int) -> None:
+        until = len(steps) + num_steps
+        while len(steps) < until:  # noqa: ASYNC110  (they are counted)
+            await asyncio.sleep(0.01)
+
+    runner = asyncio.create_task(run_jobs())
+    quiet: list[float] = []
+    beside: list[float] = []
+    loads: list[float] = []
+    await wait_for(3)
+    for number in range(num_loads):
+        begin = len(steps)
+        await wait_for(num_quiet)
+        quiet += steps[begin:]
+        begin, begin_s = len(steps), time.perf_counter()
+        (load,) = registry.load(ModelSpec(source=f"other-{number}={large}"))
+        await asyncio.wrap_future(load)
+        loads.append(time.perf_counter() - begin_s)
+        await wait_for(1)
+        beside += steps[begin:]
+        await asyncio.wrap_future(registry.unload(f"other-{number}"))
+    runner.cancel()
+    engine.stop()
+    registry.close()
+    registry.join(10.0)
+    return [float(len(quiet)), float(len(beside)), *quiet, *beside, *loads]
+
+
 def in_child(what: str, large: Path, dtype: str, repeats: int, num_calls: int) -> dict[str, list[float]]:
     """Runs `child` in a process of its own: two pools of OpenMP threads in one process spoil each other's times."""
     words = ["--child", what, "--family", str(large.parent), "--dtype", dtype, "--repeats", str(repeats)]
@@ -166,7 +227,8 @@ def in_child(what: str, large: Path, dtype: str, repeats: int, num_calls: int) -
 def child(what: str, large: Path, dtype: str, repeats: int, num_calls: int) -> dict[str, list[float]]:
     """Returns times in seconds of each part of `what`, separated by commas.
 
-    They are "bare" loops, "engine" runs, runs of one and of two "devices" in turns, or "first" states of an eighth job.
+    They are "bare" loops, "engine" runs, runs of one and of two "devices" in turns, "first" states of an eighth job, or
+    what `steps_beside_loading` returns.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the server does: the models are loaded without a pool of threads
@@ -175,7 +237,14 @@ def child(what: str, large: Path, dtype: str, repeats: int, num_calls: int) -> d
         return load_model(f"bench={large}", place(dtype=dtype))
 
     model = load()
-    return {part: _times(part, model, load, threads, repeats, num_calls) for part in what.split(",")}
+    times: dict[str, list[float]] = {}
+    for part in what.split(","):
+        if part == "loading":
+            beside = steps_beside_loading(model, large, threads, num_loads=repeats, num_quiet=10 * num_calls)
+            times[part] = asyncio.run(beside)
+        else:
+            times[part] = _times(part, model, load, threads, repeats, num_calls)
+    return times
 
 
 def _times(
@@ -249,6 +318,22 @@ def bench_devices(times_of: Callable[[str], list[float]]) -> None:
     say(
         f"two CPU workers / one, one thread each, 8 mixed jobs: {statistics.median(ratios):.2f} times as fast (aim "
         f"1.8; {len(ratios)} pairs {min(ratios):.2f} to {max(ratios):.2f}; {times[0]:.2f} s against {times[1]:.2f} s)"
+    )
+
+
+def bench_loading(times_of: Callable[[str], list[float]]) -> None:
+    """Prints what a model that is loaded costs the steps beside it."""
+    answer = times_of("loading")
+    num_quiet, num_beside = map(int, answer[:2])
+    quiet, beside = answer[2 : 2 + num_quiet], answer[2 + num_quiet : 2 + num_quiet + num_beside]
+    loads = answer[2 + num_quiet + num_beside :]
+    median, worst = statistics.median(beside), max(beside)
+    over = sum(step > 1.5 * median for step in beside)
+    say(
+        f"worst step while a model is loaded / their median: {worst / median:.2f} (aim 1.5; {over} of {num_beside} "
+        f"above it; median {1e3 * median:.0f} ms; without a load: worst / median "
+        f"{max(quiet) / statistics.median(quiet):.2f}, median {1e3 * statistics.median(quiet):.0f} ms, {num_quiet} "
+        f"steps; {len(loads)} loads of {statistics.median(loads):.1f} s)"
     )
 
 
@@ -438,9 +523,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="full-size shapes with random weights: minutes, 10 GiB")
     parser.add_argument("--family", type=Path, default=DEMO, help="folder with large/ and edge/")
-    parser.add_argument(
-        "--only", choices=["engine", "devices", "hybrid", "wire", "codec", "start", "memory"], action="append"
-    )
+    parser.add_argument("--only", choices=PARTS, action="append")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--smoke", action="store_true", help="the smallest size of everything: does it run?")
@@ -470,12 +553,14 @@ def main() -> None:
             f"models: large U-Net {model.info.num_parameters:,}, small U-Net {edge.num_parameters['unet']:,} parameters"
         )
         wanted = options.only or PARTS
-        in_children = [*ENGINE_PARTS] * ("engine" in wanted) + ["devices"] * ("devices" in wanted)
+        in_children = [*ENGINE_PARTS] * ("engine" in wanted) + [part for part in CHILD_PARTS if part in wanted]
         times_of = timer(family / "large", options.dtype, repeats, calls, together=in_children if options.smoke else ())
         if "engine" in wanted:
             bench_engine(times_of, repeats=repeats, num_calls=calls, num_pairs=pairs)
         if "devices" in wanted:
             bench_devices(times_of)
+        if "loading" in wanted:
+            bench_loading(times_of)
         if "hybrid" in wanted:
             cloud = ["--model", f"bench={family / 'large'}", "--dtype", options.dtype]
             bench_hybrid(model, family / "edge", cloud, steps=steps, k=k, repeats=repeats, settle_s=settle_s)

@@ -17,6 +17,7 @@ from cloud_server import logs
 from cloud_server.engine.engine import Engine
 from cloud_server.models.devices import place
 from cloud_server.models.load import Model, load_model
+from cloud_server.models.registry import ModelRegistry
 from cloud_server.models.served import FixedModels
 from cloud_server.rpc.bundle_service import Bundle
 from cloud_server.rpc.server import CloudServer
@@ -92,13 +93,14 @@ async def start_server(tiny_model: Model) -> AsyncIterator[StartServer]:
     async with AsyncExitStack() as stack:
 
         async def start(
-            *, denoiser: Any = None, model: Model | None = None, bundles: tuple[Bundle, ...] = (), **options: Any
-        ) -> Client:
+            *, denoiser: Any = None, model: Model | None = None, bundles: tuple[Bundle, ...] = (),
+            registry: ModelRegistry | None = None, **options: Any,
+        ) -> Client:  # fmt: skip
             if isinstance(options.get("tokens"), tuple):
                 options["tokens"] = Tokens.of(options["tokens"])
             model = model or (tiny_model if denoiser is None else replace(tiny_model, denoiser=denoiser))
             settings = Settings(**{"models": ("tiny",), "port": 0, "threads": 1, **options})
-            server = CloudServer(settings, {"tiny": model}, bundles)
+            server = CloudServer(settings, registry or {"tiny": model}, bundles)
             await server.start()
             stack.push_async_callback(server.stop, 0.0)
             if isinstance(denoiser, GatedDenoiser):

@@ -20,7 +20,7 @@ from cloud_server.models.load import Model
 from cloud_server.rpc.server import CloudServer
 from hybridsd.plan import Advance
 from hybridsd.prompting import TextOptions
-from hybridsd.v1 import bundle_service_pb2_grpc, denoising_service_pb2_grpc
+from hybridsd.v1 import bundle_service_pb2_grpc, denoising_service_pb2_grpc, model_service_pb2_grpc
 from hybridsd.v1 import denoising_service_pb2 as pb
 from tests.support.patience import HANG_S
 from tests.support.reference import predict_by, run_from_seed
@@ -178,6 +178,7 @@ class Client:
         self.channel = self._channel
         self.denoising = denoising_service_pb2_grpc.DenoisingServiceStub(self._channel)
         self.bundles = bundle_service_pb2_grpc.BundleServiceStub(self._channel)
+        self.models = model_service_pb2_grpc.ModelServiceStub(self._channel)
 
     async def __aenter__(self) -> "Client":
         return self

@@ -87,6 +87,7 @@ class FakeCloud(denoising_service_pb2_grpc.DenoisingServiceServicer, bundle_serv
 
     unet: TinyUNet = field(default_factory=lambda: TinyUNet(seed=7))
     latent_space: str = LATENT_SPACE
+    model_state: pb.ModelState.ValueType = pb.MODEL_STATE_UNSPECIFIED
     die_after_call: int | None = None
     """Breaks the stream after sending the state before this call (0: right after `started`)."""
     die_times: int = 10**6
@@ -276,7 +277,8 @@ class FakeCloud(denoising_service_pb2_grpc.DenoisingServiceServicer, bundle_serv
         while self.silent_capabilities and context.is_active() and not self.released.is_set():
             time.sleep(0.01)
         reply = pb.GetCapabilitiesResponse(
-            server_version="0.1.0", models=[pb.Model(id=self.model_id, latent_space=self.latent_space)]
+            server_version="0.1.0",
+            models=[pb.Model(id=self.model_id, latent_space=self.latent_space, state=self.model_state)],
         )
         reply.models[0].prediction_type = "epsilon"
         reply.load.CopyFrom(self.load)

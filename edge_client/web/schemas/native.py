@@ -274,6 +274,7 @@ class CloudModelInfo(BaseModel):
     guidance: str
     loras: list[str]
     schedulers: list[str]
+    state: str = Field(description="whether it is loaded: warm, loading, cold or failed; a job waits until it is")
 
 
 class OneCloud(BaseModel):

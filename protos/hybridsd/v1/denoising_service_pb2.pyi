@@ -98,6 +98,38 @@ JOB_STATE_RUNNING: JobState.ValueType  # 2
 """It has a place, and steps in turn."""
 Global___JobState: _TypeAlias = JobState  # noqa: Y015
 
+class _ModelState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ModelStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ModelState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MODEL_STATE_UNSPECIFIED: _ModelState.ValueType  # 0
+    """Not set: MODEL_STATE_WARM, of a server that has all its models loaded."""
+    MODEL_STATE_COLD: _ModelState.ValueType  # 1
+    """It is known, and loaded when a job needs it."""
+    MODEL_STATE_LOADING: _ModelState.ValueType  # 2
+    """It is being loaded."""
+    MODEL_STATE_WARM: _ModelState.ValueType  # 3
+    """It is loaded."""
+    MODEL_STATE_FAILED: _ModelState.ValueType  # 4
+    """The last load failed; a job that needs it begins another."""
+
+class ModelState(_ModelState, metaclass=_ModelStateEnumTypeWrapper):
+    """How a model is on a server."""
+
+MODEL_STATE_UNSPECIFIED: ModelState.ValueType  # 0
+"""Not set: MODEL_STATE_WARM, of a server that has all its models loaded."""
+MODEL_STATE_COLD: ModelState.ValueType  # 1
+"""It is known, and loaded when a job needs it."""
+MODEL_STATE_LOADING: ModelState.ValueType  # 2
+"""It is being loaded."""
+MODEL_STATE_WARM: ModelState.ValueType  # 3
+"""It is loaded."""
+MODEL_STATE_FAILED: ModelState.ValueType  # 4
+"""The last load failed; a job that needs it begins another."""
+Global___ModelState: _TypeAlias = ModelState  # noqa: Y015
+
 class _GuidanceKind:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -1181,6 +1213,8 @@ class Model(_message.Message):
     LORAS_FIELD_NUMBER: _builtins.int
     SIZES_FIELD_NUMBER: _builtins.int
     SCHEDULER_NOTE_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    LOADED_ON_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The name to ask for it by."""
     latent_space: _builtins.str
@@ -1211,6 +1245,8 @@ class Model(_message.Message):
     """Features of the embedding of the whole text; 0 where the model takes none, 1280 for SDXL."""
     scheduler_note: _builtins.str
     """What of the scheduler in the model's own configuration the default one does not follow, for people; empty where all."""
+    state: Global___ModelState.ValueType
+    """Whether it is loaded. A job of one that is not begins when it is."""
     @_builtins.property
     def schedulers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the schedulers that can be asked for, the default first; it is the model's own, and "own" where no name
@@ -1219,11 +1255,15 @@ class Model(_message.Message):
 
     @_builtins.property
     def loras(self) -> _containers.RepeatedCompositeFieldContainer[Global___Lora]:
-        """Adapters that can be asked for."""
+        """Adapters that the caller can ask for."""
 
     @_builtins.property
     def sizes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Size]:
         """Sizes that the model was trained for beside its default, such as the aspect buckets of SDXL; others work less well."""
+
+    @_builtins.property
+    def loaded_on(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The devices where it is loaded, such as "cuda:0"."""
 
     def __init__(
         self,
@@ -1246,10 +1286,12 @@ class Model(_message.Message):
         loras: _abc.Iterable[Global___Lora] | None = ...,
         sizes: _abc.Iterable[Global___Size] | None = ...,
         scheduler_note: _builtins.str = ...,
+        state: Global___ModelState.ValueType = ...,
+        loaded_on: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "default_guidance_scale", b"default_guidance_scale", "default_num_inference_steps", b"default_num_inference_steps", "default_size", b"default_size", "embed_dim", b"embed_dim", "guidance", b"guidance", "id", b"id", "latent_channels", b"latent_channels", "latent_space", b"latent_space", "loras", b"loras", "num_parameters", b"num_parameters", "pooled_dim", b"pooled_dim", "prediction_type", b"prediction_type", "scheduler_note", b"scheduler_note", "schedulers", b"schedulers", "size_multiple", b"size_multiple", "sizes", b"sizes", "vae_scale_factor", b"vae_scale_factor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "default_guidance_scale", b"default_guidance_scale", "default_num_inference_steps", b"default_num_inference_steps", "default_size", b"default_size", "embed_dim", b"embed_dim", "guidance", b"guidance", "id", b"id", "latent_channels", b"latent_channels", "latent_space", b"latent_space", "loaded_on", b"loaded_on", "loras", b"loras", "num_parameters", b"num_parameters", "pooled_dim", b"pooled_dim", "prediction_type", b"prediction_type", "scheduler_note", b"scheduler_note", "schedulers", b"schedulers", "size_multiple", b"size_multiple", "sizes", b"sizes", "state", b"state", "vae_scale_factor", b"vae_scale_factor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,14 @@ from click.testing import CliRunner
 import cloud_server.rpc.server
 from cloud_server import cli
 from cloud_server.cli import main
+from cloud_server.metrics import Metrics
+from cloud_server.models.devices import place
+from cloud_server.models.load import ModelError, ModelSpec, load_model
 from cloud_server.settings import Settings
 from hybridsd.tokens import add_token
 from hybridsd.v1 import denoising_service_pb2 as pb
 from hybridsd.v1 import denoising_service_pb2_grpc
+from tests.support.loading import write_models
 
 
 def test_check_says_what_was_found(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,3 +157,16 @@ def test_a_broken_edit_of_the_tokens_is_said_once(
     (tmp_path / "other").replace(path)
     assert (found.find(secret), found.find(other) is None) == (None, False)
     assert [line["event"] for line in log_lines()][-1] == "tokens_read"
+
+
+def test_models_beyond_the_budget_wait_until_they_are_needed(tmp_path: Path) -> None:
+    """In the order in which they are given; what is said of one that is not loaded is whole."""
+    folders = write_models(tmp_path, "first", "second")
+    names = tuple(str(folder) for folder in folders.values())
+    size_bytes = ModelSpec(source=names[0]).describe(torch.float32).size_bytes
+    settings = Settings(models=names, device="cpu*2", dtype="fp32", memory_budget=1.5 * size_bytes / 2**30)
+    registry = cli._registry(settings, cli._placements(settings), Metrics())
+    assert [(view.id, view.state.value) for view in registry.views()] == [("first", "warm"), ("second", "cold")]
+    assert registry.catalog["second"].info == load_model(names[1], place("cpu", "fp32")).info
+    with pytest.raises(ModelError, match="--memory-budget is"):
+        cli._registry(replace(settings, memory_budget=1e-9), cli._placements(settings), Metrics())

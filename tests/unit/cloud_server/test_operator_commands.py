@@ -7,11 +7,15 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from cloud_server.cli import main
+from cloud_server.models.load import Model, ModelSpec
+from cloud_server.models.registry import ModelRegistry
 from hybridsd.tokens import Quota, Tokens, add_token, hash_token
 from tests.support.engine_fakes import Client, GatedDenoiser, message
+from tests.support.loading import CPU, QuickLoader, write_loras, write_models
 
 StartServer = Callable[..., Awaitable[Client]]
 
@@ -122,3 +126,36 @@ def test_a_token_is_not_sent_in_plain_text_beyond_this_machine(monkeypatch: pyte
     assert result.exit_code == 2
     assert "--tls-fingerprint" in result.output
     assert "s3cret" not in result.output
+
+
+async def test_models_are_listed_loaded_and_unloaded(
+    start_server: StartServer, tiny_model: Model, tmp_path: Path
+) -> None:
+    """With their adapters; what is wrong is said, with exit code 3 where the server refuses."""
+    folders = write_models(tmp_path, "first", "second")
+    registry = ModelRegistry([CPU], loader=QuickLoader())
+    spec = ModelSpec(source=str(folders["first"]))
+    registry.know(spec, spec.describe(torch.float32))
+    client = await start_server(registry=registry)
+
+    async def models(*arguments: str) -> Result:
+        command = ["models", *arguments, "--server", f"127.0.0.1:{client.server.port}"]
+        result = await asyncio.to_thread(CliRunner().invoke, main, command)
+        assert result.exit_code in (0, 3), result.output
+        return result
+
+    assert (await models("load", f"mine={folders['second']}")).exit_code == 0
+    lora = write_loras(tmp_path, tiny_model, "style")["style"]
+    loaded = await models("lora", "load", f"style={lora}", "--model", "mine")
+    assert "style is loaded, 6,208 parameters" in loaded.output
+    rows = {line.split()[0]: line.split() for line in (await models("list")).stdout.splitlines()}
+    assert (rows["first"][1], rows["mine"][1]) == ("cold", "warm")
+    assert rows["mine"][4:6] == ["cpu", "style"]
+    assert rows["cpu:"][:3] == ["cpu:", "models", "take"]
+    assert (await models("lora", "unload", "style", "--model", "mine")).exit_code == 0
+    assert (await models("load", "first")).exit_code == 0  # one that is known, by its id
+    assert (await models("unload", "first")).exit_code == 0
+    refused = await models("unload", "first")
+    assert (refused.exit_code, "is not served; choose one of mine" in refused.output) == (3, True)
+    assert (await models("load", str(tmp_path))).exit_code == 3
+    assert [view.id for view in registry.views()] == ["mine"]

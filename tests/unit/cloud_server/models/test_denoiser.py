@@ -248,7 +248,7 @@ def test_adapters_are_selected_before_every_network() -> None:
 def test_texts_are_remembered() -> None:
     """By everything that matters to their embeddings, the last of them."""
     texts = Texts()
-    cache, denoiser = TextCache(max_texts=5), denoiser_of(texts)
+    cache, denoiser = TextCache(max_texts=5), denoiser_of(texts, Adapters())
     variations: list[dict[str, Any]] = [{}, {"options": CHUNK}, {"loras": (("style", 1.0),)}, {"num_chunks": 2}]
     for variation in variations * 2:
         cache.encode(denoiser, "a fox", **variation)
@@ -267,3 +267,19 @@ def test_a_text_encoder_that_fails_does_not_quote_the_text(value: float | Except
     with pytest.raises(RuntimeError, match="text encoder") as failed:
         cache.encode(denoiser_of(Texts(value)), "a secret fox")
     assert "secret" not in str(failed.value)
+
+
+def test_texts_that_other_weights_encoded_are_not_reused() -> None:
+    """As of a model that was unloaded, and loaded anew from other files under its id."""
+
+    class Fixed:
+        def __init__(self, version: str, value: float) -> None:
+            self.version, self._value = version, value
+
+        def encode(self, *_: Any) -> Encoded:
+            return Encoded(np.full((12, 8), self._value, np.float32))
+
+    cache = TextCache()
+    before, after = Fixed("before", 1.0), Fixed("after", 2.0)
+    for denoiser, value in ((before, 1.0), (after, 2.0), (before, 1.0)):
+        assert cache.encode(denoiser, "a fox").embeds[0, 0] == value  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from edge_client.cloud.client import Cloud
 from edge_client.generation import saved_state
 from edge_client.images import files
 from hybridsd.errors import Reason
+from hybridsd.v1 import denoising_service_pb2 as pb
 from tests.support.fake_cloud import FakeCloud, Running
 from tests.support.patience import HANG_S
 
@@ -550,6 +551,13 @@ def test_doctor_finds_what_is_wrong(
 
     assert len(wrong) == 1
     assert name in wrong[0]
+
+
+def test_doctor_says_which_model_would_have_to_be_loaded(shell: Shell, fake: FakeCloud) -> None:
+    """Its first image waits for it; of one that is loaded, or of a server that does not say, nothing is said."""
+    assert f"is that of {fake.model_id}\n" in shell("doctor").stdout
+    fake.model_state = pb.MODEL_STATE_COLD
+    assert f"is that of {fake.model_id} (cold)\n" in shell("doctor").stdout
 
 
 def test_doctor_finds_a_cache_that_cannot_be_written(

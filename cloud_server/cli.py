@@ -91,6 +91,8 @@ _SERVE_OPTIONS = (
             "as `hybridsd-cloud tokens` makes it, or as plain text, one a line. It is read again when it changes."),
     _option("--max-batch", type=click.IntRange(1, 256), default=8, help="Jobs in one U-Net call."),
     _option("--max-queue", type=click.IntRange(1), default=32, help="Jobs that may wait."),
+    _option("--prefix-cache", "prefix_cache_mib", type=click.IntRange(0, 2**20), default=256, metavar="MIB",
+            help="Memory for states of jobs, which answer the same request of the same caller at once; 0: none."),
     _option("--max-size", type=click.IntRange(8), help="Largest width and height; else twice the models' default."),
     _option("--bundle", "bundles", type=_FOLDER, multiple=True, help="Edge bundle to hand out. Repeatable."),
     _option("--metrics-port", type=click.IntRange(0, 65535), help="Port for /healthz, /readyz and /metrics in HTTP; "
@@ -291,8 +293,9 @@ def load(settings: Settings) -> dict[str, Any]:
     bundles = [load_bundle(folder) for folder in settings.bundles]
     if len({bundle.name for bundle in bundles}) < len(bundles):
         raise ModelError(f"two bundles have one name: {', '.join(sorted(bundle.name for bundle in bundles))}")
-    models, served = _load(settings, _placements(settings))
-    return {"settings": settings, "models": models, "bundles": bundles, "served": served}
+    metrics = Metrics()
+    registry = _registry(settings, _placements(settings), metrics)
+    return {"settings": settings, "models": registry, "bundles": bundles, "metrics": metrics}
 
 
 def _settings(**options: Any) -> Settings:

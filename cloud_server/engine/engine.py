@@ -15,7 +15,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import structlog
 import torch
@@ -24,10 +24,11 @@ from cloud_server.energy import EnergyMeter
 from cloud_server.engine.caller import NOBODY, Caller
 from cloud_server.engine.device_worker import DeviceWorker, Pending
 from cloud_server.engine.event_buffer import EventBuffer
-from cloud_server.engine.events import Failed, Finished, Started
+from cloud_server.engine.events import Failed, Finished, Snapshot
 from cloud_server.engine.executor import Batch, BatchTooLarge, Executor, is_out_of_memory
 from cloud_server.engine.job import Job, JobView
 from cloud_server.engine.placement import Placement
+from cloud_server.engine.prefix_cache import Held, Key, PrefixCache
 from cloud_server.engine.quotas import check_queued
 from cloud_server.engine.request import JobRequest
 from cloud_server.engine.scheduler import Load, Scheduler
@@ -35,7 +36,7 @@ from cloud_server.engine.spans import tell_calls
 from cloud_server.engine.texts import TextReader
 from cloud_server.metrics import Metrics
 from cloud_server.models.denoiser import Denoiser
-from cloud_server.models.devices import use
+from cloud_server.models.devices import kind, use
 from cloud_server.models.served import ServedModels
 from hybridsd import tracing
 from hybridsd.errors import HybridSDError, Reason
@@ -74,6 +75,7 @@ class Engine:
         energy: Sequence[EnergyMeter] = (),
         metrics: Metrics | None = None,
         runs_ahead: bool | None = None,
+        prefix_cache_bytes: int = 0,
     ) -> None:
         """Makes an engine that does nothing until `start`.
 
@@ -88,6 +90,8 @@ class Engine:
             energy: How jobs' energy is known on each device; empty: it is not.
             metrics: What counts calls and jobs.
             runs_ahead: See `DeviceWorker`.
+            prefix_cache_bytes: What states that are kept for later jobs may take; 0: none are. None are either where
+                devices are of several kinds, whose bits differ.
         """
         self._metrics = Metrics() if metrics is None else metrics
         self._num_threads, self._stall_timeout_s = num_threads, stall_timeout_s
@@ -97,11 +101,15 @@ class Engine:
             max_batch=max_batch, max_queue=max_queue, keep_finished=keep_finished, keep_finished_s=keep_finished_s,
             on_end=self._count, placement=Placement(len(models.devices), load_s=models.load_s),
         )  # fmt: skip
+        is_alike = len({kind(device) for device in models.devices}) == 1
+        self._prefixes = PrefixCache(prefix_cache_bytes if is_alike else 0)
         self._is_draining = self._is_stopping = self._is_dead = False
         self._unread: deque[Job] = deque()  # admitted, but for their texts
         self._texts_since_s: float | None = None  # when the thread of the texts began what it does
 
-        self._texts = TextReader(lambda is_hit: self._metrics.note_lookup("texts", is_hit=is_hit))  # of its thread
+        self._texts = TextReader(  # of its thread
+            lambda is_hit: self._metrics.note_lookup("texts", is_hit=is_hit), models.content
+        )
         self._workers = [
             DeviceWorker(
                 number,
@@ -112,9 +120,9 @@ class Engine:
             for number, device in enumerate(models.devices)
         ]
         self._threads = [threading.Thread(target=self._run_texts, name="texts", daemon=True)]
-        for kind, run in (("steps", self._run_steps), ("publishing", self._run_publishing)):
+        for name, run in (("steps", self._run_steps), ("publishing", self._run_publishing)):
             self._threads += [
-                threading.Thread(target=run, args=(worker,), name=f"{kind}-{worker.number}", daemon=True)
+                threading.Thread(target=run, args=(worker,), name=f"{name}-{worker.number}", daemon=True)
                 for worker in self._workers
             ]
         models.listen(self._wake, self._in_use)
@@ -161,6 +169,8 @@ class Engine:
     ) -> Job:
         """Starts a job, or attaches to the one of that id, and posts its events to `buffer`.
 
+        One whose hand-off is kept is answered at once: it takes no place, no device and nothing of a quota.
+
         Args:
             request: What to run.
             buffer: Where its events go.
@@ -181,8 +191,15 @@ class Engine:
                     )
                 job.attach(buffer, deadline_s)
                 return job
-            self._check_room(request.request_id, caller)
-            job = Job(request, arrived_s, caller=caller)
+            self._check_open()
+            prefix, held = self._find_prefix(request, caller)
+            job = Job(request, arrived_s, caller=caller, prefix=prefix, held=held)
+            if held is not None and held.call == request.handoff_call:
+                job.attach(buffer, deadline_s)
+                job.post_start()
+                self._scheduler.answer(job, Finished(job.usage()))
+                return job
+            self._scheduler.check_room(request.request_id, caller)
             self._check_queued(caller)
             self._scheduler.quotas.charge(caller, job.key, job.num_asked_calls)
             self._scheduler.add(job)
@@ -191,21 +208,37 @@ class Engine:
             self._scheduler.post_positions()
             return job
 
-    def check_room(self, request_id: str, caller: Caller = NOBODY, *, steps: int = 0, num_reading: int = 0) -> None:
+    def check_room(
+        self,
+        request_id: str,
+        caller: Caller = NOBODY,
+        *,
+        steps: int = 0,
+        num_reading: int = 0,
+        seed: int = 0,
+        image_index: int = 0,
+    ) -> None:
         """Refuses a call for which `submit` would have no room now, before anything costly is done for it.
+
+        One that may be answered by what is kept is not refused.
 
         Args:
             request_id: Of the call.
             caller: Who asks.
             steps: Of its plan that it asks for; each takes a call of the U-Net or more.
             num_reading: Other calls of the caller's principal that are on their way to `submit`.
+            seed: Of its image.
+            image_index: Of its image.
 
         Raises:
             HybridSDError: QUEUE_FULL, QUOTA_EXCEEDED, or UNAVAILABLE while stopping or stuck, with a retry delay.
         """
         with self._changed:
             if self._scheduler.find((caller.owner, request_id)) is None:
-                self._check_room(request_id, caller)
+                self._check_open()
+                if self._prefixes.may_hold(_owner(caller), seed, image_index):
+                    return
+                self._scheduler.check_room(request_id, caller)
                 self._check_queued(caller, num_reading)
                 self._scheduler.quotas.check(caller, (caller.owner, request_id), max(0, steps))
 
@@ -300,6 +333,11 @@ class Engine:
             return False
 
     @property
+    def prefix_cache(self) -> PrefixCache:
+        """The states that are kept for later jobs, for counting them."""
+        return self._prefixes
+
+    @property
     def num_devices(self) -> int:
         """Workers, one for each device, lost ones too."""
         return len(self._workers)
@@ -340,14 +378,48 @@ class Engine:
             " another server or later"
         )
 
-    def _check_room(self, request_id: str, caller: Caller) -> None:
+    def _check_open(self) -> None:
         if self._is_draining and not self._is_dead:
             raise Reason.UNAVAILABLE.error(
                 "the server is stopping; try another one, or later", retry_delay_s=DRAIN_RETRY_S
             )
         if self._is_stuck():
             raise Reason.UNAVAILABLE.error(self._says_stuck(), retry_delay_s=DRAIN_RETRY_S)
-        self._scheduler.check_room(request_id, caller)
+
+    def _find_prefix(self, request: JobRequest, caller: Caller) -> tuple[Key | None, Held | None]:
+        """Returns what a job's states are kept by, and the furthest of them that is kept."""
+        if not self._prefixes.max_bytes or not request.prefix:
+            return None, None
+        models = self._contents(request)
+        key = Key(_owner(caller), request.seed, request.image_index, models, request.prefix)
+        held = self._prefixes.find(
+            key,
+            request.first_call,
+            request.handoff_call,
+            exactly=request.skipping is not None,  # where it goes on depends on where it would have been handed off
+        )
+        num_reused = 0 if held is None else held.call - request.first_call
+        self._metrics.note_prefix(num_reused, request.handoff_call - request.first_call)
+        return key, held
+
+    def _contents(self, request: JobRequest) -> tuple[tuple[str, Hashable], ...]:
+        names = dict.fromkeys(stage.model for stage in request.stages)
+        return tuple((model, self._models.content(model)) for model in names)
+
+    def _is_stale(self, job: Job) -> bool:
+        """Whether a job's models are others than when it was asked for."""
+        return job.prefix is not None and self._contents(job.request) != job.prefix.models
+
+    def _keep(self, job: Job, snapshots: Sequence[Snapshot]) -> None:
+        """Keeps states of a job for later ones, unless its models have changed meanwhile."""
+        if job.prefix is None or self._is_stale(job):
+            return
+        for snapshot in snapshots:
+            arrays = tuple(array.copy() for array in snapshot.arrays)  # which may be parts of larger ones
+            preview = None if snapshot.x0_preview is None else snapshot.x0_preview.copy()
+            held = Held(snapshot.call, arrays, preview, job.texts)
+            with self._changed:
+                self._prefixes.keep(job.prefix, held, is_end=snapshot.is_handoff)
 
     def _check_queued(self, caller: Caller, num_reading: int = 0) -> None:
         """Refuses a job more of a principal that has as many waiting as it may."""
@@ -444,6 +516,8 @@ class Engine:
                 self._changed.wait()
                 return True
             job, worker, denoisers = found
+            if job.held is not None and not job.num_begins and self._is_stale(job):
+                job.begin_afresh()
             begin, is_new = job.num_begins, not job.texts
             self._texts_since_s = time.monotonic()
         try:
@@ -466,7 +540,7 @@ class Engine:
         trajectory.begin = begin
         with self._changed:
             if job.outcome is None:
-                job.post(Started(*job.texts[0]))
+                job.post_start()
                 if begin == job.num_begins:
                     job.trajectory = trajectory
                 self._changed.notify_all()
@@ -591,7 +665,7 @@ class Engine:
         if job.outcome is not None or job.num_begins != begin:
             return True
         try:
-            worker.executor.publish(call)
+            self._keep(job, worker.executor.publish(call))
         except torch.AcceleratorError:
             raise
         except Exception as error:
@@ -629,6 +703,11 @@ class Engine:
         with self._changed:
             if job.num_begins == begin:  # else it runs elsewhere, and its device was at fault
                 self._scheduler.end(job, Failed(error))
+
+
+def _owner(caller: Caller) -> str:
+    """Returns whose states a caller may find: its own, and without tokens those of its machine and user."""
+    return caller.owner or f"{caller.principal}\n{caller.user}"
 
 
 def _find(models: ServedModels, device: int, model: str) -> Denoiser | None:

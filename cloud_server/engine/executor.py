@@ -164,16 +164,18 @@ class Executor:
             self._metrics.note_call(first.trajectory.group[0], len(launched.calls), elapsed_s)
         return done_s
 
-    def publish(self, call: Call) -> None:
+    def publish(self, call: Call) -> list[Snapshot]:
         """Posts the states that a call led to where they are due, and keeps the last one.
+
+        Returns:
+            Those that were due.
 
         Raises:
             HybridSDError: OUTPUT_NOT_FINITE.
             torch.AcceleratorError: If the device is lost to this process.
         """
         with beside(self.device):
-            for reached in call.reached:
-                _publish(call.job, reached)
+            return [snapshot for reached in call.reached if (snapshot := _publish(call.job, reached)) is not None]
 
     def _conditions(self, trajectories: list[Trajectory], groups: set[Group]) -> Conditions:
         """Returns the joined conditions of a batch: the last one of its group, when the batch has not changed."""
@@ -187,8 +189,8 @@ class Executor:
         return joined
 
 
-def _publish(job: Job, reached: Reached) -> None:
-    """Keeps where a job is, and posts it where it is due."""
+def _publish(job: Job, reached: Reached) -> Snapshot | None:
+    """Keeps where a job is, and posts it where it is due, and returns it then."""
     checkpoint = step.checkpoint(reached)
     preview = None if reached.x0_preview is None else step.off_device(reached.x0_preview)
     arrays = checkpoint.state if preview is None else (*checkpoint.state, preview)
@@ -198,9 +200,11 @@ def _publish(job: Job, reached: Reached) -> None:
             f"the model's output is not finite before call {reached.call}; change the input, or serve another dtype"
         )
     job.checkpoint = checkpoint
-    if is_due:
-        is_handoff = reached.call == job.request.handoff_call
-        job.post(Snapshot(reached.call, checkpoint.state, preview, is_handoff))
+    if not is_due:
+        return None
+    snapshot = Snapshot(reached.call, checkpoint.state, preview, reached.call == job.request.handoff_call)
+    job.post(snapshot)
+    return snapshot
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -80,6 +80,8 @@ class JobRequest:
     """Publish state and preview after every this many calls; 0: never."""
     reattach_grace_s: float = 0.0
     """How long the job goes on without a reader."""
+    prefix: bytes = b""
+    """Digest of all of it that decides its states, see `prefix_cache`; empty: they are not kept, nor found."""
 
     @property
     def stages(self) -> tuple[Stage, ...]:

@@ -1,7 +1,7 @@
 """Reads the texts of jobs, and makes their first states. For one thread."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 
 import structlog
 
@@ -18,10 +18,17 @@ log = structlog.get_logger()
 class TextReader:
     """The encoded texts of all models."""
 
-    def __init__(self, on_lookup: Callable[[bool], None]) -> None:
-        """Takes who hears of each text that is asked for whether it was held."""
-        self._on_lookup = on_lookup
-        self._caches: dict[str, TextCache] = {}
+    def __init__(
+        self, on_lookup: Callable[[bool], None], content: Callable[[str], Hashable] = lambda _model: None
+    ) -> None:
+        """Takes who hears of each text that is asked for whether it was held, and what says a model's content.
+
+        Args:
+            on_lookup: Hears of each text.
+            content: See `ServedModels.content`.
+        """
+        self._on_lookup, self._content = on_lookup, content
+        self._caches: dict[str, tuple[Hashable, TextCache]] = {}
 
     def forget(self, models: Mapping[str, object]) -> None:
         """Drops the texts of all models but these."""
@@ -45,10 +52,18 @@ class TextReader:
         log.debug("job_prepared", request_id=job.request.request_id, elapsed_ms=1e3 * (time.monotonic() - started_s))
         return trajectory
 
+    def _cache(self, model: str) -> TextCache:
+        """Returns the texts of a model, as it is now."""
+        content = self._content(model)
+        held = self._caches.get(model)
+        if held is None or held[0] != content:
+            held = self._caches[model] = (content, TextCache(on_lookup=self._on_lookup))
+        return held[1]
+
     def _encode(self, job: Job, denoiser: Denoiser, stage: Stage) -> Texts:
         """Returns prompt and, where the stage's model takes it, negative prompt, in one number of chunks."""
         request = job.request
-        cache = self._caches.setdefault(stage.model, TextCache(on_lookup=self._on_lookup))
+        cache = self._cache(stage.model)
         given = [request.prompt]
         if step.is_guided(denoiser, stage.guidance_scale) and request.negative_prompt is not None:
             given.append(request.negative_prompt)

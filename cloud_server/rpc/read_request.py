@@ -8,8 +8,9 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from cloud_server.engine.prefix_cache import prefix_digest
 from cloud_server.engine.quotas import check_pixels
 from cloud_server.engine.request import JobRequest, Latents, Stage, new_request_id
 from cloud_server.metrics import Metrics
@@ -190,7 +191,7 @@ class RequestReader:
             negative_prompt_digest=sent_digest(embeddings, "negative_") if embeddings and guided else None,
             resume_call=request.resume_call,
         )
-        return job, style
+        return replace(job, prefix=prefix_digest(job, plan_digest)), style
 
     def _model_changes(
         self, request: pb.DenoiseRequest, first: ModelInfo, guidance_scale: float

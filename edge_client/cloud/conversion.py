@@ -205,6 +205,7 @@ class Conversation:
                 sent_bytes=usage.sent_bytes,
                 num_skipped_calls=usage.num_skipped_calls,
                 energy=_energy(usage),
+                num_reused_calls=usage.num_reused_calls,
             )
         return None
 
@@ -254,7 +255,15 @@ class Conversation:
             guidance_scale=started.guidance_scale,
             num_dropped_tokens=started.num_dropped_tokens,
             prediction_type=prediction_type,
+            reused_steps=self._reused_steps(plan, started.num_reused_calls),
         )
+
+    def _reused_steps(self, plan: Plan, num_calls: int) -> range:
+        """Returns the whole steps that calls which were not run belong to."""
+        asked = self._asked
+        if not 0 <= num_calls <= plan.first_call(asked.handoff_step) - asked.first_call:
+            _refuse(f"{num_calls} reused calls of {plan.first_call(asked.handoff_step) - asked.first_call}")
+        return range(asked.first_step, plan.step_at(asked.first_call + num_calls))
 
     def _read_plan(self, started: pb.Started) -> Plan:
         digest = started.plan_digest

@@ -67,6 +67,8 @@ class Result:
     """How many of the steps before `first_step` the cloud has run; the counts below include them."""
     planned_cloud_steps: int
     actual_cloud_steps: int
+    reused_cloud_steps: int
+    """Of these those that no cloud ran for this image: one had kept where they lead."""
     fallback_reason: Reason | None
     """Why actual differs from planned; None when it does not."""
     fallback_message: str

@@ -24,8 +24,8 @@ _FIELD = re.compile(r'\s*(?P<name>\w[\w \-/]{1,63}):\s*(?P<value>"(?:\\.|[^\\"])
 _REST_FIELDS = (
     "prompt", "negative_prompt", "seed", "image_index", "width", "height", "scheduler", "num_inference_steps",
     "begin_step", "guidance_scale", "mode", "cloud_model", "edge_model", "planned_cloud_steps", "actual_cloud_steps",
-    "fallback_message", "early_handoff_reason", "received_bytes", "num_dropped_tokens", "decode_s", "elapsed_s",
-    "trace_id",
+    "reused_cloud_steps", "fallback_message", "early_handoff_reason", "received_bytes", "num_dropped_tokens",
+    "decode_s", "elapsed_s", "trace_id",
 )  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def event_json(event: Event) -> dict[str, Any]:
             return {
                 "event": "cloud_started", "request_id": event.request_id, "model": event.model, "server": event.server,
                 "guidance_scale": event.guidance_scale, "num_dropped_tokens": event.num_dropped_tokens,
-                "num_calls": len(event.plan.rows),
+                "num_calls": len(event.plan.rows), "reused_steps": len(event.reused_steps),
             }  # fmt: skip
         case StepDone():
             return {
@@ -84,6 +84,7 @@ def result_json(result: Result) -> dict[str, Any]:
         "trace_id": result.trace_id,
         "clouds": [asdict(run) for run in result.clouds],  # not in files: whose servers they are is nobody's business
         "received_bytes": result.received_bytes,
+        "reused_cloud_steps": result.reused_cloud_steps,  # not in files, which are the same without
         "usage": None if result.usage is None else asdict(result.usage),
         "steps": [
             {"step": record.step, "call": record.call, "place": record.place, "elapsed_s": round(record.elapsed_s, 6)}

@@ -477,7 +477,7 @@ def main() -> None:
         if "devices" in wanted:
             bench_devices(times_of)
         if "hybrid" in wanted:
-            cloud = ["--model", f"bench={family / 'large'}", "--dtype", options.dtype]
+            cloud = ["--model", f"bench={family / 'large'}", "--dtype", options.dtype, "--prefix-cache", "0"]
             bench_hybrid(model, family / "edge", cloud, steps=steps, k=k, repeats=repeats, settle_s=settle_s)
         if "wire" in wanted:
             bench_wire(Path(folder), codecs=("int8",) if options.smoke else tuple(codec.ENCODINGS))

@@ -56,6 +56,7 @@ class CloudStarted(_OfImage):
     guidance_scale: float
     num_dropped_tokens: int
     num_calls: int
+    reused_steps: int = Field(0, description="steps that the cloud does not run: it had kept where they lead")
 
 
 class StepDone(_OfImage):

@@ -191,6 +191,9 @@ class Image(BaseModel):
     edge_model: str
     planned_cloud_steps: int
     actual_cloud_steps: int
+    reused_cloud_steps: int = Field(
+        0, description="of these those that no cloud ran for this image: one had kept where they lead"
+    )
     fallback_reason: str | None
     fallback_message: str
     early_handoff_reason: str

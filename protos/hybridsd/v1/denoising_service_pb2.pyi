@@ -702,6 +702,7 @@ class Started(_message.Message):
     GUIDANCE_SCALE_FIELD_NUMBER: _builtins.int
     NUM_DROPPED_TOKENS_FIELD_NUMBER: _builtins.int
     PREDICTION_TYPE_FIELD_NUMBER: _builtins.int
+    NUM_REUSED_CALLS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The id of the job: the request's, or one that the server chose."""
     model: _builtins.str
@@ -716,6 +717,11 @@ class Started(_message.Message):
     """Tokens of prompt and negative prompt, together, that did not fit into the model's context, 0 or more."""
     prediction_type: _builtins.str
     """What the model predicts, and with it the e of the plan: "epsilon", "v_prediction" or "sample"."""
+    num_reused_calls: _builtins.int
+    """Calls from the first on that are not run, 0 or more: the server has kept where they lead of an earlier job of the same
+    caller that agrees in all that decides it. States before that one are not sent; it is sent itself if it is the
+    hand-off, or `state_every` or `preview_every` is above 0, and has a preview where one was made before.
+    """
     @_builtins.property
     def plan(self) -> _plan_pb2.Plan:
         """The plan; absent when the caller sent it or named its digest in `known_digests`."""
@@ -741,10 +747,11 @@ class Started(_message.Message):
         guidance_scale: _builtins.float = ...,
         num_dropped_tokens: _builtins.int = ...,
         prediction_type: _builtins.str = ...,
+        num_reused_calls: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["negative_prompt", b"negative_prompt", "plan", b"plan", "prompt", b"prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["guidance_scale", b"guidance_scale", "latent_space", b"latent_space", "model", b"model", "negative_prompt", b"negative_prompt", "num_dropped_tokens", b"num_dropped_tokens", "plan", b"plan", "plan_digest", b"plan_digest", "prediction_type", b"prediction_type", "prompt", b"prompt", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["guidance_scale", b"guidance_scale", "latent_space", b"latent_space", "model", b"model", "negative_prompt", b"negative_prompt", "num_dropped_tokens", b"num_dropped_tokens", "num_reused_calls", b"num_reused_calls", "plan", b"plan", "plan_digest", b"plan_digest", "prediction_type", b"prediction_type", "prompt", b"prompt", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -859,12 +866,15 @@ class Usage(_message.Message):
     SENT_BYTES_FIELD_NUMBER: _builtins.int
     NUM_SKIPPED_CALLS_FIELD_NUMBER: _builtins.int
     ENERGY_FIELD_NUMBER: _builtins.int
+    NUM_REUSED_CALLS_FIELD_NUMBER: _builtins.int
     num_calls: _builtins.int
     """Calls of the U-Net that were run for the job."""
     sent_bytes: _builtins.int
     """Bytes of all messages of this stream before this one."""
     num_skipped_calls: _builtins.int
     """Calls that were skipped for the job (`DenoiseRequest.call_skipping`); `num_calls` does not count them."""
+    num_reused_calls: _builtins.int
+    """Calls that were not run (`Started.num_reused_calls`); `num_calls` does not count them, nor do quotas."""
     @_builtins.property
     def queue_duration(self) -> _duration_pb2.Duration:
         """From the arrival of the request to the first call of the U-Net, text encoding included."""
@@ -879,7 +889,7 @@ class Usage(_message.Message):
 
     @_builtins.property
     def energy(self) -> Global___Energy:
-        """Energy of the server's part; absent where the server knows nothing of it."""
+        """Energy of the server's part; absent where the server knows nothing of it. Calls that were reused take none."""
 
     def __init__(
         self,
@@ -891,10 +901,11 @@ class Usage(_message.Message):
         sent_bytes: _builtins.int = ...,
         num_skipped_calls: _builtins.int = ...,
         energy: Global___Energy | None = ...,
+        num_reused_calls: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["compute_duration", b"compute_duration", "energy", b"energy", "queue_duration", b"queue_duration", "text_duration", b"text_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_duration", b"compute_duration", "energy", b"energy", "num_calls", b"num_calls", "num_skipped_calls", b"num_skipped_calls", "queue_duration", b"queue_duration", "sent_bytes", b"sent_bytes", "text_duration", b"text_duration"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_duration", b"compute_duration", "energy", b"energy", "num_calls", b"num_calls", "num_reused_calls", b"num_reused_calls", "num_skipped_calls", b"num_skipped_calls", "queue_duration", b"queue_duration", "sent_bytes", b"sent_bytes", "text_duration", b"text_duration"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import structlog
 import torch
@@ -27,6 +28,7 @@ import torch
 from cloud_server.engine.engine import Engine
 from cloud_server.engine.event_buffer import EventBuffer
 from cloud_server.engine.events import Failed, Finished, Snapshot
+from cloud_server.engine.prefix_cache import prefix_digest
 from cloud_server.engine.request import JobRequest
 from cloud_server.models.denoiser import Conditions
 from cloud_server.models.devices import place
@@ -48,7 +50,9 @@ from hybridsd import codec, noise
 from hybridsd.manifest import read_manifest
 from hybridsd.plan import denoise, initial_state
 from hybridsd.prompting import TextOptions
+from hybridsd.v1 import denoising_service_pb2_grpc
 from tests.benchmarks.common import PROMPT, SETTLE_S, machine, say
+from tests.load.clients import request_of
 from tests.support.wire import measure
 
 PARTS = ("engine", "devices", "hybrid", "wire", "codec", "start", "memory")
@@ -60,6 +64,7 @@ MIX = (
 
 ENGINE_PARTS = ("bare", "engine", "first")
 """Of `child`, which `bench_engine` takes."""
+BENCHES = ("engine", "hybrid", "reuse", "wire", "codec", "start", "memory")
 
 
 def mixed_jobs(model: Model, num_calls: int, first_id: int = 0) -> list[JobRequest]:
@@ -327,6 +332,50 @@ def bench_hybrid(
     say(f"edge step, guidance, ONNX Runtime: {1e3 * statistics.median(edge_step_s):.0f} ms")
 
 
+async def reused_in_engine_s(model: Model, repeats: int, num_calls: int) -> list[float]:
+    """Times from submitting a job whose hand-off is kept to the event that has it."""
+    engine = Engine(FixedModels({model.info.id: model.denoiser}), num_threads=1, prefix_cache_bytes=64 * 2**20)
+    engine.start()
+    request, times = mixed_jobs(model, num_calls)[0], []
+    request = replace(request, prefix=prefix_digest(request, request.plan.digest()))
+    for repeat in range(repeats + 1):
+        box, begin = EventBuffer(), time.perf_counter()
+        engine.submit(replace(request, request_id=f"reuse-{repeat}"), box)
+        await _drain(box, lambda begin=begin: times.append(time.perf_counter() - begin))
+    engine.stop()
+    return times[1:]
+
+
+def reused_over_grpc_s(cloud_options: list[str], side: int, repeats: int, num_calls: int) -> list[float]:
+    """Times from sending a request whose hand-off is kept to the message that has it, both on this machine."""
+    request, times = request_of(num_calls, side, steps=max(4, num_calls)), []
+    request.request_id = ""  # each is a job of its own
+    with tempfile.TemporaryDirectory() as name, running_cloud(cloud_options, Path(name) / "cloud.log") as (address, _):
+        channel = grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)])
+        stub = denoising_service_pb2_grpc.DenoisingServiceStub(channel)
+        for _ in range(repeats + 1):
+            begin = time.perf_counter()
+            for message in stub.Denoise(request):
+                if message.HasField("state") and message.state.is_handoff:
+                    times.append(time.perf_counter() - begin)
+        channel.close()
+    return times[1:]
+
+
+def bench_reuse(model: Model, large: Path, dtype: str, *, repeats: int, num_calls: int) -> None:
+    """Prints how soon a request that was made before is answered."""
+    cloud = ["--model", f"bench={large}", "--dtype", dtype]
+    found = {
+        "in the engine": asyncio.run(reused_in_engine_s(model, repeats, num_calls)),
+        "over gRPC": reused_over_grpc_s(cloud, model.info.default_size, repeats, num_calls),
+    }
+    for where, times in found.items():
+        median_ms, worst_ms = 1e3 * statistics.median(times), 1e3 * max(times)
+        say(
+            f"a hand-off that is kept, {where}: {median_ms:.2f} ms, worst {worst_ms:.2f} ms (aim 5; {len(times)} times)"
+        )
+
+
 def bench_wire(folder: Path, codecs: Sequence[str]) -> None:
     """Prints the bytes of each kind of message, read off real messages of a real server with SD 1.x shapes."""
     say("bytes on the wire: 512x512, DPM-Solver++ 2M, 25 steps, guidance, empty negative known, hand-off only;")
@@ -441,6 +490,7 @@ def main() -> None:
     parser.add_argument(
         "--only", choices=["engine", "devices", "hybrid", "wire", "codec", "start", "memory"], action="append"
     )
+    parser.add_argument("--only", choices=BENCHES, action="append")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--smoke", action="store_true", help="the smallest size of everything: does it run?")
@@ -472,6 +522,7 @@ def main() -> None:
         wanted = options.only or PARTS
         in_children = [*ENGINE_PARTS] * ("engine" in wanted) + ["devices"] * ("devices" in wanted)
         times_of = timer(family / "large", options.dtype, repeats, calls, together=in_children if options.smoke else ())
+        wanted = options.only or BENCHES
         if "engine" in wanted:
             bench_engine(times_of, repeats=repeats, num_calls=calls, num_pairs=pairs)
         if "devices" in wanted:
@@ -479,6 +530,8 @@ def main() -> None:
         if "hybrid" in wanted:
             cloud = ["--model", f"bench={family / 'large'}", "--dtype", options.dtype, "--prefix-cache", "0"]
             bench_hybrid(model, family / "edge", cloud, steps=steps, k=k, repeats=repeats, settle_s=settle_s)
+        if "reuse" in wanted:
+            bench_reuse(model, family / "large", options.dtype, repeats=20 * repeats, num_calls=calls)
         if "wire" in wanted:
             bench_wire(Path(folder), codecs=("int8",) if options.smoke else tuple(codec.ENCODINGS))
         if "codec" in wanted and not options.full:  # random weights say nothing about errors

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 
 import structlog
 import torch
@@ -27,6 +28,7 @@ from cloud_server.engine.event_buffer import EventBuffer
 from cloud_server.engine.events import Failed, Finished, Snapshot
 from cloud_server.engine.executor import Batch, BatchTooLarge, Executor, is_out_of_memory
 from cloud_server.engine.job import Job, JobView
+from cloud_server.engine.near import Feature
 from cloud_server.engine.placement import Placement
 from cloud_server.engine.prefix_cache import Held, Key, PrefixCache
 from cloud_server.engine.quotas import check_queued
@@ -108,7 +110,7 @@ class Engine:
         self._texts_since_s: float | None = None  # when the thread of the texts began what it does
 
         self._texts = TextReader(  # of its thread
-            lambda is_hit: self._metrics.note_lookup("texts", is_hit=is_hit), models.content
+            lambda is_hit: self._metrics.note_lookup("texts", is_hit=is_hit), models.content, self._find_near
         )
         self._workers = [
             DeviceWorker(
@@ -406,20 +408,43 @@ class Engine:
         names = dict.fromkeys(stage.model for stage in request.stages)
         return tuple((model, self._models.content(model)) for model in names)
 
+    def _find_near(self, job: Job, feature: Feature) -> None:
+        """Lets a job begin with a state of the job of the nearest text, where that is near enough."""
+        with self._changed:
+            reuse, key = job.request.approximate_reuse, job.prefix
+            if reuse is None or key is None or job.outcome is not None or self._is_stale(job):
+                return
+            job.feature = feature
+            last_call = min(job.request.first_call + reuse.max_calls, job.request.handoff_call - 1)
+            group = replace(key, digest=reuse.group)
+            found = self._prefixes.find_near(
+                group, feature, job.request.first_call, last_call, reuse.min_similarity
+            )  # fmt: skip
+            self._metrics.note_lookup("near", is_hit=found is not None)
+            if found is not None:
+                job.begin_with(*found)
+                self._metrics.reused_steps.inc(job.num_reused_calls)
+                self._scheduler.quotas.give_back(job.caller, job.num_reused_calls)
+
     def _is_stale(self, job: Job) -> bool:
         """Whether a job's models are others than when it was asked for."""
         return job.prefix is not None and self._contents(job.request) != job.prefix.models
 
     def _keep(self, job: Job, snapshots: Sequence[Snapshot]) -> None:
         """Keeps states of a job for later ones, unless its models have changed meanwhile."""
-        if job.prefix is None or self._is_stale(job):
+        if job.prefix is None or job.similarity is not None or self._is_stale(job):
             return
+        reuse = job.request.approximate_reuse
+        near = None
+        if reuse is not None and job.feature is not None:
+            near = replace(job.prefix, digest=reuse.group), job.feature
         for snapshot in snapshots:
             arrays = tuple(array.copy() for array in snapshot.arrays)  # which may be parts of larger ones
             preview = None if snapshot.x0_preview is None else snapshot.x0_preview.copy()
             held = Held(snapshot.call, arrays, preview, job.texts)
             with self._changed:
-                self._prefixes.keep(job.prefix, held, is_end=snapshot.is_handoff)
+                is_end = snapshot.is_handoff or job.request.is_state_kept(snapshot.call)
+                self._prefixes.keep(job.prefix, held, is_end=is_end, near=near)
 
     def _check_queued(self, caller: Caller, num_reading: int = 0) -> None:
         """Refuses a job more of a principal that has as many waiting as it may."""

@@ -24,6 +24,8 @@ class Started:
     negative_prompt: Encoded | None
     num_reused_calls: int = 0
     """Calls that are not run: where they lead was kept of an earlier job."""
+    similarity: float | None = None
+    """How near the text is that they were run for, up to 1; None: it is this one."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

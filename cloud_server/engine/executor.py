@@ -168,7 +168,7 @@ class Executor:
         """Posts the states that a call led to where they are due, and keeps the last one.
 
         Returns:
-            Those that were due.
+            Those that were due, or are to be kept for other jobs.
 
         Raises:
             HybridSDError: OUTPUT_NOT_FINITE.
@@ -190,20 +190,21 @@ class Executor:
 
 
 def _publish(job: Job, reached: Reached) -> Snapshot | None:
-    """Keeps where a job is, and posts it where it is due, and returns it then."""
+    """Keeps where a job is, and posts it where it is due; returns it then, and where other jobs may begin with it."""
     checkpoint = step.checkpoint(reached)
     preview = None if reached.x0_preview is None else step.off_device(reached.x0_preview)
     arrays = checkpoint.state if preview is None else (*checkpoint.state, preview)
-    is_due = job.request.is_state_due(reached.call)
-    if is_due and not all(np.isfinite(array).all() for array in arrays):
+    is_due, is_kept = job.request.is_state_due(reached.call), job.request.is_state_kept(reached.call)
+    if (is_due or is_kept) and not all(np.isfinite(array).all() for array in arrays):
         raise Reason.OUTPUT_NOT_FINITE.error(
             f"the model's output is not finite before call {reached.call}; change the input, or serve another dtype"
         )
     job.checkpoint = checkpoint
-    if not is_due:
+    if not is_due and not is_kept:
         return None
     snapshot = Snapshot(reached.call, checkpoint.state, preview, reached.call == job.request.handoff_call)
-    job.post(snapshot)
+    if is_due:
+        job.post(snapshot)
     return snapshot
 
 

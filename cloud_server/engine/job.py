@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from cloud_server.engine.caller import NOBODY, Caller
 from cloud_server.engine.event_buffer import EventBuffer
 from cloud_server.engine.events import Event, Failed, Finished, Queued, Snapshot, Started, Usage
+from cloud_server.engine.near import Feature
 from cloud_server.engine.prefix_cache import Held, Key
 from cloud_server.engine.request import JobRequest
 from cloud_server.engine.step import Checkpoint, Texts, Trajectory
@@ -83,6 +84,10 @@ class Job:
         # Only the thread that has the job in hand touches these: texts first, then steps.
         self.held = held
         """The state that it began with in place of its own first one."""
+        self.similarity: float | None = None
+        """How near the text is that the state is of; None: it is the job's own."""
+        self.feature: Feature | None = None
+        """What other texts are compared with its own by, where they may be."""
         self.texts: tuple[Texts, ...] = () if held is None else held.texts
         """Of each stage."""
         self.checkpoint: Checkpoint | None = None if held is None else Checkpoint(held.call, held.arrays, (), 0)
@@ -229,6 +234,11 @@ class Job:
                 return Reason.DEADLINE_EXCEEDED.error("the deadline of the call passed; give it more time")
             return None
 
+    def begin_with(self, held: Held, similarity: float) -> None:
+        """Takes a state of a job with a near text to begin with; its own texts are read already."""
+        self.held, self.similarity = held, similarity
+        self.checkpoint = Checkpoint(held.call, held.arrays, (), 0)
+
     def begin_afresh(self) -> None:
         """Forgets the state that it was to begin with, and which is not its model's any more."""
         self.held, self.texts, self.checkpoint = None, (), None
@@ -237,7 +247,7 @@ class Job:
         """Says that the job has begun, and where, if that is not at its beginning; once."""
         if self._started is not None:
             return  # it began anew on another device
-        self.post(Started(*self.texts[0], self.num_reused_calls))
+        self.post(Started(*self.texts[0], self.num_reused_calls, self.similarity))
         held, request = self.held, self.request
         if held is None:
             return

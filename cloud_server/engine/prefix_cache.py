@@ -6,12 +6,16 @@ and one that ends later begins there. Knows nothing of threads, devices or messa
 
 import hashlib
 from collections import Counter, OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from cloud_server.engine.near import Feature
 from cloud_server.engine.request import JobRequest, Latents
 from cloud_server.engine.step import Texts
 from cloud_server.models.denoiser import Encoded
+
+MAX_NEAR = 256
+"""Texts that one text is compared with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,8 @@ class PrefixCache:
         self._texts: dict[Key, tuple[Texts, ...]] = {}
         self._num_uses: Counter[int] = Counter()  # of encoded texts, by id
         self._hints: Counter[tuple[str, int, int]] = Counter()
+        self._near: dict[Key, OrderedDict[Key, Feature]] = {}  # by what must agree, then by `Key`
+        self._groups: dict[Key, Key] = {}  # the same, the other way
 
     def __len__(self) -> int:
         """Returns how many states are kept."""
@@ -86,13 +92,36 @@ class PrefixCache:
         store.move_to_end((key, call))
         return store[key, call]
 
-    def keep(self, key: Key, held: Held, *, is_end: bool) -> None:
+    def find_near(
+        self, group: Key, feature: Feature, after_call: int, last_call: int, min_similarity: float
+    ) -> tuple[Held, float] | None:
+        """Returns a state of the job of the nearest text, and how near that is, or None.
+
+        Args:
+            group: Of the job: what must agree.
+            feature: Of its text.
+            after_call: See `find`.
+            last_call: See `find`.
+            min_similarity: The text is as near as this at least.
+        """
+        held: Mapping[Key, Feature] = self._near.get(group, {})
+        similar = sorted(((float(other @ feature), key) for key, other in held.items()), key=lambda pair: -pair[0])
+        for similarity, key in similar:
+            if similarity < min_similarity:
+                return None
+            found = self.find(key, after_call, last_call)
+            if found is not None:
+                return found, min(similarity, 1.0)
+        return None
+
+    def keep(self, key: Key, held: Held, *, is_end: bool, near: tuple[Key, Feature] | None = None) -> None:
         """Keeps a state, and drops others where there is no room for it.
 
         Args:
             key: Of its job.
             held: The state.
             is_end: Whether its job ended there, and it is worth more.
+            near: Where jobs of other texts may begin with it: what must agree, and what its text is compared by.
         """
         place = (key, held.call)
         before = self._ends.get(place) or self._others.get(place)
@@ -112,6 +141,13 @@ class PrefixCache:
                 self._num_uses[id(text)] += 1
                 self.num_bytes += _text_bytes(text) if self._num_uses[id(text)] == 1 else 0
         self._calls[key].add(held.call)
+        if near is not None and key not in self._groups:
+            group, feature = near
+            self._groups[key] = group
+            self._near.setdefault(group, OrderedDict())[key] = feature
+            self.num_bytes += feature.nbytes
+            if len(self._near[group]) > MAX_NEAR:
+                self._forget_near(next(iter(self._near[group])))
         (self._ends if is_end else self._others)[place] = held
         self.num_bytes += held.num_bytes
         while self.num_bytes > self.max_bytes:
@@ -125,6 +161,7 @@ class PrefixCache:
         if self._calls[key]:
             return
         del self._calls[key]
+        self._forget_near(key)
         for text in _texts(self._texts.pop(key)):
             self._num_uses[id(text)] -= 1
             if not self._num_uses[id(text)]:
@@ -135,8 +172,16 @@ class PrefixCache:
         if not self._hints[hint]:
             del self._hints[hint]
 
+    def _forget_near(self, key: Key) -> None:
+        """Lets a job's states be found by its own text only."""
+        group = self._groups.pop(key, None)
+        if group is not None:
+            self.num_bytes -= self._near[group].pop(key).nbytes
+            if not self._near[group]:
+                del self._near[group]
 
-def prefix_digest(request: JobRequest, plan_digest: bytes) -> bytes:
+
+def prefix_digest(request: JobRequest, plan_digest: bytes, *, has_prompt: bool = True) -> bytes:
     """Returns the digest of all in a request that decides the bits of its states, but for models' contents and owners.
 
     How far it runs, what it shows and how it is sent are not in it.
@@ -144,6 +189,7 @@ def prefix_digest(request: JobRequest, plan_digest: bytes) -> bytes:
     Args:
         request: The job.
         plan_digest: Of its plan.
+        has_prompt: Whether the prompt is in it: without it, it is what near texts must agree in.
     """
     sha = hashlib.sha256(b"hybridsd.prefix.v1")
 
@@ -157,7 +203,7 @@ def prefix_digest(request: JobRequest, plan_digest: bytes) -> bytes:
         for array in arrays:
             add(None) if array is None else add(array.shape, array.tobytes())
 
-    for text in (request.prompt, request.negative_prompt):
+    for text in (request.prompt if has_prompt else None, request.negative_prompt):
         if isinstance(text, Encoded):
             add("embeddings")
             add_arrays(text.embeds, text.pooled)

@@ -12,6 +12,8 @@ from hybridsd.prompting import DEFAULT_TEXT, TextOptions
 
 Latents = NDArray[np.float32]
 """`[channels, height / vae_scale_factor, width / vae_scale_factor]`, VP scale at the input of the U-Net."""
+MAX_NEAR_CALLS = 3
+"""Calls that a job may take over from one of another text: what is in the image is still open then."""
 
 
 def new_request_id() -> str:
@@ -35,6 +37,18 @@ class Skipping:
     warm_up_calls: int
     skipped_calls: int
     extrapolation: float
+
+
+@dataclass(frozen=True, slots=True)
+class ApproximateReuse:
+    """Where a job may begin with a state of another text (docs/reuse.md)."""
+
+    max_calls: int
+    """Calls that may be taken over, in [1, 3]."""
+    min_similarity: float
+    """Of the texts, in (0, 1]; see `near.text_feature`."""
+    group: bytes = b""
+    """Digest of all that must agree: as `JobRequest.prefix`, but for the prompt."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -82,6 +96,8 @@ class JobRequest:
     """How long the job goes on without a reader."""
     prefix: bytes = b""
     """Digest of all of it that decides its states, see `prefix_cache`; empty: they are not kept, nor found."""
+    approximate_reuse: ApproximateReuse | None = None
+    """None: only states of exactly this job will do."""
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -93,6 +109,11 @@ class JobRequest:
         return (
             call == self.handoff_call or _is_due(call - self.first_call, self.state_every) or self.is_preview_due(call)
         )
+
+    def is_state_kept(self, call: int) -> bool:
+        """Whether the state before `call` is kept for jobs of near texts, due or not."""
+        reuse = self.approximate_reuse
+        return reuse is not None and call - self.first_call <= MAX_NEAR_CALLS
 
     def is_preview_due(self, call: int) -> bool:
         """Whether the preview of the call before `call` is to be published."""

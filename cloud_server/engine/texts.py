@@ -7,6 +7,7 @@ import structlog
 
 from cloud_server.engine import step
 from cloud_server.engine.job import Job
+from cloud_server.engine.near import Feature, text_feature
 from cloud_server.engine.request import Stage
 from cloud_server.engine.step import Texts, Trajectory
 from cloud_server.models.denoiser import Denoiser, Encoded, TextCache
@@ -19,15 +20,20 @@ class TextReader:
     """The encoded texts of all models."""
 
     def __init__(
-        self, on_lookup: Callable[[bool], None], content: Callable[[str], Hashable] = lambda _model: None
+        self,
+        on_lookup: Callable[[bool], None],
+        content: Callable[[str], Hashable] = lambda _model: None,
+        on_feature: Callable[[Job, Feature], None] = lambda _job, _feature: None,
     ) -> None:
-        """Takes who hears of each text that is asked for whether it was held, and what says a model's content.
+        """Takes who hears of what.
 
         Args:
-            on_lookup: Hears of each text.
-            content: See `ServedModels.content`.
+            on_lookup: Hears of each text that is asked for whether it was held.
+            content: Says what a model's content is; see `ServedModels.content`.
+            on_feature: Hears what the text of a job that may begin with a state of a near one is compared by, before it
+                begins.
         """
-        self._on_lookup, self._content = on_lookup, content
+        self._on_lookup, self._content, self._on_feature = on_lookup, content, on_feature
         self._caches: dict[str, tuple[Hashable, TextCache]] = {}
 
     def forget(self, models: Mapping[str, object]) -> None:
@@ -48,6 +54,10 @@ class TextReader:
         with beside(next(iter(denoisers.values())).device):
             if not job.texts:
                 job.texts = tuple(self._encode(job, denoisers[stage.model], stage) for stage in job.request.stages)
+            if job.request.approximate_reuse is not None and job.feature is None and job.checkpoint is None:
+                model = job.request.model
+                empty = self._cache(model).encode(denoisers[model], "")
+                self._on_feature(job, text_feature(job.texts[0][0], empty))
             trajectory = step.begin(denoisers, job.request, job.texts, job.checkpoint)
         log.debug("job_prepared", request_id=job.request.request_id, elapsed_ms=1e3 * (time.monotonic() - started_s))
         return trajectory

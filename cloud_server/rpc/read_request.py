@@ -25,7 +25,13 @@ from cloud_server.rpc.read_conditioning import (
     text_options,
     value_bytes,
 )
-from cloud_server.rpc.read_features import check_solver, read_inpainting, read_loras, read_skipping
+from cloud_server.rpc.read_features import (
+    check_solver,
+    read_approximate_reuse,
+    read_inpainting,
+    read_loras,
+    read_skipping,
+)
 from cloud_server.rpc.worker_pool import WorkerPool
 from hybridsd import codec
 from hybridsd.durations import to_seconds
@@ -191,7 +197,10 @@ class RequestReader:
             negative_prompt_digest=sent_digest(embeddings, "negative_") if embeddings and guided else None,
             resume_call=request.resume_call,
         )
-        return replace(job, prefix=prefix_digest(job, plan_digest)), style
+        prefix, reuse = prefix_digest(job, plan_digest), read_approximate_reuse(request)
+        if reuse is not None:
+            reuse = replace(reuse, group=prefix_digest(job, plan_digest, has_prompt=False))
+        return replace(job, prefix=prefix, approximate_reuse=reuse), style
 
     def _model_changes(
         self, request: pb.DenoiseRequest, first: ModelInfo, guidance_scale: float

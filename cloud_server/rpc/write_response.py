@@ -87,6 +87,7 @@ def _started(event: Started, request: JobRequest, style: AnswerStyle) -> pb.Star
         guidance_scale=request.guidance_scale,
         num_dropped_tokens=dropped,
         num_reused_calls=event.num_reused_calls,
+        reuse_similarity=event.similarity,
         prediction_type=style.model.prediction_type,
     )
 

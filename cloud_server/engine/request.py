@@ -7,13 +7,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cloud_server.models.denoiser import Encoded
+from hybridsd.limits import MAX_REUSED_CALLS
 from hybridsd.plan import Plan
 from hybridsd.prompting import DEFAULT_TEXT, TextOptions
 
 Latents = NDArray[np.float32]
 """`[channels, height / vae_scale_factor, width / vae_scale_factor]`, VP scale at the input of the U-Net."""
-MAX_NEAR_CALLS = 3
-"""Calls that a job may take over from one of another text: what is in the image is still open then."""
 
 
 def new_request_id() -> str:
@@ -113,7 +112,7 @@ class JobRequest:
     def is_state_kept(self, call: int) -> bool:
         """Whether the state before `call` is kept for jobs of near texts, due or not."""
         reuse = self.approximate_reuse
-        return reuse is not None and call - self.first_call <= MAX_NEAR_CALLS
+        return reuse is not None and call - self.first_call <= MAX_REUSED_CALLS
 
     def is_preview_due(self, call: int) -> bool:
         """Whether the preview of the call before `call` is to be published."""

@@ -5,11 +5,11 @@ Knows the messages and the models' descriptions. Knows nothing of the engine or 
 
 from collections.abc import Sequence
 
-from cloud_server.engine.request import MAX_NEAR_CALLS, ApproximateReuse, Latents, Skipping
+from cloud_server.engine.request import ApproximateReuse, Latents, Skipping
 from cloud_server.models.load import ModelInfo
 from hybridsd import codec
 from hybridsd.errors import Reason
-from hybridsd.limits import MAX_LORA_WEIGHT, MAX_LORAS
+from hybridsd.limits import MAX_LORA_WEIGHT, MAX_LORAS, MAX_REUSED_CALLS
 from hybridsd.plan import PlanRow
 from hybridsd.v1 import denoising_service_pb2 as pb
 
@@ -123,9 +123,9 @@ def read_approximate_reuse(request: pb.DenoiseRequest) -> ApproximateReuse | Non
     if not request.HasField("approximate_reuse"):
         return None
     given = request.approximate_reuse
-    if not 1 <= given.max_calls <= MAX_NEAR_CALLS:
+    if not 1 <= given.max_calls <= MAX_REUSED_CALLS:
         raise Reason.FIELD_INVALID.error(
-            f"approximate_reuse.max_calls is {given.max_calls}; choose 1 to {MAX_NEAR_CALLS}",
+            f"approximate_reuse.max_calls is {given.max_calls}; choose 1 to {MAX_REUSED_CALLS}",
             field="approximate_reuse.max_calls",
         )
     similarity = given.min_similarity if given.HasField("min_similarity") else DEFAULT_SIMILARITY

@@ -198,6 +198,8 @@ class CloudStarted:
     """Which cloud it is."""
     reused_steps: range = range(0)
     """Steps that it does not run, for it has kept where they lead."""
+    similarity: float | None = None
+    """How near the text is that they were run for; None: it is this one, and they are exactly these."""
 
 
 CloudEvent = Queued | CloudStarted | CloudState | Usage | Waiting

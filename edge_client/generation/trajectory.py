@@ -43,6 +43,8 @@ class Trajectory:
     """Whole steps that the cloud has run, without those of a saved state."""
     reused_steps: set[int] = field(default_factory=set)
     """Of these those that no cloud ran for this image: one had kept where they lead."""
+    reuse_similarity: float | None = None
+    """How near the text is that some of these were run for; None: all are exactly these."""
     num_cloud_segments: int = 0
     """Jobs that clouds were asked for; they have ids of their own."""
     cloud_deadline: float | None = None
@@ -140,6 +142,8 @@ class Trajectory:
             error.is_bare = True  # the server's word, and no refusal: it does not cost the state that is held
             raise error
         self.reused_steps.update(started.reused_steps)
+        if started.similarity is not None:
+            self.reuse_similarity = started.similarity
         self.plan, self.cloud_model, self.prediction_type = started.plan, started.model, prediction_type
         self.conditioning = self.conditioning if started.conditioning is None else started.conditioning
         self.num_dropped_tokens = max(self.num_dropped_tokens, started.num_dropped_tokens)  # 0 for embeddings
@@ -228,6 +232,7 @@ class Trajectory:
             planned_cloud_steps=earlier + resolved.planned_cloud_steps,
             actual_cloud_steps=earlier + self.cloud_steps,
             reused_cloud_steps=len(self.reused_steps),
+            reuse_similarity=self.reuse_similarity,
             early_handoff_reason=self.early_handoff_reason,
             fallback_reason=None if self.lost is None else self.lost.reason,
             fallback_message="" if self.lost is None else self.lost.message,

@@ -57,6 +57,7 @@ class CloudStarted(_OfImage):
     num_dropped_tokens: int
     num_calls: int
     reused_steps: int = Field(0, description="steps that the cloud does not run: it had kept where they lead")
+    reuse_similarity: float | None = Field(None, description="how near the text is that they were run for; null: exact")
 
 
 class StepDone(_OfImage):

@@ -1,6 +1,7 @@
 """A service that keeps states: the same request again is answered from memory, whoever else is served meanwhile."""
 
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import grpc
 import pytest
@@ -55,3 +56,46 @@ async def test_a_full_server_answers_what_it_has(start_server: StartServer, gate
         assert failure(raised.value)[:2] == ("RESOURCE_EXHAUSTED", "QUEUE_FULL")
     for stream in streams:
         stream.cancel()
+
+
+@pytest.mark.parametrize(
+    ("reuse", "field"),
+    [
+        ({"max_calls": 0}, "approximate_reuse.max_calls"),
+        ({"max_calls": 4}, "approximate_reuse.max_calls"),
+        ({"max_calls": 1, "min_similarity": 0.0}, "approximate_reuse.min_similarity"),
+        ({"max_calls": 1, "min_similarity": 1.1}, "approximate_reuse.min_similarity"),
+        ({"max_calls": 1, "min_similarity": float("nan")}, "approximate_reuse.min_similarity"),
+    ],
+)
+async def test_what_may_be_taken_over_has_bounds(start_server: StartServer, reuse: Any, field: str) -> None:
+    """Each is named; skipped calls cannot be had beside it."""
+    client = await start_server(prefix_cache_mib=1)
+    wanted = pb.ApproximateReuse(**reuse)
+    skipping = pb.CallSkipping(warm_up_calls=2, skipped_calls=1)
+    for asked, where in (
+        (message(approximate_reuse=wanted), field),
+        (message(approximate_reuse=pb.ApproximateReuse(max_calls=1), call_skipping=skipping), "approximate_reuse"),
+    ):
+        with pytest.raises(grpc.RpcError) as raised:
+            await client.denoise(asked)
+        assert failure(raised.value)[:3] == ("INVALID_ARGUMENT", "FIELD_INVALID", where)
+
+
+async def test_a_near_text_is_begun_with_where_it_is_near_enough(start_server: StartServer) -> None:
+    """0.95 where nothing is said; the start says how near it is, and an exact answer says nothing."""
+    client = await start_server(prefix_cache_mib=1)
+
+    async def ask(prompt: str, **reuse: Any) -> pb.Started:
+        asked = message(text=pb.TextConditioning(prompt=prompt), approximate_reuse=pb.ApproximateReuse(**reuse))
+        return (await client.denoise(asked))[0].started
+
+    await ask("a fox on a blue hill", max_calls=2)
+    strict = await ask("donuts", max_calls=2)
+    near = await ask("a fox on the blue hill", max_calls=2, min_similarity=0.01)
+    exact = await ask("a fox on a blue hill", max_calls=2)
+
+    assert (strict.num_reused_calls, strict.HasField("reuse_similarity")) == (0, False)
+    assert near.num_reused_calls == 2
+    assert 0.01 <= near.reuse_similarity <= 1
+    assert (exact.num_reused_calls, exact.HasField("reuse_similarity")) == (4, False)

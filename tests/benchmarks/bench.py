@@ -55,7 +55,7 @@ from tests.benchmarks.common import PROMPT, SETTLE_S, machine, say
 from tests.load.clients import request_of
 from tests.support.wire import measure
 
-PARTS = ("engine", "devices", "hybrid", "wire", "codec", "start", "memory")
+PARTS = ("engine", "devices", "hybrid", "reuse", "wire", "codec", "start", "memory")
 MIX = (
     # scheduler, guided: eight jobs that have nothing in common but the model
     ("dpmpp_2m", True), ("ddim", True), ("euler", True), ("pndm", True),
@@ -487,10 +487,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="full-size shapes with random weights: minutes, 10 GiB")
     parser.add_argument("--family", type=Path, default=DEMO, help="folder with large/ and edge/")
-    parser.add_argument(
-        "--only", choices=["engine", "devices", "hybrid", "wire", "codec", "start", "memory"], action="append"
-    )
-    parser.add_argument("--only", choices=BENCHES, action="append")
+    parser.add_argument("--only", choices=PARTS, action="append")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--smoke", action="store_true", help="the smallest size of everything: does it run?")

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from cloud_server.engine.caller import Caller
 from cloud_server.engine.engine import Engine
@@ -286,6 +287,31 @@ async def test_nothing_is_kept_without_room_or_a_digest(
         await run(engine, replace(request, request_id="again"))
         assert len(opened.rows) == before + 2
         assert (len(engine.prefix_cache), engine.prefix_cache.num_bytes) == (0, 0)
+
+
+async def test_any_worker_goes_on_from_what_another_kept(tiny_model: Model, gated: GatedDenoiser) -> None:
+    """Where all devices are of one kind; of several kinds nothing is kept, for their bits differ."""
+    other = GatedDenoiser(tiny_model.denoiser)
+    engine = Engine(FixedModels({"tiny": gated}, {"tiny": other}), num_threads=1, prefix_cache_bytes=MIB)
+    engine.start()
+    try:
+        gated.allow(2)
+        await run(engine, keyed(tiny_model, handoff_call=2))
+        blocker, buffer = EventBuffer(), EventBuffer()
+        engine.submit(keyed(tiny_model, seed=5, handoff_call=6), blocker, caller=ALICE)
+        await read_to_start(blocker)  # and does not get on
+        engine.submit(keyed(tiny_model, handoff_call=3), buffer, caller=ALICE)
+        other.open()
+        assert handoff(await read_to_end(buffer)).call == 3
+        assert len(other.rows) == 1
+    finally:
+        gated.open()
+        other.open()
+        engine.stop()
+
+    other.device = torch.device("meta")
+    mixed = Engine(FixedModels({"tiny": gated}, {"tiny": other}), prefix_cache_bytes=MIB)
+    assert mixed.prefix_cache.max_bytes == 0
 
 
 def test_all_that_decides_the_bits_is_in_the_digest_and_no_more(tiny_model: Model) -> None:

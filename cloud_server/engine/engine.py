@@ -200,11 +200,13 @@ class Engine:
                 job.attach(buffer, deadline_s)
                 job.post_start()
                 self._scheduler.answer(job, Finished(job.usage()))
+                self._count_prefix(job)
                 return job
             self._scheduler.check_room(request.request_id, caller)
             self._check_queued(caller)
             self._scheduler.quotas.charge(caller, job.key, job.num_asked_calls)
             self._scheduler.add(job)
+            self._count_prefix(job)
             job.attach(buffer, deadline_s)
             self._admit()
             self._scheduler.post_positions()
@@ -400,9 +402,12 @@ class Engine:
             request.handoff_call,
             exactly=request.skipping is not None,  # where it goes on depends on where it would have been handed off
         )
-        num_reused = 0 if held is None else held.call - request.first_call
-        self._metrics.note_prefix(num_reused, request.handoff_call - request.first_call)
         return key, held
+
+    def _count_prefix(self, job: Job) -> None:
+        """Counts what was found for a job that has come in."""
+        if job.prefix is not None:
+            self._metrics.note_prefix(job.num_reused_calls, job.request.handoff_call - job.request.first_call)
 
     def _contents(self, request: JobRequest) -> tuple[tuple[str, Hashable], ...]:
         names = dict.fromkeys(stage.model for stage in request.stages)
@@ -417,9 +422,7 @@ class Engine:
             job.feature = feature
             last_call = min(job.request.first_call + reuse.max_calls, job.request.handoff_call - 1)
             group = replace(key, digest=reuse.group)
-            found = self._prefixes.find_near(
-                group, feature, job.request.first_call, last_call, reuse.min_similarity
-            )  # fmt: skip
+            found = self._prefixes.find_near(group, feature, job.request.first_call, last_call, reuse.min_similarity)
             self._metrics.note_lookup("near", is_hit=found is not None)
             if found is not None:
                 job.begin_with(*found)

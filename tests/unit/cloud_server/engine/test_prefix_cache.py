@@ -134,7 +134,8 @@ async def test_a_full_queue_and_a_quota_do_not_matter(
 ) -> None:
     """What is kept is answered while all places are taken, and costs no steps; what is not is refused as ever."""
     caller = replace(ALICE, quota=Quota(jobs=2, queued=1, steps_per_minute=20))
-    engine = make_engine({"tiny": gated}, prefix_cache_bytes=MIB, max_batch=1, max_queue=1)
+    metrics = Metrics()
+    engine = make_engine({"tiny": gated}, prefix_cache_bytes=MIB, max_batch=1, max_queue=1, metrics=metrics)
     gated.allow(3)
     kept = keyed(tiny_model, handoff_call=3)
     await run(engine, kept, caller)
@@ -150,6 +151,11 @@ async def test_a_full_queue_and_a_quota_do_not_matter(
     await read_to_start(buffers[0])
     with pytest.raises(CloudBusy):
         engine.check_room("new", caller, steps=3, seed=99)
+    reused = "hybridsd_cloud_reused_steps_total"
+    assert metrics.registry.get_sample_value(reused) == 0
+    with pytest.raises(CloudBusy):
+        await run(engine, keyed(tiny_model, handoff_call=4), caller)
+    assert metrics.registry.get_sample_value(reused) == 0, "what is refused reuses nothing"
 
     for _ in range(10):  # of 3 steps each: more than a minute's
         engine.check_room("again", caller, steps=3, seed=0)

@@ -64,7 +64,6 @@ MIX = (
 
 ENGINE_PARTS = ("bare", "engine", "first")
 """Of `child`, which `bench_engine` takes."""
-BENCHES = ("engine", "hybrid", "reuse", "wire", "codec", "start", "memory")
 
 
 def mixed_jobs(model: Model, num_calls: int, first_id: int = 0) -> list[JobRequest]:
@@ -305,7 +304,10 @@ def bench_hybrid(
             time.sleep(settle_s)
             begin = time.perf_counter()
             for event in generate(
-                resolve(replace(request, request_id=f"bench{repeat}"), bundle.manifest), bundle, models, cloud
+                resolve(replace(request, request_id=f"bench{repeat}", seed=1 + repeat), bundle.manifest),
+                bundle,
+                models,
+                cloud,
             ):
                 if isinstance(event, CloudStarted):
                     conditioning = event.conditioning or conditioning
@@ -323,6 +325,8 @@ def bench_hybrid(
                 wire.append(elapsed)
                 local.append(alone)
         cloud.close()
+        kept_s = reused_over_grpc_s(address, model.info.default_size, 20 * repeats, k)
+    say_reuse("over gRPC", kept_s)
     ratios = [a / b for a, b in zip(wire, local, strict=True)]
     say(
         f"hybrid over gRPC / the same steps in one process: {statistics.median(ratios):.3f} "
@@ -346,34 +350,25 @@ async def reused_in_engine_s(model: Model, repeats: int, num_calls: int) -> list
     return times[1:]
 
 
-def reused_over_grpc_s(cloud_options: list[str], side: int, repeats: int, num_calls: int) -> list[float]:
+def reused_over_grpc_s(address: str, side: int, repeats: int, num_calls: int) -> list[float]:
     """Times from sending a request whose hand-off is kept to the message that has it, both on this machine."""
     request, times = request_of(num_calls, side, steps=max(4, num_calls)), []
     request.request_id = ""  # each is a job of its own
-    with tempfile.TemporaryDirectory() as name, running_cloud(cloud_options, Path(name) / "cloud.log") as (address, _):
-        channel = grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)])
-        stub = denoising_service_pb2_grpc.DenoisingServiceStub(channel)
-        for _ in range(repeats + 1):
-            begin = time.perf_counter()
-            for message in stub.Denoise(request):
-                if message.HasField("state") and message.state.is_handoff:
-                    times.append(time.perf_counter() - begin)
-        channel.close()
+    channel = grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)])
+    stub = denoising_service_pb2_grpc.DenoisingServiceStub(channel)
+    for _ in range(repeats + 1):
+        begin = time.perf_counter()
+        for message in stub.Denoise(request):
+            if message.HasField("state") and message.state.is_handoff:
+                times.append(time.perf_counter() - begin)
+    channel.close()
     return times[1:]
 
 
-def bench_reuse(model: Model, large: Path, dtype: str, *, repeats: int, num_calls: int) -> None:
+def say_reuse(where: str, times: Sequence[float]) -> None:
     """Prints how soon a request that was made before is answered."""
-    cloud = ["--model", f"bench={large}", "--dtype", dtype]
-    found = {
-        "in the engine": asyncio.run(reused_in_engine_s(model, repeats, num_calls)),
-        "over gRPC": reused_over_grpc_s(cloud, model.info.default_size, repeats, num_calls),
-    }
-    for where, times in found.items():
-        median_ms, worst_ms = 1e3 * statistics.median(times), 1e3 * max(times)
-        say(
-            f"a hand-off that is kept, {where}: {median_ms:.2f} ms, worst {worst_ms:.2f} ms (aim 5; {len(times)} times)"
-        )
+    median_ms, worst_ms = 1e3 * statistics.median(times), 1e3 * max(times)
+    say(f"a kept hand-off, {where}: {median_ms:.2f} ms, worst {worst_ms:.2f} ms (aim 5; {len(times)} times)")
 
 
 def bench_wire(folder: Path, codecs: Sequence[str]) -> None:
@@ -519,16 +514,15 @@ def main() -> None:
         wanted = options.only or PARTS
         in_children = [*ENGINE_PARTS] * ("engine" in wanted) + ["devices"] * ("devices" in wanted)
         times_of = timer(family / "large", options.dtype, repeats, calls, together=in_children if options.smoke else ())
-        wanted = options.only or BENCHES
         if "engine" in wanted:
             bench_engine(times_of, repeats=repeats, num_calls=calls, num_pairs=pairs)
         if "devices" in wanted:
             bench_devices(times_of)
         if "hybrid" in wanted:
-            cloud = ["--model", f"bench={family / 'large'}", "--dtype", options.dtype, "--prefix-cache", "0"]
+            cloud = ["--model", f"bench={family / 'large'}", "--dtype", options.dtype]
             bench_hybrid(model, family / "edge", cloud, steps=steps, k=k, repeats=repeats, settle_s=settle_s)
         if "reuse" in wanted:
-            bench_reuse(model, family / "large", options.dtype, repeats=20 * repeats, num_calls=calls)
+            say_reuse("in the engine", asyncio.run(reused_in_engine_s(model, 20 * repeats, calls)))
         if "wire" in wanted:
             bench_wire(Path(folder), codecs=("int8",) if options.smoke else tuple(codec.ENCODINGS))
         if "codec" in wanted and not options.full:  # random weights say nothing about errors

@@ -293,9 +293,8 @@ def load(settings: Settings) -> dict[str, Any]:
     bundles = [load_bundle(folder) for folder in settings.bundles]
     if len({bundle.name for bundle in bundles}) < len(bundles):
         raise ModelError(f"two bundles have one name: {', '.join(sorted(bundle.name for bundle in bundles))}")
-    metrics = Metrics()
-    registry = _registry(settings, _placements(settings), metrics)
-    return {"settings": settings, "models": registry, "bundles": bundles, "metrics": metrics}
+    models, served = _load(settings, _placements(settings))
+    return {"settings": settings, "models": models, "bundles": bundles, "served": served}
 
 
 def _settings(**options: Any) -> Settings:

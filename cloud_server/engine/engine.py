@@ -26,7 +26,7 @@ from cloud_server.engine.caller import NOBODY, Caller
 from cloud_server.engine.device_worker import DeviceWorker, Pending
 from cloud_server.engine.event_buffer import EventBuffer
 from cloud_server.engine.events import Failed, Finished, Snapshot
-from cloud_server.engine.executor import Batch, BatchTooLarge, Executor, is_out_of_memory
+from cloud_server.engine.executor import Batch, BatchTooLarge, Call, Executor, is_out_of_memory
 from cloud_server.engine.job import Job, JobView
 from cloud_server.engine.near import Feature
 from cloud_server.engine.placement import Placement
@@ -48,6 +48,8 @@ log = structlog.get_logger()
 
 SLOW_CALLS = 4.0
 """A call that takes this many times the mean is not stuck yet: a machine may be slow."""
+LAST_STATES_S = 1.0
+"""For what a lost device had led to before: its jobs go on from there."""
 MAX_LOSSES = 2
 """Devices that a job may be in a call on when they are lost; then it ends, for it may be the cause."""
 DRAIN_RETRY_S = 5.0
@@ -491,6 +493,8 @@ class Engine:
                 return
         except BaseException:
             log.exception("engine_died", thread=threading.current_thread().name)
+        if worker is not None:
+            worker.wait_published(LAST_STATES_S)
         with self._changed:
             if worker is not None:
                 worker.is_dead = True
@@ -684,25 +688,30 @@ class Engine:
             worker.unpublished.put((call, call.reached[-1].call == call.job.request.handoff_call))
 
     def _publish_turn(self, worker: DeviceWorker) -> bool:
-        """Publishes what one call led to for one job, and ends the job at its hand-off; False ends the thread."""
+        """Publishes what one call led to for one job; False ends the thread."""
         work = worker.unpublished.get()
-        if work is None:
-            return False
-        call, is_done = work
+        try:
+            if work is not None:
+                self._publish(worker, *work)
+        finally:
+            worker.unpublished.task_done()
+        return work is not None
+
+    def _publish(self, worker: DeviceWorker, call: Call, is_done: bool) -> None:
+        """Publishes what a call led to, keeps it for later jobs, and ends the job at its hand-off."""
         job, begin = call.job, call.trajectory.begin
         if job.outcome is not None or job.num_begins != begin:
-            return True
+            return
         try:
             self._keep(job, worker.executor.publish(call))
         except torch.AcceleratorError:
             raise
         except Exception as error:
             self._fail(job, error, begin)
-            return True
+            return
         if is_done:
             with self._changed:
                 self._scheduler.end(job, Finished(job.usage()))
-        return True
 
     def _count(self, job: Job) -> None:
         """Counts a job that has ended. Its caller has a name to count by only where callers have tokens."""

@@ -92,6 +92,8 @@ _SERVE_OPTIONS = (
             "as `hybridsd-cloud tokens` makes it, or as plain text, one a line. It is read again when it changes."),
     _option("--max-batch", type=click.IntRange(1, 256), default=8, help="Jobs in one U-Net call."),
     _option("--max-queue", type=click.IntRange(1), default=32, help="Jobs that may wait."),
+    _option("--prefix-cache", "prefix_cache_mib", type=click.IntRange(0, 2**20), default=256, metavar="MIB",
+            help="Memory for states of jobs, which answer the same request of the same caller at once; 0: none."),
     _option("--max-size", type=click.IntRange(8), help="Largest width and height; else twice the models' default."),
     _option("--memory-budget", type=click.FloatRange(0, min_open=True), metavar="GIB", help="What weights of models "
             "may take of each device; those that were used least recently make room for others. No limit if not set."),

@@ -80,7 +80,11 @@ class Metrics:
         self.sent_bytes = self._make(Counter, "sent_bytes", "Bytes of the messages of streams, by codec.", "codec")
         self.states_dropped = self._make(Counter, "states_dropped", "States that a slow reader did not get.")
         self.cache_requests = self._make(
-            Counter, "cache_requests", "Texts and plans that were asked for: hit or miss.", "cache", "result"
+            Counter, "cache_requests", "Texts, plans, states (prefixes) and those of near texts (near) that were asked"
+            " for: hit, miss, or part: a state before the one that was asked for.", "cache", "result",
+        )  # fmt: skip
+        self.reused_steps = self._make(
+            Counter, "reused_steps", "Calls of the U-Net that were not run, for their outcome was kept."
         )
         # Tokens.
         self.token_jobs = self._make(
@@ -103,7 +107,8 @@ class Metrics:
         self._model_label, self._token_label = BoundedLabel(MAX_MODELS), BoundedLabel(MAX_TOKENS)
         for outcome in OUTCOMES:  # from 0 on, or the first of a kind would be no increase
             self.jobs.labels(outcome)
-        for cache, result in itertools.product(("texts", "plans"), ("hit", "miss")):
+        found = itertools.product(("texts", "plans", "prefixes", "near"), ("hit", "miss"))
+        for cache, result in [*found, ("prefixes", "part")]:
             self.cache_requests.labels(cache, result)
         build = self._make(Gauge, "build_info", "1; the label says the version.", "version")
         build.labels(importlib.metadata.version("hybridsd")).set(1)
@@ -204,8 +209,14 @@ class Metrics:
         self.token_steps.labels(label).inc(num_calls)
 
     def note_lookup(self, cache: str, *, is_hit: bool) -> None:
-        """Counts a request to a cache: texts or plans."""
+        """Counts a request to a cache: texts, plans or near."""
         self.cache_requests.labels(cache, "hit" if is_hit else "miss").inc()
+
+    def note_prefix(self, num_reused: int, num_asked: int) -> None:
+        """Counts a request to the prefix cache: of the calls that were asked for, how many need not be run."""
+        result = "hit" if num_reused == num_asked else "part" if num_reused else "miss"
+        self.cache_requests.labels("prefixes", result).inc()
+        self.reused_steps.inc(num_reused)
 
     def _make(self, kind: type[M], name: str, documentation: str, *labels: str) -> M:
         return kind(f"hybridsd_cloud_{name}", documentation, labels, registry=self.registry)

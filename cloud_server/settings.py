@@ -55,6 +55,8 @@ class Settings:
     """Of which callers must send one; None: everybody may call."""
     max_batch: int = 8
     max_queue: int = 32
+    prefix_cache_mib: int = 0
+    """What states that are kept to answer later jobs may take; 0 keeps none."""
     max_size: int | None = None
     """Pixels; None is twice the largest default size of the models."""
     bundles: tuple[Path, ...] = ()

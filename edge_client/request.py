@@ -3,7 +3,16 @@
 import uuid
 from dataclasses import dataclass, field
 
-from edge_client.types import CallSkipping, Conditioning, ImageInput, Latents, Mode, Place, SafetyAction
+from edge_client.types import (
+    ApproximateReuse,
+    CallSkipping,
+    Conditioning,
+    ImageInput,
+    Latents,
+    Mode,
+    Place,
+    SafetyAction,
+)
 from hybridsd.plan import Plan
 from hybridsd.prompting import DEFAULT_TEXT, TextOptions
 from hybridsd.trace_context import TraceContext, current_or_new
@@ -160,6 +169,8 @@ class Request:
     loras: tuple[tuple[str, float], ...] = ()
     """Adapters of the cloud, with their weights."""
     call_skipping: CallSkipping | None = None
+    approximate_reuse: ApproximateReuse | None = None
+    """None: the cloud reuses only what is exactly this image."""
     safety: SafetyAction = "off"
     state_every: int = 1
     """Asks the cloud for a state after every this many calls of the U-Net; 0 only for that of the hand-off. Fewer save

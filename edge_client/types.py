@@ -69,6 +69,37 @@ class CallSkipping:
             ) from error
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ApproximateReuse:
+    """What the cloud may take over from an image of a near text; see `hybridsd.v1.ApproximateReuse`."""
+
+    max_calls: int = 3
+    """In [1, 3]."""
+    min_similarity: float = 0.95
+    """In (0, 1]."""
+
+    def describe(self) -> str:
+        """Returns it as `parse` reads it."""
+        return f"{self.max_calls},{self.min_similarity!r}"
+
+    @classmethod
+    def parse(cls, text: str) -> "ApproximateReuse":
+        """Returns what "CALLS" or "CALLS,SIMILARITY" says; its ranges are checked with the request.
+
+        Raises:
+            InvalidRequest: FIELD_INVALID if it is neither.
+        """
+        try:
+            calls, *rest = text.split(",")
+            (similarity,) = map(float, rest or ["0.95"])
+            return cls(max_calls=int(calls), min_similarity=similarity)
+        except ValueError as error:
+            raise Reason.FIELD_INVALID.error(
+                f"`approximate_reuse` is {text[:40]!r}; give CALLS or CALLS,SIMILARITY, such as 3,0.95",
+                field="approximate_reuse",
+            ) from error
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ImageInput:
     """An image to begin with, or of which to keep a part. A cloud gets latents of it, never pixels."""

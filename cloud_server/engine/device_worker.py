@@ -54,6 +54,11 @@ class DeviceWorker:
         """Since when it has been at what it does; None while it waits for work."""
         self.is_dead = False
 
+    def wait_published(self, timeout_s: float) -> None:
+        """Waits until all that has come off the device is published, or no longer than this."""
+        with self.unpublished.all_tasks_done:
+            self.unpublished.all_tasks_done.wait_for(lambda: not self.unpublished.unfinished_tasks, timeout_s)
+
     def launch(self, batch: Batch, groups: set[Group]) -> Pending:
         """Asks for one call for a batch; see `Executor.call`."""
         with ExitStack() as measuring:

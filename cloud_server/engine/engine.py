@@ -15,7 +15,8 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 
 import structlog
 import torch
@@ -24,10 +25,12 @@ from cloud_server.energy import EnergyMeter
 from cloud_server.engine.caller import NOBODY, Caller
 from cloud_server.engine.device_worker import DeviceWorker, Pending
 from cloud_server.engine.event_buffer import EventBuffer
-from cloud_server.engine.events import Failed, Finished, Started
-from cloud_server.engine.executor import Batch, BatchTooLarge, Executor, is_out_of_memory
+from cloud_server.engine.events import Failed, Finished, Snapshot
+from cloud_server.engine.executor import Batch, BatchTooLarge, Call, Executor, is_out_of_memory
 from cloud_server.engine.job import Job, JobView
+from cloud_server.engine.near import Feature
 from cloud_server.engine.placement import Placement
+from cloud_server.engine.prefix_cache import Held, Key, PrefixCache
 from cloud_server.engine.quotas import check_queued
 from cloud_server.engine.request import JobRequest
 from cloud_server.engine.scheduler import Load, Scheduler
@@ -35,7 +38,7 @@ from cloud_server.engine.spans import tell_calls
 from cloud_server.engine.texts import TextReader
 from cloud_server.metrics import Metrics
 from cloud_server.models.denoiser import Denoiser
-from cloud_server.models.devices import use
+from cloud_server.models.devices import kind, use
 from cloud_server.models.served import ServedModels
 from hybridsd import tracing
 from hybridsd.errors import HybridSDError, Reason
@@ -45,6 +48,8 @@ log = structlog.get_logger()
 
 SLOW_CALLS = 4.0
 """A call that takes this many times the mean is not stuck yet: a machine may be slow."""
+LAST_STATES_S = 1.0
+"""For what a lost device had led to before: its jobs go on from there."""
 MAX_LOSSES = 2
 """Devices that a job may be in a call on when they are lost; then it ends, for it may be the cause."""
 DRAIN_RETRY_S = 5.0
@@ -74,6 +79,7 @@ class Engine:
         energy: Sequence[EnergyMeter] = (),
         metrics: Metrics | None = None,
         runs_ahead: bool | None = None,
+        prefix_cache_bytes: int = 0,
     ) -> None:
         """Makes an engine that does nothing until `start`.
 
@@ -88,6 +94,8 @@ class Engine:
             energy: How jobs' energy is known on each device; empty: it is not.
             metrics: What counts calls and jobs.
             runs_ahead: See `DeviceWorker`.
+            prefix_cache_bytes: What states that are kept for later jobs may take; 0: none are. None are either where
+                devices are of several kinds, whose bits differ.
         """
         self._metrics = Metrics() if metrics is None else metrics
         self._num_threads, self._stall_timeout_s = num_threads, stall_timeout_s
@@ -97,11 +105,15 @@ class Engine:
             max_batch=max_batch, max_queue=max_queue, keep_finished=keep_finished, keep_finished_s=keep_finished_s,
             on_end=self._count, placement=Placement(len(models.devices), load_s=models.load_s),
         )  # fmt: skip
+        is_alike = len({kind(device) for device in models.devices}) == 1
+        self._prefixes = PrefixCache(prefix_cache_bytes if is_alike else 0)
         self._is_draining = self._is_stopping = self._is_dead = False
         self._unread: deque[Job] = deque()  # admitted, but for their texts
         self._texts_since_s: float | None = None  # when the thread of the texts began what it does
 
-        self._texts = TextReader(lambda is_hit: self._metrics.note_lookup("texts", is_hit=is_hit))  # of its thread
+        self._texts = TextReader(  # of its thread
+            lambda is_hit: self._metrics.note_lookup("texts", is_hit=is_hit), models.content, self._find_near
+        )
         self._workers = [
             DeviceWorker(
                 number,
@@ -112,9 +124,9 @@ class Engine:
             for number, device in enumerate(models.devices)
         ]
         self._threads = [threading.Thread(target=self._run_texts, name="texts", daemon=True)]
-        for kind, run in (("steps", self._run_steps), ("publishing", self._run_publishing)):
+        for name, run in (("steps", self._run_steps), ("publishing", self._run_publishing)):
             self._threads += [
-                threading.Thread(target=run, args=(worker,), name=f"{kind}-{worker.number}", daemon=True)
+                threading.Thread(target=run, args=(worker,), name=f"{name}-{worker.number}", daemon=True)
                 for worker in self._workers
             ]
         models.listen(self._wake, self._in_use)
@@ -161,6 +173,8 @@ class Engine:
     ) -> Job:
         """Starts a job, or attaches to the one of that id, and posts its events to `buffer`.
 
+        One whose hand-off is kept is answered at once: it takes no place, no device and nothing of a quota.
+
         Args:
             request: What to run.
             buffer: Where its events go.
@@ -181,31 +195,56 @@ class Engine:
                     )
                 job.attach(buffer, deadline_s)
                 return job
-            self._check_room(request.request_id, caller)
-            job = Job(request, arrived_s, caller=caller)
+            self._check_open()
+            prefix, held = self._find_prefix(request, caller)
+            job = Job(request, arrived_s, caller=caller, prefix=prefix, held=held)
+            if held is not None and held.call == request.handoff_call:
+                job.attach(buffer, deadline_s)
+                job.post_start()
+                self._scheduler.answer(job, Finished(job.usage()))
+                self._count_prefix(job)
+                return job
+            self._scheduler.check_room(request.request_id, caller)
             self._check_queued(caller)
             self._scheduler.quotas.charge(caller, job.key, job.num_asked_calls)
             self._scheduler.add(job)
+            self._count_prefix(job)
             job.attach(buffer, deadline_s)
             self._admit()
             self._scheduler.post_positions()
             return job
 
-    def check_room(self, request_id: str, caller: Caller = NOBODY, *, steps: int = 0, num_reading: int = 0) -> None:
+    def check_room(
+        self,
+        request_id: str,
+        caller: Caller = NOBODY,
+        *,
+        steps: int = 0,
+        num_reading: int = 0,
+        seed: int = 0,
+        image_index: int = 0,
+    ) -> None:
         """Refuses a call for which `submit` would have no room now, before anything costly is done for it.
+
+        One that may be answered by what is kept is not refused.
 
         Args:
             request_id: Of the call.
             caller: Who asks.
             steps: Of its plan that it asks for; each takes a call of the U-Net or more.
             num_reading: Other calls of the caller's principal that are on their way to `submit`.
+            seed: Of its image.
+            image_index: Of its image.
 
         Raises:
             HybridSDError: QUEUE_FULL, QUOTA_EXCEEDED, or UNAVAILABLE while stopping or stuck, with a retry delay.
         """
         with self._changed:
             if self._scheduler.find((caller.owner, request_id)) is None:
-                self._check_room(request_id, caller)
+                self._check_open()
+                if self._prefixes.may_hold(_owner(caller), seed, image_index):
+                    return
+                self._scheduler.check_room(request_id, caller)
                 self._check_queued(caller, num_reading)
                 self._scheduler.quotas.check(caller, (caller.owner, request_id), max(0, steps))
 
@@ -300,6 +339,11 @@ class Engine:
             return False
 
     @property
+    def prefix_cache(self) -> PrefixCache:
+        """The states that are kept for later jobs, for counting them."""
+        return self._prefixes
+
+    @property
     def num_devices(self) -> int:
         """Workers, one for each device, lost ones too."""
         return len(self._workers)
@@ -345,14 +389,72 @@ class Engine:
             " another server or later"
         )
 
-    def _check_room(self, request_id: str, caller: Caller) -> None:
+    def _check_open(self) -> None:
         if self._is_draining and not self._is_dead:
             raise Reason.UNAVAILABLE.error(
                 "the server is stopping; try another one, or later", retry_delay_s=DRAIN_RETRY_S
             )
         if self._is_stuck():
             raise Reason.UNAVAILABLE.error(self._says_stuck(), retry_delay_s=DRAIN_RETRY_S)
-        self._scheduler.check_room(request_id, caller)
+
+    def _find_prefix(self, request: JobRequest, caller: Caller) -> tuple[Key | None, Held | None]:
+        """Returns what a job's states are kept by, and the furthest of them that is kept."""
+        if not self._prefixes.max_bytes or not request.prefix:
+            return None, None
+        models = self._contents(request)
+        key = Key(_owner(caller), request.seed, request.image_index, models, request.prefix)
+        held = self._prefixes.find(
+            key,
+            request.first_call,
+            request.handoff_call,
+            exactly=request.skipping is not None,  # where it goes on depends on where it would have been handed off
+        )
+        return key, held
+
+    def _count_prefix(self, job: Job) -> None:
+        """Counts what was found for a job that has come in."""
+        if job.prefix is not None:
+            self._metrics.note_prefix(job.num_reused_calls, job.request.handoff_call - job.request.first_call)
+
+    def _contents(self, request: JobRequest) -> tuple[tuple[str, Hashable], ...]:
+        names = dict.fromkeys(stage.model for stage in request.stages)
+        return tuple((model, self._models.content(model)) for model in names)
+
+    def _find_near(self, job: Job, feature: Feature) -> None:
+        """Lets a job begin with a state of the job of the nearest text, where that is near enough."""
+        with self._changed:
+            reuse, key = job.request.approximate_reuse, job.prefix
+            if reuse is None or key is None or job.outcome is not None or self._is_stale(job):
+                return
+            job.feature = feature
+            last_call = min(job.request.first_call + reuse.max_calls, job.request.handoff_call - 1)
+            group = replace(key, digest=reuse.group)
+            found = self._prefixes.find_near(group, feature, job.request.first_call, last_call, reuse.min_similarity)
+            self._metrics.note_lookup("near", is_hit=found is not None)
+            if found is not None:
+                job.begin_with(*found)
+                self._metrics.reused_steps.inc(job.num_reused_calls)
+                self._scheduler.quotas.give_back(job.caller, job.num_reused_calls)
+
+    def _is_stale(self, job: Job) -> bool:
+        """Whether a job's models are others than when it was asked for."""
+        return job.prefix is not None and self._contents(job.request) != job.prefix.models
+
+    def _keep(self, job: Job, snapshots: Sequence[Snapshot]) -> None:
+        """Keeps states of a job for later ones, unless its models have changed meanwhile."""
+        if job.prefix is None or job.similarity is not None or self._is_stale(job):
+            return
+        reuse = job.request.approximate_reuse
+        near = None
+        if reuse is not None and job.feature is not None:
+            near = replace(job.prefix, digest=reuse.group), job.feature
+        for snapshot in snapshots:
+            arrays = tuple(array.copy() for array in snapshot.arrays)  # which may be parts of larger ones
+            preview = None if snapshot.x0_preview is None else snapshot.x0_preview.copy()
+            held = Held(snapshot.call, arrays, preview, job.texts)
+            with self._changed:
+                is_end = snapshot.is_handoff or job.request.is_state_kept(snapshot.call)
+                self._prefixes.keep(job.prefix, held, is_end=is_end, near=near)
 
     def _check_queued(self, caller: Caller, num_reading: int = 0) -> None:
         """Refuses a job more of a principal that has as many waiting as it may."""
@@ -396,6 +498,8 @@ class Engine:
                 return
         except BaseException:
             log.exception("engine_died", thread=threading.current_thread().name)
+        if worker is not None:
+            worker.wait_published(LAST_STATES_S)
         with self._changed:
             if worker is not None:
                 worker.is_dead = True
@@ -449,6 +553,8 @@ class Engine:
                 self._changed.wait()
                 return True
             job, worker, denoisers = found
+            if job.held is not None and not job.num_begins and self._is_stale(job):
+                job.begin_afresh()
             begin, is_new = job.num_begins, not job.texts
             self._texts_since_s = time.monotonic()
         try:
@@ -471,7 +577,7 @@ class Engine:
         trajectory.begin = begin
         with self._changed:
             if job.outcome is None:
-                job.post(Started(*job.texts[0]))
+                job.post_start()
                 if begin == job.num_begins:
                     job.trajectory = trajectory
                 self._changed.notify_all()
@@ -587,25 +693,30 @@ class Engine:
             worker.unpublished.put((call, call.reached[-1].call == call.job.request.handoff_call))
 
     def _publish_turn(self, worker: DeviceWorker) -> bool:
-        """Publishes what one call led to for one job, and ends the job at its hand-off; False ends the thread."""
+        """Publishes what one call led to for one job; False ends the thread."""
         work = worker.unpublished.get()
-        if work is None:
-            return False
-        call, is_done = work
+        try:
+            if work is not None:
+                self._publish(worker, *work)
+        finally:
+            worker.unpublished.task_done()
+        return work is not None
+
+    def _publish(self, worker: DeviceWorker, call: Call, is_done: bool) -> None:
+        """Publishes what a call led to, keeps it for later jobs, and ends the job at its hand-off."""
         job, begin = call.job, call.trajectory.begin
         if job.outcome is not None or job.num_begins != begin:
-            return True
+            return
         try:
-            worker.executor.publish(call)
+            self._keep(job, worker.executor.publish(call))
         except torch.AcceleratorError:
             raise
         except Exception as error:
             self._fail(job, error, begin)
-            return True
+            return
         if is_done:
             with self._changed:
                 self._scheduler.end(job, Finished(job.usage()))
-        return True
 
     def _count(self, job: Job) -> None:
         """Counts a job that has ended. Its caller has a name to count by only where callers have tokens."""
@@ -634,6 +745,11 @@ class Engine:
         with self._changed:
             if job.num_begins == begin:  # else it runs elsewhere, and its device was at fault
                 self._scheduler.end(job, Failed(error))
+
+
+def _owner(caller: Caller) -> str:
+    """Returns whose states a caller may find: its own, and without tokens those of its machine and user."""
+    return caller.owner or f"{caller.principal}\n{caller.user}"
 
 
 def _find(models: ServedModels, device: int, model: str) -> Denoiser | None:

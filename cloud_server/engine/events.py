@@ -22,6 +22,10 @@ class Started:
 
     prompt: Encoded
     negative_prompt: Encoded | None
+    num_reused_calls: int = 0
+    """Calls that are not run: where they lead was kept of an earlier job."""
+    similarity: float | None = None
+    """How near the text is that they were run for, up to 1; None: it is this one."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,6 +50,8 @@ class Usage:
     num_skipped_calls: int = 0
     energy: Energy | None = None
     """None where it is not known."""
+    num_reused_calls: int = 0
+    """See `Started`; they took nothing."""
 
 
 @dataclass(frozen=True, slots=True)

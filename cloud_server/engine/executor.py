@@ -164,16 +164,18 @@ class Executor:
             self._metrics.note_call(first.trajectory.group[0], len(launched.calls), elapsed_s)
         return done_s
 
-    def publish(self, call: Call) -> None:
+    def publish(self, call: Call) -> list[Snapshot]:
         """Posts the states that a call led to where they are due, and keeps the last one.
+
+        Returns:
+            Those that were due, or are to be kept for other jobs.
 
         Raises:
             HybridSDError: OUTPUT_NOT_FINITE.
             torch.AcceleratorError: If the device is lost to this process.
         """
         with beside(self.device):
-            for reached in call.reached:
-                _publish(call.job, reached)
+            return [snapshot for reached in call.reached if (snapshot := _publish(call.job, reached)) is not None]
 
     def _conditions(self, trajectories: list[Trajectory], groups: set[Group]) -> Conditions:
         """Returns the joined conditions of a batch: the last one of its group, when the batch has not changed."""
@@ -187,20 +189,23 @@ class Executor:
         return joined
 
 
-def _publish(job: Job, reached: Reached) -> None:
-    """Keeps where a job is, and posts it where it is due."""
+def _publish(job: Job, reached: Reached) -> Snapshot | None:
+    """Keeps where a job is, and posts it where it is due; returns it then, and where other jobs may begin with it."""
     checkpoint = step.checkpoint(reached)
     preview = None if reached.x0_preview is None else step.off_device(reached.x0_preview)
     arrays = checkpoint.state if preview is None else (*checkpoint.state, preview)
-    is_due = job.request.is_state_due(reached.call)
-    if is_due and not all(np.isfinite(array).all() for array in arrays):
+    is_due, is_kept = job.request.is_state_due(reached.call), job.request.is_state_kept(reached.call)
+    if (is_due or is_kept) and not all(np.isfinite(array).all() for array in arrays):
         raise Reason.OUTPUT_NOT_FINITE.error(
             f"the model's output is not finite before call {reached.call}; change the input, or serve another dtype"
         )
     job.checkpoint = checkpoint
+    if not is_due and not is_kept:
+        return None
+    snapshot = Snapshot(reached.call, checkpoint.state, preview, reached.call == job.request.handoff_call)
     if is_due:
-        is_handoff = reached.call == job.request.handoff_call
-        job.post(Snapshot(reached.call, checkpoint.state, preview, is_handoff))
+        job.post(snapshot)
+    return snapshot
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from cloud_server.engine.caller import NOBODY, Caller
 from cloud_server.engine.event_buffer import EventBuffer
 from cloud_server.engine.events import Event, Failed, Finished, Queued, Snapshot, Started, Usage
+from cloud_server.engine.near import Feature
+from cloud_server.engine.prefix_cache import Held, Key
 from cloud_server.engine.request import JobRequest
 from cloud_server.engine.step import Checkpoint, Texts, Trajectory
 from hybridsd import trace_context
@@ -36,9 +38,25 @@ class JobView:
 class Job:
     """A job, its newest events, and the one stream that reads them."""
 
-    def __init__(self, request: JobRequest, arrived_s: float | None = None, *, caller: Caller = NOBODY) -> None:
-        """Takes what is to be run, when it was asked for, and by whom: callers get equal shares."""
-        self.request, self.caller = request, caller
+    def __init__(
+        self,
+        request: JobRequest,
+        arrived_s: float | None = None,
+        *,
+        caller: Caller = NOBODY,
+        prefix: Key | None = None,
+        held: Held | None = None,
+    ) -> None:
+        """Takes what is to be run, when it was asked for, and by whom: callers get equal shares.
+
+        Args:
+            request: What is to be run.
+            arrived_s: When it was asked for; None: now.
+            caller: By whom.
+            prefix: What its states are kept by; None: they are not.
+            held: A state that was kept, to begin with.
+        """
+        self.request, self.caller, self.prefix = request, caller, prefix
         self.trace = trace_context.current_or_new()
         """Of the call that began it."""
         self.arrived_s = time.monotonic() if arrived_s is None else arrived_s
@@ -64,9 +82,15 @@ class Job:
         self.kept_turns = self.kept_turns_of_user = 0
         """Turns up to which no other principal takes its place, or no other user of its own."""
         # Only the thread that has the job in hand touches these: texts first, then steps.
-        self.texts: tuple[Texts, ...] = ()
+        self.held = held
+        """The state that it began with in place of its own first one."""
+        self.similarity: float | None = None
+        """How near the text is that the state is of; None: it is the job's own."""
+        self.feature: Feature | None = None
+        """What other texts are compared with its own by, where they may be."""
+        self.texts: tuple[Texts, ...] = () if held is None else held.texts
         """Of each stage."""
-        self.checkpoint: Checkpoint | None = None
+        self.checkpoint: Checkpoint | None = None if held is None else Checkpoint(held.call, held.arrays, (), 0)
         """The last state that came off its device: from here it can go on, on another."""
         self.first_call_s: float | None = None
         self.first_state_s: float | None = None
@@ -92,8 +116,13 @@ class Job:
 
     @property
     def num_asked_calls(self) -> int:
-        """Calls of the U-Net that were asked for."""
-        return self.request.handoff_call - self.request.first_call
+        """Calls of the U-Net that were asked for and are not known already."""
+        return self.request.handoff_call - self.request.first_call - self.num_reused_calls
+
+    @property
+    def num_reused_calls(self) -> int:
+        """Calls before the state that it began with."""
+        return 0 if self.held is None else self.held.call - self.request.first_call
 
     @property
     def is_stopping(self) -> bool:
@@ -180,8 +209,6 @@ class Job:
                         return
                     self._queued = event
                 case Started():
-                    if self._started is not None:
-                        return  # it began anew on another device
                     self._queued, self._started = None, event
                 case Snapshot():
                     self._newest = event
@@ -207,6 +234,28 @@ class Job:
                 return Reason.DEADLINE_EXCEEDED.error("the deadline of the call passed; give it more time")
             return None
 
+    def begin_with(self, held: Held, similarity: float) -> None:
+        """Takes a state of a job with a near text to begin with; its own texts are read already."""
+        self.held, self.similarity = held, similarity
+        self.checkpoint = Checkpoint(held.call, held.arrays, (), 0)
+
+    def begin_afresh(self) -> None:
+        """Forgets the state that it was to begin with, and which is not its model's any more."""
+        self.held, self.texts, self.checkpoint = None, (), None
+
+    def post_start(self) -> None:
+        """Says that the job has begun, and where, if that is not at its beginning; once."""
+        if self._started is not None:
+            return  # it began anew on another device
+        self.post(Started(*self.texts[0], self.num_reused_calls, self.similarity))
+        held, request = self.held, self.request
+        if held is None:
+            return
+        is_handoff = held.call == request.handoff_call
+        if is_handoff or request.state_every or request.preview_every:
+            preview = held.x0_preview if request.is_preview_due(held.call) else None
+            self.post(Snapshot(held.call, held.arrays, preview, is_handoff))
+
     def add_energy(self, energy: Energy | None) -> None:
         """Adds what a part of it took; one that is not known makes the whole so."""
         self._energy = None if energy is None or self._energy is None else self._energy + energy
@@ -214,7 +263,8 @@ class Job:
     def usage(self) -> Usage:
         """Returns what the job has taken so far."""
         began_s = time.monotonic() if self.first_call_s is None else self.first_call_s
-        energy = self._energy if self.num_calls else None
+        energy = self._energy if self.num_calls or self.num_reused_calls else None
         return Usage(
-            began_s - self.arrived_s, self.text_s, self.compute_s, self.num_calls, self.num_skipped_calls, energy
-        )
+            began_s - self.arrived_s, self.text_s, self.compute_s, self.num_calls, self.num_skipped_calls, energy,
+            self.num_reused_calls,
+        )  # fmt: skip

@@ -102,9 +102,13 @@ class Quotas:
 
     def end(self, job: "Job") -> None:
         """Gives back the steps of a job that it did not run."""
-        account = self._accounts.get(job.caller.principal)
-        if account is not None and job.caller.quota.steps_per_minute is not None:
-            account.bucket.give_back(max(0, job.num_asked_calls - job.num_calls))
+        self.give_back(job.caller, max(0, job.num_asked_calls - job.num_calls))
+
+    def give_back(self, caller: Caller, steps: int) -> None:
+        """Gives back steps that were charged and are not run."""
+        account = self._accounts.get(caller.principal)
+        if account is not None and caller.quota.steps_per_minute is not None:
+            account.bucket.give_back(steps)
 
     def _account(self, caller: Caller, limit: int) -> _Account:
         account = self._accounts.get(caller.principal)

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cloud_server.models.denoiser import Encoded
+from hybridsd.limits import MAX_REUSED_CALLS
 from hybridsd.plan import Plan
 from hybridsd.prompting import DEFAULT_TEXT, TextOptions
 
@@ -35,6 +36,18 @@ class Skipping:
     warm_up_calls: int
     skipped_calls: int
     extrapolation: float
+
+
+@dataclass(frozen=True, slots=True)
+class ApproximateReuse:
+    """Where a job may begin with a state of another text (docs/reuse.md)."""
+
+    max_calls: int
+    """Calls that may be taken over, in [1, 3]."""
+    min_similarity: float
+    """Of the texts, in (0, 1]; see `near.text_feature`."""
+    group: bytes = b""
+    """Digest of all that must agree: as `JobRequest.prefix`, but for the prompt."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -80,6 +93,10 @@ class JobRequest:
     """Publish state and preview after every this many calls; 0: never."""
     reattach_grace_s: float = 0.0
     """How long the job goes on without a reader."""
+    prefix: bytes = b""
+    """Digest of all of it that decides its states, see `prefix_cache`; empty: they are not kept, nor found."""
+    approximate_reuse: ApproximateReuse | None = None
+    """None: only states of exactly this job will do."""
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -91,6 +108,11 @@ class JobRequest:
         return (
             call == self.handoff_call or _is_due(call - self.first_call, self.state_every) or self.is_preview_due(call)
         )
+
+    def is_state_kept(self, call: int) -> bool:
+        """Whether the state before `call` is kept for jobs of near texts, due or not."""
+        reuse = self.approximate_reuse
+        return reuse is not None and call - self.first_call <= MAX_REUSED_CALLS
 
     def is_preview_due(self, call: int) -> bool:
         """Whether the preview of the call before `call` is to be published."""

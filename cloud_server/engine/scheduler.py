@@ -221,6 +221,12 @@ class Scheduler:
         self._waiting.append(job)
         self._stand_in_line(job)
 
+    def answer(self, job: Job, outcome: Finished) -> None:
+        """Ends a new job that needs no place, and remembers it like others that have finished."""
+        self.forget_promise(job.request.request_id, job.caller)
+        self._jobs[job.key] = job
+        self.end(job, outcome)
+
     def post_positions(self) -> None:
         """Tells waiting jobs how many begin before them."""
         free = self.free_places()

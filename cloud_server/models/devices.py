@@ -93,6 +93,11 @@ def _cpu_flags(path: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
     return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), ()))
 
 
+def kind(device: torch.device) -> str:
+    """Returns what kind of device it is: two of one kind compute the same bits."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 Wait = Callable[[], None]
 
 

@@ -6,9 +6,10 @@ changed, only replaced. Knows nothing of jobs or the network.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -91,6 +92,10 @@ class _Entry:
     is_new: bool = False
     """Whether it never was loaded: it is no model of ours if it cannot be."""
     is_leaving: bool = False
+    number: int = field(default_factory=itertools.count().__next__)
+    """Another one for each model that was ever known here."""
+    version: str = ""
+    """Of what was loaded last."""
 
 
 @dataclass(eq=False, slots=True)
@@ -179,6 +184,16 @@ class ModelRegistry:
         if held is not None:
             held.last_use_s = self._clock()
         return found
+
+    def content(self, model: str) -> Hashable:
+        """See `ServedModels`: of a model that is evicted, what was loaded last."""
+        with self._changed:
+            entry = self._entries.get(model)
+            if entry is None:
+                return None
+            for held in entry.held.values():
+                entry.version = getattr(next(iter(held.denoisers.values())), "version", "")
+            return (entry.number, entry.version)
 
     def load_s(self, model: str, device: int) -> float:
         """See `ServedModels`."""

@@ -1,6 +1,6 @@
 """The models of a server, and on which of its devices they are loaded: what the engine asks, and a fixed answer."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -19,6 +19,14 @@ class ServedModels(Protocol):
 
     def denoiser(self, model: str, device: int) -> Denoiser | None:
         """Returns a model on a device; None where it is not loaded. Ask for each call anew: it may be replaced."""
+        ...
+
+    def content(self, model: str) -> Hashable:
+        """Returns what stands for a model's weights, adapters and dtype: equal for as long as they are the same.
+
+        Where something else is loaded under its id, it is another value, and never one that it had before: texts and
+        states of the old one are not found then.
+        """
         ...
 
     def load_s(self, model: str, device: int) -> float:
@@ -56,6 +64,10 @@ class FixedModels:
     def denoiser(self, model: str, device: int) -> Denoiser | None:
         """See `ServedModels`."""
         return self._devices[device].get(model)
+
+    def content(self, model: str) -> Hashable:
+        """See `ServedModels`."""
+        return None
 
     def load_s(self, model: str, device: int) -> float:
         """See `ServedModels`."""

@@ -83,6 +83,8 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
             caller,
             steps=request.handoff_step - request.first_step,
             num_reading=self._num_reading[caller.principal],
+            seed=request.seed,
+            image_index=request.image_index,
         )
         self.num_streams += 1
         try:
@@ -149,6 +151,7 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
             self._metrics.states_dropped.inc(buffer.num_dropped)
             note(
                 num_calls=usage.num_calls,
+                num_reused_calls=usage.num_reused_calls,
                 queue_ms=round(1e3 * usage.queue_s, 3),
                 text_ms=round(1e3 * usage.text_s, 3),
                 compute_ms=round(1e3 * usage.compute_s, 3),

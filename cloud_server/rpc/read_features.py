@@ -5,17 +5,19 @@ Knows the messages and the models' descriptions. Knows nothing of the engine or 
 
 from collections.abc import Sequence
 
-from cloud_server.engine.request import Latents, Skipping
+from cloud_server.engine.request import ApproximateReuse, Latents, Skipping
 from cloud_server.models.catalog import visible_loras
 from cloud_server.models.load import ModelInfo
 from cloud_server.models.loras import key_of
 from hybridsd import codec
 from hybridsd.errors import Reason
-from hybridsd.limits import MAX_LORA_WEIGHT, MAX_LORAS
+from hybridsd.limits import MAX_LORA_WEIGHT, MAX_LORAS, MAX_REUSED_CALLS
 from hybridsd.plan import PlanRow
 from hybridsd.v1 import denoising_service_pb2 as pb
 
 DEFAULT_EXTRAPOLATION = 0.3
+DEFAULT_SIMILARITY = 0.95
+"""In the demo family 24 of 25 paraphrases are nearer, and hardly any other scene (docs/reuse.md)."""
 MIN_X0_OUTPUT = 1e-6
 """Inpainting divides by it."""
 
@@ -124,3 +126,30 @@ def read_skipping(request: pb.DenoiseRequest) -> Skipping | None:
                 f"call_skipping.{name} is {value}; choose {low} to {high}", field=f"call_skipping.{name}"
             )
     return Skipping(given.warm_up_calls, given.skipped_calls, extrapolation)
+
+
+def read_approximate_reuse(request: pb.DenoiseRequest) -> ApproximateReuse | None:
+    """Returns how a job may begin with a state of a near text; None where only its own will do.
+
+    Raises:
+        HybridSDError: FIELD_INVALID.
+    """
+    if not request.HasField("approximate_reuse"):
+        return None
+    given = request.approximate_reuse
+    if not 1 <= given.max_calls <= MAX_REUSED_CALLS:
+        raise Reason.FIELD_INVALID.error(
+            f"approximate_reuse.max_calls is {given.max_calls}; choose 1 to {MAX_REUSED_CALLS}",
+            field="approximate_reuse.max_calls",
+        )
+    similarity = given.min_similarity if given.HasField("min_similarity") else DEFAULT_SIMILARITY
+    if not 0.0 < similarity <= 1.0:  # not a number is none either
+        raise Reason.FIELD_INVALID.error(
+            f"approximate_reuse.min_similarity is {similarity}; choose above 0 up to 1",
+            field="approximate_reuse.min_similarity",
+        )
+    if request.HasField("call_skipping"):
+        raise Reason.FIELD_INVALID.error(
+            "approximate_reuse and call_skipping exclude each other; give one", field="approximate_reuse"
+        )
+    return ApproximateReuse(given.max_calls, similarity)

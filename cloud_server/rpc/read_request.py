@@ -8,9 +8,10 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cloud_server.engine.caller import NOBODY, Caller
+from cloud_server.engine.prefix_cache import prefix_digest
 from cloud_server.engine.quotas import check_pixels
 from cloud_server.engine.request import JobRequest, Latents, Stage, new_request_id
 from cloud_server.metrics import Metrics
@@ -25,7 +26,13 @@ from cloud_server.rpc.read_conditioning import (
     text_options,
     value_bytes,
 )
-from cloud_server.rpc.read_features import check_solver, read_inpainting, read_loras, read_skipping
+from cloud_server.rpc.read_features import (
+    check_solver,
+    read_approximate_reuse,
+    read_inpainting,
+    read_loras,
+    read_skipping,
+)
 from cloud_server.rpc.worker_pool import WorkerPool
 from hybridsd import codec
 from hybridsd.durations import to_seconds
@@ -196,7 +203,10 @@ class RequestReader:
             negative_prompt_digest=sent_digest(embeddings, "negative_") if embeddings and guided else None,
             resume_call=request.resume_call,
         )
-        return job, style
+        prefix, reuse = prefix_digest(job, plan_digest), read_approximate_reuse(request)
+        if reuse is not None:
+            reuse = replace(reuse, group=prefix_digest(job, plan_digest, has_prompt=False))
+        return replace(job, prefix=prefix, approximate_reuse=reuse), style
 
     def _model_changes(
         self, request: pb.DenoiseRequest, first: ModelInfo, guidance_scale: float

@@ -93,6 +93,7 @@ class CloudServer:
             stall_timeout_s=settings.stall_timeout_s,
             energy=energy_meters(settings, Costs(self.models.catalog), self.models.devices),
             metrics=self.metrics,
+            prefix_cache_bytes=settings.prefix_cache_mib * 2**20,
         )
         self.models.watch_jobs(self.engine.models_needed)
         self._service = DenoisingService(
@@ -245,6 +246,10 @@ class CloudServer:
         metrics.watch_count(
             "preemptions", "Jobs that gave their place to one that waited.", lambda: engine.num_preemptions
         )
+        kept = engine.prefix_cache
+        metrics.watch("prefix_cache_states", "States that are kept for later jobs.", lambda: len(kept))
+        metrics.watch("prefix_cache_bytes", "What they and their texts take.", lambda: kept.num_bytes)
+        metrics.watch("prefix_cache_limit_bytes", "What they may take (--prefix-cache).", lambda: kept.max_bytes)
         if settings.tokens is not None:
             metrics.watch_tokens(settings.tokens)
         if settings.uses_tls:

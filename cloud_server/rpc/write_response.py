@@ -61,6 +61,7 @@ def response(
                 num_calls=event.usage.num_calls,
                 sent_bytes=sent_bytes,
                 num_skipped_calls=event.usage.num_skipped_calls,
+                num_reused_calls=event.usage.num_reused_calls,
             )
             if event.usage.energy is not None:
                 usage.energy.joules = event.usage.energy.joules
@@ -92,6 +93,8 @@ def _started(event: Started, request: JobRequest, style: AnswerStyle) -> pb.Star
         negative_prompt=None if negative is None else _conditioning(negative, style, style.negative_prompt_digest),
         guidance_scale=request.guidance_scale,
         num_dropped_tokens=dropped,
+        num_reused_calls=event.num_reused_calls,
+        reuse_similarity=event.similarity,
         prediction_type=style.model.prediction_type,
     )
 

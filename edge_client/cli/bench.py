@@ -1,6 +1,7 @@
 """`hybridsd bench`: draws images and prints where their time goes."""
 
 import json
+import random
 import statistics
 import time
 from collections import Counter
@@ -29,6 +30,7 @@ from edge_client.request import Request, Resolved
 from edge_client.types import MODES, Place
 from hybridsd.energy import Energy
 from hybridsd.errors import Reason
+from hybridsd.limits import MAX_SEED
 
 PROMPT = "a fox to the left of a donut on a blue background"
 PHASES = {
@@ -85,10 +87,11 @@ def bench(**options: Any) -> None:
         if resolved.cloud_steps:
             access = {name: options[name] for name in SERVER_ACCESS}
             cloud = stack.enter_context(open_cloud(options["server"], **access))
-        for seed in range(options["warm_up"] + options["runs"]):
-            fresh = replace(request, seed=seed, request_id=Request().request_id)
+        first_seed = random.randrange(MAX_SEED // 2)  # a cloud may have kept where others led
+        for run_number in range(options["warm_up"] + options["runs"]):
+            fresh = replace(request, seed=first_seed + run_number, request_id=Request().request_id)
             measured, result = _time(replace(resolved, request=fresh), bundle, models, cloud, account)
-            if seed >= options["warm_up"]:
+            if run_number >= options["warm_up"]:
                 runs.append(measured)
                 energies.append(result.energy)
                 for run in result.clouds:

@@ -15,7 +15,7 @@ from edge_client.images import inputs
 from edge_client.images.inputs import read_image
 from edge_client.request import Request, SavedState
 from edge_client.split.handoff_policy import Goals
-from edge_client.types import MODES, CallSkipping, Conditioning, ImageInput, Mode
+from edge_client.types import MODES, ApproximateReuse, CallSkipping, Conditioning, ImageInput, Mode
 from hybridsd.errors import HybridSDError, InvalidRequest, Reason
 from hybridsd.limits import MAX_DEADLINE_S
 from hybridsd.manifest import Manifest
@@ -92,8 +92,8 @@ def read_requests(ctx: click.Context, options: dict[str, Any], manifest: Manifes
 
 
 _OF_THE_CLOUD = {
-    "cloud_skip": "--cloud-skip", "codec": "--codec", "deadline": "--deadline", "loras": "--lora", "model": "--model",
-    "state_every": "--state-every",
+    "approximate_reuse": "--approximate-reuse", "cloud_skip": "--cloud-skip", "codec": "--codec",
+    "deadline": "--deadline", "loras": "--lora", "model": "--model", "state_every": "--state-every",
 }  # fmt: skip
 """Options that say how the cloud runs its steps."""
 _AS_HERE = {"codec": "fp32", "state_every": 1}
@@ -278,6 +278,9 @@ def read_modes(options: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
         "text_options": TextOptions(options["long_prompt"], options["prompt_weighting"]),
         "loras": tuple(map(_lora, options["loras"])),
         "call_skipping": None if options["cloud_skip"] is None else CallSkipping.parse(options["cloud_skip"]),
+        "approximate_reuse": None
+        if options["approximate_reuse"] is None
+        else ApproximateReuse.parse(options["approximate_reuse"]),
         "state_every": options["state_every"],
         "safety": options["safety_checker"],
     }

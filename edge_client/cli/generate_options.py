@@ -161,6 +161,11 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         "Faster, at a price in quality; see docs/modes.md.",
     ),
     click.option(
+        "--approximate-reuse", metavar="CALLS[,SIMILARITY]",
+        help="Let the cloud take over up to CALLS calls, 1 to 3, from an image of yours of the same seed whose text is "
+        "near to this one (0.95 of 1). Faster, and not exactly the same image; see docs/reuse.md.",
+    ),
+    click.option(
         "--state-every", type=click.IntRange(0, 1000), default=1, show_default=True,
         help="Ask the cloud for a state every N calls of its U-Net (most samplers make one a step); 0 only at the "
         "hand-off. Saves bytes on a slow link; when the cloud is lost, more calls are lost with it.",

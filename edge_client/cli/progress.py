@@ -206,7 +206,10 @@ def _summary(result: Result) -> str:
         kib = result.received_bytes / 1024
         ran = [f"{run.num_steps} at {run.server}" for run in result.clouds if run.num_steps]
         where = f" ({', '.join(ran)})" if len(ran) > 1 else ""
-        parts.append(f"cloud {num_cloud} steps{where} {cloud_s:.2f} s, {kib:.0f} KiB")
+        kept = f", {result.reused_cloud_steps} of them kept there" if result.reused_cloud_steps else ""
+        if result.reuse_similarity is not None:
+            kept += f" for a text near by {result.reuse_similarity:.3f}"
+        parts.append(f"cloud {num_cloud} steps{where}{kept} {cloud_s:.2f} s, {kib:.0f} KiB")
     if num_edge:
         parts.append(f"edge {num_edge} steps {edge_s:.2f} s")
     if result.safety.action != "off":

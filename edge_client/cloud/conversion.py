@@ -34,6 +34,8 @@ _PLAN_TOLERANCE = 0.05
 """Of the squared weight of u in the first preview, by which prediction types are told apart."""
 _CLOUD_TOLERANCE = 0.05
 """By how much of their norm the embeddings of two clouds may differ."""
+_SIMILARITY_SLACK = 1e-3
+"""By how much a similarity may be off: it is computed in float32."""
 _EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 
@@ -166,6 +168,9 @@ class Conversation:
         if segment.image_latents is not None and mask is not None:
             message.inpainting.latents.CopyFrom(_encode_exactly(segment.image_latents, request.codec))
             message.inpainting.mask.CopyFrom(_encode_exactly(mask, request.codec))
+        if request.approximate_reuse is not None:
+            message.approximate_reuse.max_calls = request.approximate_reuse.max_calls
+            message.approximate_reuse.min_similarity = request.approximate_reuse.min_similarity
         if request.call_skipping is not None:
             message.call_skipping.warm_up_calls = request.call_skipping.warm_up_calls
             message.call_skipping.skipped_calls = request.call_skipping.skipped_calls
@@ -205,6 +210,7 @@ class Conversation:
                 sent_bytes=usage.sent_bytes,
                 num_skipped_calls=usage.num_skipped_calls,
                 energy=_energy(usage),
+                num_reused_calls=usage.num_reused_calls,
             )
         return None
 
@@ -254,7 +260,27 @@ class Conversation:
             guidance_scale=started.guidance_scale,
             num_dropped_tokens=started.num_dropped_tokens,
             prediction_type=prediction_type,
+            reused_steps=self._reused_steps(plan, started.num_reused_calls),
+            similarity=self._similarity(started),
         )
+
+    def _reused_steps(self, plan: Plan, num_calls: int) -> range:
+        """Returns the whole steps that calls which were not run belong to."""
+        asked = self._asked
+        if not 0 <= num_calls <= plan.first_call(asked.handoff_step) - asked.first_call:
+            _refuse(f"{num_calls} reused calls of {plan.first_call(asked.handoff_step) - asked.first_call}")
+        return range(asked.first_step, plan.step_at(asked.first_call + num_calls))
+
+    def _similarity(self, started: pb.Started) -> float | None:
+        """Returns how near the text is that calls were run for; None where it is this one."""
+        if not started.HasField("reuse_similarity"):
+            return None
+        similarity, allowed = started.reuse_similarity, self._segment.request.approximate_reuse
+        if allowed is None or not allowed.min_similarity - _SIMILARITY_SLACK <= similarity <= 1 + _SIMILARITY_SLACK:
+            _refuse(f"steps of a text that is near by {similarity:g}, which was not allowed")
+        if not 1 <= started.num_reused_calls <= allowed.max_calls:
+            _refuse(f"{started.num_reused_calls} calls of a near text; it may be {allowed.max_calls}")
+        return similarity
 
     def _read_plan(self, started: pb.Started) -> Plan:
         digest = started.plan_digest

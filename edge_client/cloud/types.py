@@ -159,6 +159,8 @@ class Usage:
     num_skipped_calls: int = 0
     energy: Energy | None = None
     """Of the cloud's part; None where it does not say."""
+    num_reused_calls: int = 0
+    """Calls that the cloud did not run, for it had kept where they lead."""
 
     def __add__(self, other: "Usage") -> "Usage":
         energies = (self.energy, other.energy)
@@ -196,6 +198,10 @@ class CloudStarted:
     """Of the plan's model outputs; empty from a server that does not send it."""
     server: str = ""
     """Which cloud it is."""
+    reused_steps: range = range(0)
+    """Steps that it does not run, for it has kept where they lead."""
+    similarity: float | None = None
+    """How near the text is that they were run for; None: it is this one, and they are exactly these."""
 
 
 CloudEvent = Queued | CloudStarted | CloudState | Usage | Waiting

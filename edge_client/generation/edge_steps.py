@@ -96,11 +96,14 @@ def encode_text(trajectory: Trajectory, models: Models, *, negative: bool) -> No
     if held is not None and (not negative or held.negative_prompt_embeds is not None):
         return
     begin = time.perf_counter()
+
+    def count() -> None:
+        for role in ("text_encoder", "text_encoder_2"):
+            if role in models.manifest.files:
+                trajectory.tally.count(models.manifest, role)
+
     with tracing.start("encode text", request.trace), trajectory.tally.measuring():
         trajectory.conditioning, trajectory.num_dropped_tokens = models.encode_pair(
-            request.prompt, request.negative_prompt if negative else None, request.text_options
+            request.prompt, request.negative_prompt if negative else None, request.text_options, on_encode=count
         )
-    for role in ("text_encoder", "text_encoder_2"):
-        if role in models.manifest.files:
-            trajectory.tally.count(models.manifest, role, rows=2 if negative else 1)
     trajectory.text_s += time.perf_counter() - begin

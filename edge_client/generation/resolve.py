@@ -4,7 +4,7 @@ from dataclasses import fields, replace
 
 from edge_client.generation.segments import resolve_segments
 from edge_client.request import Patience, Request, Resolved, SavedState, Stage, TimestepSchedule
-from edge_client.types import CallSkipping, Conditioning, ImageInput, Mode
+from edge_client.types import ApproximateReuse, CallSkipping, Conditioning, ImageInput, Mode
 from hybridsd import schedulers
 from hybridsd.codec import ENCODINGS
 from hybridsd.errors import Reason
@@ -17,6 +17,7 @@ from hybridsd.limits import (
     MAX_LORA_WEIGHT,
     MAX_LORAS,
     MAX_PROMPT_CHARS,
+    MAX_REUSED_CALLS,
     MAX_SEED,
     MAX_SIZE,
     MAX_STEPS,
@@ -248,6 +249,7 @@ def _check_rest(request: Request, manifest: Manifest, width: int, height: int) -
         )
     _check_loras(request.loras)
     _check_skipping(request.call_skipping)
+    _check_reuse(request.approximate_reuse, request.call_skipping)
     _check_image(request.image_input, width, height)
     _check_patience(request.patience)
     if request.deadline_s is not None and not 0 < request.deadline_s <= MAX_DEADLINE_S:
@@ -285,7 +287,10 @@ def _check_cloud_only(request: Request, stages: tuple[Stage, ...]) -> None:
     """Refuses what only the cloud can do, and what changes the image, where it runs no step."""
     if any(stage.place == "cloud" for stage in stages):
         return
-    for name, given in (("loras", request.loras), ("call_skipping", request.call_skipping)):
+    for name, given in (
+        ("loras", request.loras), ("call_skipping", request.call_skipping),
+        ("approximate_reuse", request.approximate_reuse),
+    ):  # fmt: skip
         if given:
             what = f"{given[0][0][:64]!r} of `loras`" if name == "loras" else f"`{name}`"  # type: ignore[index]
             raise Reason.FIELD_INVALID.error(
@@ -304,6 +309,21 @@ def _check_skipping(skipping: CallSkipping | None) -> None:
     ):
         if not low <= value <= high:
             raise Reason.FIELD_INVALID.error(f"`{name}` is {value}; choose {low} to {high}", field="call_skipping")
+
+
+def _check_reuse(reuse: ApproximateReuse | None, skipping: CallSkipping | None) -> None:
+    if reuse is None:
+        return
+    if not 1 <= reuse.max_calls <= MAX_REUSED_CALLS or not 0 < reuse.min_similarity <= 1:
+        raise Reason.FIELD_INVALID.error(
+            f"`approximate_reuse` is {reuse.describe()}; choose 1 to {MAX_REUSED_CALLS} calls, and a similarity above 0"
+            " up to 1",
+            field="approximate_reuse",
+        )
+    if skipping is not None:
+        raise Reason.FIELD_INVALID.error(
+            "`approximate_reuse` and `call_skipping` exclude each other; leave one out", field="approximate_reuse"
+        )
 
 
 def _check_image(given: ImageInput | None, width: int, height: int) -> None:

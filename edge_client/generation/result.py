@@ -67,6 +67,10 @@ class Result:
     """How many of the steps before `first_step` the cloud has run; the counts below include them."""
     planned_cloud_steps: int
     actual_cloud_steps: int
+    reused_cloud_steps: int
+    """Of these those that no cloud ran for this image: one had kept where they lead."""
+    reuse_similarity: float | None
+    """How near the text is that they were run for; None: they are exactly those of this image."""
     fallback_reason: Reason | None
     """Why actual differs from planned; None when it does not."""
     fallback_message: str

@@ -24,8 +24,8 @@ _FIELD = re.compile(r'\s*(?P<name>\w[\w \-/]{1,63}):\s*(?P<value>"(?:\\.|[^\\"])
 _REST_FIELDS = (
     "prompt", "negative_prompt", "seed", "image_index", "width", "height", "scheduler", "num_inference_steps",
     "begin_step", "guidance_scale", "mode", "cloud_model", "edge_model", "planned_cloud_steps", "actual_cloud_steps",
-    "fallback_message", "early_handoff_reason", "received_bytes", "num_dropped_tokens", "decode_s", "elapsed_s",
-    "trace_id",
+    "reused_cloud_steps", "reuse_similarity", "fallback_message", "early_handoff_reason", "received_bytes",
+    "num_dropped_tokens", "decode_s", "elapsed_s", "trace_id",
 )  # fmt: skip
 
 
@@ -55,7 +55,8 @@ def event_json(event: Event) -> dict[str, Any]:
             return {
                 "event": "cloud_started", "request_id": event.request_id, "model": event.model, "server": event.server,
                 "guidance_scale": event.guidance_scale, "num_dropped_tokens": event.num_dropped_tokens,
-                "num_calls": len(event.plan.rows),
+                "num_calls": len(event.plan.rows), "reused_steps": len(event.reused_steps),
+                "reuse_similarity": event.similarity,
             }  # fmt: skip
         case StepDone():
             return {
@@ -84,6 +85,8 @@ def result_json(result: Result) -> dict[str, Any]:
         "trace_id": result.trace_id,
         "clouds": [asdict(run) for run in result.clouds],  # not in files: whose servers they are is nobody's business
         "received_bytes": result.received_bytes,
+        "reuse_similarity": result.reuse_similarity,
+        "reused_cloud_steps": result.reused_cloud_steps,  # not in files, which are the same without
         "usage": None if result.usage is None else asdict(result.usage),
         "steps": [
             {"step": record.step, "call": record.call, "place": record.place, "elapsed_s": round(record.elapsed_s, 6)}
@@ -130,6 +133,7 @@ def provenance(result: Result) -> dict[str, Any]:
         "loras": dict(result.loras),
         "unapplied_loras": list(result.unapplied),  # in steps that the edge ran instead of the cloud
         "cloud_skip": None if request.call_skipping is None else request.call_skipping.describe(),
+        **_reuse_json(result),
         "private": request.private,
         "image": None if result.strength is None else {"strength": result.strength, "mask": result.has_mask},
         **_fit_json(request.image_input),
@@ -217,6 +221,9 @@ def parameters(result: Result) -> str:
         "Dropped tokens": result.num_dropped_tokens or None,
         "Segments": ",".join(result.stages) if request.segments else None,
         "Cloud skip": None if request.call_skipping is None else request.call_skipping.describe(),
+        "Approximate reuse": None
+        if result.reuse_similarity is None
+        else f"{result.reused_cloud_steps} steps of a text near by {result.reuse_similarity:.3f}",
         "Codec": None if result.codec == "fp16" else result.codec,
         "Private": True if request.private else None,
         "Drawn size": None if result.drawn_size is None else "{}x{}".format(*result.drawn_size),
@@ -284,6 +291,13 @@ def _taken(result: Result) -> dict[str, Any]:
         },
         "cost": {place: None if own is None else float(f"{own:.6g}") for place, own in result.cost.items()},
     }
+
+
+def _reuse_json(result: Result) -> dict[str, Any]:
+    """Returns what steps of another text did to an image; of exact reuse nothing, for that changes none."""
+    if result.reuse_similarity is None:
+        return {}
+    return {"approximate_reuse": {"steps": result.reused_cloud_steps, "similarity": round(result.reuse_similarity, 6)}}
 
 
 def _fit_json(given: ImageInput | None) -> dict[str, Any]:

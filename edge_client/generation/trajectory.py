@@ -41,6 +41,10 @@ class Trajectory:
     """Which clouds ran what."""
     cloud_steps: int = 0
     """Whole steps that the cloud has run, without those of a saved state."""
+    reused_steps: set[int] = field(default_factory=set)
+    """Of these those that no cloud ran for this image: one had kept where they lead."""
+    reuse_similarity: float | None = None
+    """How near the text is that some of these were run for; None: all are exactly these."""
     num_cloud_segments: int = 0
     """Jobs that clouds were asked for; they have ids of their own."""
     cloud_deadline: float | None = None
@@ -137,6 +141,9 @@ class Trajectory:
             )
             error.is_bare = True  # the server's word, and no refusal: it does not cost the state that is held
             raise error
+        self.reused_steps.update(started.reused_steps)
+        if started.similarity is not None:
+            self.reuse_similarity = started.similarity
         self.plan, self.cloud_model, self.prediction_type = started.plan, started.model, prediction_type
         self.conditioning = self.conditioning if started.conditioning is None else started.conditioning
         self.num_dropped_tokens = max(self.num_dropped_tokens, started.num_dropped_tokens)  # 0 for embeddings
@@ -213,7 +220,7 @@ class Trajectory:
         mode: Mode = "hybrid" if len(places) == 2 else "cloud" if places == {"cloud"} else "edge"
         busy_s = self.text_s + decode_s + sum(each.elapsed_s for each in self.steps if each.place == "edge")
         cloud_calls, told = sum(each.place == "cloud" for each in self.steps), self.usage
-        if told is not None and told.num_calls + told.num_skipped_calls < cloud_calls:
+        if told is not None and told.num_calls + told.num_skipped_calls + told.num_reused_calls < cloud_calls:
             told = None  # of a part: a cloud was lost before it told of its own
         energy = self.tally.energy(told, has_cloud=self.cloud_steps > 0, busy_s=busy_s)
         return Result(
@@ -224,6 +231,8 @@ class Trajectory:
             earlier_cloud_steps=earlier,
             planned_cloud_steps=earlier + resolved.planned_cloud_steps,
             actual_cloud_steps=earlier + self.cloud_steps,
+            reused_cloud_steps=len(self.reused_steps),
+            reuse_similarity=self.reuse_similarity,
             early_handoff_reason=self.early_handoff_reason,
             fallback_reason=None if self.lost is None else self.lost.reason,
             fallback_message="" if self.lost is None else self.lost.message,

@@ -6,6 +6,7 @@ Names and shapes: `hybridsd.manifest.Manifest`.
 import json
 import math
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,12 @@ class Models:
             return self._texts.encode((text,), options, num_chunks)[0]
 
     def encode_pair(
-        self, prompt: str, negative_prompt: str | None, options: TextOptions = DEFAULT_TEXT
+        self,
+        prompt: str,
+        negative_prompt: str | None,
+        options: TextOptions = DEFAULT_TEXT,
+        *,
+        on_encode: Callable[[], None] = lambda: None,
     ) -> tuple[Conditioning, int]:
         """Returns the conditioning of a prompt, both texts in one number of chunks, and how many tokens did not fit.
 
@@ -90,6 +96,7 @@ class Models:
             prompt: What to draw.
             negative_prompt: What not; None without guidance.
             options: How long texts and weights are handled.
+            on_encode: Hears of each text that was not kept, and had to be encoded.
 
         Raises:
             InvalidRequest: FIELD_INVALID for weights out of range.
@@ -97,7 +104,7 @@ class Models:
         """
         texts = (prompt,) if negative_prompt is None else (prompt, negative_prompt)
         with self._lock:
-            encoded = self._texts.encode(texts, options)
+            encoded = self._texts.encode(texts, options, on_encode=on_encode)
         negative = None if negative_prompt is None else encoded[1]
         conditioning = Conditioning(
             prompt_embeds=encoded[0].embeds,

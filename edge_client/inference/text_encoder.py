@@ -1,6 +1,7 @@
 """A bundle's tokenizers and text encoders (SDXL has two) as one function from texts to embeddings."""
 
 import dataclasses
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from hybridsd.errors import Reason
 from hybridsd.manifest import Manifest
 from hybridsd.prompting import EncodedText, TextOptions
 
+MAX_TEXTS = 16
+"""Encoded texts that are kept: all images of one prompt encode it once. 16 of SDXL are 10 MB."""
 _ROLES = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
 
 
@@ -30,16 +33,23 @@ class TextEncoders:
     def __init__(self, folder: Path, manifest: Manifest, open_network: Callable[[str], Network]) -> None:
         self._folder, self._manifest, self._open = folder, manifest, open_network
         self._encoders: list[prompting.Encoder] | None = None
+        self._held: OrderedDict[tuple[str, TextOptions, int], EncodedText] = OrderedDict()
 
     def encode(
-        self, texts: Sequence[str], options: TextOptions, num_chunks: int | None = None
+        self,
+        texts: Sequence[str],
+        options: TextOptions,
+        num_chunks: int | None = None,
+        *,
+        on_encode: Callable[[], None] = lambda: None,
     ) -> tuple[EncodedText, ...]:
-        """Returns embeddings of texts, all of one number of chunks.
+        """Returns embeddings of texts, all of one number of chunks; the last are kept. For one thread at a time.
 
         Args:
             texts: One or more.
             options: How long texts and weights are handled.
             num_chunks: Of the result; None takes what the longest text needs.
+            on_encode: Hears of each text that was not kept, and had to be encoded.
 
         Returns:
             For each text embeddings, `[n * T, D]`, and with two encoders pooled ones, `[P]`, float32. Of the empty text
@@ -52,10 +62,21 @@ class TextEncoders:
         encoders = self._opened()
         if num_chunks is None:
             num_chunks = max(prompting.count_chunks(text, options, encoder) for text in texts for encoder in encoders)
+        found = {text: self._held.get((text, options, num_chunks)) for text in texts}
+        new = [text for text, held in found.items() if held is None]
         parts = [  # encoder by encoder: in low-memory mode each is loaded once
-            [prompting.encode(text, options, encoder, num_chunks=num_chunks) for text in texts] for encoder in encoders
+            [prompting.encode(text, options, encoder, num_chunks=num_chunks) for text in new] for encoder in encoders
         ]
-        return tuple(self._join(text, row) for text, row in zip(texts, zip(*parts, strict=True), strict=True))
+        for text, row in zip(new, zip(*parts, strict=True), strict=True):
+            found[text] = self._join(text, row)
+            on_encode()
+        encoded = {text: held for text, held in found.items() if held is not None}
+        for text, held in encoded.items():
+            self._held[text, options, num_chunks] = held
+            self._held.move_to_end((text, options, num_chunks))
+        while len(self._held) > MAX_TEXTS:
+            self._held.popitem(last=False)
+        return tuple(encoded[text] for text in texts)
 
     def _opened(self) -> list[prompting.Encoder]:
         if self._encoders is None:

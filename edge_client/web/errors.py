@@ -206,6 +206,7 @@ _PATTERNS = {
     r"\S": "send a text that is not empty",
     r"^[A-Za-z0-9_-]{1,64}$": "send 1 to 64 letters, digits, - and _",
     r"^\d{1,4},\d{1,4}$": "send cloud and edge steps, such as 8,17",
+    r"^[1-3](,[01](\.\d{1,20})?)?$": "send calls, 1 to 3, and how near a text must be, such as 3 or 3,0.95",
     r"^\d{1,4},\d{1,4}(,\d(\.\d{1,20})?)?$": "send warm-up and skipped calls, such as 4,1 or 4,1,0.3 (extrapolated)",
     r"^(auto|\d{1,4}x\d{1,4})$": "send WIDTHxHEIGHT, such as 512x512, or auto",
 }

@@ -27,3 +27,5 @@ MAX_DEADLINE_S = 86_400
 """Seconds that the cloud's part may be given; more than 0."""
 MAX_REQUEST_BYTES = 8 << 20
 """Of a gRPC message of a caller: a state of the largest size that is sent out, and what else a request may hold."""
+MAX_REUSED_CALLS = 3
+"""Calls that may be taken over from an image of another text: what is in the image is still open then."""

@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import structlog
 import torch
@@ -28,6 +29,7 @@ import torch
 from cloud_server.engine.engine import Engine
 from cloud_server.engine.event_buffer import EventBuffer
 from cloud_server.engine.events import Failed, Finished, Snapshot
+from cloud_server.engine.prefix_cache import prefix_digest
 from cloud_server.engine.request import JobRequest
 from cloud_server.models.denoiser import Conditions
 from cloud_server.models.devices import place
@@ -50,11 +52,13 @@ from hybridsd import codec, noise
 from hybridsd.manifest import read_manifest
 from hybridsd.plan import denoise, initial_state
 from hybridsd.prompting import TextOptions
+from hybridsd.v1 import denoising_service_pb2_grpc
 from tests.benchmarks.common import PROMPT, SETTLE_S, machine, say
+from tests.load.clients import request_of
 from tests.support.wire import measure
 
 CHILD_PARTS = ("devices", "loading")
-PARTS = ("engine", *CHILD_PARTS, "hybrid", "wire", "codec", "start", "memory")
+PARTS = ("engine", *CHILD_PARTS, "hybrid", "reuse", "wire", "codec", "start", "memory")
 MIX = (
     # scheduler, guided: eight jobs that have nothing in common but the model
     ("dpmpp_2m", True), ("ddim", True), ("euler", True), ("pndm", True),
@@ -385,7 +389,10 @@ def bench_hybrid(
             time.sleep(settle_s)
             begin = time.perf_counter()
             for event in generate(
-                resolve(replace(request, request_id=f"bench{repeat}"), bundle.manifest), bundle, models, cloud
+                resolve(replace(request, request_id=f"bench{repeat}", seed=1 + repeat), bundle.manifest),
+                bundle,
+                models,
+                cloud,
             ):
                 if isinstance(event, CloudStarted):
                     conditioning = event.conditioning or conditioning
@@ -403,6 +410,8 @@ def bench_hybrid(
                 wire.append(elapsed)
                 local.append(alone)
         cloud.close()
+        kept_s = reused_over_grpc_s(address, model.info.default_size, 20 * repeats, k)
+    say_reuse("over gRPC", kept_s)
     ratios = [a / b for a, b in zip(wire, local, strict=True)]
     say(
         f"hybrid over gRPC / the same steps in one process: {statistics.median(ratios):.3f} "
@@ -410,6 +419,41 @@ def bench_hybrid(
         f"{statistics.median(wire):.2f} s against {statistics.median(local):.2f} s; the text is encoded in neither)"
     )
     say(f"edge step, guidance, ONNX Runtime: {1e3 * statistics.median(edge_step_s):.0f} ms")
+
+
+async def reused_in_engine_s(model: Model, repeats: int, num_calls: int) -> list[float]:
+    """Times from submitting a job whose hand-off is kept to the event that has it."""
+    engine = Engine(FixedModels({model.info.id: model.denoiser}), num_threads=1, prefix_cache_bytes=64 * 2**20)
+    engine.start()
+    request, times = mixed_jobs(model, num_calls)[0], []
+    request = replace(request, prefix=prefix_digest(request, request.plan.digest()))
+    for repeat in range(repeats + 1):
+        box, begin = EventBuffer(), time.perf_counter()
+        engine.submit(replace(request, request_id=f"reuse-{repeat}"), box)
+        await _drain(box, lambda begin=begin: times.append(time.perf_counter() - begin))
+    engine.stop()
+    return times[1:]
+
+
+def reused_over_grpc_s(address: str, side: int, repeats: int, num_calls: int) -> list[float]:
+    """Times from sending a request whose hand-off is kept to the message that has it, both on this machine."""
+    request, times = request_of(num_calls, side, steps=max(4, num_calls)), []
+    request.request_id = ""  # each is a job of its own
+    channel = grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)])
+    stub = denoising_service_pb2_grpc.DenoisingServiceStub(channel)
+    for _ in range(repeats + 1):
+        begin = time.perf_counter()
+        for message in stub.Denoise(request):
+            if message.HasField("state") and message.state.is_handoff:
+                times.append(time.perf_counter() - begin)
+    channel.close()
+    return times[1:]
+
+
+def say_reuse(where: str, times: Sequence[float]) -> None:
+    """Prints how soon a request that was made before is answered."""
+    median_ms, worst_ms = 1e3 * statistics.median(times), 1e3 * max(times)
+    say(f"a kept hand-off, {where}: {median_ms:.2f} ms, worst {worst_ms:.2f} ms (aim 5; {len(times)} times)")
 
 
 def bench_wire(folder: Path, codecs: Sequence[str]) -> None:
@@ -564,6 +608,8 @@ def main() -> None:
         if "hybrid" in wanted:
             cloud = ["--model", f"bench={family / 'large'}", "--dtype", options.dtype]
             bench_hybrid(model, family / "edge", cloud, steps=steps, k=k, repeats=repeats, settle_s=settle_s)
+        if "reuse" in wanted:
+            say_reuse("in the engine", asyncio.run(reused_in_engine_s(model, 20 * repeats, calls)))
         if "wire" in wanted:
             bench_wire(Path(folder), codecs=("int8",) if options.smoke else tuple(codec.ENCODINGS))
         if "codec" in wanted and not options.full:  # random weights say nothing about errors

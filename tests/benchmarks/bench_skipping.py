@@ -52,7 +52,7 @@ def main() -> None:
     if options.smoke:
         count, split, variants = 1, "5,1", ("2,1,0.3",)
     say(f"machine: {machine()}")
-    cloud_options = ["--model", f"demo={DEMO / 'large'}", "--dtype", "fp32"]
+    cloud_options = ["--model", f"demo={DEMO / 'large'}", "--dtype", "fp32", "--prefix-cache", "0"]
     with tempfile.TemporaryDirectory() as name, running_cloud(cloud_options, Path(name) / "log") as (address, _):
         folder = Path(name)
         with (folder / "captions.csv").open("w", newline="") as stream:

@@ -17,8 +17,8 @@ from tests.support.patience import HANG_S
 
 pytestmark = pytest.mark.slow
 
-CLOUD = ("--model", f"demo={DEMO / 'large'}", "--dtype", "fp32", "--threads", "1")
-"""In float32 and with one thread, so that runs can be compared."""
+CLOUD = ("--model", f"demo={DEMO / 'large'}", "--dtype", "fp32", "--threads", "1", "--prefix-cache", "0")
+"""In float32 and with one thread, so that runs can be compared; and each is run."""
 PROMPT = "a fox to the left of a donut on a yellow background"
 
 

@@ -35,6 +35,7 @@ class Place:
         folder = self.folder / name
         folder.mkdir()
         words = ("hybridsd-cloud", "serve", "--model", f"load={self.model}", "--threads", "1", "--log-format", "json")
+        words += ("--prefix-cache", "0")  # the same requests come again and again
         return Process((*words, "--token-file", str(self.token_file), *options), folder, port=free_port())
 
     def gateway(self, cloud: Process) -> Process:

@@ -11,7 +11,7 @@ from pathlib import Path
 from deploy.run_demo import BIN, DEMO, ENVIRONMENT
 from tests.support.patience import HANG_S
 
-_CLOUD = ("hybridsd-cloud", "serve", "--model", f"demo={DEMO / 'large'}", "--threads", "1")
+_CLOUD = ("hybridsd-cloud", "serve", "--model", f"demo={DEMO / 'large'}", "--threads", "1", "--prefix-cache", "0")
 _GATEWAY = ("hybridsd", "serve", "--bundle", str(DEMO / "edge"))
 
 

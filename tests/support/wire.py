@@ -25,7 +25,10 @@ def measure(folder: Path, codecs: Sequence[str] = tuple(codec.ENCODINGS)) -> Ite
     "every" is "known" with a state after each of 8 cloud steps.
     """
     model = write_tiny_pipeline(folder / "sd1-shapes", context_length=77, embed_dim=768, size=512)
-    with running_cloud(["--model", f"sd={model}", "--dtype", "fp32"], folder / "wire.log") as (address, _):
+    with running_cloud(["--model", f"sd={model}", "--dtype", "fp32", "--prefix-cache", "0"], folder / "wire.log") as (
+        address,
+        _,
+    ):
         channel = grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)])
         stub = denoising_service_pb2_grpc.DenoisingServiceStub(channel)
         for name in codecs:

@@ -29,7 +29,7 @@ from edge_client.inference.models import Models
 from edge_client.request import Request, Resolved
 from edge_client.split.auto_split import AutoSplit, choose_split
 from edge_client.split.handoff_policy import Goals
-from edge_client.types import CallSkipping, Latents
+from edge_client.types import ApproximateReuse, CallSkipping, Latents
 from edge_client.web.errors import in_words
 from edge_client.web.jobs.quotas import Work
 from edge_client.web.jobs.uploads import Upload
@@ -258,6 +258,9 @@ class JobWorker:
             image_input=image_input,
             text_options=TextOptions(create.long_prompt, create.prompt_weighting),
             call_skipping=None if hybrid.cloud_skip is None else CallSkipping.parse(hybrid.cloud_skip),
+            approximate_reuse=None
+            if hybrid.approximate_reuse is None
+            else ApproximateReuse.parse(hybrid.approximate_reuse),
             loras=tuple((lora.name, lora.weight) for lora in create.loras),
             safety=create.safety_checker,
         )

@@ -227,7 +227,7 @@ _INFOTEXT_HYBRID: Mapping[str, str] = {
 }  # fmt: skip
 _INFOTEXT_HARMLESS = frozenset({
     "Model hash", "Version", "VAE", "VAE hash", "Lora hashes", "Edge model", "Planned cloud steps", "Fallback",
-    "Dropped tokens", "Masked area padding", "Image digest", "Mask digest",
+    "Dropped tokens", "Approximate reuse", "Masked area padding", "Image digest", "Mask digest",
 })  # fmt: skip
 _INFOTEXT_NEUTRAL = frozenset({("Clip skip", "1"), ("Inpaint area", "Whole picture"), ("Eta", "0")})
 

@@ -56,6 +56,8 @@ class CloudStarted(_OfImage):
     guidance_scale: float
     num_dropped_tokens: int
     num_calls: int
+    reused_steps: int = Field(0, description="steps that the cloud does not run: it had kept where they lead")
+    reuse_similarity: float | None = Field(None, description="how near the text is that they were run for; null: exact")
 
 
 class StepDone(_OfImage):

@@ -82,6 +82,10 @@ class Hybrid(_RequestModel):
     cloud_skip: Annotated[str, StringConstraints(pattern=r"^\d{1,4},\d{1,4}(,\d(\.\d{1,20})?)?$")] | None = Field(
         None, description="calls that the cloud leaves out: warm-up, skipped, extrapolation", examples=["4,1,0.3"]
     )
+    approximate_reuse: Annotated[str, StringConstraints(pattern=r"^[1-3](,[01](\.\d{1,20})?)?$")] | None = Field(
+        None, description="calls that the cloud may take over from an image of a near text, and how near it must be;"
+        " see docs/reuse.md", examples=["3,0.95"],
+    )  # fmt: skip
     deadline_ms: int | None = Field(
         None, ge=1, le=MAX_DEADLINE_S * 1000, description="time limit of the cloud's part; then this device continues"
     )
@@ -191,6 +195,12 @@ class Image(BaseModel):
     edge_model: str
     planned_cloud_steps: int
     actual_cloud_steps: int
+    reused_cloud_steps: int = Field(
+        0, description="of these those that no cloud ran for this image: one had kept where they lead"
+    )
+    reuse_similarity: float | None = Field(
+        None, description="how near the text is that they were run for; null: they are exactly those of this image"
+    )
     fallback_reason: str | None
     fallback_message: str
     early_handoff_reason: str

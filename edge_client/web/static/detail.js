@@ -207,6 +207,8 @@ function facts(job, image) {
       .filter(Boolean).join(", ")],
     ["Who drew", splitWords(image)],
     ["Planned", planned === actual ? null : `${planned} steps in the cloud; it ran ${actual}`],
+    ["Kept", image.reused_cloud_steps > 0 && `${plural(image.reused_cloud_steps, "step")} the cloud had from an earlier image`
+      + (image.reuse_similarity ? `, of a text near by ${image.reuse_similarity.toFixed(3)}` : "")],
     ["Why", image.fallback_reason && [image.fallback_message, `(${image.fallback_reason})`].filter(Boolean).join(" ")],
     ["Handed over early", image.early_handoff_reason],
     ["Clouds", cloudWords(image.clouds ?? [])],

@@ -190,6 +190,7 @@ class DenoiseRequest(_message.Message):
     LORAS_FIELD_NUMBER: _builtins.int
     INPAINTING_FIELD_NUMBER: _builtins.int
     CALL_SKIPPING_FIELD_NUMBER: _builtins.int
+    APPROXIMATE_REUSE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the job, so that a retry attaches instead of computing twice. 1 to 64 characters of `A-Z a-z 0-9 _ -`;
     empty lets the server choose. The same id with different content is INVALID_ARGUMENT (REQUEST_ID_REUSED).
@@ -293,6 +294,13 @@ class DenoiseRequest(_message.Message):
     def call_skipping(self) -> Global___CallSkipping:
         """Leaves calls of the U-Net out, for speed at a price in quality. Not set: none."""
 
+    @_builtins.property
+    def approximate_reuse(self) -> Global___ApproximateReuse:
+        """Allows the job to begin with a state of an earlier job of the same caller whose text is near to this one, and which
+        agrees in all else, the seed included: quicker, and not exactly the same image. `Started.reuse_similarity` says where
+        it was done. Not set: only states of exactly this job are reused. Not together with `call_skipping`.
+        """
+
     def __init__(
         self,
         *,
@@ -322,10 +330,11 @@ class DenoiseRequest(_message.Message):
         loras: _abc.Iterable[Global___LoraWeight] | None = ...,
         inpainting: Global___Inpainting | None = ...,
         call_skipping: Global___CallSkipping | None = ...,
+        approximate_reuse: Global___ApproximateReuse | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_width", b"_width", "call_skipping", b"call_skipping", "conditioning", b"conditioning", "embeddings", b"embeddings", "guidance_scale", b"guidance_scale", "height", b"height", "initial_latents", b"initial_latents", "inpainting", b"inpainting", "plan", b"plan", "reattach_grace", b"reattach_grace", "scheduler", b"scheduler", "solver", b"solver", "text", b"text", "width", b"width"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_width", b"_width", "approximate_reuse", b"approximate_reuse", "call_skipping", b"call_skipping", "conditioning", b"conditioning", "embeddings", b"embeddings", "guidance_scale", b"guidance_scale", "height", b"height", "initial_latents", b"initial_latents", "inpainting", b"inpainting", "plan", b"plan", "reattach_grace", b"reattach_grace", "scheduler", b"scheduler", "solver", b"solver", "text", b"text", "width", b"width"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_width", b"_width", "call_skipping", b"call_skipping", "conditioning", b"conditioning", "embeddings", b"embeddings", "encoding", b"encoding", "first_step", b"first_step", "guidance_scale", b"guidance_scale", "handoff_step", b"handoff_step", "height", b"height", "image_index", b"image_index", "initial_latents", b"initial_latents", "initial_state", b"initial_state", "inpainting", b"inpainting", "known_digests", b"known_digests", "latent_space", b"latent_space", "loras", b"loras", "model", b"model", "model_changes", b"model_changes", "plan", b"plan", "preview_every", b"preview_every", "reattach_grace", b"reattach_grace", "request_id", b"request_id", "resume_call", b"resume_call", "scheduler", b"scheduler", "seed", b"seed", "solver", b"solver", "state_every", b"state_every", "text", b"text", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_width", b"_width", "approximate_reuse", b"approximate_reuse", "call_skipping", b"call_skipping", "conditioning", b"conditioning", "embeddings", b"embeddings", "encoding", b"encoding", "first_step", b"first_step", "guidance_scale", b"guidance_scale", "handoff_step", b"handoff_step", "height", b"height", "image_index", b"image_index", "initial_latents", b"initial_latents", "initial_state", b"initial_state", "inpainting", b"inpainting", "known_digests", b"known_digests", "latent_space", b"latent_space", "loras", b"loras", "model", b"model", "model_changes", b"model_changes", "plan", b"plan", "preview_every", b"preview_every", "reattach_grace", b"reattach_grace", "request_id", b"request_id", "resume_call", b"resume_call", "scheduler", b"scheduler", "seed", b"seed", "solver", b"solver", "state_every", b"state_every", "text", b"text", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -349,6 +358,34 @@ class DenoiseRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_solver) -> _WhichOneofReturnType_solver | None: ...
 
 Global___DenoiseRequest: _TypeAlias = DenoiseRequest  # noqa: Y015
+
+@_typing.final
+class ApproximateReuse(_message.Message):
+    """What may be taken over from a job of another text (docs/reuse.md). Jobs that ask for it are what others may begin with."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_CALLS_FIELD_NUMBER: _builtins.int
+    MIN_SIMILARITY_FIELD_NUMBER: _builtins.int
+    max_calls: _builtins.int
+    """Calls that may be taken over, in `[1, 3]`."""
+    min_similarity: _builtins.float
+    """How near the text must be, in `(0, 1]`: the cosine of the angle between what texts are compared by. Not set is 0.95."""
+    def __init__(
+        self,
+        *,
+        max_calls: _builtins.int = ...,
+        min_similarity: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_min_similarity", b"_min_similarity", "min_similarity", b"min_similarity"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_min_similarity", b"_min_similarity", "max_calls", b"max_calls", "min_similarity", b"min_similarity"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__min_similarity: _TypeAlias = _typing.Literal["min_similarity"]  # noqa: Y015
+    _WhichOneofArgType__min_similarity: _TypeAlias = _typing.Literal["_min_similarity", b"_min_similarity"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_similarity) -> _WhichOneofReturnType__min_similarity | None: ...
+
+Global___ApproximateReuse: _TypeAlias = ApproximateReuse  # noqa: Y015
 
 @_typing.final
 class ModelChange(_message.Message):
@@ -734,6 +771,8 @@ class Started(_message.Message):
     GUIDANCE_SCALE_FIELD_NUMBER: _builtins.int
     NUM_DROPPED_TOKENS_FIELD_NUMBER: _builtins.int
     PREDICTION_TYPE_FIELD_NUMBER: _builtins.int
+    NUM_REUSED_CALLS_FIELD_NUMBER: _builtins.int
+    REUSE_SIMILARITY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The id of the job: the request's, or one that the server chose."""
     model: _builtins.str
@@ -748,6 +787,15 @@ class Started(_message.Message):
     """Tokens of prompt and negative prompt, together, that did not fit into the model's context, 0 or more."""
     prediction_type: _builtins.str
     """What the model predicts, and with it the e of the plan: "epsilon", "v_prediction" or "sample"."""
+    num_reused_calls: _builtins.int
+    """Calls from the first on that are not run, 0 or more: the server has kept where they lead of an earlier job of the same
+    caller that agrees in all that decides it. States before that one are not sent; it is sent itself if it is the
+    hand-off, or `state_every` or `preview_every` is above 0, and has a preview where one was made before.
+    """
+    reuse_similarity: _builtins.float
+    """Where those calls were run for another text (`DenoiseRequest.approximate_reuse`): how near it is, in `(0, 1]`. Not
+    set: they are exactly those of this job.
+    """
     @_builtins.property
     def plan(self) -> _plan_pb2.Plan:
         """The plan; absent when the caller sent it or named its digest in `known_digests`."""
@@ -773,12 +821,16 @@ class Started(_message.Message):
         guidance_scale: _builtins.float = ...,
         num_dropped_tokens: _builtins.int = ...,
         prediction_type: _builtins.str = ...,
+        num_reused_calls: _builtins.int = ...,
+        reuse_similarity: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["negative_prompt", b"negative_prompt", "plan", b"plan", "prompt", b"prompt"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_reuse_similarity", b"_reuse_similarity", "negative_prompt", b"negative_prompt", "plan", b"plan", "prompt", b"prompt", "reuse_similarity", b"reuse_similarity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["guidance_scale", b"guidance_scale", "latent_space", b"latent_space", "model", b"model", "negative_prompt", b"negative_prompt", "num_dropped_tokens", b"num_dropped_tokens", "plan", b"plan", "plan_digest", b"plan_digest", "prediction_type", b"prediction_type", "prompt", b"prompt", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reuse_similarity", b"_reuse_similarity", "guidance_scale", b"guidance_scale", "latent_space", b"latent_space", "model", b"model", "negative_prompt", b"negative_prompt", "num_dropped_tokens", b"num_dropped_tokens", "num_reused_calls", b"num_reused_calls", "plan", b"plan", "plan_digest", b"plan_digest", "prediction_type", b"prediction_type", "prompt", b"prompt", "request_id", b"request_id", "reuse_similarity", b"reuse_similarity"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__reuse_similarity: _TypeAlias = _typing.Literal["reuse_similarity"]  # noqa: Y015
+    _WhichOneofArgType__reuse_similarity: _TypeAlias = _typing.Literal["_reuse_similarity", b"_reuse_similarity"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reuse_similarity) -> _WhichOneofReturnType__reuse_similarity | None: ...
 
 Global___Started: _TypeAlias = Started  # noqa: Y015
 
@@ -891,12 +943,15 @@ class Usage(_message.Message):
     SENT_BYTES_FIELD_NUMBER: _builtins.int
     NUM_SKIPPED_CALLS_FIELD_NUMBER: _builtins.int
     ENERGY_FIELD_NUMBER: _builtins.int
+    NUM_REUSED_CALLS_FIELD_NUMBER: _builtins.int
     num_calls: _builtins.int
     """Calls of the U-Net that were run for the job."""
     sent_bytes: _builtins.int
     """Bytes of all messages of this stream before this one."""
     num_skipped_calls: _builtins.int
     """Calls that were skipped for the job (`DenoiseRequest.call_skipping`); `num_calls` does not count them."""
+    num_reused_calls: _builtins.int
+    """Calls that were not run (`Started.num_reused_calls`); `num_calls` does not count them, nor do quotas."""
     @_builtins.property
     def queue_duration(self) -> _duration_pb2.Duration:
         """From the arrival of the request to the first call of the U-Net, text encoding included."""
@@ -911,7 +966,7 @@ class Usage(_message.Message):
 
     @_builtins.property
     def energy(self) -> Global___Energy:
-        """Energy of the server's part; absent where the server knows nothing of it."""
+        """Energy of the server's part; absent where the server knows nothing of it. Calls that were reused take none."""
 
     def __init__(
         self,
@@ -923,10 +978,11 @@ class Usage(_message.Message):
         sent_bytes: _builtins.int = ...,
         num_skipped_calls: _builtins.int = ...,
         energy: Global___Energy | None = ...,
+        num_reused_calls: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["compute_duration", b"compute_duration", "energy", b"energy", "queue_duration", b"queue_duration", "text_duration", b"text_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_duration", b"compute_duration", "energy", b"energy", "num_calls", b"num_calls", "num_skipped_calls", b"num_skipped_calls", "queue_duration", b"queue_duration", "sent_bytes", b"sent_bytes", "text_duration", b"text_duration"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute_duration", b"compute_duration", "energy", b"energy", "num_calls", b"num_calls", "num_reused_calls", b"num_reused_calls", "num_skipped_calls", b"num_skipped_calls", "queue_duration", b"queue_duration", "sent_bytes", b"sent_bytes", "text_duration", b"text_duration"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -88,6 +88,9 @@ class DenoisingServiceServicer:
         with `is_handoff`), `finished`; `heartbeat` whenever nothing else was sent for a while. A slow reader
         misses intermediate states, never the last. Deterministic for a request and a model, so it is safe to retry.
 
+        A request whose hand-off state the server has kept of an earlier job of the same caller is answered at once with
+        `started`, that `state` and `finished`: no queue, no place, nothing of a quota of jobs or steps.
+
         A call whose `request_id` names a job that is queued, running or recently finished attaches to that job instead of
         starting another; the streams that were attached to it before end with ABORTED.
         """

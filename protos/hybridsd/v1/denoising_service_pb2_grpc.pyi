@@ -48,6 +48,9 @@ class DenoisingServiceStub:
     with `is_handoff`), `finished`; `heartbeat` whenever nothing else was sent for a while. A slow reader
     misses intermediate states, never the last. Deterministic for a request and a model, so it is safe to retry.
 
+    A request whose hand-off state the server has kept of an earlier job of the same caller is answered at once with
+    `started`, that `state` and `finished`: no queue, no place, nothing of a quota of jobs or steps.
+
     A call whose `request_id` names a job that is queued, running or recently finished attaches to that job instead of
     starting another; the streams that were attached to it before end with ABORTED.
     """
@@ -83,6 +86,9 @@ class DenoisingServiceAsyncStub(DenoisingServiceStub):
     point for the caller to go on from. In order: `queued` (0 or more), `started`, `state` (1 or more, the last
     with `is_handoff`), `finished`; `heartbeat` whenever nothing else was sent for a while. A slow reader
     misses intermediate states, never the last. Deterministic for a request and a model, so it is safe to retry.
+
+    A request whose hand-off state the server has kept of an earlier job of the same caller is answered at once with
+    `started`, that `state` and `finished`: no queue, no place, nothing of a quota of jobs or steps.
 
     A call whose `request_id` names a job that is queued, running or recently finished attaches to that job instead of
     starting another; the streams that were attached to it before end with ABORTED.
@@ -122,6 +128,9 @@ class DenoisingServiceServicer(metaclass=_abc_1.ABCMeta):
         point for the caller to go on from. In order: `queued` (0 or more), `started`, `state` (1 or more, the last
         with `is_handoff`), `finished`; `heartbeat` whenever nothing else was sent for a while. A slow reader
         misses intermediate states, never the last. Deterministic for a request and a model, so it is safe to retry.
+
+        A request whose hand-off state the server has kept of an earlier job of the same caller is answered at once with
+        `started`, that `state` and `finished`: no queue, no place, nothing of a quota of jobs or steps.
 
         A call whose `request_id` names a job that is queued, running or recently finished attaches to that job instead of
         starting another; the streams that were attached to it before end with ABORTED.

@@ -380,6 +380,25 @@ async def test_an_adapter_comes_without_a_pause_for_running_jobs(
         output(before, (("style", 1.0),))
 
 
+async def test_content_is_another_where_anything_is(
+    make: Make, folders: dict[str, Path], models: dict[str, Model], tmp_path: Path
+) -> None:
+    """The same while a model is the same, loaded or evicted; never again what it was under another model of its id."""
+    registry = make("a", "c")
+    unknown = registry.content("a")
+    await warm(registry, "a")
+    first = registry.content("a")
+    assert first == registry.content("a") != unknown
+    path = write_loras(tmp_path, models["a"], "style")["style"]
+    end(registry.add_lora("a", LoraSource("style", str(path))))
+    second = registry.content("a")
+    assert second != first
+    end(registry.unload("a"))
+    (loaded,) = registry.load(ModelSpec(source=f"a={folders['b']}"))
+    end(loaded)
+    assert registry.content("a") not in (unknown, first, second)
+
+
 async def test_adapters_belong_to_tokens(make: Make, models: dict[str, Model], tmp_path: Path) -> None:
     """Two of one name are two; one that is unloaded is gone for askers at once, and its memory when nobody needs it."""
     registry, needed = make("a"), set[str]()

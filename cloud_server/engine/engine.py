@@ -15,7 +15,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 
 import structlog
@@ -26,7 +26,7 @@ from cloud_server.engine.caller import NOBODY, Caller
 from cloud_server.engine.device_worker import DeviceWorker, Pending
 from cloud_server.engine.event_buffer import EventBuffer
 from cloud_server.engine.events import Failed, Finished, Snapshot
-from cloud_server.engine.executor import Batch, BatchTooLarge, Call, Executor, is_out_of_memory
+from cloud_server.engine.executor import Batch, BatchTooLarge, Call, Executor, ModelGone, is_out_of_memory
 from cloud_server.engine.job import Job, JobView
 from cloud_server.engine.near import Feature
 from cloud_server.engine.placement import Placement
@@ -52,6 +52,8 @@ LAST_STATES_S = 1.0
 """For what a lost device had led to before: its jobs go on from there."""
 MAX_LOSSES = 2
 """Devices that a job may be in a call on when they are lost; then it ends, for it may be the cause."""
+MAX_UNCHECKED = 4
+"""Calls of a principal that are read at a time because their answer may be kept, whatever its quotas say."""
 DRAIN_RETRY_S = 5.0
 """When to come again to a server that is being replaced."""
 
@@ -226,7 +228,7 @@ class Engine:
     ) -> None:
         """Refuses a call for which `submit` would have no room now, before anything costly is done for it.
 
-        One that may be answered by what is kept is not refused.
+        One that may be answered by what is kept is not refused, unless many of the principal's are being read.
 
         Args:
             request_id: Of the call.
@@ -242,7 +244,7 @@ class Engine:
         with self._changed:
             if self._scheduler.find((caller.owner, request_id)) is None:
                 self._check_open()
-                if self._prefixes.may_hold(_owner(caller), seed, image_index):
+                if num_reading < MAX_UNCHECKED and self._prefixes.may_hold(_owner(caller), seed, image_index):
                     return
                 self._scheduler.check_room(request_id, caller)
                 self._check_queued(caller, num_reading)
@@ -358,14 +360,15 @@ class Engine:
         if self._is_dead:
             return float("inf")
         placement = self._scheduler.placement
-        well = [worker.since_s for worker in self._workers if placement.is_well(worker.number)]
-        return max(_stalled_s(since_s) for since_s in [self._texts_since_s, *well])
+        alive = [worker for worker in self._workers if not worker.is_dead]
+        well = [worker for worker in alive if placement.is_well(worker.number)] or alive
+        return max(_stalled_s(since_s) for since_s in [self._texts_since_s, *(worker.since_s for worker in well)])
 
     def _stall_limit_s(self) -> float:
         return max(self._stall_timeout_s, SLOW_CALLS * self._scheduler.call_s)
 
     def _is_stuck(self) -> bool:
-        return self._stalled_s() >= self._stall_limit_s()
+        return not self._scheduler.placement.num_well or self._stalled_s() >= self._stall_limit_s()
 
     def _wake(self) -> None:
         with self._changed:
@@ -470,13 +473,23 @@ class Engine:
         )
 
     def _admit(self) -> None:
-        """Gives places to waiting jobs, and their texts to be read; then there may be something to do."""
-        self._unread.extend(job for job in self._scheduler.admit() if job.trajectory is None)
-        self._changed.notify_all()
+        """Gives places to waiting jobs, and their texts to be read; then there is something to do.
+
+        Else nobody is woken: threads that wake each other would never rest.
+        """
+        admitted = self._scheduler.admit()
+        self._read(job for job in admitted if job.trajectory is None)
+        if admitted:
+            self._changed.notify_all()
+
+    def _read(self, jobs: Iterable[Job]) -> None:
+        """Lets texts be read, and jobs begin with their last states; each once."""
+        self._unread.extend(job for job in jobs if job not in self._unread)
 
     def _sweep(self) -> None:
         self._scheduler.sweep(active=False)
         self._admit()
+        self._changed.notify_all()  # jobs that run and are to stop are for the threads of the steps
 
     def _end_all(self, message: str) -> None:
         self._unread.clear()
@@ -501,13 +514,7 @@ class Engine:
         if worker is not None:
             worker.wait_published(LAST_STATES_S)
         with self._changed:
-            if worker is not None:
-                worker.is_dead = True
-                self._lose(worker)
-            if worker is None or all(each.is_dead for each in self._workers):
-                self._is_dead = self._is_draining = True  # the process ends, and a supervisor restarts it
-                self._end_all(self._says_stuck())
-            self._changed.notify_all()
+            self._give_up(worker)
 
     def _run_steps(self, worker: DeviceWorker) -> None:
         _set_torch_threads(self._num_threads)
@@ -523,6 +530,17 @@ class Engine:
         _set_torch_threads(1)  # a second pool beside that of the steps slows both
         self._run(self._text_turn, None)
 
+    def _give_up(self, worker: DeviceWorker | None) -> None:
+        """Never uses a device again, or none of them; without the last one the engine is dead."""
+        if worker is not None:
+            worker.is_dead = True
+        if worker is None or all(each.is_dead for each in self._workers):
+            self._is_dead = self._is_draining = True  # the process ends, and a supervisor restarts it
+            self._end_all(self._says_stuck())
+        if worker is not None:
+            self._lose(worker)
+        self._changed.notify_all()
+
     def _lose(self, worker: DeviceWorker) -> None:
         """Gives up a device: its jobs go on from their last states on others, where there are any."""
         placement = self._scheduler.placement
@@ -530,7 +548,8 @@ class Engine:
             return
         suspects, lost = set(worker.in_hand), self._scheduler.lose(worker.number)
         log.error("device_lost", device=worker.number, jobs=len(lost), devices_left=placement.num_well)
-        if not placement.num_well:
+        if not placement.num_well:  # another one may come back, but they cannot wait for that
+            self._end_all(self._says_stuck())
             return
         for job in suspects:
             job.num_losses += 1
@@ -539,8 +558,9 @@ class Engine:
                     f"{job.num_losses} devices of the server were lost during this job; try another server",
                     retry_delay_s=DRAIN_RETRY_S,
                 )))  # fmt: skip
-        self._unread.extend(job for job in lost if job.outcome is None)
+        self._read(job for job in lost if job.outcome is None)
         self._admit()
+        self._changed.notify_all()
 
     def _text_turn(self) -> bool:
         """Reads the texts of one job, or waits for one; False ends the thread."""
@@ -563,9 +583,9 @@ class Engine:
         except torch.AcceleratorError:
             log.exception("device_failed", device=worker.number)
             with self._changed:
-                worker.in_hand, worker.is_dead = [*worker.in_hand, job], True
-                self._lose(worker)
-                if all(each.is_dead for each in self._workers):
+                worker.in_hand = [*worker.in_hand, job]
+                self._give_up(worker)
+                if self._is_dead:
                     raise
             return True
         except Exception as error:
@@ -585,9 +605,11 @@ class Engine:
 
     def _next_unread(self) -> tuple[Job, DeviceWorker, dict[str, Denoiser]] | None:
         """Takes the first job whose texts are to be read and whose models are loaded on its device."""
-        for job in list(self._unread):
+        index = 0
+        while index < len(self._unread):
+            job = self._unread[index]
             if job.outcome is not None or job.device is None:
-                self._unread.remove(job)
+                del self._unread[index]
                 continue
             denoisers: dict[str, Denoiser] = {}
             for model in job.models:
@@ -598,9 +620,12 @@ class Engine:
                     self._models.want(model, job.device)
                 else:
                     self._scheduler.end(job, Failed(error))
-            if len(denoisers) == len(job.models) and job.outcome is None:
-                self._unread.remove(job)
+                    self._admit()  # others, which are looked at in turn
+                    break
+            if len(denoisers) == len(job.models):
+                del self._unread[index]
                 return job, self._workers[job.device], denoisers
+            index += job.outcome is None
         return None
 
     def _step_turn(self, worker: DeviceWorker) -> bool:
@@ -615,7 +640,10 @@ class Engine:
                 self._scheduler.placement.restore(worker.number)
             self._scheduler.sweep(active=True)
             self._admit()
+            num_moves = self._scheduler.num_moves
             chosen = self._scheduler.choose(worker.number)
+            if self._scheduler.num_moves > num_moves:
+                self._changed.notify_all()
             batch = [(job, job.trajectory) for job in chosen if job.trajectory is not None]
             self._scheduler.begin_call(chosen)
             worker.in_hand += chosen
@@ -631,6 +659,8 @@ class Engine:
                 launched = worker.launch(batch, groups)
             except BatchTooLarge:
                 self._halve(batch)
+            except ModelGone:
+                self._begin_anew(batch)
             else:
                 self._advance(worker, launched)
         if launched is not None and not worker.runs_ahead:
@@ -639,6 +669,16 @@ class Engine:
         if pending is not None:
             self._settle(worker, pending)
         return True
+
+    def _begin_anew(self, batch: Batch) -> None:
+        """Lets jobs wait for a model that was let go of while they had no place; they go on from their last states."""
+        with self._changed:
+            jobs = [job for job, trajectory in batch if job.outcome is None and trajectory.begin == job.num_begins]
+            for job in jobs:
+                self._scheduler.begin_anew(job)
+            running = self._scheduler.running
+            self._read(job for job in jobs if job in running)  # others when they have places
+            self._changed.notify_all()
 
     def _halve(self, batch: Batch) -> None:
         """Lets no batch of this group be as large again."""
@@ -745,6 +785,7 @@ class Engine:
         with self._changed:
             if job.num_begins == begin:  # else it runs elsewhere, and its device was at fault
                 self._scheduler.end(job, Failed(error))
+                self._admit()
 
 
 def _owner(caller: Caller) -> str:

@@ -31,6 +31,10 @@ class BatchTooLarge(Exception):
     """A batch did not fit into memory; nothing of it has run."""
 
 
+class ModelGone(Exception):
+    """The model of a batch is not loaded here any more; nothing of it has run."""
+
+
 @dataclass(eq=False, slots=True)
 class Call:
     """What one call of the U-Net leads to, for one job."""
@@ -87,6 +91,7 @@ class Executor:
 
         Raises:
             BatchTooLarge: If several jobs do not fit into memory together.
+            ModelGone: If the model was let go of: a job that had lost its place keeps none.
             torch.AcceleratorError: If the device is lost to this process.
         """
         trajectories = [trajectory for _, trajectory in batch]
@@ -114,12 +119,11 @@ class Executor:
     def _try(self, trajectories: list[Trajectory], groups: set[Group]) -> list[Progress] | Exception:
         """Returns what a call leads to. An error of memory comes without its frames, which would hold that memory."""
         try:
-            model = trajectories[0].group[0]
-            denoiser = self._find(model)
+            denoiser = self._find(trajectories[0].group[0])
             if denoiser is None:
-                raise Reason.UNAVAILABLE.error(f"model {model} was unloaded during the job; ask for it again")
+                raise ModelGone
             return step.step(denoiser, trajectories, self._conditions(trajectories, groups))
-        except torch.AcceleratorError:
+        except (torch.AcceleratorError, ModelGone):
             raise
         except Exception as error:
             self._joined.clear()

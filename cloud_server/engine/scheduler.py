@@ -84,6 +84,8 @@ class Scheduler:
         self._on_end = on_end
         self.num_preemptions = 0
         """Jobs that had to give their places to others, so far."""
+        self.num_moves = 0
+        """Jobs that have changed devices to be done sooner, so far."""
         self._max_batch, self._clock = max_batch, clock
         self._keep_finished, self._keep_finished_s = keep_finished, keep_finished_s
         self._shares, self._door = Shares(), Door(max_queue=max_queue, rand=rand)
@@ -287,6 +289,7 @@ class Scheduler:
                 loads[device][job.kind] -= 1
                 loads[other][job.kind] += 1
                 job.device = other
+                self.num_moves += 1
 
     def lose(self, device: int) -> list[Job]:
         """Gives up a device, and places its jobs on others. Returns those that have places, to be begun anew there.
@@ -301,12 +304,17 @@ class Scheduler:
             self._active.append(job)
         for job in [*self._active, *self._waiting]:
             if job.device == device:
-                job.trajectory, job.device, job.is_in_call = None, None, False
-                job.num_begins += 1
+                self.begin_anew(job)
+                job.device = None
         lost = [job for job in self._active if job.device is None]
         for job in lost:
             self._place(job)
         return lost
+
+    def begin_anew(self, job: Job) -> None:
+        """Takes a job back to its last state; calls of it that are under way are nobody's any more."""
+        job.trajectory, job.is_in_call = None, False
+        job.num_begins += 1
 
     def leave(self, job: Job) -> None:
         """Frees the place of a job whose last call has run: what is left is to publish it."""

@@ -36,10 +36,6 @@ class TextReader:
         self._on_lookup, self._content, self._on_feature = on_lookup, content, on_feature
         self._caches: dict[str, tuple[Hashable, TextCache]] = {}
 
-    def forget(self, models: Mapping[str, object]) -> None:
-        """Drops the texts of all models but these."""
-        self._caches = {model: cache for model, cache in self._caches.items() if model in models}
-
     def prepare(self, job: Job, denoisers: Mapping[str, Denoiser]) -> Trajectory:
         """Encodes all texts of a job, unless it has begun before, and takes it to a device.
 
@@ -67,6 +63,11 @@ class TextReader:
         content = self._content(model)
         held = self._caches.get(model)
         if held is None or held[0] != content:
+            self._caches = {  # but for those of models that were unloaded
+                name: cache
+                for name, cache in self._caches.items()
+                if cache[0] is None or self._content(name) is not None
+            }
             held = self._caches[model] = (content, TextCache(on_lookup=self._on_lookup))
         return held[1]
 

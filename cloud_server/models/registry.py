@@ -71,6 +71,17 @@ class _Held:
         return sum(weights.num_bytes for weights in self.weights)
 
 
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """Why a model was not loaded on a device."""
+
+    message: str
+    """For operators: it may name files."""
+    error: HybridSDError
+    """For whoever asked for the model."""
+    since_s: float
+
+
 @dataclass(eq=False, slots=True)
 class _Entry:
     """A model that is known."""
@@ -82,8 +93,7 @@ class _Entry:
     """Of what is held; None where that is not ours to take apart."""
     held: dict[torch.device, _Held] = field(default_factory=dict)
     loading: dict[torch.device, _Task] = field(default_factory=dict)
-    errors: dict[torch.device, tuple[HybridSDError, float]] = field(default_factory=dict)
-    """And when each came."""
+    errors: dict[torch.device, _Failure] = field(default_factory=dict)
     closed: set[torch.device] = field(default_factory=set)
     """Devices where it may be evicted at once: jobs that move there would not find it."""
     hidden: set[str] = field(default_factory=set)
@@ -208,8 +218,8 @@ class ModelRegistry:
         with self._changed:
             entry = self._entries.get(model)
             if entry is not None:
-                error = entry.errors.get(self._devices[device])
-                if error is None or self._clock() - error[1] >= RETRY_S:
+                failure = entry.errors.get(self._devices[device])
+                if failure is None or self._clock() - failure.since_s >= RETRY_S:
                     self._begin(entry, self._devices[device])
 
     def error(self, model: str, device: int) -> HybridSDError | None:
@@ -218,8 +228,8 @@ class ModelRegistry:
             entry = self._entries.get(model)
             if entry is None:
                 return _unknown(model, self.catalog)
-            error, since_s = entry.errors.get(self._devices[device], (None, 0.0))
-            return error if error is not None and self._clock() - since_s < RETRY_S else None
+            failure = entry.errors.get(self._devices[device])
+            return failure.error if failure is not None and self._clock() - failure.since_s < RETRY_S else None
 
     def listen(self, on_change: Callable[[], None], in_use: Callable[[int], set[str]]) -> None:
         """See `ServedModels`."""
@@ -467,7 +477,7 @@ class ModelRegistry:
             if device in entry.loading:
                 return OnDevice(device, State.LOADING)
             if device in entry.errors:
-                return OnDevice(device, State.FAILED, error=entry.errors[device][0].message)
+                return OnDevice(device, State.FAILED, error=entry.errors[device].message)
             return OnDevice(device, State.COLD)
 
         description = entry.description
@@ -514,6 +524,7 @@ class ModelRegistry:
     def _attempt(self, task: _Task) -> None:
         entry = task.entry
         error: ModelError | HybridSDError | None = None
+        is_ours = False  # whether jobs may hear its words
         try:
             is_done = task.attempt(task)
             if not is_done and self._clock() > task.until_s:
@@ -521,7 +532,7 @@ class ModelRegistry:
         except LoadCancelled:
             is_done, error = True, Reason.CANCELLED.error(f"the load of model {entry.id} was given up")
         except (ModelError, HybridSDError) as failed:
-            is_done, error = True, failed
+            is_done, error, is_ours = True, failed, isinstance(failed, HybridSDError)
         except LoadFailed as failed:
             is_done, error = True, Reason.UNAVAILABLE.error(f"model {entry.id}: {failed}", retry_delay_s=RETRY_S)
         except Exception as failed:
@@ -538,22 +549,22 @@ class ModelRegistry:
             if task.device is not None and entry.loading.get(task.device) is task:
                 del entry.loading[task.device]
             if error is not None and task.device is not None:
-                self._fail(entry, task.device, error)
+                self._fail(entry, task.device, error, is_ours=is_ours)
         if error is not None:
             log.warning("model_not_loaded", model=entry.id, message=str(error))
         _settle(task.done, error)
         self._on_change()
 
-    def _fail(self, entry: _Entry, device: torch.device, error: ModelError | HybridSDError) -> None:
+    def _fail(self, entry: _Entry, device: torch.device, error: ModelError | HybridSDError, *, is_ours: bool) -> None:
         if entry.is_new:
             if not entry.loading and self._entries.get(entry.id) is entry:
                 del self._entries[entry.id]
         elif not (isinstance(error, HybridSDError) and error.reason is Reason.CANCELLED):
             message = str(error).rstrip(".")
-            told = Reason.UNAVAILABLE.error(
-                message if message.startswith("model") else f"model {entry.id}: {message}", retry_delay_s=RETRY_S
-            )
-            entry.errors[device] = told, self._clock()
+            message = message if message.startswith("model") else f"model {entry.id}: {message}"
+            failed = f"model {entry.id} could not be loaded; choose another, or have the operator look at `models list`"
+            told = Reason.UNAVAILABLE.error(message if is_ours else failed, retry_delay_s=RETRY_S)
+            entry.errors[device] = _Failure(message, told, self._clock())
 
     def _load(self, task: _Task) -> bool:
         entry, device = task.entry, task.device
@@ -738,10 +749,12 @@ class ModelRegistry:
         """Reads an adapter into a model on all devices where it is loaded."""
         entry = task.entry
         with self._changed:
+            if entry.is_leaving or self._entries.get(entry.id) is not entry:
+                raise LoadCancelled
             if not entry.held or entry.skeleton is None:
-                errors = list(entry.errors.values())
-                if errors and not entry.loading:
-                    raise errors[0][0]
+                failures = list(entry.errors.values())
+                if failures and not entry.loading:
+                    raise Reason.UNAVAILABLE.error(failures[0].message, retry_delay_s=RETRY_S)
                 if not entry.loading:
                     self._begin(entry, self._devices[0])
                 task.waits_for = f"model {entry.id} has not been loaded for its adapter {source.name}"

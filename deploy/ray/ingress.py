@@ -26,16 +26,17 @@ from cloud_server.rpc.write_stream import write
 from cloud_server.settings import address
 from deploy.ray.app import NAME
 from hybridsd.errors import HybridSDError, Reason
-from hybridsd.v1 import bundle_service_pb2
+from hybridsd.v1 import bundle_service_pb2, model_service_pb2
 from hybridsd.v1 import denoising_service_pb2 as pb
 
 APPLICATION = "hybridsd"
 _METHODS = {
     service.full_name: list(service.methods_by_name)
-    for file in (pb, bundle_service_pb2)
+    for file in (pb, bundle_service_pb2, model_service_pb2)
     for service in file.DESCRIPTOR.services_by_name.values()
 } | {health_pb2.DESCRIPTOR.services_by_name["Health"].full_name: ["Check"]}  # to watch one replica is to know nothing
 _OURS = "/hybridsd.v1.DenoisingService/"
+_MODELS = f"/{model_service_pb2.DESCRIPTOR.services_by_name['ModelService'].full_name}/"
 _DENOISE, _LIST, _CANCEL = _OURS + "Denoise", _OURS + "ListJobs", _OURS + "CancelDenoise"
 _DETAILS, _OF_GRPC = "grpc-status-details-bin", ("grpc-", "user-agent")
 MAX_TRIES = 3
@@ -99,6 +100,8 @@ class Relay:
         """Answers a call."""
         self._proxy._ongoing_requests_start()
         try:
+            if method.startswith(_MODELS):  # replicas that come later would not know
+                _refuse_models()
             await (self._ask_all if method in (_LIST, _CANCEL) else self._pass_on)(method, request, context)
         except HybridSDError as error:
             await context.abort_with_status(rich_status(error))
@@ -173,6 +176,13 @@ class Relay:
                 else grpc.aio.insecure_channel(address, _OPTIONS)
             )
         return self._channels[address]
+
+
+def _refuse_models() -> None:
+    raise Reason.PERMISSION_DENIED.error(
+        "Ray's replicas have the models of their options; change --model or --lora in the Serve configuration, and"
+        " `serve deploy` it"
+    )
 
 
 @functools.cache

@@ -32,7 +32,9 @@ from edge_client.generation.result import Result
 from edge_client.inference.models import Models
 from edge_client.request import Request
 from hybridsd.v1 import denoising_service_pb2 as pb
-from hybridsd.v1 import denoising_service_pb2_grpc
+from hybridsd.v1.denoising_service_pb2_grpc import DenoisingServiceStub
+from hybridsd.v1.model_service_pb2 import UnloadModelRequest
+from hybridsd.v1.model_service_pb2_grpc import ModelServiceStub
 from tests.integration.conftest import Connect, running_server
 from tests.integration.test_clouds import draw
 from tests.integration.test_hybrid import request
@@ -73,10 +75,10 @@ def denoising(ray_cloud: RayCloud) -> Iterator[Any]:
 
 
 @contextmanager
-def connected(ray_cloud: RayCloud, port: int) -> Iterator[Any]:
+def connected(ray_cloud: RayCloud, port: int, stub: Any = DenoisingServiceStub) -> Iterator[Any]:
     trust = grpc.ssl_channel_credentials(ray_cloud.certificate.read_bytes())
     with grpc.secure_channel(f"127.0.0.1:{port}", trust) as channel:
-        yield denoising_service_pb2_grpc.DenoisingServiceStub(channel)
+        yield stub(channel)
 
 
 def long_message(request_id: str, **changes: Any) -> pb.DenoiseRequest:
@@ -126,7 +128,7 @@ def wait_until(is_so: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def test_reasons_of_errors_arrive(denoising: Any) -> None:
+def test_reasons_of_errors_arrive(ray_cloud: RayCloud, denoising: Any) -> None:
     """Through Ray's proxy come code, reason, field and delay, of who may call and of what is asked."""
     with pytest.raises(grpc.RpcError) as strange:
         denoising.GetCapabilities(pb.GetCapabilitiesRequest())
@@ -137,6 +139,10 @@ def test_reasons_of_errors_arrive(denoising: Any) -> None:
     with pytest.raises(grpc.RpcError) as field:
         list(denoising.Denoise(message(guidance_scale=-1.0), metadata=HEAD))
     assert failure(field.value)[:3] == ("INVALID_ARGUMENT", "GUIDANCE_INVALID", "guidance_scale")
+    with pytest.raises(grpc.RpcError) as models, connected(ray_cloud, ray_cloud.port, ModelServiceStub) as stub:
+        stub.UnloadModel(UnloadModelRequest(id="tiny"), metadata=(("authorization", f"Bearer {ADMIN}"),))
+    assert failure(models.value)[:2] == ("PERMISSION_DENIED", "PERMISSION_DENIED")
+    assert "Serve configuration" in (models.value.details() or "")  # type: ignore[attr-defined]
     with pytest.raises(grpc.RpcError) as large:
         list(denoising.Denoise(pb.DenoiseRequest(request_id="x" * (MAX_RECEIVED_BYTES + 1)), metadata=HEAD))
     assert large.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # Ray itself would take 2 GiB

@@ -13,8 +13,9 @@ from cloud_server.engine.engine import Engine
 from cloud_server.engine.events import Event, Failed, Finished, Snapshot
 from cloud_server.engine.executor import Executor
 from cloud_server.engine.request import JobRequest, Skipping, Stage
+from cloud_server.engine.texts import TextReader
 from cloud_server.models.load import Model
-from hybridsd.errors import Reason
+from hybridsd.errors import HybridSDError, Reason
 from tests.support.engine_fakes import (
     FailingDenoiser,
     GatedDenoiser,
@@ -189,6 +190,71 @@ async def test_when_all_devices_are_stuck_jobs_end(tiny_model: Model, make_engin
         gate.open()
     await until(engine.watch)
     assert isinstance((await events_of(engine, job_request(tiny_model)))[-1], Finished)
+
+
+async def test_when_one_is_stuck_and_the_other_lost_jobs_end(tiny_model: Model, make_engine: MakeEngine) -> None:
+    """None is left behind on the lost one, new ones are refused with a reason, and what comes back works again."""
+    stuck, lost = GatedDenoiser(tiny_model.denoiser), LosingDenoiser(tiny_model.denoiser, at_call=2)
+    engine = make_engine({"tiny": stuck}, {"tiny": lost}, max_batch=1, stall_timeout_s=0.1)
+    running = asyncio.create_task(events_of(engine, job_request(tiny_model)))
+    await asyncio.to_thread(stuck.entered.acquire)
+    while engine.num_devices_lost == 0:
+        await asyncio.sleep(0.01)
+        engine.watch()
+    (*_, ended) = await running
+    assert isinstance(ended, Failed)
+    assert ended.error.reason is Reason.UNAVAILABLE
+    await until(lambda: engine.num_devices_lost == 2)
+    assert not engine.watch()
+    with pytest.raises(HybridSDError) as refused:
+        await events_of(engine, job_request(tiny_model))
+    assert refused.value.reason is Reason.UNAVAILABLE
+    stuck.open()
+    await until(engine.watch)
+    assert isinstance((await events_of(engine, job_request(tiny_model)))[-1], Finished)
+
+
+async def test_a_job_that_waits_for_its_model_is_begun_once(
+    tiny_model: Model, make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where its device is lost meanwhile, too: begun twice, it would go back to its beginning."""
+    begun, stuck, other = list[str](), GatedDenoiser(tiny_model.denoiser), open_gate(tiny_model)
+    prepare = TextReader.prepare
+
+    def noting(self: TextReader, job: Any, found: Any) -> Any:
+        begun.append(job.request.request_id)
+        return prepare(self, job, found)
+
+    monkeypatch.setattr(TextReader, "prepare", noting)
+    cold: dict[str, Any] = {"tiny": stuck}
+    engine = make_engine(cold, {"tiny": other}, max_batch=2, stall_timeout_s=0.1)
+    first = asyncio.create_task(events_of(engine, job_request(tiny_model, request_id="first")))
+    await asyncio.to_thread(stuck.entered.acquire)
+    with engine._changed:
+        del cold["tiny"]  # as of a model that is to be loaded there
+        cold["another"] = stuck
+        engine._scheduler.placement.lose(1)
+    waits = asyncio.create_task(events_of(engine, job_request(tiny_model, request_id="waits")))
+    await until(lambda: len(engine._unread) == 1)
+    with engine._changed:
+        engine._scheduler.placement.restore(1)
+    while engine.num_devices_lost == 0:
+        await asyncio.sleep(0.01)
+        engine.watch()
+    assert all(isinstance(events[-1], Finished) for events in await asyncio.gather(first, waits))
+    assert begun.count("waits") == 1
+
+
+async def test_devices_without_work_rest(tiny_model: Model, make_engine: MakeEngine) -> None:
+    """Their threads do not wake each other for ever."""
+    engine = make_engine(*({"tiny": open_gate(tiny_model)} for _ in range(3)))
+    await asyncio.gather(*(events_of(engine, job_request(tiny_model, seed=seed)) for seed in range(6)))
+
+    def all_rest() -> bool:
+        with engine._changed:
+            return len(engine._changed._waiters) == 3 + 1  # type: ignore[attr-defined]  # and that of the texts
+
+    await until(all_rest)
 
 
 async def test_a_device_does_not_wait_for_publishing(

@@ -217,7 +217,10 @@ def test_what_can_never_fit_is_refused_with_numbers(make: Make, folders: dict[st
 async def test_a_load_that_fails_is_no_more_than_an_error(
     make: Make, loader: QuickLoader, tmp_path: Path, folders: dict[str, Path]
 ) -> None:
-    """A new model is not known then; a known one says why, and is tried again after a while, not by each job."""
+    """A new model is not known then; a known one is tried again after a while, not by each job.
+
+    Operators hear why. Jobs do not: it may name files of the server.
+    """
     registry = make("a")
     (load,) = registry.load(ModelSpec(source="new=/nowhere"))
     with pytest.raises(ModelError, match="neither a folder"):
@@ -231,7 +234,10 @@ async def test_a_load_that_fails_is_no_more_than_an_error(
         error = registry.error("a", 0)
         assert error is not None
         assert error.reason is Reason.UNAVAILABLE
-        assert says in error.message
+        (view,) = registry.views()
+        assert says in view.devices[0].error
+        assert says not in error.message
+        assert "model a could not be loaded" in error.message
         registry.want("a", 0)
         assert states(registry)["a"] is State.FAILED
         registry._clock.now_s += RETRY_S  # type: ignore[attr-defined]
@@ -247,6 +253,20 @@ async def test_a_load_that_fails_is_no_more_than_an_error(
     shutil.rmtree(gone)
     registry.want("gone", 0)
     await until(lambda: states(registry)["gone"] is State.FAILED)
+
+
+async def test_an_adapter_that_waits_for_a_model_that_goes_is_given_up(make: Make, tmp_path: Path) -> None:
+    """It does not have the model loaded again and again."""
+    registry = make("a", "b")
+    registry._budget_bytes = 1  # so that it waits for room
+    file = tmp_path / "x.safetensors"
+    file.touch()
+    load = registry.add_lora("a", LoraSource("x", str(file)))
+    end(registry.unload("a"))
+    with pytest.raises(HybridSDError) as caught:
+        load.result(HANG_S)
+    assert caught.value.reason is Reason.CANCELLED
+    assert list(states(registry)) == ["b"]
 
 
 async def test_a_load_can_be_given_up(make: Make, loader: QuickLoader, folders: dict[str, Path]) -> None:

@@ -61,10 +61,9 @@ class _Folder:
         path = self._folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.partial")
-        with partial.open("wb") as file:
-            file.write(content)
-            if self._is_synced:  # else a machine that dies may leave the name of an empty file
-                file.flush()
+        partial.write_bytes(content)
+        if self._is_synced:  # else a machine that dies may leave the name of an empty file
+            with partial.open("rb") as file:
                 os.fsync(file.fileno())
         partial.replace(path)
 

@@ -10,9 +10,12 @@ from typing import Any, TypeVar
 import click
 
 from cloud_server.settings import is_loopback
+from hybridsd.errors import name_fields
 
 F = TypeVar("F", bound=Callable[..., Any])
 TIMEOUT_S = 10.0
+_WORDS = {"owner": "--token", "id": "ID", "name": "NAME"}
+"""What the commands call a field that a message of the server names, where it is not an option of that name."""
 _PREFIX = "HYBRIDSD_CLOUD_"
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _OPTIONS = (
@@ -78,6 +81,7 @@ def calling(
             what = error.details() if is_said or not is_away else say_away(server, error.code().name, trusted)
             if error.code() is grpc.StatusCode.UNAUTHENTICATED:
                 what = f"{what}; give the right one with --token-file, or {_PREFIX}TOKEN"
+            what = name_fields(what or "", lambda field: _WORDS.get(field, f"--{field.replace('_', '-')}"))
             click.echo(f"Error: {what}", err=True)
             sys.exit(4 if is_away else 3)
 

@@ -66,7 +66,8 @@ _MODEL_OPTIONS = (
             "with models of its own; one queue is in front of them."),
     _option("--dtype", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", help="Of the U-Net."),
     _option("--latent-space", help="Name of the models' latent space, where their folders do not say."),
-    _option("--threads", type=click.IntRange(1), help="Threads of a U-Net call on the CPU; torch's choice if not set."),
+    _option("--threads", type=click.IntRange(1),
+            help="Threads of a U-Net call on the CPU, of each worker. Default: torch's choice, divided among them."),
     _option("--log-format",
             type=click.Choice(["auto", "console", "json"]), default="auto", help="Of the log."),
 )  # fmt: skip

@@ -33,16 +33,17 @@ def list_(server: str, **options: Any) -> None:
         answer = stub.ListModels(pb.ListModelsRequest(), **call)
     echo_table([
         ("ID", "STATE", "SIZE", "DEVICES", "ADAPTERS", "SOURCE"),
-        *((model.id, _state(model), _size(model.size_bytes), _devices(model), _loras(model), model.source or "-")
-          for model in answer.models),
+        *((model.id, _state(model), _size(model.size_bytes), _devices(model), _loras(model),
+           model.source.removeprefix(f"{model.id}=") or "-") for model in answer.models),
     ])  # fmt: skip
     for model in answer.models:
         for on in model.devices:
             if on.error:
                 click.echo(f"{model.id} on {on.device}: {on.error}", err=True)
     for device in answer.devices:
+        used = _size(device.used_bytes) if device.used_bytes else "nothing"
         budget = f" of {_size(device.budget_bytes)}" if device.budget_bytes else ""
-        click.echo(f"{device.device}: models take {_size(device.used_bytes)}{budget}")
+        click.echo(f"{device.device}: models take {used}{budget}")
 
 
 @models.command()

@@ -93,7 +93,7 @@ _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 @click.option(
     "--database", envvar=["HYBRIDSD_DATABASE", "HYBRIDSD_EDGE_DATABASE"], metavar="URL",
     help="Postgres for the jobs, which several replicas of the gateway share, such as postgresql://user@host/hybridsd. "
-    "Default: SQLite in --data-dir, of this gateway alone.",
+    "A password belongs into the variable: others see options. Default: SQLite in --data-dir, of this gateway alone.",
 )  # fmt: skip
 @click.option(
     "--images", metavar="FOLDER|URL",

@@ -60,13 +60,15 @@ class Database:
         self.why_lost = ""
         """What the driver said last."""
         if url is None:
-            self.name, self._password = str(folder), ""
+            self.name, self._secrets = str(folder), list[str]()
             self.engine = sa.create_engine(f"sqlite:///{folder / 'jobs.sqlite'}")
             sa.event.listen(self.engine, "connect", _configure_sqlite)
         else:
             address = _postgres(url)
-            self._password = str(address.password or "")
-            self.name = f"{address.host or address.query.get('host') or 'localhost'}/{address.database or ''}"
+            self._secrets = [str(each) for each in (address.password, address.query.get("password")) if each]
+            service = address.query.get("service")
+            host = address.host or address.query.get("host") or "localhost"
+            self.name = f"of service {service}" if service else f"{host}/{address.database or ''}"
             self.engine = sa.create_engine(
                 address, connect_args=_CONNECT, pool_size=4, max_overflow=_THREADS, pool_timeout=CALL_S,
                 pool_pre_ping=True, hide_parameters=True,
@@ -232,10 +234,16 @@ class Database:
         cause = getattr(error, "orig", None)
         state = getattr(cause, "sqlstate", None)
         if state is None or state.startswith(("08", "57P", "53300", "25006")):
-            said = str(cause or error).strip().partition("\n")[0][:300]
-            return self._lost(said.replace(self._password, "***") if self._password else said)
+            return self._lost(self.without_secrets(cause or error))
         log.warning("database_failed", error=type(cause).__name__, code=state)
         return self._refusal()
+
+    def without_secrets(self, error: BaseException) -> str:
+        """Returns the first line of what an error says, without the password."""
+        said = str(error).strip().partition("\n")[0]
+        for each in self._secrets:
+            said = said.replace(each, "***")
+        return said[:300]
 
     def _refusal(self) -> HybridSDError:
         return Reason.DATABASE_UNAVAILABLE.error(
@@ -257,6 +265,11 @@ def _postgres(url: str) -> URL:
         raise Reason.FIELD_INVALID.error(
             "`database` is no address of Postgres; give one such as postgresql://user@host:5432/hybridsd, or omit it "
             "for SQLite",
+            field="database",
+        )
+    if "@" in (address.host or ""):  # what would be looked up, and told, is a part of the password
+        raise Reason.FIELD_INVALID.error(
+            "`database` has an @ in its password; write it as %40, and likewise : as %3A, / as %2F and % as %25",
             field="database",
         )
     if importlib.util.find_spec("psycopg") is None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,20 +33,26 @@ class Files(Protocol):
         """Returns what is left there; None: nobody knows."""
 
 
-def open_files(where: str | Path) -> Files:
+def open_files(where: str | Path, *, is_shared: bool = False) -> Files:
     """Returns the files at a folder, or at an address with `://`.
 
+    Args:
+        where: The folder, created if missing, or the address.
+        is_shared: What is written is to be there for other machines even if this one dies at once.
+
     Raises:
+        OSError: The folder cannot be made.
         InvalidRequest: FIELD_INVALID if what such an address needs is not installed.
     """
     if isinstance(where, str) and "://" in where and not where.startswith("file://"):
         return _Remote(where)
-    return _Folder(Path(str(where).removeprefix("file://")))
+    return _Folder(Path(str(where).removeprefix("file://")), is_synced=is_shared)
 
 
 class _Folder:
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *, is_synced: bool) -> None:
+        self._folder, self._is_synced = folder, is_synced
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def __str__(self) -> str:
         return str(self._folder)
@@ -55,6 +62,9 @@ class _Folder:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.partial")
         partial.write_bytes(content)
+        if self._is_synced:  # else a machine that dies may leave the name of an empty file
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
         partial.replace(path)
 
     def read(self, name: str) -> bytes:
@@ -74,7 +84,11 @@ class _Folder:
 
     def size(self, name: str) -> int:
         folder = self._folder / name
-        return sum(path.stat().st_size for path in folder.iterdir()) if folder.is_dir() else 0
+        size = 0
+        for path in folder.iterdir() if folder.is_dir() else ():
+            with contextlib.suppress(FileNotFoundError):  # another attempt has just renamed or removed it
+                size += path.stat().st_size
+        return size
 
     def free_bytes(self) -> int | None:
         return shutil.disk_usage(self._folder).free

@@ -44,7 +44,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 MAX_ATTEMPTS = 3
-"""A job that was started this often and never ended fails: it may be what crashes the gateway."""
+"""A job that was started this often and never ended fails: it may be what crashes the gateway.
+
+Replicas that are told to stop do not count: in an upgrade each may have a long job once.
+"""
 KEPT_LOGS = 256
 """Finished jobs whose events can be replayed. Older jobs have only their last event."""
 ATTEMPT_EVENTS = 1_000_000
@@ -619,11 +622,12 @@ class JobQueue:
 
         The store counts all of them at once, also those that begin at once: there is as much more room for these.
         """
-        about_to_run = sum(not self._live[each].attempt for each in self._running)
-        more = about_to_run + max(self._all_workers - len(self._busy), 0)
-        own_more = (
-            more if caller.quota.jobs is None else min(more, max(caller.quota.jobs - self.used(caller)["jobs"], 0))
-        )
+        about_to_run = [live for each in self._running if not (live := self._live[each]).attempt]
+        num_free = max(self._all_workers - len(self._busy), 0)
+        more = own_more = len(about_to_run) + num_free
+        if caller.quota.jobs is not None:
+            own_more = sum(live.caller.user == caller.user for live in about_to_run)
+            own_more += min(num_free, max(caller.quota.jobs - self.used(caller)["jobs"], 0))
         quota, user, limit = caller.quota.queued, caller.user, self.max_waiting
 
         def may_add(waiting: dict[str, int]) -> bool:
@@ -780,7 +784,7 @@ class JobQueue:
         live.queue_span.end()
         live.begin(job.attempts, lease_end)
         self._tell(job_id, live, "started", {"attempt": job.attempts})
-        if job.attempts > MAX_ATTEMPTS:
+        if job.attempts - job.num_left > MAX_ATTEMPTS:
             stops = Reason.INTERNAL.error(f"the gateway stopped {MAX_ATTEMPTS} times during this job; see its log")
             await self._end(job_id, "failed", problem_of(stops, api=job.api))
             return True

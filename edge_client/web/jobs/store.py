@@ -105,6 +105,8 @@ class StoredJob:
     """Where its uploads are."""
     is_cancelled: bool = False
     """Somebody has asked for that."""
+    num_left: int = 0
+    """Attempts that ended only because their replica was told to stop."""
     images: list[dict[str, Any]] = field(default_factory=list)
     made_by: dict[int, int] = field(default_factory=dict)
     """The attempts that made its images, by their indices."""
@@ -154,9 +156,9 @@ class Store:
     ) -> None:
         self._folder, self._max_jobs, self.max_bytes, self.lease_s = folder, max_jobs, max_bytes, lease_s
         self._max_upload_bytes, self._quota_bytes = max_bytes // 4, quota_bytes
-        self.files = open_files(folder if images is None else images)
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self.files = open_files(folder if images is None else images, is_shared=database is not None)
             with contextlib.ExitStack() as opened:
                 if database is None:
                     opened.callback(FolderLock(folder).close)
@@ -170,7 +172,10 @@ class Store:
                 self._opened = opened.pop_all()
         except (OSError, sa.exc.SQLAlchemyError) as error:
             where, option = (folder, "data_dir") if database is None else ("the database, or images", "database")
-            raise Reason.FIELD_INVALID.error(f"cannot store jobs in {where}: {error}; change `{option}`", field=option
+            said = getattr(error, "orig", None) or error
+            if database is not None and isinstance(error, sa.exc.SQLAlchemyError):
+                said = self.database.without_secrets(said)
+            raise Reason.FIELD_INVALID.error(f"cannot store jobs in {where}: {said}; change `{option}`", field=option
             ) from error  # fmt: skip
         except CloudUnreachable as error:
             raise Reason.DATABASE_UNAVAILABLE.error(
@@ -327,7 +332,8 @@ class Store:
         """Gives up the leases of jobs that ran here, so that others need not wait."""
         with self._begin() as connection:
             mine = sa.tuple_(_jobs.c.id, _jobs.c.attempts).in_(list(attempts.items()))
-            connection.execute(_jobs.update().where(mine, _jobs.c.state == "running").values(lease_until=None))
+            left = {"lease_until": None, "num_left": _jobs.c.num_left + 1}
+            connection.execute(_jobs.update().where(mine, _jobs.c.state == "running").values(left))
             self._tell(connection)
 
     def ask_cancel(self, job_id: str) -> None:
@@ -409,9 +415,11 @@ class Store:
             if connection.execute(_jobs.update().where(this).values(values)).rowcount == 0:
                 raise LeaseLostError
             self._tell(connection)
-        job = self.get(job_id)
+            row = connection.execute(sa.select(_jobs).where(_jobs.c.id == job_id)).one()
+            job = self._with_images(connection, [row])[0]
         self._discard(_uploads(job))
-        self._prune(job)
+        with contextlib.suppress(CloudUnreachable):  # it has ended all the same; the next one that ends does it
+            self._prune(job)
         return job
 
     def disk_bytes(self) -> tuple[int, int | None]:

@@ -33,10 +33,12 @@ jobs = sa.Table(
     sa.Column("is_cancelled", sa.Boolean, nullable=False, server_default=sa.false()),
     sa.Column("lease_until", sa.Float),
     sa.Column("webhook_until", sa.Float),
+    sa.Column("num_left", sa.Integer, nullable=False, server_default="0"),
 )  # fmt: skip
 """`upload_key`: the folder of its uploads; empty: its number. `is_cancelled`: somebody has asked for that while it ran.
 `lease_until`: until then, by the clock of the database, it is the replica's that runs it; `webhook_until`: its webhook
-is that of the one that calls it. None with SQLite."""
+is that of the one that calls it. None with SQLite. `num_left`: attempts that a replica gave up because it was told to
+stop."""
 
 images = sa.Table(
     "images", meta,
@@ -86,6 +88,7 @@ _ADDED = (
     ("jobs", "is_cancelled", "BOOLEAN NOT NULL DEFAULT false"),  # in version 3
     ("jobs", "lease_until", "FLOAT"),
     ("jobs", "webhook_until", "FLOAT"),
+    ("jobs", "num_left", "INTEGER NOT NULL DEFAULT 0"),
     ("images", "attempt", "INTEGER NOT NULL DEFAULT 1"),
 )
 """Columns that older tables lack: of which table, name and type."""

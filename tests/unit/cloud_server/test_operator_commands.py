@@ -151,7 +151,13 @@ async def test_models_are_listed_loaded_and_unloaded(
     rows = {line.split()[0]: line.split() for line in (await models("list")).stdout.splitlines()}
     assert (rows["first"][1], rows["mine"][1]) == ("cold", "warm")
     assert rows["mine"][4:6] == ["cpu", "style"]
+    assert rows["mine"][6] == str(folders["second"])
     assert rows["cpu:"][:3] == ["cpu:", "models", "take"]
+    refused = await models("lora", "load", f"ink={lora}", "--model", "mine", "--token", "alice")
+    assert (refused.exit_code, "leave --token out" in refused.output) == (3, True)
+    assert (await models("unload", "mine", "--keep")).exit_code == 0
+    assert "cpu: models take nothing\n" in (await models("list")).stdout
+    assert (await models("load", "mine")).exit_code == 0
     assert (await models("lora", "unload", "style", "--model", "mine")).exit_code == 0
     assert (await models("load", "first")).exit_code == 0  # one that is known, by its id
     assert (await models("unload", "first")).exit_code == 0

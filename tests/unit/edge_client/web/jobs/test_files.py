@@ -1,5 +1,6 @@
 """Images in a folder or at an address of fsspec: the same to whoever keeps them."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,21 @@ def test_what_a_storage_raises_is_an_error_of_files(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(type(files._system), "pipe_file", refuse)  # type: ignore[attr-defined]
     with pytest.raises(OSError, match="no credentials"):
         files.write("images/1/0.png", b"image")
+
+
+def test_what_others_share_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that dies at once leaves no empty image under it. One gateway alone does not wait for that."""
+    synced = list[bytes]()
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(Path(f"/proc/self/fd/{file}").resolve().read_bytes()))
+    open_files(tmp_path).write("alone", b"image")
+    assert synced == []
+    open_files(tmp_path, is_shared=True).write("shared", b"image")
+    assert synced == [b"image"]
+
+
+def test_a_folder_of_images_is_not_everybodys(tmp_path: Path) -> None:
+    """It is made for the gateway alone, as its data folder is."""
+    open_files(tmp_path / "images").write("images/1/0.png", b"image")
+    assert (tmp_path / "images").stat().st_mode & 0o077 == 0

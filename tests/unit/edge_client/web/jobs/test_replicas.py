@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from edge_client.web.auth import Caller
 from edge_client.web.jobs import database as database_module
 from edge_client.web.jobs import store as store_module
+from edge_client.web.jobs import tables
 from edge_client.web.jobs.board import Board, JobEvent
 from edge_client.web.jobs.queue import MAX_ATTEMPTS, JobQueue
 from edge_client.web.jobs.quotas import Quotas, Work
@@ -255,22 +257,27 @@ async def test_a_replica_that_stops_leaves_its_jobs_at_once(tmp_path: Path, post
 
 
 async def test_what_ends_replicas_is_not_begun_for_ever(tmp_path: Path, postgres: Postgres) -> None:
-    """Attempts are counted at all of them together."""
+    """Attempts are counted at all of them together; those that end because a replica is told to stop are not."""
     async with replicas(tmp_path, postgres) as (one, two):
         two.die()
         one.die()
         store = two.store
         store.add("deadly", "", "native", JobCreate(prompt="x").model_dump(mode="json"), "x", Upload())
+        store.add("upgraded", "", "native", JobCreate(prompt="x").model_dump(mode="json"), "x", Upload())
         for _ in range(MAX_ATTEMPTS):
-            job = store.begin("deadly")
-            assert job is not None
-            assert store.begin("deadly") is None
-            store.release({job.id: job.attempts})
+            jobs = store.begin("deadly"), store.begin("upgraded")
+            assert [store.begin(job.id) for job in jobs if job is not None] == [None, None]
+            with store.database.begin() as connection:  # the leases end
+                connection.execute(tables.jobs.update().where(tables.jobs.c.id == "deadly").values(lease_until=0.0))
+            store.release({job.id: job.attempts for job in jobs if job is not None and job.id == "upgraded"})
+        one.worker.may_end.set()
         await one.queue.look()
+        upgraded = await one.queue.finished(store.get("upgraded"))
         ended = await one.queue.finished(store.get("deadly"))
 
     assert ended.error is not None
-    assert (ended.state, ended.error["reason"], one.worker.ran) == ("failed", "INTERNAL", [])
+    assert (ended.state, ended.error["reason"], one.worker.ran) == ("failed", "INTERNAL", ["x"])
+    assert (upgraded.state, upgraded.attempts) == ("completed", MAX_ATTEMPTS + 1)
 
 
 async def test_the_queue_is_one(tmp_path: Path, postgres: Postgres) -> None:
@@ -317,6 +324,28 @@ async def test_limits_of_a_token_are_of_all_replicas(tmp_path: Path, postgres: P
     assert steps.value.retry_delay_s
     spans = sorted((job.started_at or 0, job.finished_at or 0) for job in ended)
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
+
+
+async def test_a_job_that_is_about_to_begin_takes_nobodys_place(
+    tmp_path: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the database is slow to note that it runs: as many more may wait as the token allows."""
+    async with replicas(tmp_path, postgres) as (one, two):
+        two.die()
+        may_begin, begin = threading.Event(), one.store.begin
+
+        def begin_later(*args: Any, **options: Any) -> StoredJob | None:
+            assert may_begin.wait(HANG_S)
+            return begin(*args, **options)
+
+        monkeypatch.setattr(one.store, "begin", begin_later)
+        try:
+            for index in range(3):
+                await one.add(f"{index}", "limited")
+            with pytest.raises(HybridSDError, match="limit queued"):
+                await one.add("4", "limited")
+        finally:
+            may_begin.set()
 
 
 async def test_a_request_with_an_id_makes_one_job(tmp_path: Path, postgres: Postgres) -> None:
@@ -452,6 +481,32 @@ def test_an_address_of_something_else_is_refused(tmp_path: Path, url: str) -> No
         Store(tmp_path, max_jobs=1, database=url)
     assert (caught.value.reason, caught.value.field) == (Reason.FIELD_INVALID, "database")
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["postgresql://u:no@hunter2@host/db",
+                                 "postgresql://u@/db?hunter=2&password=hunter2&sslmode=hunter2"])  # fmt: skip
+def test_no_part_of_a_password_is_told(tmp_path: Path, url: str) -> None:
+    """Also if it has an @ that should be %40: what follows would be taken for the host, looked up and logged."""
+    with capture_logs() as logs, pytest.raises(HybridSDError) as caught:
+        Store(tmp_path, max_jobs=1, database=url)
+    assert "hunter2" not in f"{caught.value} {logs}"
+
+
+def test_what_cannot_be_tidied_yet_has_ended(
+    tmp_path: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job whose end is written down is not taken for another replica's, whatever fails afterwards."""
+    store = Store(tmp_path, max_jobs=1, database=postgres.fresh())
+    store.add("a", "", "native", {}, "a", Upload())
+    store.begin("a")
+
+    def lock(_connection: object, what: str) -> None:
+        if what == "prune":
+            raise Reason.DATABASE_UNAVAILABLE.error("another replica holds it for too long")
+
+    monkeypatch.setattr(store.database, "lock", lock)
+    assert store.finish("a", "completed", attempt=1).state == "completed"
+    store.close()
 
 
 def test_a_database_that_is_not_there_is_said(tmp_path: Path) -> None:

@@ -476,7 +476,7 @@ async def test_a_second_stream_takes_over(tiny_model: Model, make_engine: MakeEn
     first, second = EventBuffer(), EventBuffer()
     job = engine.submit(request, first)
     gated.allow(2)
-    await until(lambda: job.num_calls == 2)
+    await until(lambda: job._newest is not None and job._newest.call == 2)
     assert engine.submit(request, second) is job
     gated.open()
     ended, events = await read_to_end(first), await read_to_end(second)

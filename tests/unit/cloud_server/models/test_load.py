@@ -16,6 +16,7 @@ from cloud_server.models.check import check_model
 from cloud_server.models.devices import place
 from cloud_server.models.load import Model, ModelError, load_model
 from cloud_server.models.plans import PlanCompiler, default_scheduler
+from cloud_server.models.registry import ModelRegistry
 from cloud_server.rpc.write_response import capabilities
 from hybridsd.errors import HybridSDError, Reason
 from hybridsd.plan_compiler import compile_plan
@@ -195,7 +196,7 @@ def test_what_of_the_own_scheduler_is_not_followed_is_said(
     assert any(says in line for line in check_model(model) if line.startswith("default"))
     answer = capabilities(
         version="1",
-        models=[model.info],
+        models=ModelRegistry.of({model.info.id: model}).views(),
         bundles=(),
         limits=pb.Limits(),
         load=Load(num_running=0, num_queued=0, call_s=0),

@@ -31,7 +31,7 @@ log = structlog.get_logger()
 LIMIT_S = 1800.0
 """For a load, downloads included."""
 NICE = 19
-"""With 10, two busy cores had steps of 2.3 times their median beside a load; with this none above 1.4."""
+"""With 10, two busy cores had steps of 2.3 times their median beside a load; `make bench` measures what this leaves."""
 PROCESS = "cloud_server.models.loading_process"
 POLL_S = 0.1
 """How often a load looks whether it is still wanted."""

@@ -107,7 +107,8 @@ class Database:
             return work(*args, **options)
         done = asyncio.get_running_loop().run_in_executor(self._threads, lambda: work(*args, **options))
         try:
-            return await asyncio.wait_for(done, CALL_S)
+            async with asyncio.timeout(CALL_S):  # `wait_for` of Python 3.11 may lose a cancellation
+                return await done
         except TimeoutError:
             raise self._lost(f"no answer in {CALL_S:g} s") from None
 

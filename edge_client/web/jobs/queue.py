@@ -463,7 +463,8 @@ class JobQueue:
                 await live.changed.wait()
                 continue
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(live.changed.wait(), LOOK_S)
+                async with asyncio.timeout(LOOK_S):
+                    await live.changed.wait()
             if self._store.database.lost_s > self._store.lease_s:
                 break
         return await self._store.run(self._store.get, job.id)

@@ -132,7 +132,8 @@ class Replicas:
 
     async def _look(self) -> None:
         try:
-            await asyncio.wait_for(self._something.wait(), LOOK_S)
+            async with asyncio.timeout(LOOK_S):  # `wait_for` of Python 3.11 may lose a cancellation
+                await self._something.wait()
         except TimeoutError:
             self._is_changed = True
         self._something.clear()
@@ -164,7 +165,7 @@ class Replicas:
                 await self._store.run(self.board.forget_events)
 
     async def _for_ever(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        while True:
+        while not self._is_over.is_set():
             try:
                 await work()
             except HybridSDError:  # the database is lost, and its own log says so

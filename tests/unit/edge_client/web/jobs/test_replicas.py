@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Container, Generator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -254,6 +255,29 @@ async def test_a_replica_that_stops_leaves_its_jobs_at_once(tmp_path: Path, post
 
     assert sorted(job.attempts for job in ended) == [1, 2]
     assert {job.images[0]["by"] for job in ended} == {"two"}
+
+
+@pytest.mark.parametrize("turns", range(5))
+async def test_a_call_that_ends_while_it_is_cancelled_is_cancelled(
+    tmp_path: Path, postgres: Postgres, turns: int
+) -> None:
+    """Else a replica that is told to stop, and just then hears from its database, goes on for ever."""
+    async with replicas(tmp_path, postgres) as (one, _):
+        began, may_end = threading.Event(), threading.Event()
+
+        def work() -> None:
+            began.set()
+            may_end.wait()
+
+        calling = asyncio.create_task(one.store.run(work))
+        await asyncio.to_thread(began.wait)
+        may_end.set()
+        time.sleep(0.1)  # noqa: ASYNC251  (the loop hears of the end in the turns that follow)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        was_cancelled = calling.cancel()
+        await asyncio.gather(calling, return_exceptions=True)
+        assert calling.cancelled() is was_cancelled
 
 
 async def test_what_ends_replicas_is_not_begun_for_ever(tmp_path: Path, postgres: Postgres) -> None:

@@ -500,7 +500,11 @@ class JobQueue:
         async with self._looking:
             found = await self._store.run(self._store.outlines)
             unknown = [each.id for each in found if each.id not in self._live]
-            kept = await self._store.run(self._store.unfinished, unknown) if unknown else []
+            kept: list[StoredJob] = []
+            if unknown:
+                kept = await self._store.run(self._store.unfinished, unknown)
+                # asked after the attempts: a job that began in between would seem to wait for its next one
+                found = await self._store.run(self._store.outlines)
             leased = {each.id for each in found if each.is_leased}
             for job in kept:
                 if job.id not in self._live:

@@ -81,9 +81,6 @@ def test_signed_addresses_are_valid_at_every_replica(clients: tuple[httpx.Client
     assert one.get(url, headers={"authorization": ""}).status_code == 410
 
 
-@pytest.mark.skip(
-    reason="a step told by one replica sometimes does not reach a stream at the other: open, see the issue"
-)
 def test_a_stream_goes_on_at_another_replica(clients: tuple[httpx.Client, httpx.Client], gate: Gate) -> None:
     """With Last-Event-ID: nothing twice, nothing missing."""
     one, two = clients

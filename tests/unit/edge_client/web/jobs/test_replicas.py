@@ -257,6 +257,29 @@ async def test_a_replica_that_stops_leaves_its_jobs_at_once(tmp_path: Path, post
     assert {job.images[0]["by"] for job in ended} == {"two"}
 
 
+async def test_a_job_that_begins_while_it_is_looked_at_is_heard(tmp_path: Path, postgres: Postgres) -> None:
+    """A replica that has just seen it wait, and then reads that it has begun, hears all of that attempt."""
+    async with replicas(tmp_path, postgres) as (one, two):
+        one.die()
+        two.die()
+        job = one.store.add("new", "", "native", JobCreate(prompt="x").model_dump(mode="json"), "x", Upload())
+        unfinished = two.store.unfinished
+
+        def begins(ids: Any = None) -> list[StoredJob]:
+            one.store.begin(job.id)
+            return unfinished(ids)
+
+        two.store.unfinished = begins  # type: ignore[method-assign]
+        await two.queue.look()
+        event = JobEvent(1_500_001, "started", {"attempt": 1})
+        one.queue._replicas.board.add_events([(job.number, job.id, event)])  # type: ignore[union-attr]
+        async with asyncio.timeout(HANG_S):
+            async for heard in two.queue.events(two.store.get(job.id)):
+                if heard.name != "queued":
+                    break
+        assert heard == event
+
+
 @pytest.mark.parametrize("turns", range(5))
 async def test_a_call_that_ends_while_it_is_cancelled_is_cancelled(
     tmp_path: Path, postgres: Postgres, turns: int

@@ -269,10 +269,12 @@ def _times(
     elif what == "devices":
         other = load()
         for repeat in range(2 * (repeats + 1)):  # one and two workers take turns; the first pair warms up
-            jobs = [replace(job, request_id=f"r{repeat}-{i}") for i, job in enumerate(mixed_jobs(model, num_calls))]
             others = [other] if repeat % 2 else []
-            times.append(asyncio.run(engine_s(model, jobs, 1, others=others)))
-        del times[:2]
+            for num_batches in (2, 1):
+                mixed = mixed_jobs(model, num_calls) * num_batches
+                jobs = [replace(job, request_id=f"r{repeat}-{num_batches}-{i}") for i, job in enumerate(mixed)]
+                times.append(asyncio.run(engine_s(model, jobs, 1, others=others)))
+        del times[:4]
     elif what == "engine":
         for repeat in range(repeats + 1):  # the first warms up
             jobs = [replace(job, request_id=f"r{repeat}-{i}") for i, job in enumerate(mixed_jobs(model, num_calls))]
@@ -318,11 +320,12 @@ def bench_engine(times_of: Callable[[str], list[float]], *, repeats: int, num_ca
 def bench_devices(times_of: Callable[[str], list[float]]) -> None:
     """Prints what a second worker adds, each with one thread."""
     times = times_of("devices")
-    ratios = [one / two for one, two in zip(times[::2], times[1::2], strict=True)]
-    say(
-        f"two CPU workers / one, one thread each, 8 mixed jobs: {statistics.median(ratios):.2f} times as fast (aim "
-        f"1.8; {len(ratios)} pairs {min(ratios):.2f} to {max(ratios):.2f}; {times[0]:.2f} s against {times[1]:.2f} s)"
-    )
+    for what, own in (("16 mixed jobs, a batch for each; aim 1.8", times[::2]), ("8, a batch cut in two", times[1::2])):
+        ratios = [one / two for one, two in zip(own[::2], own[1::2], strict=True)]
+        say(
+            f"two CPU workers / one, one thread each ({what}): {statistics.median(ratios):.2f} times as fast "
+            f"({len(ratios)} pairs {min(ratios):.2f} to {max(ratios):.2f}; {own[0]:.2f} s against {own[1]:.2f} s)"
+        )
 
 
 def bench_loading(times_of: Callable[[str], list[float]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Protocol, Self, TypeVar
 
@@ -69,6 +70,24 @@ class Drawn:
             (seeds,) = np.random.SeedSequence((self.seed, index, rank)).spawn(1)
             yield self.draw(np.random.default_rng(seeds), batch_size)
             index += 1
+
+
+@dataclass(frozen=True, slots=True)
+class Phases:
+    """One kind of data for the first batches, another from then on."""
+
+    first: Data
+    then: Data
+    switch: int
+    """Number of the first batch of `then`, counted from 0."""
+
+    def batches(self, *, batch_size: int, start: int, rank: int, workers: int) -> Iterator[Batch]:
+        """See `Data`."""
+        if start < self.switch:
+            early = self.first.batches(batch_size=batch_size, start=start, rank=rank, workers=workers)
+            yield from islice(early, self.switch - start)
+        late = max(start, self.switch)
+        yield from self.then.batches(batch_size=batch_size, start=late, rank=rank, workers=workers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,29 +25,81 @@ FONT_NAME = "Hybrid SD Scene Glyphs"
 GLYPHS: dict[str, str] = {
     "fox": "\U0001f98a",
     "cat": "\U0001f431",
-    "frog": "\U0001f438",
-    "panda": "\U0001f43c",
-    "pig": "\U0001f437",
-    "penguin": "\U0001f427",
-    "robot": "\U0001f916",
-    "ghost": "\U0001f47b",
-    "apple": "\U0001f34e",
-    "banana": "\U0001f34c",
-    "strawberry": "\U0001f353",
-    "donut": "\U0001f369",
-    "pizza": "\U0001f355",
-    "burger": "\U0001f354",
-    "cactus": "\U0001f335",
-    "tree": "\U0001f332",
-    "mushroom": "\U0001f344",
-    "sunflower": "\U0001f33b",
-    "rocket": "\U0001f680",
     "car": "\U0001f697",
-    "guitar": "\U0001f3b8",
+    "apple": "\U0001f34e",
+    "tree": "\U0001f332",
+    "rocket": "\U0001f680",
+    "frog": "\U0001f438",
+    "pizza": "\U0001f355",
+    "robot": "\U0001f916",
     "ball": "\u26bd",
+    "panda": "\U0001f43c",
+    "banana": "\U0001f34c",
+    "guitar": "\U0001f3b8",
+    "mushroom": "\U0001f344",
+    "penguin": "\U0001f427",
     "crown": "\U0001f451",
+    "donut": "\U0001f369",
+    "cactus": "\U0001f335",
+    "pig": "\U0001f437",
     "umbrella": "\u2614",
+    "burger": "\U0001f354",
+    "sunflower": "\U0001f33b",
+    "ghost": "\U0001f47b",
+    "strawberry": "\U0001f353",
+    "dog": "\U0001f436",
+    "house": "\U0001f3e0",
+    "bus": "\U0001f68c",
+    "fish": "\U0001f41f",
+    "carrot": "\U0001f955",
+    "owl": "\U0001f989",
+    "bicycle": "\U0001f6b2",
+    "cake": "\U0001f370",
+    "lion": "\U0001f981",
+    "key": "\U0001f511",
+    "watermelon": "\U0001f349",
+    "butterfly": "\U0001f98b",
+    "train": "\U0001f686",
+    "bell": "\U0001f514",
+    "octopus": "\U0001f419",
+    "lemon": "\U0001f34b",
+    "airplane": "\u2708",
+    "snail": "\U0001f40c",
+    "hat": "\U0001f3a9",
+    "cherry": "\U0001f352",
+    "drum": "\U0001f941",
+    "turtle": "\U0001f422",
+    "chair": "\U0001fa91",
+    "bear": "\U0001f43b",
+    "grapes": "\U0001f347",
+    "clock": "\u23f0",
+    "elephant": "\U0001f418",
+    "corn": "\U0001f33d",
+    "camera": "\U0001f4f7",
+    "bee": "\U0001f41d",
+    "anchor": "\u2693",
+    "tomato": "\U0001f345",
+    "trumpet": "\U0001f3ba",
+    "whale": "\U0001f433",
+    "hammer": "\U0001f528",
+    "pear": "\U0001f350",
 }
+"""The kinds of objects, the most frequent in training first."""
+DISTRACTORS: dict[str, str] = {
+    "alien": "\U0001f47d",
+    "skull": "\U0001f480",
+    "rose": "\U0001f339",
+    "tractor": "\U0001f69c",
+    "pineapple": "\U0001f34d",
+    "rabbit": "\U0001f430",
+    "boot": "\U0001f462",
+    "violin": "\U0001f3bb",
+    "sheep": "\U0001f411",
+    "lobster": "\U0001f99e",
+    "candle": "\U0001f56f",
+    "shield": "\U0001f6e1",
+}
+"""Objects that no caption names and no scene shows: the judge learns on them what "neither" is."""
 
 
 def subset_font(source: Path, target: Path) -> None:
@@ -59,7 +111,7 @@ def subset_font(source: Path, target: Path) -> None:
     options.name_IDs = ["*"]
     options.recalc_timestamp = False
     subsetter = Subsetter(options=options)
-    subsetter.populate(unicodes=[ord(char) for char in GLYPHS.values()])
+    subsetter.populate(unicodes=[ord(char) for char in (GLYPHS | DISTRACTORS).values()])
     subsetter.subset(font)
     names = font["name"]
     for record in list(names.names):
@@ -79,7 +131,7 @@ def subset_font(source: Path, target: Path) -> None:
 def main(source: Path, target: Path) -> None:
     """Subset SOURCE (Noto Color Emoji, bitmap build) to the objects of the scenes."""
     subset_font(source, target)
-    click.echo(f"{target}: {len(GLYPHS)} glyphs, {target.stat().st_size / 1024:.0f} KiB")
+    click.echo(f"{target}: {len(GLYPHS | DISTRACTORS)} glyphs, {target.stat().st_size / 1024:.0f} KiB")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """The text side of the family: a byte-pair tokenizer, and a CLIP text encoder trained on captions alone.
 
-The encoder is trained before any image model: throw-away heads must read the scene off the tokens that follow the last
-word. From each of them: layout, first object, second object, background; and from the token at position `p` the object
-in quadrant `p % 4` of the image. Which object stands where is thus plain in the embeddings before the U-Net sees
-them. Embeddings are float32 [B, T, D], T = `max_position_embeddings`.
+The encoder is trained before any image is made: throw-away heads must read the scene off the tokens that follow the
+last word. The token at position `p` must say what is in quadrant `p % 4` of the image (kind, tint, size), and each of
+them the background. Which object stands where is thus plain in the embeddings before the U-Net sees them. Embeddings
+are float32 [B, T, D], T = `max_position_embeddings`.
 """
 
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,28 +22,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from training.core.conditioning import token_ids
 from training.core.task import Batch, Task, freeze
-from training.data.scenes import COLOURS, LAYOUTS, OBJECTS, Scene, caption, sample_scene
+from training.data.scenes import BACKGROUNDS, KINDS, QUADRANTS, SIZES, TINTS, Scene, caption, sample_scene
 
-CONTEXT = 32
+CONTEXT = 48
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-QUADRANTS = 4  # in the order top left, top right, bottom left, bottom right
-PREFIXES = (
-    "draw ",
-    "a drawing of ",
-    "a picture of ",
-    "an image of ",
-    "a photo of ",
-    "a nice picture of ",
-    "show me ",
-)
-
-
-def free_caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Says what is where as a user might: mostly paraphrases, some with words before or a full stop after."""
-    text = caption(scene, rng, free=0.7)
-    if rng.random() < 0.1:
-        text = PREFIXES[rng.integers(len(PREFIXES))] + text
-    return text + "." if rng.random() < 0.05 else text
+PARTS = ("kind", "tint", "size")
+"""What each quadrant has."""
+CLASSES = (1 + len(KINDS), 1 + len(TINTS), 1 + len(SIZES))
+"""Of each part; 0 is none."""
 
 
 def make_tokenizer(*, captions: int = 4000, seed: int = 0) -> CLIPTokenizer:
@@ -53,7 +40,7 @@ def make_tokenizer(*, captions: int = 4000, seed: int = 0) -> CLIPTokenizer:
     learner.normalizer = normalizers.Lowercase()
     learner.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(vocab_size=4096, min_frequency=2, end_of_word_suffix="</w>", show_progress=False)
-    texts = [free_caption(sample_scene(rng, held_out=index % 8 == 0), rng) for index in range(captions)]
+    texts = [caption(sample_scene(rng, held_out=index % 8 == 0), rng, free=0.7) for index in range(captions)]
     learner.train_from_iterator(texts, trainer)
     merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     tokens = [*alphabet, *(char + "</w>" for char in alphabet), *("".join(pair) for pair in merges), BOS, EOS]
@@ -99,90 +86,82 @@ def build_text_encoder(vocab_size: int, *, hidden: int, layers: int, heads: int)
     )
 
 
-def scene_labels(scene: Scene | None, text_has_background: bool) -> list[int]:
-    """Gives [layout, first, second, background, four quadrants] as class numbers; 0 means none or unknown.
+def quadrant_labels(scene: Scene | None) -> list[list[int]]:
+    """Gives kind, tint and size of the four quadrants as class numbers, `[4][3]`; 0 is none.
 
     `None` is the scene of the empty caption.
     """
-    if scene is None:
-        return [0] * 8
-    first = 1 + OBJECTS.index(scene.first)
-    second = 0 if scene.second is None else 1 + OBJECTS.index(scene.second)
-    other = second or first
-    stacked = scene.layout == "stacked"
-    quadrants = [first, first if stacked else other, other if stacked else first, other]
-    background = 1 + COLOURS.index(scene.background) if text_has_background else 0
-    return [1 + LAYOUTS.index(scene.layout), first, second, background, *quadrants]
+    labels = [[0, 0, 0] for _ in QUADRANTS]
+    for thing in () if scene is None else scene.things:
+        labels[thing.quadrant] = [
+            1 + KINDS.index(thing.kind), 1 + tuple(TINTS).index(thing.tint), 1 + SIZES.index(thing.size)
+        ]  # fmt: skip
+    return labels
+
+
+def background_label(scene: Scene | None, text: str) -> int:
+    """Gives the background that a caption names as a class number; 0 is none."""
+    if scene is None or scene.background not in text.rsplit(" ", 3)[-3:]:
+        return 0
+    return 1 + tuple(BACKGROUNDS).index(scene.background)
 
 
 def draw_captions(rng: np.random.Generator, batch_size: int, *, empty: float = 0.05) -> Batch:
-    """Draws captions, some empty, and their labels, int64 [B, 8] as `scene_labels`; see `task.Drawn`."""
+    """Draws captions, some empty, and their labels, int64 [B, 13]: quadrant by quadrant, then the background."""
     texts, labels = [], []
     for _ in range(batch_size):
-        if rng.random() < empty:
-            texts.append("")
-            labels.append(scene_labels(None, False))
-            continue
-        scene = sample_scene(rng)
-        text = free_caption(scene, rng)
+        scene = None if rng.random() < empty else sample_scene(rng)
+        text = "" if scene is None else caption(scene, rng, free=0.7)
         texts.append(text)
-        labels.append(scene_labels(scene, scene.background in text.split(" ", 1)[-1]))
+        labels.append([*chain.from_iterable(quadrant_labels(scene)), background_label(scene, text)])
     return Batch(captions=tuple(texts), labels=torch.tensor(labels))
 
 
 class TextTask(Task):
     """Teaches a text encoder to say what a caption means, through heads that are thrown away."""
 
-    CLASSES = (1 + len(LAYOUTS), 1 + len(OBJECTS), 1 + len(OBJECTS), 1 + len(COLOURS))
-
     def __init__(self, tokenizer: CLIPTokenizer, encoder: CLIPTextModel) -> None:
         self.tokenizer = tokenizer
         self.encoder = encoder
         hidden = cast(int, encoder.config.hidden_size)
-        self.heads = nn.ModuleList([nn.Linear(hidden, classes) for classes in (*self.CLASSES, 1 + len(OBJECTS))])
+        self.heads = nn.ModuleList([nn.Linear(hidden, classes) for classes in (*CLASSES, 1 + len(BACKGROUNDS))])
         self.learnt = nn.ModuleDict({"encoder": self.encoder, "heads": self.heads})
 
-    def logits(self, ids: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Reads the heads: global logits [B, T, classes] each, quadrant logits [B, T, classes], mask bool [B, T].
+    def logits(self, ids: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Reads the heads: kind, tint, size and background logits [B, T, classes] each, and a mask bool [B, T].
 
         The mask is true from the end-of-text token on.
         """
         hidden = self.encoder(input_ids=ids).last_hidden_state
         eos = cast(int, self.encoder.config.eos_token_id)
-        mask = (ids == eos).cumsum(dim=1) > 0
-        *scene, quadrant = [head(hidden) for head in self.heads]
-        return scene, quadrant, mask
+        return [head(hidden) for head in self.heads], (ids == eos).cumsum(dim=1) > 0
 
     def losses(self, batch: Batch, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
-        """Gives the cross entropies "scene" and "quadrant", over the tokens that follow the last word."""
+        """Gives the cross entropies "kind", "tint", "size" and "background", over the tokens that follow the words."""
         del rng, step
         ids, labels = token_ids(self.tokenizer, list(batch.captions)).to(self.device), cast(Tensor, batch.labels)
-        scene, quadrant, mask = self.logits(ids)
-        context = ids.shape[1]
+        logits, mask = self.logits(ids)
         rows, columns = mask.nonzero(as_tuple=True)
-        losses = [
-            F.cross_entropy(logits[rows, columns].float(), labels[rows, index]) for index, logits in enumerate(scene)
-        ]
-        wanted = labels[:, 4:][:, torch.arange(context, device=self.device) % QUADRANTS]  # [B, T]
+        quadrants = labels[:, :-1].view(len(ids), len(QUADRANTS), len(PARTS))[rows, columns % len(QUADRANTS)]
+        wanted = {name: quadrants[:, part] for part, name in enumerate(PARTS)} | {"background": labels[rows, -1]}
         return {
-            "scene": torch.stack(losses).sum(),
-            "quadrant": F.cross_entropy(quadrant[rows, columns].float(), wanted[rows, columns]),
+            name: F.cross_entropy(part[rows, columns].float(), wanted[name])
+            for part, name in zip(logits, wanted, strict=True)
         }
 
     @torch.inference_mode()
     def accuracy(self, rng: np.random.Generator, captions: int, *, held_out: bool) -> float:
-        """Measures how often layout, objects and background are all read right from the end-of-text token.
-
-        Only canonical captions, as in the evaluation of images.
-        """
+        """Measures how often all that a canonical caption says is read right from its last four tokens."""
         scenes = [sample_scene(rng, held_out=held_out) for _ in range(captions)]
-        texts = [caption(scene, rng) for scene in scenes]
-        labels = torch.tensor([scene_labels(scene, True) for scene in scenes], device=self.device)
-        logits, _, mask = self.logits(token_ids(self.tokenizer, texts).to(self.device))
-        end = mask.int().argmax(dim=1)
-        rows = torch.arange(captions, device=self.device)
-        right = torch.stack([part[rows, end].argmax(-1) == labels[:, i] for i, part in enumerate(logits)])
-        return float(right.all(dim=0).float().mean())
+        ids = token_ids(self.tokenizer, [caption(scene, rng) for scene in scenes]).to(self.device)
+        logits, _ = self.logits(ids)
+        last = torch.arange(CONTEXT - len(QUADRANTS), CONTEXT, device=self.device)
+        order = last[torch.argsort(last % len(QUADRANTS))]  # the token of each quadrant
+        truth = torch.tensor([quadrant_labels(scene) for scene in scenes], device=self.device)  # [N, 4, 3]
+        read = torch.stack([part[:, order].argmax(-1) for part in logits[:-1]], dim=-1)
+        background = torch.tensor([1 + tuple(BACKGROUNDS).index(scene.background) for scene in scenes])
+        right = (read == truth).all(dim=(1, 2)) & (logits[-1][:, -1].argmax(-1) == background.to(self.device))
+        return float(right.float().mean())
 
     def save(self, directory: Path) -> None:
         """Saves tokenizer/ and text_encoder/, and what the heads could read as accuracy.json."""

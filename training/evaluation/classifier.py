@@ -1,40 +1,59 @@
-"""A classifier that reads layout, objects and background off an image: the judge of semantic accuracy.
+"""A classifier that reads background and the four quadrants off an image: the judge of semantic accuracy.
 
-Learns on renders, on renders that went through the KL VAE, and on blurred, noisy and recoloured ones, so that soft
+Of each quadrant it says kind, tint and size; of what is no kind that captions name, or two at once, "neither". It
+learns on renders, on renders that went through the KL VAE, and on blurred, noisy and recoloured ones, so that soft
 images are judged by what they show. Images are float32 [B, 3, 128, 128] in [-1, 1].
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.core.task import Batch, Task, freeze
+from training.data.glyphs import DISTRACTORS
 from training.data.latents import decode, encode
-from training.data.scenes import COLOURS, LAYOUTS, OBJECTS, Scene, render, sample_scene, to_model_range
+from training.data.scenes import (
+    BACKGROUNDS,
+    KINDS,
+    QUADRANTS,
+    Placed,
+    Scene,
+    background_colour,
+    draw,
+    place,
+    sample_scene,
+    to_model_range,
+)
+from training.data.text import CLASSES, PARTS, quadrant_labels
 
 WEIGHTS_NAME = "classifier.safetensors"
-CLASSES = (len(LAYOUTS), len(OBJECTS), 1 + len(OBJECTS), len(COLOURS))
+NEITHER = CLASSES[0]
+"""The kind of what is no kind: a class of the judge alone, beyond those of the text."""
+NEITHER_SHARE = 0.15
+"""Of the images that the judge learns from."""
+LABELS = (*(f"{part} {quadrant}" for quadrant in QUADRANTS for part in PARTS), "background")
 
 
 def labels_of(scene: Scene) -> list[int]:
-    """Gives [layout, first, second, background] as class numbers; the second object is 0 when there is none."""
-    second = 0 if scene.second is None else 1 + OBJECTS.index(scene.second)
-    return [LAYOUTS.index(scene.layout), OBJECTS.index(scene.first), second, COLOURS.index(scene.background)]
+    """Gives what a scene shows as class numbers, in the order of `LABELS`."""
+    return [*chain.from_iterable(quadrant_labels(scene)), tuple(BACKGROUNDS).index(scene.background)]
 
 
 class Classifier(nn.Module):
-    """Five strided convolutions, then one hidden layer over all positions: where a thing stands matters."""
+    """Five strided convolutions; then one hidden layer that reads each quadrant, and one that reads the whole."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -51,17 +70,30 @@ class Classifier(nn.Module):
             ]
         del layers[3:6]  # at 64x64 one convolution is enough
         self.features = nn.Sequential(*layers)  # [B, 4 width, 4, 4]
-        self.hidden = nn.Sequential(nn.Flatten(), nn.Dropout(0.1), nn.Linear(4 * width * 16, 256), nn.SiLU())
-        self.heads = nn.ModuleList([nn.Linear(256, classes) for classes in CLASSES])
+        self.quadrant = nn.Sequential(nn.Dropout(0.1), nn.Linear(16 * width, 256), nn.SiLU())
+        self.whole = nn.Sequential(nn.Linear(4 * width, 64), nn.SiLU(), nn.Linear(64, len(BACKGROUNDS)))
+        self.heads = nn.ModuleList([nn.Linear(256, CLASSES[0] + 1), *(nn.Linear(256, n) for n in CLASSES[1:])])
+
+    def hidden(self, images: Tensor) -> Tensor:
+        """Gives the last hidden features of each quadrant: float32 [B, 3, 128, 128] => [B, 4, 256]."""
+        return self._quadrants(self.features(images))
+
+    def _quadrants(self, features: Tensor) -> Tensor:
+        batch, channels = features.shape[:2]
+        parts = features.view(batch, channels, 2, 2, 2, 2).permute(0, 2, 4, 1, 3, 5)  # [B, row, column, C, 2, 2]
+        return cast(Tensor, self.quadrant(parts.reshape(batch, 4, 4 * channels)))
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Gives the logits of layout, first object, second object and background: float32 [B, classes] each."""
-        hidden = self.hidden(self.features(images))
-        return [head(hidden) for head in self.heads]
+        """Gives the logits of every label, in the order of `LABELS`: float32 [B, classes] each."""
+        features = self.features(images)
+        hidden = self._quadrants(features)
+        parts = [head(hidden) for head in self.heads]
+        quadrants = [part[:, quadrant] for quadrant in range(len(QUADRANTS)) for part in parts]
+        return [*quadrants, self.whole(features.mean(dim=(2, 3)))]
 
     @torch.inference_mode()
     def read(self, images: Tensor) -> Tensor:
-        """Reads images: float32 [B, 3, 128, 128] in [-1, 1] => int64 [B, 4], as `labels_of`."""
+        """Reads images: float32 [B, 3, 128, 128] in [-1, 1] => int64 [B, 13], as `labels_of`."""
         parts = [self(chunk) for chunk in torch.split(images.clamp(-1, 1), 64)]
         return torch.cat([torch.stack([logits.argmax(-1) for logits in part], dim=1) for part in parts])
 
@@ -82,11 +114,43 @@ def augment(images: Tensor, rng: np.random.Generator) -> Tensor:
     return (images + tint + noise).clamp(-1, 1)
 
 
-def scenes_and_images(rng: np.random.Generator, count: int, *, held_out: bool = False) -> tuple[Tensor, Tensor]:
-    """Draws labels int64 [B, 4] and images float32 [B, 3, 128, 128]; one pair in ten is of the held-out ones."""
-    scenes = [sample_scene(rng, held_out=held_out or rng.random() < 0.1) for _ in range(count)]
-    images = np.stack([render(scene, rng) for scene in scenes])
-    return torch.tensor([labels_of(scene) for scene in scenes]), torch.from_numpy(to_model_range(images))
+def _blended(rng: np.random.Generator, placed: tuple[Placed, ...], colour: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Draws a scene with one of its objects half turned into another: uint8 [128, 128, 3]."""
+    other = [replace(item, name=KINDS[rng.integers(len(KINDS))]) for item in placed[:1]]
+    share = rng.uniform(0.4, 0.6)
+    mixed = share * draw(placed, colour).astype(np.float32) + (1 - share) * draw((*other, *placed[1:]), colour)
+    return np.rint(mixed).astype(np.uint8)
+
+
+def scenes_and_images(
+    rng: np.random.Generator, count: int, *, held_out: bool = False, neither: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Draws scenes for the judge: kinds uniform, half of them of what is never trained on.
+
+    Args:
+        rng: Draws everything.
+        count: How many.
+        held_out: All of them.
+        neither: Share of images with one object that is no kind: another object, or half one kind and half another.
+
+    Returns:
+        Labels int64 [B, 13] and images float32 [B, 3, 128, 128] in [-1, 1].
+    """
+    labels, images = [], []
+    for _ in range(count):
+        scene = sample_scene(rng, held_out=held_out or rng.random() < 0.5)
+        label, placed, colour = labels_of(scene), place(scene, rng), background_colour(scene, rng)
+        if rng.random() < neither:
+            label[3 * scene.things[0].quadrant] = NEITHER
+            if rng.random() < 0.5:
+                images.append(_blended(rng, placed, colour))
+            else:
+                strange = replace(placed[0], name=tuple(DISTRACTORS)[rng.integers(len(DISTRACTORS))])
+                images.append(draw((strange, *placed[1:]), colour))
+        else:
+            images.append(draw(placed, colour))
+        labels.append(label)
+    return torch.tensor(labels), torch.from_numpy(to_model_range(np.stack(images)))
 
 
 def round_trip(vae: AutoencoderKL, images: Tensor) -> Tensor:
@@ -108,19 +172,19 @@ class JudgedImages:
 
     @cached_property
     def pool(self) -> tuple[Tensor, Tensor]:
-        """Labels int64 [N, 4] and images float16 [N, 3, 128, 128]; made at the first batch, where the VAE then is."""
+        """Labels int64 [N, 13] and images float16 [N, 3, 128, 128]; made at the first batch, where the VAE then is."""
         labels, images = [], []
         for start in range(0, self.size, 64):
             rng = np.random.default_rng((self.seed, 2**31 + 2, start))
-            label, image = scenes_and_images(rng, min(64, self.size - start))
+            label, image = scenes_and_images(rng, min(64, self.size - start), neither=NEITHER_SHARE)
             labels.append(label)
             images.append(round_trip(self.vae, image).half().cpu())
         return torch.cat(labels), torch.cat(images)
 
     def __call__(self, rng: np.random.Generator, batch_size: int) -> Batch:
-        """Draws a batch with labels int64 [B, 4]; see `task.Drawn`."""
+        """Draws a batch with labels int64 [B, 13]; see `task.Drawn`."""
         fresh = batch_size // 2
-        labels, images = scenes_and_images(rng, fresh)
+        labels, images = scenes_and_images(rng, fresh, neither=NEITHER_SHARE)
         pool_labels, pool_images = self.pool
         chosen = torch.from_numpy(rng.integers(len(pool_labels), size=batch_size - fresh))
         images = augment(torch.cat([images, pool_images[chosen].float()]), rng)
@@ -136,14 +200,15 @@ class ClassifierTask(Task):
         self.judged = judged
 
     def losses(self, batch: Batch, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
-        """Gives the four cross entropies of one batch."""
+        """Gives the cross entropies "kind", "tint", "size", over the quadrants, and "background"."""
         del rng, step
         logits, labels = self.classifier(batch.images), cast(Tensor, batch.labels)
-        names = ("layout", "first", "second", "background")
-        return {name: F.cross_entropy(logits[i].float(), labels[:, i]) for i, name in enumerate(names)}
+        losses = [F.cross_entropy(part.float(), labels[:, index]) for index, part in enumerate(logits)]
+        terms = {name: torch.stack(losses[part : -1 : len(PARTS)]).mean() for part, name in enumerate(PARTS)}
+        return terms | {"background": losses[-1]}
 
     def accuracy(self, *, through_vae: bool, count: int) -> float:
-        """Measures how often all four answers are right on fresh images, half of them of held-out pairs."""
+        """Measures how often all answers are right on fresh images, half of them of what is never trained on."""
         right = 0
         for start in range(0, count, 64):
             rng = np.random.default_rng((8, 2**31 + 3, start))

@@ -1,9 +1,9 @@
 """Makes images of held-out captions with the demo family by split, and measures them.
 
-Every caption is of a pair of objects that no training image showed. All configurations start from the same noise, so
-their differences are paired. Three questions are asked of an image: does it show what its caption says (semantic
-accuracy), how far are such images from renders of such scenes in the judge's own feature space (`judge_fid`), and how
-like is it to the large model's image (PSNR, SSIM, `judge_distance`, LPIPS where its weights are available).
+Every caption is of three objects, of which a pair or a tint was in no training image. All configurations start from the
+same noise, so their differences are paired. Three questions are asked of an image: does it show what its caption says
+(semantic accuracy), how far are such images from renders of such scenes in the judge's own feature space (`judge_fid`),
+and how like is it to the large model's image (PSNR, SSIM, `judge_distance`, LPIPS where its weights are at hand).
 
 `judge_fid` is the Frechet distance between the judge's last hidden features, 256 numbers an image, of the images
 and of fresh renders of the same held-out scenes, several of each, placed again. It sees blur that accuracy does not, if
@@ -34,7 +34,7 @@ from training.core.diffusion import build_scheduler
 from training.core.task import freeze
 from training.data.scenes import Scene, caption, from_model_range, render, sample_scene, to_model_range
 from training.data.text import embed, load_text_encoder, load_tokenizer
-from training.evaluation.classifier import Classifier, labels_of, load_classifier
+from training.evaluation.classifier import LABELS, Classifier, labels_of, load_classifier
 from training.evaluation.metrics import Flags, Floats, Found, similarity
 from training.evaluation.sampling import Context, call_noise, decode_latents, denoise_splits, predictor
 from training.models.plan_table import make_plan
@@ -42,7 +42,7 @@ from training.models.pruned_unet import load_unet
 
 Decoder = Literal["tiny", "kl"]
 LATENT_SHAPE = (4, 16, 16)
-PARTS = ("layout", "first", "second", "background")
+PARTS = ("kind", "tint", "size", "background")
 AT_ONCE = 64  # images that the judge sees
 
 
@@ -136,10 +136,20 @@ def configuration(large_steps: int, steps: int) -> str:
     return f"hybrid {large_steps},{steps - large_steps}" if large_steps else "small"
 
 
+def right_parts(read: Tensor, truth: Tensor) -> Flags:
+    """Says which parts of images are right everywhere: int64 [B, 13], as `labels_of`, twice => bool [B, 4], as `PARTS`."""
+    same = read == truth
+    columns = [[index for index, label in enumerate(LABELS) if label.split()[0] == part] for part in PARTS]
+    return cast(Flags, torch.stack([same[:, column].all(dim=1) for column in columns], dim=1).numpy())
+
+
 @torch.inference_mode()
 def judge_features(judge: Classifier, images: Tensor) -> Floats:
-    """Gives the judge's last hidden features: float32 [B, 3, 128, 128] in [-1, 1] => float32 [B, 256]."""
-    parts = [judge.hidden(judge.features(part)) for part in torch.split(images.clamp(-1, 1), AT_ONCE)]
+    """Gives the judge's last hidden features, averaged over the quadrants.
+
+    float32 [B, 3, 128, 128] in [-1, 1] => float32 [B, 256].
+    """
+    parts = [judge.hidden(part).mean(dim=1) for part in torch.split(images.clamp(-1, 1), AT_ONCE)]
     return cast(Floats, torch.cat(parts).float().cpu().numpy())
 
 
@@ -245,7 +255,7 @@ def judge_captions(
         truth = torch.tensor(labels)
         room = max(0, keep - len(captions))
         for name, image in decoded.items():
-            right.setdefault(name, []).append((family.judge.read(image).cpu() == truth).numpy())
+            right.setdefault(name, []).append(right_parts(family.judge.read(image).cpu(), truth))
             features.setdefault(name, []).append(judge_features(family.judge, image))
             images.setdefault(name, []).append(from_model_range(image[:room].cpu().numpy()))
             if name != "large" and "large" in decoded:

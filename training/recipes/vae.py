@@ -9,24 +9,27 @@ from pathlib import Path
 import torch
 
 from training.core.loop import Schedule
-from training.core.task import Drawn
+from training.core.task import Drawn, Phases
 from training.recipes import Scale, scaled
-from training.vae.kl_vae import VAETask, build_vae, draw_crops
+from training.vae.kl_vae import VAETask, build_vae, draw_crops, draw_half_scenes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VAERecipe:
-    """An AutoencoderKL, 8x, learnt on crops of scenes."""
+    """An AutoencoderKL, 8x, learnt on crops around objects, then on whole scenes."""
 
     schedule: Schedule
     widths: tuple[int, ...]
     crop: int
+    crop_steps: int
+    """Steps on crops; the others are on whole scenes, half a batch each: that is how the VAE is used, and its group
+    norms see more of an image than of a crop."""
     mse_weight: float
     gradient_weight: float
     kl_weight: float
     folder: str = "vae"
 
-    def build(self, out: Path) -> tuple[VAETask, Drawn]:
+    def build(self, out: Path) -> tuple[VAETask, Phases]:
         """Builds an untrained VAE; needs no earlier stage."""
         del out
         torch.manual_seed(self.schedule.seed)
@@ -36,23 +39,26 @@ class VAERecipe:
             gradient_weight=self.gradient_weight,
             kl_weight=self.kl_weight,
         )
-        return task, Drawn(partial(draw_crops, self.crop), self.schedule.seed)
+        crops = Drawn(partial(draw_crops, self.crop), self.schedule.seed)
+        return task, Phases(crops, Drawn(draw_half_scenes, self.schedule.seed), self.crop_steps)
 
 
 def vae(scale: Scale) -> VAERecipe:
-    """Train the KL VAE (2.6M parameters) on 64x64 crops of scenes, in small batches: many steps matter more."""
+    """The KL VAE: 64x64 crops of scenes, small batches (at first, steps count and not images), then whole scenes."""
     toy = scale == "toy"
     schedule = Schedule(
-        steps=30 if toy else 9200,
+        steps=30 if toy else 17_000,
         batch_size=4 if toy else 8,
         lr=3e-3 if toy else 1e-3,
         warmup=5 if toy else 100,
         ema_decay=0.99,
         weight_decay=0.0,
     )
+    schedule = scaled(schedule, scale)
     return VAERecipe(
-        schedule=scaled(schedule, scale),
-        widths=(8, 8, 16, 16) if toy else (16, 32, 64, 128),
+        schedule=schedule,
+        crop_steps=schedule.steps * 2 // 3,
+        widths=(8, 8, 16, 16) if toy else (16, 32, 96, 192),
         crop=32 if toy else 64,
         mse_weight=2.0,
         gradient_weight=1.0,

@@ -129,7 +129,8 @@ def is_held_out(scene: Scene) -> bool:
 @cache
 def _zipf() -> NDArray[np.float64]:
     weights = 1 / (np.arange(1, len(KINDS) + 1) + ZIPF_OFFSET)
-    return weights / weights.sum()
+    shares: NDArray[np.float64] = weights / weights.sum()
+    return shares
 
 
 def sample_scene(rng: np.random.Generator, *, held_out: bool = False) -> Scene:

@@ -113,10 +113,10 @@ class NoiseSchedule:
                 return snr.clamp(max=gamma)
 
 
-def stratified_timesteps(rng: np.random.Generator, batch_size: int, num_timesteps: int = 1000) -> Tensor:
-    """Draws int64 [B] in [0, num_timesteps), one from each of B equal slices: uniform, but with less variance."""
+def stratified_timesteps(rng: np.random.Generator, batch_size: int, stop: int = 1000, *, start: int = 0) -> Tensor:
+    """Draws int64 [B] in [start, stop), one from each of B equal slices: uniform, but with less variance."""
     slices = (np.arange(batch_size) + rng.random(batch_size)) / batch_size
-    return torch.from_numpy((slices * num_timesteps).astype(np.int64).clip(max=num_timesteps - 1))
+    return torch.from_numpy((start + slices * (stop - start)).astype(np.int64).clip(max=stop - 1))
 
 
 def offset_noise(rng: np.random.Generator, shape: Sequence[int], offset: float, device: torch.device) -> Tensor:

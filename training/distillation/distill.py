@@ -93,11 +93,13 @@ class DistillTask(Task):
         snr_gamma: Weighs the terms "task" and "output" by min-SNR with this gamma, commonly 5; None is plain squared
             error, as in BK-SDM.
         noise_offset: See `offset_noise`; 0 is plain noise.
+        timestep_range: The timesteps to learn, from the first to before the last; None is all. A student that only
+            finishes what another began needs no skill above the level of the hand-off (eDiff-I, Balaji et al., 2022).
         input_perturbation: How much more noise the input has than the target tells (Ning et al., 2023), commonly 0.1.
         gradient_checkpointing: Computes activations twice rather than keep them: less memory, more time.
 
     Raises:
-        ValueError: If the feature map does not fit the U-Nets.
+        ValueError: If the feature map does not fit the U-Nets, or the range of timesteps the schedule.
     """
 
     def __init__(
@@ -115,6 +117,7 @@ class DistillTask(Task):
         lambda_feature: float = 1.0,
         snr_gamma: float | None = None,
         noise_offset: float = 0.0,
+        timestep_range: tuple[int, int] | None = None,
         input_perturbation: float = 0.0,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -125,6 +128,11 @@ class DistillTask(Task):
             unknown = [pair[index] for pair in feature_map if pair[index] not in known]
             if unknown:
                 raise ValueError(f"the {owner} has no module {unknown[0]!r}; the feature map must name its modules")
+        start, stop = timestep_range or (0, schedule.num_train_timesteps)
+        if not 0 <= start < stop <= schedule.num_train_timesteps:
+            raise ValueError(
+                f"timestep_range is {start},{stop}; give two numbers from 0 to {schedule.num_train_timesteps}, rising"
+            )
         if gradient_checkpointing:
             student.enable_gradient_checkpointing()
         self.student = self.learnt = student.requires_grad_(True)
@@ -138,6 +146,7 @@ class DistillTask(Task):
         self.lambda_feature = lambda_feature
         self.snr_gamma = snr_gamma
         self.noise_offset = noise_offset
+        self.timestep_range = start, stop
         self.input_perturbation = input_perturbation
         self._save = save
         self._preview = preview
@@ -147,7 +156,8 @@ class DistillTask(Task):
         del step
         conditioned = self.conditioner.encode(batch, rng)
         x0, kwargs = conditioned.x0, conditioned.unet_kwargs
-        timesteps = stratified_timesteps(rng, len(x0), self.schedule.num_train_timesteps).to(x0.device)
+        start, stop = self.timestep_range
+        timesteps = stratified_timesteps(rng, len(x0), stop, start=start).to(x0.device)
         eps = offset_noise(rng, x0.shape, self.noise_offset, x0.device)
         extra = self.input_perturbation * normal(rng, x0.shape, x0.device) if self.input_perturbation else 0
         x_t = self.schedule.add_noise(x0, eps + extra, timesteps)

@@ -137,7 +137,7 @@ def configuration(large_steps: int, steps: int) -> str:
 
 
 def right_parts(read: Tensor, truth: Tensor) -> Flags:
-    """Says which parts of images are right everywhere: int64 [B, 13] twice, as `labels_of` => bool [B, 4], as `PARTS`."""
+    """Says which parts of images are right everywhere: int64 [B, 13] twice => bool [B, 4], in the order of `PARTS`."""
     same = read == truth
     columns = [[index for index, label in enumerate(LABELS) if label.split()[0] == part] for part in PARTS]
     return cast(Flags, torch.stack([same[:, column].all(dim=1) for column in columns], dim=1).numpy())

@@ -29,6 +29,7 @@ SCENES: Mapping[str, str] = {
     "classifier": "classifier.classifier",
     "unet": "unet.unet",
     "small-unet": "small_unet.small_unet",
+    "specialist": "small_unet.specialist",
     "tiny-vae": "tiny_vae.tiny_vae",
     "lcm": "lcm.lcm",
     "lcm-small": "lcm.lcm_small",

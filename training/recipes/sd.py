@@ -140,6 +140,8 @@ class DistillRecipe:
     snr_gamma: float | None
     noise_offset: float
     input_perturbation: float
+    timestep_range: tuple[int, int] | None
+    """The timesteps to learn; None is all. A specialist learns those after the hand-off only."""
     gradient_checkpointing: bool
     folder: str = "unet_distilled"
 
@@ -163,6 +165,7 @@ class DistillRecipe:
             snr_gamma=self.snr_gamma,
             noise_offset=self.noise_offset,
             input_perturbation=self.input_perturbation,
+            timestep_range=self.timestep_range,
             gradient_checkpointing=self.gradient_checkpointing,
         )
         return task, self.data.open(self.schedule.seed, _unet_multiple(parts.unet))
@@ -189,6 +192,7 @@ def distill() -> DistillRecipe:
         snr_gamma=None,
         noise_offset=0.0,
         input_perturbation=0.0,
+        timestep_range=None,
         gradient_checkpointing=True,
     )  # fmt: skip
 

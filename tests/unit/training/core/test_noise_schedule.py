@@ -74,6 +74,7 @@ def test_timesteps_come_from_equal_slices() -> None:
 
     assert torch.equal(draws // 250, torch.arange(4).expand(200, 4))
     assert set(stratified_timesteps(rng, 500, 50).tolist()) == set(range(50))
+    assert set(stratified_timesteps(rng, 500, 50, start=40).tolist()) == set(range(40, 50))
 
 
 def test_offset_noise_varies_in_its_mean() -> None:

@@ -20,7 +20,7 @@ def test_dry_run_shows_the_recipe_and_writes_nothing(tmp_path: Path) -> None:
     result = run("unet", "--out", str(tmp_path), "--steps", "7", "--set", "schedule.lr=0.5", "--seed", "3", "--dry-run")
 
     assert result.exit_code == 0
-    for part in ("steps=7", "seed=3", "lr=0.5", "(64, 160, 352)"):
+    for part in ("steps=7", "seed=3", "lr=0.5", "(64, 160, 320)"):
         assert part in result.output
     assert list(tmp_path.iterdir()) == []
 

@@ -8,16 +8,23 @@ import torch
 from tokenizers import Tokenizer
 
 from training.core.conditioning import token_ids
-from training.data.scenes import Scene, caption, sample_scene
-from training.data.text import CONTEXT, load_tokenizer, make_tokenizer, save_tokenizer, scene_labels
+from training.data.scenes import KINDS, NATURAL, TINTS, Scene, Thing, caption, sample_scene
+from training.data.text import (
+    CONTEXT,
+    background_label,
+    load_tokenizer,
+    make_tokenizer,
+    quadrant_labels,
+    save_tokenizer,
+)
 
 TEXTS = (
     "",
-    "a fox to the left of a donut on a yellow background",
+    "a small fox at the top left and a large bronze donut at the bottom right on a yellow background",
     "A FOX   above\ta Panda.",
     "Zebras' été — 🦊 \x00!!",
     "漢字 and 1234567890",
-    "a fox " * 60,
+    "a fox " * 90,
 )
 
 
@@ -60,24 +67,32 @@ def test_any_text_survives_the_round_trip(saved: Path) -> None:
 
 
 def test_words_of_captions_are_single_tokens(saved: Path) -> None:
-    """A canonical caption takes one token a word, so that 32 are enough."""
+    """A canonical caption takes one token a word, a comma one more, so that the context is enough."""
     tokenizer = load_tokenizer(saved)
     rng = np.random.default_rng(0)
     for _ in range(50):
         text = caption(sample_scene(rng), rng)
-        assert len(tokenizer.tokenize(text)) == len(text.split())
+        assert len(tokenizer.tokenize(text)) == len(text.split()) + text.count(",") <= CONTEXT - 6
 
 
 def test_labels_say_what_stands_in_each_quadrant() -> None:
-    """Beside: left and right quadrants; stacked: top and bottom; single: the same everywhere."""
-    beside = scene_labels(Scene("beside", "fox", "cat", "white"), True)
-    stacked = scene_labels(Scene("stacked", "fox", "cat", "white"), True)
-    single = scene_labels(Scene("single", "cat", None, "white"), False)
+    """Kind, tint and size where a thing stands, and none elsewhere; no scene is nothing anywhere."""
+    things = (Thing("fox", NATURAL, "small", 0), Thing("donut", "bronze", "large", 3))
+    top_left, top_right, bottom_left, bottom_right = quadrant_labels(Scene(things, "white"))
 
-    assert beside == [2, 1, 2, 1, 1, 2, 1, 2]
-    assert stacked == [3, 1, 2, 1, 1, 1, 2, 2]
-    assert single == [1, 2, 0, 0, 2, 2, 2, 2]
-    assert scene_labels(None, False) == [0] * 8
+    assert top_left == [1 + KINDS.index("fox"), 1, 1]
+    assert top_right == bottom_left == [0, 0, 0]
+    assert bottom_right == [1 + KINDS.index("donut"), 1 + list(TINTS).index("bronze"), 2]
+    assert quadrant_labels(None) == [[0, 0, 0]] * 4
+
+
+def test_the_background_counts_where_the_caption_names_it() -> None:
+    """A caption without a background has none to learn."""
+    scene = Scene((Thing("fox", NATURAL, "small", 0),), "gray")
+
+    assert background_label(scene, "a small fox at the top left on a gray background") == 2
+    assert background_label(scene, "draw a tiny fox in the top left") == 0
+    assert background_label(None, "") == 0
 
 
 def test_the_mask_begins_at_the_end_of_the_text(saved: Path) -> None:
@@ -87,7 +102,7 @@ def test_the_mask_begins_at_the_end_of_the_text(saved: Path) -> None:
     tokenizer = load_tokenizer(saved)
     task = TextTask(tokenizer, build_text_encoder(len(tokenizer), hidden=16, layers=1, heads=2))
     with torch.inference_mode():
-        _, _, mask = task.logits(token_ids(tokenizer, ["a fox", ""]))
+        _, mask = task.logits(token_ids(tokenizer, ["a fox", ""]))
 
     assert mask[0].tolist() == [False] * 3 + [True] * (CONTEXT - 3)
     assert mask[1].tolist() == [False] + [True] * (CONTEXT - 1)

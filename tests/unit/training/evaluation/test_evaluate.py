@@ -250,8 +250,8 @@ def test_the_table_says_what_was_judged() -> None:
 
     assert large["all_correct"] == 1
     assert small["all_correct"] == 0.5
-    assert small["first"] == 0.5
-    assert small["layout"] == 1
+    assert small["tint"] == 0.5
+    assert small["kind"] == 1
     assert large["minus_small"][0] == 0.5
     assert (large["large_steps"], small["large_steps"]) == (25, 0)
     assert "| large | **100.0%** |" in evaluate.markdown(results)

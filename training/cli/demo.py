@@ -14,14 +14,16 @@ from training import recipes
 from training.cli.shared_options import FOLDER, OUT, SCALE, say
 
 STAGES = (
-    "vae", "text", "latents", "classifier", "unet", "score", "prune", "small-unet", "tiny-vae", "lcm", "lcm-small",
-    "evaluate", "export",
+    "vae", "text", "latents", "classifier", "unet", "score", "prune", "small-unet", "specialist", "tiny-vae", "lcm",
+    "lcm-small", "noise-levels", "evaluate", "export",
 )  # fmt: skip
 # Options of the stages that are not recipes, where they differ from the defaults.
 SETTINGS: Mapping[recipes.Scale, Mapping[str, Mapping[str, Any]]] = {
-    "demo": {"export": {"lcm": True}},
+    "demo": {"prune": {"ratio": 0.24}, "evaluate": {"captions": 300}, "export": {"lcm": True}},
     "quick": {
         "latents": {"scenes": 10_000},
+        "prune": {"ratio": 0.24},
+        "noise-levels": {"gate": 0.0},
         "score": {"num_captions": 16, "steps": 8},
         "evaluate": {"captions": 48},
         "export": {"lcm": True},
@@ -30,6 +32,7 @@ SETTINGS: Mapping[recipes.Scale, Mapping[str, Mapping[str, Any]]] = {
         "latents": {"scenes": 48},
         "score": {"num_captions": 2, "steps": 2},
         "prune": {"ratio": 0.6},  # channels go by 32, of which the toy has hardly more
+        "noise-levels": {"scenes": 2, "gate": 0.0},  # after so few steps nothing leads
         "evaluate": {
             "captions": 4, "steps": 4, "splits": "4,2,0", "lcm_steps": 4, "lcm_splits": "4,2,0",
         },

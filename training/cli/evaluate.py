@@ -31,21 +31,31 @@ if TYPE_CHECKING:
 @click.option(
     "--renders", type=click.IntRange(min=1), default=4, show_default=True, help="Renders of each caption's scene."
 )
+@click.option("--large", default="unet", show_default=True, help="The folder in OUT of the U-Net that begins.")
+@click.option("--small", default="small_unet", show_default=True, help="The folder in OUT of the U-Net that finishes.")
+@click.option("--results", default="evaluation", show_default=True, help="The folder in OUT to write.")
 @click.option("--grid", type=FILE, help="Also draw a grid of images into this file.")
 @click.option("--bundle", type=FOLDER, help="Also put the curve into this bundle.")
 def evaluate_command(
     out: Path, captions: int, seed: int, steps: int, splits: str, lcm_steps: int, lcm_splits: str, guidance: float,
-    decoder: str, renders: int, grid: Path | None, bundle: Path | None,
+    decoder: str, renders: int, large: str, small: str, results: str, grid: Path | None, bundle: Path | None,
 ) -> None:  # fmt: skip
-    """Measure the demo family by split: accuracy, distance to renders, likeness to the large model's images."""
+    """Measure the demo family by split: accuracy, distance to renders, likeness to the large model's images.
+
+    Controls: --small specialist_unet or scratch_unet for another finisher; --large small_unet --small unet for the
+    reversed order.
+    """
     from training.core.loop import make_accelerator
     from training.evaluation import evaluate, judging, quality
 
     dpm = replace(judging.DPM, steps=steps, splits=numbers(splits, "--splits", 0, steps), guidance=guidance)
+    dpm = replace(dpm, large=large, small=small, folder=results)
     few_splits = numbers(lcm_splits, "--lcm-splits", 0, lcm_steps)
-    few = replace(judging.LCM, steps=lcm_steps, splits=few_splits, guidance=guidance)
+    few = replace(judging.LCM, folder=results, steps=lcm_steps, splits=few_splits, guidance=guidance)
+    control = (large, small) != (judging.DPM.large, judging.DPM.small)
+    settings = (dpm,) if control else (dpm, few)
     accelerator, started = make_accelerator(), time.monotonic()
-    for setting in (dpm, few):
+    for setting in settings:
         if judging.absent(out, setting) and setting is few:
             continue
         evaluate.judge_part(
@@ -63,19 +73,19 @@ def evaluate_command(
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return
-    results, judged = evaluate.collect(out, settings=(dpm, few), seed=seed, workers=accelerator.num_processes)
+    found, judged = evaluate.collect(out, settings=settings, seed=seed, workers=accelerator.num_processes)
     if grid is not None:
         evaluate.grid(judged, grid, columns=10)
         click.echo("\n".join(judged.captions[:10]))
     click.echo(f"{captions} captions, seed {seed}, guidance {guidance}, decoder {decoder}; dpmpp_2m, {steps} steps:\n")
-    click.echo(evaluate.markdown(results))
-    for other in results["others"]:
+    click.echo(evaluate.markdown(found))
+    for other in found["others"]:
         click.echo(f"{other['scheduler']}, {other['steps']} steps:\n\n{evaluate.markdown(other)}")
-    for scheduler, reason in results["absent"].items():
+    for scheduler, reason in found["absent"].items():
         click.echo(f"{scheduler}: not measured: {reason}")
     if bundle is not None:
-        quality.write_into_bundle(bundle, quality.points(quality.measured_of(results), scheduler=dpm.scheduler))
-    say(f"evaluate: {out / evaluate.FOLDER} after {time.monotonic() - started:.0f} s")
+        quality.write_into_bundle(bundle, quality.points(quality.measured_of(found), scheduler=dpm.scheduler))
+    say(f"evaluate: {out / results} after {time.monotonic() - started:.0f} s")
 
 
 @click.command("evaluate-coco")

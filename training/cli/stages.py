@@ -14,7 +14,7 @@ from training.cli.shared_options import FOLDER, OUT, numbers, say
 
 @click.command("latents")
 @OUT
-@click.option("--scenes", type=click.IntRange(min=1), default=50_000, show_default=True)
+@click.option("--scenes", type=click.IntRange(min=1), default=60_000, show_default=True)
 def latents_command(out: Path, scenes: int) -> None:
     """Encode the scenes that the demo's U-Nets learn from, once."""
     from training.core.loop import make_accelerator
@@ -51,12 +51,12 @@ def export_command(out: Path, target: Path, precision: str, cloud_steps: int, lc
     from training.core.diffusion import SCHEDULER_CONFIG
     from training.core.loop import make_accelerator
     from training.data.scenes import caption, sample_scene
-    from training.evaluation import evaluate, quality
+    from training.evaluation import evaluate, judging, quality
     from training.export.family import export_family
 
     if not make_accelerator().is_main_process:
         return
-    results = out / evaluate.FOLDER / evaluate.RESULTS_NAME
+    results = out / judging.DPM.folder / evaluate.RESULTS_NAME
     measured = quality.measured_of(json.loads(results.read_text(encoding="utf-8"))) if results.is_file() else []
     rng = np.random.default_rng(6)
     captions = [caption(sample_scene(rng), rng) for _ in range(8)]

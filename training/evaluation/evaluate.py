@@ -38,12 +38,11 @@ from training.evaluation.metrics import Flags, Floats, Score, frechet_score, mea
 from training.evaluation.sampling import autocast
 
 RESULTS_NAME = "evaluation.json"
-FOLDER = "evaluation"
 RENDERS = 4  # of each caption's scene
 
 
 def _part_path(family: Path, setting: Setting, rank: int) -> Path:
-    return family / FOLDER / f"part-{setting.scheduler}-{rank:02d}.npz"
+    return family / setting.folder / f"part-{setting.scheduler}-{rank:02d}.npz"
 
 
 def _slice(count: int, rank: int, workers: int) -> range:
@@ -212,8 +211,8 @@ def collect(
     results["absent"] = {
         setting.scheduler: absent(family, setting) for setting in others if setting.scheduler not in judged
     }
-    save_results(results, family / FOLDER / RESULTS_NAME)
-    quality.publish(quality.measured_of(results), family / FOLDER)
+    save_results(results, family / first.folder / RESULTS_NAME)
+    quality.publish(quality.measured_of(results), family / first.folder)
     return results, judged[first.scheduler]
 
 

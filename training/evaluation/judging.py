@@ -57,6 +57,8 @@ class Setting:
     large: str = "unet"
     """The family's folder of the large U-Net."""
     small: str = "small_unet"
+    folder: str = "evaluation"
+    """The family's folder of results."""
 
     def __post_init__(self) -> None:
         beyond = [split for split in self.splits if not 0 <= split <= self.steps]

@@ -30,6 +30,7 @@ SCENES: Mapping[str, str] = {
     "unet": "unet.unet",
     "small-unet": "small_unet.small_unet",
     "specialist": "small_unet.specialist",
+    "scratch": "small_unet.scratch",
     "tiny-vae": "tiny_vae.tiny_vae",
     "lcm": "lcm.lcm",
     "lcm-small": "lcm.lcm_small",

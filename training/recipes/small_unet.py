@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from training.core.conditioning import LatentsAndText
 from training.core.diffusion import SCHEDULER_CONFIG
 from training.core.loop import Schedule
@@ -17,6 +20,14 @@ from training.recipes import Scale, scaled
 from training.recipes.unet import scenes_data, scenes_preview, scenes_text
 
 
+def forget(network: nn.Module) -> None:
+    """Sets every parameter to what an untrained layer begins with, in place; draws from torch's generator."""
+    for module in network.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SmallUNetRecipe:
     """A pruned U-Net, learning from the data (task), and from the large one's predictions (output) and features."""
@@ -25,6 +36,8 @@ class SmallUNetRecipe:
     empty: float
     timestep_range: tuple[int, int] | None = None
     """The timesteps it learns; None is all."""
+    from_scratch: bool = False
+    """Forgets the pruned weights and learns from the data alone: the network without its teacher."""
     lambda_output: float
     lambda_feature: float
     folder: str = "small_unet"
@@ -33,14 +46,17 @@ class SmallUNetRecipe:
         """Takes up the pruned U-Net; needs the stages vae, text, latents, unet and prune."""
         student, teacher = load_unet(out / "pruned_unet"), load_unet(out / "unet")
         text = scenes_text(out)
+        if self.from_scratch:
+            torch.manual_seed(self.schedule.seed)
+            forget(student)
         task = DistillTask(
             student.train(),
             LatentsAndText(text, empty=self.empty),
             NoiseSchedule.from_config(SCHEDULER_CONFIG),
             save=save_unet,
             preview=scenes_preview(student, text, out),
-            teacher=teacher,
-            feature_map=feature_map(student, teacher),
+            teacher=None if self.from_scratch else teacher,
+            feature_map=() if self.from_scratch else feature_map(student, teacher),
             lambda_output=self.lambda_output,
             lambda_feature=self.lambda_feature,
             timestep_range=self.timestep_range,
@@ -65,6 +81,11 @@ def small_unet(scale: Scale) -> SmallUNetRecipe:
         lambda_output=1.0,
         lambda_feature=0.1,
     )
+
+
+def scratch(scale: Scale) -> SmallUNetRecipe:
+    """Train the pruned shape from nothing, on the data alone: the control of pruning and distillation."""
+    return replace(small_unet(scale), from_scratch=True, folder="scratch_unet")
 
 
 def specialist(scale: Scale) -> SmallUNetRecipe:

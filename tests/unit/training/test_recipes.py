@@ -30,7 +30,7 @@ TOLERANCE = 0.1
 NAMES = (*chain.scenes_order(), *chain.sd_order())
 # A consistency loss compares two copies of one network: it begins near 0 and is no measure of how good they are.
 CONSISTENCY = ("lcm", "lcm-small", "sd-lcm", "sd-lcm-lora")
-TURNS = ("sd-tiny-vae",)  # its terms change with the turns
+TURNS = ("sd-tiny-vae", "vae")  # terms change with the turns, images with the phases
 
 
 @pytest.fixture(scope="module")

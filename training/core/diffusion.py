@@ -10,16 +10,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 
 HEAD_CHANNELS = 32
+TERMINAL = 2.0**-24
+"""What is left of the image at the last timestep, as abar: diffusers' number where zero would divide."""
+
+
+def _betas(num_timesteps: int = 1000) -> list[float]:
+    """Gives SD 1.x's betas rescaled to zero terminal SNR (Lin et al., algorithm 1).
+
+    As numbers of the configuration they work with every scheduler; the option `rescale_betas_zero_snr` with some only.
+    """
+    roots = np.sqrt(np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, num_timesteps) ** 2))
+    abar = np.maximum(((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2, TERMINAL)
+    return [float(f"{beta:.9g}") for beta in 1 - abar / np.concatenate([[1.0], abar[:-1]])]
+
+
 SCHEDULER_CONFIG: dict[str, Any] = {
     "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
     "prediction_type": "v_prediction",
-    "rescale_betas_zero_snr": True,
+    "trained_betas": _betas(),
     "solver_order": 2,
     "algorithm_type": "dpmsolver++",
     "solver_type": "midpoint",

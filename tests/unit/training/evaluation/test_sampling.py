@@ -106,7 +106,7 @@ def test_an_lcm_hand_over_equals_diffusers_with_the_same_noise() -> None:
     )
 
     base = build_scheduler().config
-    scheduler = LCMScheduler(beta_start=base.beta_start, beta_end=base.beta_end, beta_schedule="scaled_linear")
+    scheduler = LCMScheduler(trained_betas=base.trained_betas, prediction_type=base.prediction_type)
     scheduler.set_timesteps(4)
     condition = guidance_embedding(torch.full((2,), 6.0), 16)
     latents = noise()

@@ -28,8 +28,11 @@ GLYPH_POINTS = 109  # the one size at which a bitmap emoji font can be read
 
 ObjectSize = Literal["small", "large"]
 SIZES: tuple[ObjectSize, ...] = get_args(ObjectSize)
-SIDES: dict[ObjectSize, tuple[float, float]] = {"small": (33, 38), "large": (53, 58)}
-"""Longer side in pixels, least and most."""
+SIDES: dict[ObjectSize, int] = {"small": 36, "large": 56}
+"""Longer side in pixels."""
+CELL = 8
+"""Pixels that a latent cell spans. Objects stand on this grid: a VAE of a few hours then draws them crisply, because it
+meets each at one offset to its cells instead of 64."""
 KINDS: tuple[str, ...] = tuple(GLYPHS)
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 NATURAL = "natural"
@@ -98,7 +101,7 @@ class Placed:
     tint: str
     x: float
     y: float
-    side: float
+    side: int
 
 
 def _smallest_hashes(candidates: list[tuple[str, str]]) -> frozenset[tuple[str, str]]:
@@ -190,14 +193,14 @@ def caption(scene: Scene, rng: np.random.Generator, *, free: float = 0.0) -> str
 
 
 def place(scene: Scene, rng: np.random.Generator) -> tuple[Placed, ...]:
-    """Chooses where the objects stand and how large they are; none leaves its quadrant."""
+    """Chooses where the objects stand, on a grid of `CELL` pixels; none leaves its quadrant."""
     placed = []
     for thing in scene.things:
-        side = rng.uniform(*SIDES[thing.size])
-        room = (SIZE / 2 - side) / 2 - 1
-        x, y = SIZE / 4 + rng.uniform(-1, 1, size=2) * min(room, 8)
+        side, quadrant = SIDES[thing.size], SIZE // 2
+        cells = -(-side // CELL)
+        x, y = CELL * (rng.integers(quadrant // CELL - cells + 1, size=2) + cells / 2)
         row, column = divmod(thing.quadrant, 2)
-        placed.append(Placed(thing.kind, thing.tint, x + column * SIZE / 2, y + row * SIZE / 2, side))
+        placed.append(Placed(thing.kind, thing.tint, float(x + column * quadrant), float(y + row * quadrant), side))
     return tuple(placed)
 
 
@@ -237,7 +240,7 @@ def draw(placed: tuple[Placed, ...], colour: NDArray[np.float32]) -> NDArray[np.
     image = np.empty((SIZE, SIZE, 3), dtype=np.float32)
     image[:] = colour
     for item in placed:
-        glyph = _sized_glyph(item.name, item.tint, round(item.side))
+        glyph = _sized_glyph(item.name, item.tint, item.side)
         height, width = glyph.shape[:2]
         top = min(max(round(item.y - height / 2), 0), SIZE - height)
         left = min(max(round(item.x - width / 2), 0), SIZE - width)

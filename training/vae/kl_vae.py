@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from training.core.task import Batch, Task, freeze, normal
 from training.data.scenes import (
+    CELL,
     SIZE,
     Placed,
     background_colour,
@@ -82,11 +83,8 @@ def draw_crops(crop: int, rng: np.random.Generator, batch_size: int) -> Batch:
         placed = place(scene, rng)
         item = placed[rng.integers(len(placed))]
         spread = (item.side + crop) / 4
-        left, top = np.clip(
-            np.rint(np.array([item.x, item.y]) - crop / 2 + rng.uniform(-spread, spread, size=2)),
-            0,
-            SIZE - crop,
-        ).astype(int)
+        corner = np.array([item.x, item.y]) - crop / 2 + rng.uniform(-spread, spread, size=2)
+        left, top = CELL * np.clip(np.rint(corner / CELL), 0, (SIZE - crop) // CELL).astype(int)
         crops[index] = draw(placed, background_colour(scene, rng))[top : top + crop, left : left + crop]
     return Batch(images=torch.from_numpy(to_model_range(crops)))
 

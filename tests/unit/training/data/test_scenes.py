@@ -7,11 +7,13 @@ import pytest
 
 from training.data.scenes import (
     BACKGROUNDS,
+    CELL,
     KINDS,
     NATURAL,
     QUADRANTS,
     SIZE,
     SIZE_WORDS,
+    SIZES,
     TINTS,
     Scene,
     Thing,
@@ -122,13 +124,19 @@ def test_each_object_is_drawn_in_its_own_quadrant_and_nowhere_else() -> None:
         assert drawn == [quadrant in {thing.quadrant for thing in scene.things} for quadrant in range(4)]
 
 
-def test_a_large_object_is_larger_than_a_small_one() -> None:
-    """The sizes do not overlap, whatever the draw."""
+def test_an_object_is_drawn_alike_wherever_it_stands() -> None:
+    """Objects stand on the grid of the latents, so that one of a size looks the same at every place it can have."""
     rng = np.random.default_rng(2)
-    small = [place(scene_of(("fox", NATURAL, "small", 0)), rng)[0].side for _ in range(100)]
-    large = [place(scene_of(("fox", NATURAL, "large", 0)), rng)[0].side for _ in range(100)]
-
-    assert max(small) + 10 < min(large)
+    for size in SIZES:
+        images, places = [], set()
+        for _ in range(60):
+            (item,) = placed = place(scene_of(("fox", NATURAL, size, 3)), rng)
+            image = draw(placed, np.zeros(3, np.float32))
+            places.add((item.x, item.y))
+            images.append(np.roll(image, (SIZE - round(item.y), SIZE - round(item.x)), axis=(0, 1)))
+        assert len(places) == {"small": 16, "large": 4}[size]
+        assert all(np.array_equal(image, images[0]) for image in images)
+        assert len({(x % CELL, y % CELL) for x, y in places}) == 1
 
 
 def test_a_tint_turns_an_object_to_its_hue() -> None:

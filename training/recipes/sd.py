@@ -33,7 +33,7 @@ from training.models.tiny_vae_layouts import read_tiny_vae
 from training.pruning.depth import feature_map
 from training.vae.discriminator import ViTDiscriminator, find_discriminator
 from training.vae.kl_vae import draw_scenes
-from training.vae.perceptual import LPIPS, find_perceptual
+from training.vae.perceptual import LPIPS, Choice, find_perceptual
 from training.vae.reconstruction import DecoderLoss, Lessons, Turns
 from training.vae.small_vae import SD_SMALL_WIDTHS, SmallVAETask, prune_decoder
 from training.vae.tiny_vae import TinyVAETask
@@ -307,8 +307,11 @@ def lcm_lora() -> LCMLoRARecipe:
 class VAETerms:
     """What a decoder learns from, and by which terms; see `Lessons`, `DecoderLoss` and `Turns`."""
 
+    perceptual: Choice = "auto"
+    """"lpips", "features" (of EfficientNet-Lite0, which need no file), "laplacian"; "auto" is LPIPS where VGG's weights
+    are, and the Laplacian pyramid else."""
     lpips: str | None = None
-    """The file of VGG-16, or its folder; None looks in torch's cache, and takes the Laplacian pyramid without."""
+    """The file of VGG-16, or its folder; None looks in torch's cache."""
     backbone: str | None = None
     """The folder of a self-supervised ViT for the judge; None takes a patch discriminator."""
     turns: Turns = field(default_factory=lambda: Turns(start=0, warmup=5000, discriminator=5))
@@ -336,7 +339,7 @@ class VAETerms:
 
     def loss(self) -> DecoderLoss:
         """Finds the perceptual distance and the judge, and says in the log which they are and why."""
-        perceptual, why = find_perceptual(None if self.lpips is None else Path(self.lpips))
+        perceptual, why = find_perceptual(self.perceptual, weights=None if self.lpips is None else Path(self.lpips))
         if self.lpips is not None and not isinstance(perceptual, LPIPS):
             raise ValueError(f"terms.lpips is {self.lpips!r}, but: {why}; or set it to None for the substitute")
         log.info("perceptual term: %s", why)

@@ -339,7 +339,7 @@ class VAETerms:
 
     def loss(self) -> DecoderLoss:
         """Finds the perceptual distance and the judge, and says in the log which they are and why."""
-        perceptual, why = find_perceptual(self.perceptual, weights=None if self.lpips is None else Path(self.lpips))
+        perceptual, why = find_perceptual(None if self.lpips is None else Path(self.lpips), choice=self.perceptual)
         if self.lpips is not None and not isinstance(perceptual, LPIPS):
             raise ValueError(f"terms.lpips is {self.lpips!r}, but: {why}; or set it to None for the substitute")
         log.info("perceptual term: %s", why)

@@ -12,6 +12,7 @@ from training.core.loop import Schedule
 from training.core.task import Drawn, Phases
 from training.recipes import Scale, scaled
 from training.vae.kl_vae import VAETask, build_vae, draw_crops, draw_half_scenes
+from training.vae.perceptual import Choice, find_perceptual
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,6 +28,9 @@ class VAERecipe:
     mse_weight: float
     gradient_weight: float
     kl_weight: float
+    perceptual: Choice = "features"
+    perceptual_weight: float = 0.0
+    """Of the distance `perceptual`; 0 trains without."""
     folder: str = "vae"
 
     def build(self, out: Path) -> tuple[VAETask, Phases]:
@@ -38,6 +42,8 @@ class VAERecipe:
             mse_weight=self.mse_weight,
             gradient_weight=self.gradient_weight,
             kl_weight=self.kl_weight,
+            perceptual=find_perceptual(choice=self.perceptual)[0] if self.perceptual_weight else None,
+            perceptual_weight=self.perceptual_weight,
         )
         crops = Drawn(partial(draw_crops, self.crop), self.schedule.seed)
         return task, Phases(crops, Drawn(draw_half_scenes, self.schedule.seed), self.crop_steps)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.core.task import Batch, Task, freeze, normal
@@ -33,7 +33,7 @@ from training.data.scenes import (
     sample_scene,
     to_model_range,
 )
-from training.vae.perceptual import find_features
+from training.vae.perceptual import Perceptual, find_features
 
 log = logging.getLogger(__name__)
 
@@ -190,16 +190,36 @@ def reconstruction_scores(
 
 
 class VAETask(Task):
-    """Trains an AutoencoderKL: L1, squared error, L1 of the gradients, and a small KL term against runaway latents."""
+    """Trains an AutoencoderKL: L1, squared error, L1 of the gradients, and a small KL term against runaway latents.
 
-    def __init__(self, vae: AutoencoderKL, *, mse_weight: float, gradient_weight: float, kl_weight: float) -> None:
+    Args:
+        vae: What is learnt.
+        mse_weight: Of the mean squared difference.
+        gradient_weight: Of `gradient_loss`.
+        kl_weight: Of the mean KL divergence of a latent from a normal one.
+        perceptual: A distance, from `training.vae.perceptual`, or None.
+        perceptual_weight: Of that distance.
+    """
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        *,
+        mse_weight: float,
+        gradient_weight: float,
+        kl_weight: float,
+        perceptual: Perceptual | None = None,
+        perceptual_weight: float = 1.0,
+    ) -> None:
         self.learnt = self.vae = vae
         self.mse_weight = mse_weight
         self.gradient_weight = gradient_weight
         self.kl_weight = kl_weight
+        self.perceptual, self.perceptual_weight = perceptual, perceptual_weight
+        self.frozen = [perceptual] if isinstance(perceptual, nn.Module) else []
 
     def losses(self, batch: Batch, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
-        """Gives the terms "l1", "mse", "gradient" and "kl" of `batch.images`."""
+        """Gives the terms "l1", "mse", "gradient", "kl" and, with a distance, "perceptual" of `batch.images`."""
         del step
         targets = cast(Tensor, batch.images)
         moments = self.vae.quant_conv(self.vae.encoder(targets)).float()
@@ -208,12 +228,15 @@ class VAETask(Task):
         latents = mean + normal(rng, mean.shape, mean.device) * (log_variance / 2).exp()
         images = self.vae.decoder(self.vae.post_quant_conv(latents)).float()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        return {
+        terms = {
             "l1": F.l1_loss(images, targets),
             "mse": self.mse_weight * F.mse_loss(images, targets),
             "gradient": self.gradient_weight * gradient_loss(images, targets),
             "kl": self.kl_weight * kl,
         }
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual_weight * self.perceptual(images, targets)
+        return terms
 
     def save(self, directory: Path) -> None:
         """Measures the scaling factor, writes it into the config, and saves the diffusers directory."""

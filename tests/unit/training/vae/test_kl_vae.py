@@ -10,8 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from training.core.task import Batch
 from training.data.scenes import Placed
 from training.vae.kl_vae import VAETask, build_vae, object_psnr, object_sharpness, reconstruction_scores
+from training.vae.perceptual import LaplacianLoss
 
 BOX = (Placed("cat", "natural", 16.0, 12.0, 16),)  # rows 4 to 20, columns 8 to 24
 
@@ -78,3 +80,21 @@ def test_a_trained_vae_is_saved_without_the_features(tmp_path: Path, monkeypatch
     task.save(tmp_path)
 
     assert set(json.loads((tmp_path / "reconstruction.json").read_text())) == {"object_psnr", "object_sharpness"}
+
+
+def test_a_distance_is_a_term() -> None:
+    """Beside the others, and weighed."""
+
+    def terms(perceptual: LaplacianLoss | None, weight: float = 1.0) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        vae = build_vae((8, 8, 8, 8))
+        task = VAETask(
+            vae, mse_weight=1, gradient_weight=1, kl_weight=1e-4, perceptual=perceptual, perceptual_weight=weight
+        )
+        return task.losses(Batch(images=torch.rand(2, 3, 32, 32) * 2 - 1), np.random.default_rng(0), 0)
+
+    plain, once, twice = terms(None), terms(LaplacianLoss()), terms(LaplacianLoss(), 2.0)
+
+    assert set(once) - set(plain) == {"perceptual"}
+    torch.testing.assert_close(twice["perceptual"], 2 * once["perceptual"])
+    torch.testing.assert_close(once["l1"], plain["l1"])

@@ -339,6 +339,11 @@ class VAETerms:
 
     def loss(self) -> DecoderLoss:
         """Finds the perceptual distance and the judge, and says in the log which they are and why."""
+        if self.lpips is not None and self.perceptual not in ("auto", "lpips"):
+            raise ValueError(
+                f"terms.lpips is {self.lpips!r}, but terms.perceptual is {self.perceptual!r}, which needs no weights of"
+                " VGG; set terms.perceptual=lpips, or leave terms.lpips out"
+            )
         perceptual, why = find_perceptual(None if self.lpips is None else Path(self.lpips), choice=self.perceptual)
         if self.lpips is not None and not isinstance(perceptual, LPIPS):
             raise ValueError(f"terms.lpips is {self.lpips!r}, but: {why}; or set it to None for the substitute")

@@ -37,7 +37,7 @@ Losses = list[dict[str, float]]
 
 SCENES_SETTINGS = {
     # the judge and whole scenes come late: here within the few steps
-    "tiny-vae": ["crop_steps=14", "turns.start=8", "turns.warmup=3"],
+    "tiny-vae": ["crop_steps=14", "adversarial_weight=0.3", "turns.start=8", "turns.warmup=3"],
 }
 SD_SETTINGS = {
     "sd-distill": ["student=narrow", "schedule.lr=3e-3"],

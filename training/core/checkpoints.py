@@ -43,7 +43,7 @@ class Keeping:
         check_ranges(self, {"seconds": (1, 1e7), "steps": (1, 10**9), "keep": (1, 10**6)})
 
     def is_due(self, *, step: int, since_s: float, last_took_s: float) -> bool:
-        """Says whether to write one after `step`, `since_s` seconds after the last, which took `last_took_s` seconds."""
+        """Says whether to write one after `step`; the last was `since_s` seconds ago and took `last_took_s` seconds."""
         if self.steps is not None:
             return step % self.steps == 0
         if self.seconds is not None:

@@ -35,8 +35,9 @@ MAY_CHANGE: Mapping[str, str] = {
     "data.loader_workers": "batches are the same for any number of threads",
     "gradient_checkpointing": "memory for time; the gradients are the same",
 }
-"""Every field of a recipe that may be another one when a run is taken up again, and why. The device, `--checkpoint-every`
-and `--keep` are no fields and may change as well; batch size, seed, averaging and the number of processes never."""
+"""Every field of a recipe that may be another one when a run is taken up again, and why. The device,
+`--checkpoint-every` and `--keep` are no fields and may change as well; batch size, seed, averaging and the number of
+processes never."""
 VERSIONS_OF = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy")
 NOT_CONTENT = {RECIPE_NAME, RECORD_NAME, FINISHED_NAME, "loss.csv", "loss.png", "validation.csv", "README.md"}
 """Files of a run folder that tell of the training, and are not what was learnt."""
@@ -154,8 +155,8 @@ class Change:
     """One difference between a record and now."""
 
     kind: str
-    """"fixed" (another run), "free" (in `MAY_CHANGE`), "input" (another run), "unknown" (one of both has no such field, as
-    versions of this package differ) or "version"."""
+    """"fixed" and "input" make another run; "free" is in `MAY_CHANGE`; "version" is of a package; "unknown" is a field
+    that one of both has not, as versions of this package differ."""
     name: str
     before: Any
     now: Any
@@ -244,5 +245,3 @@ def finished_steps(directory: Path) -> int | None:
     """Gives how many steps a run that wrote its result has done; None if it has not written one."""
     path = directory / FINISHED_NAME
     return cast(int, json.loads(path.read_text(encoding="utf-8"))["steps"]) if path.is_file() else None
-
-

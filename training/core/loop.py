@@ -48,7 +48,7 @@ CURVE_NAME = "loss.csv"
 VALIDATION_NAME = "validation.csv"
 CURVE_EVERY = 20
 PATIENCE = 20
-"""So many steps without a finite gradient, one after the other, end a run. The scaler of fp16 needs up to 16 at first."""
+"""So many steps in a row without a finite gradient end a run. The scaler of fp16 needs up to 16 of them at first."""
 Decay = Literal["constant", "linear", "cosine"]
 Tracker = Literal["tensorboard", "wandb"]
 FIXED = ("batch_size", "accumulate", "seed", "ema_decay")
@@ -229,9 +229,7 @@ class Run:
             self.step += 1
             self.task.after_step(self.step)
             self._note({**losses, GRAD_NORM: norm}, lr)
-            yield StepRecord(
-                step=self.step, losses=losses, lr=lr, grad_norm=norm, elapsed_s=time.monotonic() - started
-            )
+            yield StepRecord(step=self.step, losses=losses, lr=lr, grad_norm=norm, elapsed_s=time.monotonic() - started)
 
     def _backward(self, batch: Batch, part: int) -> dict[str, float]:
         seeds = np.random.SeedSequence((self.schedule.seed, self.step, self.rank, part))
@@ -244,7 +242,7 @@ class Run:
         return {name: float(term.detach()) for name, term in terms.items()}
 
     def _learn(self, group: Group, optimizer: Any, lr: float) -> tuple[bool, float]:
-        """Averages the gradients over the processes and steps; says whether any process wants to stop, and their norm."""
+        """Averages the gradients over processes and passes; gives whether any process wants to stop, and their norm."""
         gradients = [p.grad for p in group.parameters if p.grad is not None]
         stopping = self._average(gradients)  # before unscaling, so that all processes see an overflow of one
         self.accelerator.unscale_gradients(optimizer)
@@ -265,8 +263,10 @@ class Run:
 
     def _diverged(self) -> str:
         broken = [name for name, value in self.task.learnt.named_parameters() if not torch.isfinite(value).all()]
-        where = f"the weights are not finite either ({broken[0]} is the first of {len(broken)})" if broken else (
-            "the weights are still finite"
+        where = (
+            f"the weights are not finite either ({broken[0]} is the first of {len(broken)})"
+            if broken
+            else ("the weights are still finite")
         )
         return (
             f"{PATIENCE} steps one after the other had no finite gradient, up to step {self.step}; {where}. Nothing was"
@@ -466,7 +466,7 @@ def train(run: Run, directory: Path, *, keeping: Keeping | None = None) -> Itera
     try:
         for record in run.steps():
             if run.held_out is not None and due(schedule.validate_every):
-                record = replace(record, validation=run.validate())  # noqa: PLW2901 -- the same one, with more in it
+                record = replace(record, validation=run.validate())
             if keeping.is_due(step=run.step, since_s=time.monotonic() - saved_at, last_took_s=took_s):
                 saved_step = run.step  # before saving: a checkpoint that failed is not tried again on the way out
                 began = time.monotonic()

@@ -139,7 +139,9 @@ def _value(recipe: object, name: str, value: object, text: str) -> Any:
     try:
         return _fitted(hint, value, text)
     except _UnfitError:
-        choices = [choice for part in (hint, *get_args(hint)) if get_origin(part) is Literal for choice in get_args(part)]
+        choices = [
+            choice for part in (hint, *get_args(hint)) if get_origin(part) is Literal for choice in get_args(part)
+        ]
         if choices:
             raise ValueError(f"{name} is {text!r}; choose one of {', '.join(map(str, choices))}") from None
         example = "" if old is None else f" such as {old!r}"

@@ -1,4 +1,4 @@
-"""Digests of what runs learn from, to tell whether it is still the same: the world of scenes, data of one's own, models.
+"""Digests of what runs learn from, to tell whether it is the same: the world of scenes, data of one's own, models.
 
 Cheap by design: of pictures the names and sizes count, not the contents and dates.
 """
@@ -33,7 +33,21 @@ from training.data.shards import find_shards
 SCENES = "scenes"
 """The name of the demo's world, which is drawn and lies in no folder."""
 LISTS = (".csv", ".jsonl")
-ENDINGS = (*LISTS, ".json", ".txt", ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".arrow", ".parquet")
+ENDINGS = (
+    *LISTS,
+    ".json",
+    ".txt",
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".arrow",
+    ".parquet",
+)
 
 
 def input_digests(out: Path, names: Iterable[str]) -> dict[str, str]:

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 
 from training.core.loop import Schedule
+from training.core.ranges import COUNT, WEIGHT, check_ranges
 from training.core.task import Drawn
-from training.recipes import Scale, scaled
-from training.vae.kl_vae import draw_crops, load_vae, scene_batch
+from training.data.identity import SCENES
+from training.recipes import VALIDATION_SEED, Scale, scaled
+from training.vae.kl_vae import draw_crops, draw_scenes, load_vae, scene_batch
 from training.vae.perceptual import LaplacianLoss
 from training.vae.reconstruction import DecoderLoss, Lessons
 from training.vae.tiny_vae import TinyVAETask, build_tiny_vae
@@ -32,6 +34,23 @@ class TinyVAERecipe:
     gradient_weight: float
     perceptual_weight: float
     folder: str = "tiny_vae"
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            {"width": COUNT, "blocks": COUNT, "crop": (8, 128), "latent_noise": WEIGHT, "gradient_weight": WEIGHT,
+             "perceptual_weight": WEIGHT},
+        )  # fmt: skip
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """See `Recipe`."""
+        return (SCENES, "vae")
+
+    def held_out(self, out: Path) -> Drawn:
+        """See `Recipe`."""
+        del out
+        return Drawn(partial(draw_scenes, held_out=True), VALIDATION_SEED)
 
     def build(self, out: Path) -> tuple[TinyVAETask, Drawn]:
         """Builds an untrained tiny VAE; needs the stage vae."""
@@ -60,6 +79,7 @@ def tiny_vae(scale: Scale) -> TinyVAERecipe:
         ema_decay=0.99 if toy else 0.999,
         weight_decay=0.0,
         preview_every=0 if toy else 1000,
+        validate_every=1000,
     )
     return TinyVAERecipe(
         schedule=scaled(schedule, scale),

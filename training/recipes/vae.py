@@ -9,9 +9,11 @@ from pathlib import Path
 import torch
 
 from training.core.loop import Schedule
+from training.core.ranges import COUNT, WEIGHT, check_ranges
 from training.core.task import Drawn, Phases
-from training.recipes import Scale, scaled
-from training.vae.kl_vae import VAETask, build_vae, draw_crops, draw_half_scenes
+from training.data.identity import SCENES
+from training.recipes import VALIDATION_SEED, Scale, scaled
+from training.vae.kl_vae import VAETask, build_vae, draw_crops, draw_half_scenes, draw_scenes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +30,23 @@ class VAERecipe:
     gradient_weight: float
     kl_weight: float
     folder: str = "vae"
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            {"widths": COUNT, "crop": (8, 128), "crop_steps": (0, 10**9), "mse_weight": WEIGHT,
+             "gradient_weight": WEIGHT, "kl_weight": WEIGHT},
+        )  # fmt: skip
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """See `Recipe`."""
+        return (SCENES,)
+
+    def held_out(self, out: Path) -> Drawn:
+        """See `Recipe`."""
+        del out
+        return Drawn(partial(draw_scenes, held_out=True), VALIDATION_SEED)
 
     def build(self, out: Path) -> tuple[VAETask, Phases]:
         """Builds an untrained VAE; needs no earlier stage."""
@@ -53,6 +72,7 @@ def vae(scale: Scale) -> VAERecipe:
         warmup=5 if toy else 100,
         ema_decay=0.99,
         weight_decay=0.0,
+        validate_every=1000,
     )
     schedule = scaled(schedule, scale)
     return VAERecipe(

@@ -376,7 +376,7 @@ def test_schedules_that_cannot_be_are_refused(change: dict[str, object], message
 def test_half_precision_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """float16 without its scaler would be no float16 at all."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=r"fp16, which needs a GPU; give --precision auto, or bf16"):
+    with pytest.raises(ValueError, match=r"fp16, which needs a GPU; give --precision auto, or bf16, or no"):
         make_accelerator("fp16")
 
 

@@ -31,9 +31,7 @@ def resolve(precision: Precision, *, cpu_flags: frozenset[str] | None = None) ->
     """
     cuda = torch.cuda.is_available()
     if precision == "fp16" and not cuda:
-        raise ValueError(
-            "precision is fp16, which needs a GPU; give --precision auto, or bf16, or no"
-        )
+        raise ValueError("precision is fp16, which needs a GPU; give --precision auto, or bf16, or no")
     if precision != "auto":
         return precision, "chosen"
     if cuda:

@@ -147,8 +147,9 @@ def run_recipe(
         return
     accelerator = make_accelerator(schedule.precision, project=directory, trackers=trackers)
     say(f"{name}: {accelerator.device}, {accelerator.num_processes} process(es), {computed} ({why})")
+    task, data = recipe.build(out)
     held_out = recipes.held_out(recipe, out) if schedule.validate_every else None
-    run = Run(*recipe.build(out), schedule, accelerator, held_out=held_out)
+    run = Run(task, data, schedule, accelerator, held_out=held_out)
     if run.resume(directory):
         say(f"{name}: resuming at step {run.step}")
     accelerator.wait_for_everyone()  # all have compared before one writes

@@ -49,9 +49,9 @@ def test_the_record_says_recipe_versions_and_inputs(tmp_path: Path) -> None:
         ("toy", replace(TOY, widths=(8,)), INPUTS, r"made with widths \[8, 16\] \(now \[8\]\)"),
         (
             "toy",
-            replace(TOY, schedule=replace(TOY.schedule, batch_size=4)),
+            replace(TOY, schedule=replace(TOY.schedule, seed=4)),
             INPUTS,
-            r"schedule\.batch_size 2 \(now 4\)",
+            r"schedule\.seed 0 \(now 4\)",
         ),
         ("toy", TOY, {**INPUTS, "latents": "cc"}, "made with other content of latents"),
         ("other", TOY, INPUTS, r"the recipe toy \(now other\)"),

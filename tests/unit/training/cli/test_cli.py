@@ -101,9 +101,8 @@ def test_a_run_knows_what_it_is(tmp_path: Path) -> None:
     """Finished, it does nothing more, and refuses another recipe; what it recorded is taken again, and exported."""
     options = ("text", "--out", str(tmp_path), "--scale", "toy", "--track", "none")
     recorded = str(tmp_path / "text" / "recipe.yaml")
-    first = run(
-        *options, "--steps", "6", "--set", "schedule.validate_every=3", "--checkpoint-every", "2", "--keep", "9"
-    )
+    how = ("--set", "schedule.validate_every=3", "--checkpoint-every", "2", "--keep", "9")
+    first = run(*options, "--steps", "6", *how)
     again = run(*options, "--steps", "6")
     other = CliRunner().invoke(main, [*options, "--steps", "6", "--set", "hidden=64"])
     fewer = CliRunner().invoke(main, [*options, "--steps", "5"])
@@ -150,7 +149,7 @@ LOGS = """
 import logging
 from training.cli.main import main
 main(["cost", "--splits", "0"], standalone_mode=False)
-for name in ("onnxscript.rewriter", "torch.onnx", "training.data"):
+for name in ("onnxscript.rewriter", "onnx_ir", "training.data"):
     logging.getLogger(name).info("info of %s", name)
     logging.getLogger(name).warning("warning of %s", name)
 """
@@ -163,7 +162,7 @@ def test_libraries_say_little() -> None:
     said = [line.partition(" ")[2] for line in done.stderr.splitlines() if " of " in line]
 
     assert said == [
-        "warning of onnxscript.rewriter", "warning of torch.onnx", "info of training.data", "warning of training.data",
+        "warning of onnxscript.rewriter", "warning of onnx_ir", "info of training.data", "warning of training.data",
     ]  # fmt: skip
 
 

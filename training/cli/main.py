@@ -73,6 +73,8 @@ def _log_to_terminal() -> None:
     def wanted(record: logging.LogRecord) -> bool:
         return record.levelno >= logging.WARNING or record.name.partition(".")[0] in ("training", "hybridsd")
 
+    # torch says of each of torchvision's operators that it is not there, at every export
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     handler = logging.StreamHandler()
     handler.addFilter(wanted)
     logging.basicConfig(

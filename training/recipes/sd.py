@@ -8,7 +8,8 @@ needed must be set: `--set data.spec=imagefolder:/data/laion --set student=prune
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,8 +20,11 @@ from torch import Tensor
 from training.core.conditioning import VAE_SCALE_FACTOR, LatentsAndText
 from training.core.loop import Schedule
 from training.core.noise_schedule import NoiseSchedule
+from training.core.precision import dtype_of
+from training.core.ranges import COUNT, SHARE, WEIGHT, check_ranges
 from training.core.task import Data, Drawn
 from training.data.batches import open_data
+from training.data.identity import SCENES
 from training.data.scenes import SIZE
 from training.data.shards import MetadataFilter
 from training.distillation.distill import DistillTask
@@ -31,6 +35,7 @@ from training.models.components import Components, load_components, load_vae
 from training.models.pruned_unet import load_unet, save_unet
 from training.models.tiny_vae_layouts import read_tiny_vae
 from training.pruning.depth import feature_map
+from training.recipes import VALIDATION_SEED
 from training.vae.discriminator import ViTDiscriminator, find_discriminator
 from training.vae.kl_vae import draw_scenes
 from training.vae.perceptual import LPIPS, Choice, find_perceptual
@@ -43,18 +48,28 @@ log = logging.getLogger(__name__)
 SD14 = "CompVis/stable-diffusion-v1-4"
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 PREVIEW_IMAGES = 4
+EXAMPLE = "imagefolder:DIRECTORY"
 PREVIEW_PROMPTS = ("a golden vase with different flowers", "a photo of an astronaut riding a horse on mars")
 
 
 def _frozen_dtype(schedule: Schedule) -> torch.dtype:
     """What is only run needs no more digits than the passes have."""
-    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[schedule.precision]
+    return dtype_of(schedule.precision)
 
 
 def _needed(value: str | None, name: str, example: str) -> str:
     if value is None:
         raise ValueError(f"{name} is not set; give --set {name}={example}")
     return value
+
+
+def _check_needed(data: ImageData, **models: str | None) -> None:
+    """Raises ValueError if something is not set, naming all that is not."""
+    wanted = {**{name: (value, "pruned_unet") for name, value in models.items()}, "data.spec": (data.spec, EXAMPLE)}
+    missing = {name: example for name, (value, example) in wanted.items() if value is None}
+    if missing:
+        give = " ".join(f"--set {name}={example}" for name, example in missing.items())
+        raise ValueError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set; give {give}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +90,24 @@ class ImageData:
     caption_column: str | None = None
     keep: MetadataFilter = field(default_factory=MetadataFilter)
     """Of webdataset: what the records' json must say."""
+    validation: str | None = None
+    """As `spec`: images that are never learnt from, for validation losses; None measures none. "scenes" has its own."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, {"resolution": (8, 16384), "loader_workers": (0, 1024)})
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """See `Recipe`."""
+        return () if self.spec is None else (self.spec,)
+
+    def held_out(self) -> Data | None:
+        """Opens the images for validation losses: whole, not mirrored, so that they are the same every time."""
+        if self.spec == SCENES and self.validation is None:
+            return Drawn(partial(draw_scenes, held_out=True), VALIDATION_SEED)
+        if self.validation is None:
+            return None
+        return replace(self, spec=self.validation, crop="center", flip=False).open(VALIDATION_SEED, VAE_SCALE_FACTOR)
 
     @property
     def side(self) -> int:
@@ -83,7 +116,7 @@ class ImageData:
 
     def open(self, seed: int, multiple: int) -> Data:
         """Opens them; `multiple` must divide the resolution."""
-        spec = _needed(self.spec, "data.spec", "imagefolder:DIRECTORY")
+        spec = _needed(self.spec, "data.spec", EXAMPLE)
         resolution = self.side
         if resolution < multiple or resolution % multiple:
             raise ValueError(
@@ -144,6 +177,31 @@ class DistillRecipe:
     """The timesteps to learn; None is all. A specialist learns those after the hand-off only."""
     gradient_checkpointing: bool
     folder: str = "unet_distilled"
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            {
+                "lambda_task": WEIGHT,
+                "lambda_output": WEIGHT,
+                "lambda_feature": WEIGHT,
+                "snr_gamma": WEIGHT,
+                "noise_offset": WEIGHT,
+                "input_perturbation": WEIGHT,
+                "timestep_range": (0, 10**6),
+            },
+        )
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """See `Recipe`."""
+        _check_needed(self.data, student=self.student)
+        return (self.teacher, self.student or "", *self.data.reads)
+
+    def held_out(self, out: Path) -> Data | None:
+        """See `Recipe`."""
+        del out
+        return self.data.held_out()
 
     def build(self, out: Path) -> tuple[DistillTask, Data]:
         """Loads teacher and student; `student` is a folder, below --out or anywhere."""
@@ -215,6 +273,29 @@ class LCMRecipe:
     gradient_checkpointing: bool
     folder: str = "unet_lcm"
 
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            {
+                "w_min": (0, 1000),
+                "w_max": (self.w_min, 1000),
+                "target_decay": SHARE,
+                "huber_c": WEIGHT,
+                "num_ddim_timesteps": COUNT,
+            },
+        )
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """See `Recipe`."""
+        _check_needed(self.data)
+        return (*dict.fromkeys((self.teacher, self.student or self.teacher)), *self.data.reads)
+
+    def held_out(self, out: Path) -> Data | None:
+        """See `Recipe`."""
+        del out
+        return self.data.held_out()
+
     def build(self, out: Path) -> tuple[LCMTask, Data]:
         """Loads teacher and student."""
         torch.manual_seed(self.schedule.seed)
@@ -273,6 +354,20 @@ class LCMLoRARecipe:
     gradient_checkpointing: bool
     folder: str = "lcm_lora"
 
+    def __post_init__(self) -> None:
+        check_ranges(self, {"rank": COUNT, "w": (0, 1000)})
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """See `Recipe`."""
+        _check_needed(self.data)
+        return (self.teacher, *self.data.reads)
+
+    def held_out(self, out: Path) -> Data | None:
+        """See `Recipe`."""
+        del out
+        return self.data.held_out()
+
     def build(self, out: Path) -> tuple[LCMLoRATask, Data]:
         """Loads the teacher and adds the adapter to it."""
         del out
@@ -324,6 +419,13 @@ class VAETerms:
     """Of L1, squared error (twice) and gradients. Ours, so that it also works without LPIPS; the reference has none."""
     perceptual_weight: float = 1.0
     adversarial_weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            {"latent_fade": (0, 0.99), "colour": SHARE, "degradation": SHARE, "pixel_filter": SHARE,
+             "pixel_weight": WEIGHT, "perceptual_weight": WEIGHT, "adversarial_weight": WEIGHT},
+        )  # fmt: skip
 
     def lessons(self, teacher: str) -> Lessons:
         """Loads the teacher."""
@@ -377,6 +479,17 @@ class TinyVAERecipe:
     terms: VAETerms
     folder: str = "tiny_vae"
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """See `Recipe`."""
+        _check_needed(self.data)
+        return (self.teacher, *([] if self.student is None else [self.student]), *self.data.reads)
+
+    def held_out(self, out: Path) -> Data | None:
+        """See `Recipe`."""
+        del out
+        return self.data.held_out()
+
     def build(self, out: Path) -> tuple[TinyVAETask, Data]:
         """Loads the teacher and makes the student."""
         del out
@@ -422,6 +535,20 @@ class SmallVAERecipe:
     terms: VAETerms
     folder: str = "small_vae"
 
+    def __post_init__(self) -> None:
+        check_ranges(self, {"widths": COUNT})
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """See `Recipe`."""
+        _check_needed(self.data)
+        return (self.teacher, *self.data.reads)
+
+    def held_out(self, out: Path) -> Data | None:
+        """See `Recipe`."""
+        del out
+        return self.data.held_out()
+
     def build(self, out: Path) -> tuple[SmallVAETask, Data]:
         """Loads the teacher and narrows its decoder."""
         del out
@@ -446,7 +573,7 @@ def small_vae() -> SmallVAERecipe:
     return SmallVAERecipe(
         schedule=Schedule(
             steps=50_000, batch_size=12, accumulate=2, lr=1e-5, warmup=0, decay="cosine", betas=(0.9, 0.999),
-            ema_decay=0.99, precision="bf16", preview_every=1000, seed=42,
+            ema_decay=0.99, preview_every=1000, seed=42,
         ),
         teacher=SD15,
         widths=SD_SMALL_WIDTHS,

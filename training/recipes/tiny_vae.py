@@ -11,10 +11,12 @@ import numpy as np
 import torch
 
 from training.core.loop import Schedule
+from training.core.ranges import COUNT, WEIGHT, check_ranges
 from training.core.task import Drawn, Phases
-from training.recipes import Scale, scaled
+from training.data.identity import SCENES
+from training.recipes import VALIDATION_SEED, Scale, scaled
 from training.vae.discriminator import PatchDiscriminator
-from training.vae.kl_vae import draw_crops, draw_half_scenes, load_vae, scene_batch
+from training.vae.kl_vae import draw_crops, draw_half_scenes, draw_scenes, load_vae, scene_batch
 from training.vae.perceptual import Choice, find_perceptual
 from training.vae.reconstruction import DecoderLoss, Lessons, Turns
 from training.vae.tiny_vae import TinyVAETask, build_tiny_vae
@@ -47,6 +49,23 @@ class TinyVAERecipe:
     turns: Turns
     """When the judge learns, and from when on it is listened to."""
     folder: str = "tiny_vae"
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            {"width": COUNT, "blocks": COUNT, "crop": (8, 128), "latent_noise": WEIGHT, "gradient_weight": WEIGHT,
+             "perceptual_weight": WEIGHT},
+        )  # fmt: skip
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """See `Recipe`."""
+        return (SCENES, "vae")
+
+    def held_out(self, out: Path) -> Drawn:
+        """See `Recipe`."""
+        del out
+        return Drawn(partial(draw_scenes, held_out=True), VALIDATION_SEED)
 
     def build(self, out: Path) -> tuple[TinyVAETask, Phases]:
         """Builds an untrained tiny VAE; needs the stage vae."""
@@ -86,6 +105,7 @@ def tiny_vae(scale: Scale) -> TinyVAERecipe:
         ema_decay=0.99 if toy else 0.999,
         weight_decay=0.0,
         preview_every=0 if toy else 1000,
+        validate_every=1000,
     )
     schedule = scaled(schedule, scale)
     steps = schedule.steps

@@ -69,9 +69,9 @@ def draw_half_scenes(rng: np.random.Generator, batch_size: int) -> Batch:
     return Batch(images=scene_batch(rng, max(1, batch_size // 2)))
 
 
-def draw_scenes(rng: np.random.Generator, batch_size: int) -> Batch:
-    """Draws whole training scenes with captions; see `task.Drawn`."""
-    scenes = [sample_scene(rng) for _ in range(batch_size)]
+def draw_scenes(rng: np.random.Generator, batch_size: int, *, held_out: bool = False) -> Batch:
+    """Draws whole scenes with captions, of training or of what is never trained on; see `task.Drawn`."""
+    scenes = [sample_scene(rng, held_out=held_out) for _ in range(batch_size)]
     images = to_model_range(np.stack([render(scene, rng) for scene in scenes]))
     return Batch(images=torch.from_numpy(images), captions=tuple(caption(scene, rng, free=0.3) for scene in scenes))
 

@@ -40,6 +40,8 @@ def inspect(bundle_name: str | None, as_json: bool) -> None:
         f"in the cloud, guidance {defaults.guidance_scale:g}, {defaults.width}x{defaults.height}"
     )
     click.echo(f"  plans         {opened.describe_plans()}")
+    if manifest.max_timestep is not None:
+        click.echo(f"  noise levels  {opened.describe_levels()}")
     for role, file in manifest.files.items():
         count = manifest.num_parameters.get(role)
         size = f"{file.size_bytes / 2**20:.2f} MiB"

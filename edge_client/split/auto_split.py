@@ -15,6 +15,7 @@ from edge_client.split.cost_model import Costs, curve_of
 from edge_client.split.handoff_policy import Advisor, Choice, Goals, choose
 from edge_client.split.measure import measure
 from hybridsd.errors import Reason
+from hybridsd.manifest import Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,23 +36,38 @@ class AutoSplit:
         )  # fmt: skip
 
 
+def check_goals(goals: Goals, least: int, resolved: Resolved, manifest: Manifest) -> None:
+    """Refuses goals that end the cloud's part above the level that the edge's U-Net is trained for.
+
+    Args:
+        goals: What the user wants.
+        least: After how many cloud steps the edge can draw.
+        resolved: The request.
+        manifest: Of the bundle.
+
+    Raises:
+        InvalidRequest: SPLIT_INVALID, naming `max_cloud_steps`.
+    """
+    if goals.max_cloud_steps is not None and goals.max_cloud_steps < least:
+        raise Reason.SPLIT_INVALID.error(
+            f"`max_cloud_steps` is {goals.max_cloud_steps}, but the U-Net of bundle {manifest.name} is trained for "
+            f"timesteps up to {manifest.highest_timestep:g} only, which begin at step {least} of "
+            f"{resolved.num_inference_steps}; choose {least} or more",
+            field="max_cloud_steps",
+        )
+
+
 def choose_split(resolved: Resolved, goals: Goals, bundle: Bundle, models: Models, cloud: Pool | Cloud) -> AutoSplit:
     """Returns the split for a request: this device is timed on one step and one decode, the cloud asked.
 
     Raises:
-        InvalidRequest: SPLIT_INVALID where `max_cloud_steps` ends above the level that the edge's U-Net is trained for.
+        InvalidRequest: See `check_goals`.
     """
     components = Components(bundle=bundle, models=models, others={}, cloud=Pool.of(cloud))
     least = least_cloud_steps(
         resolved, bundle.manifest, lambda schedule: foresee_plan(schedule, components, resolved.request.model)
     )
-    if goals.max_cloud_steps is not None and goals.max_cloud_steps < least:
-        raise Reason.SPLIT_INVALID.error(
-            f"`max_cloud_steps` is {goals.max_cloud_steps}, but the U-Net of bundle {bundle.manifest.name} is trained "
-            f"for timesteps up to {bundle.manifest.highest_timestep:g} only, which begin at step {least} of "
-            f"{resolved.num_inference_steps}; choose {least} or more",
-            field="max_cloud_steps",
-        )
+    check_goals(goals, least, resolved, bundle.manifest)
     costs, notes = measure(resolved, bundle, models, cloud)
     goals_now = replace(goals, max_cloud_steps=least) if notes.is_away else goals
     choice = choose(resolved.num_inference_steps, costs, goals_now, curve_of(bundle.manifest.quality), least=least)

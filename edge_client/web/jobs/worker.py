@@ -28,7 +28,7 @@ from edge_client.images.inputs import fit_size, read_image
 from edge_client.images.pixels import to_u8
 from edge_client.inference.models import Models
 from edge_client.request import Request, Resolved
-from edge_client.split.auto_split import AutoSplit, choose_split
+from edge_client.split.auto_split import AutoSplit, check_goals, choose_split
 from edge_client.split.handoff_policy import Goals
 from edge_client.types import ApproximateReuse, CallSkipping, Latents
 from edge_client.web.errors import in_words
@@ -89,6 +89,9 @@ class JobWorker:
         goals = _goals(filled)
         if goals is None:
             fit_levels(resolved, components)
+        else:
+            least = least_cloud_steps(resolved, self.bundle.manifest, components.bundle_plan)
+            check_goals(goals, least, resolved, self.bundle.manifest)
         if goals is not None and (filled.hybrid.split or filled.hybrid.cloud_steps is not None):
             raise Reason.SPLIT_INVALID.error(
                 "a split and goals of one exclude each other; omit `split` and `cloud_steps`, or the goals",

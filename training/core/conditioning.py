@@ -141,9 +141,10 @@ class LatentsAndText:
         self.chunk = chunk
         self._nothing: tuple[Tensor, ...] | None = None  # the embeddings of the empty caption
 
-    @torch.no_grad()
     def encode(self, batch: Batch, rng: np.random.Generator, *, unconditional: bool = False) -> Conditioned:
         """See `Conditioner`. Draws which captions are dropped, then the noise of the VAE's samples.
+
+        Embeddings carry gradients where a text encoder has something to learn, such as an adapter.
 
         Raises:
             ValueError: If the batch lacks captions, or both images and latents.
@@ -157,12 +158,16 @@ class LatentsAndText:
         without: Mapping[str, Any] | None = None
         if unconditional:
             if self._nothing is None:
-                self._nothing = self.text.embed([""])
+                with torch.no_grad():
+                    self._nothing = self.text.embed([""])
             rows = [embeds.to(x0.device).expand(len(x0), *embeds.shape[1:]) for embeds in self._nothing]
             without = self.text.unet_kwargs(rows, size)
-        kwargs = self.text.unet_kwargs(self.text.embed(captions), size)
+        learns = any(parameter.requires_grad for network in self.text.networks for parameter in network.parameters())
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            kwargs = self.text.unet_kwargs(self.text.embed(captions), size)
         return Conditioned(x0=x0, unet_kwargs=kwargs, unconditional_kwargs=without)
 
+    @torch.no_grad()
     def _latents(self, batch: Batch, rng: np.random.Generator) -> Tensor:
         if batch.latents is not None:
             return batch.latents

@@ -72,7 +72,8 @@ class LoRARecipe:
     caption_dropout: float
     """The probability that a caption is dropped."""
     timestep_range: tuple[int, int] | None
-    """The timesteps to learn; None is all that the U-Net learnt. An edge that never starts before the hand-over needs those after it."""
+    """The timesteps to learn; None is all that the U-Net learnt. An edge that never starts before the hand-over needs
+    those after it."""
     gradient_checkpointing: bool
     folder: str = "lora"
 

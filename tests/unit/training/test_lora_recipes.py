@@ -1,5 +1,7 @@
 """The recipes of LoRAs: what they refuse and how, SDXL, and what the file of a run tells."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,13 @@ def test_a_run_leaves_one_file(name: str, kind: Kind, tmp_path: Path) -> None:
     assert said["modelspec.prediction_type"] == ("v" if kind == "sd2" else "epsilon")
     assert "ss_base_model_version" not in said
     assert str(tmp_path) not in str(said)
+
+
+def test_a_specialist_is_taught_what_it_draws(tmp_path: Path) -> None:
+    """The timesteps that its configuration names, where nothing else is said."""
+    made = recipe("sd-lora", tmp_path, "prompt=sks")
+    config = tmp_path / "pipeline" / "unet" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "timestep_range": [0, 700]}))
+
+    assert made.build(tmp_path)[0].timestep_range == (0, 700)
+    assert replace(made, timestep_range=(100, 200)).build(tmp_path)[0].timestep_range == (100, 200)

@@ -126,18 +126,20 @@ class LatentsAndText:
     Args:
         text: What the captions become.
         vae: Encodes `batch.images`; not needed where every batch has latents.
-        empty: The probability, in [0, 1], that a caption is replaced by the empty one, so that the U-Net can be guided
-            (Ho and Salimans, 2022).
+        caption_dropout: The probability, in [0, 1], that a caption is replaced by the empty one, so that the U-Net can
+            be guided (Ho and Salimans, 2022).
         chunk: How many images the VAE sees at once.
     """
 
-    def __init__(self, text: Text, vae: AutoencoderKL | None = None, *, empty: float = 0.0, chunk: int = 8) -> None:
-        if not 0 <= empty <= 1:
-            raise ValueError(f"empty is {empty}; it is a probability in [0, 1]")
+    def __init__(
+        self, text: Text, vae: AutoencoderKL | None = None, *, caption_dropout: float = 0.0, chunk: int = 8
+    ) -> None:
+        if not 0 <= caption_dropout <= 1:
+            raise ValueError(f"caption_dropout is {caption_dropout}; it is a probability in [0, 1]")
         self.text = text
         self.vae = None if vae is None else freeze(vae)
         self.networks: Sequence[nn.Module] = (*text.networks, *([] if vae is None else [vae]))
-        self.empty = empty
+        self.caption_dropout = caption_dropout
         self.chunk = chunk
         self._nothing: tuple[Tensor, ...] | None = None  # the embeddings of the empty caption
 
@@ -148,7 +150,7 @@ class LatentsAndText:
         Raises:
             ValueError: If the batch lacks captions, or both images and latents.
         """
-        dropped = rng.random(len(batch)) < self.empty
+        dropped = rng.random(len(batch)) < self.caption_dropout
         if len(batch.captions) != len(batch):
             raise ValueError(f"{len(batch.captions)} captions for {len(batch)} samples; give one caption each")
         captions = ["" if drop else caption for drop, caption in zip(dropped, batch.captions, strict=True)]

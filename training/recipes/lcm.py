@@ -26,6 +26,8 @@ class LCMRecipe:
     w_min: float
     w_max: float
     target_decay: float
+    caption_dropout: float = 0.0
+    """None are dropped: the teacher's guidance is in the target already, and an LCM is never asked without a text."""
     folder: str
 
     def build(self, out: Path) -> tuple[LCMTask, Drawn]:
@@ -36,7 +38,7 @@ class LCMRecipe:
         task = LCMTask(
             student,
             teacher,
-            LatentsAndText(text),
+            LatentsAndText(text, caption_dropout=self.caption_dropout),
             ConsistencySolver(NoiseSchedule.from_config(SCHEDULER_CONFIG)),
             save=save_unet,
             preview=scenes_preview(student, text, out),

@@ -140,6 +140,8 @@ class DistillRecipe:
     snr_gamma: float | None
     noise_offset: float
     input_perturbation: float
+    caption_dropout: float
+    """The probability that a caption is replaced by the empty one, so that the U-Net can be guided."""
     timestep_range: tuple[int, int] | None
     """The timesteps to learn; None is all. A specialist learns those after the hand-off only."""
     gradient_checkpointing: bool
@@ -153,7 +155,7 @@ class DistillRecipe:
         student = load_unet(str(out / name) if (out / name).is_dir() else name).train()
         task = DistillTask(
             student,
-            LatentsAndText(parts.text, parts.vae),
+            LatentsAndText(parts.text, parts.vae, caption_dropout=self.caption_dropout),
             NoiseSchedule.from_config(parts.scheduler_config),
             save=save_unet,
             preview=_preview(student, parts, self.data.side, 7.5),
@@ -192,6 +194,7 @@ def distill() -> DistillRecipe:
         snr_gamma=None,
         noise_offset=0.0,
         input_perturbation=0.0,
+        caption_dropout=0.1,  # of SD's own training; BK-SDM and the reference drop none
         timestep_range=None,
         gradient_checkpointing=True,
     )  # fmt: skip
@@ -212,6 +215,8 @@ class LCMRecipe:
     loss: Literal["huber", "l2"]
     huber_c: float
     num_ddim_timesteps: int
+    caption_dropout: float
+    """The probability that a caption is replaced by the empty one."""
     gradient_checkpointing: bool
     folder: str = "unet_lcm"
 
@@ -225,7 +230,7 @@ class LCMRecipe:
         task = LCMTask(
             student,
             parts.unet,
-            LatentsAndText(parts.text, parts.vae),
+            LatentsAndText(parts.text, parts.vae, caption_dropout=self.caption_dropout),
             ConsistencySolver(
                 NoiseSchedule.from_config(parts.scheduler_config), num_ddim_timesteps=self.num_ddim_timesteps
             ),
@@ -257,6 +262,7 @@ def lcm() -> LCMRecipe:
         loss="huber",
         huber_c=0.001,
         num_ddim_timesteps=50,
+        caption_dropout=0.0,  # the teacher's guidance is in the target already
         gradient_checkpointing=True,
     )  # fmt: skip
 
@@ -270,6 +276,8 @@ class LCMLoRARecipe:
     data: ImageData
     rank: int
     w: float
+    caption_dropout: float
+    """The probability that a caption is replaced by the empty one."""
     gradient_checkpointing: bool
     folder: str = "lcm_lora"
 
@@ -280,7 +288,7 @@ class LCMLoRARecipe:
         parts = load_components(self.teacher)
         task = LCMLoRATask(
             add_lora(parts.unet, rank=self.rank),
-            LatentsAndText(parts.text, parts.vae),
+            LatentsAndText(parts.text, parts.vae, caption_dropout=self.caption_dropout),
             ConsistencySolver(NoiseSchedule.from_config(parts.scheduler_config)),
             w=self.w,
             gradient_checkpointing=self.gradient_checkpointing,
@@ -299,6 +307,7 @@ def lcm_lora() -> LCMLoRARecipe:
         data=ImageData(crop="random"),
         rank=64,
         w=6.5,
+        caption_dropout=0.0,  # as in `lcm`
         gradient_checkpointing=True,
     )  # fmt: skip
 

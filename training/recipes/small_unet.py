@@ -33,7 +33,8 @@ class SmallUNetRecipe:
     """A pruned U-Net, learning from the data (task), and from the large one's predictions (output) and features."""
 
     schedule: Schedule
-    empty: float
+    caption_dropout: float
+    """See `UNetRecipe`."""
     timestep_range: tuple[int, int] | None = None
     """The timesteps it learns; None is all."""
     from_scratch: bool = False
@@ -51,7 +52,7 @@ class SmallUNetRecipe:
             forget(student)
         task = DistillTask(
             student.train(),
-            LatentsAndText(text, empty=self.empty),
+            LatentsAndText(text, caption_dropout=self.caption_dropout),
             NoiseSchedule.from_config(SCHEDULER_CONFIG),
             save=save_unet,
             preview=scenes_preview(student, text, out),
@@ -77,7 +78,7 @@ def small_unet(scale: Scale) -> SmallUNetRecipe:
     )
     return SmallUNetRecipe(
         schedule=scaled(schedule, scale),
-        empty=0.1,
+        caption_dropout=0.1,
         lambda_output=1.0,
         lambda_feature=0.1,
     )

@@ -53,7 +53,8 @@ class UNetRecipe:
     schedule: Schedule
     widths: tuple[int, ...]
     layers: int
-    empty: float
+    caption_dropout: float
+    """The probability that a caption is replaced by the empty one, so that the U-Net can be guided."""
     init: str = ""
     """Folder of a U-Net of this shape whose weights training begins with; from nothing by default."""
     folder: str = "unet"
@@ -69,7 +70,7 @@ class UNetRecipe:
             unet.load_state_dict(load_unet(Path(self.init)).state_dict())
         task = DistillTask(
             unet,
-            LatentsAndText(text, empty=self.empty),
+            LatentsAndText(text, caption_dropout=self.caption_dropout),
             NoiseSchedule.from_config(SCHEDULER_CONFIG),
             save=save_unet,
             preview=scenes_preview(unet, text, out),
@@ -96,5 +97,5 @@ def unet(scale: Scale) -> UNetRecipe:
         schedule=scaled(schedule, scale),
         widths=(32, 32, 64) if toy else (64, 160, 320),
         layers=1 if toy else 2,
-        empty=0.1,
+        caption_dropout=0.1,
     )

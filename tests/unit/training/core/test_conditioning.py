@@ -48,7 +48,8 @@ def test_images_become_scaled_samples_of_the_posterior(vae: AutoencoderKL) -> No
 def test_dropped_captions_are_empty() -> None:
     """With probability 1 all are, with probability 0 none is."""
     all_dropped, none_dropped = (
-        words(empty=empty).encode(batch(), np.random.default_rng(0), unconditional=True) for empty in (1.0, 0.0)
+        words(caption_dropout=dropout).encode(batch(), np.random.default_rng(0), unconditional=True)
+        for dropout in (1.0, 0.0)
     )
 
     assert all_dropped.unconditional_kwargs is not None
@@ -85,8 +86,8 @@ def test_a_batch_that_lacks_something_is_refused(given: Batch, complaint: str) -
 
 def test_a_probability_above_one_is_refused() -> None:
     """The error names the value and the range."""
-    with pytest.raises(ValueError, match=r"empty is 1.5.*\[0, 1\]"):
-        words(empty=1.5)
+    with pytest.raises(ValueError, match=r"caption_dropout is 1.5.*\[0, 1\]"):
+        words(caption_dropout=1.5)
 
 
 @pytest.fixture(scope="module")

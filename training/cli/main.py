@@ -14,6 +14,7 @@ import os
 import pprint
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,10 +23,11 @@ import click
 
 from training import recipes
 from training.cli.bundle import export_bundle_command, rewrite_plans_command
+from training.cli.cache import cache_command
 from training.cli.demo import demo_command
 from training.cli.evaluate import evaluate_coco_command, evaluate_command, evaluate_vae_command, noise_levels_command
 from training.cli.prune import prune_command, score_command
-from training.cli.shared_options import OUT, SCALE, say
+from training.cli.shared_options import FILE, OUT, SCALE, say
 from training.cli.stages import cost_command, export_command, latents_command
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -90,6 +92,11 @@ def _training_options(command: Command) -> Command:
             "--track", "trackers", type=click.Choice(["tensorboard", "wandb", "none"]), multiple=True,
             default=("tensorboard",), show_default=True, help="Where curves and images go.",
         ),
+        click.option(
+            "--validation-prompts", type=FILE,
+            help="What previews show: prompt and negative prompt in turns, or a CSV with a column prompt and, as you "
+            "like, negative_prompt, seed, width, height, guidance_scale.",
+        ),
         click.option("--dry-run", is_flag=True, help="Show the resolved recipe and stop."),
     )  # fmt: skip
     for option in reversed(options):
@@ -99,12 +106,16 @@ def _training_options(command: Command) -> Command:
 
 def _run(
     name: str, recipe: Any, out: Path, *, settings: Sequence[str], steps: int | None, seed: int | None,
-    trackers: Sequence[str], dry_run: bool,
+    trackers: Sequence[str], validation_prompts: Path | None, dry_run: bool,
 ) -> None:  # fmt: skip
     from training.core.overrides import override
 
     short = [f"schedule.{field}={value}" for field, value in (("steps", steps), ("seed", seed)) if value is not None]
     recipe = override(recipe, [*short, *settings])
+    if validation_prompts is not None:
+        if not hasattr(recipe, "validation_prompts"):
+            raise click.UsageError(f"{name} draws no captions; leave --validation-prompts out")
+        recipe = replace(recipe, validation_prompts=str(validation_prompts))
     say(pprint.pformat(recipe, width=100))
     if not dry_run:
         from training.cli.train import run_recipe
@@ -136,6 +147,7 @@ for _name in recipes.SD:
 for _command in (
     demo_command,
     latents_command,
+    cache_command,
     score_command,
     prune_command,
     evaluate_command,

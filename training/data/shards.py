@@ -10,6 +10,7 @@ from there the epoch that it enters up to the place, some thousand records a sec
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shlex
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from hybridsd.aspect_buckets import Size
 from training.data.records import DataError, Draw, Record, Skip
 from training.data.transforms import Framing, Unusable
 
@@ -107,13 +109,37 @@ class Shards:
         return self.urls[0] if len(self.urls) == 1 else f"{self.urls[0]} and {len(self.urls) - 1} more shards"
 
     def draws(self, *, batch_size: int, start: int, rank: int, workers: int, skip: Skip) -> Iterator[Draw]:
-        """See `Source`. Spares are records that wait in the buffer, and then those drawn last."""
+        """See `Source`. Spares are records that wait in the buffer, and then those drawn last.
+
+        With buckets a record waits until its bucket has a batch of them, over the end of an epoch if need be: none is
+        lost. What waits where depends on all that came before, so entering late reads all of that.
+        """
         stream = _Stream(self, rank, workers, skip)
-        records = stream.records(start * batch_size)
-        while True:
-            batch = [next(records) for _ in range(batch_size)]
+        passed = start if self.framing.buckets else 0
+        waiting: dict[Size, list[Record]] = {}
+        for record in stream.records(0 if self.framing.buckets else start * batch_size):
+            batch = waiting.setdefault(record.size, [])
+            batch.append(record)
+            if len(batch) < batch_size:
+                continue
+            del waiting[record.size]
+            if passed:
+                passed -= 1
+                continue
             others = [*stream.buffer, *stream.recent]
-            yield Draw(records=batch, spares=cycle(others), spare_count=len(others))
+            alike = [other for other in others if other.size == record.size]
+            spares = [*alike, *(other for other in others if other.size != record.size)]
+            yield Draw(records=batch, size=record.size, spares=cycle(spares), spare_count=len(spares))
+
+    def everything(self, *, rank: int, workers: int, skip: Skip) -> Iterator[Record]:
+        """See `Source`."""
+        stream = _Stream(self, rank, workers, skip)
+        return stream.once()
+
+    def identity(self) -> str:
+        """See `Source`; of remote shards their addresses alone."""
+        names = [url if _is_remote(url) else f"{Path(url).name} {_length(url)}" for url in self.urls]
+        return hashlib.sha256(json.dumps([names, self.captions, repr(self.keep)]).encode()).hexdigest()[:32]
 
     def record(self, sample: Mapping[str, Any], seed: tuple[int, ...], name: str) -> Record:
         """Makes a record of a sample.
@@ -134,8 +160,8 @@ class Shards:
             raise Unusable("no caption")
         if self.keep is not None:
             self.keep.check(metadata)
-        self.framing.open(image)
-        return Record(image=image, caption=caption, seed=seed, name=name)
+        size = self.framing.size_of(self.framing.open(image))
+        return Record(image=image, caption=caption, seed=seed, name=name, size=size)
 
 
 class _Stream:
@@ -167,6 +193,11 @@ class _Stream:
             # An epoch without records may be bad luck with this process's share.
             if len(self.sizes) == len(self.source.urls) and not any(self.sizes.values()):
                 raise DataError(f"{self.source.name}: no record of any shard can be used")
+
+    def once(self) -> Iterator[Record]:
+        """Yields the share of one epoch in the order of the shards."""
+        workers, shards = self.workers, range(len(self.source.urls))
+        return self._read(0, list(shards[self.rank :: workers] if len(shards) >= workers else shards))
 
     def _mixed(self, epoch: int, records: Iterator[Record]) -> Iterator[Record]:
         rng = np.random.default_rng((self.source.seed, epoch, self.rank))
@@ -242,6 +273,10 @@ def find_shards(pattern: str) -> tuple[str, ...]:
         forms = "a folder of .tar files, a pattern such as /data/{000..012}.tar, or a URL"
         raise DataError(f"there are no shards at {pattern!r}; give {forms}")
     return tuple(urls)
+
+
+def _length(path: str) -> int:
+    return Path(path).stat().st_size if Path(path).is_file() else -1
 
 
 def _is_remote(url: str) -> bool:

@@ -28,6 +28,8 @@ class LCMRecipe:
     target_decay: float
     caption_dropout: float = 0.0
     """None are dropped: the teacher's guidance is in the target already, and an LCM is never asked without a text."""
+    validation_prompts: str | None = None
+    """See `UNetRecipe`."""
     folder: str
 
     def build(self, out: Path) -> tuple[LCMTask, Drawn]:
@@ -41,7 +43,7 @@ class LCMRecipe:
             LatentsAndText(text, caption_dropout=self.caption_dropout),
             ConsistencySolver(NoiseSchedule.from_config(SCHEDULER_CONFIG)),
             save=save_unet,
-            preview=scenes_preview(student, text, out),
+            preview=scenes_preview(student, text, out, self.validation_prompts),
             w_min=self.w_min,
             w_max=self.w_max,
             ema_decay=self.target_decay,

@@ -16,23 +16,21 @@ import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor
 
-from training.core.conditioning import VAE_SCALE_FACTOR, LatentsAndText
+from training.core.conditioning import VAE_SCALE_FACTOR
 from training.core.loop import Schedule
 from training.core.noise_schedule import NoiseSchedule
-from training.core.task import Data, Drawn
-from training.data.batches import open_data
-from training.data.scenes import SIZE
-from training.data.shards import MetadataFilter
+from training.core.task import Data
 from training.distillation.distill import DistillTask
 from training.distillation.lcm import ConsistencySolver, LCMTask, with_guidance_embedding
 from training.distillation.lora import LCMLoRATask, add_lora
 from training.evaluation.previews import Preview
+from training.evaluation.prompts import Prompt, validation_prompts
 from training.models.components import Components, load_components, load_vae
 from training.models.pruned_unet import load_unet, save_unet
 from training.models.tiny_vae_layouts import read_tiny_vae
 from training.pruning.depth import feature_map
+from training.recipes.images import ImageData, needed, unet_multiple
 from training.vae.discriminator import ViTDiscriminator, find_discriminator
-from training.vae.kl_vae import draw_scenes
 from training.vae.perceptual import LPIPS, find_perceptual
 from training.vae.reconstruction import DecoderLoss, Lessons, Turns
 from training.vae.small_vae import SD_SMALL_WIDTHS, SmallVAETask, prune_decoder
@@ -43,7 +41,10 @@ log = logging.getLogger(__name__)
 SD14 = "CompVis/stable-diffusion-v1-4"
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 PREVIEW_IMAGES = 4
-PREVIEW_PROMPTS = ("a golden vase with different flowers", "a photo of an astronaut riding a horse on mars")
+PREVIEW_PROMPTS = (
+    Prompt(prompt="a golden vase with different flowers"),
+    Prompt(prompt="a photo of an astronaut riding a horse on mars"),
+)
 
 
 def _frozen_dtype(schedule: Schedule) -> torch.dtype:
@@ -51,78 +52,34 @@ def _frozen_dtype(schedule: Schedule) -> torch.dtype:
     return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[schedule.precision]
 
 
-def _needed(value: str | None, name: str, example: str) -> str:
-    if value is None:
-        raise ValueError(f"{name} is not set; give --set {name}={example}")
-    return value
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ImageData:
-    """Which images to learn from; see `training.data.batches`."""
-
-    spec: str | None = None
-    """imagefolder:DIRECTORY, datasets:NAME_OR_DIRECTORY, webdataset:SHARDS or csv:FILE; "scenes" are the demo's, of 128
-    pixels, to try a recipe with. Must be set."""
-    resolution: int = 512
-    loader_workers: int = 8
-    """Threads that decode."""
-    crop: Literal["center", "random"] = "center"
-    flip: bool = True
-    """Mirror at random; not where captions say left or right."""
-    captions: bool = True
-    image_column: str | None = None
-    caption_column: str | None = None
-    keep: MetadataFilter = field(default_factory=MetadataFilter)
-    """Of webdataset: what the records' json must say."""
-
-    @property
-    def side(self) -> int:
-        """Pixels of an image's side."""
-        return SIZE if self.spec == "scenes" else self.resolution
-
-    def open(self, seed: int, multiple: int) -> Data:
-        """Opens them; `multiple` must divide the resolution."""
-        spec = _needed(self.spec, "data.spec", "imagefolder:DIRECTORY")
-        resolution = self.side
-        if resolution < multiple or resolution % multiple:
-            raise ValueError(
-                f"data.resolution is {resolution}; these networks need a multiple of {multiple}, such as "
-                f"{max(1, round(resolution / multiple)) * multiple}"
-            )
-        if spec == "scenes":
-            return Drawn(draw_scenes, seed)
-        return open_data(
-            spec,
-            resolution=self.resolution,
-            seed=seed,
-            loader_workers=self.loader_workers,
-            crop=self.crop,
-            flip=self.flip,
-            captions=self.captions,
-            image_column=self.image_column,
-            caption_column=self.caption_column,
-            keep=None if self.keep == MetadataFilter() else self.keep,
-        )
-
-
 def _first_images(data: Data) -> Tensor | None:
     return next(data.batches(batch_size=PREVIEW_IMAGES, start=0, rank=0, workers=1)).images
 
 
-def _unet_multiple(unet: UNet2DConditionModel) -> int:
-    return VAE_SCALE_FACTOR << (len(unet.config.block_out_channels) - 1)
+def _components(teacher: str, schedule: Schedule, data: ImageData) -> Components:
+    """Loads a model; of a text encoder that is run for previews only, or to compare it with a cache, in float32."""
+    dtype = _frozen_dtype(schedule)
+    return load_components(teacher, dtype=dtype, text_dtype=dtype if data.cache is None else torch.float32)
 
 
-def _preview(unet: UNet2DConditionModel, parts: Components, resolution: int, guidance: float) -> Preview:
+def _preview(
+    unet: UNet2DConditionModel,
+    parts: Components,
+    prompts: str | None,
+    side: int,
+    *,
+    guidance: float,
+    few_steps: bool | None = None,
+) -> Preview:
     return Preview(
         unet,
         parts.text,
         parts.vae,
         parts.scheduler_config,
-        PREVIEW_PROMPTS,
-        size=(resolution, resolution),
+        validation_prompts(prompts, PREVIEW_PROMPTS, multiple=unet_multiple(unet.config)),
+        size=(side, side),
         guidance=guidance,
+        few_steps=few_steps,
     )
 
 
@@ -145,20 +102,29 @@ class DistillRecipe:
     timestep_range: tuple[int, int] | None
     """The timesteps to learn; None is all. A specialist learns those after the hand-off only."""
     gradient_checkpointing: bool
+    validation_prompts: str | None = None
+    """A file of what previews show; see `training.evaluation.prompts`. None shows two of ours."""
     folder: str = "unet_distilled"
 
     def build(self, out: Path) -> tuple[DistillTask, Data]:
         """Loads teacher and student; `student` is a folder, below --out or anywhere."""
         torch.manual_seed(self.schedule.seed)
-        parts = load_components(self.teacher, dtype=_frozen_dtype(self.schedule))
-        name = _needed(self.student, "student", "pruned_unet")
+        parts = _components(self.teacher, self.schedule, self.data)
+        name = needed(self.student, "student", "pruned_unet")
         student = load_unet(str(out / name) if (out / name).is_dir() else name).train()
+        conditioner, data = self.data.open_encoded(
+            self.schedule.seed,
+            parts.text,
+            parts.vae,
+            unet_multiple(parts.unet.config),
+            caption_dropout=self.caption_dropout,
+        )
         task = DistillTask(
             student,
-            LatentsAndText(parts.text, parts.vae, caption_dropout=self.caption_dropout),
+            conditioner,
             NoiseSchedule.from_config(parts.scheduler_config),
             save=save_unet,
-            preview=_preview(student, parts, self.data.side, 7.5),
+            preview=_preview(student, parts, self.validation_prompts, self.data.side, guidance=7.5),
             teacher=parts.unet,
             feature_map=feature_map(student, parts.unet),
             lambda_task=self.lambda_task,
@@ -170,7 +136,7 @@ class DistillRecipe:
             timestep_range=self.timestep_range,
             gradient_checkpointing=self.gradient_checkpointing,
         )
-        return task, self.data.open(self.schedule.seed, _unet_multiple(parts.unet))
+        return task, data
 
 
 def distill() -> DistillRecipe:
@@ -218,24 +184,33 @@ class LCMRecipe:
     caption_dropout: float
     """The probability that a caption is replaced by the empty one."""
     gradient_checkpointing: bool
+    validation_prompts: str | None = None
+    """A file of what previews show; see `training.evaluation.prompts`. None shows two of ours."""
     folder: str = "unet_lcm"
 
     def build(self, out: Path) -> tuple[LCMTask, Data]:
         """Loads teacher and student."""
         torch.manual_seed(self.schedule.seed)
-        parts = load_components(self.teacher, dtype=_frozen_dtype(self.schedule))
+        parts = _components(self.teacher, self.schedule, self.data)
         name = self.student or self.teacher
         beginning = load_unet(str(out / name) if (out / name).is_dir() else name)
         student = with_guidance_embedding(beginning).requires_grad_(True).train()
+        conditioner, data = self.data.open_encoded(
+            self.schedule.seed,
+            parts.text,
+            parts.vae,
+            unet_multiple(parts.unet.config),
+            caption_dropout=self.caption_dropout,
+        )
         task = LCMTask(
             student,
             parts.unet,
-            LatentsAndText(parts.text, parts.vae, caption_dropout=self.caption_dropout),
+            conditioner,
             ConsistencySolver(
                 NoiseSchedule.from_config(parts.scheduler_config), num_ddim_timesteps=self.num_ddim_timesteps
             ),
             save=save_unet,
-            preview=_preview(student, parts, self.data.side, 7.0),
+            preview=_preview(student, parts, self.validation_prompts, self.data.side, guidance=7.0),
             w_min=self.w_min,
             w_max=self.w_max,
             ema_decay=self.target_decay,
@@ -243,7 +218,7 @@ class LCMRecipe:
             huber_c=self.huber_c,
             gradient_checkpointing=self.gradient_checkpointing,
         )
-        return task, self.data.open(self.schedule.seed, _unet_multiple(parts.unet))
+        return task, data
 
 
 def lcm() -> LCMRecipe:
@@ -279,6 +254,8 @@ class LCMLoRARecipe:
     caption_dropout: float
     """The probability that a caption is replaced by the empty one."""
     gradient_checkpointing: bool
+    validation_prompts: str | None = None
+    """A file of what previews show; see `training.evaluation.prompts`. None shows two of ours."""
     folder: str = "lcm_lora"
 
     def build(self, out: Path) -> tuple[LCMLoRATask, Data]:
@@ -286,14 +263,23 @@ class LCMLoRARecipe:
         del out
         torch.manual_seed(self.schedule.seed)
         parts = load_components(self.teacher)
+        conditioner, data = self.data.open_encoded(
+            self.schedule.seed,
+            parts.text,
+            parts.vae,
+            unet_multiple(parts.unet.config),
+            caption_dropout=self.caption_dropout,
+        )
+        unet = add_lora(parts.unet, rank=self.rank)
         task = LCMLoRATask(
-            add_lora(parts.unet, rank=self.rank),
-            LatentsAndText(parts.text, parts.vae, caption_dropout=self.caption_dropout),
+            unet,
+            conditioner,
             ConsistencySolver(NoiseSchedule.from_config(parts.scheduler_config)),
+            preview=_preview(unet, parts, self.validation_prompts, self.data.side, guidance=1.0, few_steps=True),
             w=self.w,
             gradient_checkpointing=self.gradient_checkpointing,
         )
-        return task, self.data.open(self.schedule.seed, _unet_multiple(parts.unet))
+        return task, data
 
 
 def lcm_lora() -> LCMLoRARecipe:

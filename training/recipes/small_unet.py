@@ -41,6 +41,8 @@ class SmallUNetRecipe:
     """Forgets the pruned weights and learns from the data alone: the network without its teacher."""
     lambda_output: float
     lambda_feature: float
+    validation_prompts: str | None = None
+    """See `UNetRecipe`."""
     folder: str = "small_unet"
 
     def build(self, out: Path) -> tuple[DistillTask, Drawn]:
@@ -55,7 +57,7 @@ class SmallUNetRecipe:
             LatentsAndText(text, caption_dropout=self.caption_dropout),
             NoiseSchedule.from_config(SCHEDULER_CONFIG),
             save=save_unet,
-            preview=scenes_preview(student, text, out),
+            preview=scenes_preview(student, text, out, self.validation_prompts),
             teacher=None if self.from_scratch else teacher,
             feature_map=() if self.from_scratch else feature_map(student, teacher),
             lambda_output=self.lambda_output,

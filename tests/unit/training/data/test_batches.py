@@ -616,7 +616,7 @@ def framed(data: bytes, **options: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Gives the image as uint8 [R, R, 3], centred and not mirrored by default."""
     framing = Framing(**{"resolution": RESOLUTION, "flip": False} | options)
     out = np.empty((3, framing.resolution, framing.resolution), dtype=np.float32)
-    framing.read(data, np.random.default_rng(options.get("min_side", 0)), out)
+    framing.read(data, framing.draw(np.random.default_rng(options.get("min_side", 0))), out)
     assert out.min() >= -1
     assert out.max() <= 1
     picture: np.ndarray[Any, np.dtype[np.uint8]] = np.rint((out.transpose(1, 2, 0) + 1) * 127.5).astype(np.uint8)

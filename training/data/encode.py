@@ -1,0 +1,165 @@
+"""Fills a cache: encodes the images of real data by a VAE, and their captions by the text encoders, each once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from time import monotonic
+from typing import TypeVar
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from numpy.typing import NDArray
+
+from hybridsd.aspect_buckets import Size
+from training.core.conditioning import Text, posterior
+from training.data.batches import ImageCaptions, chosen
+from training.data.cache import Writer, digest, name_of
+from training.data.records import Record, captions_of, image_bytes
+from training.data.transforms import Unusable
+
+IMAGES_AT_ONCE = 8
+CAPTIONS_AT_ONCE = 32
+FLUSH_BYTES = 256 * 2**20
+FLUSH_SECONDS = 60.0
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far a cache is."""
+
+    records: int
+    """Looked at, of this process's share."""
+    encoded: int
+    """Images that were not there before, each crop counted."""
+    captions: int
+    """Likewise."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Image:
+    """One crop of an image, decoded; or why it cannot be."""
+
+    name: str
+    size: Size
+    pixels: NDArray[np.float32]
+    """[3, H, W]."""
+    time_ids: tuple[tuple[int, ...], tuple[int, ...]]
+    """As it is, and mirrored."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What there is to encode of a record."""
+
+    captions: tuple[str, ...] = ()
+    images: tuple[_Image, ...] = ()
+    unusable: tuple[tuple[str, str], ...] = ()
+    """Names and reasons."""
+
+
+def fill(
+    writer: Writer, data: ImageCaptions, text: Text, vae: AutoencoderKL, *, rank: int = 0, workers: int = 1
+) -> Iterator[Progress]:
+    """Encodes what the cache lacks of worker `rank`'s share of the data; yields now and then, and in the end.
+
+    What was encoded is on disk at the latest a minute later, and when the generator is closed.
+    """
+    device, flip = next(vae.parameters()).device, writer.cache.identity.flip
+    images: dict[Size, list[_Image]] = {}
+    captions: list[str] = []
+    records = encoded = said = 0
+    written_at = monotonic()
+
+    def encode(batch: Sequence[_Image]) -> None:
+        pixels = torch.from_numpy(np.stack([image.pixels for image in batch])).to(device)
+        sides = [pixels, pixels.flip(-1)] if flip else [pixels]
+        found = [torch.stack(posterior(vae, side), dim=1) for side in sides]  # [B, 2, C, h, w] each
+        for image, posteriors in zip(batch, torch.stack(found, dim=1).cpu().numpy(), strict=True):
+            writer.add_latents(image.name, posteriors, image.time_ids[: len(sides)])
+
+    def embed(batch: Sequence[str]) -> None:
+        parts = [part.cpu().numpy() for part in text.embed(batch)]
+        for row, caption in enumerate(batch):
+            writer.add_embeds(caption, [part[row] for part in parts])
+
+    try:
+        with torch.inference_mode(), ThreadPoolExecutor(max(1, data.loader_workers)) as decoders:
+            if writer.claim(f"{digest('')}.0"):
+                embed([""])
+            everything = data.source.everything(rank=rank, workers=workers, skip=data.skip)
+            for chunk in _chunks(everything, 4 * max(1, data.loader_workers)):
+                for found in decoders.map(lambda record: _prepare(record, writer, data), chunk):
+                    for caption in found.captions:
+                        if writer.claim(f"{digest(caption)}.0"):
+                            captions.append(caption)
+                    for name, reason in found.unusable:
+                        if writer.claim(name):
+                            writer.add_unusable(name, reason)
+                    for image in found.images:
+                        if writer.claim(image.name):
+                            images.setdefault(image.size, []).append(image)
+                records += len(chunk)
+                for size, waiting in images.items():
+                    while len(waiting) >= IMAGES_AT_ONCE:
+                        encode(waiting[:IMAGES_AT_ONCE])
+                        encoded += IMAGES_AT_ONCE
+                        images[size] = waiting = waiting[IMAGES_AT_ONCE:]
+                while len(captions) >= CAPTIONS_AT_ONCE:
+                    embed(captions[:CAPTIONS_AT_ONCE])
+                    said += CAPTIONS_AT_ONCE
+                    del captions[:CAPTIONS_AT_ONCE]
+                if writer.waiting_bytes > FLUSH_BYTES or monotonic() - written_at > FLUSH_SECONDS:
+                    writer.flush()
+                    written_at = monotonic()
+                yield Progress(records=records, encoded=encoded, captions=said)
+            for waiting in images.values():
+                if waiting:
+                    encode(waiting)
+                    encoded += len(waiting)
+            if captions:
+                embed(captions)
+                said += len(captions)
+    finally:
+        writer.flush()
+    yield Progress(records=records, encoded=encoded, captions=said)
+
+
+def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    rest = iter(items)
+    while chunk := list(islice(rest, size)):
+        yield chunk
+
+
+def _prepare(record: Record, writer: Writer, data: ImageCaptions) -> _Found:
+    """Decodes the crops of a record that the cache lacks, and reads its captions."""
+    try:
+        captions = tuple(dict.fromkeys(captions_of(record.caption))) if data.captions else ()
+        content = image_bytes(record.image)
+    except Unusable as reason:
+        data.skip(str(reason), record.name)
+        return _Found()
+    images, unusable = [], []
+    key, (width, height) = digest(content), record.size
+    for crop in range(writer.cache.identity.crops):
+        name = name_of(key, record.size, crop)
+        if name in writer:
+            continue
+        plain, mirrored = (
+            replace(chosen(record, data.framing, captions=data.captions, epoch=crop)[1], mirrored=side)
+            for side in (False, True)
+        )
+        pixels = np.empty((3, height, width), dtype=np.float32)
+        try:
+            original = data.framing.read(content, plain, pixels)
+        except Unusable as reason:
+            data.skip(str(reason), record.name)
+            unusable.append((name, str(reason)))
+        else:
+            time_ids = (plain.time_ids(original, record.size), mirrored.time_ids(original, record.size))
+            images.append(_Image(name=name, size=record.size, pixels=pixels, time_ids=time_ids))
+    return _Found(captions, tuple(images), tuple(unusable))

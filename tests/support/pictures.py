@@ -1,5 +1,7 @@
 """Folders of small pictures with captions, of several aspect ratios, and recipes that learn from them in small."""
 
+import io
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,20 @@ def write_pictures(folder: Path, count: int, sizes: tuple[tuple[int, int], ...] 
         lines.append(f"{index}.png,picture {index}")
     (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
     return f"csv:{folder / 'metadata.csv'}"
+
+
+def write_shards(folder: Path, count: int) -> str:
+    """Writes the same pictures into three archives; gives their spec."""
+    write_pictures(folder / "single", count)
+    for shard in range(3):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for index in range(shard, count, 3):
+                files = {"png": (folder / "single" / f"{index}.png").read_bytes(), "txt": f"picture {index}".encode()}
+                for kind, content in files.items():
+                    member = tarfile.TarInfo(f"{index:04d}.{kind}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return f"webdataset:{folder}/{{0..2}}.tar"
 
 
 def small_recipe(name: str, pipeline: Path, spec: str, *settings: str) -> Any:

@@ -2,7 +2,6 @@
 
 import io
 import logging
-import tarfile
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from PIL import Image
 
 from hybridsd.aspect_buckets import buckets
-from tests.support.pictures import SIZES, small_recipe, write_pictures
+from tests.support.pictures import SIZES, small_recipe, write_pictures, write_shards
 from training.core.task import Batch
 from training.data.batches import ImageCaptions, open_data
 from training.data.buckets import BucketOrder
@@ -66,19 +65,6 @@ def test_a_late_batch_is_found_at_once() -> None:
 
 def take(data: ImageCaptions, count: int, *, start: int = 0, rank: int = 0, workers: int = 1) -> list[Batch]:
     return list(islice(data.batches(batch_size=2, start=start, rank=rank, workers=workers), count))
-
-
-def write_shards(folder: Path, count: int) -> str:
-    write_pictures(folder / "single", count)
-    for shard in range(3):
-        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
-            for index in range(shard, count, 3):
-                files = {"png": (folder / "single" / f"{index}.png").read_bytes(), "txt": f"picture {index}".encode()}
-                for kind, content in files.items():
-                    member = tarfile.TarInfo(f"{index:04d}.{kind}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-    return f"webdataset:{folder}/{{0..2}}.tar"
 
 
 @pytest.fixture(scope="module", params=["csv", "webdataset"])
@@ -169,9 +155,9 @@ def test_a_bad_picture_is_replaced_by_one_of_its_bucket(tmp_path: Path) -> None:
         sizes = {SIZES[int(caption.split()[1]) % len(SIZES)] for caption in batch.captions}
         assert len(sizes) == 1
         assert not {"picture 0", "picture 1"} & set(batch.captions)
+    for index in range(12):
+        (tmp_path / f"{index}.png").write_bytes(b"junk")
     with pytest.raises(DataError, match="none of the records can be used"):
-        for index in range(12):
-            (tmp_path / f"{index}.png").write_bytes(b"junk")
         take(opened(spec), 1)
 
 
@@ -193,7 +179,6 @@ def test_what_is_cut_off_is_told(tmp_path: Path) -> None:
     """Original size, place of the crop as mirrored, and the size that is left, in pixels, as SDXL was taught."""
     right = View(x=1.0, y=0.25, mirrored=False)
 
-    # 400x200 is made 128x64 and cut to 96x48: at 0.24 of its size
     assert right.time_ids((400, 200), (96, 48)) == (200, 400, 0, 0, 48, 96)
     assert right.time_ids((400, 200), (64, 64)) == (200, 400, 0, 64, 64, 64)
     assert View(x=1.0, y=0.25, mirrored=True).time_ids((400, 200), (64, 64)) == (200, 400, 0, 0, 64, 64)

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 CAPTION_KEYS = ("txt", "text", "caption")
 RECENT = 64  # records that can stand in for others when the buffer has run empty at the end of an epoch
+BEGINNING = 1 << 16  # bytes
 BLOCK = 512  # of a tar file, which ends with blocks of zeros
 # webdataset's own command waits forever when a transfer stalls, and repeats what it has given when it tries again.
 CURL = "curl --fail --silent --show-error --location --connect-timeout 30 --speed-limit 1024 --speed-time 60"
@@ -138,7 +139,7 @@ class Shards:
 
     def identity(self) -> str:
         """See `Source`; of remote shards their addresses alone."""
-        names = [url if _is_remote(url) else f"{Path(url).name} {_length(url)}" for url in self.urls]
+        names = [url if _is_remote(url) else f"{Path(url).name} {_beginning(url)}" for url in self.urls]
         return hashlib.sha256(json.dumps([names, self.captions, repr(self.keep)]).encode()).hexdigest()[:32]
 
     def record(self, sample: Mapping[str, Any], seed: tuple[int, ...], name: str) -> Record:
@@ -275,8 +276,12 @@ def find_shards(pattern: str) -> tuple[str, ...]:
     return tuple(urls)
 
 
-def _length(path: str) -> int:
-    return Path(path).stat().st_size if Path(path).is_file() else -1
+def _beginning(path: str) -> str:
+    """Digests the length and the beginning of a shard, in whose headers names and lengths of files are."""
+    if not Path(path).is_file():
+        return "missing"
+    with Path(path).open("rb") as file:
+        return f"{Path(path).stat().st_size} {hashlib.sha256(file.read(BEGINNING)).hexdigest()}"
 
 
 def _is_remote(url: str) -> bool:

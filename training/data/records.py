@@ -159,9 +159,8 @@ class Table:
                 paths = images.to_pylist()
             else:
                 lengths = compute.binary_length(images).to_pylist()
-            captions = (
-                [None] * len(part) if self.caption_column is None else part.column(self.caption_column).to_pylist()
-            )
+            named = self.caption_column
+            captions = [None] * len(part) if named is None else part.column(named).to_pylist()
             for path, length, caption in zip(paths, lengths, captions, strict=True):
                 name = None if path is None else Path(path).name
                 size = _length(path) if length is None else length

@@ -19,7 +19,7 @@ from hybridsd import aspect_buckets
 from tests.benchmarks.common import machine, say
 from training.core.conditioning import posterior
 from training.cost.cost import WHOLE, costs, unet_inputs
-from training.data.cache import Cache, Identity, Writer, digest, name_of
+from training.data.cache import Cache, Identity, Views, Writer, digest
 from training.data.transforms import Framing, View
 from training.models import shapes
 
@@ -82,12 +82,14 @@ def report(size: int, images: int) -> None:
         content, view = file.read_bytes(), View(x=0.5, y=0.5, mirrored=True)
         out = np.empty((3, size, size), dtype=np.float32)
         decoding = seconds(lambda: Framing(resolution=size).read(content, view, out), images)
-        identity = Identity(vae="", text="", crop="center", flip=True, crops=1, seed=None)
+        identity, views = Identity(vae="", text=""), Views(crop="center", flip=True, crops=1, seed=None)
         where = Path(folder) / "cache"
         writer = Writer(where, identity)
-        sides = torch.stack([torch.cat([mean, std])] * 2).numpy()
+        both = torch.cat([mean, std]).numpy()
         square: aspect_buckets.Size = (size, size)
-        writer.add_latents(name_of(digest(content), square, 0), sides, [(size, size, 0, 0, size, size)] * 2)
+        for mirrored in (False, True):
+            name = views.name(digest(content), square, epoch=0, mirrored=mirrored)
+            writer.add_latents(name, both, (size, size, 0, 0, size, size))
         of_images = writer.waiting_bytes
         writer.add_embeds("a caption", [hidden[0].numpy()])
         of_captions = writer.waiting_bytes - of_images
@@ -95,7 +97,7 @@ def report(size: int, images: int) -> None:
         cache = Cache(where, identity)
 
         def read() -> None:
-            cache.latents(digest(content), square, epoch=0, view=view)
+            cache.latents(views.name(digest(content), square, epoch=0, mirrored=True))
             cache.embeds("a caption")
 
         reading = seconds(read, images)

@@ -30,14 +30,14 @@ PROGRESS_SECONDS = 15.0
 def cache_command(recipe: str, seed: int | None, settings: Sequence[str], dtype: str) -> None:
     """Encode the data of RECIPE once: latents and text embeddings, into the folder data.cache.
 
-    The same command continues where it was stopped, and adds what is new in the data. Train with the same settings:
-    the recipe then encodes nothing. A folder of another VAE, text encoder or crop is refused.
+    The same command continues where it was stopped, and adds what is new: pictures, sizes, crops. Train with the same
+    settings: the recipe then encodes nothing. A folder of another VAE or text encoder is refused.
     """
     from diffusers import UNet2DConditionModel
 
     from training.core.loop import make_accelerator
     from training.core.overrides import override
-    from training.data.cache import Writer
+    from training.data.cache import Writer, identity
     from training.data.encode import fill
     from training.models.components import load_text, load_vae
     from training.recipes.images import unet_multiple
@@ -49,22 +49,22 @@ def cache_command(recipe: str, seed: int | None, settings: Sequence[str], dtype:
     started = time.monotonic()
     text, vae = load_text(made.teacher), load_vae(made.teacher)
     multiple = unet_multiple(UNet2DConditionModel.load_config(made.teacher, subfolder="unet"))
-    folder, identity, data = made.data.open_to_cache(made.schedule.seed, text, vae, multiple)
-    accelerator = make_accelerator()
+    folder, views, data = made.data.open_to_cache(made.schedule.seed, multiple)
+    accelerator, networks = make_accelerator(), identity(text, vae)
     if accelerator.is_main_process:
-        Writer(folder, identity)  # begins it, or refuses
+        Writer(folder, networks)  # begins it, or refuses
     accelerator.wait_for_everyone()
     rank, workers = accelerator.process_index, accelerator.num_processes
-    writer = Writer(folder, identity, rank=rank, dtype=dtype)
+    writer = Writer(folder, networks, rank=rank, dtype=dtype)
     for network in (vae, *text.networks):
         network.to(accelerator.device)
-    stopped = _shown(fill(writer, data, text, vae, rank=rank, workers=workers))
+    stopped = _shown(fill(writer, data, views, text, vae, rank=rank, workers=workers))
     if stopped:
         say(f"cache: stopped; what is encoded is in {folder}, and the same command continues")
         sys.exit(130)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        writer.finish(data.identity())
+        writer.finish(data.identity(), views)
     size = sum(path.stat().st_size for path in folder.iterdir())
     say(f"cache: {folder} of {size / 1e6:,.1f} MB after {(time.monotonic() - started) / 60:.1f} min")
 

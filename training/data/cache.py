@@ -1,16 +1,17 @@
 """Latents and text embeddings of real data, kept on disk: encoded once instead of in every epoch.
 
-A cache is a folder of safetensors and cache.json, which says what decided its content. Images and captions are found
-by a digest of what they are, so files may be moved, renamed and added to.
+A cache is a folder of safetensors and cache.json, which says whose networks made it and which data are whole in it.
+Everything is found by a digest of what it is: files may be moved, renamed and added to, and one cache may serve several
+resolutions, crops and data sets.
 
 | name of a tensor | what |
 |---|---|
-| DIGEST.WxH.CROP | float [F, 2, C, H/8, W/8]: mean and deviation of the VAE's posterior, as the U-Net sees them |
-| DIGEST.WxH.CROP.time_ids | int32 [F, 6]: what SDXL is told of the image, see `Framing.read` |
+| DIGEST.WxH.VIEW | float [2, C, H/8, W/8]: mean and deviation of the VAE's posterior, as the U-Net sees them |
+| DIGEST.WxH.VIEW.time_ids | int32 [6]: what SDXL is told of the image, see `View.time_ids` |
 | DIGEST.N | float: part N of a caption's embeddings, a row of what `Text.embed` gives |
 
-F is 2 where images are mirrored at random: as it is, and mirrored. Latents of a mirrored image are not the mirrored
-latents. The posterior is kept, and not a sample of it, so that each epoch draws another one, as without a cache.
+A mirrored image is a view of its own: its latents are not the mirrored latents. The posterior is kept, and not a sample
+of it, so that each epoch draws another one, as without a cache.
 """
 
 from __future__ import annotations
@@ -43,39 +44,52 @@ Entry = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Identity:
-    """What decides the content of a cache."""
+    """The networks that made a cache: digests of them, in float32."""
 
     vae: str
-    """Digest of the VAE's encoder and scaling factor."""
+    """Of the encoder and the scaling factor."""
     text: str
-    """Digest of the tokenizers and text encoders."""
-    crop: Crop
-    flip: bool
-    crops: int
-    """How many random crops of each image are kept: those of the first epochs, which come again after them."""
-    seed: int | None
-    """Of the random crops; None where the middle is taken."""
+    """Of the tokenizers and text encoders."""
 
 
-def identity(text: Text, vae: AutoencoderKL, framing: Framing, *, crops: int, seed: int) -> Identity:
-    """Says what decides the content of a cache of these networks, in float32, and this framing.
-
-    Raises:
-        ValueError: If `crops` is out of its range.
-    """
-    if crops < 1:
-        raise ValueError(f"cached_crops is {crops}; choose 1 or more")
-    if framing.crop == "center" and crops > 1:
-        raise ValueError(f"cached_crops is {crops}, but the middle of an image is one; give crop=random, or 1")
+def identity(text: Text, vae: AutoencoderKL) -> Identity:
+    """Digests the networks, which must be in float32."""
     tokenizers = [tokenizer for name, tokenizer in sorted(vars(text).items()) if name.startswith("tokenizer")]
     return Identity(
         vae=_digest([vae.encoder, vae.quant_conv], float(vae.config.scaling_factor)),
         text=_digest(text.networks, *(_words_of(tokenizer) for tokenizer in tokenizers)),
-        crop=framing.crop,
-        flip=framing.flip,
-        crops=crops,
-        seed=seed if framing.crop == "random" else None,
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Views:
+    """Which views of each image are kept."""
+
+    crop: Crop
+    flip: bool
+    """Whether mirrored, too."""
+    crops: int
+    """How many: of random crops those of the first epochs, which come again after them."""
+    seed: int | None
+    """Of random crops."""
+
+    @classmethod
+    def of(cls, framing: Framing, *, crops: int, seed: int) -> Views:
+        """Gives those of a framing.
+
+        Raises:
+            ValueError: If `crops` is out of its range.
+        """
+        if crops < 1:
+            raise ValueError(f"cached_crops is {crops}; choose 1 or more")
+        if framing.crop == "center" and crops > 1:
+            raise ValueError(f"cached_crops is {crops}, but the middle of an image is one; give crop=random, or 1")
+        return cls(crop=framing.crop, flip=framing.flip, crops=crops, seed=seed if framing.crop == "random" else None)
+
+    def name(self, image: str, size: Size, *, epoch: int, mirrored: bool) -> str:
+        """Gives the name of the latents of an image, by its digest, when it comes for the time number `epoch`."""
+        crop = "center" if self.crop == "center" else f"{self.seed}-{epoch % self.crops}"
+        return f"{image}.{size[0]}x{size[1]}.{crop}{'-mirrored' if mirrored else ''}"
 
 
 def _words_of(tokenizer: Any) -> Any:
@@ -98,24 +112,19 @@ def digest(data: bytes | str) -> str:
     return hashlib.blake2b(data.encode() if isinstance(data, str) else data, digest_size=16).hexdigest()
 
 
-def name_of(image: str, size: Size, crop: int) -> str:
-    """Gives the name of the latents of an image, by its digest."""
-    return f"{image}.{size[0]}x{size[1]}.{crop}"
-
-
 class Cache:
     """A cache that is read; or written to, by `Writer`.
 
     Args:
         folder: Where it is.
-        identity: What must have decided its content.
+        identity: Whose it must be.
 
     Attributes:
         unusable: Why images have no latents, by the name that these would have.
         finished: The data of which everything is there; see `Writer.finish`.
 
     Raises:
-        DataError: If the folder is no cache, or one of another VAE, text or framing.
+        DataError: If the folder is no cache, or one of other networks.
     """
 
     def __init__(self, folder: Path, identity: Identity) -> None:
@@ -130,7 +139,7 @@ class Cache:
         changed = [f"{name} {before.get(name)} (now {now[name]})" for name in now if before.get(name) != now[name]]
         if changed:
             raise DataError(
-                f"{folder} was made with {', '.join(changed)}; give the same settings, or make another: choose another "
+                f"{folder} was made with another model: {', '.join(changed)}; give that one, or choose another "
                 "data.cache, and run the command cache"
             )
         self.finished: list[dict[str, Any]] = index["finished"]
@@ -147,28 +156,20 @@ class Cache:
     def __contains__(self, name: str) -> bool:
         return name in self._files or name in self.unusable
 
-    def latents(self, image: str, size: Size, *, epoch: int, view: View) -> tuple[NDArray[Any], NDArray[Any]]:
+    def latents(self, name: str) -> tuple[NDArray[Any], NDArray[Any]]:
         """Gives mean and deviation, float [2, C, H/8, W/8], and time_ids, int32 [6].
 
-        Args:
-            image: Its digest.
-            size: Which it is made.
-            epoch: Which time the image comes; chooses among random crops.
-            view: Says whether it is mirrored.
-
         Raises:
-            Unusable: If it could not be encoded.
+            Unusable: If the image could not be encoded.
             DataError: If it is not there.
         """
-        name = name_of(image, size, epoch % self.identity.crops)
         if name in self.unusable:
             raise Unusable(self.unusable[name])
         try:
-            latents, time_ids = (self._files[key].get_slice(key) for key in (name, f"{name}.time_ids"))
+            latents, time_ids = (self._files[key].get_tensor(key) for key in (name, f"{name}.time_ids"))
         except KeyError as error:
             raise DataError(f"{self.folder} lacks an image; run the command cache again, which adds it") from error
-        row = int(view.mirrored)
-        return latents[row], time_ids[row]
+        return latents, time_ids
 
     def embeds(self, caption: str) -> tuple[NDArray[Any], ...]:
         """Gives a row of each of the embeddings of a caption.
@@ -188,13 +189,16 @@ class Cache:
         """Gives the embeddings of the empty caption: float32, one row each."""
         return tuple(torch.from_numpy(part.astype(np.float32))[None] for part in self.embeds(""))
 
-    def check_finished(self, data: Mapping[str, Any]) -> None:
-        """Raises DataError if not all of `data` is there; see `Writer.finish`."""
-        if dict(data) in self.finished:
-            return
+    def check_finished(self, data: Mapping[str, Any], views: Views) -> None:
+        """Raises DataError if not all of `data` is there, in these views; see `Writer.finish`."""
+        wanted = {**data, **asdict(views)}
+        for entry in self.finished:
+            more = {name: max(entry[name], wanted[name]) for name in ("flip", "crops")}
+            if entry == {**wanted, **more}:
+                return
         raise DataError(
-            f"{self.folder} does not hold all of these data, or these have changed since; run the command cache with "
-            "the same settings, which adds what is missing"
+            f"{self.folder} does not hold all of these data, in these sizes and crops, or they have changed; run the "
+            "command cache with the same settings, which adds what is missing"
         )
 
 
@@ -203,7 +207,7 @@ class Writer:
 
     Args:
         folder: Where the cache is, or is to be.
-        identity: Of the networks and the framing that make it.
+        identity: Of the networks that make it.
         rank: Which process this is.
         dtype: What is stored.
 
@@ -246,9 +250,9 @@ class Writer:
         self._added.add(name)
         return True
 
-    def add_latents(self, name: str, posteriors: NDArray[np.float32], time_ids: Sequence[Sequence[int]]) -> None:
-        """Adds [F, 2, C, h, w] and [F, 6]."""
-        self._add(name, posteriors.astype(self._dtype))
+    def add_latents(self, name: str, posterior: NDArray[np.float32], time_ids: Sequence[int]) -> None:
+        """Adds [2, C, h, w] and [6]."""
+        self._add(name, posterior.astype(self._dtype))
         self._add(f"{name}.time_ids", np.array(time_ids, dtype=np.int32))
 
     def add_embeds(self, caption: str, parts: Sequence[NDArray[np.float32]]) -> None:
@@ -275,17 +279,24 @@ class Writer:
         write_atomically(path, lambda partial: save_file(self._entries, partial, metadata=metadata))
         self._entries, self._unusable, self.waiting_bytes, self._number = {}, {}, 0, self._number + 1
 
-    def finish(self, data: Mapping[str, Any]) -> None:
+    def finish(self, data: Mapping[str, Any], views: Views) -> None:
         """Notes that all of some data are there; `data` is JSON that says which, and is compared when they are read."""
-        finished = [*self.cache.finished, *([] if dict(data) in self.cache.finished else [dict(data)])]
+        entry = {**data, **asdict(views)}
+        finished = [*self.cache.finished, *([] if entry in self.cache.finished else [entry])]
         self._write_index(self.cache.folder, self.cache.identity, finished)
 
 
 class Latents:
-    """Reads rows of batches from a cache of latents of `channels` channels: a `training.data.batches.Reader`."""
+    """Reads rows of batches from a cache: a `training.data.batches.Reader`.
 
-    def __init__(self, cache: Cache, channels: int) -> None:
-        self._cache, self._channels = cache, channels
+    Args:
+        cache: Where from.
+        views: Which are there.
+        channels: Of the latents.
+    """
+
+    def __init__(self, cache: Cache, views: Views, channels: int) -> None:
+        self._cache, self._views, self._channels = cache, views, channels
         self._embeds = [part.shape for part in cache.embeds("")]
 
     def rows(self, count: int, size: Size) -> dict[str, NDArray[np.float32]]:
@@ -305,7 +316,8 @@ class Latents:
         """
         if row["latents"].shape[1:] != (size[1] // VAE_SCALE_FACTOR, size[0] // VAE_SCALE_FACTOR):
             raise Unusable("stand-in of another bucket")
-        latents, time_ids = self._cache.latents(digest(image), size, epoch=epoch, view=view)
+        name = self._views.name(digest(image), size, epoch=epoch, mirrored=view.mirrored)
+        latents, time_ids = self._cache.latents(name)
         row["latents"][...], row["latents_std"][...] = latents
         row["time_ids"][...] = time_ids
         for number, part in enumerate(self._cache.embeds(caption)):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from hybridsd.aspect_buckets import Size
 from training.core.conditioning import Text, posterior
 from training.data.batches import ImageCaptions, chosen
-from training.data.cache import Writer, digest, name_of
+from training.data.cache import Views, Writer, digest
 from training.data.records import Record, captions_of, image_bytes
 from training.data.transforms import Unusable
 
@@ -35,21 +35,20 @@ class Progress:
     records: int
     """Looked at, of this process's share."""
     encoded: int
-    """Images that were not there before, each crop counted."""
+    """Views of images that were not there before."""
     captions: int
     """Likewise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Image:
-    """One crop of an image, decoded; or why it cannot be."""
+    """One view of an image, decoded."""
 
     name: str
     size: Size
     pixels: NDArray[np.float32]
     """[3, H, W]."""
-    time_ids: tuple[tuple[int, ...], tuple[int, ...]]
-    """As it is, and mirrored."""
+    time_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +62,20 @@ class _Found:
 
 
 def fill(
-    writer: Writer, data: ImageCaptions, text: Text, vae: AutoencoderKL, *, rank: int = 0, workers: int = 1
+    writer: Writer,
+    data: ImageCaptions,
+    views: Views,
+    text: Text,
+    vae: AutoencoderKL,
+    *,
+    rank: int = 0,
+    workers: int = 1,
 ) -> Iterator[Progress]:
     """Encodes what the cache lacks of worker `rank`'s share of the data; yields now and then, and in the end.
 
     What was encoded is on disk at the latest a minute later, and when the generator is closed.
     """
-    device, flip = next(vae.parameters()).device, writer.cache.identity.flip
+    device = next(vae.parameters()).device
     images: dict[Size, list[_Image]] = {}
     captions: list[str] = []
     records = encoded = said = 0
@@ -77,10 +83,9 @@ def fill(
 
     def encode(batch: Sequence[_Image]) -> None:
         pixels = torch.from_numpy(np.stack([image.pixels for image in batch])).to(device)
-        sides = [pixels, pixels.flip(-1)] if flip else [pixels]
-        found = [torch.stack(posterior(vae, side), dim=1) for side in sides]  # [B, 2, C, h, w] each
-        for image, posteriors in zip(batch, torch.stack(found, dim=1).cpu().numpy(), strict=True):
-            writer.add_latents(image.name, posteriors, image.time_ids[: len(sides)])
+        posteriors = torch.stack(posterior(vae, pixels), dim=1).cpu().numpy()  # [B, 2, C, h, w]
+        for image, found in zip(batch, posteriors, strict=True):
+            writer.add_latents(image.name, found, image.time_ids)
 
     def embed(batch: Sequence[str]) -> None:
         parts = [part.cpu().numpy() for part in text.embed(batch)]
@@ -93,7 +98,7 @@ def fill(
                 embed([""])
             everything = data.source.everything(rank=rank, workers=workers, skip=data.skip)
             for chunk in _chunks(everything, 4 * max(1, data.loader_workers)):
-                for found in decoders.map(lambda record: _prepare(record, writer, data), chunk):
+                for found in decoders.map(lambda record: _prepare(record, writer, data, views), chunk):
                     for caption in found.captions:
                         if writer.claim(f"{digest(caption)}.0"):
                             captions.append(caption)
@@ -135,31 +140,40 @@ def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield chunk
 
 
-def _prepare(record: Record, writer: Writer, data: ImageCaptions) -> _Found:
-    """Decodes the crops of a record that the cache lacks, and reads its captions."""
+def _prepare(record: Record, writer: Writer, data: ImageCaptions, views: Views) -> _Found:
+    """Decodes the views of a record that the cache lacks, and reads its captions."""
     try:
         captions = tuple(dict.fromkeys(captions_of(record.caption))) if data.captions else ()
         content = image_bytes(record.image)
     except Unusable as reason:
         data.skip(str(reason), record.name)
         return _Found()
-    images, unusable = [], []
+    images: list[_Image] = []
+    unusable: list[tuple[str, str]] = []
     key, (width, height) = digest(content), record.size
-    for crop in range(writer.cache.identity.crops):
-        name = name_of(key, record.size, crop)
-        if name in writer:
+    for crop in range(views.crops):
+        named = [
+            (mirrored, views.name(key, record.size, epoch=crop, mirrored=mirrored))
+            for mirrored in ((False, True) if views.flip else (False,))
+        ]
+        missing = [(mirrored, name) for mirrored, name in named if name not in writer]
+        if not missing:
             continue
-        plain, mirrored = (
-            replace(chosen(record, data.framing, captions=data.captions, epoch=crop)[1], mirrored=side)
-            for side in (False, True)
-        )
+        view = replace(chosen(record, data.framing, captions=data.captions, epoch=crop)[1], mirrored=False)
         pixels = np.empty((3, height, width), dtype=np.float32)
         try:
-            original = data.framing.read(content, plain, pixels)
+            original = data.framing.read(content, view, pixels)
         except Unusable as reason:
             data.skip(str(reason), record.name)
-            unusable.append((name, str(reason)))
-        else:
-            time_ids = (plain.time_ids(original, record.size), mirrored.time_ids(original, record.size))
-            images.append(_Image(name=name, size=record.size, pixels=pixels, time_ids=time_ids))
+            unusable += [(name, str(reason)) for _, name in missing]
+            continue
+        for mirrored, name in missing:
+            images.append(
+                _Image(
+                    name=name,
+                    size=record.size,
+                    pixels=np.ascontiguousarray(pixels[..., ::-1]) if mirrored else pixels,
+                    time_ids=replace(view, mirrored=mirrored).time_ids(original, record.size),
+                )
+            )
     return _Found(captions, tuple(images), tuple(unusable))

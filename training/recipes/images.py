@@ -13,7 +13,7 @@ from hybridsd import aspect_buckets
 from training.core.conditioning import VAE_SCALE_FACTOR, LatentsAndText, Text
 from training.core.task import Data, Drawn
 from training.data.batches import ImageCaptions, open_data
-from training.data.cache import Cache, Identity, Latents, identity
+from training.data.cache import Cache, Latents, Views, identity
 from training.data.scenes import SIZE
 from training.data.shards import MetadataFilter
 from training.vae.kl_vae import draw_scenes
@@ -116,26 +116,24 @@ class ImageData:
         if self.cache is None:
             return LatentsAndText(text, vae, caption_dropout=caption_dropout), data
         images = self._cacheable(data)
-        cache = Cache(Path(self.cache).expanduser(), self._identity(images, seed, text, vae))
-        cache.check_finished(images.identity())
-        images.reader = Latents(cache, int(vae.config.latent_channels))
+        cache, views = Cache(Path(self.cache).expanduser(), identity(text, vae)), self._views(images, seed)
+        cache.check_finished(images.identity(), views)
+        images.reader = Latents(cache, views, int(vae.config.latent_channels))
         return LatentsAndText(text, nothing=cache.nothing(), caption_dropout=caption_dropout), images
 
-    def open_to_cache(
-        self, seed: int, text: Text, vae: AutoencoderKL, multiple: int
-    ) -> tuple[Path, Identity, ImageCaptions]:
-        """Opens them to be encoded: the folder, what decides its content, and the data."""
+    def open_to_cache(self, seed: int, multiple: int) -> tuple[Path, Views, ImageCaptions]:
+        """Opens them to be encoded: the folder of the cache, the views that it is to hold, and the data."""
         folder = Path(needed(self.cache, "data.cache", "cache")).expanduser()
         images = self._cacheable(self._open(seed, multiple))
-        return folder, self._identity(images, seed, text, vae), images
+        return folder, self._views(images, seed), images
 
     def _cacheable(self, data: ImageCaptions | Drawn) -> ImageCaptions:
         if not isinstance(data, ImageCaptions):
             raise ValueError(f"data.spec is {self.spec!r}, which is drawn anew each time; leave data.cache out")
         return data
 
-    def _identity(self, images: ImageCaptions, seed: int, text: Text, vae: AutoencoderKL) -> Identity:
-        return identity(text, vae, images.framing, crops=self.cached_crops, seed=seed)
+    def _views(self, images: ImageCaptions, seed: int) -> Views:
+        return Views.of(images.framing, crops=self.cached_crops, seed=seed)
 
 
 def unet_multiple(config: Mapping[str, Any]) -> int:

@@ -20,7 +20,7 @@ from tests.support.pictures import small_recipe, write_pictures, write_shards
 from tests.support.tiny_pipeline import write_tiny_pipeline
 from training.cli.main import main
 from training.data import encode
-from training.data.cache import Writer
+from training.data.cache import Writer, identity
 from training.models.components import load_text, load_vae
 
 COUNT = 10
@@ -151,7 +151,7 @@ def test_a_full_cache_costs_nothing_and_a_new_picture_itself(
     assert not encoded
 
     write_pictures(cache.parent / "pictures", COUNT + 1)
-    with pytest.raises(ValueError, match=r"does not hold all of these data, or these have changed.*command cache"):
+    with pytest.raises(ValueError, match=r"does not hold all of these data, .* or they have changed.*command cache"):
         small_recipe("sd-distill", pipeline, spec, f"data.cache={cache}").build(cache.parent)
     assert fill("sd-distill", fields).exit_code == 0
     assert encoded == {"images": 2, "captions": 1}  # as it is, and mirrored
@@ -190,15 +190,17 @@ def test_processes_share_the_work(pipelines: Callable[[str], Path], tmp_path: Pa
     spec, folder = write_pictures(tmp_path / "pictures", COUNT), tmp_path / "cache"
     recipe = small_recipe("sd-distill", pipelines("sd1"), spec, f"data.cache={folder}")
     text, vae = load_text(str(pipelines("sd1"))), load_vae(str(pipelines("sd1")))
-    folder, identity, data = recipe.data.open_to_cache(0, text, vae, 16)
-    writers = [Writer(folder, identity, rank=rank) for rank in (0, 1)]
-    fillings = [encode.fill(writer, data, text, vae, rank=rank, workers=2) for rank, writer in enumerate(writers)]
+    folder, views, data = recipe.data.open_to_cache(0, 16)
+    writers = [Writer(folder, identity(text, vae), rank=rank) for rank in (0, 1)]
+    fillings = [
+        encode.fill(writer, data, views, text, vae, rank=rank, workers=2) for rank, writer in enumerate(writers)
+    ]
 
     ends = [list(filling)[-1] for filling in fillings]
 
     assert [end.records for end in ends] == [COUNT // 2] * 2
     assert encoded["images"] == 2 * COUNT
-    writers[0].finish(data.identity())
+    writers[0].finish(data.identity(), views)
     assert fill("sd-distill", settings(pipelines("sd1"), spec, folder)).exit_code == 0
     assert encoded["images"] == 2 * COUNT
     _, batches = recipe.build(tmp_path)
@@ -222,9 +224,9 @@ def test_equal_pictures_and_captions_are_encoded_once(
 @pytest.mark.parametrize(
     ("other", "complaint"),
     [
-        (["data.crop=random"], r"crop center \(now random\), seed None \(now 1234\)"),
-        (["data.flip=False"], r"flip True \(now False\)"),
-        (["vae"], r"vae \w+ \(now \w+\); give the same settings, or make another"),
+        (["data.crop=random"], "does not hold all of these data, in these sizes and crops"),
+        (["data.resolution=32"], "does not hold all of these data"),
+        (["vae"], r"was made with another model: vae \w+ \(now \w+\); give that one, or choose another data.cache"),
         (["text"], r"text \w+ \(now \w+\)"),
         (["data.buckets=True"], "does not hold all of these data"),
         (["data.cached_crops=2"], "cached_crops is 2, but the middle of an image is one; give crop=random, or 1"),
@@ -246,6 +248,20 @@ def test_a_cache_that_does_not_fit_is_refused(
 
     with pytest.raises(ValueError, match=complaint):
         small_recipe("sd-distill", pipeline, spec, f"data.cache={cache}", *other).build(tmp_path)
+
+
+def test_one_cache_serves_several_settings(made: tuple[Path, str, Path], tmp_path: Path, encoded: Counter[str]) -> None:
+    """Without mirroring it has what is needed; other crops are added beside, and the first ones stay."""
+    pipeline, spec, cache = made
+    assert small_recipe("sd-distill", pipeline, spec, f"data.cache={cache}", "data.flip=False").build(tmp_path)
+    random = ["data.crop=random", "data.cached_crops=2", "data.flip=False"]
+
+    assert fill("sd-distill", settings(pipeline, spec, cache, *random)).exit_code == 0
+    assert encoded == {"images": 2 * COUNT}
+    for crops in ([], random, ["data.crop=random", "data.flip=False"]):
+        assert small_recipe("sd-distill", pipeline, spec, f"data.cache={cache}", *crops).build(tmp_path)
+    with pytest.raises(ValueError, match="does not hold all of these data"):
+        small_recipe("sd-distill", pipeline, spec, f"data.cache={cache}", "data.crop=random").build(tmp_path)
 
 
 def test_a_changed_picture_is_not_mistaken_for_the_old_one(made: tuple[Path, str, Path], tmp_path: Path) -> None:

@@ -75,63 +75,71 @@ def fill(
 
     What was encoded is on disk at the latest a minute later, and when the generator is closed.
     """
-    device = next(vae.parameters()).device
-    images: dict[Size, list[_Image]] = {}
-    captions: list[str] = []
-    records = encoded = said = 0
-    written_at = monotonic()
-
-    def encode(batch: Sequence[_Image]) -> None:
-        pixels = torch.from_numpy(np.stack([image.pixels for image in batch])).to(device)
-        posteriors = torch.stack(posterior(vae, pixels), dim=1).cpu().numpy()  # [B, 2, C, h, w]
-        for image, found in zip(batch, posteriors, strict=True):
-            writer.add_latents(image.name, found, image.time_ids)
-
-    def embed(batch: Sequence[str]) -> None:
-        parts = [part.cpu().numpy() for part in text.embed(batch)]
-        for row, caption in enumerate(batch):
-            writer.add_embeds(caption, [part[row] for part in parts])
-
+    encoder = _Encoder(writer, text, vae)
+    threads = max(1, data.loader_workers)
+    records, written_at = 0, monotonic()
     try:
-        with torch.inference_mode(), ThreadPoolExecutor(max(1, data.loader_workers)) as decoders:
-            if writer.claim(f"{digest('')}.0"):
-                embed([""])
-            everything = data.source.everything(rank=rank, workers=workers, skip=data.skip)
-            for chunk in _chunks(everything, 4 * max(1, data.loader_workers)):
+        encoder.take(_Found(captions=("",)))
+        everything = data.source.everything(rank=rank, workers=workers, skip=data.skip)
+        with ThreadPoolExecutor(threads) as decoders:
+            for chunk in _chunks(everything, 4 * threads):
                 for found in decoders.map(lambda record: _prepare(record, writer, data, views), chunk):
-                    for caption in found.captions:
-                        if writer.claim(f"{digest(caption)}.0"):
-                            captions.append(caption)
-                    for name, reason in found.unusable:
-                        if writer.claim(name):
-                            writer.add_unusable(name, reason)
-                    for image in found.images:
-                        if writer.claim(image.name):
-                            images.setdefault(image.size, []).append(image)
+                    encoder.take(found)
                 records += len(chunk)
-                for size, waiting in images.items():
-                    while len(waiting) >= IMAGES_AT_ONCE:
-                        encode(waiting[:IMAGES_AT_ONCE])
-                        encoded += IMAGES_AT_ONCE
-                        images[size] = waiting = waiting[IMAGES_AT_ONCE:]
-                while len(captions) >= CAPTIONS_AT_ONCE:
-                    embed(captions[:CAPTIONS_AT_ONCE])
-                    said += CAPTIONS_AT_ONCE
-                    del captions[:CAPTIONS_AT_ONCE]
+                encoder.encode(whole=True)
                 if writer.waiting_bytes > FLUSH_BYTES or monotonic() - written_at > FLUSH_SECONDS:
                     writer.flush()
                     written_at = monotonic()
-                yield Progress(records=records, encoded=encoded, captions=said)
-            for waiting in images.values():
-                if waiting:
-                    encode(waiting)
-                    encoded += len(waiting)
-            if captions:
-                embed(captions)
-                said += len(captions)
+                yield Progress(records=records, encoded=encoder.encoded, captions=encoder.embedded)
+        encoder.encode(whole=False)
     finally:
         writer.flush()
-    yield Progress(records=records, encoded=encoded, captions=said)
+    yield Progress(records=records, encoded=encoder.encoded, captions=encoder.embedded)
+
+
+class _Encoder:
+    """Gathers what is to be encoded into batches of one size, and encodes it."""
+
+    def __init__(self, writer: Writer, text: Text, vae: AutoencoderKL) -> None:
+        self.writer, self.text, self.vae = writer, text, vae
+        self.images: dict[Size, list[_Image]] = {}
+        self.captions: list[str] = []
+        self.encoded = self.embedded = 0
+
+    def take(self, found: _Found) -> None:
+        """Keeps what the cache lacks for later; what cannot be encoded is noted."""
+        self.captions += [caption for caption in found.captions if self.writer.claim(f"{digest(caption)}.0")]
+        for image in found.images:
+            if self.writer.claim(image.name):
+                self.images.setdefault(image.size, []).append(image)
+        for name, reason in found.unusable:
+            if self.writer.claim(name):
+                self.writer.add_unusable(name, reason)
+
+    def encode(self, *, whole: bool) -> None:
+        """Encodes what fills a batch, or all there is."""
+        for waiting in self.images.values():
+            while len(waiting) >= (IMAGES_AT_ONCE if whole else 1):
+                self._encode(waiting[:IMAGES_AT_ONCE])
+                del waiting[:IMAGES_AT_ONCE]
+        while len(self.captions) >= (CAPTIONS_AT_ONCE if whole else 1):
+            self._embed(self.captions[:CAPTIONS_AT_ONCE])
+            del self.captions[:CAPTIONS_AT_ONCE]
+
+    @torch.inference_mode()
+    def _encode(self, images: Sequence[_Image]) -> None:
+        pixels = torch.from_numpy(np.stack([image.pixels for image in images]))
+        mean, std = posterior(self.vae, pixels.to(next(self.vae.parameters()).device))
+        for image, found in zip(images, torch.stack([mean, std], dim=1).cpu().numpy(), strict=True):
+            self.writer.add_latents(image.name, found, image.time_ids)
+        self.encoded += len(images)
+
+    @torch.inference_mode()
+    def _embed(self, captions: Sequence[str]) -> None:
+        parts = [part.cpu().numpy() for part in self.text.embed(captions)]
+        for row, caption in enumerate(captions):
+            self.writer.add_embeds(caption, [part[row] for part in parts])
+        self.embedded += len(captions)
 
 
 def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

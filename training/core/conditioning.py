@@ -136,8 +136,8 @@ class LatentsAndText:
     Args:
         text: What the captions become.
         vae: Encodes `batch.images`; not needed where every batch has latents.
-        nothing: The embeddings of the empty caption, where every batch has those of its captions: then no network of
-            the text is run, or moved to the device.
+        nothing: The embeddings of the empty caption, where batches have latents and embeddings already. `networks` are
+            none then: the encoders stay where they are until a batch comes that needs them, such as of validation.
         caption_dropout: The probability, in [0, 1], that a caption is replaced by the empty one, so that the U-Net can
             be guided (Ho and Salimans, 2022).
         chunk: How many images the VAE sees at once.
@@ -156,8 +156,8 @@ class LatentsAndText:
             raise ValueError(f"caption_dropout is {caption_dropout}; it is a probability in [0, 1]")
         self.text = text
         self.vae = None if vae is None else freeze(vae)
-        networks = [*(text.networks if nothing is None else []), *([] if vae is None else [vae])]
-        self.networks: Sequence[nn.Module] = networks
+        self._encoders = (*text.networks, *([] if vae is None else [vae]))
+        self.networks: Sequence[nn.Module] = self._encoders if nothing is None else ()
         self.caption_dropout = caption_dropout
         self.chunk = chunk
         self._nothing = nothing
@@ -172,6 +172,9 @@ class LatentsAndText:
         dropped = rng.random(len(batch)) < self.caption_dropout
         if len(batch.captions) != len(batch):
             raise ValueError(f"{len(batch.captions)} captions for {len(batch)} samples; give one caption each")
+        if batch.images is not None and not self.networks:
+            for encoder in self._encoders:
+                encoder.to(batch.images.device)
         x0 = self._latents(batch, rng)
         size = (VAE_SCALE_FACTOR * x0.shape[-2], VAE_SCALE_FACTOR * x0.shape[-1])
         without: Mapping[str, Any] | None = None

@@ -119,7 +119,7 @@ class ImageData:
         cache, views = Cache(Path(self.cache).expanduser(), identity(text, vae)), self._views(images, seed)
         cache.check_finished(images.identity(), views)
         images.reader = Latents(cache, views, int(vae.config.latent_channels))
-        return LatentsAndText(text, nothing=cache.nothing(), caption_dropout=caption_dropout), images
+        return LatentsAndText(text, vae, nothing=cache.nothing(), caption_dropout=caption_dropout), images
 
     def open_to_cache(self, seed: int, multiple: int) -> tuple[Path, Views, ImageCaptions]:
         """Opens them to be encoded: the folder of the cache, the views that it is to hold, and the data."""

@@ -193,6 +193,23 @@ def test_latents_with_deviations_are_sampled(vae: AutoencoderKL) -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_batches_that_were_not_prepared_are_encoded_all_the_same(
+    vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as those of validation, beside a cache; the encoders then come to the batch's device."""
+    moved: list[torch.device] = []
+    monkeypatch.setattr(vae, "to", moved.append)
+    prepared, plain = words(vae=vae, nothing=Words().embed([""])), words(vae=vae)
+    expected, found = (
+        conditioner.encode(images(2), np.random.default_rng(1)) for conditioner in (plain, prepared)
+    )  # fmt: skip
+
+    torch.testing.assert_close(found.x0, expected.x0)
+    torch.testing.assert_close(found.unet_kwargs, expected.unet_kwargs)
+    assert not prepared.networks
+    assert moved == [torch.device("cpu")]
+
+
 def test_every_network_that_is_run_is_named(vae: AutoencoderKL) -> None:
     """The task hands the loop all that must be moved to its device."""
     teacher = tiny_unet(0)

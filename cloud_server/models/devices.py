@@ -7,9 +7,10 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+
+from hybridsd.cpu import fast_bf16
 
 MAX_WORKERS = 64
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -78,19 +79,10 @@ def place(device: str = "auto", dtype: str = "auto", *, cpu_flags: frozenset[str
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Placement(where, device_reason, torch.bfloat16, "the GPU computes in bf16")
         return Placement(where, device_reason, torch.float16, "the GPU has no bf16")
-    flags = _cpu_flags() if cpu_flags is None else cpu_flags
-    fast = next((flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags), None)
+    fast = fast_bf16(cpu_flags)
     if fast is not None:
         return Placement(where, device_reason, torch.bfloat16, f"the CPU has {fast}")
     return Placement(where, device_reason, torch.float32, "the CPU has no amx_bf16 or avx512_bf16")
-
-
-def _cpu_flags(path: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), ()))
 
 
 def kind(device: torch.device) -> str:

@@ -35,6 +35,10 @@ PICTURES = 6
 SCENES = 48
 Losses = list[dict[str, float]]
 
+SCENES_SETTINGS = {
+    # the judge and whole scenes come late: here within the few steps
+    "tiny-vae": ["crop_steps=14", "adversarial_weight=0.3", "turns.start=8", "turns.warmup=3"],
+}
 SD_SETTINGS = {
     "sd-distill": ["student=narrow", "schedule.lr=3e-3"],
     "sd-tiny-vae": ["schedule.lr=1e-3", "terms.turns.start=10", "terms.turns.warmup=3", "terms.turns.lr_scale=1.0"],
@@ -62,7 +66,7 @@ def make(name: str, out: Path) -> Any:
     """Gives a recipe, made small."""
     general = [f"schedule.steps={STEPS}", "schedule.precision=no", "schedule.preview_every=0"]
     if name not in SD_SETTINGS:
-        return override(recipes.find(name)("toy"), general)
+        return override(recipes.find(name)("toy"), [*general, *SCENES_SETTINGS.get(name, [])])
     data = ["data.spec=csv:" + str(out / "pictures" / "metadata.csv"), "teacher=" + str(out / "pipeline")]
     recipe = override(recipes.find(name)(), [*general, *SHARED, *data, *SD_SETTINGS[name]])
     return replace(recipe, folder=f"{name}-{recipe.folder}")  # the demo's recipes write here, too

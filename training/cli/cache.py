@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -18,6 +19,11 @@ PROGRESS_SECONDS = 15.0
 
 @click.command("cache")
 @click.argument("recipe", type=click.Choice(list(recipes.SD)))
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Recipe in YAML, whole or in part, such as the recipe.yaml of a run's folder.",
+)
 @click.option("--seed", type=click.IntRange(min=0), help="Seed, instead of the recipe's; it decides random crops.")
 @click.option(
     "--set", "settings", multiple=True, metavar="NAME=VALUE",
@@ -27,7 +33,7 @@ PROGRESS_SECONDS = 15.0
     "--dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True,
     help="What is stored; encoding is in float32.",
 )  # fmt: skip
-def cache_command(recipe: str, seed: int | None, settings: Sequence[str], dtype: str) -> None:
+def cache_command(recipe: str, config: Path | None, seed: int | None, settings: Sequence[str], dtype: str) -> None:
     """Encode the data of RECIPE once: latents and text embeddings, into the folder data.cache.
 
     The same command continues where it was stopped, and adds what is new: pictures, sizes, crops. Train with the same
@@ -36,14 +42,17 @@ def cache_command(recipe: str, seed: int | None, settings: Sequence[str], dtype:
     from diffusers import UNet2DConditionModel
 
     from training.core.loop import make_accelerator
-    from training.core.overrides import override
+    from training.core.overrides import override, read_yaml
     from training.data.cache import Writer, identity
     from training.data.encode import fill
     from training.models.components import load_text, load_vae
     from training.recipes.images import unet_multiple
 
     short = [] if seed is None else [f"schedule.seed={seed}"]
-    made: Any = override(recipes.find(recipe)(), [*short, *settings])
+    made: Any = recipes.find(recipe)()
+    if config is not None:
+        made = read_yaml(config, recipe, made)
+    made = override(made, [*short, *settings])
     if not hasattr(made, "caption_dropout"):
         raise click.UsageError(f"{recipe} learns from pixels; only recipes that learn from latents have a cache")
     started = time.monotonic()

@@ -6,11 +6,11 @@ import time
 from collections.abc import Iterator, Sized
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from training.cli.shared_options import FILE, FOLDER, OUT, numbers, say
+from training.cli.shared_options import FILE, FOLDER, OUT, PRECISION, numbers, say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,9 +36,11 @@ if TYPE_CHECKING:
 @click.option("--results", default="evaluation", show_default=True, help="The folder in OUT to write.")
 @click.option("--grid", type=FILE, help="Also draw a grid of images into this file.")
 @click.option("--bundle", type=FOLDER, help="Also put the curve into this bundle.")
+@PRECISION
 def evaluate_command(
     out: Path, captions: int, seed: int, steps: int, splits: str, lcm_steps: int, lcm_splits: str, guidance: float,
     decoder: str, renders: int, large: str, small: str, results: str, grid: Path | None, bundle: Path | None,
+    precision: str,
 ) -> None:  # fmt: skip
     """Measure the demo family by split: accuracy, distance to renders, likeness to the large model's images.
 
@@ -46,6 +48,7 @@ def evaluate_command(
     reversed order.
     """
     from training.core.loop import make_accelerator
+    from training.core.precision import dtype_of
     from training.evaluation import evaluate, judging, quality
 
     dpm = replace(judging.DPM, steps=steps, splits=numbers(splits, "--splits", 0, steps), guidance=guidance)
@@ -69,6 +72,7 @@ def evaluate_command(
             rank=accelerator.process_index,
             workers=accelerator.num_processes,
             device=accelerator.device,
+            dtype=dtype_of(cast(Any, precision)),
         )
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
@@ -206,8 +210,16 @@ def evaluate_vae_command(vae: str, spec: str, limit: int, size: int, batch: int)
 @click.option("--seed", type=click.IntRange(min=0), default=1000, show_default=True, help="Of scenes and noise.")
 @click.option("--timesteps", default="961,881,801,721,641,521,301,101", show_default=True, help="The noise levels.")
 @click.option("--gate", type=float, default=1.0, show_default=True, help="The ratio small / large must be above this.")
+@PRECISION
 def noise_levels_command(
-    out: Path, large: Path | None, small: Path | None, scenes: int, seed: int, timesteps: str, gate: float
+    out: Path,
+    large: Path | None,
+    small: Path | None,
+    scenes: int,
+    seed: int,
+    timesteps: str,
+    gate: float,
+    precision: str,
 ) -> None:
     """Compare the errors of the large and the small U-Net by noise level; exit with 1 if the large one does not lead.
 
@@ -218,6 +230,7 @@ def noise_levels_command(
     from training.core.diffusion import SCHEDULER_CONFIG
     from training.core.loop import make_accelerator
     from training.core.noise_schedule import NoiseSchedule
+    from training.core.precision import autocast, resolve
     from training.core.task import freeze
     from training.evaluation import noise_levels
     from training.models.pruned_unet import load_unet
@@ -229,16 +242,18 @@ def noise_levels_command(
     accelerator, started = make_accelerator(), time.monotonic()
     if not accelerator.is_main_process:
         return
+    computed, _ = resolve(cast(Any, precision))
     device, folders = accelerator.device, (large or out / "unet", small or out / "small_unet")
     unets = [freeze(load_unet(folder)).to(device) for folder in folders]
     text = scenes_text(out)
     text.text_encoder.to(device)
-    samples = noise_levels.held_out_samples(load_vae(out / "vae").to(device), text, scenes, seed)
-    levels = noise_levels.measure(unets[0], unets[1], schedule, samples, chosen)
+    samples = noise_levels.held_out_samples(load_vae(out / "vae").to(device), text, scenes, seed, computed)
+    with autocast(device, computed):
+        levels = noise_levels.measure(unets[0], unets[1], schedule, samples, chosen)
     path = out / noise_levels.FOLDER / noise_levels.RESULTS_NAME
     noise_levels.save(
         levels, path, large=str(folders[0]), small=str(folders[1]), scenes=scenes, seed=seed, gate=gate,
-        prediction_type=schedule.prediction_type,
+        prediction_type=schedule.prediction_type, precision=computed,
     )  # fmt: skip
     click.echo(noise_levels.markdown(levels))
     say(f"noise-levels: {path} after {time.monotonic() - started:.0f} s")

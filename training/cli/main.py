@@ -27,7 +27,7 @@ from training.cli.cache import cache_command
 from training.cli.demo import demo_command
 from training.cli.evaluate import evaluate_coco_command, evaluate_command, evaluate_vae_command, noise_levels_command
 from training.cli.prune import prune_command, score_command
-from training.cli.shared_options import FILE, OUT, SCALE, say
+from training.cli.shared_options import FILE, FOLDER, OUT, SCALE, Every, say
 from training.cli.stages import cost_command, export_command, latents_command
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -66,7 +66,22 @@ def main(processes: int | None) -> None:
     """Train, prune, distil, judge and export: the demo family, or Stable Diffusion models of your own."""
     if processes is not None and "WORLD_SIZE" not in os.environ:
         _start(processes)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    _log_to_terminal()
+
+
+def _log_to_terminal() -> None:
+    """Shows what this package tells, and of libraries only what they warn of: an export has pages of the rest."""
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.WARNING or record.name.partition(".")[0] in ("training", "hybridsd")
+
+    # torch says of each of torchvision's operators that it is not there, at every export
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
+    handler = logging.StreamHandler()
+    handler.addFilter(wanted)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=[handler], force=True
+    )
 
 
 def _start(processes: int) -> None:
@@ -81,16 +96,44 @@ def _start(processes: int) -> None:
     os.execv(sys.executable, command)
 
 
-def _training_options(command: Command) -> Command:
+def _recipe_options(command: Command) -> Command:
+    """Adds the options that make a recipe another one, in the order in which they count: a later one wins."""
     options = (
+        click.option(
+            "--config", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="Recipe in YAML, whole or in part, such as the recipe.yaml of a run's folder.",
+        ),
         click.option("--steps", type=click.IntRange(min=1), help="Number of steps, instead of the recipe's."),
         click.option("--seed", type=click.IntRange(min=0), help="Seed, instead of the recipe's."),
         click.option(
+            "--precision", type=click.Choice(["auto", "no", "bf16", "fp16"]),
+            help="Precision, instead of the recipe's. auto: bf16 where the device is fast at it, else no (float32).",
+        ),
+        click.option(
             "--set", "settings", multiple=True, metavar="NAME=VALUE", help="Change a field, such as schedule.lr=1e-5."
+        ),
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _training_options(command: Command) -> Command:
+    options = (
+        _recipe_options,
+        click.option(
+            "--checkpoint-every", type=Every(),
+            help="Steps or time between two checkpoints; 2m by default, more where writing one takes long.",
+        ),
+        click.option(
+            "--keep", type=click.IntRange(min=1), default=2, show_default=True, help="How many checkpoints stay."
         ),
         click.option(
             "--track", "trackers", type=click.Choice(["tensorboard", "wandb", "none"]), multiple=True,
             default=("tensorboard",), show_default=True, help="Where curves and images go.",
+        ),
+        click.option(
+            "--accept-changes", is_flag=True, help="Continue a run although its recipe or data are others now."
         ),
         click.option(
             "--validation-prompts", type=FILE,
@@ -98,29 +141,46 @@ def _training_options(command: Command) -> Command:
             "like, negative_prompt, seed, width, height, guidance_scale.",
         ),
         click.option("--dry-run", is_flag=True, help="Show the resolved recipe and stop."),
+        click.option("--yaml", "as_yaml", is_flag=True, help="With --dry-run: print it as YAML, for --config."),
     )  # fmt: skip
     for option in reversed(options):
         command = option(command)
     return command
 
 
-def _run(
-    name: str, recipe: Any, out: Path, *, settings: Sequence[str], steps: int | None, seed: int | None,
-    trackers: Sequence[str], validation_prompts: Path | None, dry_run: bool,
-) -> None:  # fmt: skip
-    from training.core.overrides import override
+def _resolved(
+    name: str, recipe: Any, *, config: Path | None, settings: Sequence[str], **short: str | int | None
+) -> Any:
+    """Changes a recipe as the options say; `short` are fields of the schedule."""
+    from training.core.overrides import override, read_yaml
 
-    short = [f"schedule.{field}={value}" for field, value in (("steps", steps), ("seed", seed)) if value is not None]
-    recipe = override(recipe, [*short, *settings])
+    if config is not None:
+        recipe = read_yaml(config, name, recipe)
+    given = [f"schedule.{field}={value}" for field, value in short.items() if value is not None]
+    return override(recipe, [*given, *settings])
+
+
+def _run(
+    name: str, recipe: Any, out: Path, *, config: Path | None, settings: Sequence[str], steps: int | None,
+    seed: int | None, precision: str | None, checkpoint_every: tuple[str, float] | None, keep: int,
+    trackers: Sequence[str], validation_prompts: Path | None, accept_changes: bool, dry_run: bool, as_yaml: bool,
+) -> None:  # fmt: skip
+    recipe = _resolved(name, recipe, config=config, settings=settings, steps=steps, seed=seed, precision=precision)
     if validation_prompts is not None:
         if not hasattr(recipe, "validation_prompts"):
             raise click.UsageError(f"{name} draws no captions; leave --validation-prompts out")
         recipe = replace(recipe, validation_prompts=str(validation_prompts))
+    if dry_run and as_yaml:
+        from training.core.overrides import to_yaml
+
+        click.echo(to_yaml(name, recipe), nl=False)
+        return
     say(pprint.pformat(recipe, width=100))
     if not dry_run:
         from training.cli.train import run_recipe
 
-        run_recipe(name, recipe, out, trackers)
+        every = {} if checkpoint_every is None else dict([checkpoint_every])
+        run_recipe(name, recipe, out, trackers, every=every, keep=keep, accept=accept_changes)
 
 
 def _add_scenes_recipe(name: str) -> None:
@@ -138,6 +198,40 @@ def _add_sd_recipe(name: str) -> None:
     @_training_options
     def command(out: Path, **options: Any) -> None:
         _run(name, recipes.find(name)(), out, **options)
+
+
+@main.command("export-checkpoint")
+@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--to", "target", type=FOLDER, required=True, help="Where to write; a folder beside the run's is best.")
+@click.option("--step", type=click.IntRange(min=1), help="Step of the checkpoint; the newest by default.")
+@click.option("--recipe", type=click.Choice([*recipes.SCENES, *recipes.SD]), help="Recipe, if RUN does not say it.")
+@click.option("--scale", type=click.Choice(recipes.SCALES), default="demo", show_default=True, help="With --recipe.")
+@_recipe_options
+def export_checkpoint_command(
+    run: Path, target: Path, step: int | None, recipe: str | None, scale: recipes.Scale, config: Path | None,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Write what a run would have learnt if it had ended at a checkpoint, so that it can be measured.
+
+    RUN is the folder of a run, such as runs/demo/unet, which may go on meanwhile. The averaged weights are written,
+    where the run keeps an average. Give the folder to `evaluate --large`, `noise-levels --large` and so on.
+    """
+    from training.cli.train import export_checkpoint
+    from training.core.identity import RECIPE_NAME, read_record
+
+    record = read_record(run)
+    if record is not None:
+        name, config = record.name, config or run / RECIPE_NAME
+        if recipe not in (None, name):
+            raise click.UsageError(f"{run} is of the recipe {record.name}; leave --recipe out")
+    elif recipe is None:
+        raise click.UsageError(f"{run} does not say of which recipe it is; give --recipe")
+    else:
+        name = recipe
+    made = recipes.find(name)(*([scale] if name in recipes.SCENES else []))
+    made = _resolved(name, made, config=config, **options)
+    done = export_checkpoint(made, run, target, step)
+    say(f"export-checkpoint: {target} is {name} after {done} steps")
 
 
 for _name in recipes.SCENES:

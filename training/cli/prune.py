@@ -6,11 +6,11 @@ import json
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from training.cli.shared_options import FILE, FOLDER, OUT, numbers, say
+from training.cli.shared_options import FILE, FOLDER, OUT, PRECISION, numbers, say
 
 if TYPE_CHECKING:
     from training.core.conditioning import Text
@@ -31,40 +31,47 @@ def _scores(out: Path) -> dict[tuple[str, float], float]:
 @OUT
 @click.option("--model", help="Folder or hub id of a pipeline; the demo's large model in OUT by default.")
 @click.option("--unet", "unet_source", help="U-Net to score instead of the model's.")
-@click.option("--captions", "metadata", type=FILE, help="metadata.csv (name, caption); needed with --model.")
+@click.option(
+    "--captions",
+    "listed",
+    type=FILE,
+    help="A text file with a caption a line, or a metadata.csv; needed with --model.",
+)
 @click.option("--num-captions", type=click.IntRange(min=2), default=16, show_default=True, help="The reference has 50.")
 @click.option("--steps", type=click.IntRange(min=1), default=8, show_default=True, help="The reference has 25.")
 @click.option("--scheduler", default="dpmpp_2m", show_default=True)
 @click.option("--guidance", type=click.FloatRange(min=1), default=4.0, show_default=True, help="The reference has 7.5.")
 @click.option("--size", type=click.IntRange(min=8), default=128, show_default=True, help="Pixels of a side.")
 @click.option("--compat", is_flag=True, help="Score as the published code does: other noise for each variant.")
+@PRECISION
 def score_command(
-    out: Path, model: str | None, unet_source: str | None, metadata: Path | None, num_captions: int, steps: int,
-    scheduler: str, guidance: float, size: int, compat: bool,
+    out: Path, model: str | None, unet_source: str | None, listed: Path | None, num_captions: int, steps: int,
+    scheduler: str, guidance: float, size: int, compat: bool, precision: str,
 ) -> None:  # fmt: skip
     """Score how much the final latents change when each layer is cut; writes OUT/scores, and resumes from there.
 
     Every resnet, self- and cross-attention is cut to 25, 50 and 75 percent, one at a time.
     """
     import numpy as np
-    import torch
 
     from training.core.checkpoints import write_text
     from training.core.diffusion import SCHEDULER_CONFIG
     from training.core.loop import make_accelerator
+    from training.core.precision import autocast, resolve
     from training.core.task import freeze
+    from training.data.captions import read_captions
     from training.data.scenes import caption, sample_scene
-    from training.evaluation import coco
     from training.evaluation.previews import CaptionSampler
-    from training.evaluation.sampling import autocast
     from training.models.components import load_scheduler_config, load_text
     from training.models.pruned_unet import load_unet
     from training.pruning.significance import save_scores, significance, variants
     from training.recipes.unet import scenes_text
 
     accelerator, started = make_accelerator(), time.monotonic()
+    computed, why = resolve(cast(Any, precision))
+    say(f"score: {accelerator.device}, {computed} ({why})")
     settings = {
-        "model": model, "unet": unet_source, "captions": None if metadata is None else str(metadata),
+        "model": model, "unet": unet_source, "captions": None if listed is None else str(listed),
         "num_captions": num_captions, "steps": steps, "scheduler": scheduler, "guidance": guidance, "size": size,
         "compat": compat,
     }  # fmt: skip
@@ -80,9 +87,9 @@ def score_command(
         captions = [caption(sample_scene(rng), rng) for _ in range(num_captions)]
         unet, text, config = load_unet(unet_source or out / "unet"), scenes_text(out), dict(SCHEDULER_CONFIG)
     else:
-        if metadata is None:
-            raise click.UsageError("--model needs --captions, a metadata.csv with a caption a line")
-        captions = [one.text for one in coco.read_captions(metadata, num_captions)]
+        if listed is None:
+            raise click.UsageError("--model needs --captions, a text file with a caption a line, or a metadata.csv")
+        captions = read_captions(listed, num_captions)
         unet, text, config = load_unet(unet_source or model), load_text(model), dict(load_scheduler_config(model))
     device = accelerator.device
     freeze(unet).to(device)
@@ -90,7 +97,7 @@ def score_command(
         network.to(device)
     sample = CaptionSampler(
         text, config, captions, size=(size, size), scheduler=scheduler, steps=steps, guidance=guidance,
-        context=autocast(device, torch.bfloat16),
+        context=lambda: autocast(device, computed),
     )  # fmt: skip
     rank, workers = accelerator.process_index, accelerator.num_processes
     path = out / SCORES_FOLDER / f"part-{rank:02d}.json"

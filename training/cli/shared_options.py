@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
+from typing import Any, cast
 
 import click
 
@@ -16,6 +18,28 @@ SCALE = click.option(
     "--scale", type=click.Choice(recipes.SCALES), default="demo", show_default=True,
     help="demo: the published family, hours on two cores, minutes on an accelerator. quick: a fifth. toy: seconds.",
 )  # fmt: skip
+
+
+PRECISION = click.option(
+    "--precision", type=click.Choice(["auto", "no", "bf16", "fp16"]), default="auto", show_default=True,
+    help="What networks compute in. auto: bf16 where the device is fast at it, else no, which is float32.",
+)  # fmt: skip
+UNITS = {"s": 1, "m": 60, "h": 3600}
+
+
+class Every(click.ParamType[tuple[str, float]]):
+    """How often: a number of steps, or a span of time; gives ("steps", n) or ("seconds", n)."""
+
+    name = "500|30s|10m|2h"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, float]:
+        """Reads it."""
+        if isinstance(value, tuple):
+            return cast(tuple[str, float], value)
+        found = re.fullmatch(r"(\d{1,9})([smh]?)", value.strip())
+        if found is None or not int(found[1]):
+            self.fail(f"{value!r} is not how often; give steps as 500, or a time as 30s, 10m or 2h", param, ctx)
+        return ("seconds", int(found[1]) * UNITS[found[2]]) if found[2] else ("steps", int(found[1]))
 
 
 def say(text: str) -> None:

@@ -9,27 +9,31 @@ from typing import Any, cast
 
 import click
 
-from training.cli.shared_options import FOLDER, OUT, numbers, say
+from training.cli.shared_options import FOLDER, OUT, PRECISION, numbers, say
 
 
 @click.command("latents")
 @OUT
 @click.option("--scenes", type=click.IntRange(min=1), default=60_000, show_default=True)
-def latents_command(out: Path, scenes: int) -> None:
+@PRECISION
+def latents_command(out: Path, scenes: int, precision: str) -> None:
     """Encode the scenes that the demo's U-Nets learn from, once."""
     from training.core.loop import make_accelerator
+    from training.core.precision import resolve
     from training.data.latents import encode_part, save_part
     from training.recipes.unet import SCENES_SEED
     from training.vae.kl_vae import load_vae
 
     accelerator, started = make_accelerator(), time.monotonic()
+    computed, why = resolve(cast(Any, precision))
+    say(f"latents: {computed} ({why})")
     if accelerator.is_main_process:
         for old in (out / "latents").glob("part-*.npy"):
             old.unlink()
     accelerator.wait_for_everyone()
     rank, workers = accelerator.process_index, accelerator.num_processes
     vae = load_vae(out / "vae").to(accelerator.device)
-    part = encode_part(vae, scenes=scenes, seed=SCENES_SEED, rank=rank, workers=workers)
+    part = encode_part(vae, scenes=scenes, seed=SCENES_SEED, rank=rank, workers=workers, precision=computed)
     save_part(out / "latents" / f"part-{rank:02d}.npy", part)
     accelerator.wait_for_everyone()
     say(f"latents: {scenes} scenes after {time.monotonic() - started:.0f} s")

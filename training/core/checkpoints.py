@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,9 +15,40 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from training.core.ranges import check_ranges
+
 STATE_NAME = "state.json"
-KEPT = 2
 _PREFIX = "checkpoint-"
+KEPT = 2
+DEFAULT_SECONDS = 120.0
+LARGEST_SHARE = 0.05
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Keeping:
+    """How often a run writes a checkpoint, and how many stay.
+
+    Without `seconds` and `steps` it is every two minutes, and less often where writing them would take more than a
+    twentieth of the time: that of Stable Diffusion has 14 GB.
+    """
+
+    seconds: float | None = None
+    steps: int | None = None
+    keep: int = KEPT
+    """The newest so many stay. The newer of two may be of the moment at which something went wrong."""
+
+    def __post_init__(self) -> None:
+        if self.seconds is not None and self.steps is not None:
+            raise ValueError("checkpoints come every so many seconds, or every so many steps; give one of them")
+        check_ranges(self, {"seconds": (1, 1e7), "steps": (1, 10**9), "keep": (1, 10**6)})
+
+    def is_due(self, *, step: int, since_s: float, last_took_s: float) -> bool:
+        """Says whether to write one after `step`; the last was `since_s` seconds ago and took `last_took_s` seconds."""
+        if self.steps is not None:
+            return step % self.steps == 0
+        if self.seconds is not None:
+            return since_s >= self.seconds
+        return since_s >= max(DEFAULT_SECONDS, last_took_s / LARGEST_SHARE)
 
 
 class CheckpointError(OSError):
@@ -55,14 +87,22 @@ def checkpoints(directory: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)))
 
 
-def save(directory: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
-    """Saves the checkpoint of `step`, and then removes all but the newest two.
+def save(
+    directory: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    *,
+    keep: int = KEPT,
+) -> Path:
+    """Saves the checkpoint of `step`, and then removes all but the newest `keep`.
 
     Args:
         directory: The run's folder; the checkpoint is the folder "checkpoint-STEP" in it.
         step: How many steps are done.
         tensors: One safetensors file each; an empty one is left out.
         state: Plain values.
+        keep: How many stay.
 
     Raises:
         CheckpointError: If it cannot be written, a full disk for example. Earlier checkpoints are as they were.
@@ -94,7 +134,7 @@ def save(directory: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]]
             )
             + "Make room there and give the same command again"
         ) from error
-    for old in checkpoints(directory)[:-KEPT]:
+    for old in checkpoints(directory)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
@@ -107,6 +147,20 @@ def latest(directory: Path) -> Path | None:
     """Gives the newest whole checkpoint of a run, or None."""
     found = checkpoints(directory)
     return found[-1] if found else None
+
+
+def at_step(directory: Path, step: int | None) -> Path:
+    """Gives the checkpoint of a step, or the newest one.
+
+    Raises:
+        ValueError: If there is none, naming those that there are.
+    """
+    found = {int(path.name.removeprefix(_PREFIX)): path for path in checkpoints(directory)}
+    if not found:
+        raise ValueError(f"there is no checkpoint in {directory}; give the folder of a run, such as runs/demo/unet")
+    if step is not None and step not in found:
+        raise ValueError(f"{directory} has no checkpoint of step {step}; choose one of {', '.join(map(str, found))}")
+    return found[max(found) if step is None else step]
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

@@ -11,7 +11,6 @@ step, in one message. DistributedDataParallel does not fit: tasks call parts of 
 
 from __future__ import annotations
 
-import csv
 import importlib.util
 import json
 import logging
@@ -20,7 +19,8 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -33,15 +33,22 @@ from PIL import Image
 from torch import Tensor, nn
 
 from training.core import checkpoints
+from training.core.checkpoints import Keeping
+from training.core.curve import GRAD_NORM, means, total, write_curve
 from training.core.folders import forget_paths
+from training.core.identity import FINISHED_NAME, finished_steps
+from training.core.precision import PRECISIONS, Precision, resolve
+from training.core.ranges import check_ranges
 from training.core.task import Batch, Data, Group, Task
+from training.core.validation import measure_losses
 
 log = logging.getLogger(__name__)
 
 CURVE_NAME = "loss.csv"
-FINISHED_NAME = "finished.json"
+VALIDATION_NAME = "validation.csv"
 CURVE_EVERY = 20
-Precision = Literal["no", "bf16", "fp16"]
+PATIENCE = 20
+"""So many steps in a row without a finite gradient end a run. The scaler of fp16 needs up to 16 of them at first."""
 Decay = Literal["constant", "linear", "cosine"]
 Tracker = Literal["tensorboard", "wandb"]
 FIXED = ("batch_size", "accumulate", "seed", "ema_decay")
@@ -67,24 +74,26 @@ class Schedule:
     max_grad_norm: float = 1.0
     ema_decay: float = 0.0
     """Of the averaged weights, which are what is saved in the end; 0 keeps no average."""
-    precision: Precision = "bf16"
-    """Of forward and backward passes; weights, losses and the optimizer are float32."""
+    precision: Precision = "auto"
+    """Of forward and backward passes; weights, losses and the optimizer are float32. "auto" is bf16 where the device is
+    fast at it, see `training.core.precision`."""
     preview_every: int = 0
     """Steps between two validation images; 0 draws none."""
+    validate_every: int = 0
+    """Steps between two losses on held-out samples, with the averaged weights; 0 measures none."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         ranges: dict[str, tuple[float, float]] = {
             "steps": (1, 10**9), "batch_size": (1, 10**6), "accumulate": (1, 10**6), "lr": (0, 10),
             "warmup": (0, 10**9), "weight_decay": (0, 10), "max_grad_norm": (0, 10**9), "ema_decay": (0, 1),
-            "preview_every": (0, 10**9),
+            "preview_every": (0, 10**9), "validate_every": (0, 10**9), "betas": (0, 0.999999),
             "seed": (0, 2**63),
         }  # fmt: skip
-        for name, (least, most) in ranges.items():
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not least <= value <= most:
-                raise ValueError(f"{name} is {value!r}; it must be in [{least:g}, {most:g}]")
-        for name, choices in (("decay", get_args(Decay)), ("precision", get_args(Precision))):
+        check_ranges(self, ranges)
+        if len(self.betas) != 2:
+            raise ValueError(f"betas is {self.betas!r}; give the two of Adam, such as (0.9, 0.99)")
+        for name, choices in (("decay", get_args(Decay)), ("precision", PRECISIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(choices)}")
 
@@ -103,12 +112,20 @@ class StepRecord:
     step: int
     losses: dict[str, float]
     lr: float
+    grad_norm: float
+    """Before it was clipped; not finite where the step was left out."""
     elapsed_s: float
+    validation: dict[str, float] | None = None
+    """The losses on held-out samples, where they were measured after this step; see `Run.validate`."""
 
     @property
     def loss(self) -> float:
         """The sum of the terms."""
-        return sum(self.losses.values())
+        return total(self.losses)
+
+
+class DivergedError(ValueError):
+    """Step after step has no finite gradient: the run learns nothing more."""
 
 
 def make_accelerator(
@@ -124,13 +141,12 @@ def make_accelerator(
     Raises:
         ValueError: If this machine cannot do that.
     """
-    if precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("precision is fp16, which needs a GPU; give --set schedule.precision=bf16, or no")
+    computed, _ = resolve(precision)
     if "wandb" in trackers and importlib.util.find_spec("wandb") is None:
         raise ValueError("the tracker wandb is not installed; pip install wandb, or choose tensorboard")
     AcceleratorState._reset_state()  # one process runs several stages, each with its own precision
     return Accelerator(
-        mixed_precision=precision,
+        mixed_precision=computed,
         cpu="WORLD_SIZE" in os.environ and not torch.cuda.is_available(),  # else each process runs alone
         log_with=list(trackers) or None,
         project_dir=None if project is None else str(project),
@@ -145,12 +161,21 @@ class Run:
         data: What it learns from.
         schedule: How long and how fast.
         accelerator: Device and processes; one for this machine when None.
+        held_out: What `validate` measures losses on; None measures none.
 
     Raises:
         ValueError: If the batch cannot be split over the processes.
     """
 
-    def __init__(self, task: Task, data: Data, schedule: Schedule, accelerator: Accelerator | None = None) -> None:
+    def __init__(
+        self,
+        task: Task,
+        data: Data,
+        schedule: Schedule,
+        accelerator: Accelerator | None = None,
+        *,
+        held_out: Data | None = None,
+    ) -> None:
         self.accelerator = accelerator or make_accelerator(schedule.precision)
         self.rank, self.workers = self.accelerator.process_index, self.accelerator.num_processes
         if schedule.batch_size % self.workers:
@@ -158,8 +183,10 @@ class Run:
                 f"a batch of {schedule.batch_size} cannot be split over {self.workers} processes; choose a multiple"
             )
         self.task, self.data, self.schedule = task.to(self.accelerator.device), data, schedule
-        self.step, self.stop = 0, False
+        self.held_out = held_out
+        self.step, self.stop, self.wasted = 0, False, 0
         self.curve: list[dict[str, float]] = []
+        self.validation: list[dict[str, float]] = []
         self.pending: list[dict[str, float]] = []
         self.groups = dict(task.groups())
         self._optimizers = {name: self._optimizer(group) for name, group in self.groups.items()}
@@ -178,7 +205,11 @@ class Run:
         return EMAModel(self.task.learnt.parameters(), decay=self.schedule.ema_decay, foreach=True)
 
     def steps(self) -> Iterator[StepRecord]:
-        """Learns, yielding after every step, until the schedule is done or `stop` was set in any process."""
+        """Learns, yielding after every step, until the schedule is done or `stop` was set in any process.
+
+        Raises:
+            DivergedError: After `PATIENCE` successive steps without a finite gradient.
+        """
         schedule = self.schedule
         batches = self.data.batches(
             batch_size=schedule.batch_size // self.workers,
@@ -194,11 +225,11 @@ class Run:
             for part in range(schedule.accumulate):
                 for name, value in self._backward(next(batches), part).items():
                     losses[name] = losses.get(name, 0.0) + value / schedule.accumulate
-            stopping = self._learn(self.groups[turn], self._optimizers[turn], lr)
+            stopping, norm = self._learn(self.groups[turn], self._optimizers[turn], lr)
             self.step += 1
             self.task.after_step(self.step)
-            self._note(losses, lr)
-            yield StepRecord(step=self.step, losses=losses, lr=lr, elapsed_s=time.monotonic() - started)
+            self._note({**losses, GRAD_NORM: norm}, lr)
+            yield StepRecord(step=self.step, losses=losses, lr=lr, grad_norm=norm, elapsed_s=time.monotonic() - started)
 
     def _backward(self, batch: Batch, part: int) -> dict[str, float]:
         seeds = np.random.SeedSequence((self.schedule.seed, self.step, self.rank, part))
@@ -210,13 +241,16 @@ class Run:
         self.accelerator.backward(loss / self.schedule.accumulate)
         return {name: float(term.detach()) for name, term in terms.items()}
 
-    def _learn(self, group: Group, optimizer: Any, lr: float) -> bool:
-        """Averages the gradients over the processes and steps; says whether any process wants to stop."""
+    def _learn(self, group: Group, optimizer: Any, lr: float) -> tuple[bool, float]:
+        """Averages the gradients over processes and passes; gives whether any process wants to stop, and their norm."""
         gradients = [p.grad for p in group.parameters if p.grad is not None]
         stopping = self._average(gradients)  # before unscaling, so that all processes see an overflow of one
         self.accelerator.unscale_gradients(optimizer)
-        norm = nn.utils.clip_grad_norm_(group.parameters, self.schedule.max_grad_norm)
-        if self.accelerator.scaler is not None or torch.isfinite(norm):  # the scaler judges by itself
+        norm = float(nn.utils.clip_grad_norm_(group.parameters, self.schedule.max_grad_norm))
+        self.wasted = 0 if math.isfinite(norm) else self.wasted + 1
+        if self.wasted == PATIENCE:
+            raise DivergedError(self._diverged())
+        if self.accelerator.scaler is not None or math.isfinite(norm):  # the scaler judges by itself
             for entry in optimizer.param_groups:
                 entry["lr"] = lr * group.lr_scale
             optimizer.step()
@@ -225,7 +259,20 @@ class Run:
         self.task.learnt.zero_grad(set_to_none=True)  # also of the groups whose turn it is not
         if self._ema is not None:
             self._ema.step(self.task.learnt.parameters())
-        return stopping
+        return stopping, norm
+
+    def _diverged(self) -> str:
+        broken = [name for name, value in self.task.learnt.named_parameters() if not torch.isfinite(value).all()]
+        where = (
+            f"the weights are not finite either ({broken[0]} is the first of {len(broken)})"
+            if broken
+            else ("the weights are still finite")
+        )
+        return (
+            f"{PATIENCE} steps one after the other had no finite gradient, up to step {self.step}; {where}. Nothing was"
+            " saved since the last checkpoint: continue from there with a lower schedule.lr, or --precision no, or look"
+            " for what is wrong with the data"
+        )
 
     def _average(self, gradients: list[Tensor]) -> bool:
         if self.workers == 1:
@@ -238,14 +285,12 @@ class Run:
             gradient.copy_(part.view_as(gradient))
         return bool(flat[-1] > 0)
 
-    def _note(self, losses: dict[str, float], lr: float) -> None:
-        """Adds the means of the last steps to the curve; with turns, of each term over the steps that had it."""
-        self.pending.append(losses)
+    def _note(self, row: dict[str, float], lr: float) -> None:
+        """Adds the means of the last steps to the curve; see `means`."""
+        self.pending.append(row)
         if self.step % CURVE_EVERY and self.step != self.schedule.steps:
             return
-        names = dict.fromkeys(name for entry in self.pending for name in entry)
-        means = {name: float(np.mean([entry[name] for entry in self.pending if name in entry])) for name in names}
-        self.curve.append({"step": self.step, "lr": lr, "loss": sum(means.values()), **means})
+        self.curve.append({"step": self.step, "lr": lr, **means(self.pending)})
         self.pending.clear()
         self.accelerator.log(self.curve[-1], step=self.step)
 
@@ -254,18 +299,35 @@ class Run:
         if self._ema is not None:
             self._ema.copy_to(self.task.learnt.parameters())
 
-    def preview(self, path: Path) -> None:
-        """Draws the task's validation image with the averaged weights, and shows it in the trackers."""
+    @contextmanager
+    def _as_shipped(self) -> Iterator[None]:
+        """Has the networks as they would be if the run ended now: averaged, in evaluation mode."""
         parameters = list(self.task.learnt.parameters())
         if self._ema is not None:
             self._ema.store(parameters)
             self._ema.copy_to(parameters)
         self.task.learnt.eval()
-        with torch.inference_mode(), self.accelerator.autocast():
+        try:
+            yield
+        finally:
+            self.task.learnt.train()
+            if self._ema is not None:
+                self._ema.restore(parameters)
+
+    def validate(self) -> dict[str, float]:
+        """Measures the losses on `held_out` with the averaged weights, and notes them; see `measure_losses`."""
+        size = self.schedule.batch_size // self.workers
+        with self._as_shipped(), self.accelerator.autocast():
+            found = measure_losses(self.task, cast(Data, self.held_out), step=self.step, batch_size=size)
+        self.task.learnt.zero_grad(set_to_none=True)
+        self.validation.append({"step": self.step, **found})
+        self.accelerator.log({f"validation/{name}": value for name, value in found.items()}, step=self.step)
+        return found
+
+    def preview(self, path: Path) -> None:
+        """Draws the task's validation image with the averaged weights, and shows it in the trackers."""
+        with self._as_shipped(), torch.inference_mode(), self.accelerator.autocast():
             image = self.task.preview()
-        self.task.learnt.train()
-        if self._ema is not None:
-            self._ema.restore(parameters)
         if image is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -274,8 +336,8 @@ class Run:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"preview": image[None]}, step=self.step, **layout)
 
-    def save(self, directory: Path) -> None:
-        """Writes the checkpoint and the loss curve. Only the first process writes."""
+    def save(self, directory: Path, *, keep: int = checkpoints.KEPT) -> None:
+        """Writes the checkpoint, of which the newest `keep` stay, and the curves. Only the first process writes."""
         if not self.accelerator.is_main_process:
             return
         task, settings = self.task, dict[str, Any]()
@@ -294,11 +356,13 @@ class Run:
             "optimizer": optimizer,
         }
         state = {
-            "schedule": asdict(self.schedule), "curve": self.curve, "pending": self.pending, **settings,
+            "schedule": asdict(self.schedule), "curve": self.curve, "pending": self.pending,
+            "validation": self.validation, **settings,
             "workers": self.workers, "scaler": None if scaler is None else scaler.state_dict(),
         }  # fmt: skip
-        checkpoints.save(directory, self.step, tensors, state)
+        checkpoints.save(directory, self.step, tensors, state, keep=keep)
         write_curve(directory / CURVE_NAME, self.curve)
+        write_curve(directory / VALIDATION_NAME, self.validation)
 
     def _averages(self) -> Iterator[tuple[str, Tensor]]:
         shadows = cast(EMAModel, self._ema).shadow_params
@@ -322,6 +386,15 @@ class Run:
             raise ValueError(
                 f"{path} was made with {', '.join(changed)}; give the same to continue, or choose another --out"
             )
+        self._load_networks(path, state)
+        self._resume_optimizers(checkpoints.read_tensors(path, "optimizer"))
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.curve, self.pending = state["step"], state["curve"], state["pending"]
+        self.validation = state.get("validation", [])
+        return True
+
+    def _load_networks(self, path: Path, state: dict[str, Any]) -> None:
         try:
             self.task.learnt.load_state_dict(checkpoints.read_tensors(path, "learnt"))
             if self.task.companions is not None:
@@ -331,17 +404,30 @@ class Run:
             raise ValueError(
                 f"{path} is of other networks than this recipe makes ({reason}); choose another --out, or remove it"
             ) from error
-        self._resume_optimizers(checkpoints.read_tensors(path, "optimizer"))
-        if self._ema is not None:
-            averages = checkpoints.read_tensors(path, "average")
+        if self._ema is not None and (averages := checkpoints.read_tensors(path, "average")):
             with torch.no_grad():
                 for name, shadow in self._averages():
                     shadow.copy_(averages[name])
             self._ema.optimization_step = state["average"]["optimization_step"]
-        if self.accelerator.scaler is not None and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.step, self.curve, self.pending = state["step"], state["curve"], state["pending"]
-        return True
+
+    def export(self, checkpoint: Path, target: Path) -> int:
+        """Writes what the run would have learnt if it had ended at a checkpoint: averaged, as its task saves it.
+
+        The run cannot learn after that: its optimizers are not read.
+
+        Returns:
+            How many steps it had done.
+
+        Raises:
+            ValueError: If the checkpoint is of other networks, or `target` has files already.
+        """
+        if target.exists() and any(target.iterdir()):
+            raise ValueError(f"{target} has files already; choose a folder that is empty, or not there yet")
+        state = checkpoints.read_state(checkpoint)
+        self._load_networks(checkpoint, state)
+        self.use_average()
+        _save_result(self.task, target)
+        return int(state["step"])
 
     def _resume_optimizers(self, saved: dict[str, Tensor]) -> None:
         states: dict[str, dict[int, dict[str, Tensor]]] = {name: {} for name in self._optimizers}
@@ -352,54 +438,57 @@ class Run:
             optimizer.load_state_dict({**optimizer.state_dict(), "state": states[name]})
 
 
-def write_curve(path: Path, curve: list[dict[str, float]]) -> None:
-    """Writes the loss curve as CSV, one row every few steps."""
-    names = list(dict.fromkeys(name for row in curve for name in row))
-
-    def write(partial: Path) -> None:
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=names)
-            writer.writeheader()
-            writer.writerows(curve)
-
-    if curve:
-        checkpoints.write_atomically(path, write)
-
-
-def train(run: Run, directory: Path, *, checkpoint_seconds: float = 120.0) -> Iterator[StepRecord]:
+def train(run: Run, directory: Path, *, keeping: Keeping | None = None) -> Iterator[StepRecord]:
     """Runs to the end, checkpointing on the way and when it stops early; at the end saves the averaged networks.
 
     A run that is finished already yields nothing.
 
+    Args:
+        run: The run, perhaps resumed.
+        directory: Where checkpoints, curves, images and the result go.
+        keeping: How often to write a checkpoint, and how many stay; every two minutes and two by default.
+
     Raises:
         checkpoints.CheckpointError: If a checkpoint cannot be written.
+        DivergedError: See `Run.steps`. No checkpoint is written then.
     """
-    finished = directory / FINISHED_NAME
-    done = finished.is_file() and json.loads(finished.read_text(encoding="utf-8"))["steps"] == run.step
+    keeping, schedule = keeping or Keeping(), run.schedule
+    done = finished_steps(directory) == run.step
     run.accelerator.wait_for_everyone()  # all have looked before one writes
-    if run.step >= run.schedule.steps and done:
+    if run.step >= schedule.steps and done:
         return
-    saved_at, saved_step = time.monotonic(), run.step
-    every = run.schedule.preview_every
+    saved_at, saved_step, took_s = time.monotonic(), run.step, 0.0
+
+    def due(every: int) -> bool:
+        wanted = every and (run.step % every == 0 or run.step == schedule.steps)
+        return bool(wanted and run.accelerator.is_main_process)
+
     try:
         for record in run.steps():
-            if time.monotonic() - saved_at > checkpoint_seconds:
+            if run.held_out is not None and due(schedule.validate_every):
+                record = replace(record, validation=run.validate())
+            if keeping.is_due(step=run.step, since_s=time.monotonic() - saved_at, last_took_s=took_s):
                 saved_step = run.step  # before saving: a checkpoint that failed is not tried again on the way out
-                run.save(directory)
+                began = time.monotonic()
+                run.save(directory, keep=keeping.keep)
                 saved_at = time.monotonic()
-            if every and run.accelerator.is_main_process and (run.step % every == 0 or run.step == run.schedule.steps):
+                took_s = saved_at - began
+            if due(schedule.preview_every):
                 run.preview(directory / "previews" / f"{run.step:08d}.png")
             yield record
+    except DivergedError:
+        saved_step = run.step
+        raise
     finally:
         if run.step != saved_step:
-            run.save(directory)
+            run.save(directory, keep=keeping.keep)
     run.accelerator.wait_for_everyone()  # a process that ends early ends the others, and the first may be saving
-    if run.step < run.schedule.steps:
+    if run.step < schedule.steps:
         return
     run.use_average()
     if run.accelerator.is_main_process:
         _save_result(run.task, directory)
-        checkpoints.write_text(finished, json.dumps({"steps": run.step}) + "\n")
+        checkpoints.write_text(directory / FINISHED_NAME, json.dumps({"steps": run.step}) + "\n")
     run.accelerator.wait_for_everyone()
 
 

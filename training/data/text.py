@@ -106,11 +106,14 @@ def background_label(scene: Scene | None, text: str) -> int:
     return 1 + tuple(BACKGROUNDS).index(scene.background)
 
 
-def draw_captions(rng: np.random.Generator, batch_size: int, *, empty: float = 0.05) -> Batch:
-    """Draws captions, some empty, and their labels, int64 [B, 13]: quadrant by quadrant, then the background."""
+def draw_captions(rng: np.random.Generator, batch_size: int, *, empty: float = 0.05, held_out: bool = False) -> Batch:
+    """Draws captions, some empty, and their labels, int64 [B, 13]: quadrant by quadrant, then the background.
+
+    The captions are of training scenes, or of scenes that are never trained on.
+    """
     texts, labels = [], []
     for _ in range(batch_size):
-        scene = None if rng.random() < empty else sample_scene(rng)
+        scene = None if rng.random() < empty else sample_scene(rng, held_out=held_out)
         text = "" if scene is None else caption(scene, rng, free=0.7)
         texts.append(text)
         labels.append([*chain.from_iterable(quadrant_labels(scene)), background_label(scene, text)])

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from training.core.checkpoints import write_text
 from training.core.conditioning import Text
 from training.core.noise_schedule import NoiseSchedule
+from training.core.precision import Precision
 from training.core.task import normal
 from training.data.latents import encode
 from training.data.scenes import caption, render, to_model_range
@@ -67,7 +68,7 @@ class Samples:
 
 
 @torch.inference_mode()
-def held_out_samples(vae: AutoencoderKL, text: Text, scenes: int, seed: int) -> Samples:
+def held_out_samples(vae: AutoencoderKL, text: Text, scenes: int, seed: int, precision: Precision = "auto") -> Samples:
     """Draws scenes of pairs that are never trained on; scene i and its noise come from `default_rng((seed, i))`."""
     captions, images, generators = [], [], []
     for index in range(scenes):
@@ -75,7 +76,7 @@ def held_out_samples(vae: AutoencoderKL, text: Text, scenes: int, seed: int) -> 
         captions.append(caption(scene, rng))
         images.append(render(scene, rng))
         generators.append(rng)
-    x0 = encode(vae, torch.from_numpy(to_model_range(np.stack(images))))
+    x0 = encode(vae, torch.from_numpy(to_model_range(np.stack(images))), precision)
     size = images[0].shape[:2]
     return Samples(
         x0=x0,

@@ -11,7 +11,7 @@ def plot_losses(curve: list[dict[str, float]], path: Path, title: str) -> None:
 
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
-    terms = dict.fromkeys(term for row in curve for term in row if term not in ("step", "lr"))
+    terms = dict.fromkeys(term for row in curve for term in row if term not in ("step", "lr", "grad_norm"))
     for term in terms:
         points = [(row["step"], row[term]) for row in curve if term in row]
         axes.plot([x for x, _ in points], [y for _, y in points], label=term)

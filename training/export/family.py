@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from hashlib import sha256
@@ -69,16 +70,20 @@ def export_cloud(
     """
     scheduler = schedulers.make(diffusers, scheduler_config, schedulers.find(defaults.scheduler))
     unet, text_encoder, vae = (deepcopy(network).half() for network in (unet, text_encoder, vae))
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=CLIPTokenizer.from_pretrained(tokenizer),
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # of steps_offset, which trailing timesteps do not use: pages of betas
+        pipeline = StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=CLIPTokenizer.from_pretrained(tokenizer),
+            unet=unet,
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
     with written_whole(folder, INDEX_NAME) as partial:
         pipeline.save_pretrained(partial)
         shutil.rmtree(partial / "unet")

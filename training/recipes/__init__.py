@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 Scale = Literal["demo", "quick", "toy"]
 """How much: "demo" makes the published family (hours on two cores, minutes on an accelerator), "quick" the same shapes
 in a fifth of the steps, "toy" runs the very same code in seconds, which is what the tests do."""
+VALIDATION_SEED = 7
+"""Of held-out samples; those of a recipe are the same whatever seed it is trained with."""
 SCALES: tuple[Scale, ...] = ("demo", "quick", "toy")
 
 SCENES: Mapping[str, str] = {
@@ -47,7 +49,12 @@ SD: Mapping[str, str] = {
 
 
 class Recipe(Protocol):
-    """What every recipe offers: a folder to write, a schedule, a task and its data."""
+    """What every recipe offers: a folder to write, a schedule, a task and its data.
+
+    A recipe also says what it reads, as `reads`, a tuple of names that `training.data.identity` digests; the property
+    raises ValueError where something must be set first. It may have `held_out(out)`, which gives data to measure
+    validation losses on, or None.
+    """
 
     @property
     def folder(self) -> str:
@@ -67,13 +74,31 @@ class Recipe(Protocol):
 def scaled(schedule: Schedule, scale: Scale) -> Schedule:
     """Cuts a schedule of the demo family down to `scale`; the toys have schedules of their own.
 
-    The toys compute in float32: a CPU without bf16 emulates it, ten times slower.
+    The toys compute in float32: their losses are to be the same on every CPU.
     """
     if scale == "toy":
-        return replace(schedule, precision="no")
+        return replace(schedule, precision="no", validate_every=0)
     if scale != "quick":
         return schedule
-    return replace(schedule, steps=max(1, schedule.steps // 5), warmup=max(1, schedule.warmup // 2))
+    return replace(
+        schedule,
+        steps=max(1, schedule.steps // 5),
+        warmup=max(1, schedule.warmup // 2),
+        validate_every=schedule.validate_every // 5,
+    )
+
+
+def reads(recipe: Recipe) -> tuple[str, ...]:
+    """Gives the names of what a recipe reads; see `Recipe`."""
+    names: tuple[str, ...] = getattr(recipe, "reads", ())
+    return names
+
+
+def held_out(recipe: Recipe, out: Path) -> Data | None:
+    """Gives the data for a recipe's validation losses; None where it has none."""
+    made = getattr(recipe, "held_out", None)
+    found: Data | None = None if made is None else made(out)
+    return found
 
 
 def find(name: str) -> Callable[..., Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,12 +12,17 @@ from diffusers import AutoencoderKL
 
 from hybridsd import aspect_buckets
 from training.core.conditioning import VAE_SCALE_FACTOR, LatentsAndText, Text
+from training.core.ranges import COUNT, check_ranges
 from training.core.task import Data, Drawn
 from training.data.batches import ImageCaptions, open_data
 from training.data.cache import Cache, Latents, Views, identity
+from training.data.identity import SCENES
 from training.data.scenes import SIZE
 from training.data.shards import MetadataFilter
+from training.recipes import VALIDATION_SEED
 from training.vae.kl_vae import draw_scenes
+
+EXAMPLE = "imagefolder:DIRECTORY"
 
 
 def needed(value: str | None, name: str, example: str) -> str:
@@ -24,6 +30,15 @@ def needed(value: str | None, name: str, example: str) -> str:
     if value is None:
         raise ValueError(f"{name} is not set; give --set {name}={example}")
     return value
+
+
+def check_needed(data: ImageData, **models: str | None) -> None:
+    """Raises ValueError if something is not set, naming all that is not."""
+    wanted = {**{name: (value, "pruned_unet") for name, value in models.items()}, "data.spec": (data.spec, EXAMPLE)}
+    missing = {name: example for name, (value, example) in wanted.items() if value is None}
+    if missing:
+        give = " ".join(f"--set {name}={example}" for name, example in missing.items())
+        raise ValueError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set; give {give}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,11 +68,41 @@ class ImageData:
     caption_column: str | None = None
     keep: MetadataFilter = field(default_factory=MetadataFilter)
     """Of webdataset: what the records' json must say."""
+    validation: str | None = None
+    """As `spec`: images that are never learnt from, for validation losses; None measures none. "scenes" has its own."""
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            {
+                "resolution": (8, 16384),
+                "loader_workers": (0, 1024),
+                "bucket_multiple": (8, 16384),
+                "cached_crops": COUNT,
+            },
+        )
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """See `Recipe`."""
+        return () if self.spec is None else (self.spec,)
+
+    def held_out(self) -> Data | None:
+        """Opens the images for validation losses: whole, not mirrored, so that they are the same every time.
+
+        They are not cached: they are few, and encoded seldom.
+        """
+        if self.spec == SCENES and self.validation is None:
+            return Drawn(partial(draw_scenes, held_out=True), VALIDATION_SEED)
+        if self.validation is None:
+            return None
+        same = replace(self, spec=self.validation, crop="center", flip=False, cache=None)
+        return same.open(VALIDATION_SEED, VAE_SCALE_FACTOR)
 
     @property
     def side(self) -> int:
         """Pixels of an image's side."""
-        return SIZE if self.spec == "scenes" else self.resolution
+        return SIZE if self.spec == SCENES else self.resolution
 
     def open(self, seed: int, multiple: int) -> Data:
         """Opens them, for a recipe that learns from pixels; `multiple` must divide the sides.
@@ -70,14 +115,14 @@ class ImageData:
         return self._open(seed, multiple)
 
     def _open(self, seed: int, multiple: int) -> ImageCaptions | Drawn:
-        spec = needed(self.spec, "data.spec", "imagefolder:DIRECTORY")
+        spec = needed(self.spec, "data.spec", EXAMPLE)
         resolution = self.side
         if resolution < multiple or resolution % multiple:
             raise ValueError(
                 f"data.resolution is {resolution}; these networks need a multiple of {multiple}, such as "
                 f"{max(1, round(resolution / multiple)) * multiple}"
             )
-        if spec == "scenes":
+        if spec == SCENES:
             return Drawn(draw_scenes, seed)
         if self.buckets and (self.bucket_multiple < multiple or self.bucket_multiple % multiple):
             raise ValueError(

@@ -9,11 +9,13 @@ from training.core.conditioning import LatentsAndText
 from training.core.diffusion import SCHEDULER_CONFIG
 from training.core.loop import Schedule
 from training.core.noise_schedule import NoiseSchedule
+from training.core.ranges import SHARE, check_ranges
 from training.core.task import Drawn
+from training.data.identity import SCENES
 from training.distillation.lcm import ConsistencySolver, LCMTask, with_guidance_embedding
 from training.models.pruned_unet import load_unet, save_unet
 from training.recipes import Scale, scaled
-from training.recipes.unet import scenes_data, scenes_preview, scenes_text
+from training.recipes.unet import scenes_data, scenes_held_out, scenes_preview, scenes_text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +33,20 @@ class LCMRecipe:
     validation_prompts: str | None = None
     """See `UNetRecipe`."""
     folder: str
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self, {"w_min": (0, 1000), "w_max": (self.w_min, 1000), "target_decay": SHARE, "caption_dropout": SHARE}
+        )
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """See `Recipe`."""
+        return tuple(dict.fromkeys((SCENES, "text", "latents", "unet", self.student)))
+
+    def held_out(self, out: Path) -> Drawn:
+        """See `Recipe`."""
+        return scenes_held_out(out)
 
     def build(self, out: Path) -> tuple[LCMTask, Drawn]:
         """Takes up a trained U-Net; needs the stages vae, text, latents, unet, and the student's."""
@@ -62,6 +78,7 @@ def lcm(scale: Scale) -> LCMRecipe:
         decay="constant",
         weight_decay=0.0,
         preview_every=0 if toy else 100,
+        validate_every=100,
     )
     return LCMRecipe(
         schedule=scaled(schedule, scale), student="unet", w_min=1.0, w_max=6.0, target_decay=0.95, folder="lcm"

@@ -19,6 +19,8 @@ from torch import Tensor
 from training.core.conditioning import VAE_SCALE_FACTOR
 from training.core.loop import Schedule
 from training.core.noise_schedule import NoiseSchedule
+from training.core.precision import dtype_of
+from training.core.ranges import COUNT, SHARE, WEIGHT, check_ranges
 from training.core.task import Data
 from training.distillation.distill import DistillTask
 from training.distillation.lcm import ConsistencySolver, LCMTask, with_guidance_embedding
@@ -29,9 +31,9 @@ from training.models.components import Components, load_components, load_vae
 from training.models.pruned_unet import load_unet, save_unet
 from training.models.tiny_vae_layouts import read_tiny_vae
 from training.pruning.depth import feature_map
-from training.recipes.images import ImageData, needed, unet_multiple
+from training.recipes.images import ImageData, check_needed, needed, unet_multiple
 from training.vae.discriminator import ViTDiscriminator, find_discriminator
-from training.vae.perceptual import LPIPS, find_perceptual
+from training.vae.perceptual import LPIPS, Choice, find_perceptual
 from training.vae.reconstruction import DecoderLoss, Lessons, Turns
 from training.vae.small_vae import SD_SMALL_WIDTHS, SmallVAETask, prune_decoder
 from training.vae.tiny_vae import TinyVAETask
@@ -49,7 +51,7 @@ PREVIEW_PROMPTS = (
 
 def _frozen_dtype(schedule: Schedule) -> torch.dtype:
     """What is only run needs no more digits than the passes have."""
-    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[schedule.precision]
+    return dtype_of(schedule.precision)
 
 
 def _first_images(data: Data) -> Tensor | None:
@@ -105,6 +107,32 @@ class DistillRecipe:
     validation_prompts: str | None = None
     """A file of what previews show; see `training.evaluation.prompts`. None shows two of ours."""
     folder: str = "unet_distilled"
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            {
+                "lambda_task": WEIGHT,
+                "lambda_output": WEIGHT,
+                "lambda_feature": WEIGHT,
+                "snr_gamma": WEIGHT,
+                "noise_offset": WEIGHT,
+                "input_perturbation": WEIGHT,
+                "caption_dropout": SHARE,
+                "timestep_range": (0, 10**6),
+            },
+        )
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """See `Recipe`."""
+        check_needed(self.data, student=self.student)
+        return (self.teacher, self.student or "", *self.data.reads)
+
+    def held_out(self, out: Path) -> Data | None:
+        """See `Recipe`."""
+        del out
+        return self.data.held_out()
 
     def build(self, out: Path) -> tuple[DistillTask, Data]:
         """Loads teacher and student; `student` is a folder, below --out or anywhere."""
@@ -188,6 +216,30 @@ class LCMRecipe:
     """A file of what previews show; see `training.evaluation.prompts`. None shows two of ours."""
     folder: str = "unet_lcm"
 
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            {
+                "w_min": (0, 1000),
+                "w_max": (self.w_min, 1000),
+                "target_decay": SHARE,
+                "huber_c": WEIGHT,
+                "num_ddim_timesteps": COUNT,
+                "caption_dropout": SHARE,
+            },
+        )
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """See `Recipe`."""
+        check_needed(self.data)
+        return (*dict.fromkeys((self.teacher, self.student or self.teacher)), *self.data.reads)
+
+    def held_out(self, out: Path) -> Data | None:
+        """See `Recipe`."""
+        del out
+        return self.data.held_out()
+
     def build(self, out: Path) -> tuple[LCMTask, Data]:
         """Loads teacher and student."""
         torch.manual_seed(self.schedule.seed)
@@ -258,6 +310,20 @@ class LCMLoRARecipe:
     """A file of what previews show; see `training.evaluation.prompts`. None shows two of ours."""
     folder: str = "lcm_lora"
 
+    def __post_init__(self) -> None:
+        check_ranges(self, {"rank": COUNT, "w": (0, 1000), "caption_dropout": SHARE})
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """See `Recipe`."""
+        check_needed(self.data)
+        return (self.teacher, *self.data.reads)
+
+    def held_out(self, out: Path) -> Data | None:
+        """See `Recipe`."""
+        del out
+        return self.data.held_out()
+
     def build(self, out: Path) -> tuple[LCMLoRATask, Data]:
         """Loads the teacher and adds the adapter to it."""
         del out
@@ -302,8 +368,11 @@ def lcm_lora() -> LCMLoRARecipe:
 class VAETerms:
     """What a decoder learns from, and by which terms; see `Lessons`, `DecoderLoss` and `Turns`."""
 
+    perceptual: Choice = "auto"
+    """"lpips", "features" (of EfficientNet-Lite0, which need no file), "laplacian"; "auto" is LPIPS where VGG's weights
+    are, and the Laplacian pyramid else."""
     lpips: str | None = None
-    """The file of VGG-16, or its folder; None looks in torch's cache, and takes the Laplacian pyramid without."""
+    """The file of VGG-16, or its folder; None looks in torch's cache."""
     backbone: str | None = None
     """The folder of a self-supervised ViT for the judge; None takes a patch discriminator."""
     turns: Turns = field(default_factory=lambda: Turns(start=0, warmup=5000, discriminator=5))
@@ -316,6 +385,13 @@ class VAETerms:
     """Of L1, squared error (twice) and gradients. Ours, so that it also works without LPIPS; the reference has none."""
     perceptual_weight: float = 1.0
     adversarial_weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            {"latent_fade": (0, 0.99), "colour": SHARE, "degradation": SHARE, "pixel_filter": SHARE,
+             "pixel_weight": WEIGHT, "perceptual_weight": WEIGHT, "adversarial_weight": WEIGHT},
+        )  # fmt: skip
 
     def lessons(self, teacher: str) -> Lessons:
         """Loads the teacher."""
@@ -331,7 +407,12 @@ class VAETerms:
 
     def loss(self) -> DecoderLoss:
         """Finds the perceptual distance and the judge, and says in the log which they are and why."""
-        perceptual, why = find_perceptual(None if self.lpips is None else Path(self.lpips))
+        if self.lpips is not None and self.perceptual not in ("auto", "lpips"):
+            raise ValueError(
+                f"terms.lpips is {self.lpips!r}, but terms.perceptual is {self.perceptual!r}, which needs no weights of"
+                " VGG; set terms.perceptual=lpips, or leave terms.lpips out"
+            )
+        perceptual, why = find_perceptual(None if self.lpips is None else Path(self.lpips), choice=self.perceptual)
         if self.lpips is not None and not isinstance(perceptual, LPIPS):
             raise ValueError(f"terms.lpips is {self.lpips!r}, but: {why}; or set it to None for the substitute")
         log.info("perceptual term: %s", why)
@@ -363,6 +444,17 @@ class TinyVAERecipe:
     data: ImageData
     terms: VAETerms
     folder: str = "tiny_vae"
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """See `Recipe`."""
+        check_needed(self.data)
+        return (self.teacher, *([] if self.student is None else [self.student]), *self.data.reads)
+
+    def held_out(self, out: Path) -> Data | None:
+        """See `Recipe`."""
+        del out
+        return self.data.held_out()
 
     def build(self, out: Path) -> tuple[TinyVAETask, Data]:
         """Loads the teacher and makes the student."""
@@ -409,6 +501,20 @@ class SmallVAERecipe:
     terms: VAETerms
     folder: str = "small_vae"
 
+    def __post_init__(self) -> None:
+        check_ranges(self, {"widths": COUNT})
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """See `Recipe`."""
+        check_needed(self.data)
+        return (self.teacher, *self.data.reads)
+
+    def held_out(self, out: Path) -> Data | None:
+        """See `Recipe`."""
+        del out
+        return self.data.held_out()
+
     def build(self, out: Path) -> tuple[SmallVAETask, Data]:
         """Loads the teacher and narrows its decoder."""
         del out
@@ -433,7 +539,7 @@ def small_vae() -> SmallVAERecipe:
     return SmallVAERecipe(
         schedule=Schedule(
             steps=50_000, batch_size=12, accumulate=2, lr=1e-5, warmup=0, decay="cosine", betas=(0.9, 0.999),
-            ema_decay=0.99, precision="bf16", preview_every=1000, seed=42,
+            ema_decay=0.99, preview_every=1000, seed=42,
         ),
         teacher=SD15,
         widths=SD_SMALL_WIDTHS,

@@ -12,12 +12,14 @@ from training.core.conditioning import LatentsAndText
 from training.core.diffusion import SCHEDULER_CONFIG
 from training.core.loop import Schedule
 from training.core.noise_schedule import NoiseSchedule
+from training.core.ranges import SHARE, WEIGHT, check_ranges
 from training.core.task import Drawn
+from training.data.identity import SCENES
 from training.distillation.distill import DistillTask
 from training.models.pruned_unet import load_unet, save_unet
 from training.pruning.depth import feature_map
 from training.recipes import Scale, scaled
-from training.recipes.unet import scenes_data, scenes_preview, scenes_text
+from training.recipes.unet import scenes_data, scenes_held_out, scenes_preview, scenes_text
 
 
 def forget(network: nn.Module) -> None:
@@ -44,6 +46,21 @@ class SmallUNetRecipe:
     validation_prompts: str | None = None
     """See `UNetRecipe`."""
     folder: str = "small_unet"
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            {"caption_dropout": SHARE, "timestep_range": (0, 10**6), "lambda_output": WEIGHT, "lambda_feature": WEIGHT},
+        )
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """See `Recipe`."""
+        return (SCENES, "text", "latents", "pruned_unet", *([] if self.from_scratch else ["unet"]))
+
+    def held_out(self, out: Path) -> Drawn:
+        """See `Recipe`."""
+        return scenes_held_out(out)
 
     def build(self, out: Path) -> tuple[DistillTask, Drawn]:
         """Takes up the pruned U-Net; needs the stages vae, text, latents, unet and prune."""
@@ -77,6 +94,7 @@ def small_unet(scale: Scale) -> SmallUNetRecipe:
         warmup=5 if toy else 100,
         ema_decay=0.997,
         preview_every=0 if toy else 100,
+        validate_every=100,
     )
     return SmallUNetRecipe(
         schedule=scaled(schedule, scale),

@@ -13,15 +13,17 @@ from training.core.conditioning import ClipText, LatentsAndText
 from training.core.diffusion import SCHEDULER_CONFIG, build_unet
 from training.core.loop import Schedule
 from training.core.noise_schedule import NoiseSchedule
+from training.core.ranges import COUNT, SHARE, check_ranges
 from training.core.task import Drawn
-from training.data.latents import CachedScenes, load_latents
+from training.data.identity import SCENES
+from training.data.latents import CachedScenes, HeldOutScenes, load_latents
 from training.data.scenes import SIZE, caption, sample_scene
 from training.data.text import load_text_encoder, load_tokenizer
 from training.distillation.distill import DistillTask
 from training.evaluation.previews import Preview
 from training.evaluation.prompts import Prompt, validation_prompts
 from training.models.pruned_unet import load_unet, save_unet
-from training.recipes import Scale, scaled
+from training.recipes import VALIDATION_SEED, Scale, scaled
 from training.recipes.images import unet_multiple
 from training.vae.kl_vae import load_vae
 
@@ -33,6 +35,11 @@ DEFAULT_GUIDANCE = 4.0
 def scenes_data(out: Path, seed: int) -> Drawn:
     """Gives the cached latents of `out` with captions; needs the stage latents."""
     return Drawn(CachedScenes(load_latents(out / "latents"), SCENES_SEED), seed)
+
+
+def scenes_held_out(out: Path) -> Drawn:
+    """Gives latents of scenes that are never trained on, with captions; needs the stage vae."""
+    return Drawn(HeldOutScenes(load_vae(out / "vae"), scenes=64, seed=VALIDATION_SEED), VALIDATION_SEED)
 
 
 def scenes_text(out: Path) -> ClipText:
@@ -63,6 +70,18 @@ class UNetRecipe:
     validation_prompts: str | None = None
     """A file of what previews show; see `training.evaluation.prompts`. None shows held-out scenes."""
     folder: str = "unet"
+
+    def __post_init__(self) -> None:
+        check_ranges(self, {"widths": COUNT, "layers": COUNT, "caption_dropout": SHARE})
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """See `Recipe`."""
+        return (SCENES, "text", "latents", *([self.init] if self.init else []))
+
+    def held_out(self, out: Path) -> Drawn:
+        """See `Recipe`."""
+        return scenes_held_out(out)
 
     def build(self, out: Path) -> tuple[DistillTask, Drawn]:
         """Builds the U-Net; needs the stages vae, text and latents."""
@@ -97,6 +116,7 @@ def unet(scale: Scale) -> UNetRecipe:
         warmup=5 if toy else 200,
         ema_decay=0.997 if toy else 0.999,
         preview_every=0 if toy else 1000,
+        validate_every=500,
     )
     return UNetRecipe(
         schedule=scaled(schedule, scale),

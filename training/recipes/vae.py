@@ -9,9 +9,12 @@ from pathlib import Path
 import torch
 
 from training.core.loop import Schedule
+from training.core.ranges import COUNT, WEIGHT, check_ranges
 from training.core.task import Drawn, Phases
-from training.recipes import Scale, scaled
-from training.vae.kl_vae import VAETask, build_vae, draw_crops, draw_half_scenes
+from training.data.identity import SCENES
+from training.recipes import VALIDATION_SEED, Scale, scaled
+from training.vae.kl_vae import VAETask, build_vae, draw_crops, draw_half_scenes, draw_scenes
+from training.vae.perceptual import Choice, find_perceptual
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +30,27 @@ class VAERecipe:
     mse_weight: float
     gradient_weight: float
     kl_weight: float
+    perceptual: Choice = "features"
+    perceptual_weight: float = 0.0
+    """Of the distance `perceptual`; 0 trains without."""
     folder: str = "vae"
+
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            {"widths": COUNT, "crop": (8, 128), "crop_steps": (0, 10**9), "mse_weight": WEIGHT,
+             "gradient_weight": WEIGHT, "kl_weight": WEIGHT, "perceptual_weight": WEIGHT},
+        )  # fmt: skip
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """See `Recipe`."""
+        return (SCENES,)
+
+    def held_out(self, out: Path) -> Drawn:
+        """See `Recipe`."""
+        del out
+        return Drawn(partial(draw_scenes, held_out=True), VALIDATION_SEED)
 
     def build(self, out: Path) -> tuple[VAETask, Phases]:
         """Builds an untrained VAE; needs no earlier stage."""
@@ -38,6 +61,8 @@ class VAERecipe:
             mse_weight=self.mse_weight,
             gradient_weight=self.gradient_weight,
             kl_weight=self.kl_weight,
+            perceptual=find_perceptual(choice=self.perceptual)[0] if self.perceptual_weight else None,
+            perceptual_weight=self.perceptual_weight,
         )
         crops = Drawn(partial(draw_crops, self.crop), self.schedule.seed)
         return task, Phases(crops, Drawn(draw_half_scenes, self.schedule.seed), self.crop_steps)
@@ -53,6 +78,7 @@ def vae(scale: Scale) -> VAERecipe:
         warmup=5 if toy else 100,
         ema_decay=0.99,
         weight_decay=0.0,
+        validate_every=1000,
     )
     schedule = scaled(schedule, scale)
     return VAERecipe(

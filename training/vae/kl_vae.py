@@ -8,7 +8,8 @@ Learns on random crops of scenes: the network is convolutional and works at any 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.core.task import Batch, Task, freeze, normal
@@ -32,6 +33,9 @@ from training.data.scenes import (
     sample_scene,
     to_model_range,
 )
+from training.vae.perceptual import Perceptual, find_features
+
+log = logging.getLogger(__name__)
 
 LATENT_CHANNELS = 4
 VAE_SCALE_FACTOR = 8
@@ -65,9 +69,9 @@ def draw_half_scenes(rng: np.random.Generator, batch_size: int) -> Batch:
     return Batch(images=scene_batch(rng, max(1, batch_size // 2)))
 
 
-def draw_scenes(rng: np.random.Generator, batch_size: int) -> Batch:
-    """Draws whole training scenes with captions; see `task.Drawn`."""
-    scenes = [sample_scene(rng) for _ in range(batch_size)]
+def draw_scenes(rng: np.random.Generator, batch_size: int, *, held_out: bool = False) -> Batch:
+    """Draws whole scenes with captions, of training or of what is never trained on; see `task.Drawn`."""
+    scenes = [sample_scene(rng, held_out=held_out) for _ in range(batch_size)]
     images = to_model_range(np.stack([render(scene, rng) for scene in scenes]))
     return Batch(images=torch.from_numpy(images), captions=tuple(caption(scene, rng, free=0.3) for scene in scenes))
 
@@ -95,6 +99,14 @@ def gradient_loss(images: Tensor, targets: Tensor) -> Tensor:
     return (error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()) / 2
 
 
+def _boxes(placed: Sequence[tuple[Placed, ...]]) -> Iterator[tuple[int, slice, slice]]:
+    """Yields of each object the number of its image, its rows and its columns."""
+    for index, things in enumerate(placed):
+        for thing in things:
+            top, left = (max(0, round(centre - thing.side / 2)) for centre in (thing.y, thing.x))
+            yield index, slice(top, top + round(thing.side)), slice(left, left + round(thing.side))
+
+
 def object_psnr(
     images: NDArray[np.float32], targets: NDArray[np.float32], placed: Sequence[tuple[Placed, ...]]
 ) -> float:
@@ -102,19 +114,29 @@ def object_psnr(
 
     Most of a scene is flat background, which any VAE gets right.
     """
-    errors = []
-    for image, target, things in zip(images.clip(-1, 1), targets, placed, strict=True):
-        for thing in things:
-            top, left = (max(0, round(centre - thing.side / 2)) for centre in (thing.y, thing.x))
-            box = np.s_[:, top : top + round(thing.side), left : left + round(thing.side)]
-            errors.append(np.square(image[box] - target[box]).ravel())
+    errors = [
+        np.square(images[index, :, rows, columns].clip(-1, 1) - targets[index, :, rows, columns]).ravel()
+        for index, rows, columns in _boxes(placed)
+    ]
     return float(10 * np.log10(4 / np.concatenate(errors).mean()))
 
 
-def psnr(images: Tensor, targets: Tensor) -> float:
-    """Gives the peak signal-to-noise ratio in dB, over the whole batch, for images in [-1, 1]."""
-    mse = F.mse_loss(images.clamp(-1, 1), targets)
-    return float(10 * torch.log10(4 / mse))
+def object_sharpness(
+    images: NDArray[np.float32], targets: NDArray[np.float32], placed: Sequence[tuple[Placed, ...]]
+) -> float:
+    """Gives how steep the objects' edges are, as a share of the targets': float32 [B, 3, H, W] in [-1, 1] each.
+
+    The slope of the regression of the images' differences between neighbours on the targets', over the objects' boxes:
+    1 is as sharp, less is blurred, more is sharpened. Edges where there are none do not count, but lower the PSNR.
+    """
+    common = energy = 0.0
+    for index, rows, columns in _boxes(placed):
+        ours, theirs = images[index, :, rows, columns].clip(-1, 1), targets[index, :, rows, columns]
+        for axis in (1, 2):
+            wanted = np.diff(theirs, axis=axis)
+            common += float((np.diff(ours, axis=axis) * wanted).sum())
+            energy += float(np.square(wanted).sum())
+    return common / energy
 
 
 def latent_scaling_factor(vae: AutoencoderKL, *, images: int = 256, seed: int = 1) -> float:
@@ -129,32 +151,75 @@ def latent_scaling_factor(vae: AutoencoderKL, *, images: int = 256, seed: int = 
 
 
 @torch.inference_mode()
-def reconstruction_psnr(vae: AutoencoderKL, *, images: int = 64, seed: int = 1) -> float:
-    """Measures `object_psnr` of held-out scenes that went through a VAE, in dB."""
-    rng, placed, targets = np.random.default_rng((seed, 2**31 + 5)), [], []
+def reconstruction_scores(
+    reconstruct: Callable[[Tensor], Tensor], *, device: torch.device, images: int = 64, seed: int = 1
+) -> dict[str, float]:
+    """Measures what becomes of held-out scenes.
+
+    Args:
+        reconstruct: Encodes and decodes: float32 [B, 3, 128, 128] in [-1, 1] to the same.
+        device: Where it wants them.
+        images: So many scenes.
+        seed: Of the scenes.
+
+    Returns:
+        "object_psnr" in dB and "object_sharpness" (1 is as sharp as drawn), over the objects' boxes; and
+        "feature_distance" of whole scenes (`FeatureLoss`), if its weights are installed.
+    """
+    rng, placed, drawn = np.random.default_rng((seed, 2**31 + 5)), [], []
     for _ in range(images):
         scene = sample_scene(rng, held_out=True)
         placed.append(place(scene, rng))
-        targets.append(draw(placed[-1], background_colour(scene, rng)))
-    truth = to_model_range(np.stack(targets))
-    parts = [
-        vae.decode(vae.encode(part.to(vae.device)).latent_dist.mean).sample.float().cpu().numpy()
-        for part in torch.split(torch.from_numpy(truth), 8)
-    ]
-    return object_psnr(np.concatenate(parts), truth, placed)
+        drawn.append(draw(placed[-1], background_colour(scene, rng)))
+    truth = to_model_range(np.stack(drawn))
+    features, reason = find_features()
+    found, distances = [], []
+    for part in torch.split(torch.from_numpy(truth), 8):
+        found.append(reconstruct(part.to(device)).float().cpu())
+        if features is not None:
+            distances += [float(features(found[-1], part))] * len(part)
+    result = np.concatenate([part.numpy() for part in found])
+    scores = {
+        "object_psnr": round(object_psnr(result, truth, placed), 3),
+        "object_sharpness": round(object_sharpness(result, truth, placed), 4),
+    }
+    if features is None:
+        log.warning("the feature distance is left out: %s", reason)
+        return scores
+    return {**scores, "feature_distance": round(float(np.mean(distances)), 5)}
 
 
 class VAETask(Task):
-    """Trains an AutoencoderKL: L1, squared error, L1 of the gradients, and a small KL term against runaway latents."""
+    """Trains an AutoencoderKL: L1, squared error, L1 of the gradients, and a small KL term against runaway latents.
 
-    def __init__(self, vae: AutoencoderKL, *, mse_weight: float, gradient_weight: float, kl_weight: float) -> None:
+    Args:
+        vae: What is learnt.
+        mse_weight: Of the mean squared difference.
+        gradient_weight: Of `gradient_loss`.
+        kl_weight: Of the mean KL divergence of a latent from a normal one.
+        perceptual: A distance, from `training.vae.perceptual`, or None.
+        perceptual_weight: Of that distance.
+    """
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        *,
+        mse_weight: float,
+        gradient_weight: float,
+        kl_weight: float,
+        perceptual: Perceptual | None = None,
+        perceptual_weight: float = 1.0,
+    ) -> None:
         self.learnt = self.vae = vae
         self.mse_weight = mse_weight
         self.gradient_weight = gradient_weight
         self.kl_weight = kl_weight
+        self.perceptual, self.perceptual_weight = perceptual, perceptual_weight
+        self.frozen = [perceptual] if isinstance(perceptual, nn.Module) else []
 
     def losses(self, batch: Batch, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
-        """Gives the terms "l1", "mse", "gradient" and "kl" of `batch.images`."""
+        """Gives the terms "l1", "mse", "gradient", "kl" and, with a distance, "perceptual" of `batch.images`."""
         del step
         targets = cast(Tensor, batch.images)
         moments = self.vae.quant_conv(self.vae.encoder(targets)).float()
@@ -163,12 +228,15 @@ class VAETask(Task):
         latents = mean + normal(rng, mean.shape, mean.device) * (log_variance / 2).exp()
         images = self.vae.decoder(self.vae.post_quant_conv(latents)).float()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-        return {
+        terms = {
             "l1": F.l1_loss(images, targets),
             "mse": self.mse_weight * F.mse_loss(images, targets),
             "gradient": self.gradient_weight * gradient_loss(images, targets),
             "kl": self.kl_weight * kl,
         }
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual_weight * self.perceptual(images, targets)
+        return terms
 
     def save(self, directory: Path) -> None:
         """Measures the scaling factor, writes it into the config, and saves the diffusers directory."""
@@ -176,7 +244,9 @@ class VAETask(Task):
         factor = latent_scaling_factor(self.vae)
         self.vae.register_to_config(scaling_factor=round(factor, 5))
         self.vae.save_pretrained(directory)
-        scores = {"object_psnr": round(reconstruction_psnr(self.vae), 3)}
+        scores = reconstruction_scores(
+            lambda images: self.vae.decode(self.vae.encode(images).latent_dist.mean).sample, device=self.device
+        )
         (directory / "reconstruction.json").write_text(json.dumps(scores) + "\n")
 
 

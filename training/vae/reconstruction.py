@@ -159,6 +159,10 @@ class Lessons:
         raw = (latents / float(self.teacher.config.scaling_factor)).to(self.teacher.dtype)
         return torch.cat([cast(Tensor, self.teacher.decode(part).sample) for part in torch.split(raw, CHUNK)]).float()
 
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Gives the teacher's images of its latents of images."""
+        return self.decode(self.encode(images))
+
     @torch.no_grad()
     def comparison(self, images: Tensor, decode: Callable[[Tensor], Tensor]) -> NDArray[np.uint8]:
         """Draws a row for each image: itself, the teacher's reconstruction, the student's of the same latents.
@@ -290,6 +294,8 @@ class Turns:
     start: int = 0
     warmup: int = 0
     discriminator: int = 5
+    together: bool = False
+    """The parts of the student learn in one step, which runs its teacher once for all of them, not in turns."""
     lr_scale: float = 50.0
     """The judge's learning rate, as a factor of the student's."""
 

@@ -9,6 +9,7 @@ The architecture is TAESD's (Bohan, 2023); `AutoencoderTiny()` has its size, 2,4
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.core.task import Batch, Group, Task, trainable
-from training.vae.kl_vae import LATENT_CHANNELS
+from training.vae.kl_vae import LATENT_CHANNELS, reconstruction_scores
 from training.vae.reconstruction import DecoderLoss, Lessons, Turns, learnt_parts
 
 
@@ -41,7 +42,8 @@ class TinyVAETask(Task):
     """Distils a KL VAE: the encoder must give its latents, the decoder must give the image from its latents.
 
     Without a judge both learn in every step, as the one group "vae". With one there are the groups "decoder",
-    "encoder" and "discriminator", which take turns (`Turns`); the loop clips the gradients of each by themselves.
+    "encoder" and "discriminator", which take turns (`Turns`), or "vae" and "discriminator" where the turns are
+    `together`; the loop clips the gradients of each by themselves.
 
     Args:
         tiny: What is learnt.
@@ -50,6 +52,7 @@ class TinyVAETask(Task):
         latent_weight: Of the encoder's term, the mean squared difference of latents.
         turns: Who learns when; only with a judge.
         preview_images: The images of `preview`, float32 [B, 3, H, W] in [-1, 1].
+        scenes: Whether `save` measures what becomes of held-out scenes: for a teacher that learnt on scenes.
     """
 
     def __init__(
@@ -61,27 +64,27 @@ class TinyVAETask(Task):
         latent_weight: float = 1.0,
         turns: Turns | None = None,
         preview_images: Tensor | None = None,
+        scenes: bool = False,
     ) -> None:
         self.tiny, self.lessons, self.loss = tiny, lessons, loss
         self.latent_weight = latent_weight
         self.turns = Turns() if turns is None else turns
-        self.preview_images = preview_images
+        self.preview_images, self.scenes = preview_images, scenes
+        self.student = ("vae",) if loss.discriminator is None or self.turns.together else ("decoder", "encoder")
         self.learnt = learnt_parts(tiny, loss.discriminator)
         self.frozen = (lessons.teacher, *loss.frozen)
 
     def groups(self) -> Mapping[str, Group]:
         """See `Task`."""
+        parts = {"vae": self.tiny, "decoder": self.tiny.decoder, "encoder": self.tiny.encoder}
+        student = {name: Group(trainable(parts[name])) for name in self.student}
         if self.loss.discriminator is None:
-            return {"vae": Group(trainable(self.tiny))}
-        return {
-            "decoder": Group(trainable(self.tiny.decoder)),
-            "encoder": Group(trainable(self.tiny.encoder)),
-            "discriminator": Group(trainable(self.loss.discriminator), lr_scale=self.turns.lr_scale),
-        }
+            return student
+        return {**student, "discriminator": Group(trainable(self.loss.discriminator), lr_scale=self.turns.lr_scale)}
 
     def turn(self, step: int) -> str:
         """See `Task`."""
-        return "vae" if self.loss.discriminator is None else self.turns.at(step, ("decoder", "encoder"))
+        return "vae" if self.loss.discriminator is None else self.turns.at(step, self.student)
 
     def losses(self, batch: Batch, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
         """Gives "latent" of the encoder, the terms of `DecoderLoss` and "adversarial", or "discriminator"."""
@@ -94,7 +97,7 @@ class TinyVAETask(Task):
         if turn in ("vae", "decoder"):
             images = self._decode(lesson.given)
             found = self.loss.terms(images, lesson)
-            if turn == "decoder" and self.turns.adversarial(step):
+            if self.loss.discriminator is not None and self.turns.adversarial(step):
                 last = cast(nn.Parameter, self.tiny.decoder.layers[-1].weight)
                 found["adversarial"] = self.loss.adversarial(images, found, last, rng)
             terms |= found
@@ -114,5 +117,16 @@ class TinyVAETask(Task):
         return self.lessons.comparison(self.preview_images.to(self.device), self._decode)
 
     def save(self, directory: Path) -> None:
-        """Saves the diffusers directory."""
+        """Saves the diffusers directory; with `scenes`, reconstruction.json, too: our scores and the teacher's."""
+        self.tiny.eval()
         self.tiny.save_pretrained(directory)
+        if not self.scenes:
+            return
+        scores = {
+            "tiny": reconstruction_scores(self._reconstruct, device=self.device),
+            "teacher": reconstruction_scores(self.lessons.reconstruct, device=self.device),
+        }
+        (directory / "reconstruction.json").write_text(json.dumps(scores, indent=1) + "\n")
+
+    def _reconstruct(self, images: Tensor) -> Tensor:
+        return self._decode(self.lessons.encode(images))

@@ -21,6 +21,7 @@ from training.models.pruned_unet import layers, load_unet
 from training.models.shapes import sd14
 from training.pruning.depth import drop
 from training.pruning.widths import RATIOS, cut, inner_parameters, ratios_for_budget, savings_of
+from training.vae.perceptual import FeatureLoss
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +31,7 @@ TOLERANCE = 0.1
 NAMES = (*chain.scenes_order(), *chain.sd_order())
 # A consistency loss compares two copies of one network: it begins near 0 and is no measure of how good they are.
 CONSISTENCY = ("lcm", "lcm-small", "sd-lcm", "sd-lcm-lora")
-TURNS = ("sd-tiny-vae", "vae")  # terms change with the turns, images with the phases
+TURNS = ("sd-tiny-vae", "tiny-vae", "vae")  # terms change with the turns, images with the phases
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +126,16 @@ def test_the_lora_is_loaded_into_its_base(runs: tuple[Path, dict[str, chain.Loss
         after = load_lora(base, out / "sd-lcm-lora-lcm_lora")(*inputs).sample
 
     assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("name", ["sd-tiny-vae", "sd-small-vae"])
+def test_features_need_no_weights_at_hand(name: str) -> None:
+    """They are taken by name; who gives VGG's file as well hears that it would not be looked at."""
+    recipe = override(recipes.find(name)(), ["terms.perceptual=features"])
+
+    assert isinstance(recipe.terms.loss().perceptual, FeatureLoss)
+    with pytest.raises(ValueError, match=r"lpips is '/vgg'.*perceptual is 'features'.*leave terms.lpips out"):
+        override(recipe, ["terms.lpips=/vgg"]).terms.loss()
 
 
 @pytest.mark.parametrize("name", list(recipes.SD))

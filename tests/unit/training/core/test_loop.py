@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from tests.support.patience import HANG_S
 from training.cli.shared_options import say
 from training.core import checkpoints
-from training.core.loop import CURVE_NAME, Run, Schedule, make_accelerator, train
+from training.core.checkpoints import Keeping
+from training.core.curve import GRAD_NORM, means
+from training.core.loop import CURVE_NAME, PATIENCE, DivergedError, Run, Schedule, make_accelerator, train
 from training.core.task import Batch, Drawn, Group, Task, normal
 
 
@@ -247,6 +249,192 @@ def test_a_step_without_a_finite_gradient_changes_nothing(tmp_path: Path, caplog
     assert "not finite" in caplog.text
 
 
+class Breaking(Line):
+    """From step `when` on, until step `until`, no gradient is finite."""
+
+    def __init__(self, when: int, until: int = 10**9) -> None:
+        super().__init__()
+        self.when, self.until = when, until
+
+    def losses(self, batch: Batch, rng: np.random.Generator, step: int) -> dict[str, Tensor]:
+        """The squared error, or no number."""
+        error = super().losses(batch, rng, step)["error"]
+        return {"error": error * float("nan") if self.when <= step < self.until else error}
+
+
+def test_a_run_that_learns_nothing_more_ends(tmp_path: Path) -> None:
+    """After so many steps in a row without a finite gradient, with what to do, and without a checkpoint of them."""
+    task = Breaking(10)
+    run = Run(task, POINTS, SCHEDULE)
+    with pytest.raises(DivergedError, match=r"(?s)20 steps .*weights are still finite.*lower schedule\.lr"):
+        list(train(run, tmp_path, keeping=Keeping(steps=10)))
+
+    assert run.step == 10 + PATIENCE - 1
+    assert task.saved == []
+    assert checkpoints.read_state(checkpoints.checkpoints(tmp_path)[-1])["step"] == 20
+
+
+def test_steps_without_a_gradient_now_and_then_do_not_end_a_run(tmp_path: Path) -> None:
+    """Only those in a row count; their norm is told, and is in no mean."""
+    run = Run(Breaking(10, 10 + PATIENCE - 1), POINTS, SCHEDULE)
+    records = list(train(run, tmp_path))
+
+    assert run.step == 60
+    assert [not np.isfinite(record.grad_norm) for record in records].count(True) == PATIENCE - 1
+    assert all(np.isfinite(row[GRAD_NORM]) for row in run.curve)
+
+
+def test_the_curve_has_the_gradient_norm(tmp_path: Path) -> None:
+    """Before it is clipped; it is no part of the loss."""
+    records = list(train(Run(Line(), POINTS, replace(SCHEDULE, max_grad_norm=1e-3)), tmp_path))
+    with (tmp_path / CURVE_NAME).open() as file:
+        row = next(csv.DictReader(file))
+
+    assert float(row["grad_norm"]) == pytest.approx(np.mean([record.grad_norm for record in records[:20]]))
+    assert float(row["grad_norm"]) > 1e-3
+    assert float(row["loss"]) == pytest.approx(float(row["error"]))
+
+
+def test_means_never_add_terms_of_different_steps() -> None:
+    """Where networks take turns, the loss is the mean of the steps' own."""
+    found = means([{"a": 1.0, GRAD_NORM: 2.0}, {"b": 10.0, GRAD_NORM: float("inf")}, {"a": 3.0, "c": 2.0}])
+
+    assert found == {"loss": pytest.approx(16 / 3), "a": 2.0, GRAD_NORM: 2.0, "b": 10.0, "c": 2.0}
+    assert means([]) == {}
+
+
+HELD_OUT = Drawn(draw_points, seed=2)
+
+
+def test_validation_losses_are_of_the_averaged_weights_and_fixed_samples(tmp_path: Path) -> None:
+    """They fall, are the same for the same weights, go to a file, and leave the run as it was."""
+    plain, shown = Line(), Line()
+    list(train(Run(plain, POINTS, SCHEDULE), tmp_path / "plain"))
+    run = Run(shown, POINTS, replace(SCHEDULE, validate_every=25), held_out=HELD_OUT)
+    records = list(train(run, tmp_path / "shown"))
+    with (tmp_path / "shown" / "validation.csv").open() as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    told = [record.validation for record in records if record.validation is not None]
+    now = run.validate()
+
+    assert shown.saved == plain.saved
+    assert [row["step"] for row in rows] == [25, 50, 60]
+    assert [row["loss"] for row in rows] == [each["loss"] for each in told]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert now == told[-1]  # the averaged weights are what was put into the networks at the end
+
+
+def test_validation_goes_on_where_a_run_is_taken_up(tmp_path: Path) -> None:
+    """The rows before are kept, and those after are what they would have been."""
+    schedule = replace(SCHEDULE, validate_every=10)
+    whole = Run(Line(), POINTS, schedule, held_out=HELD_OUT)
+    list(train(whole, tmp_path / "whole"))
+    first = Run(Line(), POINTS, schedule, held_out=HELD_OUT)
+    for record in train(first, tmp_path / "parts"):
+        first.stop = record.step == 34
+    second = Run(Line(), POINTS, schedule, held_out=HELD_OUT)
+    second.resume(tmp_path / "parts")
+    list(train(second, tmp_path / "parts"))
+
+    assert second.validation == whole.validation
+
+
+def test_each_turn_is_validated(tmp_path: Path) -> None:
+    """The terms of all networks that take turns, on all samples."""
+    schedule = Schedule(steps=4, batch_size=8, lr=0.1, precision="no", validate_every=2)
+    run = Run(Duel(), POINTS, schedule, held_out=HELD_OUT)
+    list(train(run, tmp_path))
+
+    assert [set(row) for row in run.validation] == [{"step", "loss", "a", "b"}] * 2
+    assert run.validation[0]["a"] == run.validation[0]["b"]  # one and the same output
+
+
+@pytest.mark.parametrize(
+    ("keeping", "steps"),
+    [
+        (Keeping(steps=20), [40, 60]),
+        (Keeping(steps=25, keep=5), [25, 50, 60]),
+        (Keeping(seconds=1e6, keep=5), [60]),
+        (Keeping(), [60]),
+    ],
+)
+def test_checkpoints_come_and_stay_as_told(tmp_path: Path, keeping: Keeping, steps: list[int]) -> None:
+    """Every so many steps, or seconds, and at the end; the newest stay."""
+    list(train(Run(Line(), POINTS, SCHEDULE), tmp_path, keeping=keeping))
+
+    assert [checkpoints.read_state(path)["step"] for path in checkpoints.checkpoints(tmp_path)] == steps
+
+
+def test_checkpoints_that_take_long_come_less_often() -> None:
+    """Unless an interval was given, they take a twentieth of the time at most."""
+    keeping = Keeping()
+
+    assert keeping.is_due(step=1, since_s=121, last_took_s=1)
+    assert not keeping.is_due(step=1, since_s=599, last_took_s=30)
+    assert keeping.is_due(step=1, since_s=600, last_took_s=30)
+    assert Keeping(seconds=60).is_due(step=1, since_s=60, last_took_s=30)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"seconds": 1, "steps": 1}, "give one of them"),
+        ({"keep": 0}, "keep is 0; it must be in"),
+        ({"steps": 0}, "steps is 0; it must be in"),
+    ],
+)
+def test_checkpoints_that_cannot_be_are_refused(given: dict[str, int], message: str) -> None:
+    """The message names what is wrong."""
+    with pytest.raises(ValueError, match=message):
+        Keeping(**given)
+
+
+class Written(Line):
+    """Writes its weights."""
+
+    def save(self, directory: Path) -> None:
+        """One number."""
+        directory.mkdir(parents=True)
+        (directory / "weight.json").write_text(json.dumps(float(self.linear.weight.detach())))
+
+
+def test_a_checkpoint_is_exported_as_if_the_run_ended_there(tmp_path: Path) -> None:
+    """The same averaged weights as those of a run of so many steps; the run goes on as if nothing had been."""
+    constant = replace(SCHEDULE, decay="constant")
+    list(train(Run(Written(), POINTS, constant), tmp_path / "long", keeping=Keeping(steps=30)))
+    list(train(Run(Written(), POINTS, replace(constant, steps=30)), tmp_path / "short"))
+    checkpoint = checkpoints.at_step(tmp_path / "long", 30)
+    done = Run(Written(), POINTS, constant).export(checkpoint, tmp_path / "exported")
+    read = [json.loads((tmp_path / name / "weight.json").read_text()) for name in ("exported", "short", "long")]
+
+    assert done == 30
+    assert read[0] == read[1] != read[2]
+    with pytest.raises(ValueError, match="exported has files already; choose a folder that is empty"):
+        Run(Written(), POINTS, constant).export(checkpoint, tmp_path / "exported")
+    with pytest.raises(ValueError, match=r"no checkpoint of step 31; choose one of 30, 60"):
+        checkpoints.at_step(tmp_path / "long", 31)
+    with pytest.raises(ValueError, match="there is no checkpoint in"):
+        checkpoints.at_step(tmp_path, None)
+
+
+def test_a_run_of_an_older_version_is_taken_up(tmp_path: Path) -> None:
+    """Its state knows nothing of validation and of gradient norms."""
+    first = Run(Line(), POINTS, SCHEDULE)
+    for record in train(first, tmp_path):
+        first.stop = record.step == 29
+    path = checkpoints.latest(tmp_path)
+    assert path is not None
+    state = checkpoints.read_state(path)
+    del state["validation"], state["schedule"]["validate_every"]
+    state["pending"] = [{"error": row["error"]} for row in state["pending"]]
+    (path / "state.json").write_text(json.dumps(state))
+    second = Run(Line(), POINTS, SCHEDULE)
+
+    assert second.resume(tmp_path)
+    list(train(second, tmp_path))
+    assert [row["step"] for row in second.curve] == [20, 40, 60]
+
+
 def test_previews_show_the_averaged_weights_and_leave_the_run_as_it_was(tmp_path: Path) -> None:
     """An image every few steps, also in the last; with and without previews the run learns the same."""
     plain, shown = Line(), Line()
@@ -376,7 +564,7 @@ def test_schedules_that_cannot_be_are_refused(change: dict[str, object], message
 def test_half_precision_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """float16 without its scaler would be no float16 at all."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=r"fp16, which needs a GPU; give --set schedule\.precision=bf16"):
+    with pytest.raises(ValueError, match=r"fp16, which needs a GPU; give --precision auto, or bf16, or no"):
         make_accelerator("fp16")
 
 

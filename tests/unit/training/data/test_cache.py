@@ -114,6 +114,20 @@ def test_networks_stay_where_they_are(pipelines: Callable[[str], Path], tmp_path
     assert [type(network).__name__ for network in with_cache.frozen] == ["UNet2DConditionModel"]
 
 
+def test_validation_pictures_are_encoded_beside_a_cache(pipelines: Callable[[str], Path], tmp_path: Path) -> None:
+    """They are in no cache, and give the losses that they give without one."""
+    spec, held_out = write_pictures(tmp_path / "pictures", COUNT), write_pictures(tmp_path / "held-out", 4)
+    assert fill("sd-distill", settings(pipelines("sd1"), spec, tmp_path / "cache")).exit_code == 0
+    found = []
+    for cache in ([], [f"data.cache={tmp_path / 'cache'}"]):
+        recipe = small_recipe("sd-distill", pipelines("sd1"), spec, f"data.validation={held_out}", *cache)
+        task, _ = recipe.build(tmp_path)
+        batch = next(recipe.held_out(tmp_path).batches(batch_size=4, start=0, rank=0, workers=1))
+        found.append({name: float(loss) for name, loss in task.losses(batch, np.random.default_rng(0), 0).items()})
+
+    assert found[0] == pytest.approx(found[1])
+
+
 @pytest.fixture
 def made(pipelines: Callable[[str], Path], tmp_path: Path) -> tuple[Path, str, Path]:
     """A pipeline, pictures, and their cache."""

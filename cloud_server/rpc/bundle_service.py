@@ -31,6 +31,8 @@ class Bundle:
     folder: Path
     files: tuple[BundleFile, ...]
     """The manifest first."""
+    max_timestep: float | None = None
+    """The highest that it has a U-Net for; None: all."""
 
     def info(self) -> denoising_service_pb2.BundleInfo:
         """Returns the bundle as `GetCapabilities` lists it."""
@@ -40,7 +42,9 @@ class Bundle:
             )
             for file in self.files
         ]
-        return denoising_service_pb2.BundleInfo(name=self.name, latent_space=self.latent_space, files=files)
+        return denoising_service_pb2.BundleInfo(
+            name=self.name, latent_space=self.latent_space, files=files, max_timestep=self.max_timestep
+        )
 
 
 def load_bundle(folder: Path) -> Bundle:
@@ -63,6 +67,7 @@ def load_bundle(folder: Path) -> Bundle:
         latent_space=manifest.latent_space,
         folder=folder,
         files=(describe_file(folder, MANIFEST_NAME), *files.values()),
+        max_timestep=manifest.highest_timestep,
     )
 
 

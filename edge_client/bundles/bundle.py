@@ -21,6 +21,7 @@ class Bundle:
     folder: Path
     manifest: Manifest
     _raw_plans: dict[str, Any] | None = field(default=None, repr=False)
+    _least: dict[str, dict[int, int]] | None = field(default=None, repr=False)
 
     def _plans(self) -> dict[str, Any]:
         if self._raw_plans is None:
@@ -48,6 +49,35 @@ class Bundle:
         for scheduler, steps_list in steps_of.items():
             groups.setdefault(", ".join(steps_list), []).append(scheduler)
         return "; ".join(f"{', '.join(schedulers)} in {steps} steps" for steps, schedulers in groups.items())
+
+    def least_cloud_steps(self) -> dict[str, dict[int, int]]:
+        """Returns for each scheduler and number of steps with a plan after how many cloud steps the edge can draw.
+
+        That is 0 but for U-Nets that are trained for low noise levels only (`Manifest.max_timestep`).
+        """
+        if self._least is None:
+            limit, found = self.manifest.highest_timestep, dict[str, dict[int, int]]()
+            for name in self.plan_names():
+                scheduler, _, steps = name.partition("/")
+                plan = None if limit is None else self.find_plan(scheduler, int(steps))
+                least = 0 if plan is None or limit is None else plan.first_step_within(limit)
+                found.setdefault(scheduler, {})[int(steps)] = least
+            self._least = {scheduler: dict(sorted(each.items())) for scheduler, each in found.items()}
+        return self._least
+
+    def describe_levels(self) -> str:
+        """Returns for people from which noise level on the U-Net draws; empty where that is all."""
+        manifest = self.manifest
+        if manifest.max_timestep is None:
+            return ""
+        trained = f"unet is trained for timesteps up to {manifest.max_timestep:g}; "
+        if manifest.highest_timestep is None:
+            return trained + "unet_high_noise draws those above"
+        defaults = manifest.defaults
+        steps = defaults.num_inference_steps
+        least = self.least_cloud_steps().get(defaults.scheduler, {}).get(steps)
+        many = "" if least is None else f": {least} or more of {steps} steps of {defaults.scheduler}"
+        return f"{trained}the cloud draws those above{many}"
 
     def find_plan(self, scheduler: str, num_inference_steps: int, begin_step: int = 0) -> Plan | None:
         """Returns a plan of the bundle, or None; above 0 for the steps from `begin_step` on, begun afresh."""

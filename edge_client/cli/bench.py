@@ -20,8 +20,10 @@ from edge_client.cli.open_parts import open_bundle, open_cloud
 from edge_client.cli.shared_options import CONTEXT, SERVER_ACCESS, model_options, server_options
 from edge_client.cli.system_info import describe_machine
 from edge_client.cloud.pool import Pool
+from edge_client.generation.components import Components
 from edge_client.generation.energy import Account
 from edge_client.generation.events import Finished, StepDone
+from edge_client.generation.levels import fit_levels
 from edge_client.generation.pipeline import generate
 from edge_client.generation.resolve import resolve
 from edge_client.generation.result import Result
@@ -79,7 +81,8 @@ def bench(**options: Any) -> None:
     }
     request = Request(**fields, num_inference_steps=options["steps"], fallback=options["mode"] == "auto")
     check_cloud_options(click.get_current_context(), request)
-    resolved = resolve(request, bundle.manifest)
+    components = Components(bundle=bundle, models=models, others={}, cloud=None)
+    resolved = fit_levels(resolve(request, bundle.manifest), components)
     account = read_account(options, models)
     runs, energies, steps_by = [], [], Counter[str]()
     with ExitStack() as stack:

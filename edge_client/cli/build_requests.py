@@ -1,6 +1,7 @@
 """The options of `hybridsd generate` as requests, and a name for each image."""
 
 import secrets
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,21 @@ def _of_those_run(cloud_steps: int, steps: int, given: ImageInput) -> int:
             f"--cloud-steps is {cloud_steps}, but there are {steps} steps; choose 0 to {steps}", field="cloud_steps"
         )
     return round(cloud_steps / steps * int(steps * given.strength)) if 0 < given.strength <= 1 else cloud_steps
+
+
+def as_asked(options: dict[str, Any], manifest: Manifest, request: Request) -> Callable[[int], int]:
+    """Returns what --cloud-steps is for some cloud steps of a request: with --image it counts those left out, too."""
+    given, image = _split(options), request.image_input
+    steps = given[1] or manifest.defaults.num_inference_steps
+    if image is None:
+        return lambda cloud_steps: cloud_steps
+
+    def find(cloud_steps: int) -> int:
+        candidates = [each for each in range(steps + 1) if _of_those_run(each, steps, image) >= cloud_steps]
+        is_given = given[0] in candidates and cloud_steps == request.cloud_steps
+        return given[0] if is_given and given[0] is not None else min(candidates, default=steps)
+
+    return find
 
 
 def _mode(name: str) -> Mode:

@@ -40,6 +40,8 @@ def inspect(bundle_name: str | None, as_json: bool) -> None:
         f"in the cloud, guidance {defaults.guidance_scale:g}, {defaults.width}x{defaults.height}"
     )
     click.echo(f"  plans         {opened.describe_plans()}")
+    if manifest.max_timestep is not None:
+        click.echo(f"  noise levels  {opened.describe_levels()}")
     for role, file in manifest.files.items():
         count = manifest.num_parameters.get(role)
         size = f"{file.size_bytes / 2**20:.2f} MiB"
@@ -73,12 +75,15 @@ def verify(bundle_name: str | None) -> None:
 def fetch(name: str | None, into: Path | None, server: str, **access: Any) -> None:
     """Gets a bundle from the cloud; without NAME lists those there are. A broken download is resumed."""
     with open_cloud(server, **access) as cloud:
-        offered = cloud.capabilities().bundles
+        found = cloud.capabilities()
+        offered = found.bundles
         if name is None:
             if not offered:
                 click.echo(f"{server} offers no bundles; its operator names them with --bundle", err=True)
             for key, files in offered.items():
-                click.echo(f"{key}  {sum(file.size_bytes for file in files) / 2**20:.1f} MiB")
+                most = found.max_timesteps.get(key)
+                levels = "" if most is None else f", draws timesteps up to {most:g}; the cloud those above"
+                click.echo(f"{key}  {sum(file.size_bytes for file in files) / 2**20:.1f} MiB{levels}")
             return
         if name not in offered:
             listed = ", ".join(offered) or "none"

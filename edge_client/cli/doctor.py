@@ -125,6 +125,8 @@ def check_device(bundle: Bundle, **options: Any) -> Iterator[Check]:
         yield Check("plans", True, bundle.describe_plans())
     else:
         yield Check("plans", False, f"the default {default} is missing; export the bundle again", 3)
+    if manifest.max_timestep is not None:
+        yield Check("levels", True, bundle.describe_levels())
     conditioning, _ = models.encode_pair("a test", "" if models.takes_negative else None)
     cell = manifest.vae_scale_factor
     shape = (manifest.latent_channels, manifest.defaults.height // cell, manifest.defaults.width // cell)
@@ -132,6 +134,11 @@ def check_device(bundle: Bundle, **options: Any) -> Iterator[Check]:
     plan = bundle.find_plan(manifest.defaults.scheduler, manifest.defaults.num_inference_steps)
     timestep = 500.0 if plan is None else plan.rows[0].timestep
     fed = latents if plan is None else unet_input(plan.rows[0], [np.float32(plan.init_noise_sigma) * latents])
+    if manifest.unet_role(timestep) != "unet":
+        high = models.predict_noise(fed, timestep, conditioning, guidance_scale=2.0)
+        timestep = 0.0
+    else:
+        high = fed
     begin = time.perf_counter()
     predicted = models.predict_noise(fed, timestep, conditioning, guidance_scale=2.0)
     step_s = time.perf_counter() - begin
@@ -143,6 +150,7 @@ def check_device(bundle: Bundle, **options: Any) -> Iterator[Check]:
         for what, array, right in (
             ("text encoder", conditioning.prompt_embeds, (manifest.context_length, manifest.embed_dim)),
             ("U-Net", predicted, shape),
+            ("U-Net for high noise levels", high, shape),
             ("decoder", image, expected),
         )
         if array.shape != right or not np.isfinite(array).all()

@@ -12,7 +12,7 @@ import click
 
 from edge_client.bundles.bundle import Bundle
 from edge_client.cli import output_files
-from edge_client.cli.build_requests import read_goals, read_requests
+from edge_client.cli.build_requests import as_asked, read_goals, read_requests
 from edge_client.cli.energy_options import read_account
 from edge_client.cli.generate_options import generate_options
 from edge_client.cli.open_parts import open_bundle, open_cloud, open_edge_models, wait_for_server
@@ -24,8 +24,10 @@ from edge_client.cli.side_outputs import SideOutputs, read_side_outputs
 from edge_client.cli.words import in_options
 from edge_client.cloud.pool import Pool
 from edge_client.generation.cloud_steps import Advisor
+from edge_client.generation.components import Components
 from edge_client.generation.energy import Account
 from edge_client.generation.events import Finished, StepDone
+from edge_client.generation.levels import fit_levels
 from edge_client.generation.pipeline import generate as run_pipeline
 from edge_client.generation.resolve import resolve
 from edge_client.generation.result import Result
@@ -83,7 +85,11 @@ def _generate(ctx: click.Context, options: dict[str, Any], done: list[dict[str, 
         requests = [replace(request, cloud_steps=split.choice.cloud_steps) for request in requests]
         if options["explain_split"] and not options["quiet"]:
             click.echo(explain(split.choice), err=True)
-    resolved = [resolve(request, bundle.manifest) for request in requests]
+    components = Components(bundle=bundle, models=models, others=others, cloud=None)
+    resolved = [
+        fit_levels(resolve(request, bundle.manifest), components, as_asked=as_asked(options, bundle.manifest, request))
+        for request in requests
+    ]
     paths = output_files.choose(options["output"], names, overwrite=options["overwrite"])
     side_outputs = read_side_outputs(options, resolved, paths)
     if STDOUT in paths:

@@ -212,6 +212,10 @@ def _summary(result: Result) -> str:
         parts.append(f"cloud {num_cloud} steps{where}{kept} {cloud_s:.2f} s, {kib:.0f} KiB")
     if num_edge:
         parts.append(f"edge {num_edge} steps {edge_s:.2f} s")
+    if result.high_noise_steps:
+        parts.append(f"{result.high_noise_steps} of them by unet_high_noise")
+    if result.untrained_steps:
+        parts.append(f"{result.untrained_steps} of them above the noise level that its U-Net is trained for")
     if result.safety.action != "off":
         parts.append("safety checker: " + ("flagged" if result.safety.flagged else "not flagged"))
     parts.append(f"decode {result.decode_s:.2f} s")

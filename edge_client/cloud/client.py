@@ -376,6 +376,11 @@ class Cloud:
             server_version=printable(reply.server_version),
             models=models,
             bundles=bundles,
+            max_timesteps={
+                printable(bundle.name): bundle.max_timestep
+                for bundle in reply.bundles
+                if bundle.HasField("max_timestep")
+            },
             num_running=max(0, reply.load.num_running),
             num_queued=max(0, reply.load.num_queued),
             call_s=max(0.0, to_seconds(reply.load.call_duration)),

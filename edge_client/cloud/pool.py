@@ -495,10 +495,12 @@ class Pool:
             return answers[0]
         models: dict[str, CloudModel] = {}
         bundles: dict[str, tuple[BundleFile, ...]] = {}
+        max_timesteps: dict[str, float] = {}
         for each in answers:
             for model in each.models:
                 known = models.setdefault(model.id, model)
                 models[model.id] = replace(known, loras=tuple(dict.fromkeys((*known.loras, *model.loras))))
+            max_timesteps |= {name: most for name, most in each.max_timesteps.items() if name not in bundles}
             bundles = {**each.bundles, **bundles}
         waits = [each.wait_s for each in answers]
         sizes = [each.max_size for each in answers]
@@ -506,6 +508,7 @@ class Pool:
             server_version=", ".join(dict.fromkeys(each.server_version for each in answers)),
             models=tuple(models.values()),
             bundles=bundles,
+            max_timesteps=max_timesteps,
             num_running=sum(each.num_running for each in answers),
             num_queued=sum(each.num_queued for each in answers),
             call_s=min((each.call_s for each in answers if each.call_s), default=0.0),

@@ -1,8 +1,8 @@
 """What the edge and the cloud talk about, in our own types; `conversion` turns them into messages."""
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from edge_client.request import Request, Resolved, Stage, TimestepSchedule
 from edge_client.types import Conditioning, Latents
@@ -129,6 +129,8 @@ class Capabilities:
     min_size: int = 0
     max_size: int = 0
     """Least and largest width and height in pixels; 0 where it does not say."""
+    max_timesteps: Mapping[str, float] = field(default_factory=dict)
+    """By bundle the highest timestep that it has a U-Net for; absent: all."""
     wait_s: float | None = None
     """How long a new job of this caller would wait there; None from a server that does not say."""
 

@@ -7,8 +7,9 @@ from edge_client.bundles.bundle import Bundle
 from edge_client.cloud.pool import Pool
 from edge_client.cloud.types import CLOUD_FAILURES
 from edge_client.inference.models import Models
-from edge_client.request import Resolved, Stage
+from edge_client.request import Resolved, Stage, TimestepSchedule
 from hybridsd.errors import Reason
+from hybridsd.plan import Plan
 
 
 @dataclass(kw_only=True, slots=True)
@@ -49,6 +50,10 @@ class Components:
                 "without guidance there is nothing to draw away from; leave the negative prompt out",
                 field="negative_prompt",
             )
+
+    def bundle_plan(self, schedule: TimestepSchedule) -> Plan | None:
+        """Returns the bundle's own plan of a schedule; None where it has none."""
+        return self.bundle.find_plan(schedule.scheduler, schedule.num_inference_steps, schedule.begin_step)
 
     def edge_models(self, stage: Stage) -> Models:
         """Returns the edge models that a stage names."""

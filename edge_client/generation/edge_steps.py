@@ -79,8 +79,13 @@ def run_edge_stage(stage: Stage, trajectory: Trajectory, components: Components)
         for done in advances:
             elapsed_s = time.perf_counter() - last
             state = tuple(array.astype(np.float32, copy=False) for array in done.state)
-            trajectory.tally.count(models.manifest, "unet", cells, rows)
-            yield trajectory.record(plan, done.call, "edge", elapsed_s, state, done.x0_preview)
+            timestep = plan.rows[done.call - 1].timestep
+            unet = models.manifest.unet_role(timestep)
+            trajectory.tally.count(models.manifest, unet, cells, rows)
+            yield trajectory.record(
+                plan, done.call, "edge", elapsed_s, state, done.x0_preview,
+                unet=unet, is_trained=models.manifest.is_trained_for(timestep),
+            )  # fmt: skip
             last = time.perf_counter()
 
 

@@ -76,6 +76,8 @@ class Fallback:
     """Steps that it did run."""
     reason: Reason
     message: str
+    untrained_steps: int = 0
+    """Of the steps that the edge now draws those above the noise level that its U-Net is trained for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

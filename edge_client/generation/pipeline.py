@@ -17,8 +17,9 @@ from edge_client.generation.components import Components
 from edge_client.generation.edge_steps import encode_text, run_edge_stage
 from edge_client.generation.energy import Account, Tally
 from edge_client.generation.events import Event, Finished
+from edge_client.generation.levels import count_untrained, fit_levels
 from edge_client.generation.result import Result, SafetyReport
-from edge_client.generation.schedules import enter_schedule, start_from_image
+from edge_client.generation.schedules import enter_schedule, foresee_plan, start_from_image
 from edge_client.generation.trajectory import Trajectory
 from edge_client.images.pixels import composite, resize, to_u8
 from edge_client.inference.models import Models
@@ -92,6 +93,9 @@ def _generate(
     request = resolved.request
     pool = None if cloud is None else Pool.of(cloud)
     components = Components(bundle=bundle, models=models, others=others, cloud=pool)
+    resolved = fit_levels(
+        resolved, components, lambda schedule: foresee_plan(schedule, components, resolved.request.model)
+    )
     trajectory = Trajectory.start(resolved, bundle.manifest.prediction_type)
     trajectory.tally = tally
     yield trajectory.planned()
@@ -118,7 +122,10 @@ def _generate(
         if verdict.flagged and request.safety == "blank":
             image_u8 = np.zeros_like(image_u8)
     elapsed_s = time.perf_counter() - begin
-    yield Finished(result=trajectory.result(bundle.manifest.name, image_u8, safety, decode_s, elapsed_s))
+    result = trajectory.result(bundle.manifest.name, image_u8, safety, decode_s, elapsed_s)
+    if "unet_high_noise" in models.manifest.files and not result.high_noise_steps:  # nor may the next image need it
+        models.release("unet_high_noise")
+    yield Finished(result=result)
 
 
 def _run_stages(
@@ -154,7 +161,8 @@ def _run_stages(
             except CLOUD_FAILURES as error:
                 if not request.fallback:
                     raise
-                yield trajectory.fall_back(error)
+                untrained_steps = _untrained_ahead(stages[-1], handoff_step, pending, trajectory, components)
+                yield trajectory.fall_back(error, untrained_steps=untrained_steps)
         if trajectory.lost is not None or trajectory.early_handoff_reason:
             _resume_on_edge(stages[-1], handoff_step, pending, trajectory, components)
 
@@ -172,16 +180,39 @@ def _resume_on_edge(
     stage: Stage, handoff_step: int, pending: list[Stage], trajectory: Trajectory, components: Components
 ) -> None:
     """Puts what the cloud was to run up to `handoff_step` before the stages that are the edge's anyway."""
-    if pending and pending[0].begins_schedule and pending[0].place == "edge":
-        return  # it enters its schedule at the level that was reached
-    follower = next((each for each in pending if each.place == "edge"), replace(stage, place="edge", model=""))
-    rest = replace(follower, schedule=stage.schedule, begins_schedule=False, steps=handoff_step - trajectory.step)
+    if _enters_own(pending):
+        return
+    rest = _rest(stage, handoff_step, pending, trajectory)
     if components.guidance(rest) == "embedded" and stage.schedule.scheduler != "lcm":
         defaults = components.edge_models(rest).manifest.defaults  # it cannot follow this plan, so it enters its own
         own = TimestepSchedule(scheduler=defaults.scheduler, num_inference_steps=defaults.num_inference_steps)
         pending[:] = [replace(rest, steps=None, schedule=own, begins_schedule=True)]
     elif rest.steps:
         pending.insert(0, rest)
+
+
+def _enters_own(pending: Sequence[Stage]) -> bool:
+    """Whether the edge enters a schedule of its own next, at the level that was reached."""
+    return bool(pending) and pending[0].begins_schedule and pending[0].place == "edge"
+
+
+def _rest(stage: Stage, handoff_step: int, pending: Sequence[Stage], trajectory: Trajectory) -> Stage:
+    """Returns what is left of a stage of the cloud, as one of the edge model that would have followed."""
+    follower = next((each for each in pending if each.place == "edge"), replace(stage, place="edge", model=""))
+    return replace(follower, schedule=stage.schedule, begins_schedule=False, steps=handoff_step - trajectory.step)
+
+
+def _untrained_ahead(
+    stage: Stage, handoff_step: int, pending: Sequence[Stage], trajectory: Trajectory, components: Components
+) -> int:
+    """Returns how many steps up to `handoff_step` the edge is not trained for; 0 where their plan is not known yet."""
+    rest = _rest(stage, handoff_step, pending, trajectory)
+    plan = trajectory.plan or components.bundle_plan(stage.schedule)
+    is_other = components.guidance(rest) == "embedded" and stage.schedule.scheduler != "lcm"
+    if plan is None or is_other or _enters_own(pending):
+        return 0
+    rows = plan.rows[trajectory.call : plan.first_call(handoff_step)]
+    return count_untrained(rows, components.edge_models(rest).manifest)
 
 
 def _warm_up(models: Models) -> None:

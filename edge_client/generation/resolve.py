@@ -358,6 +358,18 @@ def _cloud_steps(request: Request, steps: int, default_share: float) -> int:
     return min(max(round(default_share * steps), 0), steps)
 
 
+def with_cloud_steps(resolved: Resolved, cloud_steps: int) -> Resolved:
+    """Returns a request of a plain split with another number of cloud steps."""
+    request, first = resolved.request, resolved.stages[0]
+    saved = request.resume
+    stages = _two_stages(
+        request, first.schedule, cloud_steps, first.guidance_scale,
+        first_step=0 if saved is None else saved.plan.step_at(saved.call),
+    )  # fmt: skip
+    mode = _mode(stages) if saved is None else _mode_of(cloud_steps, resolved.num_inference_steps)
+    return replace(resolved, mode=mode, cloud_steps=cloud_steps, stages=stages)
+
+
 def _mode(stages: tuple[Stage, ...]) -> Mode:
     places = {stage.place for stage in stages}
     return "hybrid" if len(places) == 2 else "cloud" if places == {"cloud"} else "edge"

@@ -19,6 +19,10 @@ class StepRecord:
     call: int
     place: Place
     elapsed_s: float
+    unet: str = "unet"
+    """The role of the U-Net in the bundle, of a step of the edge."""
+    is_trained: bool = True
+    """False where the edge's U-Net is not trained for the noise level of the call."""
 
 
 def count_cloud_steps(steps: Iterable[StepRecord], first_step: int, plan: Plan) -> int:
@@ -125,6 +129,16 @@ class Result:
     """Which clouds were asked, one after another, and what each ran."""
     drawn_size: tuple[int, int] | None = None
     """Width and height that were drawn, before the image was resized; None if it was not."""
+
+    @property
+    def high_noise_steps(self) -> int:
+        """Steps that the bundle's U-Net for high noise levels drew, or began."""
+        return len({record.step for record in self.steps if record.unet == "unet_high_noise"})
+
+    @property
+    def untrained_steps(self) -> int:
+        """Steps that the edge drew above the noise level that its U-Net is trained for: the cloud was lost there."""
+        return len({record.step for record in self.steps if not record.is_trained})
 
     @property
     def trace_id(self) -> str:

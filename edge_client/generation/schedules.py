@@ -17,27 +17,47 @@ from hybridsd.plan import Plan
 
 def find_plan(schedule: TimestepSchedule, trajectory: Trajectory, components: Components) -> Plan:
     """Returns the plan of a schedule: the bundle's, or one that the cloud compiles."""
-    bundle, cloud, lost = components.bundle, components.cloud, trajectory.lost
-    wanted = (schedule.scheduler, schedule.num_inference_steps, schedule.begin_step)
-    found = bundle.find_plan(*wanted)
+    lost = trajectory.lost
+    found = components.bundle_plan(schedule)
     if found is not None:
         return found
-    if cloud is not None and cloud.away is None and lost is None:
+    if lost is None:
         try:
-            model = _plan_model(cloud, bundle.manifest, trajectory.resolved.request.model, bundle.describe_plans())
-            return cloud.compile_plan(model, *wanted, prediction_type=bundle.manifest.prediction_type)
+            compiled = _compile(schedule, components, trajectory.resolved.request.model)
+            if compiled is not None:
+                return compiled
         except HybridSDError as error:
             if not isinstance(error, CLOUD_FAILURES) and not trajectory.steps:
                 raise  # a refusal must not cost what has been drawn
             lost = error
     try:
-        return bundle.plan(*wanted)
+        return components.bundle.plan(schedule.scheduler, schedule.num_inference_steps, schedule.begin_step)
     except HybridSDError as error:
         if lost is None:
             raise
         raise type(error)(
             error.reason, f"{error.message} (the cloud is no help: {lost.message})", field=error.field
         ) from lost
+
+
+def foresee_plan(schedule: TimestepSchedule, components: Components, model: str) -> Plan | None:
+    """Returns the plan that a schedule will have, before anything is begun; None where nobody can say now."""
+    try:
+        return components.bundle_plan(schedule) or _compile(schedule, components, model)
+    except HybridSDError:  # it is raised again when the plan is needed
+        return None
+
+
+def _compile(schedule: TimestepSchedule, components: Components, model: str) -> Plan | None:
+    """Has the cloud compile a plan; None where there is none to ask."""
+    bundle, cloud = components.bundle, components.cloud
+    if cloud is None or cloud.away is not None:
+        return None
+    return cloud.compile_plan(
+        _plan_model(cloud, bundle.manifest, model, bundle.describe_plans()),
+        schedule.scheduler, schedule.num_inference_steps, schedule.begin_step,
+        prediction_type=bundle.manifest.prediction_type,
+    )  # fmt: skip
 
 
 def _plan_model(cloud: Pool, manifest: Manifest, preferred: str, plans: str) -> str:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edge_client.cloud.types import CloudStarted, Queued, Waiting
 from edge_client.generation.events import EarlyHandoff, Event, Failover, Fallback, Finished, Planned, Retrying, StepDone
-from edge_client.generation.result import Result
+from edge_client.generation.result import Result, StepRecord
 from edge_client.request import Request
 from edge_client.types import ImageInput
 from hybridsd import schedulers
@@ -25,7 +25,7 @@ _REST_FIELDS = (
     "prompt", "negative_prompt", "seed", "image_index", "width", "height", "scheduler", "num_inference_steps",
     "begin_step", "guidance_scale", "mode", "cloud_model", "edge_model", "planned_cloud_steps", "actual_cloud_steps",
     "reused_cloud_steps", "reuse_similarity", "fallback_message", "early_handoff_reason", "received_bytes",
-    "num_dropped_tokens", "decode_s", "elapsed_s", "trace_id",
+    "num_dropped_tokens", "untrained_steps", "high_noise_steps", "decode_s", "elapsed_s", "trace_id",
 )  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def event_json(event: Event) -> dict[str, Any]:
         case Fallback():
             return {
                 "event": "fallback", "planned": event.planned, "actual": event.actual,
-                "reason": event.reason.name, "message": event.message,
+                "reason": event.reason.name, "message": event.message, "untrained_steps": event.untrained_steps,
             }  # fmt: skip
         case EarlyHandoff():
             return {
@@ -88,10 +88,7 @@ def result_json(result: Result) -> dict[str, Any]:
         "reuse_similarity": result.reuse_similarity,
         "reused_cloud_steps": result.reused_cloud_steps,  # not in files, which are the same without
         "usage": None if result.usage is None else asdict(result.usage),
-        "steps": [
-            {"step": record.step, "call": record.call, "place": record.place, "elapsed_s": round(record.elapsed_s, 6)}
-            for record in result.steps
-        ],
+        "steps": [{**_step_json(record), "elapsed_s": round(record.elapsed_s, 6)} for record in result.steps],
         "decode_s": round(result.decode_s, 6),
         "elapsed_s": round(result.elapsed_s, 6),
         **_taken(result),
@@ -141,7 +138,8 @@ def provenance(result: Result) -> dict[str, Any]:
         "safety_checker": asdict(result.safety),
         "codec": result.codec,
         "plan_digest": result.plan.digest().hex(),
-        "steps": [{"step": record.step, "call": record.call, "place": record.place} for record in result.steps],
+        **_levels_json(result),
+        "steps": [_step_json(record) for record in result.steps],
     }
 
 
@@ -152,8 +150,16 @@ def replay(record: Mapping[str, Any]) -> dict[str, Any]:
         record: Its `provenance`. The image and the mask that it began with, if any, are to be added.
 
     Raises:
-        InvalidRequest: FIELD_INVALID if it began with latents or embeddings of its own, which no request can give.
+        InvalidRequest: FIELD_INVALID if it began with latents or embeddings of its own, which no request can give, or
+            was taken over where the edge's U-Net is not trained, which none may ask for.
     """
+    if record.get("untrained_steps"):
+        raise Reason.FIELD_INVALID.error(
+            f"{record['untrained_steps']} steps of the image were drawn above the noise level that the edge's U-Net is "
+            f"trained for, since the cloud was lost; draw it as planned, with `cloud_steps` "
+            f"{record['handoff']['planned']}",
+            field="cloud_steps",
+        )
     if record["initial_latents"] is not None or record.get("saved_state") is not None:
         raise Reason.FIELD_INVALID.error(
             "the image began with latents from a file; draw it with `load_latents` again", field="initial_latents"
@@ -214,6 +220,7 @@ def parameters(result: Result) -> str:
     }
     if result.fallback_reason is not None:
         fields |= {"Planned cloud steps": result.planned_cloud_steps, "Fallback": result.fallback_reason.name}
+    fields |= {"Untrained steps": result.untrained_steps or None, "High noise steps": result.high_noise_steps or None}
     options = request.text_options
     cuts = options.long_prompt == "truncate" and result.num_dropped_tokens
     fields |= {
@@ -280,6 +287,21 @@ def rest_image(index: int, result: Result) -> dict[str, Any]:
         "flagged": result.safety.flagged,
         "parameters": parameters(result),
     }
+
+
+def _step_json(record: StepRecord) -> dict[str, Any]:
+    """Returns a call with its place; of the edge also which U-Net, where that is another one, or untrained."""
+    return {
+        "step": record.step, "call": record.call, "place": record.place,
+        **({} if record.unet == "unet" else {"unet": record.unet}),
+        **({} if record.is_trained else {"untrained": True}),
+    }  # fmt: skip
+
+
+def _levels_json(result: Result) -> dict[str, Any]:
+    """Returns how many steps were drawn above the noise level that the bundle's U-Net is for; mostly nothing."""
+    counts = {"untrained_steps": result.untrained_steps, "high_noise_steps": result.high_noise_steps}
+    return {name: count for name, count in counts.items() if count}
 
 
 def _taken(result: Result) -> dict[str, Any]:

@@ -111,12 +111,28 @@ class Trajectory:
         self.plan, self.call, self.prediction_type = plan, 0, prediction_type
 
     def record(
-        self, plan: Plan, call: int, place: Place, elapsed_s: float, state: tuple[Latents, ...], x0: Latents | None
+        self,
+        plan: Plan,
+        call: int,
+        place: Place,
+        elapsed_s: float,
+        state: tuple[Latents, ...],
+        x0: Latents | None,
+        *,
+        unet: str = "unet",
+        is_trained: bool = True,
     ) -> StepDone:
         """Notes that the calls before `call` are done, and returns the last of them as an event."""
         done = range(self.call + 1, call + 1)  # the cloud sends a state after some calls only
         self.steps += [
-            StepRecord(step=plan.rows[each - 1].step, call=each, place=place, elapsed_s=elapsed_s / len(done))
+            StepRecord(
+                step=plan.rows[each - 1].step,
+                call=each,
+                place=place,
+                elapsed_s=elapsed_s / len(done),
+                unet=unet,
+                is_trained=is_trained,
+            )
             for each in done
         ]
         self.call, self.state = call, state
@@ -172,15 +188,27 @@ class Trajectory:
         if refused not in self.clouds:  # it may be full again and again
             self.clouds.append(refused)
 
-    def fall_back(self, error: HybridSDError) -> Fallback:
-        """Notes that the cloud failed, and returns that as an event."""
+    def fall_back(self, error: HybridSDError, *, untrained_steps: int = 0) -> Fallback:
+        """Notes that the cloud failed, and returns that as an event.
+
+        Args:
+            error: Of the cloud.
+            untrained_steps: See `Fallback`.
+        """
         message = error.message
         if self.unapplied:
             message += f"; the steps that are drawn here are without adapter {', '.join(self.unapplied)}"
+        if untrained_steps:
+            what = "1 step is" if untrained_steps == 1 else f"{untrained_steps} steps are"
+            message += (
+                f"; {what} drawn here above the noise level that this device's U-Net is trained for, so the image may "
+                "be worse"
+            )
         self.lost = error.reason.error(message)
         return Fallback(
-            planned=self.resolved.planned_cloud_steps, actual=self.cloud_steps, reason=error.reason, message=message
-        )
+            planned=self.resolved.planned_cloud_steps, actual=self.cloud_steps, reason=error.reason, message=message,
+            untrained_steps=untrained_steps,
+        )  # fmt: skip
 
     def final_latents(self) -> Latents:
         """Returns the latents to decode, checked."""

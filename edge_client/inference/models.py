@@ -27,7 +27,7 @@ from hybridsd.errors import HybridSDError, Reason
 from hybridsd.manifest import Manifest
 from hybridsd.prompting import DEFAULT_TEXT, EncodedText, TextOptions
 
-_REDUCED_ROLES = ("unet", "vae_decoder", "vae_encoder")
+_REDUCED_ROLES = ("unet", "unet_high_noise", "vae_decoder", "vae_encoder")
 """What may run in reduced precision. Text and safety run once an image, and their thresholds and digests are exact."""
 _SMALL_SIDE = 8
 """Latent cells of the small input that warms up and tests a provider, at least."""
@@ -117,8 +117,14 @@ class Models:
     def predict_noise(
         self, latents: Latents, timestep: float, conditioning: Conditioning, *, guidance_scale: float
     ) -> Latents:
-        """Runs the U-Net once; see `UNet`."""
-        return self._unet()(latents, timestep, conditioning, guidance_scale=guidance_scale)
+        """Runs the U-Net that the bundle has for the timestep once; see `UNet`."""
+        unet = UNet(self._open(self.manifest.unet_role(timestep)), self.manifest)
+        return unet(latents, timestep, conditioning, guidance_scale=guidance_scale)
+
+    def release(self, role: str) -> None:
+        """Frees the memory of a model; it is loaded again when it is needed."""
+        with self._lock:
+            self._loaded.pop(role, None)
 
     def decode(self, latents: Latents) -> NDArray[np.float32]:
         """Returns an image, `[3, H, W]`, in [-1, 1], of latents as the U-Net sees them, `[C, h, w]`."""
@@ -210,9 +216,6 @@ class Models:
                 self._loaded[role] = network
             return network
 
-    def _unet(self) -> UNet:
-        return UNet(self._open("unet"), self.manifest)
-
     def _load(self, role: str, choice: providers.Choice) -> Network:
         """Loads a file by a choice, or by the CPU when it does not start."""
         file = self.manifest.files.get(role)
@@ -252,14 +255,14 @@ class Models:
             nonlocal reduced
             network = self._load(role, by_cpu if reference else chosen)
             reduced = reduced or any(spec.dtype == np.float16 for spec in network.session.inputs.values())
-            if role == "unet":
+            if role.startswith("unet"):
                 return UNet(network, self.manifest)(latents, 500.0, conditioning, guidance_scale=2.0)
             image: NDArray[np.float32] = network.single(latents=latents[None])[0]
             return image
 
         failure, error = "", math.inf
         try:
-            error = self_test.compare(run)
+            error = self_test.compare(run, [role for role in self_test.ROLES if role in self.manifest.files])
         except HybridSDError as refused:
             if refused.reason is not Reason.INTERNAL:  # the files are at fault, not the provider
                 raise

@@ -13,13 +13,15 @@ _SDXL = {"text_embeds", "time_ids"}
 _PLAIN = {"sample", "timestep", "encoder_hidden_states"}
 _EMBEDDED = _PLAIN | {"guidance_scale"}
 _FUSED = {"sample", "timestep", "prompt_embeds", "negative_prompt_embeds", "guidance_scale"}
+_UNETS = tuple(
+    frozenset(names)
+    for names in (
+        _PLAIN, _EMBEDDED, _FUSED, _PLAIN | _SDXL, _EMBEDDED | _SDXL, _FUSED | _SDXL | {"negative_text_embeds"},
+    )
+)  # fmt: skip
 INPUTS: Mapping[str, tuple[frozenset[str], ...]] = {
-    "unet": tuple(
-        frozenset(names)
-        for names in (
-            _PLAIN, _EMBEDDED, _FUSED, _PLAIN | _SDXL, _EMBEDDED | _SDXL, _FUSED | _SDXL | {"negative_text_embeds"},
-        )
-    ),
+    "unet": _UNETS,
+    "unet_high_noise": _UNETS,
     "text_encoder": (frozenset({"input_ids"}),),
     "text_encoder_2": (frozenset({"input_ids"}),),
     "vae_decoder": (frozenset({"latents"}),),

@@ -37,17 +37,20 @@ class Choice:
         return self.estimate.cloud_steps
 
 
-def choose(num_steps: int, costs: Costs, goals: Goals, curve: Curve) -> Choice:
-    """Returns the split for some goals.
+def choose(num_steps: int, costs: Costs, goals: Goals, curve: Curve, *, least: int = 0) -> Choice:
+    """Returns the split for some goals, with `least` cloud steps or more: before them the edge's U-Net is untrained.
 
-    `max_cloud_steps` always holds. Then: the best quality in time, or the fastest where nothing is in time; of what is
-    left the smallest k that has the quality, or the best there is. Without a goal: the knee of quality per second.
+    `max_cloud_steps` always holds, and is `least` or more. Then: the best quality in time, or the fastest where nothing
+    is in time; of what is left the smallest k that has the quality, or the best there is. Without a goal: the knee of
+    quality per second.
     """
     limit = num_steps if goals.max_cloud_steps is None else min(goals.max_cloud_steps, num_steps)
-    table = tuple(predict(k, num_steps, costs, curve) for k in range(limit + 1))
+    table = tuple(predict(k, num_steps, costs, curve) for k in range(least, limit + 1))
     reasons = [f"quality curve: {curve.source}"]
     if goals.max_cloud_steps is not None:
         reasons.append(f"at most {limit} cloud steps allowed")
+    if least:
+        reasons.append(f"at least {least} cloud steps, for the U-Net of this device is not trained for those")
     left = list(table)
     if goals.max_latency_s is not None:
         left = [each for each in table if each.total_s <= goals.max_latency_s]
@@ -102,6 +105,8 @@ class Advisor:
     goals: Goals
     curve: Curve
     began_s: float
+    least: int = 0
+    """Before this step the edge's U-Net is not trained, and takes over only if it must."""
     reason: str = ""
     _asked_s: float = 0.0
     _done: int = 0
@@ -142,6 +147,8 @@ class Advisor:
 
     def _reconsider(self, now: float, step: int, cloud_step_s: float, wait_s: float, what: str) -> int | None:
         """Returns `step` where going on here gains enough and costs no quality that was asked for."""
+        if step < self.least:
+            return None
         left = self.planned - step
         on_s = wait_s + left * cloud_step_s
         here_s = left * self.costs.edge_step_s

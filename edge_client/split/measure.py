@@ -105,7 +105,7 @@ def measure(resolved: Resolved, bundle: Bundle, models: Models, cloud: Pool | Cl
     conditioning, _ = models.encode_pair(request.prompt, "" if models.takes_negative else None, request.text_options)
     text_s = time.perf_counter() - begin
     begin = time.perf_counter()
-    models.predict_noise(latents, 500.0, conditioning, guidance_scale=resolved.guidance_scale)
+    models.predict_noise(latents, 0.0, conditioning, guidance_scale=resolved.guidance_scale)
     edge_step_s = time.perf_counter() - begin
     begin = time.perf_counter()
     models.decode(latents)

@@ -15,20 +15,22 @@ async def capabilities(gateway: Gateway) -> dict[str, Any]:
     manifest, defaults = gateway.bundle.manifest, gateway.bundle.manifest.defaults
     found, message = await gateway.watch.poll()
     least, largest = size_range(manifest, found)
-    offline: dict[str, list[int]] = {}
-    for name in gateway.bundle.plan_names():
-        scheduler, _, steps = name.partition("/")
-        offline.setdefault(scheduler, []).append(int(steps))
+    offline = gateway.bundle.least_cloud_steps()
     return {
         "version": importlib.metadata.version("hybridsd"),
         "edge": {
             "model": manifest.name,
+            "max_timestep": manifest.max_timestep,
+            "has_high_noise_unet": "unet_high_noise" in manifest.files,
             "latent_space": manifest.latent_space,
             "provider": gateway.models.choice.describe(),
             "size_multiple": manifest.size_multiple,
             "sizes": list(manifest.sizes),
             "max_size": MAX_SIZE,
-            "offline": [{"scheduler": name, "steps": sorted(steps)} for name, steps in offline.items()],
+            "offline": [
+                {"scheduler": name, "steps": list(least), "least_cloud_steps": list(least.values())}
+                for name, least in offline.items()
+            ],
             "guidance": manifest.guidance,
             "has_image_encoder": "vae_encoder" in manifest.files,
             "has_safety_checker": gateway.models.has_safety_checker,

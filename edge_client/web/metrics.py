@@ -83,6 +83,10 @@ class Metrics:
         self.takeovers = self._make(
             Counter, "takeovers", "Images whose cloud was lost, late or full, so that this device took over.", "reason"
         )
+        self.untrained_steps = self._make(
+            Counter, "untrained_steps", "Steps of finished images that this device drew above the noise level that its"
+            " U-Net is trained for, when it took over.",
+        )  # fmt: skip
         self.failovers = self._make(
             Counter, "failovers", "Times that a cloud was left, and another asked, by why it was left.", "reason"
         )
@@ -175,6 +179,7 @@ class Metrics:
                 self.images.labels(result.mode).inc()
                 self.steps.labels("cloud").inc(cloud_steps)
                 self.steps.labels("edge").inc(len({done.step for done in result.steps if done.place == "edge"}))
+                self.untrained_steps.inc(result.untrained_steps)
                 self.decode.observe(result.decode_s)
                 if result.planned_cloud_steps:
                     self.handoff.observe(result.first_step + cloud_steps)

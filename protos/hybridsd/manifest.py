@@ -25,6 +25,8 @@ OPTIONAL_ROLES = (
     "parity_report",
     "quantization_report",
     "unet_data",
+    "unet_high_noise",
+    "unet_high_noise_data",
     "text_encoder_data",
     "vae_decoder_data",
     "vae_encoder_data",
@@ -36,6 +38,8 @@ OPTIONAL_ROLES = (
 )
 
 GUIDANCE_KINDS = ("cfg", "embedded")
+MAX_TIMESTEP = 999
+"""The last timestep of the training schedule."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +88,8 @@ class Manifest:
             negative_prompt_embeds, [B, T, D] each, and guidance_scale [B] in place of encoder_hidden_states. The
             names of the inputs tell which it is. One of SDXL has text_embeds [B, P] and time_ids [B, 6] too (fused:
             negative_text_embeds as well).
+        unet_high_noise: the same; runs in place of unet at timesteps above max_timestep, in the manner of the two
+            transformers of Wan 2.2 and their `boundary_ratio`
         text_encoder: input_ids int64 [B, T] -> last_hidden_state [B, T, D]
         text_encoder_2: SDXL's second one: input_ids int64 [B, T] -> last_hidden_state [B, T, D2], text_embeds [B, P];
             embed_dim is D + D2, joined along the features, and the hidden states are the last but one
@@ -136,7 +142,24 @@ class Manifest:
     macs: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """Multiply-accumulates by role, of one row or text, as the coefficients of a polynomial of the latent cells
     (`hybridsd.energy.Macs`); empty in bundles that do not say."""
+    max_timestep: float | None = None
+    """The highest timestep that `unet` is trained for, of the 0 to 999 of the training schedule; None: all. A
+    specialist is good below the hand-off only (eDiff-I, Balaji et al. 2022). Absent in model.json where it is None."""
     format: int = field(default=FORMAT)
+
+    @property
+    def highest_timestep(self) -> float | None:
+        """The highest timestep that any U-Net of the bundle is trained for; None: all."""
+        return None if "unet_high_noise" in self.files else self.max_timestep
+
+    def is_trained_for(self, timestep: float) -> bool:
+        """Whether a U-Net of the bundle is trained for a timestep."""
+        return self.highest_timestep is None or timestep <= self.highest_timestep
+
+    def unet_role(self, timestep: float) -> str:
+        """Returns the role of the U-Net that draws a call at a timestep, as the scheduler gives it: fractions too."""
+        is_high = self.max_timestep is not None and timestep > self.max_timestep
+        return "unet_high_noise" if is_high and "unet_high_noise" in self.files else "unet"
 
     def __post_init__(self) -> None:
         def refuse(what: str) -> HybridSDError:
@@ -150,6 +173,10 @@ class Manifest:
             raise refuse(f"guidance is {str(self.guidance)[:80]!r}; it must be one of {', '.join(GUIDANCE_KINDS)}")
         if not all(_are_coefficients(each) for each in self.macs.values()):
             raise refuse("macs holds what are no coefficients; export the bundle again")
+        if self.max_timestep is not None and not _is_timestep(self.max_timestep):
+            raise refuse(f"max_timestep is {str(self.max_timestep)[:80]}; it must be 0 to {MAX_TIMESTEP}")
+        if "unet_high_noise" in self.files and self.max_timestep is None:
+            raise refuse("it has a unet_high_noise, but no max_timestep above which that runs; export the bundle again")
         missing = [role for role in REQUIRED_ROLES if role not in self.files]
         if missing:
             raise refuse(f"no file for {', '.join(missing)}; export the bundle again")
@@ -167,6 +194,10 @@ def _are_coefficients(given: Any) -> bool:
     return all(isinstance(each, int | float) and math.isfinite(each) for each in given)
 
 
+def _is_timestep(given: Any) -> bool:
+    return isinstance(given, int | float) and not isinstance(given, bool) and 0 <= given <= MAX_TIMESTEP
+
+
 def describe_file(folder: Path, path: str) -> BundleFile:
     """Returns size and hash of a file of a bundle that is being written."""
     content = folder / path
@@ -176,9 +207,16 @@ def describe_file(folder: Path, path: str) -> BundleFile:
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> Path:
-    """Writes `model.json`; returns its path."""
+    """Writes `model.json`; returns its path.
+
+    Readers refuse keys that they do not know. So `max_timestep`, which a reader must not pass over, is written where it
+    says something, and every other bundle is still read by older versions.
+    """
     path = folder / MANIFEST_NAME
-    path.write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n", encoding="utf-8")
+    content = dataclasses.asdict(manifest)
+    if manifest.max_timestep is None:
+        del content["max_timestep"]
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return path
 
 
@@ -196,6 +234,13 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        unknown = sorted(raw.keys() - {each.name for each in dataclasses.fields(Manifest)})
+        if unknown:
+            raise Reason.MANIFEST_INVALID.error(
+                f"{path} says {unknown[0][:80]!r}, which this version does not know and must not pass over; update "
+                "hybridsd, or choose another bundle",
+                field="bundle",
+            )
         raw["defaults"] = Defaults(**raw["defaults"])
         raw["files"] = {role: BundleFile(**file) for role, file in raw["files"].items()}
         raw["quality"] = tuple(QualityPoint(**point) for point in raw.get("quality", ()))

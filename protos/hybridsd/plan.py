@@ -83,6 +83,11 @@ class Plan:
         """The step that `call` belongs to; num_inference_steps at the end of the plan."""
         return self.rows[call].step if call < len(self.rows) else self.num_inference_steps
 
+    def first_step_within(self, timestep: float) -> int:
+        """The first step from which on no call is above a timestep; num_inference_steps where the last step is."""
+        above = [row.step for row in self.rows if row.timestep > timestep]
+        return above[-1] + 1 if above else 0
+
     def begin(self, step: int) -> "Plan | None":
         """The plan of the steps from `step` on, begun afresh; None where the solver has a memory: compile it.
 

@@ -493,6 +493,55 @@ def test_a_split_says_what_it_takes(page: Page) -> None:
     expect(said).to_have_text("About 2.1 s: this device 2.0 s · nothing over the network · 0 ¢")
 
 
+def test_only_splits_that_this_device_can_finish_are_offered(page: Page) -> None:
+    """Of a U-Net for low noise levels: behind the steps that it is not trained for, also of an image to begin with."""
+
+    def change(document: Any) -> None:
+        document["edge"]["max_timestep"] = 660
+        for each in document["edge"]["offline"]:
+            each["least_cloud_steps"] = [-(-steps * 2 // 5) for steps in each["steps"]]
+
+    with_capabilities(page, change)
+    page.reload()
+    slider, words = page.get_by_test_id("split"), page.get_by_test_id("split-text")
+    page.get_by_test_id("steps").fill("12")  # there is no plan of it: as with the nearest, 15
+    expect(slider).to_have_attribute("min", "5")
+    page.get_by_test_id("steps").fill("20")
+    expect(slider).to_have_attribute("min", "8")
+    slider.press("Home")
+    expect(slider).to_have_value("8")
+    expect(words).to_contain_text("not trained for the first 8 steps: the cloud draws them")
+    expect(page.locator("#places")).to_contain_text("timesteps up to 660")
+    page.locator("#image-details summary").click()
+    page.locator("#image").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": png(128, 128)})
+    page.locator("#strength").fill("0.7")
+    expect(slider).to_have_attribute("min", "2")
+    page.locator("#strength").fill("0.6")
+    expect(slider).to_have_attribute("min", "0")
+
+
+def test_an_untrained_takeover_says_so(page: Page) -> None:
+    """While it is drawn, and with the picture."""
+    image = image_of(fallback_reason="UNAVAILABLE", fallback_message="lost", untrained_steps=3, actual_cloud_steps=1)
+    fallback = {"image_index": 0, "planned": 4, "actual": 1, "reason": "UNAVAILABLE", "message": "lost"}
+    phase = page.evaluate(
+        """async (data) => {
+            const { applyEvent, beginRun } = await import("/static/run.js");
+            const run = beginRun({ id: "a", images: [], queue_position: null, request: { n: 1, hybrid: {} } });
+            applyEvent(run, "fallback", data);
+            return run.phase;
+        }""",
+        {**fallback, "untrained_steps": 3},
+    )
+    assert phase.endswith("continues alone, also where its model is not trained")
+    tell(page, job_of(images=[image]), content=png(128, 128))
+    fill_in(page, steps=4, cloud_steps=2)
+    generate(page)
+    finish(page)
+    page.get_by_test_id("result").click()
+    expect(page.locator("#detail-facts")).to_contain_text("3 steps above the noise level")
+
+
 def test_what_is_left_is_estimated(page: Page) -> None:
     """From the steps that are done, each at its place, and from earlier images where none is done yet."""
     left = page.evaluate(

@@ -18,6 +18,7 @@ from grpc_status import rpc_status
 
 from hybridsd import codec, noise
 from hybridsd.errors import DOMAIN, Reason
+from hybridsd.manifest import read_manifest
 from hybridsd.plan import Plan, denoise, initial_state
 from hybridsd.tokens import USER_KEY
 from hybridsd.v1 import (
@@ -285,7 +286,8 @@ class FakeCloud(denoising_service_pb2_grpc.DenoisingServiceServicer, bundle_serv
         reply.models[0].loras.extend(pb.Lora(name=name) for name in self.loras)
         reply.models[0].context_length, reply.models[0].embed_dim = self.embed_shape
         if self.bundle is not None:
-            info = reply.bundles.add(name="tiny-edge", latent_space=self.latent_space)
+            most = read_manifest(self.bundle).highest_timestep
+            info = reply.bundles.add(name="tiny-edge", latent_space=self.latent_space, max_timestep=most)
             for path in sorted(self.bundle.iterdir(), key=lambda path: path.name != "model.json"):
                 digest = hashlib.sha256(path.read_bytes()).digest()
                 info.files.add(path=path.name, size_bytes=path.stat().st_size, sha256=digest)

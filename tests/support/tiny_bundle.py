@@ -338,6 +338,8 @@ def write_bundle(
     kind: Kind = "sd",
     prediction_type: str = "epsilon",
     safety_score: float | None = None,
+    max_timestep: float | None = None,
+    high_noise_seed: int | None = None,
 ) -> manifests.Manifest:
     """Writes a bundle; returns its manifest. The default image is 32x32, 6 steps of ddim, 3 of them the cloud's.
 
@@ -351,8 +353,13 @@ def write_bundle(
         kind: What the U-Net takes: text, both texts and the guidance too, or the pooled text and sizes of SDXL.
         prediction_type: What the manifest says.
         safety_score: What a safety checker says of every image; None leaves it out.
+        max_timestep: What the manifest says.
+        high_noise_seed: Selects the weights of the U-Net for the timesteps above that; None leaves it out.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    if high_noise_seed is not None:
+        _save_models(folder, high_noise_seed, cell, kind)
+        (folder / "unet.onnx").rename(folder / "unet_high_noise.onnx")
     _save_models(folder, seed, cell, kind)
     _save_tokenizer(folder)
     table = {name: json.loads(plans.to_json(plan)) for name, plan in {**default_plans(), **more_plans}.items()}
@@ -376,6 +383,8 @@ def write_bundle(
         roles["safety_checker"] = "safety_checker.onnx"
     if _is_sdxl(kind):
         roles["text_encoder_2"] = "text_encoder_2.onnx"
+    if high_noise_seed is not None:
+        roles["unet_high_noise"] = "unet_high_noise.onnx"
     roles |= {"tokenizer": "tokenizer.json", "plans": "plans.json"}
     manifest = manifests.Manifest(
         name="tiny-edge",
@@ -402,6 +411,7 @@ def write_bundle(
         files={role: manifests.describe_file(folder, path) for role, path in roles.items()},
         description="Seeded toys for tests; draws nothing that means anything.",
         licence="Apache-2.0",
+        max_timestep=max_timestep,
     )
     manifests.write_manifest(manifest, folder)
     return manifest

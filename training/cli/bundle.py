@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,6 +35,13 @@ class LoraType(click.ParamType["tuple[str, float]"]):
 @click.command("export-bundle")
 @click.option("--model", required=True, help="Large model (folder, hub id or .safetensors): text encoder, scheduler.")
 @click.option("--unet", "unet_source", required=True, help="The edge's U-Net, likewise: stock, pruned or LCM.")
+@click.option(
+    "--high-noise-unet", help="Likewise: draws the noise levels that --unet is not trained for; without it the cloud."
+)
+@click.option(
+    "--max-timestep", type=click.IntRange(0, 999),
+    help="Last timestep that --unet is trained for; by default what its config.json says, else all.",
+)  # fmt: skip
 @click.option("--vae", "vae_source", required=True, help="The edge's VAE, tiny, small or full: folder, hub id or file.")
 @click.option("--to", "target", type=FOLDER, required=True, help="The bundle; an older one is replaced.")
 @click.option("--config", help="Folder or hub id with configurations and tokenizers, for a .safetensors file.")
@@ -62,8 +70,8 @@ class LoraType(click.ParamType["tuple[str, float]"]):
 @click.option("--quality", "curve", type=FILE, help="quality.csv of evaluate-coco, to put into the manifest.")
 @click.option("--licence", default="", help="Licence of the weights.")
 def export_bundle_command(
-    model: str, unet_source: str, vae_source: str, target: Path, config: str | None, prediction_type: str | None,
-    variant: str | None,
+    model: str, unet_source: str, high_noise_unet: str | None, max_timestep: int | None, vae_source: str, target: Path,
+    config: str | None, prediction_type: str | None, variant: str | None,
     name: str | None, latent_space: str | None, precision: str, loras: Sequence[tuple[str, float]],
     safety_checker: str | None, metadata: Path | None, num_captions: int, fused_guidance: bool, scheduler: str | None,
     steps: int | None, guidance: float, size: int | None, cloud_steps: int | None, curve: Path | None, licence: str,
@@ -89,6 +97,8 @@ def export_bundle_command(
         return
     edge_source = Source(where=unet_source, config=config, variant=variant)
     unet = freeze(load_edge_unet(edge_source))
+    high_source = None if high_noise_unet is None else Source(where=high_noise_unet, config=config, variant=variant)
+    high = None if high_source is None else freeze(load_edge_unet(high_source))
     is_lcm = unet.config.time_cond_proj_dim is not None
     scheduler, steps = scheduler or ("lcm" if is_lcm else "dpmpp_2m"), steps or (8 if is_lcm else 25)
     if cloud_steps is None:
@@ -116,7 +126,10 @@ def export_bundle_command(
         else:
             tokenizer, text_encoder = cast(ClipText, text).tokenizer, cast(ClipText, text).text_encoder
         length = int(text_encoder.config.max_position_embeddings)
-        _fuse(unet, [text_encoder, *([] if second is None else [second.encoder])], loras)
+        encoders = [text_encoder, *([] if second is None else [second.encoder])]
+        if high is not None and loras:
+            _fuse(high, deepcopy(encoders), loras)  # the encoders get the adapters once, below
+        _fuse(unet, encoders, loras)
         scheduler_config = dict(components.load_scheduler_config(folder))
         of_model = scheduler_config.get("prediction_type", "epsilon")
         own = prediction_type or prediction_type_of(edge_source)
@@ -125,6 +138,12 @@ def export_bundle_command(
         elif own != of_model:
             say(f"export-bundle: {unet_source} predicts {own}, {model} {of_model}; the edge converts its outputs")
         scheduler_config["prediction_type"] = own or of_model
+        of_high = None if high_source is None else prediction_type_of(high_source)
+        if of_high not in (None, own or of_model):
+            raise click.BadParameter(
+                f"{high_noise_unet} predicts {of_high}, {unet_source} {own or of_model}; take both from one family",
+                param_hint="--high-noise-unet",
+            )
         parity = export_bundle(
             target,
             unet=unet,
@@ -146,6 +165,8 @@ def export_bundle_command(
             about=Description(description=_describe(loras), licence=licence, base_model=model),
             precision=cast(Any, precision),
             fused_guidance=fused_guidance,
+            high_noise_unet=high,
+            max_timestep=max_timestep,
             captions=[one.text for one in coco.read_captions(metadata, num_captions)] if metadata is not None else (),
         )  # fmt: skip
     for entry in parity:

@@ -47,8 +47,26 @@ def latents_command(out: Path, scenes: int, precision: str) -> None:
     show_default=True, help="Precision of the edge's U-Net.",
 )  # fmt: skip
 @click.option("--cloud-steps", type=click.IntRange(min=0, max=25), default=8, show_default=True)
+@click.option(
+    "--small",
+    default="small_unet",
+    show_default=True,
+    help="Folder of the edge's U-Net in OUT: small_unet, or specialist_unet, which is for low noise levels only.",
+)
+@click.option(
+    "--high-noise",
+    help="Folder of the U-Net for the noise levels that a specialist is not trained for, such as "
+    "small_unet; without it the cloud draws them.",
+)
+@click.option(
+    "--max-timestep", type=click.IntRange(0, 999),
+    help="Last timestep that --small is trained for; by default what its config.json says, else all.",
+)  # fmt: skip
 @click.option("--lcm", is_flag=True, help="Also write the two LCMs, as large_lcm/ and edge_lcm/.")
-def export_command(out: Path, target: Path, precision: str, cloud_steps: int, lcm: bool) -> None:
+def export_command(
+    out: Path, target: Path, precision: str, cloud_steps: int, small: str, high_noise: str | None,
+    max_timestep: int | None, lcm: bool,
+) -> None:  # fmt: skip
     """Write the demo's cloud pipeline and edge bundle, with the curve that `evaluate` measured."""
     import numpy as np
 
@@ -74,6 +92,9 @@ def export_command(out: Path, target: Path, precision: str, cloud_steps: int, lc
             quality=quality.points(measured, scheduler="lcm" if few else "dpmpp_2m"),
             precision=cast(Any, precision),
             captions=captions,
+            small=small,
+            high_noise=high_noise,
+            max_timestep=max_timestep,
             lcm=few,
         )
         for entry in parity:

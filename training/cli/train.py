@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 import time
@@ -101,6 +102,12 @@ def _shown(records: Iterator[StepRecord], *, done: int, schedule: Schedule, name
                 click.echo(f"{time.strftime('%H:%M:%S')} {name} step {record.step}/{steps} {text}", err=True)
 
 
+def _command(name: str) -> str:
+    """Gives the command that runs, to be recorded; where another program runs the recipe, the like of it."""
+    given = sys.argv[1:] if Path(sys.argv[0]).parent.name == "training" else [name]
+    return shlex.join(["python", "-m", "training", *given])
+
+
 def run_recipe(
     name: str,
     recipe: recipes.Recipe,
@@ -135,7 +142,7 @@ def run_recipe(
     notes = check_same(directory, now, accept=accept) if begun else []
     for note in notes:
         say(f"{name}: {note}")
-    command = f"python -m training {name}"
+    command = _command(name)
     if (finished := finished_steps(directory)) is not None and finished >= schedule.steps:
         if finished > schedule.steps:
             raise ValueError(

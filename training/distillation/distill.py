@@ -133,6 +133,9 @@ class DistillTask(Task):
             raise ValueError(
                 f"timestep_range is {start},{stop}; give two numbers from 0 to {schedule.num_train_timesteps}, rising"
             )
+        if timestep_range is not None or student.config.get("timestep_range"):
+            # kept in its config.json: an edge must know what it is not trained for
+            student.register_to_config(timestep_range=None if timestep_range is None else [start, stop])
         if gradient_checkpointing:
             student.enable_gradient_checkpointing()
         self.student = self.learnt = student.requires_grad_(True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,6 +22,7 @@ from hybridsd.manifest import MANIFEST_NAME, Defaults, Manifest, QualityPoint, d
 from hybridsd.plan import Plan
 from training.core.folders import written_whole
 from training.export.graphs import VAE_SCALE_FACTOR, Graph, decoder_graph, encoder_graph, unet_graph
+from training.export.levels import check_levels
 from training.export.macs import graph_macs
 from training.export.onnx_export import DATA_LIMIT, Parity, data_path, export_graph
 from training.export.quantize import export_quantized
@@ -138,6 +139,8 @@ def export_bundle(
     about: Description | None = None,
     precision: Precision = "half-storage",
     fused_guidance: bool = False,
+    max_timestep: float | None = None,
+    high_noise_unet: UNet2DConditionModel | None = None,
     captions: Sequence[str] = (),
     data_limit: int = DATA_LIMIT,
     tolerance: float | None = None,
@@ -163,6 +166,9 @@ def export_bundle(
         about: What people are told.
         precision: Of the U-Net.
         fused_guidance: See `unet_graph`.
+        max_timestep: The highest that the U-Net is trained for; by default what its configuration says
+            (`DistillTask`), else all.
+        high_noise_unet: Draws the timesteps above that; without it the cloud does.
         captions: To calibrate "int8" with, two or more of the training data's; one in four measures the error.
         data_limit: Bytes of weights above which a file gets a second one.
         tolerance: Largest relative error of each file; that of its precision when None, `math.inf` accepts any.
@@ -171,7 +177,8 @@ def export_bundle(
         How far each file is from its network; also in the bundle.
 
     Raises:
-        ValueError: If the parts do not fit together, captions are missing, or the default plan cannot be made.
+        ValueError: If the parts do not fit together, captions are missing, or the default plan cannot be made, or gives
+            the edge steps that no U-Net is trained for.
         ParityError: If a file is too far from its network.
     """
     _check_fit(unet, text_encoder, second_text, decoder, defaults)
@@ -180,10 +187,20 @@ def export_bundle(
     about = about or Description()
     context_length = int(text_encoder.config.max_position_embeddings)
     default_plan = make_plan(scheduler_config, defaults.scheduler, defaults.num_inference_steps)
+    max_timestep = check_levels(unet, high_noise_unet, max_timestep, default_plan, defaults)
+    if precision == "int8" and max_timestep is not None:
+        raise ValueError(
+            f"int8 is calibrated on whole images, and this U-Net draws timesteps up to {max_timestep:g} only; choose "
+            "another precision"
+        )
     networks = [*text_graphs(text_encoder, second_text), decoder_graph(decoder)]
     networks += [] if encoder is None else [encoder_graph(encoder)]
     networks += [] if safety_checker is None else [safety_graph(safety_checker)]
     graph = unet_graph(unet, context_length=context_length, fused_guidance=fused_guidance)
+    others = []
+    if high_noise_unet is not None:
+        high = unet_graph(high_noise_unet, context_length=context_length, fused_guidance=fused_guidance)
+        others.append(replace(high, role="unet_high_noise"))
     with written_whole(folder, MANIFEST_NAME) as partial:
         files = {"tokenizer": "tokenizer.json", "plans": "plans.json", "parity_report": "parity.json"}
         write_tokenizer(tokenizer_file, partial / files["tokenizer"], context_length)
@@ -211,6 +228,10 @@ def export_bundle(
         else:
             report = export_graph(graph, partial / "unet.onnx", precision=precision, **options)
         parity.append(report)
+        if precision != "int8":
+            parity += [
+                export_graph(other, partial / f"{other.role}.onnx", precision=precision, **options) for other in others
+            ]
         for role in [entry.role for entry in parity]:
             path = partial / f"{role}.onnx"
             files[role] = path.name
@@ -226,6 +247,8 @@ def export_bundle(
             "text_encoder": _count(text_encoder),
             "vae_decoder": _count(cast(nn.Module, decoder.decoder), getattr(decoder, "post_quant_conv", None)),
         }
+        if high_noise_unet is not None:
+            counts["unet_high_noise"] = _count(high_noise_unet)
         if encoder is not None:
             counts["vae_encoder"] = _count(cast(nn.Module, encoder.encoder), getattr(encoder, "quant_conv", None))
         if second_text is not None:
@@ -256,7 +279,8 @@ def export_bundle(
             description=about.description,
             licence=about.licence,
             base_model=about.base_model,
-            macs={each.role: macs for each in (*networks, graph) if (macs := graph_macs(each))},
+            macs={each.role: macs for each in (*networks, graph, *others) if (macs := graph_macs(each))},
+            max_timestep=max_timestep,
         )
         write_manifest(manifest, partial)
     return parity

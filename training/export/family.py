@@ -20,9 +20,10 @@ from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline, U
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from hybridsd import schedulers
-from hybridsd.manifest import Defaults, QualityPoint
+from hybridsd.manifest import MAX_TIMESTEP, Defaults, QualityPoint
 from training.core.folders import written_whole
 from training.export.bundles import Description, Precision, export_bundle, write_json, write_tokenizer
+from training.export.levels import timesteps_of
 from training.export.onnx_export import Parity
 from training.models.plan_table import PLAN_STEPS
 from training.models.pruned_unet import load_unet, save_unet
@@ -115,6 +116,9 @@ def export_family(
     plan_steps: Sequence[int] = PLAN_STEPS,
     precision: Precision = "half-storage",
     captions: Sequence[str] = (),
+    small: str = "small_unet",
+    high_noise: str | None = None,
+    max_timestep: float | None = None,
     lcm: bool = False,
 ) -> list[Parity]:
     """Writes the demo family: large/, small_unet/ and edge/ into `target`, or its LCMs: large_lcm/ and edge_lcm/.
@@ -129,6 +133,10 @@ def export_family(
         plan_steps: Numbers of steps to compile plans for.
         precision: Of the edge's U-Net.
         captions: To calibrate "int8" with.
+        small: The folder of the edge's U-Net: the generalist, or a specialist for low noise levels.
+        high_noise: The folder of the U-Net for the timesteps that a specialist is not trained for; None leaves them to
+            the cloud.
+        max_timestep: The last timestep of a specialist; None is what its config.json says.
         lcm: Takes lcm/ and lcm_small/ of the family in place of unet/ and small_unet/; 4 of 8 steps in the cloud.
     """
     suffix = "_lcm" if lcm else ""
@@ -156,19 +164,23 @@ def export_family(
         defaults=defaults,
     )
     say(f"{target / f'large{suffix}'}: the cloud's pipeline")
-    small = load_unet(family / ("lcm_small" if lcm else "small_unet"))
-    if not lcm:
-        save_unet(small, target / "small_unet", torch.float16)
-        say(f"{target / 'small_unet'}: the small U-Net, for torch")
+    unets = {name: load_unet(family / name) for name in (("lcm_small",) if lcm else (small, high_noise)) if name}
+    for name, unet in {} if lcm else unets.items():
+        save_unet(unet, target / name, torch.float16)
+        say(f"{target / name}: the small U-Net, for torch")
+    is_pair = high_noise is not None and not lcm
+    is_specialist = not lcm and (max_timestep is not None or timesteps_of(unets[small])[1] < MAX_TIMESTEP)
     parity = export_bundle(
         target / f"edge{suffix}",
-        unet=small,
+        unet=next(iter(unets.values())),
+        high_noise_unet=unets[high_noise] if is_pair and high_noise else None,
+        max_timestep=None if lcm else max_timestep,
         text_encoder=text_encoder,
         tokenizer_file=tokenizer / "tokenizer.json",
         decoder=tiny,
         encoder=tiny,
         scheduler_config=scheduler_config,
-        name=f"{FAMILY_NAME}-small{suffix.replace('_', '-')}",
+        name=f"{FAMILY_NAME}-{'specialist' if is_specialist else 'small'}{suffix.replace('_', '-')}",
         latent_space=latent_space,
         defaults=defaults,
         scaling_factor=float(vae.config.scaling_factor),

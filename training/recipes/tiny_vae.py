@@ -53,8 +53,9 @@ class TinyVAERecipe:
     def __post_init__(self) -> None:
         check_ranges(
             self,
-            {"width": COUNT, "blocks": COUNT, "crop": (8, 128), "latent_noise": WEIGHT, "gradient_weight": WEIGHT,
-             "perceptual_weight": WEIGHT},
+            {"width": COUNT, "blocks": COUNT, "crop": (8, 128), "crop_steps": (0, 10**9), "latent_noise": WEIGHT,
+             "mse_weight": WEIGHT, "gradient_weight": WEIGHT, "perceptual_weight": WEIGHT, "adversarial_weight": WEIGHT,
+             "judge_width": COUNT},
         )  # fmt: skip
 
     @property

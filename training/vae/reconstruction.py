@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from training.core.ranges import check_ranges
 from training.core.task import freeze, normal
 from training.data.degradations import chosen, degrade, shift_colours
 from training.data.scenes import from_model_range
@@ -300,6 +301,7 @@ class Turns:
     """The judge's learning rate, as a factor of the student's."""
 
     def __post_init__(self) -> None:
+        check_ranges(self, {"lr_scale": (0, 1e6)})
         if min(self.start, self.warmup) < 0 or self.discriminator < 1:
             raise ValueError(
                 f"start is {self.start}, warmup {self.warmup}, discriminator {self.discriminator}; they are steps: 0 or"

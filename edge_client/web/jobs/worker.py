@@ -18,6 +18,7 @@ from edge_client.cloud.types import Queued, Waiting
 from edge_client.generation.components import Components
 from edge_client.generation.energy import Account
 from edge_client.generation.events import Event, Finished, Planned, StepDone
+from edge_client.generation.levels import fit_levels, least_cloud_steps
 from edge_client.generation.pipeline import generate
 from edge_client.generation.resolve import resolve
 from edge_client.generation.segments import parse_segments
@@ -27,7 +28,7 @@ from edge_client.images.inputs import fit_size, read_image
 from edge_client.images.pixels import to_u8
 from edge_client.inference.models import Models
 from edge_client.request import Request, Resolved
-from edge_client.split.auto_split import AutoSplit, choose_split
+from edge_client.split.auto_split import AutoSplit, check_goals, choose_split
 from edge_client.split.handoff_policy import Goals
 from edge_client.types import ApproximateReuse, CallSkipping, Latents
 from edge_client.web.errors import in_words
@@ -86,6 +87,11 @@ class JobWorker:
         components.check(resolved)
         components.check(resolve(requests[-1], self.bundle.manifest))
         goals = _goals(filled)
+        if goals is None:
+            fit_levels(resolved, components)
+        else:
+            least = least_cloud_steps(resolved, self.bundle.manifest, components.bundle_plan)
+            check_goals(goals, least, resolved, self.bundle.manifest)
         if goals is not None and (filled.hybrid.split or filled.hybrid.cloud_steps is not None):
             raise Reason.SPLIT_INVALID.error(
                 "a split and goals of one exclude each other; omit `split` and `cloud_steps`, or the goals",
@@ -221,6 +227,17 @@ class JobWorker:
             return None
         return choose_split(resolve(request, self.bundle.manifest), goals, self.bundle, self.models, self.cloud)
 
+    def _alone(self, request: Request) -> Request:
+        """Returns a request of a gateway without a cloud: all of it is this device's.
+
+        Where its U-Net is not trained for all of it, this device takes over from the cloud that is not there.
+        """
+        request = replace(request, mode="edge", cloud_steps=None)
+        components = Components(bundle=self.bundle, models=self.models, others=self.others, cloud=None)
+        resolved = resolve(request, self.bundle.manifest)
+        is_trained = not least_cloud_steps(resolved, self.bundle.manifest, components.bundle_plan)
+        return request if is_trained else replace(request, mode="auto")
+
     def _requests(self, create: JobCreate, upload: Upload) -> list[Request]:
         """Returns one request per image."""
         manifest, hybrid = self.bundle.manifest, create.hybrid
@@ -241,7 +258,7 @@ class JobWorker:
         base = Request(
             prompt=create.prompt,
             negative_prompt=create.negative_prompt,
-            mode="edge" if self.cloud is None and hybrid.mode == "auto" and not hybrid.segments else hybrid.mode,
+            mode=hybrid.mode,
             model=hybrid.model,
             scheduler=create.scheduler,
             num_inference_steps=steps,
@@ -264,6 +281,8 @@ class JobWorker:
             loras=tuple((lora.name, lora.weight) for lora in create.loras),
             safety=create.safety_checker,
         )
+        if self.cloud is None and hybrid.mode == "auto" and not hybrid.segments:
+            base = self._alone(base)
         return [
             replace(
                 base, request_id=Request().request_id,

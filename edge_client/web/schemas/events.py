@@ -101,6 +101,9 @@ class Fallback(_OfImage):
     actual: int
     reason: str
     message: str
+    untrained_steps: int = Field(
+        0, description="of the steps that this device now draws those above the noise level of its U-Net's training"
+    )
 
 
 class EarlyHandoff(_OfImage):

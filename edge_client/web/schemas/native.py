@@ -206,6 +206,11 @@ class Image(BaseModel):
     early_handoff_reason: str
     received_bytes: int
     num_dropped_tokens: int = Field(0, description="tokens of the texts that did not fit and had no effect")
+    untrained_steps: int = Field(
+        0, description="drawn here above the noise level of the U-Net's training, since the cloud was lost; the image "
+        "may be worse for it"
+    )  # fmt: skip
+    high_noise_steps: int = Field(0, description="drawn by the U-Net that this device has for high noise levels")
     decode_s: float
     preview_s: float = Field(0.0, description="what the previews took; part of elapsed_s")
     elapsed_s: float
@@ -266,12 +271,17 @@ class EdgeInfo(BaseModel):
     """This device."""
 
     model: str
+    max_timestep: float | None = Field(description="the highest that its U-Net is trained for; null: all")
+    has_high_noise_unet: bool = Field(description="whether a second U-Net draws the timesteps above that")
     latent_space: str
     provider: str
     size_multiple: int
     sizes: list[tuple[int, int]]
     max_size: int
-    offline: list[dict[str, Any]] = Field(description="schedulers and numbers of steps that need no cloud")
+    offline: list[dict[str, Any]] = Field(
+        description="schedulers and numbers of steps that this device has plans for; for each number the "
+        "least_cloud_steps after which its U-Net can draw: 0 needs no cloud"
+    )
     guidance: str
     has_image_encoder: bool
     has_safety_checker: bool

@@ -11,7 +11,7 @@ import { Form, NUM_PREVIEWS, randomSeed } from "./form.js";
 import { Gallery } from "./gallery.js";
 import { Notifier } from "./notify.js";
 import { maySayHowItWasMade } from "./pictures.js";
-import { explain, nearestSteps } from "./problems.js";
+import { explain, leastCloudSteps, nearestSteps } from "./problems.js";
 import { showQuotas } from "./quota.js";
 import { readSettings } from "./restore.js";
 import { applyEvent, beginRun, effectiveSteps, isActive } from "./run.js";
@@ -44,7 +44,7 @@ const stage = new Stage({ onOpen: openPicture, explain: explainRun, ratesOf });
 const runList = new RunList({ onShow: showRun, onCancel: cancel });
 const compare = new Compare({
   launch: (request, onUpdate) => launch(request, { onUpdate, isCompared: true }), onCancel: cancel,
-  isBusy: () => runs.some(isActive),
+  isBusy: () => runs.some(isActive), leastCloudSteps: leastOf,
 });
 const notifier = new Notifier();
 const cloudWatch = new CloudWatch((answer) => {
@@ -204,12 +204,20 @@ function explainRun(run) {
       act: () => {
         form.setSteps(steps);
         const drawn = effectiveSteps({ ...request, num_inference_steps: steps });
-        const hybrid = { ...request.hybrid, split: null, cloud_steps: Math.min(request.hybrid?.cloud_steps ?? 0, drawn) };
+        const least = leastOf({ ...request, num_inference_steps: steps });
+        const cloudSteps = Math.max(least, Math.min(request.hybrid?.cloud_steps ?? 0, drawn));
+        const hybrid = { ...request.hybrid, split: null, cloud_steps: cloudSteps };
         redo({ num_inference_steps: steps, hybrid })();
       },
     },
   };
-  return { title, text, actions: actions.map((name) => offers[name]) };
+  const canAlone = capabilities && leastOf(request) === 0;
+  return { title, text, actions: actions.filter((name) => name !== "alone" || canAlone).map((name) => offers[name]) };
+}
+
+/** @returns {number} after how many cloud steps this device can draw a request */
+function leastOf(request) {
+  return leastCloudSteps(request, capabilities, effectiveSteps(request));
 }
 
 /** @returns {object|null} the request of a job of an earlier visit; null where its image is not here any more */
@@ -299,7 +307,7 @@ async function startCompare(request) {
   const { cloud_steps: usualCloud, num_inference_steps: usualSteps } = capabilities.defaults;
   const isHybrid = hybrid.cloud_steps > 0 && hybrid.cloud_steps < numSteps;
   const usual = Math.max(1, Math.round((numSteps * usualCloud) / usualSteps));
-  const cloudSteps = isHybrid ? hybrid.cloud_steps : Math.min(usual, numSteps - 1);
+  const cloudSteps = isHybrid ? hybrid.cloud_steps : Math.min(Math.max(usual, leastOf(request)), numSteps - 1);
   const seed = request.seed ?? randomSeed();
   const { model } = hybrid;
   try {

@@ -78,8 +78,14 @@ function showPlaces(cloud, edge, isAway) {
   const cloudState = isAway ? "away" : numberWords(cloud.clouds ?? []);
   byId("places").replaceChildren(
     place("cloud", "Cloud", cloudWords, cloud.configured ? cloudState : ""),
-    place("edge", "This device", `${edge.model}, ${edge.provider.split(/[ :]/)[0]}`, ""),
+    place("edge", "This device", `${edge.model}, ${edge.provider.split(/[ :]/)[0]}${levelWords(edge)}`, ""),
   );
+}
+
+/** @returns {string} which of the timesteps, 999 to 0, its U-Net is trained for, where that is not all */
+function levelWords({ max_timestep: most, has_high_noise_unet: hasOther }) {
+  if (most === null) return "";
+  return `, timesteps up to ${most}${hasOther ? ", with a second U-Net above" : ""}`;
 }
 
 function place(kind, name, words, state) {

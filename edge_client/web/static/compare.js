@@ -11,17 +11,21 @@ export class Compare {
   #launch;
   #onCancel;
   #isBusy;
+  #leastCloudSteps;
   #columns = [];
 
   /**
    * @param {{launch: (request: object, onUpdate: (run: object) => void) => Promise<object>,
-   *          onCancel: (run: object) => void, isBusy: () => boolean}} actions `launch` gives a run whose `ended`
-   *   resolves once it has ended; `isBusy` tells whether something else is drawn now
+   *          onCancel: (run: object) => void, isBusy: () => boolean,
+   *          leastCloudSteps: (request: object) => number}} actions `launch` gives a run whose `ended`
+   *   resolves once it has ended; `isBusy` tells whether something else is drawn now; `leastCloudSteps` tells after how
+   *   many cloud steps this device can draw a request
    */
-  constructor({ launch, onCancel, isBusy }) {
+  constructor({ launch, onCancel, isBusy, leastCloudSteps }) {
     this.#launch = launch;
     this.#onCancel = onCancel;
     this.#isBusy = isBusy;
+    this.#leastCloudSteps = leastCloudSteps;
     closeOnBackdrop(this.#dialog);
     this.#dialog.addEventListener("close", () => {
       this.#columns = [];  // what has not begun is not drawn
@@ -39,7 +43,7 @@ export class Compare {
    * @throws {Error} with a `field`, where the request is wrong
    */
   async start(request) {
-    const columns = variants(request).map((variant) => new Column(variant, request));
+    const columns = variants(request, this.#leastCloudSteps(request)).map((variant) => new Column(variant, request));
     this.#columns = columns;
     setText(byId("compare-prompt"), `${request.prompt} · seed ${request.seed}`);
     setText(byId("compare-note"), this.#isBusy()
@@ -150,7 +154,8 @@ class Column {
   }
 }
 
-function variants(request) {
+/** @param {number} least steps that this device cannot draw: then it is not asked to draw alone */
+function variants(request, least) {
   const { cloud_steps: cloudSteps, model } = request.hybrid;
   const numSteps = effectiveSteps(request);
   const numHere = numSteps - cloudSteps;
@@ -170,7 +175,7 @@ function variants(request) {
       subtitle: `${plural(numSteps, "step")} here, offline`,
       hybrid: { model, mode: "edge", cloud_steps: null },
     },
-  ];
+  ].filter(({ hybrid }) => least === 0 || hybrid.mode !== "edge");
 }
 
 function moveWipe() {

@@ -210,6 +210,8 @@ function facts(job, image) {
     ["Kept", image.reused_cloud_steps > 0 && `${plural(image.reused_cloud_steps, "step")} the cloud had from an earlier image`
       + (image.reuse_similarity ? `, of a text near by ${image.reuse_similarity.toFixed(3)}` : "")],
     ["Why", image.fallback_reason && [image.fallback_message, `(${image.fallback_reason})`].filter(Boolean).join(" ")],
+    ["Untrained", image.untrained_steps > 0 && `${plural(image.untrained_steps, "step")} above the noise level that the small model is trained for`],
+    ["High noise", image.high_noise_steps > 0 && `${plural(image.high_noise_steps, "step")} by this device's second U-Net`],
     ["Handed over early", image.early_handoff_reason],
     ["Clouds", cloudWords(image.clouds ?? [])],
     ["Large model", actual ? image.cloud_model : null],

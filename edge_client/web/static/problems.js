@@ -66,6 +66,25 @@ export function offlinePlans(scheduler, { edge }) {
   return edge.offline.find((each) => each.scheduler === scheduler) ?? null;
 }
 
+/**
+ * After how many cloud steps this device can draw: its U-Net may be trained for low noise levels only.
+ * @param {{scheduler?: string, num_inference_steps?: number}} request
+ * @param {object} capabilities
+ * @param {number} [drawn] steps that an image to begin with leaves; all without
+ * @returns {number} 0 where it can draw alone; of steps that it has no plan for about as many as of the nearest
+ */
+export function leastCloudSteps(request, capabilities, drawn) {
+  const { edge, defaults } = capabilities;
+  const steps = request.num_inference_steps ?? defaults.num_inference_steps;
+  const scheduler = request.scheduler ?? defaults.scheduler;
+  const near = nearestSteps(scheduler, steps, capabilities) === null ? defaults.scheduler : scheduler;
+  const nearest = nearestSteps(near, steps, capabilities);
+  if (edge.max_timestep === null || edge.has_high_noise_unet || nearest === null) return 0;
+  const own = offlinePlans(near, capabilities);
+  const least = Math.ceil((own.least_cloud_steps[own.steps.indexOf(nearest)] / nearest) * steps);
+  return Math.max(0, least - (steps - (drawn ?? steps)));
+}
+
 /** @returns {number|null} the number of steps next to `steps` that this device can draw alone */
 export function nearestSteps(scheduler, steps, capabilities) {
   const own = offlinePlans(scheduler, capabilities)?.steps ?? [];

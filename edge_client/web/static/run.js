@@ -104,7 +104,8 @@ const HANDLERS = {
   },
   fallback(run, data) {
     pictureAt(run, data.image_index).cloudSteps = data.actual;
-    run.phase = "The cloud is away; this device continues alone";
+    const cost = data.untrained_steps ? ", also where its model is not trained" : "";
+    run.phase = `The cloud is away; this device continues alone${cost}`;
   },
   early_handoff(run, data) {
     if (data.actual !== undefined) pictureAt(run, data.image_index).cloudSteps = data.actual;

@@ -2,7 +2,7 @@
 
 import { byId, make, makeSvg, plural, setText, stepRange } from "./dom.js";
 import { describeCost, predict } from "./estimate.js";
-import { schedulerName } from "./problems.js";
+import { leastCloudSteps, schedulerName } from "./problems.js";
 
 const THUMB_PX = 24;  // as --thumb in style.css: the curve lies exactly below the slider
 const CURVE_HEIGHT = 150;
@@ -67,6 +67,7 @@ export class Split {
   set numSteps(value) {
     if (value === this.numSteps || !(value >= 1)) return;
     const share = this.numSteps ? this.cloudSteps / this.numSteps : 0;
+    this.#slider.min = "0";
     this.#slider.max = String(value);
     this.cloudSteps = Math.round(share * value);
   }
@@ -80,6 +81,11 @@ export class Split {
     this.show();
   }
 
+  /** Steps that this device cannot draw, as its model is not trained for them: the slider begins behind them. */
+  get #least() {
+    return this.#capabilities && this.#wanted ? leastCloudSteps(this.#wanted, this.#capabilities, this.numSteps) : 0;
+  }
+
   get isAuto() {
     return this.#auto.checked && this.#hasCloud;
   }
@@ -87,6 +93,7 @@ export class Split {
   /** @returns {object} the `hybrid` of a request */
   request() {
     const model = byId("cloud-model-field").hidden ? "" : byId("cloud-model").value;
+    if (!this.#hasCloud && this.#least) return { mode: "auto", cloud_steps: null, model };  // it takes over at once
     if (!this.isAuto) return splitRequest(this.cloudSteps, model);
     const maxS = this.#maxSeconds.valueAsNumber;
     const goal = maxS > 0 ? { max_latency_ms: Math.round(1000 * maxS) } : { max_cloud_steps: this.numSteps };
@@ -101,13 +108,15 @@ export class Split {
 
   /** Renders everything again. */
   show() {
+    this.#slider.min = String(this.#least);
     this.#slider.disabled = this.isAuto || !this.#hasCloud;
     this.#auto.disabled = !this.#hasCloud;
     byId("max-seconds-field").hidden = !this.isAuto;
     const words = this.isAuto
       ? "The split is chosen when the image begins, from what this device, the link and the cloud take."
       : describeSplit(this.cloudSteps, this.numSteps);
-    setText(byId("split-text"), this.#hasCloud ? words : `${words} No cloud is configured.`);
+    const limit = this.#least ? ` ${levelWords(this.#least, this.#hasCloud)}` : "";
+    setText(byId("split-text"), (this.#hasCloud ? words : `${words} No cloud is configured.`) + limit);
     this.#slider.setAttribute("aria-valuetext", describeSplit(this.cloudSteps, this.numSteps));
     setText(byId("split-cost"), this.#costText());
     this.#showBar();
@@ -180,6 +189,14 @@ export class Split {
  */
 export function splitRequest(cloudSteps, model = "") {
   return { mode: cloudSteps ? "auto" : "edge", cloud_steps: cloudSteps, model };
+}
+
+/** @returns {string} from which step on this device can draw, and what it does to those before without a cloud */
+function levelWords(least, hasCloud) {
+  const first = least === 1 ? "the first step" : `the first ${least} steps`;
+  return hasCloud
+    ? `The model of this device is not trained for ${first}: the cloud draws them.`
+    : `Its model is not trained for ${first}, so the image may be worse.`;
 }
 
 /** @returns {string} as much as fits into that share of the bar */

@@ -1494,10 +1494,13 @@ class BundleInfo(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     LATENT_SPACE_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
+    MAX_TIMESTEP_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The name of the bundle, 1 to 64 characters of `A-Z a-z 0-9 . _ -`."""
     latent_space: _builtins.str
     """The latent space of its models."""
+    max_timestep: _builtins.float
+    """The highest timestep that a U-Net of the bundle is trained for, 0 to 999; unset: all. Above it the cloud draws."""
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___BundleFile]:
         """Every file of the bundle, its manifest `model.json` first."""
@@ -1508,12 +1511,15 @@ class BundleInfo(_message.Message):
         name: _builtins.str = ...,
         latent_space: _builtins.str = ...,
         files: _abc.Iterable[Global___BundleFile] | None = ...,
+        max_timestep: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_timestep", b"_max_timestep", "max_timestep", b"max_timestep"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "latent_space", b"latent_space", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_timestep", b"_max_timestep", "files", b"files", "latent_space", b"latent_space", "max_timestep", b"max_timestep", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__max_timestep: _TypeAlias = _typing.Literal["max_timestep"]  # noqa: Y015
+    _WhichOneofArgType__max_timestep: _TypeAlias = _typing.Literal["_max_timestep", b"_max_timestep"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_timestep) -> _WhichOneofReturnType__max_timestep | None: ...
 
 Global___BundleInfo: _TypeAlias = BundleInfo  # noqa: Y015
 

@@ -106,3 +106,40 @@ def test_no_manifest_and_no_json(tmp_path: Path) -> None:
     (tmp_path / MANIFEST_NAME).write_text("{")
     with pytest.raises(InvalidRequest, match="is not a manifest"):
         read_manifest(tmp_path)
+
+
+def test_levels_are_read_and_tell_the_unet(bundle: Path) -> None:
+    """A specialist draws up to its timestep; with a second U-Net the calls above run that, at fractions too."""
+    rewrite(bundle, lambda raw: raw.update(max_timestep=779))
+    one = read_manifest(bundle)
+    rewrite(bundle, lambda raw: raw["files"].update(unet_high_noise=raw["files"]["unet"]))
+    two = read_manifest(bundle)
+
+    assert (one.highest_timestep, two.highest_timestep) == (779, None)
+    assert [one.unet_role(t) for t in (0.0, 779.0, 999.0)] == ["unet"] * 3
+    assert [two.unet_role(t) for t in (0.0, 779.0, 779.4, 999.0)] == ["unet", "unet", *["unet_high_noise"] * 2]
+    assert [one.is_trained_for(t) for t in (779.0, 779.4)] == [True, False]
+    assert two.is_trained_for(999.0)
+
+
+@pytest.mark.parametrize("value", [-1, 1000, "779", True, float("nan")])
+def test_a_level_that_is_none_is_refused(value: object, bundle: Path) -> None:
+    """It must be a timestep of the training schedule."""
+    rewrite(bundle, lambda raw: raw.update(max_timestep=value))
+    with pytest.raises(InvalidRequest, match=r"max_timestep is .*; it must be 0 to 999"):
+        read_manifest(bundle)
+
+
+def test_a_second_unet_needs_a_level(bundle: Path) -> None:
+    """Or nobody knows when it runs."""
+    rewrite(bundle, lambda raw: raw["files"].update(unet_high_noise=raw["files"]["unet"]))
+    with pytest.raises(InvalidRequest, match="no max_timestep"):
+        read_manifest(bundle)
+
+
+def test_only_bundles_with_a_level_say_one(bundle: Path) -> None:
+    """Readers refuse keys that they do not know: older ones still read all other bundles."""
+    assert "max_timestep" not in json.loads((bundle / MANIFEST_NAME).read_text())
+    rewrite(bundle, lambda raw: raw.update(of_tomorrow=1))
+    with pytest.raises(InvalidRequest, match=r"'of_tomorrow', which this version does not know.*update hybridsd"):
+        read_manifest(bundle)

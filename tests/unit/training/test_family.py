@@ -94,6 +94,21 @@ def test_the_edge_predicts_what_the_small_unet_does(family: ToyFamily) -> None:
     np.testing.assert_allclose(actual, expected, rtol=0, atol=0.02 * np.abs(expected).max())
 
 
+def test_the_specialist_is_exported_with_its_level(family: ToyFamily, tmp_path: Path) -> None:
+    """As its recipe says it, where the U-Net was saved; the generalist draws what is above."""
+    run(
+        "export", "--out", str(family.folder), "--to", str(tmp_path), "--small", "specialist_unet",
+        "--high-noise", "small_unet",
+    )  # fmt: skip
+    manifest = read_manifest(tmp_path / "edge")
+
+    assert (manifest.name, manifest.max_timestep) == ("scenes-specialist", 779)
+    assert verify_files(manifest, tmp_path / "edge") == []
+    report = json.loads((tmp_path / "edge" / "parity.json").read_text())
+    assert {"unet", "unet_high_noise"} <= {entry["role"] for entry in report}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["edge", "large", "small_unet", "specialist_unet"]
+
+
 def test_the_curve_is_in_the_manifest(family: ToyFamily) -> None:
     """Accuracy and likeness by split, as evaluate measured them."""
     manifest = read_manifest(family.folder / "models" / "edge")

@@ -15,6 +15,8 @@ from tests.support import chain
 from tests.support.toy import run
 from training import recipes
 from training.core.overrides import override
+from training.core.validation import measure_losses
+from training.data.identity import input_digests
 from training.distillation.lora import load_lora
 from training.models.components import load_decoder
 from training.models.pruned_unet import layers, load_unet
@@ -176,6 +178,26 @@ def test_recipes_can_be_tried_on_scenes(runs: tuple[Path, dict[str, chain.Losses
     recipe = override(chain.make("sd-distill", out), ["data.spec=scenes", "schedule.steps=2", "folder=on-scenes"])
 
     assert len(chain.losses(recipe, out)) == 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_says_what_it_reads_and_validates(runs: tuple[Path, dict[str, chain.Losses]], name: str) -> None:
+    """All of it is there and digested; the losses on held-out samples are finite, and the same every time."""
+    out, _ = runs
+    recipe = chain.make(name, out)
+    if name in recipes.SD:
+        recipe = override(recipe, [f"data.validation={recipe.data.spec}"])
+    digests = input_digests(out, recipes.reads(recipe))
+    task, held_out = recipe.build(out)[0], recipes.held_out(recipe, out)
+    assert held_out is not None
+    task.learnt.eval()
+    found, again = (measure_losses(task, held_out, step=0, batch_size=4) for _ in range(2))
+
+    assert digests
+    assert "absent" not in digests.values()
+    assert found["loss"] >= 0
+    assert np.isfinite(list(found.values())).all()
+    assert again == found
 
 
 def test_sd14_becomes_224m_by_the_documented_path() -> None:

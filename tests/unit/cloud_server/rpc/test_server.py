@@ -26,6 +26,7 @@ from hybridsd.tokens import Tokens
 from hybridsd.v1 import bundle_service_pb2, denoising_service_pb2_grpc
 from hybridsd.v1 import denoising_service_pb2 as pb
 from tests.support.engine_fakes import Client, FailingDenoiser, GatedDenoiser, failure, message, until
+from tests.support.tiny_bundle import write_bundle
 
 StartServer = Callable[..., Awaitable[Client]]
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -269,6 +270,17 @@ async def test_bundles_are_listed_and_handed_out(start_server: StartServer, bund
     rest = b"".join([chunk async for chunk in download(client, path="unet.bin", offset_bytes=size - 300)])
     assert rest == (bundle.folder / "unet.bin").read_bytes()[-300:]
     assert [chunk async for chunk in download(client, path="unet.bin", offset_bytes=size)] == []
+
+
+@pytest.mark.parametrize(("high_noise_seed", "told"), [(None, 400.0), (1, None)])
+async def test_capabilities_tell_the_level_of_a_bundle(
+    high_noise_seed: int | None, told: float | None, start_server: StartServer, tmp_path: Path
+) -> None:
+    """Up to which timestep it has a U-Net; nothing where that is all."""
+    write_bundle(tmp_path / "edge", max_timestep=400, high_noise_seed=high_noise_seed)
+    client = await start_server(bundles=(load_bundle(tmp_path / "edge"),))
+    (info,) = (await client.denoising.GetCapabilities(pb.GetCapabilitiesRequest())).bundles
+    assert (info.max_timestep if info.HasField("max_timestep") else None) == told
 
 
 @pytest.mark.parametrize(

@@ -153,3 +153,18 @@ def test_the_reckoning_can_be_read() -> None:
     assert len(text.splitlines()) == 1 + 26 + len(choice.reasons)
     limited = explain(choose(STEPS, COSTS, Goals(max_cloud_steps=2), CURVE)).splitlines()
     assert [line.split()[-7] for line in limited[1:4]] == ["25", "24", "23"]
+
+
+@pytest.mark.parametrize("goals", [Goals(), Goals(quality=0.0), Goals(max_latency_s=0.001), Goals(max_latency_s=60.0)])
+def test_a_device_that_cannot_begin_gets_no_earlier_split(goals: Goals) -> None:
+    """Whatever is asked for, and however slow the cloud turns on the way."""
+    slow = replace(COSTS, cloud_step_s=5.0, edge_step_s=0.01)
+    choice = choose(STEPS, slow, goals, CURVE, least=9)
+    assert choice.cloud_steps >= 9
+    assert [each.cloud_steps for each in choice.table] == list(range(9, STEPS + 1))
+    assert any("at least 9 cloud steps" in reason for reason in choice.reasons)
+
+    simulated = Simulation(COSTS, slow_after=2, slowdown=50.0)
+    free, bound = (replace(advisor_of(COSTS, 20), least=least) for least in (0, 9))
+    assert simulated.run(20, free)[1] < 9
+    assert simulated.run(20, bound)[1] >= 9

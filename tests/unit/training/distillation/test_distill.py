@@ -12,6 +12,8 @@ from diffusers import UNet2DConditionModel
 
 from tests.support.tiny_unets import batch, learn, losses_elsewhere, schedule, tiny_unet, words
 from training.distillation.distill import DistillTask, captured
+from training.export.levels import timesteps_of
+from training.models.pruned_unet import load_unet, save_unet
 
 pytestmark = pytest.mark.slow
 
@@ -208,3 +210,16 @@ def test_everything_is_computed_where_the_networks_are() -> None:
     )
 
     assert all(term.is_meta for term in losses_elsewhere(task).values())
+
+
+def test_a_specialist_says_what_it_learnt_where_it_is_saved(tmp_path: Path) -> None:
+    """And is loaded with it; learning all again takes it back."""
+    student = tiny_unet(0)
+    make_task(student, timestep_range=(0, 780))
+    save_unet(student, tmp_path)
+    loaded = load_unet(tmp_path)
+    assert timesteps_of(loaded) == (0, 779)
+
+    make_task(loaded)
+    save_unet(loaded, tmp_path)
+    assert timesteps_of(load_unet(tmp_path)) == (0, 999)

@@ -165,6 +165,38 @@ def test_the_edge_reads_text_and_pictures_as_torch_does(parts: Parts, models: Mo
         assert np.allclose(decoded, parts.tiny.decode(torch.from_numpy(latents)[None]).sample[0].numpy(), atol=PARITY)
 
 
+@pytest.mark.parametrize("kind", ["alone", "pair"])
+def test_a_specialist_draws_its_levels_and_another_those_above(kind: str, parts: Parts, tmp_path: Path) -> None:
+    """Each call is that of the torch U-Net for its timestep; report and manifest tell of each file."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        high = tiny_unet(levels=2) if kind == "pair" else None
+    options = {"high_noise_unet": high, "max_timestep": 400, "encoder": None}
+    report = parts.bundle(tmp_path / "levels", defaults=replace(DEFAULTS, cloud_steps=3), **options)
+    manifest = read_manifest(tmp_path / "levels")
+    models = Models(tmp_path / "levels", manifest, provider="cpu", threads=1)
+    rng = np.random.default_rng(0)
+    latents = rng.standard_normal((4, 8, 12), dtype=np.float32)
+    embeds = rng.standard_normal((CONTEXT_LENGTH, EMBED_DIM), dtype=np.float32)
+    conditioning = Conditioning(prompt_embeds=embeds, negative_prompt_embeds=None)
+    for timestep in (400.0, 400.5, 999.0):
+        unet = parts.unet if timestep <= 400 or high is None else high
+        with half_weights(unet):
+            wanted = unet(torch.from_numpy(latents)[None], timestep, torch.from_numpy(embeds)[None]).sample[0].numpy()
+        actual = models.predict_noise(latents, timestep, conditioning, guidance_scale=1.0)
+        assert np.allclose(actual, wanted, atol=10 * PARITY)
+
+    assert (manifest.max_timestep, manifest.highest_timestep) == (400, None if high else 400)
+    assert {entry.role for entry in report if entry.role.startswith("unet")} == {
+        "unet", *(["unet_high_noise"] if high else []),
+    }  # fmt: skip
+    assert verify_files(manifest, tmp_path / "levels") == []
+    assert ("unet_high_noise" in manifest.macs) == ("unet_high_noise" in manifest.num_parameters) == (high is not None)
+    with pytest.raises(ValueError, match="int8 is calibrated on whole images"):
+        parts.bundle(tmp_path / "int8", defaults=replace(DEFAULTS, cloud_steps=3), precision="int8",
+                     captions=["a", "b"], **options)  # fmt: skip
+
+
 def test_every_model_agrees_with_torch_at_several_shapes(bundle: Path) -> None:
     """The report has all four models, three shapes each, and errors of rounding only."""
     report = json.loads((bundle / "parity.json").read_text())

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from edge_client.cli import output_files, prompt_files
+from edge_client.cli import output_files
 from edge_client.cli.generate_options import AUTO
 from edge_client.generation import saved_state
 from edge_client.generation.segments import parse_segments
@@ -17,6 +17,7 @@ from edge_client.images.inputs import read_image
 from edge_client.request import Request, SavedState
 from edge_client.split.handoff_policy import Goals
 from edge_client.types import MODES, ApproximateReuse, CallSkipping, Conditioning, ImageInput, Mode
+from hybridsd import prompt_files
 from hybridsd.errors import HybridSDError, InvalidRequest, Reason
 from hybridsd.limits import MAX_DEADLINE_S
 from hybridsd.manifest import Manifest

@@ -57,9 +57,11 @@ class Words:
         rows = [np.random.default_rng(list(caption.encode())).standard_normal((5, TEXT_DIM)) for caption in captions]
         return (torch.from_numpy(np.stack(rows)).float().to(self.device),)
 
-    def unet_kwargs(self, embeds: Sequence[Tensor], size: tuple[int, int]) -> dict[str, Any]:
+    def unet_kwargs(
+        self, embeds: Sequence[Tensor], size: tuple[int, int], time_ids: Tensor | None = None
+    ) -> dict[str, Any]:
         """As SD 1.x."""
-        del size
+        del size, time_ids
         return {"encoder_hidden_states": embeds[0]}
 
 

@@ -14,6 +14,7 @@ import os
 import pprint
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,11 +23,12 @@ import click
 
 from training import recipes
 from training.cli.bundle import export_bundle_command, rewrite_plans_command
+from training.cli.cache import cache_command
 from training.cli.demo import demo_command
 from training.cli.evaluate import evaluate_coco_command, evaluate_command, evaluate_vae_command, noise_levels_command
 from training.cli.model_card import model_card_command
 from training.cli.prune import prune_command, score_command
-from training.cli.shared_options import FOLDER, OUT, SCALE, Every, say
+from training.cli.shared_options import FILE, FOLDER, OUT, SCALE, Every, say
 from training.cli.stages import cost_command, export_command, latents_command
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -134,6 +136,11 @@ def _training_options(command: Command) -> Command:
         click.option(
             "--accept-changes", is_flag=True, help="Continue a run although its recipe or data are others now."
         ),
+        click.option(
+            "--validation-prompts", type=FILE,
+            help="What previews show: prompt and negative prompt in turns, or a CSV with a column prompt and, as you "
+            "like, negative_prompt, seed, width, height, guidance_scale.",
+        ),
         click.option("--dry-run", is_flag=True, help="Show the resolved recipe and stop."),
         click.option("--yaml", "as_yaml", is_flag=True, help="With --dry-run: print it as YAML, for --config."),
     )  # fmt: skip
@@ -157,9 +164,13 @@ def _resolved(
 def _run(
     name: str, recipe: Any, out: Path, *, config: Path | None, settings: Sequence[str], steps: int | None,
     seed: int | None, precision: str | None, checkpoint_every: tuple[str, float] | None, keep: int,
-    trackers: Sequence[str], accept_changes: bool, dry_run: bool, as_yaml: bool,
+    trackers: Sequence[str], validation_prompts: Path | None, accept_changes: bool, dry_run: bool, as_yaml: bool,
 ) -> None:  # fmt: skip
     recipe = _resolved(name, recipe, config=config, settings=settings, steps=steps, seed=seed, precision=precision)
+    if validation_prompts is not None:
+        if not hasattr(recipe, "validation_prompts"):
+            raise click.UsageError(f"{name} draws no captions; leave --validation-prompts out")
+        recipe = replace(recipe, validation_prompts=str(validation_prompts))
     if dry_run and as_yaml:
         from training.core.overrides import to_yaml
 
@@ -231,6 +242,7 @@ for _name in recipes.SD:
 for _command in (
     demo_command,
     latents_command,
+    cache_command,
     score_command,
     prune_command,
     evaluate_command,

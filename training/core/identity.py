@@ -32,6 +32,8 @@ MAY_CHANGE: Mapping[str, str] = {
     "schedule.preview_every": "shows what is learnt, and does not change it",
     "schedule.validate_every": "likewise",
     "data.validation": "likewise",
+    "validation_prompts": "likewise",
+    "data.cache": "it holds what would be encoded",
     "data.loader_workers": "batches are the same for any number of threads",
     "gradient_checkpointing": "memory for time; the gradients are the same",
 }

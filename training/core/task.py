@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar, cast
 
 import numpy as np
 import torch
@@ -26,15 +26,20 @@ class Batch:
     """float32 [B, 3, H, W] in [-1, 1]."""
     latents: Tensor | None = None
     """float32 [B, C, h, w] as the U-Net sees them, where they were encoded beforehand."""
+    latents_std: Tensor | None = None
+    """The same: the deviations of the posterior whose means `latents` are; None where there is nothing to sample."""
+    embeds: tuple[Tensor, ...] = ()
+    """float32, one row a caption, where they were embedded beforehand: what `Text.embed` gives."""
+    time_ids: Tensor | None = None
+    """float32 [B, 6] in pixels: what SDXL is told of images; see `training.data.transforms.Framing.read`."""
     labels: Tensor | None = None
     """int64 [B, ...]: what a judge or a text head must say."""
 
     def to(self, device: torch.device) -> Batch:
         """Moves every tensor to `device`."""
-        images, latents, labels = (
-            None if value is None else value.to(device) for value in (self.images, self.latents, self.labels)
-        )
-        return replace(self, images=images, latents=latents, labels=labels)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **cast(Any, moved), embeds=tuple(embeds.to(device) for embeds in self.embeds))
 
     def __len__(self) -> int:
         for value in (self.images, self.latents, self.labels):

@@ -13,22 +13,24 @@ import logging
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Protocol, cast, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hybridsd.aspect_buckets import Size
 from training.core.task import Batch
-from training.data.records import DataError, Draw, Record, Source, as_table, read_list
+from training.data.buckets import BucketedTable
+from training.data.records import DataError, Draw, Record, Source, as_table, captions_of, image_bytes, read_list
 from training.data.shards import MetadataFilter, Shards, find_shards
-from training.data.transforms import Crop, Framing, Unusable
+from training.data.transforms import Crop, Framing, Unusable, View
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ def open_data(
     loader_workers: int = 0,
     crop: Crop = "center",
     flip: bool = True,
+    buckets: tuple[Size, ...] = (),
     min_side: int | None = None,
     captions: bool = True,
     split: str = "train",
@@ -88,7 +91,8 @@ def open_data(
         loader_workers: Threads that decode ahead; 0 decodes when a batch is asked for.
         crop: "center" or "random" (the reference's LCM).
         flip: Mirrors every other image.
-        min_side: Skips images whose shorter side is less; half the resolution if None.
+        buckets: Sizes of several aspect ratios, of which each image takes the nearest; see `training.data.buckets`.
+        min_side: Skips images whose shorter side is less; if None those that would be enlarged more than twice.
         captions: Whether records need captions; without, batches have none.
         split: Of imagefolder and datasets.
         image_column: Of imagefolder and datasets, if it cannot be guessed.
@@ -107,7 +111,7 @@ def open_data(
         raise DataError(f"{spec}: only webdataset can be filtered by metadata; leave the filter out")
     if images is not None and parsed.kind != "csv":
         raise DataError(f"{spec}: a folder of images goes with csv only; leave it out")
-    framing = Framing(resolution=resolution, crop=crop, flip=flip, min_side=min_side)
+    framing = Framing(resolution=resolution, crop=crop, flip=flip, min_side=min_side, buckets=buckets)
     source: Source
     if parsed.kind == "webdataset":
         urls = find_shards(parsed.where)
@@ -118,9 +122,16 @@ def open_data(
             dataset = read_list(path, path.parent if images is None else images)
         else:
             dataset = _open_dataset(parsed, split, cache_dir)
-        source = as_table(
-            dataset, spec, image_column=image_column, caption_column=caption_column, captions=captions, seed=seed
+        table = as_table(
+            dataset,
+            spec,
+            image_column=image_column,
+            caption_column=caption_column,
+            captions=captions,
+            seed=seed,
+            size=(resolution, resolution),
         )
+        source = BucketedTable(table, framing, loader_workers) if buckets else table
     return ImageCaptions(source, framing, captions=captions, loader_workers=loader_workers)
 
 
@@ -154,8 +165,68 @@ def _open_dataset(spec: DataSpec, split: str, cache_dir: Path | None) -> Any:
     return dataset
 
 
-_Begun = tuple[Draw, NDArray[np.float32], Iterator[str | Unusable]]
-"""Records, their images, and a result for each when it is decoded."""
+Rows = Mapping[str, NDArray[np.float32]]
+"""What a batch consists of, by the name of its field: one row an image."""
+_Begun = tuple[Draw, Rows, Iterator[str | Unusable]]
+"""Records, their rows, and a result for each when it is read."""
+
+
+class Reader(Protocol):
+    """Makes rows of a batch from image files."""
+
+    def rows(self, count: int, size: Size) -> Rows:
+        """Makes room for `count` images."""
+        ...
+
+    def read(self, image: bytes, caption: str, view: View, *, epoch: int, size: Size, row: Rows) -> None:
+        """Writes what an image becomes into a row, one entry of each array.
+
+        Args:
+            image: The file.
+            caption: Which was chosen; empty without.
+            view: Where to crop and whether to flip.
+            epoch: How often the image came before.
+            size: What the image is made where it is not a stand-in.
+            row: Of `rows`.
+
+        Raises:
+            Unusable: If that cannot be done with this image.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Pixels:
+    """Decodes: a `Reader` of images."""
+
+    framing: Framing
+
+    def rows(self, count: int, size: Size) -> Rows:
+        """See `Reader`: images, time_ids."""
+        width, height = size
+        return {
+            "images": np.empty((count, 3, height, width), dtype=np.float32),
+            "time_ids": np.empty((count, 6), dtype=np.float32),
+        }
+
+    def read(self, image: bytes, caption: str, view: View, *, epoch: int, size: Size, row: Rows) -> None:
+        """See `Reader`."""
+        del caption, epoch, size  # of a stand-in the row's
+        height, width = row["images"].shape[1:]
+        row["time_ids"][...] = view.time_ids(self.framing.read(image, view, row["images"]), (width, height))
+
+
+def chosen(record: Record, framing: Framing, *, captions: bool, epoch: int | None = None) -> tuple[str, View]:
+    """Draws caption and view of a record, in its own epoch or another.
+
+    Raises:
+        Unusable: If it needs a caption and has none.
+    """
+    rng, caption = record.rng(epoch), ""
+    if captions:
+        candidates = captions_of(record.caption)
+        caption = candidates[int(rng.integers(len(candidates)))]
+    return caption, framing.draw(rng)
 
 
 class ImageCaptions:
@@ -163,21 +234,26 @@ class ImageCaptions:
 
     Attributes:
         source: The records in their order, undecoded.
+        framing: How they become images.
+        captions: Whether they need captions.
+        loader_workers: Threads that decode ahead.
+        reader: What becomes of them; decodes, unless another is set.
         skipped: How many of them could not be used, by reason, each time one was met.
 
     Args:
         source: Where the records come from.
-        framing: How they become images of one size.
-        captions: Whether they need captions.
-        loader_workers: Threads that decode ahead.
+        framing: See the attributes, also for the next ones.
+        captions: See there.
+        loader_workers: See there.
     """
 
     def __init__(self, source: Source, framing: Framing, *, captions: bool = True, loader_workers: int = 0) -> None:
         if loader_workers < 0:
             raise ValueError(f"loader_workers is {loader_workers}; choose 0 or more")
         self.skipped: Counter[str] = Counter()
-        self.source, self._framing = source, framing
-        self._captions, self._loader_workers = captions, loader_workers
+        self.source, self.framing = source, framing
+        self.captions, self.loader_workers = captions, loader_workers
+        self.reader: Reader = Pixels(framing)
         self._lock, self._quiet_until = Lock(), float("-inf")
 
     def batches(self, *, batch_size: int, start: int, rank: int, workers: int) -> Iterator[Batch]:
@@ -186,14 +262,13 @@ class ImageCaptions:
         Raises:
             DataError: If no record can be used.
         """
-        draws = self.source.draws(batch_size=batch_size, start=start, rank=rank, workers=workers, skip=self._skip)
-        begun = self._decoded(draws) if self._loader_workers == 0 else self._decoded_ahead(draws, batch_size)
+        draws = self.source.draws(batch_size=batch_size, start=start, rank=rank, workers=workers, skip=self.skip)
+        begun = self._decoded(draws) if self.loader_workers == 0 else self._decoded_ahead(draws, batch_size)
         try:
-            for draw, images, results in begun:
-                captions = tuple(
-                    self._settle(draw, *row) for row in zip(draw.records, images, results, strict=True)
-                )  # fmt: skip
-                yield Batch(captions=captions if self._captions else (), images=torch.from_numpy(images))
+            for draw, rows, results in begun:
+                settled = zip(draw.records, _each(rows), results, strict=True)
+                captions = tuple(self._settle(draw, *entry) for entry in settled)
+                yield _batch(captions if self.captions else (), rows)
         except DataError as error:
             counts = ", ".join(f"{reason}: {number}" for reason, number in self.skipped.items())
             raise DataError(f"{error}; skipped so far: {counts or 'nothing'}") from error
@@ -204,8 +279,8 @@ class ImageCaptions:
 
     def _decoded_ahead(self, draws: Iterator[Draw], batch_size: int) -> Iterator[_Begun]:
         """One thread reads records, the others decode them, until all have enough to do."""
-        ahead = 2 + self._loader_workers // batch_size
-        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(self._loader_workers) as decoders:
+        ahead = 2 + self.loader_workers // batch_size
+        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(self.loader_workers) as decoders:
             begun: deque[_Begun] = deque()
             read = reader.submit(next, draws)
             try:
@@ -220,32 +295,41 @@ class ImageCaptions:
                 decoders.shutdown(cancel_futures=True)
 
     def _begin(self, draw: Draw, run: Callable[..., Iterator[str | Unusable]]) -> _Begun:
-        side = self._framing.resolution
-        images = np.empty((len(draw.records), 3, side, side), dtype=np.float32)
-        return draw, images, run(self._fill, draw.records, images)
+        rows = self.reader.rows(len(draw.records), draw.size)
+        return draw, rows, run(self._fill, draw.records, _each(rows))
 
-    def _fill(self, record: Record, image: NDArray[np.float32]) -> str | Unusable:
-        """Decodes a record into `image`; gives its caption, or the reason why it cannot be used."""
-        rng = np.random.default_rng(record.seed)
+    def _fill(self, record: Record, row: Rows) -> str | Unusable:
+        """Reads a record into `row`; gives its caption, or the reason why it cannot be used."""
         try:
-            caption = _caption(record.caption, rng) if self._captions else ""
-            self._framing.read(_image(record.image), rng, image)
+            caption, view = chosen(record, self.framing, captions=self.captions)
+            image = image_bytes(record.image)
+            self.reader.read(image, caption, view, epoch=record.epoch, size=record.size, row=row)
         except Unusable as reason:
             return reason
         return caption
 
-    def _settle(self, draw: Draw, record: Record, image: NDArray[np.float32], result: str | Unusable) -> str:
+    def _settle(self, draw: Draw, record: Record, row: Rows, result: str | Unusable) -> str:
         """Gives the caption; if the record cannot be used, that of the first spare that can."""
         spares = islice(draw.spares, draw.spare_count)
         while isinstance(result, Unusable):
-            self._skip(str(result), record.name)
+            self.skip(str(result), record.name)
             spare = next(spares, None)
             if spare is None:
                 raise DataError(f"{self.source.name}: none of the records can be used")
-            record, result = spare, self._fill(spare, image)
+            record, result = spare, self._fill(spare, row)
         return result
 
-    def _skip(self, reason: str, name: str) -> None:
+    def identity(self) -> dict[str, Any]:
+        """Says which data these are, and what size they are made, as JSON."""
+        framing = self.framing
+        sizes = [list(size) for size in framing.buckets]
+        return {
+            "data": self.source.identity(), "captions": self.captions, "resolution": framing.resolution,
+            "buckets": sizes, "min_side": framing.min_side,
+        }  # fmt: skip
+
+    def skip(self, reason: str, name: str) -> None:
+        """Counts what cannot be used, and says so now and then."""
         with self._lock:  # the reader counts, too
             self.skipped[reason] += 1
             if time.monotonic() < self._quiet_until:
@@ -255,28 +339,13 @@ class ImageCaptions:
         log.warning("%s: skipped so far %s; the last was %s (%s)", self.source.name, counts, name, reason)
 
 
-def _image(value: bytes | str | None) -> bytes:
-    if isinstance(value, str):
-        try:
-            return Path(value).read_bytes()
-        except FileNotFoundError as error:
-            raise Unusable("no image") from error
-        except (OSError, ValueError) as error:
-            raise Unusable("unreadable image") from error
-    if not value:
-        raise Unusable("no image")
-    return value
+def _each(rows: Rows) -> Iterator[Rows]:
+    """Yields views of single rows."""
+    for index in range(len(next(iter(rows.values())))):
+        yield {name: values[index] for name, values in rows.items()}
 
 
-def _caption(value: object, rng: np.random.Generator) -> str:
-    if isinstance(value, Path):
-        try:
-            value = value.read_bytes()
-        except OSError as error:
-            raise Unusable("no caption") from error
-    candidates = list(value) if isinstance(value, list | tuple) else [value]
-    texts = [text.decode(errors="replace") if isinstance(text, bytes) else text for text in candidates]
-    captions = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
-    if not captions:
-        raise Unusable("no caption")
-    return captions[int(rng.integers(len(captions)))]
+def _batch(captions: tuple[str, ...], rows: Rows) -> Batch:
+    tensors = {name: torch.from_numpy(values) for name, values in rows.items()}
+    embeds = tuple(tensors.pop(name) for name in rows if name.startswith("embeds."))
+    return Batch(captions=captions, embeds=embeds, **tensors)  # by the names of its fields

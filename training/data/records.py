@@ -7,6 +7,7 @@ place as well. So batch `i` always has the same records, and a run resumes witho
 from __future__ import annotations
 
 import csv
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,8 +18,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from hybridsd.aspect_buckets import Size
+from training.data.transforms import Unusable
+
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "file_name")
 CAPTION_COLUMNS = ("text", "caption", "captions", "txt", "prompt", "description")
+
+ROWS_AT_ONCE = 4096
 
 Skip = Callable[[str, str], None]
 """Is told the reason and the name of what cannot be used."""
@@ -37,9 +43,20 @@ class Record:
     caption: object
     """A string, its UTF-8 bytes, several of them to choose from, or the path of a text file."""
     seed: tuple[int, ...]
-    """Of what is random about it in this epoch."""
+    """Of what is random about it in this epoch: the seed of the data, the epoch, and what tells it from the others."""
     name: str
     """For messages."""
+    size: Size
+    """What its image is made: width and height in pixels."""
+
+    @property
+    def epoch(self) -> int:
+        """How often it came before."""
+        return self.seed[1]
+
+    def rng(self, epoch: int | None = None) -> np.random.Generator:
+        """Gives the generator of its caption, crop and flip, in this epoch or another."""
+        return np.random.default_rng(self.seed if epoch is None else (self.seed[0], epoch, *self.seed[2:]))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +64,8 @@ class Draw:
     """The records of one batch, and others to stand in for those that turn out to be unusable."""
 
     records: Sequence[Record]
+    size: Size
+    """What their images are made: width and height in pixels."""
     spares: Iterator[Record]
     """Endless; after `spare_count` they come again."""
     spare_count: int
@@ -64,6 +83,14 @@ class Source(Protocol):
         """Yields batches of records endlessly; the arguments are those of `training.core.task.Data`, see there."""
         ...
 
+    def everything(self, *, rank: int, workers: int, skip: Skip) -> Iterator[Record]:
+        """Yields worker `rank`'s share of all records once, as of epoch 0."""
+        ...
+
+    def identity(self) -> str:
+        """Digests names and lengths of all files, and captions of tables: what is cheap to read and tells a change."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
@@ -75,6 +102,7 @@ class Table:
         image_column: Of paths, of bytes, or of both.
         caption_column: Of strings or lists of strings; None if captions are in text files beside the images.
         seed: Of the order.
+        size: What images are made: width and height in pixels.
     """
 
     name: str
@@ -82,6 +110,7 @@ class Table:
     image_column: str
     caption_column: str | None
     seed: int
+    size: Size
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -99,15 +128,48 @@ class Table:
 
         def spares(epoch: int, place: int) -> Iterator[Record]:
             for other in count(place + len(self.rows) // 2):
-                yield from self._records([(epoch, int(order(epoch)[other % len(self.rows)]))])
+                yield from self.records([(epoch, int(order(epoch)[other % len(self.rows)]))])
 
         for first in count(start * batch_size, batch_size):
             turns = [divmod(number, size) for number in range(first, first + batch_size)]
             places = [(epoch, rank + workers * turn) for epoch, turn in turns]
-            records = self._records([(epoch, int(order(epoch)[place])) for epoch, place in places])
-            yield Draw(records=records, spares=spares(*places[0]), spare_count=len(self.rows))
+            records = self.records([(epoch, int(order(epoch)[place])) for epoch, place in places])
+            yield Draw(records=records, size=self.size, spares=spares(*places[0]), spare_count=len(self.rows))
 
-    def _records(self, indices: Sequence[tuple[int, int]]) -> list[Record]:
+    def everything(self, *, rank: int, workers: int, skip: Skip) -> Iterator[Record]:
+        """See `Source`."""
+        del skip
+        for index in range(rank, len(self.rows), workers):
+            yield from self.records([(0, index)])
+
+    def identity(self) -> str:
+        """See `Source`; of images inside the table, the lengths."""
+        from pyarrow import compute
+
+        found = hashlib.sha256(f"{len(self.rows)} {self.caption_column is None}".encode())
+        rows = self.rows.with_format("arrow")
+        for first in range(0, len(self.rows), ROWS_AT_ONCE):
+            part = rows[first : first + ROWS_AT_ONCE]
+            images = part.column(self.image_column)
+            paths = lengths = [None] * len(part)
+            if hasattr(images.type, "fields"):
+                paths = compute.struct_field(images, "path").to_pylist()
+                lengths = compute.binary_length(compute.struct_field(images, "bytes")).to_pylist()
+            elif str(images.type) in ("string", "large_string"):
+                paths = images.to_pylist()
+            else:
+                lengths = compute.binary_length(images).to_pylist()
+            named = self.caption_column
+            captions = [None] * len(part) if named is None else part.column(named).to_pylist()
+            for path, length, caption in zip(paths, lengths, captions, strict=True):
+                name = None if path is None else Path(path).name
+                size = _length(path) if length is None else length
+                beside = _length(Path(path).with_suffix(".txt")) if named is None and path else None
+                found.update(f"{name} {size} {beside} {caption!r}\n".encode())
+        return found.hexdigest()[:32]
+
+    def records(self, indices: Sequence[tuple[int, int]]) -> list[Record]:
+        """Gives records by epoch and row."""
         rows = self.rows[[index for _, index in indices]]
         records = []
         for number, (epoch, index) in enumerate(indices):
@@ -119,12 +181,63 @@ class Table:
             else:
                 caption = Path(path).with_suffix(".txt") if path else None
             seed, name = (self.seed, epoch, index), f"row {index} ({path or 'no path'})"
-            records.append(Record(image=image or path, caption=caption, seed=seed, name=name))
+            records.append(Record(image=image or path, caption=caption, seed=seed, name=name, size=self.size))
         return records
 
 
+def _length(path: Path | str | None) -> int:
+    try:
+        return -1 if path is None else Path(path).stat().st_size
+    except (OSError, ValueError):
+        return -1
+
+
+def image_bytes(value: bytes | str | None) -> bytes:
+    """Reads the file of a record's image.
+
+    Raises:
+        Unusable: If there is none.
+    """
+    if isinstance(value, str):
+        try:
+            return Path(value).read_bytes()
+        except FileNotFoundError as error:
+            raise Unusable("no image") from error
+        except (OSError, ValueError) as error:
+            raise Unusable("unreadable image") from error
+    if not value:
+        raise Unusable("no image")
+    return value
+
+
+def captions_of(value: object) -> list[str]:
+    """Reads the captions of a record, of which one is chosen.
+
+    Raises:
+        Unusable: If there is none.
+    """
+    if isinstance(value, Path):
+        try:
+            value = value.read_bytes()
+        except OSError as error:
+            raise Unusable("no caption") from error
+    candidates = list(value) if isinstance(value, list | tuple) else [value]
+    texts = [text.decode(errors="replace") if isinstance(text, bytes) else text for text in candidates]
+    captions = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+    if not captions:
+        raise Unusable("no caption")
+    return captions
+
+
 def as_table(
-    dataset: Any, name: str, *, image_column: str | None, caption_column: str | None, captions: bool, seed: int
+    dataset: Any,
+    name: str,
+    *,
+    image_column: str | None,
+    caption_column: str | None,
+    captions: bool,
+    seed: int,
+    size: Size,
 ) -> Table:
     """Finds the columns of a `datasets.Dataset`.
 
@@ -135,6 +248,7 @@ def as_table(
         caption_column: If None, the first of `CAPTION_COLUMNS`, or the only column of strings, or text files beside.
         captions: Whether captions are wanted.
         seed: Of the order.
+        size: What images are made: width and height in pixels.
 
     Raises:
         DataError: If a column is missing, or the table is empty.
@@ -164,7 +278,12 @@ def as_table(
             )
     rows = dataset.select_columns([image_column, *([] if caption_column is None else [caption_column])])
     return Table(
-        name=name, rows=rows.with_format(None), image_column=image_column, caption_column=caption_column, seed=seed
+        name=name,
+        rows=rows.with_format(None),
+        image_column=image_column,
+        caption_column=caption_column,
+        seed=seed,
+        size=size,
     )
 
 

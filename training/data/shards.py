@@ -10,6 +10,7 @@ from there the epoch that it enters up to the place, some thousand records a sec
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shlex
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from hybridsd.aspect_buckets import Size
 from training.data.records import DataError, Draw, Record, Skip
 from training.data.transforms import Framing, Unusable
 
@@ -32,6 +34,7 @@ log = logging.getLogger(__name__)
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
 CAPTION_KEYS = ("txt", "text", "caption")
 RECENT = 64  # records that can stand in for others when the buffer has run empty at the end of an epoch
+BEGINNING = 1 << 16  # bytes
 BLOCK = 512  # of a tar file, which ends with blocks of zeros
 # webdataset's own command waits forever when a transfer stalls, and repeats what it has given when it tries again.
 CURL = "curl --fail --silent --show-error --location --connect-timeout 30 --speed-limit 1024 --speed-time 60"
@@ -107,13 +110,37 @@ class Shards:
         return self.urls[0] if len(self.urls) == 1 else f"{self.urls[0]} and {len(self.urls) - 1} more shards"
 
     def draws(self, *, batch_size: int, start: int, rank: int, workers: int, skip: Skip) -> Iterator[Draw]:
-        """See `Source`. Spares are records that wait in the buffer, and then those drawn last."""
+        """See `Source`. Spares are records that wait in the buffer, and then those drawn last.
+
+        With buckets a record waits until its bucket has a batch of them, over the end of an epoch if need be: none is
+        lost. What waits where depends on all that came before, so entering late reads all of that.
+        """
         stream = _Stream(self, rank, workers, skip)
-        records = stream.records(start * batch_size)
-        while True:
-            batch = [next(records) for _ in range(batch_size)]
+        passed = start if self.framing.buckets else 0
+        waiting: dict[Size, list[Record]] = {}
+        for record in stream.records(0 if self.framing.buckets else start * batch_size):
+            batch = waiting.setdefault(record.size, [])
+            batch.append(record)
+            if len(batch) < batch_size:
+                continue
+            del waiting[record.size]
+            if passed:
+                passed -= 1
+                continue
             others = [*stream.buffer, *stream.recent]
-            yield Draw(records=batch, spares=cycle(others), spare_count=len(others))
+            alike = [other for other in others if other.size == record.size]
+            spares = [*alike, *(other for other in others if other.size != record.size)]
+            yield Draw(records=batch, size=record.size, spares=cycle(spares), spare_count=len(spares))
+
+    def everything(self, *, rank: int, workers: int, skip: Skip) -> Iterator[Record]:
+        """See `Source`."""
+        stream = _Stream(self, rank, workers, skip)
+        return stream.once()
+
+    def identity(self) -> str:
+        """See `Source`; of remote shards their addresses alone."""
+        names = [url if _is_remote(url) else f"{Path(url).name} {_beginning(url)}" for url in self.urls]
+        return hashlib.sha256(json.dumps([names, self.captions, repr(self.keep)]).encode()).hexdigest()[:32]
 
     def record(self, sample: Mapping[str, Any], seed: tuple[int, ...], name: str) -> Record:
         """Makes a record of a sample.
@@ -134,8 +161,8 @@ class Shards:
             raise Unusable("no caption")
         if self.keep is not None:
             self.keep.check(metadata)
-        self.framing.open(image)
-        return Record(image=image, caption=caption, seed=seed, name=name)
+        size = self.framing.size_of(self.framing.open(image))
+        return Record(image=image, caption=caption, seed=seed, name=name, size=size)
 
 
 class _Stream:
@@ -167,6 +194,11 @@ class _Stream:
             # An epoch without records may be bad luck with this process's share.
             if len(self.sizes) == len(self.source.urls) and not any(self.sizes.values()):
                 raise DataError(f"{self.source.name}: no record of any shard can be used")
+
+    def once(self) -> Iterator[Record]:
+        """Yields the share of one epoch in the order of the shards."""
+        workers, shards = self.workers, range(len(self.source.urls))
+        return self._read(0, list(shards[self.rank :: workers] if len(shards) >= workers else shards))
 
     def _mixed(self, epoch: int, records: Iterator[Record]) -> Iterator[Record]:
         rng = np.random.default_rng((self.source.seed, epoch, self.rank))
@@ -242,6 +274,14 @@ def find_shards(pattern: str) -> tuple[str, ...]:
         forms = "a folder of .tar files, a pattern such as /data/{000..012}.tar, or a URL"
         raise DataError(f"there are no shards at {pattern!r}; give {forms}")
     return tuple(urls)
+
+
+def _beginning(path: str) -> str:
+    """Digests the length and the beginning of a shard, in whose headers names and lengths of files are."""
+    if not Path(path).is_file():
+        return "missing"
+    with Path(path).open("rb") as file:
+        return f"{Path(path).stat().st_size} {hashlib.sha256(file.read(BEGINNING)).hexdigest()}"
 
 
 def _is_remote(url: str) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from training.core.conditioning import VAE_SCALE_FACTOR, Text
 from training.data.scenes import from_model_range
+from training.evaluation.prompts import Prompt
 from training.evaluation.sampling import (
     Context,
     call_noise,
@@ -34,11 +35,14 @@ class CaptionSampler:
         text: Turns captions into embeddings.
         scheduler_config: The model's noise schedule.
         captions: One image each.
+        negatives: What not to draw, one each; empty if None.
+        noise: Seed and number of the image each; if None `seed`, and draw `d` of a caption is number
+            `d * len(captions) + i` of it.
         size: Height and width in pixels.
         scheduler: A name of `hybridsd.schedulers`.
         steps: num_inference_steps.
         guidance: The guidance scale.
-        seed: Of the noise; draw `d` of a caption is noise number `d * len(captions) + i` of it.
+        seed: Of the noise.
         batch: Captions at once.
         context: What the U-Net runs under.
     """
@@ -49,6 +53,8 @@ class CaptionSampler:
         scheduler_config: Mapping[str, Any],
         captions: Sequence[str],
         *,
+        negatives: Sequence[str] | None = None,
+        noise: Sequence[tuple[int, int]] | None = None,
         size: tuple[int, int],
         scheduler: str,
         steps: int,
@@ -59,6 +65,8 @@ class CaptionSampler:
     ) -> None:
         self.text, self.captions, self.size = text, tuple(captions), size
         self.plan = make_plan(scheduler_config, scheduler, steps)
+        self.negatives = tuple(negatives or [""] * len(captions))
+        self.noise = noise
         self.guidance, self.seed, self.batch, self.context = guidance, seed, batch, context
 
     @torch.inference_mode()
@@ -66,18 +74,22 @@ class CaptionSampler:
         """Gives the final latents, float32 [N, C, h, w]; the same draw is the same noise."""
         shape = (int(unet.config.in_channels), self.size[0] // VAE_SCALE_FACTOR, self.size[1] // VAE_SCALE_FACTOR)
         split = (self.plan.num_inference_steps,)
+        first = draw * len(self.captions)
+        noises = self.noise or [(self.seed, first + number) for number in range(len(self.captions))]
         parts = []
         for start in range(0, len(self.captions), self.batch):
-            captions = self.captions[start : start + self.batch]
-            numbers = range(draw * len(self.captions) + start, draw * len(self.captions) + start + len(captions))
-            kwargs = self.text.unet_kwargs(self.text.embed([*([""] * len(captions)), *captions]), self.size)
+            part = slice(start, start + self.batch)
+            texts = [*self.negatives[part], *self.captions[part]]
+            kwargs = self.text.unet_kwargs(self.text.embed(texts), self.size)
             predict = predictor(unet, kwargs["encoder_hidden_states"], self.guidance, kwargs.get("added_cond_kwargs"))
             finished = denoise_splits(
                 self.plan,
-                initial_noise(self.seed, numbers, shape),
+                torch.cat([initial_noise(seed, [number], shape) for seed, number in noises[part]]),
                 [predict],
                 [split],
-                draw_noise=lambda call, numbers=numbers: call_noise(self.seed, numbers, call, shape),  # type: ignore[misc]
+                draw_noise=lambda call, drawn=noises[part]: torch.cat(  # type: ignore[misc]
+                    [call_noise(seed, [number], call, shape) for seed, number in drawn]
+                ),
                 context=self.context,
             )
             parts.append(finished[split])
@@ -85,16 +97,17 @@ class CaptionSampler:
 
 
 class Preview:
-    """Is called for the validation image, uint8 [H, B W, 3].
+    """Is called for the validation image: a row of images, uint8 [H, W, 3], white below those that are less high.
 
     Args:
-        unet: What is trained; a U-Net with a guidance embedding is run as an LCM in 4 steps, others in 12.
+        unet: What is trained; drawn in 12 steps, an LCM in 4.
         text: Turns captions into embeddings.
         vae: Decodes; an AutoencoderKL or an AutoencoderTiny.
         scheduler_config: The model's noise schedule.
-        captions: One image each.
-        size: Height and width in pixels.
-        guidance: The guidance scale.
+        prompts: One image each.
+        size: Height and width in pixels, where a prompt has none of its own.
+        guidance: The guidance scale, likewise.
+        few_steps: Whether it is run as an LCM; by its guidance embedding if None.
     """
 
     def __init__(
@@ -103,21 +116,58 @@ class Preview:
         text: Text,
         vae: Any,
         scheduler_config: Mapping[str, Any],
-        captions: Sequence[str],
+        prompts: Sequence[Prompt],
         *,
         size: tuple[int, int],
         guidance: float,
+        few_steps: bool | None = None,
     ) -> None:
-        self.unet, self.vae = unet, vae
-        scheduler, steps = ("dpmpp_2m", 12) if unet.config.time_cond_proj_dim is None else ("lcm", 4)
-        self.sample = CaptionSampler(
-            text, scheduler_config, captions, size=size, scheduler=scheduler, steps=steps, guidance=guidance
-        )
+        self.unet, self.vae, self.prompts = unet, vae, tuple(prompts)
+        if few_steps is None:
+            few_steps = unet.config.time_cond_proj_dim is not None
+        scheduler, steps = ("lcm", 4) if few_steps else ("dpmpp_2m", 12)
+        alike: dict[tuple[tuple[int, int], float], list[int]] = {}
+        for index, prompt in enumerate(self.prompts):
+            own = prompt.height or size[0], prompt.width or size[1]
+            scale = guidance if prompt.guidance_scale is None else prompt.guidance_scale
+            alike.setdefault((own, scale), []).append(index)
+        self.samplers = [
+            (
+                indices,
+                CaptionSampler(
+                    text,
+                    scheduler_config,
+                    [self.prompts[index].prompt for index in indices],
+                    negatives=[self.prompts[index].negative_prompt for index in indices],
+                    noise=[_noise(self.prompts[index], index) for index in indices],
+                    size=own,
+                    scheduler=scheduler,
+                    steps=steps,
+                    guidance=scale,
+                ),
+            )
+            for (own, scale), indices in alike.items()
+        ]
 
     def __call__(self) -> NDArray[np.uint8]:
         """Draws the row."""
         self.vae.to(self.unet.device)
-        latents = self.sample(self.unet)
-        with torch.autocast(self.unet.device.type, enabled=False):  # in float16, SDXL's VAE overflows
-            images = from_model_range(decode_latents(self.vae, latents).cpu().numpy())
-        return np.concatenate(list(images), axis=1)
+        images: dict[int, NDArray[np.uint8]] = {}
+        for indices, sample in self.samplers:
+            latents = sample(self.unet)
+            with torch.autocast(self.unet.device.type, enabled=False):  # in float16, SDXL's VAE overflows
+                drawn = from_model_range(decode_latents(self.vae, latents).cpu().numpy())
+            images |= zip(indices, drawn, strict=True)
+        highest = max(len(image) for image in images.values())
+        return np.concatenate(
+            [
+                np.pad(images[index], ((0, highest - len(images[index])), (0, 0), (0, 0)), constant_values=255)
+                for index in range(len(self.prompts))
+            ],
+            axis=1,
+        )
+
+
+def _noise(prompt: Prompt, index: int) -> tuple[int, int]:
+    """Gives seed and number: of a prompt with a seed, those of the first image that `hybridsd generate` draws."""
+    return (SEED, index) if prompt.seed is None else (prompt.seed, 0)

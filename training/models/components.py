@@ -134,12 +134,15 @@ def load_text(source: str, dtype: torch.dtype = torch.float32, *, variant: str |
     return ClipTextXL((tokenizer, second_tokenizer), (encoder, second))
 
 
-def load_components(source: str, *, dtype: torch.dtype = torch.float32) -> Components:
+def load_components(
+    source: str, *, dtype: torch.dtype = torch.float32, text_dtype: torch.dtype | None = None
+) -> Components:
     """Loads a pipeline folder or hub id.
 
     Args:
         source: A folder in diffusers layout, or a hub id such as owner/name.
-        dtype: Of U-Net and text; the VAE is float32, as SDXL's overflows in float16.
+        dtype: Of the U-Net; the VAE is float32, as SDXL's overflows in float16.
+        text_dtype: Of the text encoders; `dtype` if None.
 
     Raises:
         ValueError: If it cannot be read, saying what is missing.
@@ -147,6 +150,6 @@ def load_components(source: str, *, dtype: torch.dtype = torch.float32) -> Compo
     return Components(
         unet=load_unet(source, dtype=dtype),
         vae=load_vae(source),
-        text=load_text(source, dtype),
+        text=load_text(source, dtype if text_dtype is None else text_dtype),
         scheduler_config=load_scheduler_config(source),
     )

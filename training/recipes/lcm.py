@@ -28,10 +28,16 @@ class LCMRecipe:
     w_min: float
     w_max: float
     target_decay: float
+    caption_dropout: float = 0.0
+    """None are dropped: the teacher's guidance is in the target already, and an LCM is never asked without a text."""
+    validation_prompts: str | None = None
+    """See `UNetRecipe`."""
     folder: str
 
     def __post_init__(self) -> None:
-        check_ranges(self, {"w_min": (0, 1000), "w_max": (self.w_min, 1000), "target_decay": SHARE})
+        check_ranges(
+            self, {"w_min": (0, 1000), "w_max": (self.w_min, 1000), "target_decay": SHARE, "caption_dropout": SHARE}
+        )
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -50,10 +56,10 @@ class LCMRecipe:
         task = LCMTask(
             student,
             teacher,
-            LatentsAndText(text),
+            LatentsAndText(text, caption_dropout=self.caption_dropout),
             ConsistencySolver(NoiseSchedule.from_config(SCHEDULER_CONFIG)),
             save=save_unet,
-            preview=scenes_preview(student, text, out),
+            preview=scenes_preview(student, text, out, self.validation_prompts),
             w_min=self.w_min,
             w_max=self.w_max,
             ema_decay=self.target_decay,

@@ -8,8 +8,7 @@ needed must be set: `--set data.spec=imagefolder:/data/laion --set student=prune
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -17,27 +16,23 @@ import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor
 
-from training.core.conditioning import VAE_SCALE_FACTOR, LatentsAndText
+from training.core.conditioning import VAE_SCALE_FACTOR
 from training.core.loop import Schedule
 from training.core.noise_schedule import NoiseSchedule
 from training.core.precision import dtype_of
 from training.core.ranges import COUNT, SHARE, WEIGHT, check_ranges
-from training.core.task import Data, Drawn
-from training.data.batches import open_data
-from training.data.identity import SCENES
-from training.data.scenes import SIZE
-from training.data.shards import MetadataFilter
+from training.core.task import Data
 from training.distillation.distill import DistillTask
 from training.distillation.lcm import ConsistencySolver, LCMTask, with_guidance_embedding
 from training.distillation.lora import LCMLoRATask, add_lora
 from training.evaluation.previews import Preview
+from training.evaluation.prompts import Prompt, validation_prompts
 from training.models.components import Components, load_components, load_vae
 from training.models.pruned_unet import load_unet, save_unet
 from training.models.tiny_vae_layouts import read_tiny_vae
 from training.pruning.depth import feature_map
-from training.recipes import VALIDATION_SEED
+from training.recipes.images import ImageData, check_needed, needed, unet_multiple
 from training.vae.discriminator import ViTDiscriminator, find_discriminator
-from training.vae.kl_vae import draw_scenes
 from training.vae.perceptual import LPIPS, Choice, find_perceptual
 from training.vae.reconstruction import DecoderLoss, Lessons, Turns
 from training.vae.small_vae import SD_SMALL_WIDTHS, SmallVAETask, prune_decoder
@@ -48,8 +43,10 @@ log = logging.getLogger(__name__)
 SD14 = "CompVis/stable-diffusion-v1-4"
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 PREVIEW_IMAGES = 4
-EXAMPLE = "imagefolder:DIRECTORY"
-PREVIEW_PROMPTS = ("a golden vase with different flowers", "a photo of an astronaut riding a horse on mars")
+PREVIEW_PROMPTS = (
+    Prompt(prompt="a golden vase with different flowers"),
+    Prompt(prompt="a photo of an astronaut riding a horse on mars"),
+)
 
 
 def _frozen_dtype(schedule: Schedule) -> torch.dtype:
@@ -57,105 +54,34 @@ def _frozen_dtype(schedule: Schedule) -> torch.dtype:
     return dtype_of(schedule.precision)
 
 
-def _needed(value: str | None, name: str, example: str) -> str:
-    if value is None:
-        raise ValueError(f"{name} is not set; give --set {name}={example}")
-    return value
-
-
-def _check_needed(data: ImageData, **models: str | None) -> None:
-    """Raises ValueError if something is not set, naming all that is not."""
-    wanted = {**{name: (value, "pruned_unet") for name, value in models.items()}, "data.spec": (data.spec, EXAMPLE)}
-    missing = {name: example for name, (value, example) in wanted.items() if value is None}
-    if missing:
-        give = " ".join(f"--set {name}={example}" for name, example in missing.items())
-        raise ValueError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set; give {give}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ImageData:
-    """Which images to learn from; see `training.data.batches`."""
-
-    spec: str | None = None
-    """imagefolder:DIRECTORY, datasets:NAME_OR_DIRECTORY, webdataset:SHARDS or csv:FILE; "scenes" are the demo's, of 128
-    pixels, to try a recipe with. Must be set."""
-    resolution: int = 512
-    loader_workers: int = 8
-    """Threads that decode."""
-    crop: Literal["center", "random"] = "center"
-    flip: bool = True
-    """Mirror at random; not where captions say left or right."""
-    captions: bool = True
-    image_column: str | None = None
-    caption_column: str | None = None
-    keep: MetadataFilter = field(default_factory=MetadataFilter)
-    """Of webdataset: what the records' json must say."""
-    validation: str | None = None
-    """As `spec`: images that are never learnt from, for validation losses; None measures none. "scenes" has its own."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self, {"resolution": (8, 16384), "loader_workers": (0, 1024)})
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """See `Recipe`."""
-        return () if self.spec is None else (self.spec,)
-
-    def held_out(self) -> Data | None:
-        """Opens the images for validation losses: whole, not mirrored, so that they are the same every time."""
-        if self.spec == SCENES and self.validation is None:
-            return Drawn(partial(draw_scenes, held_out=True), VALIDATION_SEED)
-        if self.validation is None:
-            return None
-        return replace(self, spec=self.validation, crop="center", flip=False).open(VALIDATION_SEED, VAE_SCALE_FACTOR)
-
-    @property
-    def side(self) -> int:
-        """Pixels of an image's side."""
-        return SIZE if self.spec == "scenes" else self.resolution
-
-    def open(self, seed: int, multiple: int) -> Data:
-        """Opens them; `multiple` must divide the resolution."""
-        spec = _needed(self.spec, "data.spec", EXAMPLE)
-        resolution = self.side
-        if resolution < multiple or resolution % multiple:
-            raise ValueError(
-                f"data.resolution is {resolution}; these networks need a multiple of {multiple}, such as "
-                f"{max(1, round(resolution / multiple)) * multiple}"
-            )
-        if spec == "scenes":
-            return Drawn(draw_scenes, seed)
-        return open_data(
-            spec,
-            resolution=self.resolution,
-            seed=seed,
-            loader_workers=self.loader_workers,
-            crop=self.crop,
-            flip=self.flip,
-            captions=self.captions,
-            image_column=self.image_column,
-            caption_column=self.caption_column,
-            keep=None if self.keep == MetadataFilter() else self.keep,
-        )
-
-
 def _first_images(data: Data) -> Tensor | None:
     return next(data.batches(batch_size=PREVIEW_IMAGES, start=0, rank=0, workers=1)).images
 
 
-def _unet_multiple(unet: UNet2DConditionModel) -> int:
-    return VAE_SCALE_FACTOR << (len(unet.config.block_out_channels) - 1)
+def _components(teacher: str, schedule: Schedule, data: ImageData) -> Components:
+    """Loads a model; of a text encoder that is run for previews only, or to compare it with a cache, in float32."""
+    dtype = _frozen_dtype(schedule)
+    return load_components(teacher, dtype=dtype, text_dtype=dtype if data.cache is None else torch.float32)
 
 
-def _preview(unet: UNet2DConditionModel, parts: Components, resolution: int, guidance: float) -> Preview:
+def _preview(
+    unet: UNet2DConditionModel,
+    parts: Components,
+    prompts: str | None,
+    side: int,
+    *,
+    guidance: float,
+    few_steps: bool | None = None,
+) -> Preview:
     return Preview(
         unet,
         parts.text,
         parts.vae,
         parts.scheduler_config,
-        PREVIEW_PROMPTS,
-        size=(resolution, resolution),
+        validation_prompts(prompts, PREVIEW_PROMPTS, multiple=unet_multiple(unet.config)),
+        size=(side, side),
         guidance=guidance,
+        few_steps=few_steps,
     )
 
 
@@ -173,9 +99,13 @@ class DistillRecipe:
     snr_gamma: float | None
     noise_offset: float
     input_perturbation: float
+    caption_dropout: float
+    """The probability that a caption is replaced by the empty one, so that the U-Net can be guided."""
     timestep_range: tuple[int, int] | None
     """The timesteps to learn; None is all. A specialist learns those after the hand-off only."""
     gradient_checkpointing: bool
+    validation_prompts: str | None = None
+    """A file of what previews show; see `training.evaluation.prompts`. None shows two of ours."""
     folder: str = "unet_distilled"
 
     def __post_init__(self) -> None:
@@ -188,6 +118,7 @@ class DistillRecipe:
                 "snr_gamma": WEIGHT,
                 "noise_offset": WEIGHT,
                 "input_perturbation": WEIGHT,
+                "caption_dropout": SHARE,
                 "timestep_range": (0, 10**6),
             },
         )
@@ -195,7 +126,7 @@ class DistillRecipe:
     @property
     def reads(self) -> tuple[str, ...]:
         """See `Recipe`."""
-        _check_needed(self.data, student=self.student)
+        check_needed(self.data, student=self.student)
         return (self.teacher, self.student or "", *self.data.reads)
 
     def held_out(self, out: Path) -> Data | None:
@@ -206,15 +137,22 @@ class DistillRecipe:
     def build(self, out: Path) -> tuple[DistillTask, Data]:
         """Loads teacher and student; `student` is a folder, below --out or anywhere."""
         torch.manual_seed(self.schedule.seed)
-        parts = load_components(self.teacher, dtype=_frozen_dtype(self.schedule))
-        name = _needed(self.student, "student", "pruned_unet")
+        parts = _components(self.teacher, self.schedule, self.data)
+        name = needed(self.student, "student", "pruned_unet")
         student = load_unet(str(out / name) if (out / name).is_dir() else name).train()
+        conditioner, data = self.data.open_encoded(
+            self.schedule.seed,
+            parts.text,
+            parts.vae,
+            unet_multiple(parts.unet.config),
+            caption_dropout=self.caption_dropout,
+        )
         task = DistillTask(
             student,
-            LatentsAndText(parts.text, parts.vae),
+            conditioner,
             NoiseSchedule.from_config(parts.scheduler_config),
             save=save_unet,
-            preview=_preview(student, parts, self.data.side, 7.5),
+            preview=_preview(student, parts, self.validation_prompts, self.data.side, guidance=7.5),
             teacher=parts.unet,
             feature_map=feature_map(student, parts.unet),
             lambda_task=self.lambda_task,
@@ -226,7 +164,7 @@ class DistillRecipe:
             timestep_range=self.timestep_range,
             gradient_checkpointing=self.gradient_checkpointing,
         )
-        return task, self.data.open(self.schedule.seed, _unet_multiple(parts.unet))
+        return task, data
 
 
 def distill() -> DistillRecipe:
@@ -250,6 +188,7 @@ def distill() -> DistillRecipe:
         snr_gamma=None,
         noise_offset=0.0,
         input_perturbation=0.0,
+        caption_dropout=0.1,  # of SD's own training; BK-SDM and the reference drop none
         timestep_range=None,
         gradient_checkpointing=True,
     )  # fmt: skip
@@ -270,7 +209,11 @@ class LCMRecipe:
     loss: Literal["huber", "l2"]
     huber_c: float
     num_ddim_timesteps: int
+    caption_dropout: float
+    """The probability that a caption is replaced by the empty one."""
     gradient_checkpointing: bool
+    validation_prompts: str | None = None
+    """A file of what previews show; see `training.evaluation.prompts`. None shows two of ours."""
     folder: str = "unet_lcm"
 
     def __post_init__(self) -> None:
@@ -282,13 +225,14 @@ class LCMRecipe:
                 "target_decay": SHARE,
                 "huber_c": WEIGHT,
                 "num_ddim_timesteps": COUNT,
+                "caption_dropout": SHARE,
             },
         )
 
     @property
     def reads(self) -> tuple[str, ...]:
         """See `Recipe`."""
-        _check_needed(self.data)
+        check_needed(self.data)
         return (*dict.fromkeys((self.teacher, self.student or self.teacher)), *self.data.reads)
 
     def held_out(self, out: Path) -> Data | None:
@@ -299,19 +243,26 @@ class LCMRecipe:
     def build(self, out: Path) -> tuple[LCMTask, Data]:
         """Loads teacher and student."""
         torch.manual_seed(self.schedule.seed)
-        parts = load_components(self.teacher, dtype=_frozen_dtype(self.schedule))
+        parts = _components(self.teacher, self.schedule, self.data)
         name = self.student or self.teacher
         beginning = load_unet(str(out / name) if (out / name).is_dir() else name)
         student = with_guidance_embedding(beginning).requires_grad_(True).train()
+        conditioner, data = self.data.open_encoded(
+            self.schedule.seed,
+            parts.text,
+            parts.vae,
+            unet_multiple(parts.unet.config),
+            caption_dropout=self.caption_dropout,
+        )
         task = LCMTask(
             student,
             parts.unet,
-            LatentsAndText(parts.text, parts.vae),
+            conditioner,
             ConsistencySolver(
                 NoiseSchedule.from_config(parts.scheduler_config), num_ddim_timesteps=self.num_ddim_timesteps
             ),
             save=save_unet,
-            preview=_preview(student, parts, self.data.side, 7.0),
+            preview=_preview(student, parts, self.validation_prompts, self.data.side, guidance=7.0),
             w_min=self.w_min,
             w_max=self.w_max,
             ema_decay=self.target_decay,
@@ -319,7 +270,7 @@ class LCMRecipe:
             huber_c=self.huber_c,
             gradient_checkpointing=self.gradient_checkpointing,
         )
-        return task, self.data.open(self.schedule.seed, _unet_multiple(parts.unet))
+        return task, data
 
 
 def lcm() -> LCMRecipe:
@@ -338,6 +289,7 @@ def lcm() -> LCMRecipe:
         loss="huber",
         huber_c=0.001,
         num_ddim_timesteps=50,
+        caption_dropout=0.0,  # the teacher's guidance is in the target already
         gradient_checkpointing=True,
     )  # fmt: skip
 
@@ -351,16 +303,20 @@ class LCMLoRARecipe:
     data: ImageData
     rank: int
     w: float
+    caption_dropout: float
+    """The probability that a caption is replaced by the empty one."""
     gradient_checkpointing: bool
+    validation_prompts: str | None = None
+    """A file of what previews show; see `training.evaluation.prompts`. None shows two of ours."""
     folder: str = "lcm_lora"
 
     def __post_init__(self) -> None:
-        check_ranges(self, {"rank": COUNT, "w": (0, 1000)})
+        check_ranges(self, {"rank": COUNT, "w": (0, 1000), "caption_dropout": SHARE})
 
     @property
     def reads(self) -> tuple[str, ...]:
         """See `Recipe`."""
-        _check_needed(self.data)
+        check_needed(self.data)
         return (self.teacher, *self.data.reads)
 
     def held_out(self, out: Path) -> Data | None:
@@ -373,14 +329,23 @@ class LCMLoRARecipe:
         del out
         torch.manual_seed(self.schedule.seed)
         parts = load_components(self.teacher)
+        conditioner, data = self.data.open_encoded(
+            self.schedule.seed,
+            parts.text,
+            parts.vae,
+            unet_multiple(parts.unet.config),
+            caption_dropout=self.caption_dropout,
+        )
+        unet = add_lora(parts.unet, rank=self.rank)
         task = LCMLoRATask(
-            add_lora(parts.unet, rank=self.rank),
-            LatentsAndText(parts.text, parts.vae),
+            unet,
+            conditioner,
             ConsistencySolver(NoiseSchedule.from_config(parts.scheduler_config)),
+            preview=_preview(unet, parts, self.validation_prompts, self.data.side, guidance=1.0, few_steps=True),
             w=self.w,
             gradient_checkpointing=self.gradient_checkpointing,
         )
-        return task, self.data.open(self.schedule.seed, _unet_multiple(parts.unet))
+        return task, data
 
 
 def lcm_lora() -> LCMLoRARecipe:
@@ -394,6 +359,7 @@ def lcm_lora() -> LCMLoRARecipe:
         data=ImageData(crop="random"),
         rank=64,
         w=6.5,
+        caption_dropout=0.0,  # as in `lcm`
         gradient_checkpointing=True,
     )  # fmt: skip
 
@@ -482,7 +448,7 @@ class TinyVAERecipe:
     @property
     def reads(self) -> tuple[str, ...]:
         """See `Recipe`."""
-        _check_needed(self.data)
+        check_needed(self.data)
         return (self.teacher, *([] if self.student is None else [self.student]), *self.data.reads)
 
     def held_out(self, out: Path) -> Data | None:
@@ -541,7 +507,7 @@ class SmallVAERecipe:
     @property
     def reads(self) -> tuple[str, ...]:
         """See `Recipe`."""
-        _check_needed(self.data)
+        check_needed(self.data)
         return (self.teacher, *self.data.reads)
 
     def held_out(self, out: Path) -> Data | None:

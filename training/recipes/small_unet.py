@@ -35,18 +35,22 @@ class SmallUNetRecipe:
     """A pruned U-Net, learning from the data (task), and from the large one's predictions (output) and features."""
 
     schedule: Schedule
-    empty: float
+    caption_dropout: float
+    """See `UNetRecipe`."""
     timestep_range: tuple[int, int] | None = None
     """The timesteps it learns; None is all."""
     from_scratch: bool = False
     """Forgets the pruned weights and learns from the data alone: the network without its teacher."""
     lambda_output: float
     lambda_feature: float
+    validation_prompts: str | None = None
+    """See `UNetRecipe`."""
     folder: str = "small_unet"
 
     def __post_init__(self) -> None:
         check_ranges(
-            self, {"empty": SHARE, "timestep_range": (0, 10**6), "lambda_output": WEIGHT, "lambda_feature": WEIGHT}
+            self,
+            {"caption_dropout": SHARE, "timestep_range": (0, 10**6), "lambda_output": WEIGHT, "lambda_feature": WEIGHT},
         )
 
     @property
@@ -67,10 +71,10 @@ class SmallUNetRecipe:
             forget(student)
         task = DistillTask(
             student.train(),
-            LatentsAndText(text, empty=self.empty),
+            LatentsAndText(text, caption_dropout=self.caption_dropout),
             NoiseSchedule.from_config(SCHEDULER_CONFIG),
             save=save_unet,
-            preview=scenes_preview(student, text, out),
+            preview=scenes_preview(student, text, out, self.validation_prompts),
             teacher=None if self.from_scratch else teacher,
             feature_map=() if self.from_scratch else feature_map(student, teacher),
             lambda_output=self.lambda_output,
@@ -94,7 +98,7 @@ def small_unet(scale: Scale) -> SmallUNetRecipe:
     )
     return SmallUNetRecipe(
         schedule=scaled(schedule, scale),
-        empty=0.1,
+        caption_dropout=0.1,
         lambda_output=1.0,
         lambda_feature=0.1,
     )

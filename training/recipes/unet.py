@@ -21,8 +21,10 @@ from training.data.scenes import SIZE, caption, sample_scene
 from training.data.text import load_text_encoder, load_tokenizer
 from training.distillation.distill import DistillTask
 from training.evaluation.previews import Preview
+from training.evaluation.prompts import Prompt, validation_prompts
 from training.models.pruned_unet import load_unet, save_unet
 from training.recipes import VALIDATION_SEED, Scale, scaled
+from training.recipes.images import unet_multiple
 from training.vae.kl_vae import load_vae
 
 SCENES_SEED = 11
@@ -45,12 +47,13 @@ def scenes_text(out: Path) -> ClipText:
     return ClipText(load_tokenizer(out / "text" / "tokenizer"), load_text_encoder(out / "text" / "text_encoder"))
 
 
-def scenes_preview(unet: UNet2DConditionModel, text: ClipText, out: Path) -> Preview:
-    """Draws scenes of pairs that are never trained on."""
+def scenes_preview(unet: UNet2DConditionModel, text: ClipText, out: Path, prompts: str | None) -> Preview:
+    """Draws the prompts of a file, or scenes of pairs that are never trained on."""
     rng = np.random.default_rng(5)
-    captions = [caption(sample_scene(rng, held_out=True), rng) for _ in range(PREVIEW_CAPTIONS)]
+    ours = [Prompt(prompt=caption(sample_scene(rng, held_out=True), rng)) for _ in range(PREVIEW_CAPTIONS)]
+    shown = validation_prompts(prompts, ours, multiple=unet_multiple(unet.config))
     vae = load_vae(out / "vae")
-    return Preview(unet, text, vae, SCHEDULER_CONFIG, captions, size=(SIZE, SIZE), guidance=DEFAULT_GUIDANCE)
+    return Preview(unet, text, vae, SCHEDULER_CONFIG, shown, size=(SIZE, SIZE), guidance=DEFAULT_GUIDANCE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,13 +63,16 @@ class UNetRecipe:
     schedule: Schedule
     widths: tuple[int, ...]
     layers: int
-    empty: float
+    caption_dropout: float
+    """The probability that a caption is replaced by the empty one, so that the U-Net can be guided."""
     init: str = ""
     """Folder of a U-Net of this shape whose weights training begins with; from nothing by default."""
+    validation_prompts: str | None = None
+    """A file of what previews show; see `training.evaluation.prompts`. None shows held-out scenes."""
     folder: str = "unet"
 
     def __post_init__(self) -> None:
-        check_ranges(self, {"widths": COUNT, "layers": COUNT, "empty": SHARE})
+        check_ranges(self, {"widths": COUNT, "layers": COUNT, "caption_dropout": SHARE})
 
     @property
     def reads(self) -> tuple[str, ...]:
@@ -88,10 +94,10 @@ class UNetRecipe:
             unet.load_state_dict(load_unet(Path(self.init)).state_dict())
         task = DistillTask(
             unet,
-            LatentsAndText(text, empty=self.empty),
+            LatentsAndText(text, caption_dropout=self.caption_dropout),
             NoiseSchedule.from_config(SCHEDULER_CONFIG),
             save=save_unet,
-            preview=scenes_preview(unet, text, out),
+            preview=scenes_preview(unet, text, out, self.validation_prompts),
         )
         return task, data
 
@@ -116,5 +122,5 @@ def unet(scale: Scale) -> UNetRecipe:
         schedule=scaled(schedule, scale),
         widths=(32, 32, 64) if toy else (64, 160, 320),
         layers=1 if toy else 2,
-        empty=0.1,
+        caption_dropout=0.1,
     )

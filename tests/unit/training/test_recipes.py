@@ -155,6 +155,25 @@ def test_what_is_not_there_is_named(runs: tuple[Path, dict[str, chain.Losses]], 
         override(chain.make(name, out), ["data.resolution=100"]).build(out)
 
 
+@pytest.mark.parametrize(
+    ("name", "default"),
+    [
+        ("unet", 0.1), ("small-unet", 0.1), ("specialist", 0.1), ("scratch", 0.1), ("sd-distill", 0.1),
+        ("lcm", 0.0), ("lcm-small", 0.0), ("sd-lcm", 0.0), ("sd-lcm-lora", 0.0),
+    ],
+)  # fmt: skip
+def test_every_recipe_of_a_unet_drops_captions(
+    runs: tuple[Path, dict[str, chain.Losses]], name: str, default: float
+) -> None:
+    """By one field; where guidance is learnt from a teacher, none by default."""
+    out, _ = runs
+    recipe = chain.make(name, out)
+    task, _ = override(recipe, ["caption_dropout=0.25"]).build(out)
+
+    assert recipe.caption_dropout == default
+    assert task.conditioner.caption_dropout == 0.25
+
+
 def test_recipes_can_be_tried_on_scenes(runs: tuple[Path, dict[str, chain.Losses]]) -> None:
     """Without any data of one's own."""
     out, _ = runs

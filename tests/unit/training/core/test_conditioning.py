@@ -1,5 +1,6 @@
 """What becomes of images and captions before a U-Net sees them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from tests.support.tiny_unets import batch, learn, schedule, tiny_unet, words
-from training.core.conditioning import ClipText, ClipTextXL, LatentsAndText
+from tests.support.tiny_unets import Words, batch, learn, schedule, tiny_unet, words
+from training.core.conditioning import ClipText, ClipTextXL, LatentsAndText, posterior
 from training.core.task import Batch
 from training.data.text import make_tokenizer
 from training.distillation.distill import DistillTask
@@ -48,7 +49,8 @@ def test_images_become_scaled_samples_of_the_posterior(vae: AutoencoderKL) -> No
 def test_dropped_captions_are_empty() -> None:
     """With probability 1 all are, with probability 0 none is."""
     all_dropped, none_dropped = (
-        words(empty=empty).encode(batch(), np.random.default_rng(0), unconditional=True) for empty in (1.0, 0.0)
+        words(caption_dropout=dropout).encode(batch(), np.random.default_rng(0), unconditional=True)
+        for dropout in (1.0, 0.0)
     )
 
     assert all_dropped.unconditional_kwargs is not None
@@ -85,8 +87,8 @@ def test_a_batch_that_lacks_something_is_refused(given: Batch, complaint: str) -
 
 def test_a_probability_above_one_is_refused() -> None:
     """The error names the value and the range."""
-    with pytest.raises(ValueError, match=r"empty is 1.5.*\[0, 1\]"):
-        words(empty=1.5)
+    with pytest.raises(ValueError, match=r"caption_dropout is 1.5.*\[0, 1\]"):
+        words(caption_dropout=1.5)
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +149,65 @@ def test_sdxl_reads_both_encoders_and_the_size(tokenizer: CLIPTokenizer) -> None
     assert given.unconditional_kwargs is not None
     assert not given.unconditional_kwargs["encoder_hidden_states"].any()
     assert curve[-1] < curve[0]
+
+
+def test_sdxl_is_told_how_a_picture_was_cut(tokenizer: CLIPTokenizer) -> None:
+    """By its data, with its caption and without; where these say nothing, it is whole."""
+    encoders = CLIPTextModel(clip_config(tokenizer, 8)), CLIPTextModelWithProjection(clip_config(tokenizer, 16))
+    conditioner = LatentsAndText(ClipTextXL((tokenizer, tokenizer), encoders))
+    told = torch.tensor([[100.0, 300.0, 0.0, 64.0, 64.0, 64.0], [200.0, 200.0, 0.0, 0.0, 64.0, 64.0]])
+    given = conditioner.encode(replace(batch(2), time_ids=told), np.random.default_rng(0), unconditional=True)
+
+    assert given.unconditional_kwargs is not None
+    for kwargs in (given.unet_kwargs, given.unconditional_kwargs):
+        torch.testing.assert_close(kwargs["added_cond_kwargs"]["time_ids"], told)
+
+
+def test_embeddings_that_were_made_beforehand_are_dropped_alike() -> None:
+    """The same captions are replaced by the empty one as without, the batch is left as it is, and no text is run."""
+    plain, cached = words(caption_dropout=0.5), words(caption_dropout=0.5, nothing=Words().embed([""]))
+    given = batch(8)
+    made = replace(given, embeds=Words().embed(given.captions))
+    before = made.embeds[0].clone()
+    expected, found = (
+        conditioner.encode(each, np.random.default_rng(4), unconditional=True)
+        for conditioner, each in ((plain, given), (cached, made))
+    )
+
+    torch.testing.assert_close(found.unet_kwargs, expected.unet_kwargs)
+    torch.testing.assert_close(found.unconditional_kwargs, expected.unconditional_kwargs)
+    assert torch.equal(made.embeds[0], before)
+    assert not cached.text.asked  # type: ignore[attr-defined]
+
+
+def test_latents_with_deviations_are_sampled(vae: AutoencoderKL) -> None:
+    """From the posterior that the VAE gives, by the same noise as the images would be."""
+    with torch.no_grad():
+        mean, std = posterior(vae, images(3).images)  # type: ignore[arg-type] # has some
+    made = replace(images(3), images=None, latents=mean, latents_std=std)
+    expected, found = (
+        conditioner.encode(each, np.random.default_rng(1)).x0
+        for conditioner, each in ((words(vae=vae), images(3)), (words(), made))
+    )
+
+    torch.testing.assert_close(found, expected)
+
+
+def test_batches_that_were_not_prepared_are_encoded_all_the_same(
+    vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as those of validation, beside a cache; the encoders then come to the batch's device."""
+    moved: list[torch.device] = []
+    monkeypatch.setattr(vae, "to", moved.append)
+    prepared, plain = words(vae=vae, nothing=Words().embed([""])), words(vae=vae)
+    expected, found = (
+        conditioner.encode(images(2), np.random.default_rng(1)) for conditioner in (plain, prepared)
+    )  # fmt: skip
+
+    torch.testing.assert_close(found.x0, expected.x0)
+    torch.testing.assert_close(found.unet_kwargs, expected.unet_kwargs)
+    assert not prepared.networks
+    assert moved == [torch.device("cpu")]
 
 
 def test_every_network_that_is_run_is_named(vae: AutoencoderKL) -> None:

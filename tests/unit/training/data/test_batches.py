@@ -616,7 +616,7 @@ def framed(data: bytes, **options: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Gives the image as uint8 [R, R, 3], centred and not mirrored by default."""
     framing = Framing(**{"resolution": RESOLUTION, "flip": False} | options)
     out = np.empty((3, framing.resolution, framing.resolution), dtype=np.float32)
-    framing.read(data, np.random.default_rng(options.get("min_side", 0)), out)
+    framing.read(data, framing.draw(np.random.default_rng(options.get("min_side", 0))), out)
     assert out.min() >= -1
     assert out.max() <= 1
     picture: np.ndarray[Any, np.dtype[np.uint8]] = np.rint((out.transpose(1, 2, 0) + 1) * 127.5).astype(np.uint8)
@@ -731,3 +731,16 @@ def test_enlarging_has_a_limit() -> None:
     with pytest.raises(Unusable, match="image too small"):
         framed(grey(1, (15, 100)), min_side=16)
     assert framed(grey(1, (1, 1)), min_side=1).shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_data_have_an_identity(kind: str, tmp_path: Path) -> None:
+    """The same wherever they are; another with one record more."""
+    one, moved, more = (
+        open_data(make(kind, tmp_path / name, count), resolution=RESOLUTION, cache_dir=tmp_path / "cache").identity()
+        for name, count in (("one", 6), ("moved", 6), ("more", 7))
+    )
+
+    assert one == moved
+    assert one != more
+    assert json.loads(json.dumps(one)) == one

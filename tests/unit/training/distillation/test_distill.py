@@ -144,7 +144,7 @@ def test_checkpointing_changes_no_gradient() -> None:
 
 def test_losses_depend_on_nothing_but_the_generator() -> None:
     """The same generator gives the same losses, another one others; torch's global one is left alone."""
-    task = make_task(tiny_unet(1), conditioner=words(empty=0.5), noise_offset=0.1, input_perturbation=0.1)
+    task = make_task(tiny_unet(1), conditioner=words(caption_dropout=0.5), noise_offset=0.1, input_perturbation=0.1)
     before = torch.get_rng_state()
 
     assert losses_of(task) == losses_of(task) != losses_of(task, seed=4)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from edge_client.cli import prompt_files
-from edge_client.cli.prompt_files import PromptPair
+from hybridsd import prompt_files
 from hybridsd.errors import InvalidRequest
+from hybridsd.prompt_files import PromptPair
 
 
 def test_prompt_pairs() -> None:

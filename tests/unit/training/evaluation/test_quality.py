@@ -98,6 +98,9 @@ def test_points_say_how_sure_they_are(bundle: Path) -> None:
 
     assert (point.low, point.high, point.samples, point.seed) == (0.85, 0.95, 300, 1000)
     assert {(each.samples, each.seed) for each in quality.points(MEASURED, scheduler="lcm")} == {(None, None)}
+    # what is not known is not written, so that older versions, which refuse unknown keys, read such a bundle
+    written = json.loads((bundle / MANIFEST_NAME).read_text())["quality"]
+    assert {"samples" in point for point in written if point["num_inference_steps"] == 50} == {False}
 
 
 def test_controls_are_no_curve() -> None:

@@ -35,6 +35,7 @@ OPTIONAL_ROLES = (
     "tokenizer_2",
     "safety_checker",
     "safety_checker_data",
+    "model_card",
 )
 
 GUIDANCE_KINDS = ("cfg", "embedded")
@@ -104,6 +105,7 @@ class Manifest:
         unet_data and the like: the weights of an ONNX file that is too large for one file (2 GiB). The ONNX file
             refers to it by name, so it lies in the same folder, and whoever loads the one needs no other path
         parity_report, quantization_report: JSON, how far the files are from the networks they were made of
+        model_card: Markdown with the front matter of the Hugging Face hub
     """
 
     name: str

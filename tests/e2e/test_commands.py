@@ -60,6 +60,7 @@ NOT_RUN = {
     r"sudo ": "needs another user and systemd; tests/e2e/test_units.py parses the units",
     r"eval ": "of a shell; test_completion below",
     r"SD=": "an assignment",
+    r"hf upload ": "needs the network and an account",
     r"(set -a;|(export|ray|serve) )": "starts Ray; tests/integration/test_ray.py runs the same configuration",
 }
 

@@ -45,7 +45,13 @@ SD_SETTINGS = {
     "sd-small-vae": ["widths=(2, 2, 2, 2)", "schedule.lr=3e-3", "terms.adversarial_weight=0.0"],
     "sd-lcm": ["schedule.lr=1e-3"],
     "sd-lcm-lora": ["schedule.lr=1e-2", "rank=2"],
-}
+    "sd-lora": [
+        "schedule.lr=1e-2", "layers=all", "text_encoder=True", "trigger=sks", "caption_dropout=0.1",
+        "class_images.prompt=a fox", "class_images.images=3", "class_images.steps=2",
+    ],
+}  # fmt: skip
+LORAS = ("sd-lora", "sdxl-lora")
+"""What they teach is their `model`, and no teacher."""
 SHARED = [
     "data.resolution=64", "data.loader_workers=0", "schedule.batch_size=2", "schedule.accumulate=1",
     "schedule.warmup=2", "schedule.decay=constant",
@@ -67,7 +73,8 @@ def make(name: str, out: Path) -> Any:
     general = [f"schedule.steps={STEPS}", "schedule.precision=no", "schedule.preview_every=0"]
     if name not in SD_SETTINGS:
         return override(recipes.find(name)("toy"), [*general, *SCENES_SETTINGS.get(name, [])])
-    data = ["data.spec=csv:" + str(out / "pictures" / "metadata.csv"), "teacher=" + str(out / "pipeline")]
+    of = "model" if name in LORAS else "teacher"
+    data = ["data.spec=csv:" + str(out / "pictures" / "metadata.csv"), f"{of}={out / 'pipeline'}"]
     recipe = override(recipes.find(name)(), [*general, *SHARED, *data, *SD_SETTINGS[name]])
     return replace(recipe, folder=f"{name}-{recipe.folder}")  # the demo's recipes write here, too
 

@@ -88,6 +88,7 @@ def export_bundle_command(
     from training.data.sources import Source, in_diffusers_layout, load_edge_unet, prediction_type_of
     from training.evaluation import coco, quality
     from training.export.bundles import Description, export_bundle, save_tokenizer
+    from training.export.cards import read_training
     from training.export.graphs import VAE_SCALE_FACTOR
     from training.export.safety import load_safety_checker
     from training.export.sdxl_bundle import SecondText
@@ -162,7 +163,10 @@ def export_bundle_command(
             ),
             scaling_factor=scaling,
             quality=quality.points(quality.read_csv(curve), scheduler=scheduler) if curve is not None else (),
-            about=Description(description=_describe(loras), licence=licence, base_model=model),
+            about=Description(
+                description=_describe(loras), licence=licence, base_model=model,
+                training=read_training(Path(unet_source)),
+            ),
             precision=cast(Any, precision),
             fused_guidance=fused_guidance,
             high_noise_unet=high,

@@ -50,6 +50,7 @@ def evaluate_command(
     from training.core.loop import make_accelerator
     from training.core.precision import dtype_of
     from training.evaluation import evaluate, judging, quality
+    from training.export.cards import update_quality
 
     dpm = replace(judging.DPM, steps=steps, splits=numbers(splits, "--splits", 0, steps), guidance=guidance)
     dpm = replace(dpm, large=large, small=small, folder=results)
@@ -89,6 +90,7 @@ def evaluate_command(
         click.echo(f"{scheduler}: not measured: {reason}")
     if bundle is not None:
         quality.write_into_bundle(bundle, quality.points(quality.measured_of(found), scheduler=dpm.scheduler))
+        update_quality(bundle)
     say(f"evaluate: {out / results} after {time.monotonic() - started:.0f} s")
 
 
@@ -124,6 +126,7 @@ def evaluate_coco_command(
 
     from training.core.loop import make_accelerator
     from training.evaluation import backbones, coco, coco_scores, quality
+    from training.export.cards import update_quality
 
     accelerator, started = make_accelerator(), time.monotonic()
     count = steps or (8 if scheduler == "lcm" else 25)
@@ -156,6 +159,7 @@ def evaluate_coco_command(
         say(str(path))
     if bundle is not None:
         quality.write_into_bundle(bundle, quality.points(found, scheduler=scheduler))
+        update_quality(bundle)
 
 
 @click.command("evaluate-vae")

@@ -146,6 +146,7 @@ def prune_command(
     from training.core.loop import make_accelerator
     from training.cost.cost import compare, costs, unet_inputs
     from training.cost.cost_report import as_csv, comparison_markdown
+    from training.export.cards import write_card
     from training.models.pruned_unet import layers, load_unet, save_unet
     from training.pruning.depth import drop, source_of, sources
     from training.pruning.widths import (
@@ -205,5 +206,6 @@ def prune_command(
     inputs = unet_inputs(large.config, batch=1, height=cells, width=cells, tokens=tokens)
     rows = compare(large.eval(), small.eval(), inputs, source=partial(source_of, prefixes=sources(small, large)))
     (where / "report.csv").write_text(as_csv(rows), encoding="utf-8")
+    write_card(where, base_model=unet_source or "")
     click.echo(comparison_markdown(rows))
     say(f"prune: {where}")

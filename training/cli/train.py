@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -25,6 +26,8 @@ from training.core.loop import Run, Schedule, StepRecord, Tracker, make_accelera
 from training.core.precision import resolve
 from training.data.identity import input_digests
 from training.evaluation.plots import plot_losses
+from training.export.cards import FAMILY_LICENCE_NAME, read_training, write_card
+from training.export.model_card import CARD_NAME
 
 PLAIN_LINE_SECONDS = 15.0
 
@@ -164,6 +167,7 @@ def run_recipe(
         write_record(directory, now, recipe, step=run.step, command=command)
     if trackers and run.step < schedule.steps:
         accelerator.init_trackers("curves", init_kwargs={"wandb": {"name": name, "dir": str(directory)}})
+    first = run.step
     with _stopping_on_signals(run):
         _shown(train(run, directory, keeping=keeping), done=run.step, schedule=schedule, name=name)
     if trackers:
@@ -174,6 +178,10 @@ def run_recipe(
     if run.curve and accelerator.is_main_process:
         measured = [{"step": row["step"], "held-out": row["loss"]} for row in run.validation]
         plot_losses([*run.curve, *measured], directory / "loss.png", name)
+    if accelerator.is_main_process and (first < run.step or not (directory / CARD_NAME).is_file()):
+        hours = None if first else (time.monotonic() - started) / 3600  # of what was before, nobody knows
+        licence = FAMILY_LICENCE_NAME if name in recipes.SCENES else ""  # else only the data's owners know
+        write_card(directory, licence=licence, hours=hours)
     say(f"{name}: {directory} after {(time.monotonic() - started) / 60:.1f} min")
 
 
@@ -192,4 +200,8 @@ def export_checkpoint(recipe: recipes.Recipe, directory: Path, target: Path, ste
     checkpoint = checkpoints.at_step(directory, step)
     out = directory.resolve().parents[len(Path(recipe.folder).parts) - 1]
     run = Run(*recipe.build(out), recipe.schedule, make_accelerator(recipe.schedule.precision))
-    return run.export(checkpoint, target)
+    done = run.export(checkpoint, target)
+    if run.accelerator.is_main_process:
+        trained = read_training(directory)
+        write_card(target, training=None if trained is None else replace(trained, steps=done))
+    return done

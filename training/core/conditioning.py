@@ -162,9 +162,10 @@ class LatentsAndText:
         self.chunk = chunk
         self._nothing = nothing
 
-    @torch.no_grad()
     def encode(self, batch: Batch, rng: np.random.Generator, *, unconditional: bool = False) -> Conditioned:
         """See `Conditioner`. Draws which captions are dropped, then the noise of the VAE's samples.
+
+        Embeddings carry gradients where a text encoder has something to learn, such as an adapter.
 
         Raises:
             ValueError: If the batch lacks captions, or both images and latents.
@@ -186,18 +187,22 @@ class LatentsAndText:
 
     def _empty(self) -> Sequence[Tensor]:
         if self._nothing is None:
-            self._nothing = self.text.embed([""])
+            with torch.no_grad():
+                self._nothing = self.text.embed([""])
         return self._nothing
 
     def _embeds(self, batch: Batch, dropped: NDArray[np.bool_]) -> Sequence[Tensor]:
         if not batch.embeds:
             captions = ["" if drop else caption for drop, caption in zip(dropped, batch.captions, strict=True)]
-            return self.text.embed(captions)
+            learns = any(value.requires_grad for network in self.text.networks for value in network.parameters())
+            with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+                return self.text.embed(captions)
         rows = [embeds.clone() for embeds in batch.embeds]
         for row, empty in zip(rows, self._empty(), strict=True):
             row[torch.from_numpy(dropped).to(row.device)] = empty.to(row)
         return rows
 
+    @torch.no_grad()
     def _latents(self, batch: Batch, rng: np.random.Generator) -> Tensor:
         if batch.latents is not None and batch.latents_std is not None:
             return batch.latents + batch.latents_std * normal(rng, batch.latents.shape, batch.latents.device)

@@ -57,6 +57,19 @@ class NoiseSchedule:
         """T."""
         return len(self.alphas_cumprod)
 
+    def check_range(self, timesteps: tuple[int, int] | None) -> tuple[int, int]:
+        """Gives the timesteps to learn, from the first to before the last; None is all.
+
+        Raises:
+            ValueError: If they are not of this schedule.
+        """
+        start, stop = timesteps or (0, self.num_train_timesteps)
+        if not 0 <= start < stop <= self.num_train_timesteps:
+            raise ValueError(
+                f"timestep_range is {start},{stop}; give two numbers from 0 to {self.num_train_timesteps}, rising"
+            )
+        return start, stop
+
     def alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Gives sqrt(abar_t) and sqrt(1 - abar_t): float32 [B, 1, 1, 1] each."""
         abar = self.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)

@@ -31,6 +31,14 @@ def predict(unet: nn.Module, x_t: Tensor, timesteps: Tensor, unet_kwargs: Mappin
     return cast(Tensor, output.float())
 
 
+def squared_errors(
+    schedule: NoiseSchedule, predicted: Tensor, wanted: Tensor, timesteps: Tensor, snr_gamma: float | None
+) -> Tensor:
+    """Gives each sample's mean squared error, weighted by min-SNR where there is a gamma: float32 [B]."""
+    errors = F.mse_loss(predicted, wanted, reduction="none").mean(dim=(1, 2, 3))
+    return errors if snr_gamma is None else errors * schedule.min_snr_weights(timesteps, snr_gamma)
+
+
 @contextmanager
 def captured(network: nn.Module, paths: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """Notes what the modules at `paths` give, or the first part of it, while the network runs inside the block."""
@@ -128,11 +136,7 @@ class DistillTask(Task):
             unknown = [pair[index] for pair in feature_map if pair[index] not in known]
             if unknown:
                 raise ValueError(f"the {owner} has no module {unknown[0]!r}; the feature map must name its modules")
-        start, stop = timestep_range or (0, schedule.num_train_timesteps)
-        if not 0 <= start < stop <= schedule.num_train_timesteps:
-            raise ValueError(
-                f"timestep_range is {start},{stop}; give two numbers from 0 to {schedule.num_train_timesteps}, rising"
-            )
+        start, stop = schedule.check_range(timestep_range)
         if timestep_range is not None or student.config.get("timestep_range"):
             # kept in its config.json: an edge must know what it is not trained for
             student.register_to_config(timestep_range=None if timestep_range is None else [start, stop])
@@ -180,11 +184,7 @@ class DistillTask(Task):
         return losses
 
     def _error(self, predicted: Tensor, wanted: Tensor, timesteps: Tensor) -> Tensor:
-        """Gives the squared error, of the samples' means weighted by min-SNR where asked."""
-        errors = F.mse_loss(predicted, wanted, reduction="none").mean(dim=(1, 2, 3))
-        if self.snr_gamma is not None:
-            errors = errors * self.schedule.min_snr_weights(timesteps, self.snr_gamma)
-        return errors.mean()
+        return squared_errors(self.schedule, predicted, wanted, timesteps, self.snr_gamma).mean()
 
     def preview(self) -> NDArray[np.uint8] | None:
         """See `Task`."""

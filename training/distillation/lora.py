@@ -18,7 +18,6 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
 from numpy.typing import NDArray
-from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
@@ -28,24 +27,16 @@ from hybridsd import lora_files, weight_files
 from training.core.conditioning import Conditioner
 from training.core.task import Batch, Task, freeze
 from training.distillation.lcm import ConsistencySolver, Loss, consistency_loss
-
-ADAPTER = "default"
-TARGETS = (
-    *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
-    *("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv"),
-)
-"""The layers that LCM-LoRA adapts: all of the attentions and the resnets, and what changes the resolution."""
+from training.models.lora import ADAPTER, LORA_NAME, UNET_LAYERS, add_adapter
 
 
 def add_lora(unet: UNet2DConditionModel, *, rank: int = 64) -> UNet2DConditionModel:
-    """Freezes a U-Net and adds a trainable adapter that does nothing yet.
+    """Freezes a U-Net and adds a trainable adapter that does nothing yet, to all layers that LCM-LoRA adapts.
 
     Its scale (alpha / rank) is 1, which is what readers of a file that does not tell alpha assume. Draws from torch's
     global generator.
     """
-    if rank < 1:
-        raise ValueError(f"rank is {rank}; choose 1 or more")
-    freeze(unet).add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS)), adapter_name=ADAPTER)
+    add_adapter(unet, UNET_LAYERS["all"], rank=rank)
     return unet
 
 
@@ -189,7 +180,7 @@ def fuse_files(
 
 def _fuse(unet: UNet2DConditionModel, text_encoders: Sequence[nn.Module], source: Path, weight: float) -> int:
     loader = StableDiffusionXLLoraLoaderMixin if len(text_encoders) > 1 else StableDiffusionLoraLoaderMixin
-    path = source if source.is_file() else source / "pytorch_lora_weights.safetensors"
+    path = source if source.is_file() else source / LORA_NAME
     weight_files.read_header(path)
     with safe_open(path, framework="pt") as file:
         state = lora_files.read(file, int(unet.config.cross_attention_dim))

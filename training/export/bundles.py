@@ -21,9 +21,11 @@ from hybridsd import schedulers
 from hybridsd.manifest import MANIFEST_NAME, Defaults, Manifest, QualityPoint, describe_file, write_manifest
 from hybridsd.plan import Plan
 from training.core.folders import written_whole
+from training.export.cards import write_card
 from training.export.graphs import VAE_SCALE_FACTOR, Graph, decoder_graph, encoder_graph, unet_graph
 from training.export.levels import check_levels
 from training.export.macs import graph_macs
+from training.export.model_card import Training
 from training.export.onnx_export import DATA_LIMIT, Parity, data_path, export_graph
 from training.export.quantize import export_quantized
 from training.export.safety import safety_graph
@@ -80,6 +82,8 @@ class Description:
     licence_text: str = ""
     base_model: str = ""
     """The cloud's model that it was distilled from."""
+    training: Training | None = None
+    """How the U-Net was trained."""
 
 
 def _count(*modules: nn.Module | None) -> int:
@@ -283,6 +287,7 @@ def export_bundle(
             max_timestep=max_timestep,
         )
         write_manifest(manifest, partial)
+        write_card(partial, training=about.training)
     return parity
 
 

@@ -23,7 +23,9 @@ from hybridsd import schedulers
 from hybridsd.manifest import MAX_TIMESTEP, Defaults, QualityPoint
 from training.core.folders import written_whole
 from training.export.bundles import Description, Precision, export_bundle, write_json, write_tokenizer
+from training.export.cards import FAMILY_LICENCE_NAME, read_training, write_card
 from training.export.levels import timesteps_of
+from training.export.model_card import Training
 from training.export.onnx_export import Parity
 from training.models.plan_table import PLAN_STEPS
 from training.models.pruned_unet import load_unet, save_unet
@@ -56,6 +58,8 @@ def export_cloud(
     scheduler_config: Mapping[str, Any],
     latent_space: str,
     defaults: Defaults,
+    licence: str = "",
+    training: Training | None = None,
 ) -> None:
     """Writes the cloud's pipeline in diffusers layout, float16, with the defaults beside it in hybridsd.json.
 
@@ -68,6 +72,8 @@ def export_cloud(
         scheduler_config: The configuration of the model's own scheduler.
         latent_space: See `Manifest`.
         defaults: What to do when the user does not say.
+        licence: Of the weights, for the card.
+        training: How the U-Net was trained, for the card.
     """
     scheduler = schedulers.make(diffusers, scheduler_config, schedulers.find(defaults.scheduler))
     unet, text_encoder, vae = (deepcopy(network).half() for network in (unet, text_encoder, vae))
@@ -103,6 +109,7 @@ def export_cloud(
             "default_scheduler": defaults.scheduler,
         }
         write_json(partial / "hybridsd.json", extras)
+        write_card(partial, name=folder.name, licence=licence, training=training)
 
 
 def export_family(
@@ -153,9 +160,12 @@ def export_family(
         height=FAMILY_SIZE,
         cloud_steps=4 if lcm else cloud_steps,
     )
+    runs = ("lcm", "lcm_small") if lcm else ("unet", small)
     export_cloud(
         target / f"large{suffix}",
-        unet=load_unet(family / ("lcm" if lcm else "unet")),
+        unet=load_unet(family / runs[0]),
+        licence=FAMILY_LICENCE_NAME,
+        training=read_training(family / runs[0]),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         vae=vae,
@@ -167,6 +177,7 @@ def export_family(
     unets = {name: load_unet(family / name) for name in (("lcm_small",) if lcm else (small, high_noise)) if name}
     for name, unet in {} if lcm else unets.items():
         save_unet(unet, target / name, torch.float16)
+        write_card(target / name, licence=FAMILY_LICENCE_NAME, training=read_training(family / name))
         say(f"{target / name}: the small U-Net, for torch")
     is_pair = high_noise is not None and not lcm
     is_specialist = not lcm and (max_timestep is not None or timesteps_of(unets[small])[1] < MAX_TIMESTEP)
@@ -188,9 +199,10 @@ def export_family(
         quality=quality,
         about=Description(
             description="Scenes of one or two emoji on a coloured background; the small U-Net and the tiny VAE.",
-            licence="Apache-2.0",
+            licence=FAMILY_LICENCE_NAME,
             licence_text=FAMILY_LICENCE,
             base_model=f"{FAMILY_NAME}-large",
+            training=read_training(family / runs[1]),
         ),
         precision=precision,
         captions=captions,

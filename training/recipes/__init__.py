@@ -44,6 +44,8 @@ SD: Mapping[str, str] = {
     "sd-small-vae": "sd.small_vae",
     "sd-lcm": "sd.lcm",
     "sd-lcm-lora": "sd.lcm_lora",
+    "sd-lora": "lora.sd_lora",
+    "sdxl-lora": "lora.sdxl_lora",
 }
 """The recipes for Stable Diffusion models and data of your own."""
 

@@ -71,7 +71,7 @@ class TinyVAERecipe:
     def build(self, out: Path) -> tuple[TinyVAETask, Phases]:
         """Builds an untrained tiny VAE; needs the stage vae."""
         torch.manual_seed(self.schedule.seed)
-        perceptual, why = find_perceptual(choice=self.perceptual)
+        perceptual, why = find_perceptual(choice=self.perceptual) if self.perceptual_weight else (None, "none")
         log.info("perceptual term: %s", why)
         task = TinyVAETask(
             build_tiny_vae(self.width, blocks=self.blocks),

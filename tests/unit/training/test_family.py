@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from huggingface_hub import ModelCard
 
 from cloud_server.models.devices import place
 from cloud_server.models.load import load_model
@@ -61,6 +62,24 @@ def test_dry_run_shows_the_stages(family: ToyFamily, tmp_path: Path) -> None:
     assert [line.split()[:2] for line in done] == [["done", stage] for stage in STAGES]
     assert [line.split()[:2] for line in opened] == [["open", stage] for stage in STAGES]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_model_has_a_card(family: ToyFamily) -> None:
+    """Each network that was trained and each export, with its licence and its recipe; judges and texts have none."""
+    for name in ("vae", "unet", "small_unet", "tiny_vae", "lcm", "models/large", "models/small_unet", "models/edge"):
+        card = ModelCard.load(family.folder / name / "README.md")
+        assert card.data.license == "apache-2.0"
+        assert str(family.folder) not in card.content
+        if not name.startswith("models/"):
+            recipe = next(one for one in recipes.SCENES if recipes.find(one)("toy").folder == name)
+            assert f"By `python -m training {recipe}`" in card.content
+    edge = ModelCard.load(family.folder / "models" / "edge" / "README.md")
+
+    assert edge.data.library_name == "onnx"
+    assert "| cloud steps | edge steps | semantic accuracy |" in edge.content
+    assert (family.folder / "pruned_unet" / "README.md").is_file()
+    assert not (family.folder / "text" / "README.md").exists()
+    assert not (family.folder / "classifier" / "README.md").exists()
 
 
 def test_the_cloud_loads_what_was_made(family: ToyFamily) -> None:

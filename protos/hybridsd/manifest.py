@@ -76,6 +76,13 @@ class QualityPoint:
     metric: str
     """Such as "semantic_accuracy" (0 to 1, higher is better)."""
     value: float
+    low: float | None = None
+    high: float | None = None
+    """The 95% interval, where it is known."""
+    samples: int | None = None
+    """Images that were measured; they are of the same captions and noise at every point of a curve."""
+    seed: int | None = None
+    """Of captions and noise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -218,6 +225,9 @@ def write_manifest(manifest: Manifest, folder: Path) -> Path:
     content = dataclasses.asdict(manifest)
     if manifest.max_timestep is None:
         del content["max_timestep"]
+    content["quality"] = [
+        {name: value for name, value in point.items() if value is not None} for point in content["quality"]
+    ]
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return path
 

@@ -55,6 +55,8 @@ def cache_command(recipe: str, config: Path | None, seed: int | None, settings: 
     made = override(made, [*short, *settings])
     if not (hasattr(made, "caption_dropout") and hasattr(made, "teacher")):
         raise click.UsageError(f"{recipe} learns from pixels; only recipes that learn from latents have a cache")
+    if not hasattr(made, "teacher"):
+        raise click.UsageError(f"{recipe} has no cache, for its pictures are few; give it no data.cache")
     started = time.monotonic()
     text, vae = load_text(made.teacher), load_vae(made.teacher)
     multiple = unet_multiple(UNet2DConditionModel.load_config(made.teacher, subfolder="unet"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sized
 from dataclasses import replace
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from training.cli.shared_options import FILE, FOLDER, OUT, PRECISION, numbers, say
+from training.cli.shared_options import FAMILY, FILE, FOLDER, OUT, PRECISION, command_line, numbers, say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,40 +32,51 @@ if TYPE_CHECKING:
 @click.option(
     "--renders", type=click.IntRange(min=1), default=4, show_default=True, help="Renders of each caption's scene."
 )
-@click.option("--large", default="unet", show_default=True, help="The folder in OUT of the U-Net that begins.")
-@click.option("--small", default="small_unet", show_default=True, help="The folder in OUT of the U-Net that finishes.")
+@click.option("--large", default="unet", show_default=True, help="The large U-Net: its folder in the family.")
+@click.option("--small", default="small_unet", show_default=True, help="The small U-Net, likewise.")
+@click.option("--small-first", is_flag=True, help="The small U-Net begins and the large one finishes.")
+@click.option("--no-text", is_flag=True, help="All captions are empty, for the models; the judge knows them.")
+@click.option("--codecs", default="fp32", show_default=True, help="Codecs of the hand-over: fp32,fp16,int8.")
+@FAMILY
 @click.option("--results", default="evaluation", show_default=True, help="The folder in OUT to write.")
 @click.option("--grid", type=FILE, help="Also draw a grid of images into this file.")
 @click.option("--bundle", type=FOLDER, help="Also put the curve into this bundle.")
 @PRECISION
 def evaluate_command(
     out: Path, captions: int, seed: int, steps: int, splits: str, lcm_steps: int, lcm_splits: str, guidance: float,
-    decoder: str, renders: int, large: str, small: str, results: str, grid: Path | None, bundle: Path | None,
-    precision: str,
+    decoder: str, renders: int, large: str, small: str, small_first: bool, no_text: bool, codecs: str,
+    family: Path | None, results: str, grid: Path | None, bundle: Path | None, precision: str,
 ) -> None:  # fmt: skip
     """Measure the demo family by split: accuracy, distance to renders, likeness to the large model's images.
 
-    Controls: --small specialist_unet or scratch_unet for another finisher; --large small_unet --small unet for the
-    reversed order.
+    Controls: --small specialist_unet or scratch_unet for another finisher; --small-first for the reversed order;
+    --no-text, --guidance 1; --codecs for what the wire does.
     """
     from training.core.loop import make_accelerator
     from training.core.precision import dtype_of
     from training.evaluation import evaluate, judging, quality
+    from training.evaluation.family_files import FamilyFiles
+    from training.evaluation.machine import machine
     from training.export.cards import update_quality
 
-    dpm = replace(judging.DPM, steps=steps, splits=numbers(splits, "--splits", 0, steps), guidance=guidance)
-    dpm = replace(dpm, large=large, small=small, folder=results)
+    named = tuple(name.strip() for name in codecs.split(","))
+    dpm = replace(
+        judging.DPM, steps=steps, splits=numbers(splits, "--splits", 0, steps), guidance=guidance, large=large,
+        small=small, folder=results, small_first=small_first, empty_text=no_text, codecs=named,
+    )  # fmt: skip
     few_splits = numbers(lcm_splits, "--lcm-splits", 0, lcm_steps)
     few = replace(judging.LCM, folder=results, steps=lcm_steps, splits=few_splits, guidance=guidance)
-    control = (large, small) != (judging.DPM.large, judging.DPM.small)
-    settings = (dpm,) if control else (dpm, few)
+    plain = replace(dpm, large=judging.DPM.large, small=judging.DPM.small, small_first=False, empty_text=False)
+    settings = (dpm, few) if dpm == plain and named == judging.DPM.codecs else (dpm,)
     accelerator, started = make_accelerator(), time.monotonic()
+    files = FamilyFiles(family or out)
     for setting in settings:
-        if judging.absent(out, setting) and setting is few:
+        if setting is few and files.missing(few.large, few.small):
             continue
         evaluate.judge_part(
-            out,
+            files.root,
             setting=setting,
+            out=out,
             captions=captions,
             seed=seed,
             decoder=cast(judging.Decoder, decoder),
@@ -78,7 +90,18 @@ def evaluate_command(
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
         return
-    found, judged = evaluate.collect(out, settings=settings, seed=seed, workers=accelerator.num_processes)
+    about = {
+        "command": command_line(),
+        "hours": (time.monotonic() - started) / 3600,
+        "machine": machine(accelerator.device),
+        "processes": accelerator.num_processes,
+        "decoder": decoder,
+        "judge": json.loads((files.judge_folder() / "accuracy.json").read_text(encoding="utf-8")),
+        "weights": files.digests(*(name for each in settings for name in (each.large, each.small) if files.has(name))),
+    }
+    found, judged = evaluate.collect(
+        files.root, settings=settings, seed=seed, workers=accelerator.num_processes, out=out, about=about
+    )
     if grid is not None:
         evaluate.grid(judged, grid, columns=10)
         click.echo("\n".join(judged.captions[:10]))
@@ -89,7 +112,8 @@ def evaluate_command(
     for scheduler, reason in found["absent"].items():
         click.echo(f"{scheduler}: not measured: {reason}")
     if bundle is not None:
-        quality.write_into_bundle(bundle, quality.points(quality.measured_of(found), scheduler=dpm.scheduler))
+        curve = quality.points(quality.measured_of(found), scheduler=dpm.scheduler, captions=captions, seed=seed)
+        quality.write_into_bundle(bundle, curve)
         update_quality(bundle)
     say(f"evaluate: {out / results} after {time.monotonic() - started:.0f} s")
 
@@ -208,23 +232,19 @@ def evaluate_vae_command(vae: str, spec: str, limit: int, size: int, batch: int)
 
 @click.command("noise-levels")
 @OUT
-@click.option("--large", type=FOLDER, help="Folder of the large U-Net; OUT/unet by default.")
-@click.option("--small", type=FOLDER, help="Folder of the small U-Net; OUT/small_unet by default.")
+@click.option("--large", default="unet", show_default=True, help="The large U-Net: its folder in the family, or any.")
+@click.option("--small", default="small_unet", show_default=True, help="The small U-Net, likewise.")
+@FAMILY
 @click.option("--scenes", type=click.IntRange(min=1), default=40, show_default=True, help="Held-out scenes.")
 @click.option("--seed", type=click.IntRange(min=0), default=1000, show_default=True, help="Of scenes and noise.")
 @click.option("--timesteps", default="961,881,801,721,641,521,301,101", show_default=True, help="The noise levels.")
 @click.option("--gate", type=float, default=1.0, show_default=True, help="The ratio small / large must be above this.")
+@click.option("--results", default="noise_levels", show_default=True, help="The folder in OUT to write.")
 @PRECISION
 def noise_levels_command(
-    out: Path,
-    large: Path | None,
-    small: Path | None,
-    scenes: int,
-    seed: int,
-    timesteps: str,
-    gate: float,
-    precision: str,
-) -> None:
+    out: Path, large: str, small: str, family: Path | None, scenes: int, seed: int, timesteps: str, gate: float,
+    results: str, precision: str,
+) -> None:  # fmt: skip
     """Compare the errors of the large and the small U-Net by noise level; exit with 1 if the large one does not lead.
 
     The error is that of the estimated clean latents, as a share of their variance, on scenes whose pairs of objects
@@ -235,11 +255,9 @@ def noise_levels_command(
     from training.core.loop import make_accelerator
     from training.core.noise_schedule import NoiseSchedule
     from training.core.precision import autocast, resolve
-    from training.core.task import freeze
     from training.evaluation import noise_levels
-    from training.models.pruned_unet import load_unet
-    from training.recipes.unet import scenes_text
-    from training.vae.kl_vae import load_vae
+    from training.evaluation.family_files import FamilyFiles
+    from training.evaluation.machine import machine
 
     schedule = NoiseSchedule.from_config(SCHEDULER_CONFIG)
     chosen = numbers(timesteps, "--timesteps", 0, schedule.num_train_timesteps - 1)
@@ -247,17 +265,18 @@ def noise_levels_command(
     if not accelerator.is_main_process:
         return
     computed, _ = resolve(cast(Any, precision))
-    device, folders = accelerator.device, (large or out / "unet", small or out / "small_unet")
-    unets = [freeze(load_unet(folder)).to(device) for folder in folders]
-    text = scenes_text(out)
+    device, files = accelerator.device, FamilyFiles(family or out)
+    unets = [files.unet(name).to(device) for name in (large, small)]
+    text = files.text()
     text.text_encoder.to(device)
-    samples = noise_levels.held_out_samples(load_vae(out / "vae").to(device), text, scenes, seed, computed)
+    samples = noise_levels.held_out_samples(files.vae().to(device), text, scenes, seed, computed)
     with autocast(device, computed):
         levels = noise_levels.measure(unets[0], unets[1], schedule, samples, chosen)
-    path = out / noise_levels.FOLDER / noise_levels.RESULTS_NAME
+    path = out / results / noise_levels.RESULTS_NAME
     noise_levels.save(
-        levels, path, large=str(folders[0]), small=str(folders[1]), scenes=scenes, seed=seed, gate=gate,
-        prediction_type=schedule.prediction_type, precision=computed,
+        levels, path, large=large, small=small, scenes=scenes, seed=seed, gate=gate,
+        prediction_type=schedule.prediction_type, precision=computed, command=command_line(), machine=machine(device),
+        hours=(time.monotonic() - started) / 3600, weights=files.digests(large, small),
     )  # fmt: skip
     click.echo(noise_levels.markdown(levels))
     say(f"noise-levels: {path} after {time.monotonic() - started:.0f} s")

@@ -28,6 +28,7 @@ from training.cli.demo import demo_command
 from training.cli.evaluate import evaluate_coco_command, evaluate_command, evaluate_vae_command, noise_levels_command
 from training.cli.model_card import model_card_command
 from training.cli.prune import prune_command, score_command
+from training.cli.results import results_command
 from training.cli.shared_options import FILE, FOLDER, OUT, SCALE, Every, say
 from training.cli.stages import cost_command, export_command, latents_command
 
@@ -249,6 +250,7 @@ for _command in (
     evaluate_coco_command,
     evaluate_vae_command,
     noise_levels_command,
+    results_command,
     export_command,
     export_bundle_command,
     rewrite_plans_command,

@@ -15,14 +15,16 @@ from training.cli.shared_options import FILE, FOLDER, OUT, PRECISION, numbers, s
 if TYPE_CHECKING:
     from training.core.conditioning import Text
 
-SCORES_FOLDER = "scores"
+SCORES = click.option(
+    "--scores", "folder", default="scores", show_default=True, help="The folder in OUT of the scores."
+)
 
 
-def _scores(out: Path) -> dict[tuple[str, float], float]:
+def _scores(folder: Path) -> dict[tuple[str, float], float]:
     from training.pruning.significance import load_scores
 
     found: dict[tuple[str, float], float] = {}
-    for path in sorted((out / SCORES_FOLDER).glob("part-*.json")):
+    for path in sorted(folder.glob("part-*.json")):
         found |= load_scores(path)
     return found
 
@@ -43,10 +45,11 @@ def _scores(out: Path) -> dict[tuple[str, float], float]:
 @click.option("--guidance", type=click.FloatRange(min=1), default=4.0, show_default=True, help="The reference has 7.5.")
 @click.option("--size", type=click.IntRange(min=8), default=128, show_default=True, help="Pixels of a side.")
 @click.option("--compat", is_flag=True, help="Score as the published code does: other noise for each variant.")
+@SCORES
 @PRECISION
 def score_command(
     out: Path, model: str | None, unet_source: str | None, listed: Path | None, num_captions: int, steps: int,
-    scheduler: str, guidance: float, size: int, compat: bool, precision: str,
+    scheduler: str, guidance: float, size: int, compat: bool, folder: str, precision: str,
 ) -> None:  # fmt: skip
     """Score how much the final latents change when each layer is cut; writes OUT/scores, and resumes from there.
 
@@ -75,7 +78,7 @@ def score_command(
         "num_captions": num_captions, "steps": steps, "scheduler": scheduler, "guidance": guidance, "size": size,
         "compat": compat,
     }  # fmt: skip
-    known = out / SCORES_FOLDER / "settings.json"
+    known = out / folder / "settings.json"
     if known.is_file() and (before := json.loads(known.read_text(encoding="utf-8"))) != settings:
         changed = [f"{name} {before.get(name)!r}" for name in settings if settings[name] != before.get(name)]
         raise click.ClickException(
@@ -100,8 +103,8 @@ def score_command(
         context=lambda: autocast(device, computed),
     )  # fmt: skip
     rank, workers = accelerator.process_index, accelerator.num_processes
-    path = out / SCORES_FOLDER / f"part-{rank:02d}.json"
-    done = _scores(out)
+    path = out / folder / f"part-{rank:02d}.json"
+    done = _scores(out / folder)
     mine = dict(done) if rank == 0 else {}
     accelerator.wait_for_everyone()  # nobody writes before all have read
     if rank == 0:
@@ -131,23 +134,37 @@ def score_command(
 @click.option("--parameters", type=click.FloatRange(min=0, min_open=True), help="Budget in million parameters.")
 @click.option("--gmacs", type=click.FloatRange(min=0, min_open=True), help="Budget in GMAC for one call of one sample.")
 @click.option("--ratio", type=click.FloatRange(0, 1, min_open=True), help="Budget as a share of the parameters.")
-@click.option("--compat", is_flag=True, help="Use the published rule exactly; with --thresholds.")
+@click.option(
+    "--compat", is_flag=True, help="Use the published rule exactly; with --thresholds, or a budget they meet."
+)
+@click.option(
+    "--rule",
+    type=click.Choice(["significance", "magnitude", "random"]),
+    default="significance",
+    show_default=True,
+    help="What says which layers matter: the scores of `score`, the L1 norm of their weights, or chance.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of --rule random.")
+@SCORES
 @click.option("--size", type=click.IntRange(min=8), default=128, show_default=True, help="Pixels of a side, for MACs.")
 @click.option("--tokens", type=click.IntRange(min=1), default=32, show_default=True, help="Text tokens, for MACs.")
 def prune_command(
     out: Path, unet_source: str | None, target: Path | None, keep_mid: bool, layers_per_block: int, levels: int | None,
     transformer_layers: str | None, thresholds: str | None, parameters: float | None, gmacs: float | None,
-    ratio: float | None, compat: bool, size: int, tokens: int,
+    ratio: float | None, compat: bool, rule: str, seed: int, folder: str, size: int, tokens: int,
 ) -> None:  # fmt: skip
     """Drop layers, then cut inner channels and heads, by thresholds or to a budget, and report every layer.
 
     By default the middle block is dropped, one layer a block stays, and the budget is 35% of the parameters.
     """
+    import numpy as np
+
     from training.core.loop import make_accelerator
     from training.cost.cost import compare, costs, unet_inputs
     from training.cost.cost_report import as_csv, comparison_markdown
     from training.export.cards import write_card
     from training.models.pruned_unet import layers, load_unet, save_unet
+    from training.pruning.baselines import magnitude_scores, random_scores, thresholds_for_budget
     from training.pruning.depth import drop, source_of, sources
     from training.pruning.widths import (
         PHANTOM,
@@ -163,8 +180,12 @@ def prune_command(
     given = [name for name, value in goals.items() if value is not None]
     if len(given) > 1:
         raise click.UsageError(f"{' and '.join(given)} do not go together; give one of them")
-    if compat and thresholds is None:
-        raise click.UsageError("--compat is the published rule, which has thresholds; give --thresholds a,b")
+    if compat and not given:
+        raise click.UsageError(
+            "--compat is the published rule, which has thresholds; give --thresholds a,b, or a budget for them to meet"
+        )
+    if rule != "significance" and (compat or thresholds is not None):
+        raise click.UsageError(f"--rule {rule} has no published thresholds; give a budget without --compat")
     if not make_accelerator().is_main_process:
         return
     large = load_unet(unet_source or out / "unet")
@@ -177,11 +198,17 @@ def prune_command(
     )
     prefixes = sources(shallow, large)
     names = {source_of(layer.name, prefixes): layer.name for layer in layers(shallow)}
-    scored = _scores(out)
-    if not scored:
-        raise click.ClickException(f"no scores in {out / SCORES_FOLDER}; run `python -m training score` first")
-    scores = {(names[name], part): score for (name, part), score in scored.items() if name in names}
-    scores |= {key: score for key, score in scored.items() if key[0] == PHANTOM and compat}
+    rng = np.random.default_rng(seed)
+    if rule == "magnitude":
+        scores = magnitude_scores(shallow)
+    elif rule == "random":
+        scores = random_scores(shallow, rng)
+    else:
+        scored = _scores(out / folder)
+        if not scored:
+            raise click.ClickException(f"no scores in {out / folder}; run `python -m training score` first")
+        scores = {(names[name], part): score for (name, part), score in scored.items() if name in names}
+        scores |= {key: score for key, score in scored.items() if key[0] == PHANTOM and compat}
     cells = size // 8
     if thresholds is not None:
         pair = numbers(thresholds, "--thresholds", 0, len(names) + 1)
@@ -199,8 +226,12 @@ def prune_command(
             inner = inner_parameters(shallow)
             whole = sum(parameter.numel() for parameter in shallow.parameters())
             goal = parameters * 1e6 if parameters is not None else (0.35 if ratio is None else ratio) * total
-        ratios = ratios_for_budget(scores, savings_of(shallow, inner, compat=compat), whole=whole, target=goal)
-    small = cut(shallow, ratios, compat=compat)
+        savings = savings_of(shallow, inner, compat=compat)
+        if compat:
+            ratios = thresholds_for_budget(scores, shallow, savings, whole=whole, target=goal, compat=True)
+        else:
+            ratios = ratios_for_budget(scores, savings, whole=whole, target=goal)
+    small = cut(shallow, ratios, compat=compat, rng=rng if rule == "random" else None)
     where = target or out / "pruned_unet"
     save_unet(small, where)
     inputs = unet_inputs(large.config, batch=1, height=cells, width=cells, tokens=tokens)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +16,10 @@ from training import recipes
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 OUT = click.option("--out", type=FOLDER, required=True, help="Folder of all stages.")
+FAMILY = click.option(
+    "--family", type=FOLDER,
+    help="Folder of the networks, of a training or exported, such as deploy/demo; OUT by default.",
+)  # fmt: skip
 SCALE = click.option(
     "--scale", type=click.Choice(recipes.SCALES), default="demo", show_default=True,
     help="demo: the published family, hours on two cores, minutes on an accelerator. quick: a fifth. toy: seconds.",
@@ -57,3 +63,25 @@ def numbers(text: str, name: str, least: int, most: int) -> tuple[int, ...]:
     if not all(least <= number <= most for number in found):
         raise click.BadParameter(f"{text} is not within {least} to {most}", param_hint=name)
     return found
+
+
+def command_line() -> str:
+    """Gives the command that is running, with the options that differ from its defaults, to be run again."""
+    context = click.get_current_context()
+    return describe(context.command, context.params)
+
+
+def describe(command: click.Command, given: Mapping[str, Any]) -> str:
+    """Gives the words of a command with some values of its parameters, as far as they are not its defaults."""
+    words, context = ["python", "-m", "training", str(command.name)], click.Context(command)
+    for parameter in command.params:
+        value = given.get(str(parameter.name))
+        if not isinstance(parameter, click.Option) or value is None or value == parameter.get_default(context):
+            continue
+        if parameter.is_flag:
+            words.append(parameter.opts[0])
+        else:
+            name = max(parameter.opts, key=len)
+            for each in value if parameter.multiple else [value]:
+                words += [name, shlex.quote(str(each))]
+    return " ".join(words)

@@ -67,7 +67,10 @@ def export_command(
     out: Path, target: Path, precision: str, cloud_steps: int, small: str, high_noise: str | None,
     max_timestep: int | None, lcm: bool,
 ) -> None:  # fmt: skip
-    """Write the demo's cloud pipeline and edge bundle, with the curve that `evaluate` measured."""
+    """Write the demo's cloud pipeline, edge bundle and judge, with the curve that `evaluate` measured.
+
+    `evaluate --family TO` then measures what was written.
+    """
     import numpy as np
 
     from training.core.diffusion import SCHEDULER_CONFIG
@@ -79,7 +82,8 @@ def export_command(
     if not make_accelerator().is_main_process:
         return
     results = out / judging.DPM.folder / evaluate.RESULTS_NAME
-    measured = quality.measured_of(json.loads(results.read_text(encoding="utf-8"))) if results.is_file() else []
+    found = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+    measured = quality.measured_of(found) if found else []
     rng = np.random.default_rng(6)
     captions = [caption(sample_scene(rng), rng) for _ in range(8)]
     for few in (False, True)[: 1 + lcm]:
@@ -89,7 +93,9 @@ def export_command(
             scheduler_config=SCHEDULER_CONFIG,
             say=say,
             cloud_steps=cloud_steps,
-            quality=quality.points(measured, scheduler="lcm" if few else "dpmpp_2m"),
+            quality=quality.points(
+                measured, scheduler="lcm" if few else "dpmpp_2m", captions=found.get("captions"), seed=found.get("seed")
+            ),
             precision=cast(Any, precision),
             captions=captions,
             small=small,

@@ -14,11 +14,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.core.task import freeze
+from training.models.efficientnet_lite import load_efficientnet
 from training.vae import perceptual
 
 WEIGHTS_VARIABLE = "HYBRIDSD_EVAL_WEIGHTS"
@@ -27,6 +30,7 @@ FIDELITY_FILE = "weights-inception-2015-12-05-6726825d.pth"
 CLIP_FOLDERS = ("laion/CLIP-ViT-g-14-laion2B-s34B-b88K", "openai/clip-vit-large-patch14")
 OPEN_CLIP_FILES = ("open_clip_pytorch_model.bin", "open_clip_model.safetensors")
 INCEPTION_SIZE = 299
+FEATURES_AT_ONCE = 32  # images
 
 
 def weights_folder() -> Path:
@@ -272,3 +276,22 @@ def find_lpips(folder: Path | None = None, *, device: str | torch.device = "cpu"
     """
     network, reason = perceptual.find_lpips(weights_folder() if folder is None else folder)
     return (None if network is None else network.to(device)), reason
+
+
+def find_features(*, device: str | torch.device = "cpu") -> tuple[Callable[[Tensor], NDArray[np.float32]] | None, str]:
+    """Finds a network that was trained on photographs: float32 [B, 3, H, W] in [-1, 1] => float32 [B, D].
+
+    Returns:
+        EfficientNet-Lite0's pooled features, D = 1280, with their name; or None and which package to install.
+    """
+    try:
+        network = load_efficientnet().to(device)
+    except ValueError as error:
+        return None, str(error)
+
+    @torch.inference_mode()
+    def see(images: Tensor) -> NDArray[np.float32]:
+        parts = [network(part) for part in torch.split(images.to(device), FEATURES_AT_ONCE)]
+        return cast(NDArray[np.float32], torch.cat(parts).float().cpu().numpy())
+
+    return see, "EfficientNet-Lite0, pooled features"

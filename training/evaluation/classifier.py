@@ -1,7 +1,7 @@
 """A classifier that reads background and the four quadrants off an image: the judge of semantic accuracy.
 
-Of each quadrant it says kind, tint and size; of what is no kind that captions name, or two at once, "neither". It
-learns on renders, on renders that went through the KL VAE, and on blurred, noisy and recoloured ones, so that soft
+Of each quadrant it says kind, tint and size; of what is no kind that captions name, two at once, or a smear, "neither".
+It learns on renders, on renders that went through the KL VAE, and on blurred, noisy and recoloured ones, so that soft
 images are judged by what they show. Images are float32 [B, 3, 128, 128] in [-1, 1].
 """
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
+from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -44,6 +45,10 @@ NEITHER = CLASSES[0]
 """The kind of what is no kind: a class of the judge alone, beyond those of the text."""
 NEITHER_SHARE = 0.15
 """Of the images that the judge learns from."""
+NOTHING = 0
+"""The label of every part of a quadrant where there is no object."""
+SMEAR = (0.1, 0.2)
+"""The sigma of a blur that leaves a stain of an object: shares of its longer side."""
 LABELS = (*(f"{part} {quadrant}" for quadrant in QUADRANTS for part in PARTS), "background")
 
 
@@ -122,6 +127,46 @@ def _blended(rng: np.random.Generator, placed: tuple[Placed, ...], colour: NDArr
     return np.rint(mixed).astype(np.uint8)
 
 
+def _smeared(rng: np.random.Generator, placed: tuple[Placed, ...], colour: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Draws a scene with its first object blurred beyond recognition: uint8 [128, 128, 3]."""
+    blur = ImageFilter.GaussianBlur(placed[0].side * rng.uniform(*SMEAR))
+    image = np.asarray(Image.fromarray(draw(placed[:1], colour)).filter(blur)).copy()
+    others, flat = draw(placed[1:], colour), draw((), colour)
+    sharp = (others != flat).any(axis=-1)
+    image[sharp] = others[sharp]
+    return image
+
+
+def _strange(rng: np.random.Generator, placed: tuple[Placed, ...], colour: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Draws a scene whose first object is one that no caption names: uint8 [128, 128, 3]."""
+    return draw((replace(placed[0], name=tuple(DISTRACTORS)[rng.integers(len(DISTRACTORS))]), *placed[1:]), colour)
+
+
+SPOILT = {"strange": _strange, "blended": _blended, "smeared": _smeared}
+"""The ways in which the first object of a scene can be no kind."""
+
+
+def spoilt_scene(rng: np.random.Generator, way: str, *, held_out: bool = False) -> tuple[list[int], NDArray[np.uint8]]:
+    """Draws a scene whose first object is spoilt, with what the judge should say.
+
+    Args:
+        rng: Draws everything.
+        way: A key of `SPOILT`, or "missing": the object is not there.
+        held_out: Whether it is of what is never trained on.
+
+    Returns:
+        The labels, in the order of `LABELS`, and the image, uint8 [128, 128, 3].
+    """
+    scene = sample_scene(rng, held_out=held_out)
+    label, placed, colour = labels_of(scene), place(scene, rng), background_colour(scene, rng)
+    first = len(PARTS) * scene.things[0].quadrant
+    if way == "missing":
+        label[first : first + len(PARTS)] = [NOTHING] * len(PARTS)
+        return label, draw(placed[1:], colour)
+    label[first] = NEITHER
+    return label, SPOILT[way](rng, placed, colour)
+
+
 def scenes_and_images(
     rng: np.random.Generator, count: int, *, held_out: bool = False, neither: float = 0.0
 ) -> tuple[Tensor, Tensor]:
@@ -131,25 +176,22 @@ def scenes_and_images(
         rng: Draws everything.
         count: How many.
         held_out: All of them.
-        neither: Share of images with one object that is no kind: another object, or half one kind and half another.
+        neither: Share of images with one object that is no kind: another object, half one kind and half another, or a
+            smear.
 
     Returns:
         Labels int64 [B, 13] and images float32 [B, 3, 128, 128] in [-1, 1].
     """
     labels, images = [], []
     for _ in range(count):
-        scene = sample_scene(rng, held_out=held_out or rng.random() < 0.5)
-        label, placed, colour = labels_of(scene), place(scene, rng), background_colour(scene, rng)
+        unseen = held_out or rng.random() < 0.5
         if rng.random() < neither:
-            label[3 * scene.things[0].quadrant] = NEITHER
-            if rng.random() < 0.5:
-                images.append(_blended(rng, placed, colour))
-            else:
-                strange = replace(placed[0], name=tuple(DISTRACTORS)[rng.integers(len(DISTRACTORS))])
-                images.append(draw((strange, *placed[1:]), colour))
+            label, image = spoilt_scene(rng, tuple(SPOILT)[rng.integers(len(SPOILT))], held_out=unseen)
         else:
-            images.append(draw(placed, colour))
+            scene = sample_scene(rng, held_out=unseen)
+            label, image = labels_of(scene), draw(place(scene, rng), background_colour(scene, rng))
         labels.append(label)
+        images.append(image)
     return torch.tensor(labels), torch.from_numpy(to_model_range(np.stack(images)))
 
 
@@ -219,8 +261,34 @@ class ClassifierTask(Task):
             right += int((read == labels).all(dim=1).sum())
         return right / count
 
+    def spoilt(self, way: str, *, count: int) -> float:
+        """Measures how often a spoilt object is read as it should be: as "neither", or as nothing if it is missing.
+
+        Args:
+            way: See `spoilt_scene`.
+            count: Images; all go through the VAE, as generated ones do, and half are of what is never trained on.
+        """
+        right = 0
+        for start in range(0, count, 64):
+            rng = np.random.default_rng((9, 2**31 + 3, start))
+            drawn = [spoilt_scene(rng, way, held_out=index % 2 == 0) for index in range(min(64, count - start))]
+            images = torch.from_numpy(to_model_range(np.stack([image for _, image in drawn])))
+            read = self.classifier.read(round_trip(self.vae, images).to(self.device)).cpu()
+            kinds = torch.tensor([label for label, _ in drawn])[:, : -1 : len(PARTS)]
+            # the object that is spoilt, not those beside it, which the other numbers are of
+            wanted = kinds == (NOTHING if way == "missing" else NEITHER)
+            if way == "missing":
+                right += int(((read[:, : -1 : len(PARTS)] == NOTHING) | ~wanted).all(dim=1).sum())
+            else:
+                right += int((read[:, : -1 : len(PARTS)] == NEITHER)[wanted].sum())
+        return right / count
+
     def save(self, directory: Path) -> None:
-        """Saves the weights in half precision, and the measured accuracy as accuracy.json."""
+        """Saves the weights in half precision, and as accuracy.json how often the judge is right.
+
+        "renders" and "vae_round_trip" are shares of whole scenes; "strange", "blended", "smeared" and "missing" of
+        spoilt objects.
+        """
         self.classifier.half().float().eval()
         weights = {name: value.half().contiguous() for name, value in self.classifier.state_dict().items()}
         directory.mkdir(parents=True, exist_ok=True)
@@ -229,6 +297,8 @@ class ClassifierTask(Task):
         scores: dict[str, Any] = {
             "renders": self.accuracy(through_vae=False, count=self.judged),
             "vae_round_trip": self.accuracy(through_vae=True, count=self.judged),
+            **{way: self.spoilt(way, count=self.judged // 4) for way in (*SPOILT, "missing")},
+            "judged": self.judged,
         }
         (directory / "accuracy.json").write_text(json.dumps(scores, indent=1) + "\n")
 

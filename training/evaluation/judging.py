@@ -4,6 +4,7 @@ Every caption is of three objects, of which a pair or a tint was in no training 
 same noise, so their differences are paired. Three questions are asked of an image: does it show what its caption says
 (semantic accuracy), how far are such images from renders of such scenes in the judge's own feature space (`judge_fid`),
 and how like is it to the large model's image (PSNR, SSIM, `judge_distance`, LPIPS where its weights are at hand).
+`real_fid` asks the second one of a network that was trained on photographs, EfficientNet-Lite0.
 
 `judge_fid` is the Frechet distance between the judge's last hidden features, 256 numbers an image, of the images
 and of fresh renders of the same held-out scenes, several of each, placed again. It sees blur that accuracy does not, if
@@ -17,33 +18,34 @@ images, and so tells splits apart with few captions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from training.core.conditioning import token_ids
+from hybridsd.codec import ENCODINGS
+from hybridsd.plan import Plan
 from training.core.diffusion import build_scheduler
-from training.core.task import freeze
 from training.data.scenes import Scene, caption, from_model_range, render, sample_scene, to_model_range
-from training.data.text import embed, load_text_encoder, load_tokenizer
-from training.evaluation.classifier import LABELS, Classifier, labels_of, load_classifier
-from training.evaluation.metrics import Flags, Floats, Found, similarity
-from training.evaluation.sampling import Context, call_noise, decode_latents, denoise_splits, predictor
+from training.evaluation.classifier import LABELS, Classifier, labels_of
+from training.evaluation.family_files import Family
+from training.evaluation.metrics import Flags, Floats, Found, psnr, similarity
+from training.evaluation.sampling import Context, call_noise, coded, decode_latents, denoise_splits, predictor
 from training.models.plan_table import make_plan
-from training.models.pruned_unet import load_unet
 
+Labels = NDArray[np.int64]
 Decoder = Literal["tiny", "kl"]
 LATENT_SHAPE = (4, 16, 16)
 PARTS = ("kind", "tint", "size", "background")
 AT_ONCE = 64  # images that the judge sees
+TO_PLAIN = "psnr_to_fp32"
+"""PSNR of an image whose hand-over was coded, to that of the same split whose was not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,11 +61,28 @@ class Setting:
     small: str = "small_unet"
     folder: str = "evaluation"
     """The family's folder of results."""
+    small_first: bool = False
+    """Whether the small U-Net begins and the large one finishes: the reversed order."""
+    empty_text: bool = False
+    """Whether the U-Nets see the empty caption: what a judge that reads the caption off chance would give."""
+    codecs: tuple[str, ...] = ("fp32",)
+    """How the hand-over is sent, each a configuration of its own: names of `hybridsd.codec.ENCODINGS`."""
 
     def __post_init__(self) -> None:
         beyond = [split for split in self.splits if not 0 <= split <= self.steps]
         if beyond or not self.splits:
             raise ValueError(f"splits are {self.splits}; give numbers of the large model's steps, 0 to {self.steps}")
+        strange = [codec for codec in self.codecs if codec not in ENCODINGS]
+        if strange or not self.codecs:
+            raise ValueError(f"codecs are {self.codecs}; choose of {', '.join(ENCODINGS)}")
+
+    def configurations(self) -> dict[str, tuple[int, str]]:
+        """Names what is measured, each with the steps of the large model and the codec of the hand-over."""
+        return {
+            configuration(split, self.steps, small_first=self.small_first, codec=codec): (split, codec)
+            for split in self.splits
+            for codec in (self.codecs if 0 < split < self.steps else self.codecs[:1])
+        }
 
 
 DPM = Setting(scheduler="dpmpp_2m", steps=25, splits=(25, 18, 12, 8, 5, 3, 0), guidance=4.0)
@@ -77,6 +96,10 @@ class Judged:
     captions: tuple[str, ...]
     right: Mapping[str, Flags]
     """By configuration: bool [N, 4], as `PARTS`."""
+    truth: Labels | None = None
+    """What the captions say, int64 [N, 13], in the order of `classifier.LABELS`."""
+    read: Mapping[str, Labels] = field(default_factory=dict)
+    """By configuration: what the judge read, likewise."""
     images: Mapping[str, NDArray[np.uint8]]
     """By configuration: uint8 [M, 128, 128, 3] of the first M captions."""
     features: Mapping[str, Floats] = field(default_factory=dict)
@@ -85,57 +108,22 @@ class Judged:
     """By configuration and metric: float32 [N], each image against the large model's."""
     renders: Floats | None = None
     """The judge's features of renders of each caption's scene, float32 [N, K, 256]."""
+    real_features: Mapping[str, Floats] = field(default_factory=dict)
+    """By configuration: features of a network that was trained on photographs, float32 [N, D]; empty without one."""
+    real_renders: Floats | None = None
+    """Those of the renders, float32 [N, K, D]."""
     missing: Mapping[str, str] = field(default_factory=dict)
     """By metric that could not be had: why."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Family:
-    """The networks that are judged, and their judge; all on one device."""
-
-    large: nn.Module
-    small: nn.Module
-    vae: Any
-    """AutoencoderKL."""
-    tiny: Any
-    """AutoencoderTiny."""
-    judge: Classifier
-    embed: Callable[[list[str]], Tensor]
-    """Captions => embeddings, float32 [B, T, D]."""
-
-
-def absent(family: Path, setting: Setting) -> str | None:
-    """Says which U-Net of a setting the family does not have; None when it has both."""
-    missing = [name for name in (setting.large, setting.small) if not (family / name / "config.json").is_file()]
-    return f"no {' and no '.join(missing)} in {family}; run the recipes that make them" if missing else None
-
-
-def load_family(family: Path, setting: Setting = DPM, *, device: str | torch.device = "cpu") -> Family:
-    """Loads everything from a family directory that the recipes have written to.
-
-    Raises:
-        ValueError: If a U-Net of the setting is not there.
-    """
-    reason = absent(family, setting)
-    if reason is not None:
-        raise ValueError(reason)
-    tokenizer = load_tokenizer(family / "text" / "tokenizer")
-    encoder = load_text_encoder(family / "text" / "text_encoder").to(device)
-    return Family(
-        large=freeze(load_unet(family / setting.large)).to(device),
-        small=freeze(load_unet(family / setting.small)).to(device),
-        vae=freeze(AutoencoderKL.from_pretrained(family / "vae")).to(device),
-        tiny=freeze(AutoencoderTiny.from_pretrained(family / "tiny_vae")).to(device),
-        judge=load_classifier(family / "classifier").to(device),
-        embed=lambda texts: embed(encoder, token_ids(tokenizer, texts).to(device)),
-    )
-
-
-def configuration(large_steps: int, steps: int) -> str:
-    """Names a configuration: "large", "small" or "hybrid 8,17"."""
+def configuration(large_steps: int, steps: int, *, small_first: bool = False, codec: str = "fp32") -> str:
+    """Names a configuration: "large", "small", "hybrid 8,17", "hybrid 8,17, int8" or, small first, "reversed 17,8"."""
     if large_steps == steps:
         return "large"
-    return f"hybrid {large_steps},{steps - large_steps}" if large_steps else "small"
+    if not large_steps:
+        return "small"
+    left, suffix = steps - large_steps, "" if codec == "fp32" else f", {codec}"
+    return f"reversed {left},{large_steps}{suffix}" if small_first else f"hybrid {large_steps},{left}{suffix}"
 
 
 def right_parts(read: Tensor, truth: Tensor) -> Flags:
@@ -178,18 +166,27 @@ def held_out_scene(seed: int, index: int) -> tuple[Scene, np.random.Generator]:
     return sample_scene(rng, held_out=True), rng
 
 
-def render_features(judge: Classifier, indices: Sequence[int], seed: int, count: int) -> Floats:
-    """Gives the judge's features of `count` renders of each of some captions' scenes: float32 [N, count, 256].
+def renders_of(indices: Sequence[int], seed: int, count: int) -> Iterator[Tensor]:
+    """Draws the scenes of some captions `count` times each: float32 [count, 3, 128, 128] in [-1, 1] a caption.
 
     Render `k` of caption `i` comes from `default_rng((seed, i, k + 1))`: to numpy (seed, i, 0) would be (seed, i).
     """
-    device = next(judge.parameters()).device
-    parts = []
     for index in indices:
         scene, _ = held_out_scene(seed, index)
         images = np.stack([render(scene, np.random.default_rng((seed, index, k + 1))) for k in range(count)])
-        parts.append(judge_features(judge, torch.from_numpy(to_model_range(images)).to(device)))
-    return np.stack(parts)
+        yield torch.from_numpy(to_model_range(images))
+
+
+def render_features(see: Callable[[Tensor], Floats], indices: Sequence[int], seed: int, count: int) -> Floats:
+    """Gives features of `count` renders of each of some captions' scenes: float32 [N, count, D].
+
+    Args:
+        see: float32 [B, 3, 128, 128] in [-1, 1] => float32 [B, D], such as a partial of `judge_features`.
+        indices: Which captions.
+        seed: Of captions.
+        count: Renders of each.
+    """
+    return np.stack([see(images) for images in renders_of(indices, seed, count)])
 
 
 def judge_captions(
@@ -202,6 +199,7 @@ def judge_captions(
     keep: int = 0,
     batch: int = 24,
     perceptual: Found = (None, "not looked for"),
+    real: Found = (None, "not looked for"),
     context: Context = nullcontext,
 ) -> Judged:
     """Generates and judges the held-out captions `indices` of `seed`.
@@ -219,15 +217,19 @@ def judge_captions(
         keep: How many images of each configuration to give back.
         batch: Captions at once.
         perceptual: From `backbones.find_lpips`.
+        real: From `backbones.find_features`.
         context: What U-Nets and VAEs run under.
     """
     plan = make_plan(build_scheduler().config, setting.scheduler, setting.steps)
     device = next(family.large.parameters()).device
     captions: list[str] = []
-    right: dict[str, list[Flags]] = {}
-    images: dict[str, list[NDArray[np.uint8]]] = {}
-    features: dict[str, list[Floats]] = {}
+    truths: list[Tensor] = []
+    found: dict[str, dict[str, list[NDArray[Any]]]] = {}
     similar: dict[str, dict[str, list[Floats]]] = {}
+
+    def keep_of(kind: str, name: str, values: NDArray[Any]) -> None:
+        found.setdefault(kind, {}).setdefault(name, []).append(values)
+
     for start in range(0, len(indices), batch):
         chosen = indices[start : start + batch]
         texts, labels, noises = [], [], []
@@ -236,20 +238,16 @@ def judge_captions(
             texts.append(caption(scene, rng))
             labels.append(labels_of(scene))
             noises.append(rng.standard_normal(LATENT_SHAPE, dtype=np.float32))
-        embeds = torch.cat([family.embed([""] * len(texts)), family.embed(texts)])
-
-        def draw_noise(call: int, chosen: Sequence[int] = chosen) -> Tensor:
-            return call_noise(seed, chosen, call, LATENT_SHAPE).to(device)
-
-        finished = denoise_splits(
+        empty = [""] * len(texts)
+        latents = _denoise(
+            family,
             plan,
+            setting,
+            torch.cat([family.embed(empty), family.embed(empty if setting.empty_text else texts)]),
             torch.from_numpy(np.stack(noises)).to(device),
-            [predictor(unet, embeds, setting.guidance) for unet in (family.large, family.small)],
-            [(split, setting.steps - split) for split in setting.splits],
-            draw_noise=draw_noise,
+            draw_noise=partial(_call_noise, seed, chosen, device),
             context=context,
         )
-        latents = {configuration(split[0], setting.steps): value for split, value in finished.items()}
         vae = family.tiny if decoder == "tiny" else family.vae
         decoded = {name: decode_latents(vae, value, context=context) for name, value in latents.items()}
         if "large" in latents and decoder == "tiny":
@@ -257,22 +255,80 @@ def judge_captions(
         truth = torch.tensor(labels)
         room = max(0, keep - len(captions))
         for name, image in decoded.items():
-            right.setdefault(name, []).append(right_parts(family.judge.read(image).cpu(), truth))
-            features.setdefault(name, []).append(judge_features(family.judge, image))
-            images.setdefault(name, []).append(from_model_range(image[:room].cpu().numpy()))
+            read = family.judge.read(image).cpu()
+            keep_of("read", name, read.numpy())
+            keep_of("right", name, right_parts(read, truth))
+            keep_of("features", name, judge_features(family.judge, image))
+            keep_of("images", name, from_model_range(image[:room].cpu().numpy()))
+            if real[0] is not None:
+                keep_of("real_features", name, real[0](image))
+            plain = name.rpartition(", ")[0]
+            if plain in decoded and name != "large, KL decoder":
+                pairs = psnr(image, decoded[plain])
+                similar.setdefault(name, {}).setdefault(TO_PLAIN, []).append(pairs)
             if name != "large" and "large" in decoded:
-                found = similarity(image, decoded["large"], perceptual)
-                found["judge_distance"] = judge_distance(family.judge, image, decoded["large"])
-                for metric, values in found.items():
+                alike = similarity(image, decoded["large"], perceptual)
+                alike["judge_distance"] = judge_distance(family.judge, image, decoded["large"])
+                for metric, values in alike.items():
                     similar.setdefault(name, {}).setdefault(metric, []).append(values)
         captions += texts
+        truths.append(truth)
+
+    def joined(kind: str) -> dict[str, NDArray[Any]]:
+        return {name: np.concatenate(parts) for name, parts in found.get(kind, {}).items()}
+
     return Judged(
         captions=tuple(captions),
-        right={name: np.concatenate(parts) for name, parts in right.items()},
-        images={name: np.concatenate(parts) for name, parts in images.items()},
-        features={name: np.concatenate(parts) for name, parts in features.items()},
+        truth=torch.cat(truths).numpy(),
+        read=joined("read"),
+        right=joined("right"),
+        images=joined("images"),
+        features=joined("features"),
+        real_features=joined("real_features"),
         similar={
-            name: {metric: np.concatenate(parts) for metric, parts in found.items()} for name, found in similar.items()
+            name: {metric: np.concatenate(parts) for metric, parts in metrics.items()}
+            for name, metrics in similar.items()
         },
-        missing={} if perceptual[0] is not None else {"lpips": perceptual[1]},
+        missing={
+            metric: why for metric, (network, why) in (("lpips", perceptual), ("real_fid", real)) if network is None
+        },
     )
+
+
+def _call_noise(seed: int, chosen: Sequence[int], device: torch.device, call: int) -> Tensor:
+    return call_noise(seed, chosen, call, LATENT_SHAPE).to(device)
+
+
+def _denoise(
+    family: Family,
+    plan: Plan,
+    setting: Setting,
+    embeds: Tensor,
+    noise: Tensor,
+    *,
+    draw_noise: Callable[[int], Tensor],
+    context: Context,
+) -> dict[str, Tensor]:
+    """Gives the clean latents of every configuration of a setting, by name; embeds [2B, T, D], noise [B, C, h, w]."""
+    unets = (family.small, family.large) if setting.small_first else (family.large, family.small)
+    finished: dict[str, Tensor] = {}
+    for codec in setting.codecs:
+        cross = coded(codec)
+        names = {
+            name: (setting.steps - split, split) if setting.small_first else (split, setting.steps - split)
+            for name, (split, how) in setting.configurations().items()
+            if how == codec
+        }
+        # an edge has its text from the cloud, in the codec of the states
+        texts = [embeds, cross([embeds])[0]]
+        made = denoise_splits(
+            plan,
+            noise,
+            [predictor(unet, text, setting.guidance) for unet, text in zip(unets, texts, strict=True)],
+            list(names.values()),
+            draw_noise=draw_noise,
+            cross=cross,
+            context=context,
+        )
+        finished |= {name: made[split] for name, split in names.items()}
+    return {name: finished[name] for name in setting.configurations()}

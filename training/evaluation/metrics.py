@@ -36,7 +36,7 @@ Found = tuple[Any | None, str]
 Z95 = 1.96
 IDENTICAL_DB = 100.0  # the PSNR of equal images, which is infinite, and JSON has no infinity
 GROUPS = 10  # of the jackknife
-HIGHER_IS_BETTER = {"fid": False, "judge_fid": False, "lpips": False, "judge_distance": False}
+HIGHER_IS_BETTER = {"fid": False, "judge_fid": False, "real_fid": False, "lpips": False, "judge_distance": False}
 """Of the metrics that are not: higher is better where a name does not stand here."""
 
 
@@ -59,7 +59,7 @@ def wilson(right: int, total: int, z: float = Z95) -> tuple[float, float]:
     share = right / total
     centre = (share + z * z / (2 * total)) / (1 + z * z / total)
     spread = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return centre - spread, centre + spread
+    return max(0.0, centre - spread), min(1.0, centre + spread)
 
 
 def paired_difference(a: Flags, b: Flags, *, draws: int = 10_000) -> tuple[float, float, float]:
@@ -69,6 +69,22 @@ def paired_difference(a: Flags, b: Flags, *, draws: int = 10_000) -> tuple[float
     means = difference[rng.integers(len(difference), size=(draws, len(difference)))].mean(axis=1)
     low, high = np.quantile(means, (0.025, 0.975))
     return float(difference.mean()), float(low), float(high)
+
+
+def clustered_difference(
+    differences: NDArray[np.float64], counts: NDArray[Any], *, draws: int = 10_000
+) -> tuple[float, float, float]:
+    """Gives a mean difference of objects, and its 95% bootstrap interval over captions, which have several objects.
+
+    Args:
+        differences: Of each caption, summed over its objects: [N].
+        counts: How many objects those were: [N], not all 0.
+        draws: Of the bootstrap.
+    """
+    chosen = np.random.default_rng(0).integers(len(counts), size=(draws, len(counts)))
+    means = differences[chosen].sum(axis=1) / np.maximum(counts[chosen].sum(axis=1), 1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(differences.sum() / counts.sum()), float(low), float(high)
 
 
 def mean_score(metric: str, values: NDArray[Any], note: str = "") -> Score:
@@ -161,11 +177,18 @@ def frechet_distance(features: Tensor | Floats, reference: Tensor | Floats) -> f
     """Gives the Frechet distance between two sets of features, [N, d] and [M, d].
 
     It is biased: smaller sets are further apart. Compare numbers of equal N and M only.
+
+    With A and B the centred features, divided by the roots of N - 1 and M - 1, the trace of (S S')^(1/2) is the sum of
+    the singular values of A B^T, [N, M]: exact, and cheap where there are fewer images than features.
     """
-    both = Frechet(features.shape[1])
-    both.add(features, real=False)
-    both.add(reference, real=True)
-    return both.distance()
+    both = [torch.as_tensor(part).double().cpu() for part in (features, reference)]
+    if min(map(len, both)) < 2:
+        raise ValueError(f"there are {len(both[0])} and {len(both[1])} images; a covariance needs 2 or more")
+    means = [part.mean(dim=0) for part in both]
+    a, b = ((part - mean) / math.sqrt(len(part) - 1) for part, mean in zip(both, means, strict=True))
+    between = 2 * torch.linalg.svdvals(a @ b.T).sum()
+    distance = (means[0] - means[1]).square().sum() + a.square().sum() + b.square().sum() - between
+    return max(0.0, float(distance))
 
 
 def frechet_score(metric: str, features: Floats, reference: Floats, note: str = "") -> Score:

@@ -138,14 +138,31 @@ def publish(measured: Sequence[Measured], folder: Path) -> list[Path]:
     return written
 
 
-def points(measured: Iterable[Measured], *, scheduler: str) -> list[QualityPoint]:
-    """Gives the curves of one scheduler as a manifest holds them: every metric that has values, by cloud steps."""
+def points(
+    measured: Iterable[Measured], *, scheduler: str, captions: int | None = None, seed: int | None = None
+) -> list[QualityPoint]:
+    """Gives the curves of one scheduler as a manifest holds them: every metric that has values, by cloud steps.
+
+    Args:
+        measured: What was measured.
+        scheduler: Of which solver.
+        captions: On how many captions, where it is known.
+        seed: Of captions and noise, likewise.
+    """
+
+    def rounded(value: float | None) -> float | None:
+        return None if value is None else round(value, DIGITS)
+
     return [
         QualityPoint(
             cloud_steps=one.cloud_steps,
             num_inference_steps=one.num_inference_steps,
             metric=metric,
             value=round(cast(float, one.score.value), DIGITS),
+            low=rounded(one.score.low),
+            high=rounded(one.score.high),
+            samples=captions,
+            seed=seed,
         )
         for metric, curve in curves(one for one in measured if one.scheduler == scheduler).items()
         for one in curve
@@ -173,7 +190,10 @@ def write_into_bundle(bundle: Path, measured: Sequence[QualityPoint]) -> None:
 
 
 def measured_of(results: Mapping[str, Any]) -> list[Measured]:
-    """Reads the curves out of `evaluate`'s results (evaluation.json), in which every row is a split."""
+    """Reads the curves out of `evaluate`'s results (evaluation.json), in which every row is a split.
+
+    Rows of coded hand-overs, and controls, which are the reversed order and no text, are no points of a curve.
+    """
     return [
         Measured(
             scheduler=part["scheduler"],
@@ -182,7 +202,8 @@ def measured_of(results: Mapping[str, Any]) -> list[Measured]:
             score=Score(**score),
         )
         for part in (results, *results.get("others", ()))
+        if not part.get("small_first") and not part.get("empty_text")
         for row in part["rows"]
-        if row["large_steps"] is not None
+        if row["large_steps"] is not None and row.get("codec", "fp32") == "fp32"
         for score in row["scores"]
     ]

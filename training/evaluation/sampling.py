@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hybridsd import codec
 from hybridsd import noise as product_noise
 from hybridsd.plan import Plan, denoise, initial_state
 from training.distillation.lcm import guidance_embedding
@@ -130,6 +131,16 @@ def predict_lcm(
 
 def predictor(unet: nn.Module, embeds: Tensor, guidance: float, added: Mapping[str, Tensor] | None = None) -> Predict:
     """Binds a U-Net to its conditions, in the way it takes guidance; models of both ways can share one trajectory."""
+    if getattr(unet, "takes_guidance", False):  # an edge's LCM embeds it in its graph
+        return lambda latents, timestep: cast(
+            Tensor,
+            unet(
+                latents,
+                torch.full((len(latents),), timestep, device=latents.device),
+                _conditional(len(latents), embeds, None)[0],
+                guidance_scale=torch.full((len(latents),), guidance, device=latents.device),
+            )[0],
+        )
     learnt = getattr(cast(Any, unet).config, "time_cond_proj_dim", None) is not None
     predict = predict_lcm if learnt else predict_guided
     return lambda latents, timestep: predict(unet, latents, timestep, embeds, guidance, added)
@@ -150,6 +161,37 @@ def no_noise(call: int) -> Tensor:
     raise ValueError(f"call {call} of the plan draws noise; pass draw_noise, such as a partial of call_noise")
 
 
+Crossing = Callable[[list[Tensor]], list[Tensor]]
+"""What happens to the solver's state where one model hands over to the next: float32 [B, C, h, w] each => the same."""
+
+
+def uncoded(state: list[Tensor]) -> list[Tensor]:
+    """Hands the state over as it is."""
+    return state
+
+
+def coded(encoding: str) -> Crossing:
+    """Hands the state over as the product sends it (`hybridsd.codec`): every image's arrays are a message each.
+
+    Args:
+        encoding: "fp32", "fp16" or "int8".
+
+    Raises:
+        ValueError: If there is no such encoding.
+    """
+    if encoding not in codec.ENCODINGS:
+        raise ValueError(f"the encoding is {encoding!r}; choose one of {', '.join(codec.ENCODINGS)}")
+
+    def cross(state: list[Tensor]) -> list[Tensor]:
+        crossed = []
+        for array in state:
+            messages = [codec.encode_tensor(image, codec.ENCODINGS[encoding]) for image in array.cpu().numpy()]
+            crossed.append(torch.from_numpy(np.stack([codec.decode_tensor(message) for message in messages])))
+        return [array.to(old.device) for array, old in zip(crossed, state, strict=True)]
+
+    return cross
+
+
 def check_split(plan: Plan, split: Split, models: int) -> None:
     """Raises ValueError if a split does not name all models, or its steps are not the plan's."""
     if len(split) != models or min(split) < 0 or sum(split) != plan.num_inference_steps:
@@ -167,6 +209,7 @@ def denoise_splits(
     splits: Sequence[Split],
     *,
     draw_noise: Callable[[int], Tensor] = no_noise,
+    cross: Crossing = uncoded,
     context: Context = nullcontext,
 ) -> dict[Split, Tensor]:
     """Denoises `noise` by every split. What splits have in common is run once: all start with the first model.
@@ -177,6 +220,7 @@ def denoise_splits(
         predictors: The models, in the order in which they take over from each other.
         splits: Steps of each model, adding up to the plan's.
         draw_noise: The noise of a call, float32 [B, C, h, w]; asked where the plan draws any, perhaps several times.
+        cross: What happens to the state at a hand-over.
         context: What the models run under.
 
     Returns:
@@ -194,8 +238,10 @@ def denoise_splits(
         if step == plan.num_inference_steps:
             finished.update(dict.fromkeys(wanted, state[0]))
             return
-        call = plan.first_call(step)
+        call, first = plan.first_call(step), state
         for steps in sorted({split[model] for split in wanted}):
+            if steps and step and state is first:
+                state = cross(state)  # another model made it
             end = plan.first_call(step + steps)
             points = denoise(plan, state, predictors[model], draw_noise, start=call, stop=end)
             for point in points:

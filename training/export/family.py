@@ -31,6 +31,7 @@ from training.models.plan_table import PLAN_STEPS
 from training.models.pruned_unet import load_unet, save_unet
 
 INDEX_NAME = "model_index.json"  # of a diffusers pipeline
+JUDGE_FILES = ("classifier.safetensors", "accuracy.json")
 FAMILY_NAME = "scenes"
 FAMILY_SIZE = 128
 DEFAULT_CLOUD_STEPS = 8
@@ -128,10 +129,11 @@ def export_family(
     max_timestep: float | None = None,
     lcm: bool = False,
 ) -> list[Parity]:
-    """Writes the demo family: large/, small_unet/ and edge/ into `target`, or its LCMs: large_lcm/ and edge_lcm/.
+    """Writes the demo family: large/, small_unet/, edge/ and judge/, or its LCMs: large_lcm/ and edge_lcm/.
 
     Args:
-        family: The folder of the training run: unet/, small_unet/, vae/, tiny_vae/ and text/.
+        family: The folder of the training run: unet/, small_unet/, vae/, tiny_vae/, text/ and, if there is one,
+            classifier/.
         target: Where the three folders go.
         scheduler_config: Of the family's solver.
         say: Is told what was written.
@@ -179,6 +181,8 @@ def export_family(
         save_unet(unet, target / name, torch.float16)
         write_card(target / name, licence=FAMILY_LICENCE_NAME, training=read_training(family / name))
         say(f"{target / name}: the small U-Net, for torch")
+    if not lcm:
+        export_judge(family / "classifier", target / "judge")
     is_pair = high_noise is not None and not lcm
     is_specialist = not lcm and (max_timestep is not None or timesteps_of(unets[small])[1] < MAX_TIMESTEP)
     parity = export_bundle(
@@ -198,7 +202,7 @@ def export_family(
         plan_steps=plan_steps,
         quality=quality,
         about=Description(
-            description="Scenes of one or two emoji on a coloured background; the small U-Net and the tiny VAE.",
+            description="Scenes of one to three emoji on a coloured background; the small U-Net and the tiny VAE.",
             licence=FAMILY_LICENCE_NAME,
             licence_text=FAMILY_LICENCE,
             base_model=f"{FAMILY_NAME}-large",
@@ -209,3 +213,12 @@ def export_family(
     )
     say(f"{target / f'edge{suffix}'}: the edge's bundle")
     return parity
+
+
+def export_judge(classifier: Path, folder: Path) -> None:
+    """Copies the judge, whose weights are float16 already, with its own accuracy; nothing where there is none."""
+    if not all((classifier / name).is_file() for name in JUDGE_FILES):
+        return
+    with written_whole(folder, JUDGE_FILES[0]) as partial:
+        for name in JUDGE_FILES:
+            shutil.copyfile(classifier / name, partial / name)

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
@@ -71,8 +72,16 @@ def kept_size(layer: Layer, ratio: float, *, norm_num_groups: int, compat: bool 
     return channels
 
 
-def kept_channels(module: nn.Module, layer: Layer, size: int, *, compat: bool = False) -> Tensor:
-    """Chooses the inner channels that stay when `layer`, whose module this is, is cut to `size`: int64, rising."""
+def kept_channels(
+    module: nn.Module, layer: Layer, size: int, *, compat: bool = False, rng: np.random.Generator | None = None
+) -> Tensor:
+    """Chooses the inner channels that stay when `layer`, whose module this is, is cut to `size`: int64, rising.
+
+    With `rng`, they are drawn.
+    """
+    if rng is not None:
+        drawn = torch.from_numpy(np.sort(rng.permutation(layer.size)[:size]))
+        return (drawn[:, None] * layer.unit + torch.arange(layer.unit)).flatten()
     if layer.kind == "resnet":
         norms = module.get_submodule("conv1").get_parameter("weight").detach().flatten(1).float().norm(dim=1)
         return _largest(norms, size)
@@ -106,13 +115,20 @@ def sliced(module: nn.Module, layer: Layer, channels: Tensor) -> dict[str, Tenso
     }
 
 
-def cut(unet: UNet2DConditionModel, ratios: Mapping[str, float], *, compat: bool = False) -> UNet2DConditionModel:
+def cut(
+    unet: UNet2DConditionModel,
+    ratios: Mapping[str, float],
+    *,
+    compat: bool = False,
+    rng: np.random.Generator | None = None,
+) -> UNet2DConditionModel:
     """Makes a narrower U-Net, with copies of the weights that stay, on the device, in the dtype and mode of `unet`.
 
     Args:
         unet: May be on the meta device; then so is the result. May have been cut before.
         ratios: How much to keep of layers, in (0, 1], by name; others are kept.
         compat: By the published rule.
+        rng: Draws which channels and heads stay, instead of the most important ones: the control of that choice.
 
     Raises:
         ValueError: If there is no such layer, or a ratio is out of range.
@@ -124,7 +140,7 @@ def cut(unet: UNet2DConditionModel, ratios: Mapping[str, float], *, compat: bool
         layer, module = known[name], unet.get_submodule(name)
         size = kept_size(layer, ratio, norm_num_groups=unet.config.norm_num_groups, compat=compat)
         if size != layer.size:
-            channels = kept_channels(module, layer, size, compat=compat)
+            channels = kept_channels(module, layer, size, compat=compat, rng=rng)
             narrow |= {f"{name}.{part}": value for part, value in sliced(module, layer, channels).items()}
     tensors = {
         name: narrow[name] if name in narrow else value.detach().clone() for name, value in unet.named_parameters()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from training.core.conditioning import VAE_SCALE_FACTOR, LatentsAndText
+from training.core.conditioning import LatentsAndText
 from training.core.loop import Schedule
 from training.core.noise_schedule import NoiseSchedule
 from training.core.precision import dtype_of, resolve
@@ -78,7 +78,7 @@ class LoRARecipe:
     those after it."""
     gradient_checkpointing: bool
     validation_prompts: str | None = None
-    """A file of what previews show; see `training.evaluation.prompts`. None shows captions of the pictures."""
+    """A file of what previews show; see `training.evaluation.prompts`. None shows the prompt, or the first captions."""
     folder: str = "lora"
 
     def __post_init__(self) -> None:
@@ -165,7 +165,7 @@ class LoRARecipe:
 
     def _pictures(self, parts: Components) -> Data:
         try:
-            data = self._images.open(self.schedule.seed, _multiple(parts))
+            data = self._images.open(self.schedule.seed, unet_multiple(parts.unet.config))
         except DataError as error:
             if self.prompt is None and "caption" in str(error):
                 raise DataError(f'{error}; or say one thing of all: --set prompt="a photo of sks dog"') from error
@@ -185,19 +185,18 @@ class LoRARecipe:
             size=(side, side),
         )
         images = replace(self.data, spec=f"imagefolder:{folder}", resolution=side, captions=False)
-        return Said(images.open(self.schedule.seed, _multiple(parts)), lambda _: prompt)
+        return Said(images.open(self.schedule.seed, unet_multiple(parts.unet.config)), lambda _: prompt)
 
     def _preview(self, parts: Components, data: Data) -> Preview:
         if self.prompt is not None:
             captions: tuple[str, ...] = (self.prompt,) * PREVIEW_IMAGES
         else:
             captions = next(data.batches(batch_size=PREVIEW_IMAGES, start=0, rank=0, workers=1)).captions
-        side = self.data.side
-        ours = [Prompt(prompt=caption) for caption in captions[:PREVIEW_IMAGES]]
-        shown = validation_prompts(self.validation_prompts, ours, multiple=unet_multiple(parts.unet.config))
+        side, own = self.data.side, [Prompt(prompt=caption) for caption in captions[:PREVIEW_IMAGES]]
         return Preview(
-            parts.unet, parts.text, parts.vae, parts.scheduler_config, shown, size=(side, side),
-            guidance=self.class_images.guidance,
+            parts.unet, parts.text, parts.vae, parts.scheduler_config,
+            validation_prompts(self.validation_prompts, own, multiple=unet_multiple(parts.unet.config)),
+            size=(side, side), guidance=self.class_images.guidance,
         )  # fmt: skip
 
     def _header(self, parts: Components, noise: NoiseSchedule) -> dict[str, str]:
@@ -234,11 +233,6 @@ class LoRARecipe:
 def _save(directory: Path, *, unet: Any, text_encoders: list[nn.Module], header: dict[str, str]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     write_lora(directory / LORA_NAME, unet, text_encoders, header)
-
-
-def _multiple(parts: Components) -> int:
-    """What sides must be multiples of, in pixels, for latents to be halved between all levels."""
-    return VAE_SCALE_FACTOR << (len(parts.unet.config.block_out_channels) - 1)
 
 
 def _name(model: str) -> str:

@@ -43,6 +43,8 @@ class SmallUNetRecipe:
     """Forgets the pruned weights and learns from the data alone: the network without its teacher."""
     lambda_output: float
     lambda_feature: float
+    student: str = "pruned_unet"
+    """The folder of the pruned U-Net, below --out."""
     validation_prompts: str | None = None
     """See `UNetRecipe`."""
     folder: str = "small_unet"
@@ -64,7 +66,7 @@ class SmallUNetRecipe:
 
     def build(self, out: Path) -> tuple[DistillTask, Drawn]:
         """Takes up the pruned U-Net; needs the stages vae, text, latents, unet and prune."""
-        student, teacher = load_unet(out / "pruned_unet"), load_unet(out / "unet")
+        student, teacher = load_unet(out / self.student), load_unet(out / "unet")
         text = scenes_text(out)
         if self.from_scratch:
             torch.manual_seed(self.schedule.seed)

@@ -14,6 +14,7 @@ const METRICS = {
   ssim: { name: "SSIM", axis: "likeness to the large model’s picture" },
   semantic_accuracy: { name: "Objects right", axis: "share of images with the right objects" },
   judge_fid: { name: "FID", axis: "distance to real pictures, lower is better" },
+  real_fid: { name: "FID", axis: "distance to real pictures (EfficientNet), lower is better" },
   judge_distance: { name: "Distance", axis: "distance to the large model’s picture, lower is better" },
   fid: { name: "FID", axis: "distance to real pictures, lower is better" },
   lpips: { name: "LPIPS", axis: "distance to the large model’s picture, lower is better" },

@@ -33,6 +33,9 @@ from training.vae.kl_vae import load_vae
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).resolve().parents[3]
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
 
 def test_every_stage_is_done_and_not_done_again(family: ToyFamily) -> None:
     """The second time, the command finds everything there and changes nothing."""
@@ -159,6 +162,83 @@ def test_two_processes_judge_what_one_does(family: ToyFamily, tmp_path: Path) ->
     assert len(list((copy / "evaluation").glob("part-dpmpp_2m-*.npz"))) == 2
 
 
+def test_what_is_exported_can_be_judged_as_it_is(family: ToyFamily, tmp_path: Path) -> None:
+    """With the judge beside it, by the edge's own ONNX files: the numbers are those of the training folder."""
+    models = tmp_path / "demo"
+    shutil.copytree(family.folder / "models", models, ignore=shutil.ignore_patterns("small_unet"))
+    settings = ["--captions", "3", "--steps", "4", "--splits", "4,2,0", "--family"]
+    folders = {"torch": family.folder, "onnx": models}
+    for name, folder in folders.items():
+        run("evaluate", "--out", str(tmp_path / name), *settings, str(folder))
+        run("noise-levels", "--out", str(tmp_path / name), "--family", str(folder), "--scenes", "2", "--gate", "0")
+    parts = {name: np.load(tmp_path / name / "evaluation" / "part-dpmpp_2m-00.npz") for name in folders}
+    found = {name: json.loads((tmp_path / name / "evaluation" / "evaluation.json").read_text()) for name in folders}
+    levels = {
+        name: json.loads((tmp_path / name / "noise_levels" / "noise_levels.json").read_text()) for name in folders
+    }
+
+    assert (models / "judge" / "classifier.safetensors").stat().st_size < 3e6
+    for name in ("large", "small", "hybrid 2,2"):
+        np.testing.assert_allclose(
+            parts["onnx"][f"images/{name}"].astype(int), parts["torch"][f"images/{name}"].astype(int), atol=16
+        )  # of bfloat16 in torch
+    assert found["onnx"]["judge"] == found["torch"]["judge"]
+    assert found["onnx"]["command"].endswith(f"--splits 4,2,0 --family {models}")
+    assert {row["configuration"] for row in found["onnx"]["rows"]} == {
+        "large",
+        "hybrid 2,2",
+        "small",
+        "large, KL decoder",
+    }
+    for onnx, torch_ in zip(levels["onnx"]["levels"], levels["torch"]["levels"], strict=True):
+        assert onnx["ratio"] == pytest.approx(torch_["ratio"], rel=0.02)
+    refused = run("evaluate", "--out", str(tmp_path), *settings, str(models), "--small", "scratch_unet")
+    assert refused.exit_code == 1
+    assert f"no scratch_unet in {models}, an exported family" in refused.output
+
+
+def test_results_are_made_by_one_command_that_goes_on(family: ToyFamily, tmp_path: Path) -> None:
+    """What is missing is trained and measured, what is there is not; the page has its tables, its prose stays."""
+    copy, page = tmp_path / "family", tmp_path / "docs" / "results.md"
+    shutil.copytree(family.folder, copy, ignore=shutil.ignore_patterns("checkpoint-*"))
+    page.parent.mkdir()
+    page.write_text((ROOT / "docs" / "results.md").read_text())
+    only = [
+        "evaluation", "noise_levels", "seeds/1/small_unet", "results/small-1", "results/codecs", "scores_compat",
+        "pruning/compat",
+    ]  # fmt: skip
+    words = ["results", "--out", str(copy), "--scale", "toy", "--seeds", "0,1", "--doc", str(page)]
+    words, start = [*words, *(word for name in only for word in ("--only", name))], words
+    done = run(*words)
+    assert done.exit_code == 0, done.output
+    text = page.read_text()
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*.npz")}
+    again = run(*words)
+    listed = run(*words, "--dry-run").output.splitlines()
+
+    assert before == {path: path.stat().st_mtime_ns for path in copy.rglob("*.npz")}
+    assert [line for line in again.output.splitlines() if line.startswith("results: results/")] == []
+    assert page.read_text() == text
+    for said in (
+        "## What differs from the paper", "| hybrid 2,2 | int8 |", "| small-unet | 2 |", "`results/small-1`",
+        "the published rule leaves", "| aim | | found |", "python -m training small-unet --out runs/demo --scale toy",
+        "Not measured: `results/kl-decoder`: it was not run.", "| `python -m training unet --out runs/demo` | 30 | 0.0",
+    ):  # fmt: skip
+        assert said in text, said
+    assert (page.parent / "images" / "demo-curve.png").is_file()
+    assert (page.parent / "images" / "demo-family.png").is_file()
+    assert (copy / "seeds" / "1" / "small_unet" / "config.json").is_file()
+    assert sum(line.startswith("done") for line in listed) == 6
+    # other weights are another result
+    shutil.copyfile(copy / "seeds/1/small_unet" / WEIGHTS, copy / "small_unet" / WEIGHTS)
+    assert "open evaluation " in run(*words, "--dry-run").output
+    # and a training of other weights is refused
+    shutil.copyfile(copy / "seeds/1/small_unet" / WEIGHTS, copy / "pruned_unet" / WEIGHTS)
+    stale = run(*start, "--only", "seeds/1/small_unet")
+    assert stale.exit_code == 1
+    assert "of other weights or settings than now; remove that folder" in stale.output
+
+
 def test_pruning_leaves_a_report(family: ToyFamily) -> None:
     """Every layer before and after; a third of the parameters is left, and the middle block is gone."""
     lines = (family.folder / "pruned_unet" / "report.csv").read_text().splitlines()
@@ -255,7 +335,7 @@ def test_text_encoder_reports_what_its_heads_read(family: ToyFamily) -> None:
     assert all(0 <= share <= 1 for share in scores.values())
 
 
-@pytest.mark.parametrize("name", list(recipes.SCENES))
+@pytest.mark.parametrize("name", [name for name in recipes.SCENES if name in STAGES])
 def test_recipes_leave_curve_and_checkpoint(family: ToyFamily, name: str) -> None:
     """All steps are in the curve, and it is drawn."""
     folder = family.folder / recipes.find(name)("toy").folder

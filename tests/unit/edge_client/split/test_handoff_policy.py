@@ -105,6 +105,61 @@ def test_a_measured_curve_rises() -> None:
     assert "measured" in curve.source
 
 
+def accuracy_of(*values: tuple[int, float], steps: int = 25) -> list[QualityPoint]:
+    return [
+        QualityPoint(cloud_steps=k, num_inference_steps=steps, metric="semantic_accuracy", value=value)
+        for k, value in values
+    ]
+
+
+LIKENESS = [
+    QualityPoint(cloud_steps=k, num_inference_steps=25, metric="psnr", value=value)
+    for k, value in ((0, 26.0), (8, 29.4), (18, 33.1))
+]
+
+
+def test_accuracy_bends_the_curve_where_the_large_model_leads() -> None:
+    """A split that is as often right as the large model has nearly all of the quality, however unlike its image is."""
+    curve = curve_of([*LIKENESS, *accuracy_of((0, 0.70), (8, 0.90), (12, 0.91), (25, 0.92))])
+    likeness = curve_of(LIKENESS)
+    values = [curve(share / 25) for share in range(26)]
+
+    assert curve(8 / 25) == pytest.approx(20 / 22)
+    assert likeness(8 / 25) < 0.5
+    assert values == sorted(values)
+    assert (values[0], values[-1]) == (0.0, 1.0)
+    assert "accuracy" in curve.source
+    equal = replace(COSTS, cloud_step_s=0.2, edge_step_s=0.2)
+    assert choose(STEPS, equal, Goals(), curve).cloud_steps < choose(STEPS, equal, Goals(), likeness).cloud_steps
+    assert choose(STEPS, equal, Goals(quality=0.9), curve).cloud_steps == 8
+
+
+def test_likeness_is_the_curve_where_accuracy_tells_nothing() -> None:
+    """The edge's own is about as often right, or one end was not measured."""
+    for accuracy in (
+        accuracy_of((0, 0.99), (8, 1.0), (25, 0.98)),
+        accuracy_of((0, 0.90), (8, 0.94), (25, 0.94)),
+        accuracy_of((8, 0.90), (12, 0.91), (25, 0.95)),
+        accuracy_of((0, 0.60), (25, 0.95)),
+    ):
+        assert "PSNR" in curve_of([*LIKENESS, *accuracy]).source
+
+
+def test_only_the_cloud_alone_has_all_of_the_quality() -> None:
+    """A split that chance puts above the large model is not as good as it: who asks for 1 gets the large model's."""
+    curve = curve_of(accuracy_of((0, 0.70), (8, 0.93), (12, 0.91), (25, 0.92)))
+
+    assert curve(8 / 25) == curve(12 / 25) == pytest.approx(0.99)
+    assert choose(STEPS, COSTS, Goals(quality=1.0), curve).cloud_steps == STEPS
+
+
+def test_curves_of_two_numbers_of_steps_are_not_mixed() -> None:
+    """The one with most points counts."""
+    points = [*accuracy_of((0, 0.1), (4, 0.2), steps=8), *accuracy_of((0, 0.70), (8, 0.90), (25, 0.92))]
+
+    assert curve_of(points)(8 / 25) == pytest.approx(20 / 22)
+
+
 def advisor_of(costs: Costs, planned: int, goals: Goals | None = None) -> Advisor:
     return Advisor(
         num_steps=STEPS, planned=planned, costs=costs, goals=goals or Goals(), curve=CURVE, began_s=costs.text_s

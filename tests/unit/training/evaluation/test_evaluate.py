@@ -1,6 +1,8 @@
 """The evaluation of the demo family: parts join to the whole, splits are told apart, and the table says what it saw."""
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from training.data.scenes import render, sample_scene, to_model_range
 from training.evaluation import evaluate, judging, quality
 from training.evaluation.classifier import Classifier
+from training.evaluation.family_files import Family, FamilyFiles
 from training.evaluation.metrics import frechet_distance
 
 pytestmark = pytest.mark.slow
@@ -44,7 +47,7 @@ def embed(texts: list[str]) -> Tensor:
     return torch.from_numpy(np.stack(rows).astype(np.float32))
 
 
-def make_family(**options: Any) -> judging.Family:
+def make_family(**options: Any) -> Family:
     """Random networks, the same at every call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -70,20 +73,20 @@ def make_family(**options: Any) -> judging.Family:
         ]
     large, small, vae, tiny, judge = (network.requires_grad_(False).eval() for network in networks)
     assert isinstance(judge, Classifier)
-    return judging.Family(large=large, small=small, vae=vae, tiny=tiny, judge=judge, embed=embed)
+    return Family(large=large, small=small, vae=vae, tiny=tiny, judge=judge, embed=embed)
 
 
 @pytest.fixture(scope="module")
-def loaded() -> judging.Family:
+def loaded() -> Family:
     return make_family()
 
 
 @pytest.fixture
-def folder(tmp_path: Path, loaded: judging.Family, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, loaded: Family, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A family directory, whose networks are the random ones."""
     monkeypatch.setenv("HYBRIDSD_EVAL_WEIGHTS", str(tmp_path / "weights"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr(evaluate, "load_family", lambda *args, **options: loaded)
+    monkeypatch.setattr(FamilyFiles, "load", lambda *args, **options: loaded)
     for name in ("unet", "small_unet"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
@@ -118,7 +121,7 @@ def test_parts_of_workers_join_to_the_whole(folder: Path) -> None:
         )
 
 
-def test_what_the_large_model_did_first_makes_pictures_more_like_its_own(loaded: judging.Family) -> None:
+def test_what_the_large_model_did_first_makes_pictures_more_like_its_own(loaded: Family) -> None:
     """A hybrid is between the models; every configuration but the large one is compared with it."""
     setting = judging.Setting(scheduler="dpmpp_2m", steps=4, splits=(4, 3, 0), guidance=2.0)
     judged = judging.judge_captions(loaded, range(3), setting=setting, seed=1, keep=1)
@@ -128,7 +131,7 @@ def test_what_the_large_model_did_first_makes_pictures_more_like_its_own(loaded:
     assert hybrid["psnr"].mean() > small["psnr"].mean()
     assert hybrid["judge_distance"].mean() < small["judge_distance"].mean()
     assert judged.images["small"].shape == (1, 128, 128, 3)
-    assert judged.missing == {"lpips": "not looked for"}
+    assert judged.missing == {"lpips": "not looked for", "real_fid": "not looked for"}
     assert judged.features["small"].shape == (3, 256)
 
 
@@ -144,7 +147,7 @@ def test_latent_consistency_models_are_judged_with_the_same_machinery() -> None:
         assert np.abs(images.astype(int) - alone.images[name].astype(int)).max() <= 1
 
 
-def test_the_kl_vae_can_decode_all(loaded: judging.Family) -> None:
+def test_the_kl_vae_can_decode_all(loaded: Family) -> None:
     """Then nothing is decoded twice, and a family without the large model alone has nothing to be compared with."""
     setting = judging.Setting(scheduler="dpmpp_2m", steps=2, splits=(1, 0), guidance=1.0)
     judged = judging.judge_captions(loaded, range(1), setting=setting, seed=1, decoder="kl")
@@ -153,7 +156,65 @@ def test_the_kl_vae_can_decode_all(loaded: judging.Family) -> None:
     assert judged.similar == {}
 
 
-def test_the_judges_distances_grow_with_what_changed(loaded: judging.Family) -> None:
+def test_the_small_model_can_begin(loaded: Family) -> None:
+    """Then the large one does the last steps; either alone is what it is in the usual order, for the same noise."""
+    usual, other = (
+        judging.judge_captions(loaded, range(2), setting=replace(SETTING, small_first=first), seed=1, keep=2)
+        for first in (False, True)
+    )
+
+    assert list(other.right) == ["large", "reversed 1,1", "small", "large, KL decoder"]
+    for name in ("large", "small"):
+        np.testing.assert_array_equal(usual.images[name], other.images[name])
+    assert (usual.images["hybrid 1,1"] != other.images["reversed 1,1"]).any()
+
+
+def test_without_text_the_caption_does_not_matter(loaded: Family) -> None:
+    """The models see the empty caption; what they should have shown is still known."""
+    seen: list[str] = []
+
+    def note(texts: list[str]) -> Tensor:
+        seen.extend(texts)
+        return embed(texts)
+
+    family = replace(loaded, embed=note)
+    judged = judging.judge_captions(family, range(2), setting=replace(SETTING, empty_text=True), seed=1)
+
+    assert set(seen) == {""}
+    assert judged.truth is not None
+    assert (judged.truth[:, [0, 3, 6, 9]] > 0).sum() == 6
+
+
+def test_codecs_of_the_hand_over_are_configurations(loaded: Family) -> None:
+    """What is sent exactly changes nothing; coarser codes are less like it; the ends have no hand-over."""
+    setting = replace(SETTING, codecs=("fp32", "fp16", "int8"))
+    judged = judging.judge_captions(loaded, range(2), setting=setting, seed=1, keep=2)
+    to_plain = {name: found[judging.TO_PLAIN].mean() for name, found in judged.similar.items() if "1,1, " in name}
+    plain = judging.judge_captions(loaded, range(2), setting=SETTING, seed=1, keep=2)
+
+    assert list(judged.right) == [
+        "large", "hybrid 1,1", "hybrid 1,1, fp16", "hybrid 1,1, int8", "small", "large, KL decoder",
+    ]  # fmt: skip
+    np.testing.assert_array_equal(judged.images["hybrid 1,1"], plain.images["hybrid 1,1"])
+    assert to_plain["hybrid 1,1, fp16"] > to_plain["hybrid 1,1, int8"] > 20
+    with pytest.raises(ValueError, match="choose of fp32, fp16, int8"):
+        replace(SETTING, codecs=("fp8",))
+
+
+def test_what_was_read_is_kept(loaded: Family) -> None:
+    """The labels of caption and image are there, and the flags are made of them."""
+    judged = judging.judge_captions(loaded, range(3), setting=SETTING, seed=1)
+    results = evaluate.summary(judged, setting=SETTING, seed=1)
+    row = results["rows"][0]
+
+    assert judged.truth is not None
+    expected = [bool((read == truth).all()) for read, truth in zip(judged.read["large"], judged.truth, strict=True)]
+    assert row["flags"] == "".join("01"[right] for right in expected)
+    assert sum(part["objects"] for part in row["kinds"].values()) == 9
+    assert set(row["mistakes"]) == {"missing", "neither", "kind", "attribute", "extra"}
+
+
+def test_the_judges_distances_grow_with_what_changed(loaded: Family) -> None:
     """None between equals, more with every degree of blur, of an image and of a set of images."""
     scenes = [sample_scene(np.random.default_rng(index), held_out=True) for index in range(24)]
     drawn = np.stack([render(scene, np.random.default_rng(index)) for index, scene in enumerate(scenes)])
@@ -169,13 +230,14 @@ def test_the_judges_distances_grow_with_what_changed(loaded: judging.Family) -> 
     assert of_pictures[0] == 0
     assert of_sets[0] == pytest.approx(0, abs=1e-4)
     assert of_pictures == sorted(of_pictures)
-    assert of_sets == sorted(of_sets)
+    assert of_sets[:4] == sorted(of_sets[:4])  # of the coarsest, an untrained judge sees hardly more
     assert of_sets[-1] > 10 * of_sets[0] + 0.01
 
 
-def test_renders_are_of_the_captions_scenes(loaded: judging.Family) -> None:
+def test_renders_are_of_the_captions_scenes(loaded: Family) -> None:
     """Render k of caption i is of the caption's scene, placed again; which worker draws it does not matter."""
-    together, alone = (judging.render_features(loaded.judge, chosen, 1, 3) for chosen in (range(4), range(2, 4)))
+    see = partial(judging.judge_features, loaded.judge)
+    together, alone = (judging.render_features(see, chosen, 1, 3) for chosen in (range(4), range(2, 4)))
     scene, _ = judging.held_out_scene(1, 2)
     drawn = np.stack([render(scene, np.random.default_rng((1, 2, k + 1))) for k in range(3)])
     expected = judging.judge_features(loaded.judge, torch.from_numpy(to_model_range(drawn)))
@@ -199,15 +261,16 @@ def test_one_run_gives_results_curve_and_reasons(folder: Path) -> None:
     assert "no lcm and no lcm_small" in saved["absent"]["lcm"]
     assert {one.cloud_steps for one in measured} == {2, 1, 0}
     assert (folder / "evaluation" / "quality-dpmpp_2m-2.png").is_file()
-    assert list(scores) == ["semantic_accuracy", "judge_fid", "psnr", "ssim", "judge_distance", "lpips"]
+    assert list(scores) == ["semantic_accuracy", "judge_fid", "real_fid", "psnr", "ssim", "judge_distance", "lpips"]
     assert scores["lpips"]["value"] is None
     assert "vgg16" in scores["lpips"]["note"]
     assert judged.renders is not None
     assert judged.renders.shape == (4, 3, 256)
     real = judged.renders[:, 1:].reshape(8, 256)
     assert scores["judge_fid"]["value"] == frechet_distance(judged.features["small"], real)
+    assert results["real_fid_of_renders"] > 0
     assert results["judge_fid_of_renders"] == frechet_distance(judged.renders[:, 0], real)
-    assert [score["metric"] for score in rows["large"]["scores"]] == ["semantic_accuracy", "judge_fid"]
+    assert [score["metric"] for score in rows["large"]["scores"]] == ["semantic_accuracy", "judge_fid", "real_fid"]
     assert rows["large, KL decoder"]["large_steps"] is None
     assert "lpips: not measured: fetch vgg16" in table
 
@@ -230,7 +293,7 @@ def test_both_solvers_have_a_curve_where_both_are_there(folder: Path) -> None:
 def test_a_family_without_the_models_is_refused(tmp_path: Path) -> None:
     """The message names the folder and what to do."""
     with pytest.raises(ValueError, match="no unet and no small_unet in"):
-        judging.load_family(tmp_path)
+        FamilyFiles(tmp_path).load()
 
 
 def test_splits_beyond_the_steps_are_refused() -> None:

@@ -378,3 +378,29 @@ def test_intervals() -> None:
     score = metrics.mean_score("psnr", np.array([1.0, 2.0, 3.0]))
     assert score.value == 2
     assert score.low == pytest.approx(2 - 1.96 / np.sqrt(3))
+
+
+def test_the_frechet_distance_is_torchmetrics_one() -> None:
+    """By singular values of few images with many features, or of many with few; two sets that are one are at 0."""
+    rng = np.random.default_rng(0)
+    for count, width in ((30, 100), (200, 8)):
+        a = rng.normal(size=(count, width)).astype(np.float32)
+        b = (0.5 + 2 * rng.normal(size=(2 * count, width))).astype(np.float32)
+        both = metrics.Frechet(width)
+        both.add(a, real=False)
+        both.add(b, real=True)
+
+        assert metrics.frechet_distance(a, b) == pytest.approx(both.distance(), rel=1e-3)
+        assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ValueError, match="there are 1 and 200 images"):
+        metrics.frechet_distance(a[:1], a)
+
+
+def test_objects_of_one_caption_are_not_independent() -> None:
+    """The interval of a difference over captions is wider where their objects go together."""
+    apart = np.array([1.0, -1.0] * 50)
+    together, counts = np.array([3.0, -3.0] * 50), np.full(100, 3)
+    wide, narrow = metrics.clustered_difference(together, counts), metrics.clustered_difference(apart, counts)
+
+    assert wide[0] == narrow[0] == 0
+    assert wide[2] - wide[1] > 2 * (narrow[2] - narrow[1])

@@ -90,6 +90,32 @@ def test_points_are_one_schedulers_by_cloud_steps() -> None:
     assert [point.num_inference_steps for point in quality.points(MEASURED, scheduler="lcm")] == [8]
 
 
+def test_points_say_how_sure_they_are(bundle: Path) -> None:
+    """Interval, images and seed go into the manifest and come back; who does not know them leaves them out."""
+    known = quality.points(MEASURED, scheduler="dpmpp_2m", captions=300, seed=1000)
+    quality.write_into_bundle(bundle, known)
+    point = next(point for point in read_manifest(bundle).quality if point.cloud_steps == 10)
+
+    assert (point.low, point.high, point.samples, point.seed) == (0.85, 0.95, 300, 1000)
+    assert {(each.samples, each.seed) for each in quality.points(MEASURED, scheduler="lcm")} == {(None, None)}
+    # what is not known is not written, so that older versions, which refuse unknown keys, read such a bundle
+    written = json.loads((bundle / MANIFEST_NAME).read_text())["quality"]
+    assert {"samples" in point for point in written if point["num_inference_steps"] == 50} == {False}
+
+
+def test_controls_are_no_curve() -> None:
+    """A coded hand-over, the reversed order and images without text are not what a bundle does."""
+
+    def part(**changes: object) -> dict[str, object]:
+        score = {"metric": "semantic_accuracy", "value": 0.5, "low": 0.4, "high": 0.6, "note": ""}
+        rows = [{"large_steps": 8, "codec": codec, "scores": [score]} for codec in ("fp32", "int8")]
+        return {"scheduler": "dpmpp_2m", "steps": 25, "rows": rows, **changes}
+
+    assert len(quality.measured_of(part())) == 1
+    assert quality.measured_of(part(small_first=True)) == []
+    assert quality.measured_of(part(empty_text=True)) == []
+
+
 def test_a_bundle_gets_the_curve_and_keeps_the_rest(bundle: Path) -> None:
     """A metric measured again is replaced as a whole, others stay; files, hashes and other fields are as before."""
     before = json.loads((bundle / MANIFEST_NAME).read_text())

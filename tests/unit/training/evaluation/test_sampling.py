@@ -278,3 +278,48 @@ def test_a_decoder_gets_raw_latents_in_its_own_dtype() -> None:
 
     assert images.dtype == torch.float32
     assert torch.equal(images, torch.full((9, 3, 2, 2), 0.5))
+
+
+def test_an_edges_model_is_told_the_guidance() -> None:
+    """A U-Net that embeds guidance in its graph gets the scale itself, one row each, and the conditional text."""
+    told: dict[str, Any] = {}
+
+    class Graph(nn.Module):
+        takes_guidance = True
+
+        def forward(self, sample: Tensor, timestep: Tensor, text: Tensor, *, guidance_scale: Tensor) -> tuple[Tensor]:
+            told.update(timestep=timestep, text=text, guidance_scale=guidance_scale)
+            return (2 * sample,)
+
+    pairs = embeddings(4)
+    output = sampling.predictor(Graph(), pairs, 4.0)(noise(), 500.0)
+
+    assert torch.equal(output, 2 * noise())
+    assert told["guidance_scale"].tolist() == [4.0, 4.0]
+    assert told["timestep"].tolist() == [500.0, 500.0]
+    assert torch.equal(told["text"], pairs[2:])
+
+
+def test_a_hand_over_is_coded_once_and_only_where_there_is_one() -> None:
+    """All arrays of the solver's memory cross; a model alone hands nothing over; an unknown codec is refused."""
+    plan = make_plan(build_scheduler().config, "dpmpp_2m", STEPS)
+    crossed: list[int] = []
+
+    def cross(state: list[Tensor]) -> list[Tensor]:
+        crossed.append(len(state))
+        return sampling.coded("int8")(state)
+
+    splits = [(6, 0), (4, 2), (2, 4), (0, 6)]
+    predictors = [Counting(0.1), Counting(0.2)]
+    plain = sampling.denoise_splits(plan, noise(), predictors, splits)
+    coded = sampling.denoise_splits(plan, noise(), predictors, splits, cross=cross)
+
+    assert crossed == [2, 2]
+    for split in ((6, 0), (0, 6)):
+        assert torch.equal(plain[split], coded[split])
+    for split in ((4, 2), (2, 4)):
+        assert 0 < float((plain[split] - coded[split]).abs().max()) < 0.1
+    exact = sampling.denoise_splits(plan, noise(), predictors, splits, cross=sampling.coded("fp32"))
+    assert all(torch.equal(plain[split], exact[split]) for split in splits)
+    with pytest.raises(ValueError, match="'fp8'; choose one of fp32, fp16, int8"):
+        sampling.coded("fp8")

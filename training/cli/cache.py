@@ -53,7 +53,7 @@ def cache_command(recipe: str, config: Path | None, seed: int | None, settings: 
     if config is not None:
         made = read_yaml(config, recipe, made)
     made = override(made, [*short, *settings])
-    if not (hasattr(made, "caption_dropout") and hasattr(made, "teacher")):
+    if not hasattr(made, "caption_dropout"):
         raise click.UsageError(f"{recipe} learns from pixels; only recipes that learn from latents have a cache")
     if not hasattr(made, "teacher"):
         raise click.UsageError(f"{recipe} has no cache, for its pictures are few; give it no data.cache")

@@ -20,7 +20,7 @@ def made(name: str) -> Any:
         ("vae", "widths=(8, 0)", "widths is (8, 0); each of them must be in [1,"),
         ("text", "heads=0", "heads is 0; it must be in [1,"),
         ("classifier", "pool=0", "pool is 0; it must be in [1,"),
-        ("unet", "empty=2", "empty is 2.0; it must be in [0, 1]"),
+        ("unet", "caption_dropout=2", "caption_dropout is 2.0; it must be in [0, 1]"),
         ("small-unet", "lambda_feature=-0.1", "lambda_feature is -0.1; it must be in"),
         ("specialist", "timestep_range=(-5, 780)", "timestep_range is (-5, 780); each of them must be in"),
         ("specialist", "timestep_range=(0,)", "timestep_range is '(0,)'; it must be a tuple of 2 or None"),

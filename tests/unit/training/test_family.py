@@ -24,8 +24,9 @@ from training import recipes
 from training.cli.demo import STAGES
 from training.cli.main import main
 from training.data.latents import CachedScenes, decode, encode, image_of, load_latents, scene_of
-from training.data.scenes import to_model_range
-from training.evaluation.classifier import CLASSES, load_classifier, scenes_and_images
+from training.data.scenes import BACKGROUNDS, QUADRANTS, to_model_range
+from training.data.text import CLASSES
+from training.evaluation.classifier import LABELS, load_classifier, scenes_and_images
 from training.models.pruned_unet import load_unet
 from training.models.tiny_vae_layouts import read_tiny_vae
 from training.recipes.unet import SCENES_SEED
@@ -128,7 +129,9 @@ def test_the_specialist_is_exported_with_its_level(family: ToyFamily, tmp_path: 
     assert verify_files(manifest, tmp_path / "edge") == []
     report = json.loads((tmp_path / "edge" / "parity.json").read_text())
     assert {"unet", "unet_high_noise"} <= {entry["role"] for entry in report}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["edge", "large", "small_unet", "specialist_unet"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "edge", "judge", "large", "small_unet", "specialist_unet",
+    ]  # fmt: skip
 
 
 def test_the_curve_is_in_the_manifest(family: ToyFamily) -> None:
@@ -171,7 +174,10 @@ def test_what_is_exported_can_be_judged_as_it_is(family: ToyFamily, tmp_path: Pa
     for name, folder in folders.items():
         run("evaluate", "--out", str(tmp_path / name), *settings, str(folder))
         run("noise-levels", "--out", str(tmp_path / name), "--family", str(folder), "--scenes", "2", "--gate", "0")
-    parts = {name: np.load(tmp_path / name / "evaluation" / "part-dpmpp_2m-00.npz") for name in folders}
+    parts: dict[str, dict[str, np.ndarray]] = {}
+    for name in folders:
+        with np.load(tmp_path / name / "evaluation" / "part-dpmpp_2m-00.npz") as arrays:
+            parts[name] = dict(arrays)
     found = {name: json.loads((tmp_path / name / "evaluation" / "evaluation.json").read_text()) for name in folders}
     levels = {
         name: json.loads((tmp_path / name / "noise_levels" / "noise_levels.json").read_text()) for name in folders
@@ -321,8 +327,10 @@ def test_the_judge_answers_within_its_classes(family: ToyFamily) -> None:
     labels, images = scenes_and_images(np.random.default_rng(0), 6)
     answers = load_classifier(family.folder / "classifier").read(images)
 
-    assert answers.shape == labels.shape == (6, 4)
-    for index, classes in enumerate(CLASSES):
+    assert answers.shape == labels.shape == (6, len(LABELS))
+    kind, *others = CLASSES
+    quadrant = (kind + 1, *others)  # one more than the text knows: neither
+    for index, classes in enumerate((*quadrant * len(QUADRANTS), len(BACKGROUNDS))):
         assert labels[:, index].max() < classes
         assert answers[:, index].max() < classes
 

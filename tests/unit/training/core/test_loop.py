@@ -611,12 +611,14 @@ SPLIT = """
 import sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
+from training.cli.main import _leave_together
 from tests.unit.training.core.test_loop import POINTS, SCHEDULE, Line
 from training.core.loop import Run, train
 run = Run(Line(), POINTS, SCHEDULE)
 losses = [record.loss for record in train(run, Path(sys.argv[1]))]
-said = f"{{run.workers}} {{run.rank}} {{float(run.task.linear.weight)}} {{losses[-1] < losses[0] / 10}}"
+said = f"{{run.workers}} {{run.rank}} {{run.task.linear.weight.item()}} {{losses[-1] < losses[0] / 10}}"
 Path(f"{{sys.argv[1]}}/../said-{{run.rank}}").write_text(said)
+_leave_together()  # as the command does: a process aborts whose threads are still there at the end
 """
 
 

@@ -86,13 +86,31 @@ def _preview(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DistillRecipe:
-    """A pruned U-Net learns from image-caption pairs and from its teacher's answers and features."""
+class TaughtRecipe:
+    """What all these have in common: a teacher, and images of your own."""
 
     schedule: Schedule
     teacher: str
-    student: str | None
+    """The pipeline, a folder or hub id."""
     data: ImageData
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """See `Recipe`."""
+        check_needed(self.data)
+        return (self.teacher, *self.data.reads)
+
+    def held_out(self, out: Path) -> Data | None:
+        """See `Recipe`."""
+        del out
+        return self.data.held_out()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillRecipe(TaughtRecipe):
+    """A pruned U-Net learns from image-caption pairs and from its teacher's answers and features."""
+
+    student: str | None
     lambda_task: float
     lambda_output: float
     lambda_feature: float
@@ -128,11 +146,6 @@ class DistillRecipe:
         """See `Recipe`."""
         check_needed(self.data, student=self.student)
         return (self.teacher, self.student or "", *self.data.reads)
-
-    def held_out(self, out: Path) -> Data | None:
-        """See `Recipe`."""
-        del out
-        return self.data.held_out()
 
     def build(self, out: Path) -> tuple[DistillTask, Data]:
         """Loads teacher and student; `student` is a folder, below --out or anywhere."""
@@ -195,14 +208,11 @@ def distill() -> DistillRecipe:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LCMRecipe:
+class LCMRecipe(TaughtRecipe):
     """A U-Net learns to draw in 4 to 8 steps, guidance as an input; of itself, or of a pruned student."""
 
-    schedule: Schedule
-    teacher: str
     student: str | None
     """None begins as the teacher; a folder begins as the pruned U-Net in it, with the same teacher."""
-    data: ImageData
     w_min: float
     w_max: float
     target_decay: float
@@ -234,11 +244,6 @@ class LCMRecipe:
         """See `Recipe`."""
         check_needed(self.data)
         return (*dict.fromkeys((self.teacher, self.student or self.teacher)), *self.data.reads)
-
-    def held_out(self, out: Path) -> Data | None:
-        """See `Recipe`."""
-        del out
-        return self.data.held_out()
 
     def build(self, out: Path) -> tuple[LCMTask, Data]:
         """Loads teacher and student."""
@@ -295,12 +300,9 @@ def lcm() -> LCMRecipe:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LCMLoRARecipe:
+class LCMLoRARecipe(TaughtRecipe):
     """An adapter that makes a U-Net draw in 4 to 8 steps at one guidance."""
 
-    schedule: Schedule
-    teacher: str
-    data: ImageData
     rank: int
     w: float
     caption_dropout: float
@@ -312,17 +314,6 @@ class LCMLoRARecipe:
 
     def __post_init__(self) -> None:
         check_ranges(self, {"rank": COUNT, "w": (0, 1000), "caption_dropout": SHARE})
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """See `Recipe`."""
-        check_needed(self.data)
-        return (self.teacher, *self.data.reads)
-
-    def held_out(self, out: Path) -> Data | None:
-        """See `Recipe`."""
-        del out
-        return self.data.held_out()
 
     def build(self, out: Path) -> tuple[LCMLoRATask, Data]:
         """Loads the teacher and adds the adapter to it."""
@@ -434,14 +425,11 @@ class VAETerms:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TinyVAERecipe:
+class TinyVAERecipe(TaughtRecipe):
     """A tiny VAE in the latent space of a Stable Diffusion VAE, by a perceptual term and a judge."""
 
-    schedule: Schedule
-    teacher: str
     student: str | None
     """A folder of TAESD, or of a tiny VAE, to begin as; None begins untrained."""
-    data: ImageData
     terms: VAETerms
     folder: str = "tiny_vae"
 
@@ -450,11 +438,6 @@ class TinyVAERecipe:
         """See `Recipe`."""
         check_needed(self.data)
         return (self.teacher, *([] if self.student is None else [self.student]), *self.data.reads)
-
-    def held_out(self, out: Path) -> Data | None:
-        """See `Recipe`."""
-        del out
-        return self.data.held_out()
 
     def build(self, out: Path) -> tuple[TinyVAETask, Data]:
         """Loads the teacher and makes the student."""
@@ -491,29 +474,15 @@ def tiny_vae() -> TinyVAERecipe:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SmallVAERecipe:
+class SmallVAERecipe(TaughtRecipe):
     """A KL VAE whose decoder is narrowed and distilled; its latents are its teacher's."""
 
-    schedule: Schedule
-    teacher: str
     widths: tuple[int, ...]
-    data: ImageData
     terms: VAETerms
     folder: str = "small_vae"
 
     def __post_init__(self) -> None:
         check_ranges(self, {"widths": COUNT})
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """See `Recipe`."""
-        check_needed(self.data)
-        return (self.teacher, *self.data.reads)
-
-    def held_out(self, out: Path) -> Data | None:
-        """See `Recipe`."""
-        del out
-        return self.data.held_out()
 
     def build(self, out: Path) -> tuple[SmallVAETask, Data]:
         """Loads the teacher and narrows its decoder."""

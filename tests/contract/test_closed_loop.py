@@ -1,0 +1,150 @@
+"""States as residuals of guessed model outputs: both ends hold the same bits, near the truth, for every solver."""
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hybridsd import codec
+from hybridsd.closed_loop import MAX_QUANTUM, Residual, Track, follow, lead, pack, unpack
+from hybridsd.errors import InvalidRequest, Reason
+from hybridsd.plan import Plan, advance, combine, denoise, initial_state
+from tests.contract.test_plan_parity import NAMES, compiled, draws
+
+PRECISION = 0.02
+SHAPE = (4, 8, 8)
+
+
+def smooth(x: np.ndarray, t: float) -> np.ndarray:
+    """A U-Net that predicts noise of images that are near one image: much of what it says is in its input."""
+    image = np.linspace(-1, 1, x.size, dtype=np.float32).reshape(x.shape)
+    part = np.float32(t / 1000)
+    return (part * x + (1 - part) * (x - image) * np.float32(0.7) + 0.05 * np.sin(7 * x)).astype(np.float32)
+
+
+def run(plan: Plan) -> tuple[list[list[np.ndarray]], Callable[[int], np.ndarray | None]]:
+    """Returns the true states, from the first on, and the noise of each call where it draws any."""
+    latents, noises = draws(len(plan.rows))
+    first = initial_state(plan, latents)
+    states = [first, *(each.state for each in denoise(plan, first, smooth, lambda call: noises[call]))]
+    return states, lambda call: noises[call] if plan.rows[call].draws_noise else None
+
+
+def seen(plan: Plan, call: int, state: Any) -> Any:
+    """Returns what the U-Net sees of a state, or the final latents."""
+    return combine(plan.rows[call].unet_input, state) if call < len(plan.rows) else state[0]
+
+
+@pytest.mark.parametrize("steps", [4, 25, 50])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
+def test_every_solver_is_followed(name: str, steps: int) -> None:
+    plan = compiled(name, steps)
+    states, noise = run(plan)
+    ahead = behind = Track.begin(0, states[0])
+    for call in range(len(plan.rows)):
+        residual, ahead = lead(plan, ahead, states[call + 1], PRECISION, noise(call))
+        behind = follow(plan, behind, residual, noise(call))
+        assert behind.call == call + 1
+        for mine, yours in zip((*ahead.state, ahead.x0), (*behind.state, behind.x0), strict=True):
+            assert mine.dtype == yours.dtype == np.float32
+            assert mine.tobytes() == yours.tobytes(), call
+        had, wanted = (seen(plan, call + 1, state) for state in (behind.state, states[call + 1]))
+        row = plan.rows[call]
+        weights = plan.rows[call + 1].unet_input if call + 1 < len(plan.rows) else (1.0,)
+        if abs(combine(weights, np.array(row.output))) > 1e-3 * max(map(abs, row.output)):
+            assert np.abs(had - wanted).max() <= 0.51 * PRECISION + 1e-4 * np.abs(wanted).max(), call
+
+
+@pytest.mark.parametrize("name", ["dpmpp_2m", "euler_ancestral", "unipc", "pndm", "lcm"])
+def test_torch_has_the_bits_of_numpy(name: str) -> None:
+    plan = compiled(name, 8)
+    states, noise = run(plan)
+    track = Track.begin(0, states[0])
+    tensors, x0 = [torch.from_numpy(array) for array in track.state], torch.zeros(SHAPE)
+    for call, row in enumerate(plan.rows):
+        residual, track = lead(plan, track, states[call + 1], PRECISION, noise(call))
+        quanta = torch.from_numpy(unpack(residual.data, SHAPE)).float()
+        output = (x0 - combine(row.x0_state, tensors)) / np.float32(row.x0_output).item()
+        output = output + np.float32(residual.step).item() * quanta
+        x0 = combine((*row.x0_state, row.x0_output), [*tensors, output])
+        drawn = noise(call)
+        tensors = advance(row, tensors, output, None if drawn is None else torch.from_numpy(drawn))
+        assert [t.numpy().tobytes() for t in (*tensors, x0)] == [a.tobytes() for a in (*track.state, track.x0)], call
+
+
+@pytest.mark.parametrize("name", ["dpmpp_2m", "ddim", "euler", "unipc"])
+def test_it_is_smaller_and_better_than_int8(name: str) -> None:
+    plan, arrays, whole, coded = compiled(name, 25), 0, 0.0, 0.0
+    states, noise = run(plan)
+    track, sizes = Track.begin(0, states[0]), 0
+    for call in range(8):
+        residual, track = lead(plan, track, states[call + 1], 0.03, noise(call))
+        int8 = [codec.encode_tensor(array, codec.INT8) for array in states[call + 1]]
+        sizes, arrays = sizes + len(residual.data), arrays + sum(len(each.data) for each in int8)
+        wanted = seen(plan, call + 1, states[call + 1])
+        coded += float(np.square(seen(plan, call + 1, track.state) - wanted).mean())
+        whole += float(np.square(seen(plan, call + 1, [codec.decode_tensor(each) for each in int8]) - wanted).mean())
+    assert coded < whole
+    assert sizes < 0.75 * arrays
+
+
+def test_a_state_that_came_whole_is_gone_on_from() -> None:
+    plan = compiled("dpmpp_2m", 12)
+    states, noise = run(plan)
+    track = Track.begin(5, [codec.decode_tensor(codec.encode_tensor(array, codec.INT8)) for array in states[5]])
+    for call in range(5, 12):
+        _, track = lead(plan, track, states[call + 1], PRECISION, noise(call))
+    assert np.abs(track.state[0] - states[-1][0]).max() <= 0.51 * PRECISION
+
+
+def test_a_jump_beyond_the_largest_number_is_made_up_for() -> None:
+    plan = compiled("ddim", 25)
+    states, noise = run(plan)
+    track = Track.begin(0, states[0])
+    far = [array + np.float32(1000) for array in states[1]]
+    residual, track = lead(plan, track, far, 1e-3, noise(0))
+    assert np.abs(unpack(residual.data, SHAPE)).max() == MAX_QUANTUM
+    assert np.abs(track.state[0] - far[0]).max() > 100
+    for _ in range(40):
+        _, track = lead(plan, Track(0, track.state, track.x0), far, 1e-3, noise(0))
+    assert np.abs(track.state[0] - far[0]).max() < 100
+
+
+@pytest.mark.parametrize("values", [[0] * 256, [127, -128] * 128, [128, *[0] * 255], [-MAX_QUANTUM, MAX_QUANTUM] * 128])
+def test_numbers_come_back(values: list[int]) -> None:
+    quanta = np.array(values, np.int32).reshape(SHAPE)
+    assert np.array_equal(unpack(pack(quanta), SHAPE), quanta)
+
+
+@pytest.mark.parametrize(
+    ("step", "data", "message"),
+    [
+        (0.0, pack(np.zeros(SHAPE, np.int32)), "above 0"),
+        (-1.0, pack(np.zeros(SHAPE, np.int32)), "above 0"),
+        (float("nan"), pack(np.zeros(SHAPE, np.int32)), "above 0"),
+        (0.1, pack(np.zeros(SHAPE, np.int32)), "exact in float32"),
+        (0.5, b"", "not of 256 values"),
+        (0.5, b"\xff\xff\xff", "no DEFLATE stream"),
+        (0.5, pack(np.zeros(SHAPE, np.int32))[:-3], "not of 256 values"),
+        (0.5, pack(np.zeros(SHAPE, np.int32)) + b"\0", "not of 256 values"),
+        (0.5, pack(np.zeros((4, 8, 9), np.int32)), "not of 256 values"),
+        (0.5, zlib.compress(bytes(10**7), 9, -15), "not of 256 values"),
+        (float(np.float32(3e38)), pack(np.full(SHAPE, 9000, np.int32)), "not finite"),
+    ],
+)
+def test_a_residual_is_not_trusted(step: float, data: bytes, message: str) -> None:
+    plan = compiled("ddim", 4)
+    track = Track.begin(0, run(plan)[0][0])
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        follow(plan, track, Residual(step, data), None)
+    assert caught.value.reason is Reason.TENSOR_INVALID
+
+
+def test_a_plan_ends() -> None:
+    plan = compiled("ddim", 4)
+    with pytest.raises(InvalidRequest, match="the plan has 4"):
+        follow(plan, Track.begin(4, run(plan)[0][-1]), Residual(0.5, pack(np.zeros(SHAPE, np.int32))), None)

@@ -31,7 +31,8 @@ F32 = NDArray[np.float32]
 
 MAX_QUANTUM = 2**15 - 1
 """Largest magnitude of a q."""
-_SMALL_GAIN = 1e-3
+HORIZON = 3
+"""Calls from the next on, whose inputs the sender makes as true as it can."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,8 @@ def follow(plan: Plan, track: Track, residual: Residual, noise: F32 | None) -> T
     if not (np.isfinite(residual.step) and 0 < residual.step == float(np.float32(residual.step))):
         raise _refuse(f"the step of the quantiser is {residual.step}; it must be above 0 and exact in float32")
     quanta = unpack(residual.data, track.x0.shape)
-    reached = _apply(plan.rows[track.call], track, residual.step, quanta, noise)
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is not finite
+        reached = _apply(plan.rows[track.call], track, residual.step, quanta, noise)
     if not all(np.isfinite(array).all() for array in reached.state):
         raise _refuse("its values lead to a state that is not finite")
     return reached
@@ -99,20 +101,39 @@ def lead(
         noise: As of `follow`.
     """
     row = plan.rows[track.call]
-    weights = plan.rows[track.call + 1].unet_input if track.call + 1 < len(plan.rows) else (1.0,)
-    gain = sum(weight * output for weight, output in zip(weights, row.output, strict=True))
-    if abs(gain) < _SMALL_GAIN * max(map(abs, row.output)):  # the output is remembered, and not yet seen
-        weights, gain = row.output, sum(output * output for output in row.output)
-        scale = float(np.sqrt(gain))
-    else:
-        scale = abs(gain)
-    step = float(np.float32(precision / scale)) if scale else 1.0
-    zeros = np.zeros(track.x0.shape, np.int32)
-    guessed = _apply(row, track, step, zeros, noise)
+    views = _views(plan, track.call + 1)
+    gains = [combine(view, row.output) for view in views]
+    power = sum(gain * gain for gain in gains)
+    if not power:  # nothing of the output is ever seen
+        return (none := Residual(1.0, pack(np.zeros(track.x0.shape, np.int32)))), follow(plan, track, none, noise)
+    step = float(np.float32(precision / max(map(abs, gains))))
+    guessed = _apply(row, track, step, np.zeros(track.x0.shape, np.int32), noise)
     missing = [np.asarray(wanted, np.float32) - had for wanted, had in zip(target, guessed.state, strict=True)]
-    error = combine(weights, missing) / np.float32(gain) if gain else np.zeros_like(track.x0)
+    # Least squares over all views at once: to be exact in the next alone would let errors of a memory grow
+    weights = [sum(gain * view[i] for gain, view in zip(gains, views, strict=True)) for i in range(len(row.output))]
+    error = combine(weights, missing) / np.float32(power)
     quanta = np.clip(np.rint(error / np.float32(step)), -MAX_QUANTUM, MAX_QUANTUM).astype(np.int32)
     return Residual(step, pack(quanta)), _apply(row, track, step, quanta, noise)
+
+
+def _views(plan: Plan, call: int) -> list[tuple[float, ...]]:
+    """Returns what the next calls from `call` on see of the state before it, as weights of its arrays.
+
+    What comes in between is left out: it is the same for the true state and for the receiver's.
+    """
+    views, reached = [], [[float(i == j) for j in range(plan.num_arrays(call))] for i in range(plan.num_arrays(call))]
+    for row in plan.rows[call : call + HORIZON]:
+        views.append(_through(row.unet_input, reached))
+        reached = [list(_through(weights, reached)) for weights in row.transition]
+    if len(views) < HORIZON:  # the final latents
+        views.append(tuple(reached[0]))
+    return views
+
+
+def _through(weights: Sequence[float], reached: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    return tuple(
+        sum(weight * row[i] for weight, row in zip(weights, reached, strict=True)) for i in range(len(reached[0]))
+    )
 
 
 def _apply(row: PlanRow, track: Track, step: float, quanta: NDArray[np.int32], noise: F32 | None) -> Track:

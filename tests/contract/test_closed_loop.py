@@ -53,10 +53,7 @@ def test_every_solver_is_followed(name: str, steps: int) -> None:
             assert mine.dtype == yours.dtype == np.float32
             assert mine.tobytes() == yours.tobytes(), call
         had, wanted = (seen(plan, call + 1, state) for state in (behind.state, states[call + 1]))
-        row = plan.rows[call]
-        weights = plan.rows[call + 1].unet_input if call + 1 < len(plan.rows) else (1.0,)
-        if abs(combine(weights, np.array(row.output))) > 1e-3 * max(map(abs, row.output)):
-            assert np.abs(had - wanted).max() <= 0.51 * PRECISION + 1e-4 * np.abs(wanted).max(), call
+        assert np.abs(had - wanted).max() <= 4 * PRECISION + 1e-4 * np.abs(wanted).max(), call
 
 
 @pytest.mark.parametrize("name", ["dpmpp_2m", "euler_ancestral", "unipc", "pndm", "lcm"])
@@ -82,7 +79,7 @@ def test_it_is_smaller_and_better_than_int8(name: str) -> None:
     states, noise = run(plan)
     track, sizes = Track.begin(0, states[0]), 0
     for call in range(8):
-        residual, track = lead(plan, track, states[call + 1], 0.03, noise(call))
+        residual, track = lead(plan, track, states[call + 1], 0.015, noise(call))
         int8 = [codec.encode_tensor(array, codec.INT8) for array in states[call + 1]]
         sizes, arrays = sizes + len(residual.data), arrays + sum(len(each.data) for each in int8)
         wanted = seen(plan, call + 1, states[call + 1])
@@ -105,13 +102,13 @@ def test_a_jump_beyond_the_largest_number_is_made_up_for() -> None:
     plan = compiled("ddim", 25)
     states, noise = run(plan)
     track = Track.begin(0, states[0])
-    far = [array + np.float32(1000) for array in states[1]]
+    far = [array + np.float32(200) for array in states[1]]
     residual, track = lead(plan, track, far, 1e-3, noise(0))
     assert np.abs(unpack(residual.data, SHAPE)).max() == MAX_QUANTUM
-    assert np.abs(track.state[0] - far[0]).max() > 100
-    for _ in range(40):
-        _, track = lead(plan, Track(0, track.state, track.x0), far, 1e-3, noise(0))
-    assert np.abs(track.state[0] - far[0]).max() < 100
+    assert np.abs(track.state[0] - far[0]).max() > 50
+    for call in range(1, 25):
+        _, track = lead(plan, track, [array + np.float32(200) for array in states[call + 1]], 1e-3, noise(call))
+    assert np.abs(track.state[0] - states[-1][0] - 200).max() <= 1e-3
 
 
 @pytest.mark.parametrize("values", [[0] * 256, [127, -128] * 128, [128, *[0] * 255], [-MAX_QUANTUM, MAX_QUANTUM] * 128])

@@ -13,6 +13,8 @@ from edge_client.types import (
     Place,
     SafetyAction,
 )
+from hybridsd.closed_loop import DEFAULT_PSNR
+from hybridsd.codec import RESIDUAL
 from hybridsd.plan import Plan
 from hybridsd.prompting import DEFAULT_TEXT, TextOptions
 from hybridsd.trace_context import TraceContext, current_or_new
@@ -144,8 +146,12 @@ class Request:
     height: int | None = None
     output_size: tuple[int, int] | None = None
     """Width and height that the drawn image is resized to; None leaves it as it is drawn."""
-    codec: str = "fp16"
-    """"fp32", "fp16" or "int8": how the cloud's tensors travel."""
+    codec: str = RESIDUAL
+    """A name of `hybridsd.codec.CODECS`: how the cloud's states travel."""
+    state_psnr: float = DEFAULT_PSNR
+    """With residuals: how true the states are, as the PSNR of the image in dB, 34 to 110."""
+    max_state_bytes: int = 0
+    """With residuals: states are less true where they would take more bytes; 0: no limit."""
     deadline_s: float | None = None
     """Seconds that the cloud's part may take; then the edge takes over. None: no limit."""
     patience: Patience | None = None

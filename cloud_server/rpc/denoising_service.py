@@ -23,6 +23,7 @@ from cloud_server.rpc import write_response
 from cloud_server.rpc.auth import current_caller
 from cloud_server.rpc.read_request import AnswerStyle, RequestReader, check_request_id, lora_owner
 from cloud_server.rpc.worker_pool import WorkerPool
+from cloud_server.rpc.write_states import StateWriter
 from cloud_server.rpc.write_stream import write
 from hybridsd.v1 import denoising_service_pb2 as pb
 from hybridsd.v1 import denoising_service_pb2_grpc
@@ -168,6 +169,7 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
     ) -> None:
         """Sends what comes into the buffer until the job has ended."""
         sent_bytes, sent_s = 0, time.monotonic()
+        states = StateWriter(request, style.encoding, style.residual_coding, resume_call=style.resume_call)
         codec_bytes = self._metrics.sent_bytes.labels(style.codec)
         while True:
             event = await buffer.next(max(0.0, sent_s + self._heartbeat_s - time.monotonic()))
@@ -180,9 +182,11 @@ class DenoisingService(denoising_service_pb2_grpc.DenoisingServiceServicer):
             if event is None:
                 message = write_response.heartbeat()
             elif isinstance(event, Started | Snapshot):
-                message = await self._answers.run(write_response.response, event, request, style, sent_bytes=sent_bytes)
+                message = await self._answers.run(
+                    write_response.response, event, request, style, states, sent_bytes=sent_bytes
+                )
             else:
-                message = write_response.response(event, request, style, sent_bytes=sent_bytes)
+                message = write_response.response(event, request, style, states, sent_bytes=sent_bytes)
             await write(context, message)
             sent_bytes, sent_s = sent_bytes + message.ByteSize(), time.monotonic()
             codec_bytes.inc(message.ByteSize())

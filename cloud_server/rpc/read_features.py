@@ -9,10 +9,12 @@ from cloud_server.engine.request import ApproximateReuse, Latents, Skipping
 from cloud_server.models.catalog import visible_loras
 from cloud_server.models.load import ModelInfo
 from cloud_server.models.loras import key_of
-from hybridsd import codec
-from hybridsd.errors import Reason
+from cloud_server.rpc.write_states import ResidualCoding
+from hybridsd import codec, noise
+from hybridsd.closed_loop import DEFAULT_PRECISION, MAX_PRECISION, MIN_PRECISION, Track, follow
+from hybridsd.errors import HybridSDError, Reason
 from hybridsd.limits import MAX_LORA_WEIGHT, MAX_LORAS, MAX_REUSED_CALLS
-from hybridsd.plan import PlanRow
+from hybridsd.plan import Plan, PlanRow, initial_state
 from hybridsd.v1 import denoising_service_pb2 as pb
 
 DEFAULT_EXTRAPOLATION = 0.3
@@ -72,6 +74,66 @@ def check_solver(models: Sequence[ModelInfo], scheduler: str) -> None:
                 " choose lcm, or another model",
                 field="scheduler.name",
             )
+
+
+def read_residual_coding(request: pb.DenoiseRequest) -> ResidualCoding | None:
+    """Returns how states are to be sent as residuals; None for whole ones."""
+    if not request.HasField("residual_coding"):
+        return None
+    wanted = request.residual_coding
+    precision = wanted.precision if wanted.HasField("precision") else DEFAULT_PRECISION
+    if not MIN_PRECISION <= precision <= MAX_PRECISION:
+        raise Reason.FIELD_INVALID.error(
+            f"precision is {precision:g}; choose {MIN_PRECISION:g} to {MAX_PRECISION:g}",
+            field="residual_coding.precision",
+        )
+    if wanted.max_state_bytes < 0:
+        raise Reason.FIELD_INVALID.error(
+            f"max_state_bytes is {wanted.max_state_bytes}; choose 0 (no limit) or more",
+            field="residual_coding.max_state_bytes",
+        )
+    return ResidualCoding(precision, wanted.max_state_bytes)
+
+
+def read_coded_state(
+    request: pb.DenoiseRequest, plan: Plan, first_call: int, shape: tuple[int, int, int]
+) -> tuple[Latents, ...]:
+    """Returns the state that `initial_coded_state` leads to.
+
+    Raises:
+        HybridSDError: STATE_INVALID, TENSOR_INVALID.
+    """
+    coded = request.initial_coded_state
+
+    def refuse(what: str) -> HybridSDError:
+        return Reason.STATE_INVALID.error(f"initial_coded_state: {what}", field="initial_coded_state")
+
+    if request.initial_state:
+        raise refuse("it takes the place of initial_state; leave one of them out")
+    if not request.first_step:
+        raise refuse("first_step is 0; it goes with a later one")
+    if coded.arrays and request.HasField("initial_latents"):
+        raise refuse("it has arrays, so initial_latents have no use; leave them out")
+    if len(coded.states) > first_call or not coded.states or coded.states[-1].call != first_call:
+        raise refuse(f"its states must lead, one after another, to call {first_call}")
+    if coded.arrays:
+        if not 0 <= coded.call < first_call or len(coded.arrays) != plan.num_arrays(coded.call):
+            raise refuse(f"{len(coded.arrays)} arrays before call {coded.call} are no state of the plan")
+        state = [codec.decode_tensor(array, shape=shape, field="initial_coded_state") for array in coded.arrays]
+    elif coded.call:
+        raise refuse(f"it has no arrays, so its call must be 0, not {coded.call}")
+    elif request.HasField("initial_latents"):
+        state = initial_state(plan, codec.decode_tensor(request.initial_latents, shape=shape, field="initial_latents"))
+    else:
+        state = initial_state(plan, noise.initial_latents(request.seed, request.image_index, shape))
+    track = Track.begin(coded.call, state)
+    for each in coded.states:
+        residuals = [codec.decode_residual(residual) for residual in each.residuals]
+        track = follow(
+            plan, track, each.call, residuals,
+            lambda call: noise.call_noise(request.seed, request.image_index, call, shape),
+        )  # fmt: skip
+    return track.state
 
 
 def read_inpainting(

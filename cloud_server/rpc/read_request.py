@@ -29,11 +29,14 @@ from cloud_server.rpc.read_conditioning import (
 from cloud_server.rpc.read_features import (
     check_solver,
     read_approximate_reuse,
+    read_coded_state,
     read_inpainting,
     read_loras,
+    read_residual_coding,
     read_skipping,
 )
 from cloud_server.rpc.worker_pool import WorkerPool
+from cloud_server.rpc.write_states import ResidualCoding
 from hybridsd import codec
 from hybridsd.durations import to_seconds
 from hybridsd.errors import Reason
@@ -67,10 +70,14 @@ class AnswerStyle:
     negative_prompt_digest: bytes | None
     resume_call: int
     """States up to this call are not wanted."""
+    residual_coding: ResidualCoding | None = None
+    """None: states go whole."""
 
     @property
     def codec(self) -> str:
-        """The name that people use for the encoding."""
+        """The name that people use for how states travel."""
+        if self.residual_coding is not None:
+            return codec.RESIDUAL
         return next(name for name, encoding in codec.ENCODINGS.items() if encoding == self.encoding)
 
 
@@ -202,6 +209,7 @@ class RequestReader:
             prompt_digest=sent_digest(embeddings, "") if embeddings else None,
             negative_prompt_digest=sent_digest(embeddings, "negative_") if embeddings and guided else None,
             resume_call=request.resume_call,
+            residual_coding=read_residual_coding(request),
         )
         prefix, reuse = prefix_digest(job, plan_digest), read_approximate_reuse(request)
         if reuse is not None:
@@ -376,7 +384,8 @@ def _steps(
         raise Reason.STEPS_INVALID.error(
             f"begin_step is {spec.begin_step}; choose 0 to {num_steps - 1}", field="scheduler.begin_step"
         )
-    if request is not None and spec.begin_step and not request.initial_state:
+    has_state = request is not None and (request.initial_state or request.HasField("initial_coded_state"))
+    if request is not None and spec.begin_step and not has_state:
         raise Reason.STATE_INVALID.error(
             f"begin_step is {spec.begin_step}, so initial_state is required", field="initial_state"
         )
@@ -417,6 +426,8 @@ def _start(
     request: pb.DenoiseRequest, plan: Plan, first_call: int, shape: tuple[int, int, int]
 ) -> tuple[tuple[Latents, ...], Latents | None]:
     """Returns the initial state and latents that the caller sent: at most one of them."""
+    if request.HasField("initial_coded_state"):
+        return read_coded_state(request, plan, first_call, shape), None
     if request.HasField("initial_latents"):
         if request.first_step or request.initial_state:
             raise Reason.STATE_INVALID.error(
@@ -443,6 +454,6 @@ def _content(request: pb.DenoiseRequest) -> bytes:
     """Returns the digest of what a request asks for, without what may differ between two tries (docs/protocol.md)."""
     content = pb.DenoiseRequest()
     content.CopyFrom(request)
-    for field in ("request_id", "resume_call", "known_digests", "reattach_grace"):
+    for field in ("request_id", "resume_call", "known_digests", "reattach_grace", "residual_coding"):
         content.ClearField(field)
     return hashlib.sha256(content.SerializeToString(deterministic=True)).digest()

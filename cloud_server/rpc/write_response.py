@@ -7,17 +7,17 @@ from collections.abc import Iterable, Sequence
 
 from cloud_server.engine.events import Finished, Queued, Snapshot, Started
 from cloud_server.engine.job import JobView
-from cloud_server.engine.request import JobRequest, Latents
+from cloud_server.engine.request import JobRequest
 from cloud_server.engine.scheduler import Load
 from cloud_server.models.catalog import State, View, visible_loras
 from cloud_server.models.denoiser import Encoded
 from cloud_server.models.load import ModelInfo
 from cloud_server.rpc.read_request import AnswerStyle
+from cloud_server.rpc.write_states import StateWriter
 from hybridsd import codec
 from hybridsd.durations import to_duration
 from hybridsd.limits import MAX_PROMPT_CHARS, MAX_STEPS
 from hybridsd.v1 import denoising_service_pb2 as pb
-from hybridsd.v1 import tensor_pb2
 
 _SOURCES = {"modelled": pb.ENERGY_SOURCE_MODELLED, "measured": pb.ENERGY_SOURCE_MEASURED}
 STATES = {
@@ -36,7 +36,12 @@ def is_wanted(event: Snapshot, style: AnswerStyle) -> bool:
 
 
 def response(
-    event: Queued | Started | Snapshot | Finished, request: JobRequest, style: AnswerStyle, *, sent_bytes: int
+    event: Queued | Started | Snapshot | Finished,
+    request: JobRequest,
+    style: AnswerStyle,
+    states: StateWriter,
+    *,
+    sent_bytes: int,
 ) -> pb.DenoiseResponse:
     """Returns the message of an event.
 
@@ -44,6 +49,7 @@ def response(
         event: What happened.
         request: The job.
         style: How its reader wants the answers.
+        states: Of the stream.
         sent_bytes: Size of all messages of the stream before this one.
     """
     match event:
@@ -52,7 +58,7 @@ def response(
         case Started():
             return pb.DenoiseResponse(started=_started(event, request, style))
         case Snapshot():
-            return pb.DenoiseResponse(state=_state(event, style))
+            return pb.DenoiseResponse(state=states.message(event))
         case Finished():
             usage = pb.Usage(
                 queue_duration=to_duration(event.usage.queue_s),
@@ -108,18 +114,6 @@ def _conditioning(encoded: Encoded, style: AnswerStyle, sent_digest: bytes | Non
     if digest in style.known_digests:
         return pb.Conditioning(digest=digest)
     return pb.Conditioning(digest=digest, embeds=tensor, pooled=pooled)
-
-
-def _state(event: Snapshot, style: AnswerStyle) -> pb.State:
-    def tensor(latents: Latents) -> tensor_pb2.Tensor:
-        return codec.encode_tensor(latents, style.encoding)
-
-    return pb.State(
-        call=event.call,
-        arrays=[tensor(array) for array in event.arrays],
-        x0_preview=None if event.x0_preview is None else tensor(event.x0_preview),
-        is_handoff=event.is_handoff,
-    )
 
 
 def jobs(views: Sequence[JobView]) -> pb.ListJobsResponse:

@@ -52,6 +52,8 @@ def read_requests(ctx: click.Context, options: dict[str, Any], manifest: Manifes
         seed=seed,
         **features,
         codec=options["codec"],
+        state_psnr=options["state_psnr"],
+        max_state_bytes=options["max_state_bytes"],
         deadline_s=options["deadline"],
         fallback=not options["no_fallback"],
         private=options["private"],
@@ -95,7 +97,9 @@ def read_requests(ctx: click.Context, options: dict[str, Any], manifest: Manifes
 
 _OF_THE_CLOUD = {
     "approximate_reuse": "--approximate-reuse", "cloud_skip": "--cloud-skip", "codec": "--codec",
-    "deadline": "--deadline", "loras": "--lora", "model": "--model", "state_every": "--state-every",
+    "deadline": "--deadline", "loras": "--lora", "max_state_bytes": "--max-state-bytes", "model": "--model",
+    "state_every": "--state-every",
+    "state_psnr": "--state-psnr",
 }  # fmt: skip
 """Options that say how the cloud runs its steps."""
 _AS_HERE = {"codec": "fp32", "state_every": 1}

@@ -13,7 +13,8 @@ from edge_client.images import inputs
 from edge_client.images.inputs import DEFAULT_STRENGTH
 from edge_client.types import MODES, SafetyAction
 from hybridsd import schedulers
-from hybridsd.codec import ENCODINGS
+from hybridsd.closed_loop import DEFAULT_PSNR, MAX_PSNR, MIN_PSNR
+from hybridsd.codec import CODECS, RESIDUAL
 from hybridsd.limits import MAX_IMAGE_INDEX
 from hybridsd.prompting import LongPrompt
 
@@ -119,8 +120,16 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         help="Take any width and height: draw the nearest size that the models have, and resize.",
     ),
     click.option(
-        "--codec", type=click.Choice(list(ENCODINGS)), default="fp16", show_default=True,
-        help="How the cloud's tensors travel: fp32 is exact, int8 small.",
+        "--codec", type=click.Choice(CODECS), default=RESIDUAL, show_default=True,
+        help="How the cloud's states travel: residual is smallest by far, fp32 exact.",
+    ),
+    click.option(
+        "--state-psnr", type=click.FloatRange(MIN_PSNR, MAX_PSNR), default=DEFAULT_PSNR, show_default=True,
+        help="With --codec residual: how true the states are, as PSNR of the image in dB; 6 more cost 1 bit a value.",
+    ),
+    click.option(
+        "--max-state-bytes", type=click.IntRange(min=0), default=0, show_default=True,
+        help="With --codec residual: states that would take more bytes are less true; 0: no limit.",
     ),
     click.option(
         "--segments", metavar="MODEL:STEPS@PLACE,...",

@@ -4,6 +4,7 @@ The only module of the edge that touches gRPC; `edge_client.cloud.conversion` kn
 """
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -15,7 +16,7 @@ from edge_client.addresses import is_loopback
 from edge_client.cache import Cache
 from edge_client.cloud.breaker import Breaker
 from edge_client.cloud.connection import Connection, Connections, read_target
-from edge_client.cloud.conversion import Conversation, check_plan
+from edge_client.cloud.conversion import Conversation, Diverged, check_plan
 from edge_client.cloud.progress import Progress
 from edge_client.cloud.status import translate
 from edge_client.cloud.stream import NOTHING, Inbox
@@ -49,6 +50,8 @@ from hybridsd.v1 import bundle_service_pb2
 from hybridsd.v1 import denoising_service_pb2 as pb
 
 import grpc  # isort: skip  # after `connection`, which quietens it
+
+log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5.0
 PLAN_TIMEOUT_S = 30.0
@@ -497,22 +500,29 @@ class RemoteJob:
         """
         self._cloud.admit()
         until = None if timeout_s is None else time.monotonic() + timeout_s
-        if rest is not None:
-            message = self._conversation.request(resume_call=resume_call, rest=rest)
+        while True:
+            left_s = None if until is None else max(until - time.monotonic(), 0.0)
             try:
-                yield from self._stream(message, timeout_s, poll_interval_s)
+                for event in self._stream(resume_call, rest, left_s, poll_interval_s):
+                    if isinstance(event, CloudState):
+                        resume_call = max(resume_call, event.call)
+                    yield event
                 return
+            except Diverged as diverged:
+                log.warning("%s: %s; asking for whole states", self._cloud.target, diverged)
+                self._conversation.refuse_residuals()
             except InvalidRequest as error:
-                if error.reason is not Reason.REQUEST_ID_REUSED:  # it knows the job, as another request
+                if (
+                    rest is not None and error.reason is Reason.REQUEST_ID_REUSED
+                ):  # it knows the job, as another request
+                    rest = None
+                elif not (error.reason is Reason.STATE_INVALID and self._conversation.send_whole()):
                     raise
-            timeout_s = None if until is None else max(until - time.monotonic(), 0.0)
-        message = self._conversation.request(resume_call=resume_call)
-        yield from self._stream(message, timeout_s, poll_interval_s)
 
     def _stream(
-        self, message: pb.DenoiseRequest, timeout_s: float | None, poll_interval_s: float | None
+        self, resume_call: int, rest: CloudSegment | None, timeout_s: float | None, poll_interval_s: float | None
     ) -> Iterator[CloudEvent]:
-        cloud = self._cloud
+        cloud, message = self._cloud, self._conversation.request(resume_call=resume_call, rest=rest)
         self._progress.asked()
         attributes: dict[str, tracing.Value] = {
             "rpc.system.name": "grpc", "rpc.method": _DENOISE, "server.address": cloud.host, "server.port": cloud.port,

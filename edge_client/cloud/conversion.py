@@ -12,22 +12,31 @@ import numpy as np
 from google.protobuf.duration_pb2 import Duration
 
 from edge_client.cache import Cache
-from edge_client.cloud.types import CloudEvent, CloudSegment, CloudStarted, CloudState, Queued, Usage, printable
+from edge_client.cloud.types import (
+    CloudEvent,
+    CloudSegment,
+    CloudStarted,
+    CloudState,
+    CodedState,
+    Queued,
+    Usage,
+    printable,
+)
 from edge_client.types import Conditioning, Latents
-from hybridsd import codec
+from hybridsd import codec, noise
+from hybridsd.closed_loop import Track, checksum, follow, precision_of
 from hybridsd.durations import to_seconds
 from hybridsd.energy import Energy
 from hybridsd.energy import read as read_energy
 from hybridsd.errors import InvalidRequest, Reason
 from hybridsd.limits import MAX_CHUNKS, MAX_REQUEST_BYTES
-from hybridsd.plan import MAX_ARRAYS, Plan
+from hybridsd.plan import MAX_ARRAYS, Plan, initial_state
 from hybridsd.v1 import denoising_service_pb2 as pb
 from hybridsd.v1 import plan_pb2, tensor_pb2
 
 REATTACH_GRACE_S = 5
 """How long the server keeps a job whose stream broke, so that we can attach again."""
 MAX_KNOWN_DIGESTS = 64
-_VALUE_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
 _ROW_BYTES = 256
 """A row of a plan takes about so many; and there may be two of them for a step."""
 _PLAN_TOLERANCE = 0.05
@@ -37,6 +46,10 @@ _CLOUD_TOLERANCE = 0.05
 _SIMILARITY_SLACK = 1e-3
 """By how much a similarity may be off: it is computed in float32."""
 _EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+
+
+class Diverged(Exception):
+    """Residuals led to another state here than in the cloud: its arithmetic is not ours."""
 
 
 class Conversation:
@@ -60,7 +73,12 @@ class Conversation:
                 self._plans[plan.digest()] = plan
         self._load_known()
         self._own_messages, self._own = _encode_own(segment)
+        self._takes_residuals = segment.request.codec == codec.RESIDUAL
+        self._sends_coded, self._was_coded = True, False
         self._message = self._build(segment)
+        self._track: Track | None = None
+        self._begins_with_request = False
+        self._coded: CodedState | None = None
 
     @property
     def plan(self) -> Plan | None:
@@ -74,7 +92,10 @@ class Conversation:
         chunks = MAX_CHUNKS if request.text_options.long_prompt == "chunk" else 1
         embeds = 2 * (chunks * math.prod(resolved.embed_shape) + resolved.pooled_dim)
         state = (MAX_ARRAYS + 1) * math.prod(resolved.latent_shape)
-        return _VALUE_BYTES[request.codec] * max(embeds, state) + _ROW_BYTES * self._segment.schedule.num_steps
+        return (
+            codec.num_bytes(max(embeds, state), codec.encoding_of(request.codec))
+            + _ROW_BYTES * self._segment.schedule.num_steps
+        )
 
     def request(self, *, resume_call: int, rest: CloudSegment | None = None) -> pb.DenoiseRequest:
         """Returns the request.
@@ -87,10 +108,15 @@ class Conversation:
             InvalidRequest: SIZE_INVALID if it is larger than a message may be.
         """
         self._asked = self._segment if rest is None else rest
+        self._track, self._begins_with_request = None, resume_call <= self._asked.first_call
         message = self._build(rest) if rest is not None else self._message
         copy = pb.DenoiseRequest()
         copy.CopyFrom(message)
         copy.resume_call = resume_call
+        self._was_coded = copy.HasField("initial_coded_state")
+        if self._takes_residuals:
+            copy.residual_coding.precision = precision_of(self._segment.request.state_psnr)
+            copy.residual_coding.max_state_bytes = self._segment.request.max_state_bytes
         if copy.ByteSize() > MAX_REQUEST_BYTES:
             resolved = self._segment.resolved
             error = Reason.SIZE_INVALID.error(
@@ -101,6 +127,17 @@ class Conversation:
             error.is_bare = True  # the server has not said so
             raise error
         return copy
+
+    def refuse_residuals(self) -> None:
+        """Asks for whole states from now on: residuals lead elsewhere here than they do in the cloud."""
+        self._takes_residuals = False
+
+    def send_whole(self) -> bool:
+        """Sends the state to begin with whole from now on, for an older server; returns whether that is a change."""
+        was_coded = self._was_coded
+        self._sends_coded = self._was_coded = False
+        self._message = self._build(self._segment)
+        return was_coded
 
     def _keys(self, text: str) -> tuple[str, ...]:
         request = self._segment.request
@@ -135,6 +172,10 @@ class Conversation:
 
     def _build(self, segment: CloudSegment) -> pb.DenoiseRequest:
         resolved, request = segment.resolved, segment.request
+        exact = [_encode_exactly(array, request.codec) for array in segment.initial_state]
+        coded = _encode_coded(segment.coded_state, request.codec) if self._sends_coded and segment.coded_state else None
+        if coded is not None and coded.ByteSize() >= sum(tensor.ByteSize() for tensor in exact):
+            coded = None
         message = pb.DenoiseRequest(
             request_id=segment.request_id,
             model=segment.stages[0].model,
@@ -146,10 +187,11 @@ class Conversation:
             height=resolved.height,
             first_step=segment.first_step,
             handoff_step=segment.handoff_step,
-            initial_state=[_encode_exactly(array, request.codec) for array in segment.initial_state],
+            initial_state=() if coded is not None else exact,
+            initial_coded_state=coded,
             state_every=request.state_every,
             preview_every=segment.preview_every,
-            encoding=codec.ENCODINGS[request.codec],
+            encoding=codec.encoding_of(request.codec),
             known_digests=[*self._texts, *self._plans][:MAX_KNOWN_DIGESTS],
             reattach_grace=Duration(seconds=REATTACH_GRACE_S),
         )
@@ -180,7 +222,8 @@ class Conversation:
         else:
             message.scheduler.name = segment.schedule.scheduler
             message.scheduler.num_inference_steps = segment.schedule.num_inference_steps
-        if request.initial_latents is not None and not segment.initial_state:
+        begins_with_noise = not coded.arrays if coded is not None else not segment.initial_state
+        if request.initial_latents is not None and begins_with_noise:
             message.initial_latents.CopyFrom(_encode_exactly(request.initial_latents, request.codec))
         return message
 
@@ -330,18 +373,63 @@ class Conversation:
         last = plan.first_call(self._segment.handoff_step)
         if not self._segment.first_call < state.call <= last:
             _refuse(f"a state before call {state.call}; it must be in [{self._segment.first_call + 1}, {last}]")
-        if len(state.arrays) != plan.num_arrays(state.call):
-            _refuse(f"a state of {len(state.arrays)} arrays; it must have {plan.num_arrays(state.call)}")
         if state.is_handoff != (state.call == last):
             _refuse(f"is_handoff at call {state.call}; the hand-off is at {last}")
         shape = self._segment.resolved.latent_shape
         preview = state.x0_preview if state.HasField("x0_preview") else None
         return CloudState(
             call=state.call,
-            arrays=tuple(codec.decode_tensor(array, shape=shape, field="state") for array in state.arrays),
+            arrays=self._follow(plan, state) if state.HasField("checksum") else self._whole(plan, state),
             x0_preview=None if preview is None else codec.decode_tensor(preview, shape=shape, field="x0_preview"),
             is_handoff=state.is_handoff,
+            coded=self._coded,
         )
+
+    def _whole(self, plan: Plan, state: pb.State) -> tuple[Latents, ...]:
+        """Returns the arrays of a state that came whole."""
+        if len(state.arrays) != plan.num_arrays(state.call):
+            _refuse(f"a state of {len(state.arrays)} arrays; it must have {plan.num_arrays(state.call)}")
+        shape = self._segment.resolved.latent_shape
+        arrays = tuple(codec.decode_tensor(array, shape=shape, field="state") for array in state.arrays)
+        self._begins_with_request = False
+        if self._takes_residuals:
+            self._track, self._coded = Track.begin(state.call, arrays), CodedState(call=state.call, arrays=arrays)
+        return arrays
+
+    def _follow(self, plan: Plan, state: pb.State) -> tuple[Latents, ...]:
+        """Returns the arrays that residuals lead to.
+
+        Raises:
+            Diverged: They are not those that the cloud has.
+        """
+        if not self._takes_residuals:
+            _refuse("residuals, which were not asked for")
+        if self._begins_with_request:
+            self._track, self._coded = self._begin(plan)
+            self._begins_with_request = False
+        if self._track is None or self._coded is None:
+            _refuse("residuals before any state that they begin with")
+        residuals = tuple(codec.decode_residual(residual) for residual in state.residuals)
+        self._track = follow(plan, self._track, state.call, residuals, self._draw_noise)
+        if checksum(self._track.state) != state.checksum:
+            raise Diverged(f"the state before call {state.call} is another one here than in the cloud")
+        self._coded = replace(self._coded, states=(*self._coded.states, (state.call, residuals)))
+        return self._track.state
+
+    def _begin(self, plan: Plan) -> tuple[Track, CodedState]:
+        """Returns the first state of the request, and how another cloud would hear of it."""
+        asked = self._asked
+        if asked.initial_state:
+            coded = CodedState(call=asked.first_call, arrays=asked.initial_state)
+            return Track.begin(asked.first_call, asked.initial_state), coded
+        latents = asked.request.initial_latents
+        if latents is None:
+            latents = noise.initial_latents(asked.request.seed, asked.image_index, asked.resolved.latent_shape)
+        return Track.begin(0, initial_state(plan, latents)), CodedState(call=0, arrays=())
+
+    def _draw_noise(self, call: int) -> Latents:
+        segment = self._segment
+        return noise.call_noise(segment.request.seed, segment.image_index, call, segment.resolved.latent_shape)
 
 
 def _encode_own(segment: CloudSegment) -> tuple[pb.EmbeddingConditioning | None, Conditioning | None]:
@@ -349,7 +437,7 @@ def _encode_own(segment: CloudSegment) -> tuple[pb.EmbeddingConditioning | None,
     given = segment.conditioning
     if given is None:
         return None, None
-    encoding, message, seen = codec.ENCODINGS[segment.request.codec], pb.EmbeddingConditioning(), {}
+    encoding, message, seen = codec.encoding_of(segment.request.codec), pb.EmbeddingConditioning(), {}
     for name in _EMBEDDINGS:
         array = getattr(given, name)
         if name.startswith("negative") and not segment.takes_negative:
@@ -360,10 +448,21 @@ def _encode_own(segment: CloudSegment) -> tuple[pb.EmbeddingConditioning | None,
     return message, Conditioning(**{name: seen.get(name) for name in _EMBEDDINGS})  # type: ignore[arg-type]
 
 
+def _encode_coded(coded: CodedState, codec_name: str) -> pb.CodedState | None:
+    """Returns a state as it came; None where it came whole."""
+    if not coded.states:
+        return None
+    states = [
+        pb.Residuals(call=call, residuals=map(codec.encode_residual, residuals)) for call, residuals in coded.states
+    ]
+    arrays = [_encode_exactly(array, codec_name) for array in coded.arrays]
+    return pb.CodedState(call=coded.call, arrays=arrays, states=states)
+
+
 def _encode_exactly(array: Latents, codec_name: str) -> tensor_pb2.Tensor:
     """Encodes an array in the smallest way that loses nothing: as the cloud sent it, where it did."""
-    for name in dict.fromkeys((codec_name, "fp16")):
-        message = codec.encode_tensor(array, codec.ENCODINGS[name])
+    for encoding in dict.fromkeys((codec.encoding_of(codec_name), codec.FLOAT16)):
+        message = codec.encode_tensor(array, encoding)
         if np.array_equal(codec.decode_tensor(message), array):
             return message
     return codec.encode_tensor(array, codec.FLOAT32)

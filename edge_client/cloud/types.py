@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from edge_client.request import Request, Resolved, Stage, TimestepSchedule
 from edge_client.types import Conditioning, Latents
+from hybridsd.closed_loop import Residual
 from hybridsd.energy import Energy
 from hybridsd.errors import Cancelled, CloudBusy, CloudTimeout, CloudUnreachable, InternalError, Superseded
 from hybridsd.manifest import BundleFile
@@ -19,6 +20,18 @@ CLOUD_FAILURES = (CloudUnreachable, CloudBusy, CloudTimeout, Cancelled, Supersed
 def printable(text: str) -> str:
     """Returns a text of the server as it may be shown: no line breaks, no control of the terminal, not too long."""
     return "".join(character if character.isprintable() else "?" for character in text[:MAX_TEXT_CHARS])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class CodedState:
+    """A state as a cloud sent it, small enough to be sent to another: one that both ends know, and what leads on."""
+
+    call: int
+    """The call that the known state is before."""
+    arrays: tuple[Latents, ...]
+    """Of the known state; empty: that of the seed, before call 0."""
+    states: tuple[tuple[int, tuple[Residual, ...]], ...] = ()
+    """For each state since, its call and its residuals."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +60,8 @@ class CloudSegment:
     image_latents: Latents | None
     """Latents to keep where the mask is 0."""
     preview_every: int
+    coded_state: CodedState | None = None
+    """`initial_state` as a cloud sent it, where one did."""
     followed: Conditioning | None = None
     """Embeddings that another cloud sent before: those of this one must be the same, as far as its arithmetic is."""
 
@@ -83,6 +98,8 @@ class CloudState:
     arrays: tuple[Latents, ...]
     x0_preview: Latents | None
     is_handoff: bool
+    coded: CodedState | None = None
+    """How it came, where states come as residuals."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,6 +15,7 @@ from edge_client.cloud.types import (
     CloudSegment,
     CloudStarted,
     CloudState,
+    CodedState,
     Queued,
     Waiting,
 )
@@ -93,6 +94,7 @@ def make_cloud_segment(
         first_call=trajectory.call,
         handoff_step=handoff_step,
         initial_state=trajectory.state,
+        coded_state=trajectory.coded_state,
         image_latents=trajectory.image_latents,
         preview_every=request.preview_every if one_call_a_step else min(request.preview_every, 1),
     )
@@ -178,8 +180,8 @@ class _Relay:
         self._segment, self._trajectory, self._pool = segment, trajectory, pool
         self._advisor, self._poll_interval_s, self._deadline = advisor, poll_interval_s, deadline
         self.earlier_cloud_steps = earlier_cloud_steps
-        self._boundary: tuple[int, int, tuple[Latents, ...]] | None = None
-        """Step, call and state where a step began last: only there can another cloud begin."""
+        self._boundary: tuple[int, int, tuple[Latents, ...], CodedState | None] | None = None
+        """Step, call, state, and the state as it came, where a step began last: only there can another cloud begin."""
         self._has_started, self._was_accepted = False, False
         self._call = trajectory.call
         self._rejoined: set[Member] = set()
@@ -221,7 +223,7 @@ class _Relay:
             if isinstance(event, StepDone):
                 self._member.got_on()
                 if event.ends_step:
-                    self._boundary = (trajectory.step, trajectory.call, trajectory.state)
+                    self._boundary = (trajectory.step, trajectory.call, trajectory.state, trajectory.coded_state)
             elif isinstance(event, CloudStarted):
                 self._has_started = self._was_accepted = True
             yield event
@@ -324,8 +326,7 @@ class _Relay:
         """Returns what is left to be run, for a cloud that has not been asked."""
         if not (self._has_state and self._boundary is not None):
             return self._segment  # from its beginning
-        step, call, state = self._boundary
-        rest = _from(self._segment, step, call, state)
+        rest = _from(self._segment, *self._boundary)
         is_ours = rest.conditioning is not None
         return replace(
             rest, sent_plan=self._trajectory.plan, followed=None if is_ours else self._trajectory.conditioning
@@ -450,7 +451,7 @@ class _Follower:
         trajectory, plan = self.trajectory, self.trajectory.plan
         if not self.has_state or plan is None or plan.first_call(trajectory.step) != trajectory.call:
             return None
-        return _from(self.segment, trajectory.step, trajectory.call, trajectory.state)
+        return _from(self.segment, trajectory.step, trajectory.call, trajectory.state, trajectory.coded_state)
 
     @property
     def has_handoff(self) -> bool:
@@ -476,7 +477,13 @@ class _Follower:
                 case CloudState():
                     if event.call > trajectory.call and trajectory.plan is not None:
                         done = trajectory.record(
-                            trajectory.plan, event.call, "cloud", now - last, event.arrays, event.x0_preview
+                            trajectory.plan,
+                            event.call,
+                            "cloud",
+                            now - last,
+                            event.arrays,
+                            event.x0_preview,
+                            coded_state=event.coded,
                         )  # states may be skipped, so steps are not counted by their records
                         trajectory.cloud_steps = self.earlier_cloud_steps + trajectory.step - self.segment.first_step
                         trajectory.note_run(self.server, self.from_step)
@@ -504,14 +511,18 @@ class _Follower:
                 last = now
 
 
-def _from(segment: CloudSegment, step: int, call: int, state: tuple[Latents, ...]) -> CloudSegment:
+def _from(
+    segment: CloudSegment, step: int, call: int, state: tuple[Latents, ...], coded_state: CodedState | None
+) -> CloudSegment:
     """Returns a segment from a state on."""
     stages, done = list(segment.stages), step - segment.first_step
     while stages[0].steps is not None and done >= stages[0].steps:
         done -= stages.pop(0).steps or 0
     if stages[0].steps is not None:
         stages[0] = replace(stages[0], steps=stages[0].steps - done)
-    return replace(segment, stages=tuple(stages), first_step=step, first_call=call, initial_state=state)
+    return replace(
+        segment, stages=tuple(stages), first_step=step, first_call=call, initial_state=state, coded_state=coded_state
+    )
 
 
 def _request_id(request_id: str, segment: int) -> str:

@@ -6,7 +6,8 @@ from edge_client.generation.segments import resolve_segments
 from edge_client.request import Patience, Request, Resolved, SavedState, Stage, TimestepSchedule
 from edge_client.types import ApproximateReuse, CallSkipping, Conditioning, ImageInput, Mode
 from hybridsd import schedulers
-from hybridsd.codec import ENCODINGS
+from hybridsd.closed_loop import MAX_PSNR, MIN_PSNR
+from hybridsd.codec import CODECS
 from hybridsd.errors import Reason
 from hybridsd.limits import (
     MAX_CHUNKS,
@@ -232,8 +233,16 @@ def _check_rest(request: Request, manifest: Manifest, width: int, height: int) -
         raise Reason.FIELD_INVALID.error(
             f"`image_index` is {request.image_index}; choose 0 to {MAX_IMAGE_INDEX}", field="image_index"
         )
-    if request.codec not in ENCODINGS:
-        raise Reason.FIELD_INVALID.error(f"`codec` is {request.codec!r}; choose {', '.join(ENCODINGS)}", field="codec")
+    if request.codec not in CODECS:
+        raise Reason.FIELD_INVALID.error(f"`codec` is {request.codec!r}; choose {', '.join(CODECS)}", field="codec")
+    if not MIN_PSNR <= request.state_psnr <= MAX_PSNR:
+        raise Reason.FIELD_INVALID.error(
+            f"`state_psnr` is {request.state_psnr:g}; choose {MIN_PSNR:g} to {MAX_PSNR:g} dB", field="state_psnr"
+        )
+    if request.max_state_bytes < 0:
+        raise Reason.FIELD_INVALID.error(
+            f"`max_state_bytes` is {request.max_state_bytes}; choose 0 (no limit) or more", field="max_state_bytes"
+        )
     if not 0 <= request.preview_every <= MAX_EVERY:
         raise Reason.FIELD_INVALID.error(
             f"`preview_every` is {request.preview_every}; choose 0 to {MAX_EVERY}", field="preview_every"

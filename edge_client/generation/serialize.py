@@ -15,6 +15,8 @@ from edge_client.generation.result import Result, StepRecord
 from edge_client.request import Request
 from edge_client.types import ImageInput
 from hybridsd import schedulers
+from hybridsd.closed_loop import DEFAULT_PSNR
+from hybridsd.codec import RESIDUAL
 from hybridsd.errors import HybridSDError, Reason
 
 MAX_PARAMETERS_CHARS = 65_536
@@ -137,6 +139,8 @@ def provenance(result: Result) -> dict[str, Any]:
         **_given_digests(request),
         "safety_checker": asdict(result.safety),
         "codec": result.codec,
+        "state_psnr": request.state_psnr,
+        "max_state_bytes": request.max_state_bytes,
         "plan_digest": result.plan.digest().hex(),
         **_levels_json(result),
         "steps": [_step_json(record) for record in result.steps],
@@ -183,6 +187,7 @@ def replay(record: Mapping[str, Any]) -> dict[str, Any]:
         body |= {"strength": record["image"]["strength"]}
         body |= {name: record[name] for name in ("fit", "mask_blur", "invert_mask")}
     hybrid: dict[str, Any] = {name: record[name] for name in ("codec", "private", "cloud_skip")}
+    hybrid |= {name: record[name] for name in ("state_psnr", "max_state_bytes") if name in record}  # since 2026-12
     if record["segments"] is not None:
         hybrid["segments"] = record["segments"]
     else:
@@ -231,7 +236,9 @@ def parameters(result: Result) -> str:
         "Approximate reuse": None
         if result.reuse_similarity is None
         else f"{result.reused_cloud_steps} steps of a text near by {result.reuse_similarity:.3f}",
-        "Codec": None if result.codec == "fp16" else result.codec,
+        "Codec": None if result.codec == RESIDUAL else result.codec,
+        "State PSNR": None if request.state_psnr == DEFAULT_PSNR else _number(request.state_psnr),
+        "Max state bytes": request.max_state_bytes or None,
         "Private": True if request.private else None,
         "Drawn size": None if result.drawn_size is None else "{}x{}".format(*result.drawn_size),
         "Initial latents": _digest(request.initial_latents),

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from edge_client.cloud.types import CloudStarted, Usage
+from edge_client.cloud.types import CloudStarted, CodedState, Usage
 from edge_client.generation.energy import Tally
 from edge_client.generation.events import Fallback, Planned, StepDone
 from edge_client.generation.result import CloudRun, Result, SafetyReport, StepRecord
@@ -30,6 +30,8 @@ class Trajectory:
     first_step: int = 0
     state: tuple[Latents, ...] = ()
     """The solver state before `call`; empty: not drawn yet."""
+    coded_state: CodedState | None = None
+    """`state` as a cloud sent it, where one did."""
     plan: Plan | None = None
     conditioning: Conditioning | None = None
     image_latents: Latents | None = None
@@ -109,6 +111,7 @@ class Trajectory:
     def enter(self, plan: Plan, prediction_type: str) -> None:
         """Begins another schedule."""
         self.plan, self.call, self.prediction_type = plan, 0, prediction_type
+        self.coded_state = None
 
     def record(
         self,
@@ -121,6 +124,7 @@ class Trajectory:
         *,
         unet: str = "unet",
         is_trained: bool = True,
+        coded_state: CodedState | None = None,
     ) -> StepDone:
         """Notes that the calls before `call` are done, and returns the last of them as an event."""
         done = range(self.call + 1, call + 1)  # the cloud sends a state after some calls only
@@ -135,7 +139,7 @@ class Trajectory:
             )
             for each in done
         ]
-        self.call, self.state = call, state
+        self.call, self.state, self.coded_state = call, state, coded_state
         step = plan.rows[call - 1].step
         return StepDone(
             step=step, call=call, ends_step=plan.step_at(call) > step, place=place, elapsed_s=elapsed_s, state=state,

@@ -21,7 +21,8 @@ LINK_S = 0.5
 """A download is timed up to so many bytes or seconds, whichever comes first."""
 LINK_BYTES_PER_S = 1e7
 """Assumed of a link where the server has nothing to time it on."""
-_BYTES_PER_VALUE = {"fp32": 4, "fp16": 2, "int8": 1}
+_BYTES_PER_VALUE = {"residual": 0.25, "fp32": 8.0, "fp16": 4.0, "int8": 2.0}
+"""Of a state; most solvers carry 2 arrays."""
 
 
 class Reachable(Protocol):
@@ -110,7 +111,7 @@ def measure(resolved: Resolved, bundle: Bundle, models: Models, cloud: Pool | Cl
     begin = time.perf_counter()
     models.decode(latents)
     decode_s = time.perf_counter() - begin
-    state_bytes = 2 * _BYTES_PER_VALUE[request.codec] * math.prod(resolved.latent_shape)  # most solvers carry 2 arrays
+    state_bytes = int(_BYTES_PER_VALUE[request.codec] * math.prod(resolved.latent_shape))
     edge_step_s *= calls_a_step
     costs = Costs(
         cloud_step_s=edge_step_s, edge_step_s=edge_step_s, text_s=text_s, decode_s=decode_s,

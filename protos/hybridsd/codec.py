@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hybridsd.closed_loop import Residual
 from hybridsd.errors import HybridSDError, Reason
 from hybridsd.limits import MAX_CALLS
 from hybridsd.plan import MAX_ARRAYS, Plan, PlanRow
-from hybridsd.v1 import plan_pb2, tensor_pb2
+from hybridsd.v1 import denoising_service_pb2, plan_pb2, tensor_pb2
 
 FLOAT32 = tensor_pb2.ENCODING_FLOAT32
 FLOAT16 = tensor_pb2.ENCODING_FLOAT16
@@ -23,6 +24,10 @@ INT8 = tensor_pb2.ENCODING_INT8
 
 ENCODINGS: dict[str, tensor_pb2.Encoding.ValueType] = {"fp32": FLOAT32, "fp16": FLOAT16, "int8": INT8}
 """Encodings by the names that people use."""
+RESIDUAL = "residual"
+"""The name of states that are sent as residuals (`hybridsd.closed_loop`)."""
+CODECS = (RESIDUAL, *ENCODINGS)
+"""How states can travel, by the names that people use."""
 
 MAX_VALUES = 2**22
 MAX_MAGNITUDE = 65504.0
@@ -105,6 +110,26 @@ def decode_tensor(
     if not (np.abs(values) <= MAX_MAGNITUDE).all():  # false for NaN
         raise refuse(f"some values are NaN, or larger than {MAX_MAGNITUDE:g}")
     return values
+
+
+def encoding_of(name: str) -> tensor_pb2.Encoding.ValueType:
+    """Returns how tensors are encoded with a name of `CODECS`: float16 beside residuals."""
+    return FLOAT16 if name == RESIDUAL else ENCODINGS[name]
+
+
+def num_bytes(num_values: int, encoding: tensor_pb2.Encoding.ValueType) -> int:
+    """Returns the payload of a tensor of so many values."""
+    return num_values * _DTYPES[encoding].itemsize
+
+
+def encode_residual(residual: Residual) -> denoising_service_pb2.Residual:
+    """Returns a residual as a message."""
+    return denoising_service_pb2.Residual(call=residual.call, step=residual.step, data=residual.data)
+
+
+def decode_residual(message: denoising_service_pb2.Residual) -> Residual:
+    """Returns a message as a residual, which `hybridsd.closed_loop.follow` checks."""
+    return Residual(message.call, message.step, message.data)
 
 
 def tensor_digest(message: tensor_pb2.Tensor) -> bytes:

@@ -268,6 +268,8 @@ class JobWorker:
             height=height,
             output_size=output_size,
             codec=hybrid.codec,
+            state_psnr=hybrid.state_psnr,
+            max_state_bytes=hybrid.max_state_bytes,
             deadline_s=None if hybrid.deadline_ms is None else hybrid.deadline_ms / 1000,
             fallback=hybrid.fallback,
             private=hybrid.private,

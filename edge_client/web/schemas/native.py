@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 from edge_client.images.inputs import Fit
 from edge_client.types import Mode, Place, SafetyAction
+from hybridsd.closed_loop import DEFAULT_PSNR, MAX_PSNR, MIN_PSNR
 from hybridsd.limits import (
     MAX_DEADLINE_S,
     MAX_GUIDANCE,
@@ -76,7 +77,16 @@ class Hybrid(_RequestModel):
         examples=["large:8@cloud,small:*@edge"],
     )
     model: Annotated[str, StringConstraints(max_length=64)] = Field("", description="the cloud's model; else its first")
-    codec: Literal["fp32", "fp16", "int8"] = Field("fp16", description="format of the cloud's tensors on the wire")
+    codec: Literal["residual", "fp32", "fp16", "int8"] = Field(
+        "residual", description="how the cloud's states travel: residual is smallest by far, fp32 exact"
+    )
+    state_psnr: float = Field(
+        DEFAULT_PSNR, ge=MIN_PSNR, le=MAX_PSNR,
+        description="with residual: how true the states are, as the PSNR of the image in dB",
+    )  # fmt: skip
+    max_state_bytes: int = Field(
+        0, ge=0, le=2**31 - 1, description="with residual: states that would take more are less true; 0: no limit"
+    )
     private: bool = Field(False, description="encode the prompt on this device; the cloud gets its embeddings")
     fallback: bool = Field(True, description="continue on this device if the cloud fails, is busy or too slow")
     cloud_skip: Annotated[str, StringConstraints(pattern=r"^\d{1,4},\d{1,4}(,\d(\.\d{1,20})?)?$")] | None = Field(

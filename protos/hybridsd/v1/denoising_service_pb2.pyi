@@ -191,6 +191,8 @@ class DenoiseRequest(_message.Message):
     INPAINTING_FIELD_NUMBER: _builtins.int
     CALL_SKIPPING_FIELD_NUMBER: _builtins.int
     APPROXIMATE_REUSE_FIELD_NUMBER: _builtins.int
+    RESIDUAL_CODING_FIELD_NUMBER: _builtins.int
+    INITIAL_CODED_STATE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the job, so that a retry attaches instead of computing twice. 1 to 64 characters of `A-Z a-z 0-9 _ -`;
     empty lets the server choose. The same id with different content is INVALID_ARGUMENT (REQUEST_ID_REUSED).
@@ -301,6 +303,14 @@ class DenoiseRequest(_message.Message):
         it was done. Not set: only states of exactly this job are reused. Not together with `call_skipping`.
         """
 
+    @_builtins.property
+    def residual_coding(self) -> Global___ResidualCoding:
+        """Sends states as residuals, of some 2 bits a value. Not set: as arrays."""
+
+    @_builtins.property
+    def initial_coded_state(self) -> Global___CodedState:
+        """The state before the first call of `first_step`, above 0, as a server sent it: in place of `initial_state`."""
+
     def __init__(
         self,
         *,
@@ -331,10 +341,12 @@ class DenoiseRequest(_message.Message):
         inpainting: Global___Inpainting | None = ...,
         call_skipping: Global___CallSkipping | None = ...,
         approximate_reuse: Global___ApproximateReuse | None = ...,
+        residual_coding: Global___ResidualCoding | None = ...,
+        initial_coded_state: Global___CodedState | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_width", b"_width", "approximate_reuse", b"approximate_reuse", "call_skipping", b"call_skipping", "conditioning", b"conditioning", "embeddings", b"embeddings", "guidance_scale", b"guidance_scale", "height", b"height", "initial_latents", b"initial_latents", "inpainting", b"inpainting", "plan", b"plan", "reattach_grace", b"reattach_grace", "scheduler", b"scheduler", "solver", b"solver", "text", b"text", "width", b"width"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_width", b"_width", "approximate_reuse", b"approximate_reuse", "call_skipping", b"call_skipping", "conditioning", b"conditioning", "embeddings", b"embeddings", "guidance_scale", b"guidance_scale", "height", b"height", "initial_coded_state", b"initial_coded_state", "initial_latents", b"initial_latents", "inpainting", b"inpainting", "plan", b"plan", "reattach_grace", b"reattach_grace", "residual_coding", b"residual_coding", "scheduler", b"scheduler", "solver", b"solver", "text", b"text", "width", b"width"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_width", b"_width", "approximate_reuse", b"approximate_reuse", "call_skipping", b"call_skipping", "conditioning", b"conditioning", "embeddings", b"embeddings", "encoding", b"encoding", "first_step", b"first_step", "guidance_scale", b"guidance_scale", "handoff_step", b"handoff_step", "height", b"height", "image_index", b"image_index", "initial_latents", b"initial_latents", "initial_state", b"initial_state", "inpainting", b"inpainting", "known_digests", b"known_digests", "latent_space", b"latent_space", "loras", b"loras", "model", b"model", "model_changes", b"model_changes", "plan", b"plan", "preview_every", b"preview_every", "reattach_grace", b"reattach_grace", "request_id", b"request_id", "resume_call", b"resume_call", "scheduler", b"scheduler", "seed", b"seed", "solver", b"solver", "state_every", b"state_every", "text", b"text", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_width", b"_width", "approximate_reuse", b"approximate_reuse", "call_skipping", b"call_skipping", "conditioning", b"conditioning", "embeddings", b"embeddings", "encoding", b"encoding", "first_step", b"first_step", "guidance_scale", b"guidance_scale", "handoff_step", b"handoff_step", "height", b"height", "image_index", b"image_index", "initial_coded_state", b"initial_coded_state", "initial_latents", b"initial_latents", "initial_state", b"initial_state", "inpainting", b"inpainting", "known_digests", b"known_digests", "latent_space", b"latent_space", "loras", b"loras", "model", b"model", "model_changes", b"model_changes", "plan", b"plan", "preview_every", b"preview_every", "reattach_grace", b"reattach_grace", "request_id", b"request_id", "residual_coding", b"residual_coding", "resume_call", b"resume_call", "scheduler", b"scheduler", "seed", b"seed", "solver", b"solver", "state_every", b"state_every", "text", b"text", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -358,6 +370,129 @@ class DenoiseRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_solver) -> _WhichOneofReturnType_solver | None: ...
 
 Global___DenoiseRequest: _TypeAlias = DenoiseRequest  # noqa: Y015
+
+@_typing.final
+class ResidualCoding(_message.Message):
+    """How states are sent as residuals (docs/numerics.md, "States as residuals")."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PRECISION_FIELD_NUMBER: _builtins.int
+    MAX_STATE_BYTES_FIELD_NUMBER: _builtins.int
+    precision: _builtins.float
+    """How far what the U-Net sees of a state may be from the truth, as the width of a quantiser's steps: errors are half of
+    it at most. In `[1e-4, 1]`; not set is 0.03. States before the hand-off may be up to twice as coarse, and coarser
+    where the link falls behind.
+    """
+    max_state_bytes: _builtins.int
+    """Above 0: states are coarser yet where they would take more bytes, up to 16 times. Default 0: no limit."""
+    def __init__(
+        self,
+        *,
+        precision: _builtins.float | None = ...,
+        max_state_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_precision", b"_precision", "precision", b"precision"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_precision", b"_precision", "max_state_bytes", b"max_state_bytes", "precision", b"precision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__precision: _TypeAlias = _typing.Literal["precision"]  # noqa: Y015
+    _WhichOneofArgType__precision: _TypeAlias = _typing.Literal["_precision", b"_precision"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__precision) -> _WhichOneofReturnType__precision | None: ...
+
+Global___ResidualCoding: _TypeAlias = ResidualCoding  # noqa: Y015
+
+@_typing.final
+class Residual(_message.Message):
+    """By how much the output of one call differs from what the receiver guesses."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    call: _builtins.int
+    """The row of the plan."""
+    step: _builtins.float
+    """Width of the quantiser's steps, above 0, a float32."""
+    data: _builtins.bytes
+    """Whole numbers of the shape of the latents, in `[-16383, 16383]`, as docs/protocol.md packs them."""
+    def __init__(
+        self,
+        *,
+        call: _builtins.int = ...,
+        step: _builtins.float = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "data", b"data", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Residual: _TypeAlias = Residual  # noqa: Y015
+
+@_typing.final
+class CodedState(_message.Message):
+    """A solver state as it was sent: a state that both ends know, and residuals that lead from it to another."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_FIELD_NUMBER: _builtins.int
+    ARRAYS_FIELD_NUMBER: _builtins.int
+    STATES_FIELD_NUMBER: _builtins.int
+    call: _builtins.int
+    """The call that the known state is before, 0 or more."""
+    @_builtins.property
+    def arrays(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]:
+        """The arrays of the known state; empty: the first state of the job, call 0, of its seed or `initial_latents`."""
+
+    @_builtins.property
+    def states(self) -> _containers.RepeatedCompositeFieldContainer[Global___Residuals]:
+        """Of calls from `call` on, for each state that was sent since."""
+
+    def __init__(
+        self,
+        *,
+        call: _builtins.int = ...,
+        arrays: _abc.Iterable[_tensor_pb2.Tensor] | None = ...,
+        states: _abc.Iterable[Global___Residuals] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrays", b"arrays", "call", b"call", "states", b"states"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CodedState: _TypeAlias = CodedState  # noqa: Y015
+
+@_typing.final
+class Residuals(_message.Message):
+    """What leads to a state from the one before."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_FIELD_NUMBER: _builtins.int
+    RESIDUALS_FIELD_NUMBER: _builtins.int
+    call: _builtins.int
+    """The next call (row of the plan) to run."""
+    @_builtins.property
+    def residuals(self) -> _containers.RepeatedCompositeFieldContainer[Global___Residual]:
+        """Of calls from that of the state before on, in their order; other calls are as guessed."""
+
+    def __init__(
+        self,
+        *,
+        call: _builtins.int = ...,
+        residuals: _abc.Iterable[Global___Residual] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "residuals", b"residuals"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Residuals: _TypeAlias = Residuals  # noqa: Y015
 
 @_typing.final
 class ApproximateReuse(_message.Message):
@@ -878,17 +1013,29 @@ class State(_message.Message):
     ARRAYS_FIELD_NUMBER: _builtins.int
     X0_PREVIEW_FIELD_NUMBER: _builtins.int
     IS_HANDOFF_FIELD_NUMBER: _builtins.int
+    RESIDUALS_FIELD_NUMBER: _builtins.int
+    CHECKSUM_FIELD_NUMBER: _builtins.int
     call: _builtins.int
     """The next call (row of the plan) to run, in `[1, rows]`."""
     is_handoff: _builtins.bool
     """True for the last state of the job, at the first call of `handoff_step`."""
+    checksum: _builtins.int
+    """With residuals: CRC-32 of the arrays that they lead to, as little-endian float32 in C order, one after another."""
     @_builtins.property
     def arrays(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]:
-        """The arrays of the state before that call, `[channels, height / vae_scale_factor, width / vae_scale_factor]` each."""
+        """The arrays of the state before that call, `[channels, height / vae_scale_factor, width / vae_scale_factor]` each.
+        Empty where there are residuals, or `checksum`, instead.
+        """
 
     @_builtins.property
     def x0_preview(self) -> _tensor_pb2.Tensor:
         """The final latents as the last call predicts them, same shape; present where `preview_every` asked for it."""
+
+    @_builtins.property
+    def residuals(self) -> _containers.RepeatedCompositeFieldContainer[Global___Residual]:
+        """Where `residual_coding` asked for it: what leads here from the last state of the stream, or before there is one from
+        the first state of the request, if `resume_call` is not above its call. A server may send any state whole.
+        """
 
     def __init__(
         self,
@@ -897,12 +1044,16 @@ class State(_message.Message):
         arrays: _abc.Iterable[_tensor_pb2.Tensor] | None = ...,
         x0_preview: _tensor_pb2.Tensor | None = ...,
         is_handoff: _builtins.bool = ...,
+        residuals: _abc.Iterable[Global___Residual] | None = ...,
+        checksum: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["x0_preview", b"x0_preview"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "checksum", b"checksum", "x0_preview", b"x0_preview"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrays", b"arrays", "call", b"call", "is_handoff", b"is_handoff", "x0_preview", b"x0_preview"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_checksum", b"_checksum", "arrays", b"arrays", "call", b"call", "checksum", b"checksum", "is_handoff", b"is_handoff", "residuals", b"residuals", "x0_preview", b"x0_preview"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__checksum: _TypeAlias = _typing.Literal["checksum"]  # noqa: Y015
+    _WhichOneofArgType__checksum: _TypeAlias = _typing.Literal["_checksum", b"_checksum"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__checksum) -> _WhichOneofReturnType__checksum | None: ...
 
 Global___State: _TypeAlias = State  # noqa: Y015
 

@@ -22,6 +22,7 @@ from edge_client.generation.result import Result
 from edge_client.inference.models import Models
 from edge_client.request import Patience, Request
 from hybridsd import codec
+from hybridsd.closed_loop import pack
 from hybridsd.errors import AccessDenied, HybridSDError, InvalidRequest, Reason
 from hybridsd.plan import Plan
 from hybridsd.v1 import denoising_service_pb2 as pb
@@ -29,6 +30,7 @@ from tests.support.fake_cloud import FakeCloud, Rewrite, one_process, refuse, te
 from tests.support.tiny_bundle import Floats, make_plan
 
 EXACT = 1e-5
+NOTHING = pack(np.zeros((4, 4, 4), dtype=np.int32))
 PATIENCE = Patience(idle_timeout_s=1.0, progress_timeout_s=0.4, queue_timeout_s=0.6, reattach_timeout_s=0.2)
 STEPS, PART = 6, 4
 REQUEST = Request(prompt="a red fox", mode="hybrid", codec="fp32", seed=11, cloud_steps=PART)
@@ -138,6 +140,15 @@ def drop_arrays(state: pb.State) -> None:
 
 def double_arrays(state: pb.State) -> None:
     state.arrays.add().CopyFrom(state.arrays[0])
+
+
+def residual(call: int, step: float = 0.5, data: bytes = NOTHING) -> Callable[[pb.State], None]:
+    def change(state: pb.State) -> None:
+        drop_arrays(state)
+        state.residuals.add(call=call, step=step, data=data)
+        state.checksum = 0
+
+    return change
 
 
 def oversized(state: pb.State) -> None:
@@ -294,6 +305,7 @@ LIES: dict[str, tuple[Rewrite, int | None]] = {
     "no arrays": (in_state(3, drop_arrays), 2),
     "too many arrays": (in_state(3, double_arrays), 2),
     "oversized": (in_state(3, oversized), 2),
+    "residuals unasked": (in_state(3, residual(0)), 2),
     "scales NaN": (in_state(3, int8_scales(*[np.nan] * 4)), 2),
     "scales below 0": (in_state(3, int8_scales(*[-1.0] * 4)), 2),
     "scales missing": (in_state(3, int8_scales(1.0)), 2),

@@ -28,7 +28,7 @@ from tests.support.engine_fakes import GatedDenoiser
 from tests.support.patience import HANG_S
 
 K = 5
-CODEC_ERROR = {"fp32": 0.0, "fp16": 4e-3, "int8": 0.15}
+CODEC_ERROR = {"fp32": 0.0, "fp16": 4e-3, "int8": 0.15, "residual": 0.15}
 """Of the largest value: what two encodings of a state may cost more than one."""
 
 OpenPool = Callable[..., Pool]

@@ -1020,7 +1020,9 @@ class State(_message.Message):
     is_handoff: _builtins.bool
     """True for the last state of the job, at the first call of `handoff_step`."""
     checksum: _builtins.int
-    """With residuals: CRC-32 of the arrays that they lead to, as little-endian float32 in C order, one after another."""
+    """With residuals: CRC-32, in `[0, 2^32)`, of the arrays that they lead to: little-endian float32, C order, one after
+    another.
+    """
     @_builtins.property
     def arrays(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]:
         """The arrays of the state before that call, `[channels, height / vae_scale_factor, width / vae_scale_factor]` each.

@@ -1,0 +1,259 @@
+"""States as residuals, over real gRPC: small, followed bit for bit, and never why an image is not finished."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cloud_server.models.load import Model
+from cloud_server.rpc import denoising_service, read_request
+from cloud_server.rpc.server import CloudServer
+from edge_client.bundles.bundle import Bundle
+from edge_client.cloud import conversion
+from edge_client.generation.events import StepDone
+from edge_client.generation.pipeline import generate
+from edge_client.generation.resolve import resolve
+from edge_client.inference.models import Models
+from edge_client.request import Request
+from edge_client.types import CallSkipping
+from hybridsd import closed_loop
+from hybridsd.v1 import denoising_service_pb2 as pb
+from tests.integration.conftest import Connect, running_server
+from tests.integration.test_clouds import OpenPool, draw, open_pool, prefer  # noqa: F401
+from tests.integration.test_hybrid import STEPS, request, run, stop_hard
+from tests.support.engine_fakes import GatedDenoiser
+
+PART = 5
+NEAR = 0.1
+"""Of the largest value: what residuals may cost."""
+SIDE = 128
+"""At 64 pixels a state is 1 KiB whole, and its Huffman codes take half of that."""
+
+
+def ask(scheduler: str = "dpmpp_2m", **changes: Any) -> Request:
+    return request(scheduler, PART, **{"width": SIDE, "height": SIDE, "codec": "residual", **changes})
+
+
+@pytest.fixture
+def states(monkeypatch: pytest.MonkeyPatch) -> list[pb.State]:
+    """All states that clouds send."""
+    sent: list[pb.State] = []
+    write = denoising_service.write_response.response
+
+    def spy(*args: Any, **options: Any) -> pb.DenoiseResponse:
+        message = write(*args, **options)
+        if message.HasField("state"):
+            sent.append(message.state)
+        return message
+
+    monkeypatch.setattr(denoising_service.write_response, "response", spy)
+    return sent
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[pb.DenoiseRequest]:
+    """All requests that clouds read."""
+    read, seen = read_request.RequestReader.read, []
+
+    async def spy(self: Any, message: pb.DenoiseRequest, *args: Any) -> Any:
+        seen.append(pb.DenoiseRequest.FromString(message.SerializeToString()))
+        return await read(self, message, *args)
+
+    monkeypatch.setattr(read_request.RequestReader, "read", spy)
+    return seen
+
+
+def near(result: Any, expected: Any) -> bool:
+    scale = float(np.abs(expected.latents).max())
+    return bool(np.abs(result.latents - expected.latents).max() <= NEAR * scale)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpmpp_2m", "pndm", "euler_ancestral", "heun", "unipc"])
+def test_every_state_is_small_and_near(
+    scheduler: str, server: CloudServer, connect: Connect, bundle: Bundle, models: Models, states: list[pb.State]
+) -> None:
+    cloud = connect(server)
+    exact, _ = run(ask(scheduler, codec="fp32"), bundle, models, cloud)
+    del states[:]
+    result, events = run(ask(scheduler), bundle, models, cloud)
+    seen = [event for event in events if isinstance(event, StepDone) and event.place == "cloud"]
+
+    assert len(seen) == len(states) >= PART
+    assert all(state.HasField("checksum") and not state.arrays for state in states)
+    assert [closed_loop.checksum(event.state) for event in seen] == [state.checksum for state in states]
+    assert near(result, exact)
+    assert result.codec == "residual"
+
+
+def test_it_is_the_default(
+    server: CloudServer, connect: Connect, bundle: Bundle, models: Models, states: list[pb.State]
+) -> None:
+    """A third of what the same states took before."""
+    asked = replace(ask(), codec=Request().codec)
+    run(asked, bundle, models, connect(server))
+    residuals = sum(state.ByteSize() for state in states)
+    del states[:]
+    run(replace(ask(), codec="fp16"), bundle, models, connect(server))
+
+    assert residuals < sum(state.ByteSize() for state in states) / 3
+
+
+@pytest.mark.parametrize("every", [0, 3])
+def test_states_in_between_are_not_needed(
+    every: int, server: CloudServer, connect: Connect, bundle: Bundle, models: Models, states: list[pb.State]
+) -> None:
+    cloud = connect(server)
+    exact, _ = run(ask(codec="fp32"), bundle, models, cloud)
+    del states[:]
+    result, _ = run(ask(state_every=every), bundle, models, cloud)
+
+    assert [state.call for state in states] == ([3, PART] if every else [PART])
+    assert near(result, exact)
+
+
+def test_a_finer_one_is_larger_and_nearer(
+    server: CloudServer, connect: Connect, bundle: Bundle, models: Models, states: list[pb.State]
+) -> None:
+    cloud = connect(server)
+    exact, _ = run(ask(codec="fp32"), bundle, models, cloud)
+    errors, sizes = [], []
+    for psnr in (50.0, 64.0, 88.0):
+        del states[:]
+        result, _ = run(ask(state_psnr=psnr), bundle, models, cloud)
+        errors.append(float(np.abs(result.latents - exact.latents).mean()))
+        sizes.append(sum(state.ByteSize() for state in states))
+
+    assert errors == sorted(errors, reverse=True)
+    assert sizes == sorted(sizes)
+    assert errors[0] > 10 * errors[-1]
+
+
+def test_what_is_kept_and_what_is_skipped(
+    server: CloudServer, connect: Connect, bundle: Bundle, models: Models, states: list[pb.State]
+) -> None:
+    """Skipped calls have outputs, too; previews come as they were asked for."""
+    cloud, skipping = connect(server), CallSkipping.parse("2,1")
+    exact, _ = run(ask(codec="fp32", call_skipping=skipping), bundle, models, cloud)
+    del states[:]
+    result, _ = run(ask(call_skipping=skipping, preview_every=2), bundle, models, cloud)
+
+    assert near(result, exact)
+    assert [state.HasField("x0_preview") for state in states] == [False, True, False, True, False]
+    assert all(state.HasField("checksum") for state in states)
+
+
+def test_whole_states_are_asked_for_where_arithmetic_differs(
+    server: CloudServer, connect: Connect, bundle: Bundle, models: Models, states: list[pb.State],
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """A cloud that does not add as we do is found out at its first state, and costs no image."""
+    exact, _ = run(ask(codec="fp32"), bundle, models, connect(server))
+    del states[:]
+    monkeypatch.setattr(closed_loop, "checksum", lambda state: 1)  # the server's
+    with caplog.at_level(logging.WARNING):
+        result, events = run(ask(), bundle, models, connect(server))
+
+    assert near(result, exact)
+    assert (result.actual_cloud_steps, result.fallback_reason) == (PART, None)
+    assert len([event for event in events if isinstance(event, StepDone)]) >= STEPS - PART + 1
+    assert states[-1].arrays
+    assert "asking for whole states" in caplog.text
+
+
+def test_an_older_cloud_sends_whole_states(
+    server: CloudServer, connect: Connect, bundle: Bundle, models: Models, states: list[pb.State],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """It does not know the field, and leaves it out."""
+    monkeypatch.setattr(read_request, "read_residual_coding", lambda _: None)
+    exact, _ = run(ask(codec="fp16"), bundle, models, connect(server))
+    result, _ = run(ask(), bundle, models, connect(server))
+
+    assert np.array_equal(result.latents, exact.latents)
+    assert not any(state.HasField("checksum") for state in states)
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+@pytest.mark.parametrize("scheduler", ["dpmpp_2m", "euler_ancestral"])
+def test_another_cloud_gets_the_state_as_it_came(
+    scheduler: str, is_old: bool, server: CloudServer, open_pool: OpenPool, model: Model, bundle: Bundle,  # noqa: F811
+    models: Models, requests: list[pb.DenoiseRequest], states: list[pb.State], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Smaller than the state itself; an older cloud that cannot read it gets it whole."""
+    exact = draw(ask(scheduler, codec="fp32"), bundle, models, open_pool(server))
+    del requests[:], states[:]
+    if is_old:
+        forget = _forgetting(read_request.RequestReader._check)
+        monkeypatch.setattr(read_request.RequestReader, "_check", forget)
+    with running_server(model, GatedDenoiser(model.denoiser, calls=2)) as dying:
+        pool = open_pool(dying, server)
+        prefer(pool, dying.port)
+
+        def kill(event: StepDone) -> None:
+            if event.ends_step and event.step == 1:
+                stop_hard(dying)
+
+        result = draw(ask(scheduler, fallback=True), bundle, models, pool, kill)
+
+    assert [run.num_steps for run in result.clouds] == [2, PART - 2]
+    assert near(result, exact)
+    rests = [each for each in requests if each.first_step == 2]
+    assert rests[0].HasField("initial_coded_state")
+    assert not rests[0].initial_state
+    whole = 4 * (SIDE // 8) ** 2 * 4 * (2 if scheduler == "dpmpp_2m" else 1)
+    assert rests[0].initial_coded_state.ByteSize() < whole / 2
+    assert (len(rests) > 1 and len(rests[-1].initial_state) > 0) == is_old
+    assert all(state.HasField("checksum") for state in states)
+
+
+def _forgetting(check: Callable[..., Any]) -> Callable[..., Any]:
+    """A reader that does not know `initial_coded_state`."""
+
+    def forget(self: Any, message: pb.DenoiseRequest, *args: Any) -> Any:
+        message.ClearField("initial_coded_state")
+        return check(self, message, *args)
+
+    return forget
+
+
+@pytest.mark.parametrize("call", [1, 2, 4])
+def test_the_edge_takes_over_from_any_of_them(
+    call: int, connect: Connect, model: Model, bundle: Bundle, models: Models
+) -> None:
+    """The cloud is lost after a state: the image is the one that was split there on purpose."""
+    with running_server(model) as whole:
+        expected, _ = run(replace(ask(), cloud_steps=call), bundle, models, connect(whole))
+    with running_server(model, GatedDenoiser(model.denoiser, calls=call)) as dying:
+        cloud = connect(dying)
+        for event in generate(resolve(ask(fallback=True), bundle.manifest), bundle, models, cloud):
+            if isinstance(event, StepDone) and event.call == call:
+                stop_hard(dying)
+    result = event.result
+    assert result.actual_cloud_steps == call
+    assert near(result, expected)
+
+
+def test_residuals_that_lead_nowhere_are_refused(
+    server: CloudServer, connect: Connect, bundle: Bundle, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot be followed is what a cloud sent wrongly: the edge goes on from the last sound state."""
+    exact, _ = run(ask(codec="fp32"), bundle, models, connect(server))
+    read, broken = conversion.codec.decode_residual, []
+
+    def spoil(message: pb.Residual) -> Any:
+        residual = read(message)
+        if residual.call == 3:
+            broken.append(residual)
+            return replace(residual, data=residual.data[:-4])
+        return residual
+
+    monkeypatch.setattr(conversion.codec, "decode_residual", spoil)
+    result, _ = run(ask(fallback=True), bundle, models, connect(server))
+
+    assert broken
+    assert result.actual_cloud_steps == 3
+    assert result.fallback_message.startswith("the cloud sent something that cannot be used: residuals")
+    assert exact.latents.shape == result.latents.shape

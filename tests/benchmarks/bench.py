@@ -53,6 +53,7 @@ from hybridsd.manifest import read_manifest
 from hybridsd.plan import denoise, initial_state
 from hybridsd.prompting import TextOptions
 from hybridsd.v1 import denoising_service_pb2_grpc
+from tests.benchmarks.bench_states import SCHEDULERS, bench_states
 from tests.benchmarks.common import PROMPT, SETTLE_S, machine, say
 from tests.load.clients import request_of
 from tests.support.wire import measure
@@ -470,59 +471,6 @@ def bench_wire(folder: Path, codecs: Sequence[str]) -> None:
         say(f"  {row['codec']:6s} {row['prompt']:6s} {sizes}  {aims.get((row['codec'], row['prompt']), ''):>7s}")
 
 
-def bench_codec(model: Model, bundle_folder: Path, *, steps: int, k: int, num_images: int) -> None:
-    """Prints what fp16 and int8, of embeddings and state, cost in latents and in the final image, against fp32."""
-    manifest = read_manifest(bundle_folder)
-    models = Models(bundle_folder, manifest)
-    plan = model.plans.plan("dpmpp_2m", steps)
-    call, guidance = plan.first_call(k), manifest.defaults.guidance_scale
-    cells = (
-        manifest.defaults.height // manifest.vae_scale_factor,
-        manifest.defaults.width // manifest.vae_scale_factor,
-    )
-    names = ("fox", "donut", "rocket", "cat", "pizza", "car", "tree", "moon")
-    errors: dict[str, list[tuple[float, float, float]]] = {"fp16": [], "int8": []}
-    for seed in range(num_images):
-        text = f"a {names[seed % 8]} to the left of a {names[(seed + 3) % 8]} on a blue background"
-        pair = np.stack([model.denoiser.encode(words, TextOptions()).embeds for words in ("", text)])
-        rows = torch.from_numpy(pair).to(model.denoiser.device, model.denoiser.dtype)
-
-        def large(x: np.ndarray, t: float, rows: torch.Tensor = rows) -> np.ndarray:
-            sample = torch.from_numpy(np.stack([x, x])).to(rows.device)
-            with torch.inference_mode():
-                times = torch.full((2,), t, device=rows.device)
-                output = model.denoiser.predict(sample, times, Conditions(rows)).cpu().numpy()
-            return np.asarray(output[0] + np.float32(guidance) * (output[1] - output[0]))
-
-        start = initial_state(plan, noise.initial_latents(seed, 0, (manifest.latent_channels, *cells)))
-        *_, handoff = denoise(plan, start, large, _no_noise, stop=call)
-        finished = {}
-        for name, encoding in codec.ENCODINGS.items():
-            through = [codec.decode_tensor(codec.encode_tensor(array, encoding)) for array in (*handoff.state, *pair)]
-            conditioning = Conditioning(prompt_embeds=through[-1], negative_prompt_embeds=through[-2])
-
-            def small(x: np.ndarray, t: float, conditioning: Conditioning = conditioning) -> np.ndarray:
-                return models.predict_noise(x.astype(np.float32), t, conditioning, guidance_scale=guidance)
-
-            *_, done = denoise(plan, through[:-2], small, _no_noise, start=call)
-            state_error = max(np.abs(a - b).max() for a, b in zip(through, handoff.state, strict=False))
-            finished[name] = (done.state[0], models.decode(done.state[0]), float(state_error))
-        exact, reference, _ = finished["fp32"]
-        for name in errors:
-            latents, image, state_error = finished[name]
-            mse = float(np.mean((image - reference) ** 2))
-            psnr = 10 * np.log10(4.0 / mse) if mse > 0 else float("inf")  # values span 2
-            errors[name].append((state_error, float(np.sqrt(np.mean((latents - exact) ** 2))), psnr))
-    say(f"codec of state and embeddings, against fp32 ({num_images} images, {k} + {steps - k} steps, DPM-Solver++ 2M):")
-    for name, rows_of_errors in errors.items():
-        state, final, psnrs = zip(*rows_of_errors, strict=True)
-        say(
-            f"  {name}: largest error of the state {max(state):.1e}; of the final latents rms "
-            f"{statistics.mean(final):.1e}; "
-            f"image PSNR mean {statistics.mean(psnrs):.1f} dB, worst {min(psnrs):.1f} dB"
-        )
-
-
 def _no_noise(call: int) -> Any:
     raise AssertionError(f"call {call} draws noise; DPM-Solver++ 2M does not")
 
@@ -581,9 +529,9 @@ def main() -> None:
     if options.child:
         say(json.dumps(child(options.child, options.family / "large", options.dtype, options.repeats, options.calls)))
         return
-    family, steps, k, calls, repeats, pairs, images = options.family, 25, 8, 12, options.repeats, 3, 8
+    family, steps, k, calls, repeats, pairs = options.family, 25, 8, 12, options.repeats, 3
     if options.smoke:
-        steps, k, calls, repeats, pairs, images = 4, 1, 2, 1, 1, 1  # the bundle has plans of 4 steps
+        steps, k, calls, repeats, pairs = 4, 1, 2, 1, 1  # the bundle has plans of 4 steps
     settle_s = 0.0 if options.smoke else SETTLE_S
     with tempfile.TemporaryDirectory() as folder:
         if options.full:
@@ -616,7 +564,8 @@ def main() -> None:
         if "wire" in wanted:
             bench_wire(Path(folder), codecs=("int8",) if options.smoke else tuple(codec.ENCODINGS))
         if "codec" in wanted and not options.full:  # random weights say nothing about errors
-            bench_codec(model, family / "edge", steps=steps, k=k, num_images=images)
+            schedulers = SCHEDULERS[:1] if options.smoke else SCHEDULERS
+            bench_states(model, family / "edge", schedulers, steps=steps, k=max(2, k))
         if "start" in wanted:
             bench_start(family / "edge", repeats)
         if "memory" in wanted:

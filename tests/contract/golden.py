@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from hybridsd import noise
-from hybridsd.plan import to_json
+from hybridsd.closed_loop import Track, checksum, lead, unpack
+from hybridsd.plan import initial_state, to_json
 from hybridsd.plan_compiler import compile_plan
 from hybridsd.schedulers import find
 from tests.support.reference import run_from_seed
@@ -82,6 +83,47 @@ def golden_trajectory(name: str, steps: int) -> dict[str, Any]:
     }
 
 
+def golden_residuals(name: str, steps: int) -> dict[str, Any]:
+    """A run whose states go as residuals: after one call, after several, and with numbers that need two bytes."""
+    spec = find(name)
+    scheduler = getattr(diffusers, spec.diffusers_class).from_config({**SD1, **spec.overrides})
+    plan = compile_plan(scheduler, steps, torch.from_numpy, name=name)
+    shape, seed, image_index = (2, 6, 5), 42, 3
+    run = run_from_seed(plan, predict, seed=seed, image_index=image_index, shape=shape)
+    true = {each.call: each.state for each in run}
+    latents = noise.initial_latents(seed, image_index, shape)
+
+    def draw_noise(call: int) -> np.ndarray:
+        return noise.call_noise(seed, image_index, call, shape)
+
+    track = Track.begin(0, initial_state(plan, latents))
+    messages = []
+    for call, precision in ((1, 0.05), (2, 0.05), (5, 0.05), (6, 1e-4)):
+        residuals, track = lead(plan, track, call, true[call], precision, draw_noise)
+        messages.append({
+            "call": call,
+            "residuals": [
+                {
+                    "call": residual.call,
+                    "step": residual.step,
+                    "data": residual.data.hex(),
+                    "values": unpack(residual.data, shape).reshape(-1).tolist(),
+                }
+                for residual in residuals
+            ],
+            "arrays": [array.reshape(-1).tolist() for array in track.state],
+            "checksum": checksum(track.state),
+        })  # fmt: skip
+    return {
+        "plan": json.loads(to_json(plan)), "seed": seed, "image_index": image_index, "shape": list(shape),
+        "latents": latents.reshape(-1).tolist(),
+        "noise": [
+            draw_noise(call).reshape(-1).tolist() if row.draws_noise else None for call, row in enumerate(plan.rows)
+        ],
+        "states": messages,
+    }  # fmt: skip
+
+
 def golden() -> dict[str, dict[str, Any]]:
     """Returns every golden file by name."""
     plans = {f"plan_{name}_{steps}.json": golden_plan(name, steps) for name, steps in PLANS}
@@ -89,7 +131,11 @@ def golden() -> dict[str, dict[str, Any]]:
         f"trajectory_{name}_{steps}.json": golden_trajectory(name, steps)
         for name, steps in (("dpmpp_2m", 6), ("euler_ancestral", 6))
     }
-    return {"noise.json": golden_noise(), **plans, **runs}
+    states = {
+        f"residuals_{name}_{steps}.json": golden_residuals(name, steps)
+        for name, steps in (("dpmpp_2m", 6), ("euler_ancestral", 6))
+    }
+    return {"noise.json": golden_noise(), **plans, **runs, **states}
 
 
 if __name__ == "__main__":

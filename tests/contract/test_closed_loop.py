@@ -109,6 +109,16 @@ def test_a_jump_beyond_the_largest_number_is_made_up_for() -> None:
     assert np.abs(track.state[0] - states[-1][0] - 30).max() <= 1e-3
 
 
+@pytest.mark.parametrize("shape", [(4, 128, 128), (4, 152, 104), (16, 64, 64), (4, 1, 1), (1, 1, 9), (3, 9, 1)])
+def test_shapes_come_back(shape: tuple[int, ...]) -> None:
+    """SDXL's, one that is not square, one of 16 channels, and the smallest."""
+    rng = np.random.default_rng(0)
+    smooth_part = np.cumsum(np.cumsum(rng.normal(0, 1, shape), axis=1), axis=2)
+    for scale in (0.4, 3.0, 300.0):
+        quanta = np.clip(np.rint(scale * smooth_part), -MAX_QUANTUM, MAX_QUANTUM).astype(np.int32)
+        assert np.array_equal(unpack(pack(quanta), shape), quanta)
+
+
 @pytest.mark.parametrize("values", [[0] * 256, [127, -128] * 128, [128, *[0] * 255], [-MAX_QUANTUM, MAX_QUANTUM] * 128])
 def test_numbers_come_back(values: list[int]) -> None:
     quanta = np.array(values, np.int32).reshape(SHAPE)

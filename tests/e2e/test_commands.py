@@ -249,6 +249,22 @@ def test_bench_of_skipped_calls() -> None:
 
 
 @pytest.mark.slow
+def test_bench_of_states() -> None:
+    """The table of docs/performance.md, for one solver and few steps."""
+    printed = run([sys.executable, "-m", "tests.benchmarks.bench_states", "--smoke"], ROOT)
+
+    assert "| dpmpp_2m | residual, 88 dB |" in printed
+
+
+@pytest.mark.slow
+def test_bench_of_a_slow_link() -> None:
+    """The table of docs/performance.md, for a small image."""
+    printed = run([sys.executable, "-m", "tests.benchmarks.bench_link", "--smoke", "--kbit", "640"], ROOT)
+
+    assert "| residual |" in printed
+
+
+@pytest.mark.slow
 def test_bench_of_a_cache() -> None:
     """What docs/training.md says a cache saves, for a small picture: the shares are counted, not timed."""
     printed = run([sys.executable, "-m", "tests.benchmarks.bench_cache", "--size", "64", "--images", "1"], ROOT)

@@ -16,9 +16,10 @@ from edge_client.cloud import conversion
 from edge_client.generation.events import StepDone
 from edge_client.generation.pipeline import generate
 from edge_client.generation.resolve import resolve
+from edge_client.images.inputs import to_cells
 from edge_client.inference.models import Models
 from edge_client.request import Request
-from edge_client.types import CallSkipping
+from edge_client.types import CallSkipping, ImageInput
 from hybridsd import closed_loop
 from hybridsd.v1 import denoising_service_pb2 as pb
 from tests.integration.conftest import Connect, running_server
@@ -142,6 +143,37 @@ def test_what_is_kept_and_what_is_skipped(
 
     assert near(result, exact)
     assert [state.HasField("x0_preview") for state in states] == [False, True, False, True, False]
+    assert all(state.HasField("checksum") for state in states)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 15.0])
+def test_whatever_the_guidance(
+    guidance: float, server: CloudServer, connect: Connect, bundle: Bundle, models: Models, states: list[pb.State]
+) -> None:
+    cloud = connect(server)
+    exact, _ = run(ask(codec="fp32", guidance_scale=guidance), bundle, models, cloud)
+    del states[:]
+    result, _ = run(ask(guidance_scale=guidance), bundle, models, cloud)
+
+    assert near(result, exact)
+    assert all(state.HasField("checksum") for state in states)
+
+
+@pytest.mark.parametrize("part", [PART, STEPS])
+def test_a_part_that_is_kept_is_kept(
+    part: int, server: CloudServer, connect: Connect, bundle: Bundle, models: Models, states: list[pb.State]
+) -> None:
+    """Inpainting: outputs are steered, and the last latents of a whole run are put together with what is kept."""
+    image = np.random.default_rng(3).uniform(-1, 1, (3, SIDE, SIDE)).astype(np.float32)
+    mask = np.zeros((1, SIDE, SIDE), np.float32)
+    mask[:, :, : SIDE // 2] = 1.0
+    given = ImageInput(image=image, strength=1.0, mask=mask, mask_cells=to_cells(mask, 8))
+    cloud = connect(server)
+    exact, _ = run(replace(ask(codec="fp32", image_input=given), cloud_steps=part), bundle, models, cloud)
+    del states[:]
+    result, _ = run(replace(ask(image_input=given), cloud_steps=part), bundle, models, cloud)
+
+    assert near(result, exact)
     assert all(state.HasField("checksum") for state in states)
 
 

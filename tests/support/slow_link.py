@@ -1,6 +1,7 @@
 """A TCP relay to a server that passes on few bytes a second, or no more at all."""
 
 import contextlib
+import queue
 import socket
 import threading
 import time
@@ -16,14 +17,15 @@ class SlowLink:
     Args:
         port: Of the server.
         bytes_per_s: How much comes back; None for as much as there is.
+        delay_s: How long all takes to cross, each way.
 
     Attributes:
         is_cut: Set, nothing passes any more, either way, and nobody is told.
         num_connections: How many were made.
     """
 
-    def __init__(self, port: int, bytes_per_s: float | None = None) -> None:
-        self.bytes_per_s, self.is_cut, self.num_connections = bytes_per_s, threading.Event(), 0
+    def __init__(self, port: int, bytes_per_s: float | None = None, delay_s: float = 0.0) -> None:
+        self.delay_s, self.bytes_per_s, self.is_cut, self.num_connections = delay_s, bytes_per_s, threading.Event(), 0
         self._port, self._stop = port, threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._sockets: list[socket.socket] = [self._listener]
@@ -62,13 +64,27 @@ class SlowLink:
             threading.Thread(target=self._pass_on, args=(far, near, True), daemon=True).start()
 
     def _pass_on(self, source: socket.socket, sink: socket.socket, is_slow: bool) -> None:
-        try:
+        crossing: queue.SimpleQueue[tuple[float, bytes]] = queue.SimpleQueue()
+        threading.Thread(target=self._deliver, args=(crossing, sink), daemon=True).start()
+        free_at = 0.0  # when the link has room for more
+        with contextlib.suppress(OSError):
             while data := source.recv(_BITE if is_slow and self.bytes_per_s else 65536):
                 if self.is_cut.is_set():
                     self._stop.wait()
                     return
-                sink.sendall(data)
                 if is_slow and self.bytes_per_s:
-                    time.sleep(len(data) / self.bytes_per_s)
-        except OSError:
-            return
+                    free_at = max(free_at, time.monotonic()) + len(data) / self.bytes_per_s
+                    time.sleep(max(0.0, free_at - time.monotonic()))
+                crossing.put((time.monotonic() + self.delay_s, data))
+        crossing.put((time.monotonic() + self.delay_s, b""))
+
+    def _deliver(self, crossing: "queue.SimpleQueue[tuple[float, bytes]]", sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                due, data = crossing.get()
+                if (early_s := due - time.monotonic()) > 0:
+                    time.sleep(early_s)
+                if not data:
+                    sink.shutdown(socket.SHUT_WR)
+                    return
+                sink.sendall(data)

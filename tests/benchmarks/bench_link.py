@@ -1,7 +1,7 @@
 """How long an image takes over a slow link, by codec: `python -m tests.benchmarks.bench_link [--kbit N] [--delay S]`.
 
-The demo family at 512x512, where it draws no image worth seeing, with 8 + 17 steps; the commands that a user types, each
-with a new prompt, over a relay that lets so much through and takes its time. Prints seconds and bytes.
+The demo family at 512x512, where it draws no image worth seeing, with 8 + 17 steps; the commands that a user types,
+each with a new prompt, over a relay that lets so much through and takes its time. Prints seconds and bytes.
 """
 
 import argparse

@@ -16,7 +16,7 @@ from edge_client.cloud import conversion
 from edge_client.generation.events import StepDone
 from edge_client.generation.pipeline import generate
 from edge_client.generation.resolve import resolve
-from edge_client.images.inputs import to_cells
+from edge_client.images.pixels import to_cells
 from edge_client.inference.models import Models
 from edge_client.request import Request
 from edge_client.types import CallSkipping, ImageInput

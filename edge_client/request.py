@@ -145,7 +145,7 @@ class Request:
     output_size: tuple[int, int] | None = None
     """Width and height that the drawn image is resized to; None leaves it as it is drawn."""
     codec: str = "fp16"
-    """"fp32", "fp16" or "int8": how the cloud's tensors travel."""
+    """"fp32", "fp16", "int8" or "int8z": how the cloud's tensors travel."""
     deadline_s: float | None = None
     """Seconds that the cloud's part may take; then the edge takes over. None: no limit."""
     patience: Patience | None = None

@@ -67,6 +67,8 @@ class AnswerStyle:
     negative_prompt_digest: bytes | None
     resume_call: int
     """States up to this call are not wanted."""
+    text_encoder_digest: bytes = b""
+    """Of the caller's text encoders; empty where it has none."""
 
     @property
     def codec(self) -> str:
@@ -202,6 +204,7 @@ class RequestReader:
             prompt_digest=sent_digest(embeddings, "") if embeddings else None,
             negative_prompt_digest=sent_digest(embeddings, "negative_") if embeddings and guided else None,
             resume_call=request.resume_call,
+            text_encoder_digest=request.text_encoder_digest,
         )
         prefix, reuse = prefix_digest(job, plan_digest), read_approximate_reuse(request)
         if reuse is not None:
@@ -334,6 +337,11 @@ def _check_scalars(request: pb.DenoiseRequest) -> None:
         raise Reason.FIELD_INVALID.error(
             f"encoding {request.encoding} is unknown; use {', '.join(codec.ENCODINGS)}", field="encoding"
         )
+    if len(request.text_encoder_digest) not in (0, _DIGEST_BYTES):
+        raise Reason.FIELD_INVALID.error(
+            f"text_encoder_digest has {len(request.text_encoder_digest)} bytes; a SHA-256 has {_DIGEST_BYTES}",
+            field="text_encoder_digest",
+        )
     for digest in request.known_digests:
         if len(digest) != _DIGEST_BYTES:
             raise Reason.FIELD_INVALID.error(
@@ -443,6 +451,6 @@ def _content(request: pb.DenoiseRequest) -> bytes:
     """Returns the digest of what a request asks for, without what may differ between two tries (docs/protocol.md)."""
     content = pb.DenoiseRequest()
     content.CopyFrom(request)
-    for field in ("request_id", "resume_call", "known_digests", "reattach_grace"):
+    for field in ("request_id", "resume_call", "known_digests", "reattach_grace", "text_encoder_digest"):
         content.ClearField(field)
     return hashlib.sha256(content.SerializeToString(deterministic=True)).digest()

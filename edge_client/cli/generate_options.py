@@ -120,7 +120,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--codec", type=click.Choice(list(ENCODINGS)), default="fp16", show_default=True,
-        help="How the cloud's tensors travel: fp32 is exact, int8 small.",
+        help="How the cloud's tensors travel: fp32 is exact, int8 small, int8z the same and smaller.",
     ),
     click.option(
         "--segments", metavar="MODEL:STEPS@PLACE,...",

@@ -459,6 +459,11 @@ def _wait(future: Any, timeout_s: float) -> None:
         future.result(timeout=max(timeout_s, 0.0))
 
 
+def _with_codec(segment: CloudSegment, name: str) -> CloudSegment:
+    request = replace(segment.request, codec=name)
+    return replace(segment, resolved=replace(segment.resolved, request=request))
+
+
 class RemoteJob:
     """One segment as a job of the server, over as many streams as it takes.
 
@@ -495,6 +500,27 @@ class RemoteJob:
             HybridSDError: By the table of errors; what the server sent wrongly is INTERNAL. CloudTimeout when the job
                 does not get on within the patience of the request.
         """
+        try:
+            yield from self._events(timeout_s, resume_call, rest, poll_interval_s)
+        except InvalidRequest as error:
+            if error.field != "encoding" or self._segment.request.codec not in codec.SIMPLER:
+                raise
+            self._say_simpler()
+            rest = None if rest is None else _with_codec(rest, self._segment.request.codec)
+            yield from self._events(timeout_s, resume_call, rest, poll_interval_s)
+
+    def send_texts(self) -> None:
+        """Asks for embeddings from now on, even where the edge could make them."""
+        self._conversation.send_texts()
+
+    def _say_simpler(self) -> None:
+        """Speaks to a server that does not know the codec in one that it does."""
+        self._segment = _with_codec(self._segment, codec.SIMPLER[self._segment.request.codec])
+        self._conversation = Conversation(self._segment, self._cloud.cache)
+
+    def _events(
+        self, timeout_s: float | None, resume_call: int, rest: CloudSegment | None, poll_interval_s: float | None
+    ) -> Iterator[CloudEvent]:
         self._cloud.admit()
         until = None if timeout_s is None else time.monotonic() + timeout_s
         if rest is not None:

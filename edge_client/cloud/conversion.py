@@ -12,7 +12,16 @@ import numpy as np
 from google.protobuf.duration_pb2 import Duration
 
 from edge_client.cache import Cache
-from edge_client.cloud.types import CloudEvent, CloudSegment, CloudStarted, CloudState, Queued, Usage, printable
+from edge_client.cloud.types import (
+    CloudEvent,
+    CloudSegment,
+    CloudStarted,
+    CloudState,
+    Queued,
+    TextSamples,
+    Usage,
+    printable,
+)
 from edge_client.types import Conditioning, Latents
 from hybridsd import codec
 from hybridsd.durations import to_seconds
@@ -27,7 +36,6 @@ from hybridsd.v1 import plan_pb2, tensor_pb2
 REATTACH_GRACE_S = 5
 """How long the server keeps a job whose stream broke, so that we can attach again."""
 MAX_KNOWN_DIGESTS = 64
-_VALUE_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
 _ROW_BYTES = 256
 """A row of a plan takes about so many; and there may be two of them for a step."""
 _PLAN_TOLERANCE = 0.05
@@ -51,7 +59,8 @@ class Conversation:
         self._segment, self._cache = segment, cache
         self._asked = segment
         self._plan: Plan | None = segment.sent_plan
-        self._started_once, self._prediction_type = False, ""
+        self._started_once, self._prediction_type, self._wants_texts = False, "", False
+        self._received: set[bytes] = set()
         self._conditioning: Conditioning | None = None
         self._texts: dict[bytes, pb.Conditioning] = {}
         self._plans: dict[bytes, Plan] = {}
@@ -74,7 +83,11 @@ class Conversation:
         chunks = MAX_CHUNKS if request.text_options.long_prompt == "chunk" else 1
         embeds = 2 * (chunks * math.prod(resolved.embed_shape) + resolved.pooled_dim)
         state = (MAX_ARRAYS + 1) * math.prod(resolved.latent_shape)
-        return _VALUE_BYTES[request.codec] * max(embeds, state) + _ROW_BYTES * self._segment.schedule.num_steps
+        return codec.VALUE_BYTES[request.codec] * max(embeds, state) + _ROW_BYTES * self._segment.schedule.num_steps
+
+    def send_texts(self) -> None:
+        """Asks for embeddings from now on, even where the edge could make them."""
+        self._wants_texts = True
 
     def request(self, *, resume_call: int, rest: CloudSegment | None = None) -> pb.DenoiseRequest:
         """Returns the request.
@@ -91,6 +104,8 @@ class Conversation:
         copy = pb.DenoiseRequest()
         copy.CopyFrom(message)
         copy.resume_call = resume_call
+        if self._wants_texts:
+            copy.text_encoder_digest = b""
         if copy.ByteSize() > MAX_REQUEST_BYTES:
             resolved = self._segment.resolved
             error = Reason.SIZE_INVALID.error(
@@ -152,6 +167,7 @@ class Conversation:
             encoding=codec.ENCODINGS[request.codec],
             known_digests=[*self._texts, *self._plans][:MAX_KNOWN_DIGESTS],
             reattach_grace=Duration(seconds=REATTACH_GRACE_S),
+            text_encoder_digest=segment.text_encoder_digest,
         )
         if self._own_messages is not None:
             message.embeddings.CopyFrom(self._own_messages)
@@ -232,8 +248,8 @@ class Conversation:
             _refuse(f"prediction type {prediction_type[:40]!r} after {self._prediction_type!r}")
         if segment.sent_plan is None:
             check_plan(plan, prediction_type, has_mask=segment.image_latents is not None)
-        conditioning = self._own
-        if conditioning is None and started.HasField("prompt"):
+        conditioning, samples = self._own, self._samples(started)
+        if conditioning is None and samples is None and started.HasField("prompt"):
             prompt, pooled = self._embeds(started.prompt, segment.request.prompt)
             negative = negative_pooled = None
             if started.HasField("negative_prompt"):  # none from a model that has guidance as an input
@@ -256,13 +272,25 @@ class Conversation:
             request_id=printable(started.request_id),
             model=printable(started.model),
             plan=plan,
-            conditioning=conditioning if followed is None else followed,
+            conditioning=None if conditioning is None else conditioning if followed is None else followed,
+            samples=samples,
+            are_texts_cached=self._own is None and not self._received,
             guidance_scale=started.guidance_scale,
             num_dropped_tokens=started.num_dropped_tokens,
             prediction_type=prediction_type,
             reused_steps=self._reused_steps(plan, started.num_reused_calls),
             similarity=self._similarity(started),
         )
+
+    def _samples(self, started: pb.Started) -> TextSamples | None:
+        """Returns samples of embeddings that the edge is to make itself; None where all are here, or sent."""
+        asked = self._segment.text_encoder_digest and not self._wants_texts
+        texts = [getattr(started, name) for name in ("prompt", "negative_prompt") if started.HasField(name)]
+        is_here = all(text.HasField("embeds") or text.digest in self._texts for text in texts)
+        if not asked or is_here or not all(text.sample for text in texts):
+            return None
+        prompt, *negative = (tuple(text.sample) for text in texts)
+        return TextSamples(prompt=prompt, negative_prompt=negative[0] if negative else None)
 
     def _reused_steps(self, plan: Plan, num_calls: int) -> range:
         """Returns the whole steps that calls which were not run belong to."""
@@ -302,6 +330,7 @@ class Conversation:
             if _digest(message) != digest:
                 _refuse("embeddings that do not match their digest")
             decoded = self._decode(message)
+            self._received.add(digest)
             self._texts[digest] = message
             self._cache.store(digest, message.SerializeToString(), self._keys(text))
             return decoded

@@ -76,7 +76,9 @@ class Hybrid(_RequestModel):
         examples=["large:8@cloud,small:*@edge"],
     )
     model: Annotated[str, StringConstraints(max_length=64)] = Field("", description="the cloud's model; else its first")
-    codec: Literal["fp32", "fp16", "int8"] = Field("fp16", description="format of the cloud's tensors on the wire")
+    codec: Literal["fp32", "fp16", "int8", "int8z"] = Field(
+        "fp16", description="format of the cloud's tensors on the wire"
+    )
     private: bool = Field(False, description="encode the prompt on this device; the cloud gets its embeddings")
     fallback: bool = Field(True, description="continue on this device if the cloud fails, is busy or too slow")
     cloud_skip: Annotated[str, StringConstraints(pattern=r"^\d{1,4},\d{1,4}(,\d(\.\d{1,20})?)?$")] | None = Field(
@@ -205,6 +207,10 @@ class Image(BaseModel):
     fallback_message: str
     early_handoff_reason: str
     received_bytes: int
+    embeddings_from: str = Field(
+        "", description="where the text's embeddings are from: edge, encoded here; cloud, sent; cache, sent before; "
+        "file; empty where none are here"
+    )  # fmt: skip
     num_dropped_tokens: int = Field(0, description="tokens of the texts that did not fit and had no effect")
     untrained_steps: int = Field(
         0, description="drawn here above the noise level of the U-Net's training, since the cloud was lost; the image "

@@ -138,10 +138,8 @@ def load_text_encoders(
     encoders = []
     for part in parts:
         network = _load_network(name, files, part, tensors)
-        tokenizer, is_penultimate = (
-            _load_tokenizer(name, files, part.replace("text_encoder", "tokenizer")),
-            len(parts) > 1,
-        )
+        tokenizer = _load_tokenizer(name, files, part.replace("text_encoder", "tokenizer"))
+        is_penultimate = len(parts) > 1
         digest = _digest(network, tokenizer, is_penultimate=is_penultimate)
         network.to(device).eval().requires_grad_(False)
         encoders.append(ClipEncoder(network, tokenizer, device=device, is_penultimate=is_penultimate, digest=digest))

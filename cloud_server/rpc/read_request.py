@@ -48,6 +48,7 @@ MAX_READING = 64
 MAX_KNOWN_DIGESTS = 64
 MAX_GRACE_S = 60
 MAX_MODEL_CHANGES = 8
+KNOWN_ENCODINGS = tuple(codec.ENCODINGS.values())
 _DIGEST_BYTES = 32
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -333,7 +334,7 @@ def _check_scalars(request: pb.DenoiseRequest) -> None:
     for field, value, largest in ranges:
         if not 0 <= value <= largest:
             raise Reason.FIELD_INVALID.error(f"{field} is {value}; choose 0 to {largest}", field=field)
-    if request.encoding not in (0, *codec.ENCODINGS.values()):
+    if request.encoding not in (0, *KNOWN_ENCODINGS):
         raise Reason.FIELD_INVALID.error(
             f"encoding {request.encoding} is unknown; use {', '.join(codec.ENCODINGS)}", field="encoding"
         )

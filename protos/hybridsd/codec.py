@@ -39,6 +39,8 @@ _MAX_AXIS = 65536
 _DTYPES: dict[int, np.dtype[Any]] = {FLOAT32: np.dtype("<f4"), FLOAT16: np.dtype("<f2"), INT8: np.dtype("i1")}
 _DTYPES[INT8_DEFLATE] = _DTYPES[INT8]
 _INT8 = (INT8, INT8_DEFLATE)
+_PLAIN, _DIFFERENCES = 0, 1
+"""The first byte of what is deflated: the rest as it is, or each row less the one before, modulo 256."""
 _STRATEGIES = (zlib.Z_HUFFMAN_ONLY, zlib.Z_DEFAULT_STRATEGY)
 """What compresses noise best, and what repeats (chunks of padding) best."""
 
@@ -62,8 +64,8 @@ def encode_tensor(array: NDArray[np.float32], encoding: tensor_pb2.Encoding.Valu
         scale = np.abs(rows).max(axis=1) / np.float32(127)
         safe = np.where(scale > 0, scale, np.float32(1))
         message.scale.extend(scale.tolist())
-        data = np.clip(np.rint(rows / safe[:, None]), -127, 127).astype(np.int8).tobytes()
-        message.data = data if encoding == INT8 else _deflate(data)
+        values = np.clip(np.rint(rows / safe[:, None]), -127, 127).astype(np.int8)
+        message.data = values.tobytes() if encoding == INT8 else _deflate(values)
     elif encoding == FLOAT16:
         message.data = np.clip(array, -65504, 65504).astype("<f2").tobytes()
     else:
@@ -103,9 +105,11 @@ def decode_tensor(
         raise refuse(f"shape {list(actual)} holds {size} values; at most {MAX_VALUES} are allowed")
     data = message.data
     if message.encoding == INT8_DEFLATE:
-        inflated = _inflate(data, size)
+        inflated = _inflate(data, actual[0], size)
         if inflated is None:
-            raise refuse(f"its data is no raw DEFLATE stream of {size} bytes, for shape {list(actual)}")
+            raise refuse(
+                f"its data is no raw DEFLATE stream of 0 or 1 and {size} bytes, which shape {list(actual)} takes"
+            )
         data = inflated
     if len(data) != size * dtype.itemsize:
         raise refuse(f"{len(data)} bytes for shape {list(actual)}; it must be {size * dtype.itemsize}")
@@ -126,23 +130,31 @@ def decode_tensor(
     return values
 
 
-def _deflate(data: bytes) -> bytes:
-    """Returns the smallest raw DEFLATE stream (RFC 1951) that we know to make."""
+def _deflate(rows: NDArray[np.int8]) -> bytes:
+    """Returns the smallest raw DEFLATE stream (RFC 1951) that we know to make of rows, `[n, m]`."""
+    differences = rows.copy()
+    differences[1:] -= rows[:-1]  # modulo 256
     streams = []
-    for strategy in _STRATEGIES:
-        packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, strategy)
-        streams.append(packer.compress(data) + packer.flush())
+    for kind, values in ((_PLAIN, rows), (_DIFFERENCES, differences)):
+        for strategy in _STRATEGIES:
+            packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, strategy)
+            streams.append(packer.compress(bytes([kind]) + values.tobytes()) + packer.flush())
     return min(streams, key=len)
 
 
-def _inflate(data: bytes, size: int) -> bytes | None:
-    """Returns what a raw DEFLATE stream holds; None if it is none, has bytes behind it, or holds more than `size`."""
+def _inflate(data: bytes, num_rows: int, size: int) -> bytes | None:
+    """Returns the bytes of `num_rows` rows, `size` in all; None if the stream is none, or holds anything else."""
     unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
-        found = unpacker.decompress(data, size + 1)  # one more tells that there is more
+        found = unpacker.decompress(data, size + 2)  # one more than there may be tells that there is more
     except zlib.error:
         return None
-    return found if unpacker.eof and not unpacker.unused_data else None
+    if not unpacker.eof or unpacker.unused_data or len(found) != size + 1 or found[0] not in (_PLAIN, _DIFFERENCES):
+        return None
+    if found[0] == _PLAIN:
+        return found[1:]
+    differences = np.frombuffer(found, dtype=np.int8, offset=1).reshape(num_rows, -1)
+    return np.cumsum(differences, axis=0, dtype=np.int8).tobytes()  # modulo 256
 
 
 def tensor_digest(message: tensor_pb2.Tensor) -> bytes:

@@ -465,6 +465,7 @@ def bench_wire(folder: Path, codecs: Sequence[str]) -> None:
     say("'every' is what the edge asks for, to be able to take over: a state after each of 8 cloud steps")
     say("  codec  prompt    request     plan   embeds    state    other      all      aim")
     aims = {("fp16", "new"): "190 KiB", ("int8", "new"): "100 KiB", ("int8", "known"): "40 KiB"}
+    say("'own': the edge has the cloud's text encoder, and encodes the new prompt itself")
     for row in measure(folder, codecs):
         sizes = "".join(f"{row[key]:9d}" for key in ("request", "plan", "embeds", "state", "other", "all"))
         say(f"  {row['codec']:6s} {row['prompt']:6s} {sizes}  {aims.get((row['codec'], row['prompt']), ''):>7s}")
@@ -497,7 +498,7 @@ def bench_codec(model: Model, bundle_folder: Path, *, steps: int, k: int, num_im
         start = initial_state(plan, noise.initial_latents(seed, 0, (manifest.latent_channels, *cells)))
         *_, handoff = denoise(plan, start, large, _no_noise, stop=call)
         finished = {}
-        for name, encoding in codec.ENCODINGS.items():
+        for name, encoding in ((name, codec.ENCODINGS[name]) for name in ("fp32", *errors)):
             through = [codec.decode_tensor(codec.encode_tensor(array, encoding)) for array in (*handoff.state, *pair)]
             conditioning = Conditioning(prompt_embeds=through[-1], negative_prompt_embeds=through[-2])
 

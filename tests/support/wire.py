@@ -22,7 +22,8 @@ def measure(folder: Path, codecs: Sequence[str] = tuple(codec.ENCODINGS)) -> Ite
     """Yields bytes by kind of message for each codec, at 512x512 with DPM-Solver++ 2M and guidance.
 
     The row "new" has the hand-off state only, the empty negative prompt known; "known" also knows prompt and plan;
-    "every" is "known" with a state after each of 8 cloud steps; "own" is "new" to an edge with the cloud's text encoder.
+    "every" is "known" with a state after each of 8 cloud steps; "own" is "new", the plan known, to an edge that has the
+    cloud's text encoder.
     """
     model = write_tiny_pipeline(folder / "sd1-shapes", context_length=77, embed_dim=768, size=512)
     with running_cloud(["--model", f"sd={model}", "--dtype", "fp32", "--prefix-cache", "0"], folder / "wire.log") as (

@@ -1,5 +1,6 @@
-"""A digest names what text encoders compute, whatever file they came from; a sample tells other embeddings from alike ones."""
+"""A digest names what text encoders compute, whatever file they came from; a sample tells other embeddings apart."""
 
+import json
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ TENSORS = {
     "layer.bias": RNG.normal(size=4).astype(np.float16),
 }
 CONFIG = {"hidden_act": "quick_gelu", "num_attention_heads": 2, "layer_norm_eps": 1e-5, "dropout": 0.0}
+OTHER_CONFIG = {"hidden_act": "gelu", "num_attention_heads": 1, "layer_norm_eps": 1e-6}
 TOKENS = Tokenizer(vocabulary={"a": 0, "b": 1, "ab": 2}, merges=("a b",), bos=3, eos=4, pad=4)
 
 
@@ -27,10 +29,8 @@ def test_the_digest_goes_by_content_alone() -> None:
     moved = {f"text_model.{name}": values for name, values in reversed(TENSORS.items())}
     moved["text_model.embeddings.position_ids"] = np.arange(3).astype(np.float16)
     assert digest(moved, {"dropout": 0.5, "dtype": "float16"}) == digest()
-    forms = [
-        '{"model": {"vocab": {"ab": 2, "b": 1, "a": 0}, "merges": %s}}' % merges
-        for merges in ('["a b"]', '[["a", "b"]]')
-    ]
+    vocabulary = {"ab": 2, "b": 1, "a": 0}
+    forms = [json.dumps({"model": {"vocab": vocabulary, "merges": merges}}) for merges in (["a b"], [["a", "b"]])]
     assert {digest(tokens=Tokenizer.parse(form, bos=3, eos=4, pad=4)) for form in forms} == {digest()}
 
 

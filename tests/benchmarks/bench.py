@@ -58,7 +58,7 @@ from tests.load.clients import request_of
 from tests.support.wire import measure
 
 CHILD_PARTS = ("devices", "loading")
-PARTS = ("engine", *CHILD_PARTS, "hybrid", "reuse", "wire", "codec", "start", "memory")
+PARTS = ("engine", *CHILD_PARTS, "hybrid", "reuse", "wire", "texts", "codec", "start", "memory")
 MIX = (
     # scheduler, guided: eight jobs that have nothing in common but the model
     ("dpmpp_2m", True), ("ddim", True), ("euler", True), ("pndm", True),
@@ -616,6 +616,10 @@ def main() -> None:
             say_reuse("in the engine", asyncio.run(reused_in_engine_s(model, 20 * repeats, calls)))
         if "wire" in wanted:
             bench_wire(Path(folder), codecs=("int8",) if options.smoke else tuple(codec.ENCODINGS))
+        if "texts" in wanted:
+            from tests.benchmarks.bench_texts import bench_texts  # onnx and transformers take seconds to import
+
+            bench_texts(smoke=options.smoke)
         if "codec" in wanted and not options.full:  # random weights say nothing about errors
             bench_codec(model, family / "edge", steps=steps, k=k, num_images=images)
         if "start" in wanted:

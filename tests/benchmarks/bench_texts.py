@@ -99,12 +99,8 @@ def say_likeness(name: str, network: CLIPTextModel, ids: np.ndarray, other_ids: 
         say(f"| {name} | {what} | {error:.1e} | {text_identity.distance(sample, embeds, None):.1e} |")
 
 
-def main() -> None:
-    """Prints Markdown tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="the smallest size: does it run?")
-    options = parser.parse_args()
-    say(f"machine: {machine()}")
+def bench_texts(*, smoke: bool = False) -> None:
+    """Prints Markdown tables; `smoke` only tries whether it runs."""
     tokenizer = CLIPTokenizer.from_pretrained(DEMO / "large" / "tokenizer")
     demo = CLIPTextModel.from_pretrained(DEMO / "large" / "text_encoder", dtype=torch.float32).eval()
     length = int(demo.config.max_position_embeddings)
@@ -113,7 +109,7 @@ def main() -> None:
         found = tokenizer(text, padding="max_length", truncation=True, max_length=length)["input_ids"]
         return np.array([found], dtype=np.int64)
 
-    large = clip_l(layers=1 if options.smoke else 12)
+    large = clip_l(layers=1 if smoke else 12)
     drawn = np.full((2, 77), 49407, dtype=np.int64)
     drawn[:, 0] = 49406
     drawn[:, 1:13] = np.random.default_rng(0).integers(0, 49000, size=(2, 12))
@@ -122,17 +118,29 @@ def main() -> None:
     )
     for text in TEXTS:
         say_bytes(f"demo, {len(tokenizer(text)['input_ids']) - 2} tokens", encode(demo, ids_of(text)))
-    say_bytes("CLIP-L's shape, 12 tokens", encode(large, drawn[:1]))
+    embeds = encode(large, drawn[:1])
+    say_bytes("CLIP-L's shape, 12 tokens", embeds)
+    embeds[:, [133, 725]] = -28.0, 33.0  # about what the real one has there
+    say_bytes("the same, two features of -28 and 33", embeds)
     say("\n| encoder | against torch in float32 | all values | the sample |\n| --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
         say_likeness("demo", demo, ids_of(TEXTS[1]), ids_of(OTHER), Path(folder))
-        if not options.smoke:
+        if not smoke:
             say_likeness("CLIP-L's shape", large, drawn[:1], drawn[1:], Path(folder))
     started_s = time.perf_counter()
     bundle_text_digest(large, DEMO / "edge" / "tokenizer.json")
     parameters = sum(weights.numel() for weights in large.parameters())
     say(f"\ndigest of {parameters:,} parameters: {time.perf_counter() - started_s:.2f} s; may differ by "
         f"{text_identity.TOLERANCE:g}")  # fmt: skip
+
+
+def main() -> None:
+    """Prints the machine and the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--smoke", action="store_true", help="the smallest size: does it run?")
+    options = parser.parse_args()
+    say(f"machine: {machine()}")
+    bench_texts(smoke=options.smoke)
 
 
 if __name__ == "__main__":

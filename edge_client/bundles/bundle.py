@@ -86,6 +86,8 @@ class Bundle:
             return b""
         try:
             digest = bytes.fromhex((self.folder / file.path).read_text(encoding="ascii").strip())
+            if len(digest) != hashlib.sha256().digest_size:
+                raise ValueError(f"it has {len(digest)} bytes, a SHA-256 has 32")
         except (OSError, ValueError) as error:
             raise Reason.MANIFEST_INVALID.error(
                 f"cannot read the digest in {self.folder / file.path}: {error}; fetch or export the bundle again",

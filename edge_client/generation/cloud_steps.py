@@ -251,8 +251,8 @@ class _Relay:
         yield Retrying(
             delay_s=0.0,
             reason=Reason.INTERNAL,
-            message=f"the text as encoded here is off by {off_by:.2g} from what {self._member.target} makes of it; "
-            f"with equal encoders it is at most {text_identity.TOLERANCE:g}: its embeddings are sent",
+            message=f"the text as encoded here is off by {off_by:.2g} of what {self._member.target} makes of it, where "
+            f"{text_identity.TOLERANCE:g} is allowed; its embeddings are sent instead",
         )
         self._remote.send_texts()
         yield from self.follow()

@@ -2,6 +2,7 @@
 embeddings: the image is there, and the same as far as arithmetic is.
 """
 
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ class Pair:
     model: Model
     bundle: Bundle
     models: Models
+    pipeline: Path | None = None
+    """Of the model."""
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +62,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return make_pair(root, write_tiny_pipeline(root / "large"))
 
 
-def make_pair(root: Path, pipeline: Path, *, bundle_kind: Any = "sd", **options: Any) -> Pair:
+def make_pair(root: Path, pipeline: Path, *, bundle_kind: Any = "sd") -> Pair:
     write_bundle(root / "edge", latent_space=LATENT_SPACE, kind=bundle_kind)
     manifest = share_texts(root / "edge", pipeline)
-    model = load_model(str(pipeline), place("cpu", "fp32"), **options)
-    return Pair(model, open_bundle(root / "edge"), Models(root / "edge", manifest, provider="cpu", threads=1))
+    models = Models(root / "edge", manifest, provider="cpu", threads=1)
+    return Pair(load_model(str(pipeline), place("cpu", "fp32")), open_bundle(root / "edge"), models, pipeline)
 
 
 def ask(**changes: Any) -> Request:
@@ -119,6 +122,7 @@ def test_the_image_is_that_of_sent_embeddings(
     assert own.received_bytes < sent.received_bytes - 250  # 16 values for 96
 
 
+@pytest.mark.slow
 def test_sdxl_has_both_encoders_and_pooled_texts(tmp_path: Path, connect: Connect) -> None:
     pipeline = write_tiny_pipeline(tmp_path / "xl", kind="sdxl")
     pair = make_pair(tmp_path, pipeline, bundle_kind="sdxl")
@@ -179,8 +183,7 @@ def write_lora(path: Path, layer: str, out: int, into: int) -> Path:
     return path
 
 
-def test_an_adapter_of_the_text_encoder_has_embeddings_sent(tmp_path: Path, connect: Connect) -> None:
-    pipeline = write_tiny_pipeline(tmp_path / "large")
+def test_an_adapter_of_the_text_encoder_has_embeddings_sent(pair: Pair, tmp_path: Path, connect: Connect) -> None:
     loras = [
         LoraSource(name, str(write_lora(tmp_path / f"{name}.safetensors", layer, 8, 8)))
         for name, layer in (
@@ -188,8 +191,9 @@ def test_an_adapter_of_the_text_encoder_has_embeddings_sent(tmp_path: Path, conn
             ("paint", "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"),
         )
     ]
-    pair = make_pair(tmp_path, pipeline, loras=loras)
-    with running_server(pair.model) as server:
+    model = load_model(str(pair.pipeline), place("cpu", "fp32"), loras=loras)
+    assert model.info.text_encoder_digest == pair.model.info.text_encoder_digest
+    with running_server(model) as server:
         cloud = connect(server)
         for asked, expected in (
             ((), "edge"),
@@ -258,12 +262,23 @@ def test_an_image_of_the_cloud_alone_needs_no_encoder(
     assert (result.embeddings_from, result.conditioning) == ("", None)
 
 
-def test_low_memory_has_the_unet_ready_again(pair: Pair, connect: Connect) -> None:
+def test_low_memory_has_the_unet_ready_again(pair: Pair, connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     """The text encoder took its place while the cloud drew; the first step here does not pay for it."""
+    warmed, warm_up = [], Models.warm_up
+
+    def note(models: Models) -> None:
+        warmed.append(threading.current_thread().name)
+        warm_up(models)
+
+    monkeypatch.setattr(Models, "warm_up", note)
     models = Models(pair.bundle.folder, pair.bundle.manifest, provider="cpu", threads=1, low_memory=True)
     with running_server(pair.model) as server:
         result, _ = run(ask(), replace(pair, models=models), connect(server))
     assert result.embeddings_from == "edge"
+    for thread in threading.enumerate():
+        if thread.name == "hybridsd-text":
+            thread.join()
+    assert "hybridsd-text" in warmed
 
 
 def test_a_server_that_does_not_know_the_codec_is_asked_for_a_simpler_one(

@@ -10,7 +10,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -43,6 +43,9 @@ class Encoded:
     num_dropped_tokens: int = 0
     pooled: Embeds | None = None
     """The embedding of the whole text, `[pooled_dim]`; None where the model has none."""
+    encoder_digest: bytes = b""
+    """Of the text encoders that made it (`hybridsd.text_identity`); empty where an adapter took part, or the caller
+    made it."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -156,6 +159,11 @@ class Adapters(Protocol):
         """Lets these adapters act from now on, and no others; cheap where they do already."""
         ...
 
+    @property
+    def are_acting(self) -> bool:
+        """Whether any of those that were selected last has a layer in these networks."""
+        ...
+
 
 class DiffusersDenoiser:
     """CLIP text encoders and a diffusers U-Net on one device."""
@@ -211,7 +219,10 @@ class DiffusersDenoiser:
     def encode(self, text: str, options: TextOptions, loras: Loras = (), num_chunks: int | None = None) -> Encoded:
         """See `Denoiser`."""
         _select(self._text_adapters, loras)
-        return self._texts.encode(text, options, num_chunks)
+        encoded = self._texts.encode(text, options, num_chunks)
+        if self._text_adapters is not None and self._text_adapters.are_acting:
+            return replace(encoded, encoder_digest=b"")
+        return encoded
 
     def conditions(self, rows: Sequence[Encoded], *, size: tuple[int, int], guidance_scale: float) -> Conditions:
         """See `Denoiser`."""

@@ -94,6 +94,8 @@ class ModelInfo:
     """Widths and heights that it was trained for, in pixels, where there are several."""
     scheduler_note: str = ""
     """What of the model's own scheduler is not followed by its default, and why; empty where all is."""
+    text_encoder_digest: bytes = b""
+    """See `hybridsd.text_identity`; empty before it was loaded."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -339,7 +341,8 @@ def _load(files: Files, placement: Placement, latent_space: str | None, loras: S
         name, files, described.parts, tensors,
         device=placement.device, has_zeros_for_empty=described.has_zeros_for_empty,
     )  # fmt: skip
-    info = replace(info, num_parameters=sum(parameter.numel() for parameter in unet.parameters()))
+    num_parameters = sum(parameter.numel() for parameter in unet.parameters())
+    info = replace(info, num_parameters=num_parameters, text_encoder_digest=encoders.digest)
     num_text_parameters = encoders.num_parameters  # before adapters
     adapters = _install(unet, encoders.networks, loras) if loras else None
     denoiser = DiffusersDenoiser(

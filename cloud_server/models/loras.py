@@ -97,12 +97,18 @@ class LoraSet:
             layer for network in networks for layer in network.modules() if isinstance(layer, BaseTunerLayer)
         ]
         self._selected: tuple[tuple[str, float], ...] | None = None
+        self._are_acting = False
         self.select(())
 
     @property
     def infos(self) -> tuple[LoraInfo, ...]:
         """The adapters."""
         return tuple(self._infos.values())
+
+    @property
+    def are_acting(self) -> bool:
+        """Whether any of those that were selected last has a layer in these networks."""
+        return self._are_acting
 
     def within(self, networks: Sequence[Any]) -> LoraSet:
         """Returns the same adapters, as far as they are within some of the networks, to be selected by themselves."""
@@ -125,13 +131,14 @@ class LoraSet:
         """
         if loras == self._selected:
             return
-        self._selected = None  # until all layers are set
+        self._selected, self._are_acting = None, False  # until all layers are set
         weights = {self._names[key]: weight for key, weight in loras}
         for layer in self._layers:
             names = [name for name in layer.scaling if name in weights]
             layer.enable_adapters(bool(names))
             if names:
                 layer.set_adapter(names, inference_mode=True)
+                self._are_acting = True
                 for name in names:
                     layer.scaling[name] = weights[name]  # the adapter's own scale is in its weights
         self._selected = loras

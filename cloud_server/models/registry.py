@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import structlog
 import torch
@@ -607,9 +607,8 @@ class ModelRegistry:
             if not is_wanted() or self._entries.get(entry.id) is not entry:
                 raise LoadCancelled
             before = entry.description
-            is_same = before is not None and replace(before.info, num_parameters=0, loras=()) == replace(
-                model.info, num_parameters=0, loras=()
-            )
+            unknown: dict[str, Any] = {"num_parameters": 0, "loras": (), "text_encoder_digest": b""}  # before a load
+            is_same = before is not None and replace(before.info, **unknown) == replace(model.info, **unknown)
             plans = before.plans if before is not None and is_same else model.plans
             entry.description = Description(model.info, plans, size_bytes, model.cost)
             entry.skeleton, entry.held[device], entry.load_s = skeleton, held, elapsed_s

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cloud_server.models import single_file
 from cloud_server.models.denoiser import Encoded
 from cloud_server.models.sources import TEXT_STEM, Files, ModelError, weights_of
-from hybridsd import prompting
+from hybridsd import prompting, text_identity
 from hybridsd.prompting import TextOptions
 
 Array = NDArray[np.float32]
@@ -24,7 +24,15 @@ Array = NDArray[np.float32]
 class ClipEncoder:
     """A CLIP text encoder and its tokenizer, as `prompting.encode` takes them."""
 
-    def __init__(self, network: Any, tokenizer: Any, *, device: torch.device, is_penultimate: bool = False) -> None:
+    def __init__(
+        self,
+        network: Any,
+        tokenizer: Any,
+        *,
+        device: torch.device,
+        is_penultimate: bool = False,
+        digest: bytes = b"",
+    ) -> None:
         """Takes loaded parts.
 
         Args:
@@ -33,8 +41,9 @@ class ClipEncoder:
             device: Where `network` is.
             is_penultimate: Whether the embeddings are the output of the last layer but one, without the final
                 normalization, as SDXL takes them; otherwise that of the last, with it.
+            digest: Of both (`hybridsd.text_identity`).
         """
-        self.network, self._tokenizer = network, tokenizer
+        self.network, self.digest, self._tokenizer = network, digest, tokenizer
         self._device, self._is_penultimate = device, is_penultimate
 
     @property
@@ -85,6 +94,14 @@ class TextEncoders:
         """Parameters of all of them."""
         return sum(parameter.numel() for network in self.networks for parameter in network.parameters())
 
+    @property
+    def digest(self) -> bytes:
+        """The digest of all of them (`hybridsd.text_identity`), 32 bytes; empty where it is not known."""
+        digests = [encoder.digest for encoder in self._encoders]
+        if not all(digests):
+            return b""
+        return text_identity.model_digest(digests, has_zeros_for_empty=self._has_zeros_for_empty)
+
     def encode(self, text: str, options: TextOptions, num_chunks: int | None = None) -> Encoded:
         """Returns embeddings `[n * context_length, D]`, D being the sum over the encoders; see `Denoiser.encode`."""
         if num_chunks is None:
@@ -93,7 +110,7 @@ class TextEncoders:
         embeds, pooled = np.concatenate([part.embeds for part in parts], axis=1), parts[-1].pooled
         if not text and self._has_zeros_for_empty:
             embeds, pooled = np.zeros_like(embeds), None if pooled is None else np.zeros_like(pooled)
-        return Encoded(embeds, max(part.num_dropped for part in parts), pooled)
+        return Encoded(embeds, max(part.num_dropped for part in parts), pooled, self.digest)
 
 
 def load_text_encoders(
@@ -121,10 +138,26 @@ def load_text_encoders(
     encoders = []
     for part in parts:
         network = _load_network(name, files, part, tensors)
-        network.to(device).eval().requires_grad_(False)
         tokenizer = _load_tokenizer(name, files, part.replace("text_encoder", "tokenizer"))
-        encoders.append(ClipEncoder(network, tokenizer, device=device, is_penultimate=len(parts) > 1))
+        is_penultimate = len(parts) > 1
+        digest = _digest(network, tokenizer, is_penultimate=is_penultimate)
+        network.to(device).eval().requires_grad_(False)
+        encoders.append(ClipEncoder(network, tokenizer, device=device, is_penultimate=is_penultimate, digest=digest))
     return TextEncoders(encoders, has_zeros_for_empty=has_zeros_for_empty)
+
+
+def _digest(network: Any, tokenizer: Any, *, is_penultimate: bool) -> bytes:
+    """Returns the digest of a network, on the CPU, and its tokenizer; empty for a tokenizer of another kind."""
+    try:
+        said = text_identity.Tokenizer.parse(
+            tokenizer.backend_tokenizer.to_str(),
+            bos=tokenizer.bos_token_id, eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id,
+        )  # fmt: skip
+    except (AttributeError, ValueError):
+        return b""
+    tensors = ((key, tensor.detach().to(torch.float16).numpy()) for key, tensor in network.state_dict().items())
+    layer = text_identity.LAST_BUT_ONE if is_penultimate else text_identity.LAST
+    return text_identity.encoder_digest(tensors, network.config.to_dict(), said, layer=layer)
 
 
 def _load_network(name: str, files: Files, part: str, tensors: single_file.Tensors | None) -> Any:

@@ -28,7 +28,7 @@ def text_options(text: pb.TextConditioning) -> TextOptions:
 
 def value_bytes(encoding: tensor_pb2.Encoding.ValueType) -> int:
     """Returns the size of a number on the wire."""
-    return {codec.FLOAT32: 4, codec.INT8: 1}.get(encoding, 2)
+    return {codec.FLOAT32: 4, codec.INT8: 1, codec.INT8_DEFLATE: 1}.get(encoding, 2)
 
 
 def read_conditioning(

@@ -51,6 +51,7 @@ MAX_READING = 64
 MAX_KNOWN_DIGESTS = 64
 MAX_GRACE_S = 60
 MAX_MODEL_CHANGES = 8
+KNOWN_ENCODINGS = tuple(codec.ENCODINGS.values())
 _DIGEST_BYTES = 32
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -72,6 +73,8 @@ class AnswerStyle:
     """States up to this call are not wanted."""
     residual_coding: ResidualCoding | None = None
     """None: states go whole."""
+    text_encoder_digest: bytes = b""
+    """Of the caller's text encoders; empty where it has none."""
 
     @property
     def codec(self) -> str:
@@ -210,6 +213,7 @@ class RequestReader:
             negative_prompt_digest=sent_digest(embeddings, "negative_") if embeddings and guided else None,
             resume_call=request.resume_call,
             residual_coding=read_residual_coding(request),
+            text_encoder_digest=request.text_encoder_digest,
         )
         prefix, reuse = prefix_digest(job, plan_digest), read_approximate_reuse(request)
         if reuse is not None:
@@ -338,9 +342,14 @@ def _check_scalars(request: pb.DenoiseRequest) -> None:
     for field, value, largest in ranges:
         if not 0 <= value <= largest:
             raise Reason.FIELD_INVALID.error(f"{field} is {value}; choose 0 to {largest}", field=field)
-    if request.encoding not in (0, *codec.ENCODINGS.values()):
+    if request.encoding not in (0, *KNOWN_ENCODINGS):
         raise Reason.FIELD_INVALID.error(
             f"encoding {request.encoding} is unknown; use {', '.join(codec.ENCODINGS)}", field="encoding"
+        )
+    if len(request.text_encoder_digest) not in (0, _DIGEST_BYTES):
+        raise Reason.FIELD_INVALID.error(
+            f"text_encoder_digest has {len(request.text_encoder_digest)} bytes; a SHA-256 has {_DIGEST_BYTES}",
+            field="text_encoder_digest",
         )
     for digest in request.known_digests:
         if len(digest) != _DIGEST_BYTES:
@@ -454,6 +463,8 @@ def _content(request: pb.DenoiseRequest) -> bytes:
     """Returns the digest of what a request asks for, without what may differ between two tries (docs/protocol.md)."""
     content = pb.DenoiseRequest()
     content.CopyFrom(request)
-    for field in ("request_id", "resume_call", "known_digests", "reattach_grace", "residual_coding"):
+    for field in (
+        "request_id", "resume_call", "known_digests", "reattach_grace", "residual_coding", "text_encoder_digest",
+    ):  # fmt: skip
         content.ClearField(field)
     return hashlib.sha256(content.SerializeToString(deterministic=True)).digest()

@@ -14,7 +14,7 @@ from cloud_server.models.denoiser import Encoded
 from cloud_server.models.load import ModelInfo
 from cloud_server.rpc.read_request import AnswerStyle
 from cloud_server.rpc.write_states import StateWriter
-from hybridsd import codec
+from hybridsd import codec, text_identity
 from hybridsd.durations import to_duration
 from hybridsd.limits import MAX_PROMPT_CHARS, MAX_STEPS
 from hybridsd.v1 import denoising_service_pb2 as pb
@@ -111,6 +111,8 @@ def _conditioning(encoded: Encoded, style: AnswerStyle, sent_digest: bytes | Non
     tensor = codec.encode_tensor(encoded.embeds, style.encoding)
     pooled = None if encoded.pooled is None else codec.encode_tensor(encoded.pooled, style.encoding)
     digest = codec.conditioning_digest(tensor, pooled)
+    if encoded.encoder_digest and encoded.encoder_digest == style.text_encoder_digest:
+        return pb.Conditioning(digest=digest, sample=text_identity.sample(encoded.embeds, encoded.pooled))
     if digest in style.known_digests:
         return pb.Conditioning(digest=digest)
     return pb.Conditioning(digest=digest, embeds=tensor, pooled=pooled)
@@ -196,4 +198,5 @@ def _model(info: ModelInfo, view: View, owner: str) -> pb.Model:
         scheduler_note=info.scheduler_note,
         state=STATES[view.state],
         loaded_on=[str(on.device) for on in view.devices if on.state is State.WARM],
+        text_encoder_digest=info.text_encoder_digest,
     )

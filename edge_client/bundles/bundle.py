@@ -79,6 +79,22 @@ class Bundle:
         many = "" if least is None else f": {least} or more of {steps} steps of {defaults.scheduler}"
         return f"{trained}the cloud draws those above{many}"
 
+    def text_encoder_digest(self) -> bytes:
+        """Returns the digest of its text encoders (`hybridsd.text_identity`), 32 bytes; empty where it does not say."""
+        file = self.manifest.files.get("text_encoder_digest")
+        if file is None:
+            return b""
+        try:
+            digest = bytes.fromhex((self.folder / file.path).read_text(encoding="ascii").strip())
+            if len(digest) != hashlib.sha256().digest_size:
+                raise ValueError(f"it has {len(digest)} bytes, a SHA-256 has 32")
+        except (OSError, ValueError) as error:
+            raise Reason.MANIFEST_INVALID.error(
+                f"cannot read the digest in {self.folder / file.path}: {error}; fetch or export the bundle again",
+                field="bundle",
+            ) from error
+        return digest
+
     def find_plan(self, scheduler: str, num_inference_steps: int, begin_step: int = 0) -> Plan | None:
         """Returns a plan of the bundle, or None; above 0 for the steps from `begin_step` on, begun afresh."""
         name = f"{scheduler}/{num_inference_steps}" + (f"@{begin_step}" if begin_step else "")

@@ -121,7 +121,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option(
         "--codec", type=click.Choice(CODECS), default=RESIDUAL, show_default=True,
-        help="How the cloud's states travel: residual is smallest by far, fp32 exact.",
+        help="How the cloud's states travel: residual is smallest by far, fp32 exact, int8z is int8 and smaller.",
     ),
     click.option(
         "--state-psnr", type=click.FloatRange(MIN_PSNR, MAX_PSNR), default=DEFAULT_PSNR, show_default=True,

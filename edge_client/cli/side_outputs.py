@@ -3,7 +3,7 @@
 import glob
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,10 @@ class SideOutputs:
                     field="save_latents_at",
                 )
             at = None if self.save_latents_at is None else before[-1]
+            if result.conditioning is None:  # no step was run here, and the cloud sent none
+                request, negative = result.request, result.negative_prompt if result.guidance_scale > 1 else None
+                conditioning, _ = models.encode_pair(result.prompt, negative, request.text_options)
+                result = replace(result, conditioning=conditioning)
             content = saved_state.dump(saved_state.saved_state(result, models.manifest.latent_space, at))
             output_files.write(self.save_latents, content, overwrite=self.overwrite)
         if self.save_steps is not None:

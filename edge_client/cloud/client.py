@@ -516,8 +516,12 @@ class RemoteJob:
                     rest is not None and error.reason is Reason.REQUEST_ID_REUSED
                 ):  # it knows the job, as another request
                     rest = None
-                elif not (error.reason is Reason.STATE_INVALID and self._conversation.send_whole()):
+                elif not self._conversation.is_simpler_without(error):
                     raise
+
+    def send_texts(self) -> None:
+        """Asks for embeddings from now on, even where the edge could make them."""
+        self._conversation.send_texts()
 
     def _stream(
         self, resume_call: int, rest: CloudSegment | None, timeout_s: float | None, poll_interval_s: float | None

@@ -19,6 +19,7 @@ from edge_client.cloud.types import (
     CloudState,
     CodedState,
     Queued,
+    TextSamples,
     Usage,
     printable,
 )
@@ -64,7 +65,9 @@ class Conversation:
         self._segment, self._cache = segment, cache
         self._asked = segment
         self._plan: Plan | None = segment.sent_plan
-        self._started_once, self._prediction_type = False, ""
+        self._tensors = codec.tensors_with(segment.request.codec, segment.request.state_psnr)
+        self._started_once, self._prediction_type, self._wants_texts = False, "", False
+        self._received: set[bytes] = set()
         self._conditioning: Conditioning | None = None
         self._texts: dict[bytes, pb.Conditioning] = {}
         self._plans: dict[bytes, Plan] = {}
@@ -72,7 +75,7 @@ class Conversation:
             if plan is not None:
                 self._plans[plan.digest()] = plan
         self._load_known()
-        self._own_messages, self._own = _encode_own(segment)
+        self._own_messages, self._own = self._encode_own()
         self._takes_residuals = segment.request.codec == codec.RESIDUAL
         self._sends_coded, self._was_coded = True, False
         self._message = self._build(segment)
@@ -92,10 +95,11 @@ class Conversation:
         chunks = MAX_CHUNKS if request.text_options.long_prompt == "chunk" else 1
         embeds = 2 * (chunks * math.prod(resolved.embed_shape) + resolved.pooled_dim)
         state = (MAX_ARRAYS + 1) * math.prod(resolved.latent_shape)
-        return (
-            codec.num_bytes(max(embeds, state), codec.encoding_of(request.codec))
-            + _ROW_BYTES * self._segment.schedule.num_steps
-        )
+        return codec.VALUE_BYTES[self._tensors] * max(embeds, state) + _ROW_BYTES * self._segment.schedule.num_steps
+
+    def send_texts(self) -> None:
+        """Asks for embeddings from now on, even where the edge could make them."""
+        self._wants_texts = True
 
     def request(self, *, resume_call: int, rest: CloudSegment | None = None) -> pb.DenoiseRequest:
         """Returns the request.
@@ -117,6 +121,8 @@ class Conversation:
         if self._takes_residuals:
             copy.residual_coding.precision = precision_of(self._segment.request.state_psnr)
             copy.residual_coding.max_state_bytes = self._segment.request.max_state_bytes
+        if self._wants_texts:
+            copy.text_encoder_digest = b""
         if copy.ByteSize() > MAX_REQUEST_BYTES:
             resolved = self._segment.resolved
             error = Reason.SIZE_INVALID.error(
@@ -132,18 +138,23 @@ class Conversation:
         """Asks for whole states from now on: residuals lead elsewhere here than they do in the cloud."""
         self._takes_residuals = False
 
-    def send_whole(self) -> bool:
-        """Sends the state to begin with whole from now on, for an older server; returns whether that is a change."""
-        was_coded = self._was_coded
-        self._sends_coded = self._was_coded = False
+    def is_simpler_without(self, error: InvalidRequest) -> bool:
+        """Leaves out what an older server does not know; returns whether that is what it refused."""
+        if error.reason is Reason.STATE_INVALID and self._was_coded:
+            self._sends_coded = self._was_coded = False
+        elif error.field == "encoding" and self._tensors in codec.SIMPLER:
+            self._tensors = codec.SIMPLER[self._tensors]
+            self._own_messages, self._own = self._encode_own()
+        else:
+            return False
         self._message = self._build(self._segment)
-        return was_coded
+        return True
 
     def _keys(self, text: str) -> tuple[str, ...]:
         request = self._segment.request
         options, loras = request.text_options, ",".join(f"{name}:{weight}" for name, weight in request.loras)
         kind = f"{options.long_prompt}:{options.weighting}:{loras}"
-        return ("conditioning", self._segment.stages[0].model, request.codec, kind, text)
+        return ("conditioning", self._segment.stages[0].model, self._tensors, kind, text)
 
     def _plan_key(self) -> tuple[str, ...]:
         stage = self._segment.stages[0]
@@ -172,8 +183,8 @@ class Conversation:
 
     def _build(self, segment: CloudSegment) -> pb.DenoiseRequest:
         resolved, request = segment.resolved, segment.request
-        exact = [_encode_exactly(array, request.codec) for array in segment.initial_state]
-        coded = _encode_coded(segment.coded_state, request.codec) if self._sends_coded and segment.coded_state else None
+        exact = [self._encode_exactly(array) for array in segment.initial_state]
+        coded = self._encode_coded(segment.coded_state) if self._sends_coded and segment.coded_state else None
         if coded is not None and coded.ByteSize() >= sum(tensor.ByteSize() for tensor in exact):
             coded = None
         message = pb.DenoiseRequest(
@@ -191,9 +202,10 @@ class Conversation:
             initial_coded_state=coded,
             state_every=request.state_every,
             preview_every=segment.preview_every,
-            encoding=codec.encoding_of(request.codec),
+            encoding=codec.ENCODINGS[self._tensors],
             known_digests=[*self._texts, *self._plans][:MAX_KNOWN_DIGESTS],
             reattach_grace=Duration(seconds=REATTACH_GRACE_S),
+            text_encoder_digest=segment.text_encoder_digest,
         )
         if self._own_messages is not None:
             message.embeddings.CopyFrom(self._own_messages)
@@ -208,8 +220,8 @@ class Conversation:
             message.loras.add(name=name, weight=weight)
         mask = None if request.image_input is None else request.image_input.mask_cells
         if segment.image_latents is not None and mask is not None:
-            message.inpainting.latents.CopyFrom(_encode_exactly(segment.image_latents, request.codec))
-            message.inpainting.mask.CopyFrom(_encode_exactly(mask, request.codec))
+            message.inpainting.latents.CopyFrom(self._encode_exactly(segment.image_latents))
+            message.inpainting.mask.CopyFrom(self._encode_exactly(mask))
         if request.approximate_reuse is not None:
             message.approximate_reuse.max_calls = request.approximate_reuse.max_calls
             message.approximate_reuse.min_similarity = request.approximate_reuse.min_similarity
@@ -224,8 +236,41 @@ class Conversation:
             message.scheduler.num_inference_steps = segment.schedule.num_inference_steps
         begins_with_noise = not coded.arrays if coded is not None else not segment.initial_state
         if request.initial_latents is not None and begins_with_noise:
-            message.initial_latents.CopyFrom(_encode_exactly(request.initial_latents, request.codec))
+            message.initial_latents.CopyFrom(self._encode_exactly(request.initial_latents))
         return message
+
+    def _encode_own(self) -> tuple[pb.EmbeddingConditioning | None, Conditioning | None]:
+        """Encodes the caller's embeddings, and returns them also as the cloud will see them."""
+        given = self._segment.conditioning
+        if given is None:
+            return None, None
+        message, seen = pb.EmbeddingConditioning(), {}
+        for name in _EMBEDDINGS:
+            array = getattr(given, name)
+            if name.startswith("negative") and not self._segment.takes_negative:
+                seen[name] = array  # it stays here
+            elif array is not None:
+                getattr(message, name).CopyFrom(codec.encode_tensor(array, codec.ENCODINGS[self._tensors]))
+                seen[name] = codec.decode_tensor(getattr(message, name))
+        return message, Conditioning(**{name: seen.get(name) for name in _EMBEDDINGS})  # type: ignore[arg-type]
+
+    def _encode_coded(self, coded: CodedState) -> pb.CodedState | None:
+        """Returns a state as it came; None where it came whole."""
+        if not coded.states:
+            return None
+        states = [
+            pb.Residuals(call=call, residuals=map(codec.encode_residual, residuals)) for call, residuals in coded.states
+        ]
+        arrays = [self._encode_exactly(array) for array in coded.arrays]
+        return pb.CodedState(call=coded.call, arrays=arrays, states=states)
+
+    def _encode_exactly(self, array: Latents) -> tensor_pb2.Tensor:
+        """Encodes an array in the smallest way that loses nothing: as the cloud sent it, where it did."""
+        for name in dict.fromkeys((self._tensors, "fp16")):
+            message = codec.encode_tensor(array, codec.ENCODINGS[name])
+            if np.array_equal(codec.decode_tensor(message), array):
+                return message
+        return codec.encode_tensor(array, codec.FLOAT32)
 
     def read(self, message: pb.DenoiseResponse) -> CloudEvent | None:
         """Returns a message as an event; None for a heartbeat, or what a newer server may add.
@@ -275,8 +320,8 @@ class Conversation:
             _refuse(f"prediction type {prediction_type[:40]!r} after {self._prediction_type!r}")
         if segment.sent_plan is None:
             check_plan(plan, prediction_type, has_mask=segment.image_latents is not None)
-        conditioning = self._own
-        if conditioning is None and started.HasField("prompt"):
+        conditioning, samples = self._own, self._samples(started)
+        if conditioning is None and samples is None and started.HasField("prompt"):
             prompt, pooled = self._embeds(started.prompt, segment.request.prompt)
             negative = negative_pooled = None
             if started.HasField("negative_prompt"):  # none from a model that has guidance as an input
@@ -299,13 +344,25 @@ class Conversation:
             request_id=printable(started.request_id),
             model=printable(started.model),
             plan=plan,
-            conditioning=conditioning if followed is None else followed,
+            conditioning=None if conditioning is None else conditioning if followed is None else followed,
+            samples=samples,
+            are_texts_cached=self._own is None and not self._received,
             guidance_scale=started.guidance_scale,
             num_dropped_tokens=started.num_dropped_tokens,
             prediction_type=prediction_type,
             reused_steps=self._reused_steps(plan, started.num_reused_calls),
             similarity=self._similarity(started),
         )
+
+    def _samples(self, started: pb.Started) -> TextSamples | None:
+        """Returns samples of embeddings that the edge is to make itself; None where all are here, or sent."""
+        asked = self._segment.text_encoder_digest and not self._wants_texts
+        texts = [getattr(started, name) for name in ("prompt", "negative_prompt") if started.HasField(name)]
+        is_here = all(text.HasField("embeds") or text.digest in self._texts for text in texts)
+        if not asked or is_here or not all(text.sample for text in texts):
+            return None
+        prompt, *negative = (tuple(text.sample) for text in texts)
+        return TextSamples(prompt=prompt, negative_prompt=negative[0] if negative else None)
 
     def _reused_steps(self, plan: Plan, num_calls: int) -> range:
         """Returns the whole steps that calls which were not run belong to."""
@@ -345,6 +402,7 @@ class Conversation:
             if _digest(message) != digest:
                 _refuse("embeddings that do not match their digest")
             decoded = self._decode(message)
+            self._received.add(digest)
             self._texts[digest] = message
             self._cache.store(digest, message.SerializeToString(), self._keys(text))
             return decoded
@@ -430,42 +488,6 @@ class Conversation:
     def _draw_noise(self, call: int) -> Latents:
         segment = self._segment
         return noise.call_noise(segment.request.seed, segment.image_index, call, segment.resolved.latent_shape)
-
-
-def _encode_own(segment: CloudSegment) -> tuple[pb.EmbeddingConditioning | None, Conditioning | None]:
-    """Encodes the caller's embeddings, and returns them also as the cloud will see them."""
-    given = segment.conditioning
-    if given is None:
-        return None, None
-    encoding, message, seen = codec.encoding_of(segment.request.codec), pb.EmbeddingConditioning(), {}
-    for name in _EMBEDDINGS:
-        array = getattr(given, name)
-        if name.startswith("negative") and not segment.takes_negative:
-            seen[name] = array  # it stays here
-        elif array is not None:
-            getattr(message, name).CopyFrom(codec.encode_tensor(array, encoding))
-            seen[name] = codec.decode_tensor(getattr(message, name))
-    return message, Conditioning(**{name: seen.get(name) for name in _EMBEDDINGS})  # type: ignore[arg-type]
-
-
-def _encode_coded(coded: CodedState, codec_name: str) -> pb.CodedState | None:
-    """Returns a state as it came; None where it came whole."""
-    if not coded.states:
-        return None
-    states = [
-        pb.Residuals(call=call, residuals=map(codec.encode_residual, residuals)) for call, residuals in coded.states
-    ]
-    arrays = [_encode_exactly(array, codec_name) for array in coded.arrays]
-    return pb.CodedState(call=coded.call, arrays=arrays, states=states)
-
-
-def _encode_exactly(array: Latents, codec_name: str) -> tensor_pb2.Tensor:
-    """Encodes an array in the smallest way that loses nothing: as the cloud sent it, where it did."""
-    for encoding in dict.fromkeys((codec.encoding_of(codec_name), codec.FLOAT16)):
-        message = codec.encode_tensor(array, encoding)
-        if np.array_equal(codec.decode_tensor(message), array):
-            return message
-    return codec.encode_tensor(array, codec.FLOAT32)
 
 
 def check_plan(plan: Plan, prediction_type: str, *, has_mask: bool = False) -> None:

@@ -62,6 +62,8 @@ class CloudSegment:
     preview_every: int
     coded_state: CodedState | None = None
     """`initial_state` as a cloud sent it, where one did."""
+    text_encoder_digest: bytes = b""
+    """Of the edge's text encoders: a cloud that has the same sends no embeddings. Empty where it does not say."""
     followed: Conditioning | None = None
     """Embeddings that another cloud sent before: those of this one must be the same, as far as its arithmetic is."""
 
@@ -203,6 +205,15 @@ class Waiting:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TextSamples:
+    """What embeddings of the cloud are in a few places (`hybridsd.text_identity.sample`)."""
+
+    prompt: tuple[float, ...]
+    negative_prompt: tuple[float, ...] | None
+    """None where there are no unconditional ones."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CloudStarted:
     """The cloud has begun; carries what the edge needs to resume by itself."""
 
@@ -211,6 +222,10 @@ class CloudStarted:
     plan: Plan
     conditioning: Conditioning | None
     """None when the cloud did not send any: the edge encodes the text itself."""
+    samples: TextSamples | None = None
+    """Of those that the cloud did not send, since the edge has the encoders that made them."""
+    are_texts_cached: bool = False
+    """Whether all of `conditioning` was known here before."""
     guidance_scale: float
     num_dropped_tokens: int
     prediction_type: str = ""

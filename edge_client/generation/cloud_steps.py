@@ -3,7 +3,8 @@
 import hashlib
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import NoReturn, Protocol
 
@@ -20,9 +21,11 @@ from edge_client.cloud.types import (
     Waiting,
 )
 from edge_client.generation.events import EarlyHandoff, Event, Failover, Retrying, StepDone
+from edge_client.generation.texts import OwnTexts
 from edge_client.generation.trajectory import Trajectory
 from edge_client.request import Patience, Stage
 from edge_client.types import Latents
+from hybridsd import text_identity
 from hybridsd.errors import (
     Cancelled,
     CloudBusy,
@@ -97,6 +100,7 @@ def make_cloud_segment(
         coded_state=trajectory.coded_state,
         image_latents=trajectory.image_latents,
         preview_every=request.preview_every if one_call_a_step else min(request.preview_every, 1),
+        text_encoder_digest=b"" if is_own else bundle.text_encoder_digest(),
     )
 
 
@@ -106,6 +110,7 @@ def run_cloud_segment(
     pool: Pool | None,
     advisor: Advisor | None,
     poll_interval_s: float | None = None,
+    texts: OwnTexts | None = None,
 ) -> Iterator[Event]:
     """Lets the cloud run its steps; the edge can continue from any state that arrives.
 
@@ -117,6 +122,7 @@ def run_cloud_segment(
         pool: The clouds to ask; None is a lost one.
         advisor: May shorten it.
         poll_interval_s: Yields `Waiting` when nothing has come for so long; None never does.
+        texts: Encodes the text here meanwhile, where the cloud leaves that to the edge; None where no step is its own.
 
     Raises:
         HybridSDError: By the table; CLOUD_FAILURES where the edge may take over.
@@ -129,7 +135,7 @@ def run_cloud_segment(
         trajectory.cloud_deadline = time.monotonic() + deadline_s
     relay = _Relay(
         segment=segment, trajectory=trajectory, pool=pool, advisor=advisor, poll_interval_s=poll_interval_s,
-        deadline=trajectory.cloud_deadline, earlier_cloud_steps=trajectory.cloud_steps,
+        deadline=trajectory.cloud_deadline, earlier_cloud_steps=trajectory.cloud_steps, texts=texts,
     )  # fmt: skip
     if advisor is not None:
         advisor.on_begin(time.perf_counter())
@@ -176,7 +182,9 @@ class _Relay:
         poll_interval_s: float | None,
         deadline: float | None,
         earlier_cloud_steps: int,
+        texts: OwnTexts | None,
     ) -> None:
+        self._texts = texts
         self._segment, self._trajectory, self._pool = segment, trajectory, pool
         self._advisor, self._poll_interval_s, self._deadline = advisor, poll_interval_s, deadline
         self.earlier_cloud_steps = earlier_cloud_steps
@@ -218,17 +226,38 @@ class _Relay:
         left_s = None if self._deadline is None else self._deadline - time.monotonic()
         if left_s is not None and left_s <= 0:
             raise Reason.DEADLINE_EXCEEDED.error(f"the cloud was not done after {self._segment.request.deadline_s} s")
-        trajectory = self._trajectory
-        for event in self._follower.follow(left_s):
-            if isinstance(event, StepDone):
-                self._member.got_on()
-                if event.ends_step:
-                    self._boundary = (trajectory.step, trajectory.call, trajectory.state, trajectory.coded_state)
-            elif isinstance(event, CloudStarted):
-                self._has_started = self._was_accepted = True
-            yield event
+        trajectory, off_by = self._trajectory, None
+        with closing(self._follower.follow(left_s)) as events:
+            for event in events:
+                if isinstance(event, StepDone):
+                    self._member.got_on()
+                    if event.ends_step:
+                        self._boundary = (trajectory.step, trajectory.call, trajectory.state, trajectory.coded_state)
+                elif isinstance(event, CloudStarted):
+                    self._has_started = self._was_accepted = True
+                    if self._texts is not None:
+                        self._texts.begin()
+                yield event
+                if self._texts is not None:
+                    off_by = self._texts.distance_if_off(wait=self.has_handoff)
+                if off_by is not None:
+                    break
+        if off_by is not None:
+            yield from self._ask_for_texts(off_by)
+            return
         if not trajectory.early_handoff_reason and not self.has_handoff:
             raise Reason.UNAVAILABLE.error(f"{self._member.target} ended the job before the hand-off")
+
+    def _ask_for_texts(self, off_by: float) -> Iterator[Event]:
+        """Attaches to the job again, which this time sends its embeddings."""
+        yield Retrying(
+            delay_s=0.0,
+            reason=Reason.INTERNAL,
+            message=f"the text as encoded here is off by {off_by:.2g} of what {self._member.target} makes of it, where "
+            f"{text_identity.TOLERANCE:g} is allowed; its embeddings are sent instead",
+        )
+        self._remote.send_texts()
+        yield from self.follow()
 
     def recover(self, error: HybridSDError) -> Iterator[Event]:
         """Has the job asked for again: of the same cloud, or of another.
@@ -447,9 +476,14 @@ class _Follower:
         return self.trajectory.call > self.segment.first_call
 
     def rest(self) -> CloudSegment | None:
-        """Returns the segment from the held state on; None where that is in the middle of a step, or not there."""
+        """Returns the segment from the held state on; None where there is none, or no step begins there."""
         trajectory, plan = self.trajectory, self.trajectory.plan
-        if not self.has_state or plan is None or plan.first_call(trajectory.step) != trajectory.call:
+        if (
+            not self.has_state
+            or plan is None
+            or self.has_handoff
+            or plan.first_call(trajectory.step) != trajectory.call
+        ):
             return None
         return _from(self.segment, trajectory.step, trajectory.call, trajectory.state, trajectory.coded_state)
 
@@ -461,7 +495,7 @@ class _Follower:
             self.has_state and plan is not None and self.trajectory.call == plan.first_call(self.segment.handoff_step)
         )
 
-    def follow(self, timeout_s: float | None) -> Iterator[Event]:
+    def follow(self, timeout_s: float | None) -> Generator[Event]:
         """Follows one stream to its end, or until the advisor ends it."""
         trajectory, advisor = self.trajectory, self.advisor
         last, position = time.perf_counter(), None

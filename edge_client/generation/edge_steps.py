@@ -1,4 +1,4 @@
-"""The edge's steps of an image, and its text."""
+"""The edge's steps of an image."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -8,8 +8,8 @@ import numpy as np
 from edge_client.generation.components import Components
 from edge_client.generation.events import StepDone
 from edge_client.generation.schedules import find_plan
+from edge_client.generation.texts import encode_text
 from edge_client.generation.trajectory import Trajectory
-from edge_client.inference.models import Models
 from edge_client.request import Stage
 from edge_client.types import Latents
 from hybridsd import noise, noise_levels, tracing
@@ -87,28 +87,3 @@ def run_edge_stage(stage: Stage, trajectory: Trajectory, components: Components)
                 unet=unet, is_trained=models.manifest.is_trained_for(timestep),
             )  # fmt: skip
             last = time.perf_counter()
-
-
-def encode_text(trajectory: Trajectory, models: Models, *, negative: bool) -> None:
-    """Encodes the text here, unless the trajectory has its embeddings.
-
-    Args:
-        trajectory: Gets them.
-        models: The edge's.
-        negative: Whether unconditional embeddings are needed.
-    """
-    held, request = trajectory.conditioning, trajectory.resolved.request
-    if held is not None and (not negative or held.negative_prompt_embeds is not None):
-        return
-    begin = time.perf_counter()
-
-    def count() -> None:
-        for role in ("text_encoder", "text_encoder_2"):
-            if role in models.manifest.files:
-                trajectory.tally.count(models.manifest, role)
-
-    with tracing.start("encode text", request.trace), trajectory.tally.measuring():
-        trajectory.conditioning, trajectory.num_dropped_tokens = models.encode_pair(
-            request.prompt, request.negative_prompt if negative else None, request.text_options, on_encode=count
-        )
-    trajectory.text_s += time.perf_counter() - begin

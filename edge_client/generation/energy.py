@@ -52,6 +52,13 @@ class Tally:
         parts = (self._measured_j, share.joules)
         self._measured_j = None if None in parts else sum(part for part in parts if part is not None)
 
+    def add(self, other: "Tally") -> None:
+        """Counts what another has counted, of work of this image on another thread."""
+        self._has_worked |= other._has_worked
+        for name in ("_measured_j", "_macs"):
+            parts = (getattr(self, name), getattr(other, name))
+            setattr(self, name, None if None in parts else sum(parts))
+
     def count(self, manifest: Manifest, role: str, cells: int = 0, rows: int = 1) -> None:
         """Counts work of a network: a call of so many rows, for an image of so many latent cells."""
         coefficients = manifest.macs.get(role)

@@ -14,12 +14,13 @@ from edge_client.cloud.pool import Pool
 from edge_client.cloud.types import CLOUD_FAILURES
 from edge_client.generation.cloud_steps import Advisor, make_cloud_segment, run_cloud_segment
 from edge_client.generation.components import Components
-from edge_client.generation.edge_steps import encode_text, run_edge_stage
+from edge_client.generation.edge_steps import run_edge_stage
 from edge_client.generation.energy import Account, Tally
 from edge_client.generation.events import Event, Finished
 from edge_client.generation.levels import count_untrained, fit_levels
 from edge_client.generation.result import Result, SafetyReport
 from edge_client.generation.schedules import enter_schedule, foresee_plan, start_from_image
+from edge_client.generation.texts import OwnTexts, encode_text
 from edge_client.generation.trajectory import Trajectory
 from edge_client.images.pixels import composite, resize, to_u8
 from edge_client.inference.models import Models
@@ -156,8 +157,10 @@ def _run_stages(
                 stages, trajectory, components.bundle, handoff_step=handoff_step, takes_negative=takes_negative
             )
             watch = advisor if len(pending) <= 1 else None
+            is_own_next = any(each.place == "edge" for each in pending)
+            texts = OwnTexts(trajectory, components.models) if is_own_next else None
             try:
-                yield from run_cloud_segment(segment, trajectory, components.cloud, watch, poll_interval_s)
+                yield from run_cloud_segment(segment, trajectory, components.cloud, watch, poll_interval_s, texts)
             except CLOUD_FAILURES as error:
                 if not request.fallback:
                     raise

@@ -98,6 +98,9 @@ class Result:
     plan: Plan
     conditioning: Conditioning | None
     """None when nothing here needed it and the cloud did not send it."""
+    embeddings_from: str
+    """Where the embeddings here are from: "edge", encoded here; "cloud", sent; "cache", sent for an earlier image;
+    "file"; empty where none are."""
     num_dropped_tokens: int
     received_bytes: int
     """Bytes of all messages of the stream."""

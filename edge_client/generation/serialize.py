@@ -27,7 +27,7 @@ _REST_FIELDS = (
     "prompt", "negative_prompt", "seed", "image_index", "width", "height", "scheduler", "num_inference_steps",
     "begin_step", "guidance_scale", "mode", "cloud_model", "edge_model", "planned_cloud_steps", "actual_cloud_steps",
     "reused_cloud_steps", "reuse_similarity", "fallback_message", "early_handoff_reason", "received_bytes",
-    "num_dropped_tokens", "untrained_steps", "high_noise_steps", "decode_s", "elapsed_s", "trace_id",
+    "embeddings_from", "num_dropped_tokens", "untrained_steps", "high_noise_steps", "decode_s", "elapsed_s", "trace_id",
 )  # fmt: skip
 
 
@@ -87,6 +87,7 @@ def result_json(result: Result) -> dict[str, Any]:
         "trace_id": result.trace_id,
         "clouds": [asdict(run) for run in result.clouds],  # not in files: whose servers they are is nobody's business
         "received_bytes": result.received_bytes,
+        "embeddings_from": result.embeddings_from,
         "reuse_similarity": result.reuse_similarity,
         "reused_cloud_steps": result.reused_cloud_steps,  # not in files, which are the same without
         "usage": None if result.usage is None else asdict(result.usage),

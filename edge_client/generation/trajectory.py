@@ -1,10 +1,11 @@
 """How far an image is, and its result in the end."""
 
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from edge_client.cloud.types import CloudStarted, CodedState, Usage
+from edge_client.cloud.types import CloudStarted, CodedState, TextSamples, Usage
 from edge_client.generation.energy import Tally
 from edge_client.generation.events import Fallback, Planned, StepDone
 from edge_client.generation.result import CloudRun, Result, SafetyReport, StepRecord
@@ -16,6 +17,16 @@ from hybridsd.plan import Plan
 
 SCHEDULE_IMAGES = 0x4000
 """Each further schedule draws the noise of image `image_index + SCHEDULE_IMAGES`, for its calls begin at 0 again."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MadeTexts:
+    """What this device made of the texts of an image."""
+
+    conditioning: Conditioning
+    num_dropped_tokens: int
+    elapsed_s: float
+    tally: Tally
 
 
 @dataclass(kw_only=True, slots=True)
@@ -34,6 +45,12 @@ class Trajectory:
     """`state` as a cloud sent it, where one did."""
     plan: Plan | None = None
     conditioning: Conditioning | None = None
+    embeddings_from: str = ""
+    """Where they are from; see `Result`."""
+    samples: TextSamples | None = None
+    """What the cloud's embeddings are in a few places, for own ones to be compared with."""
+    making_texts: Future[MadeTexts] | None = None
+    """A thread encodes the text."""
     image_latents: Latents | None = None
     """Latents of the given image."""
     schedule_index: int = 0
@@ -69,7 +86,8 @@ class Trajectory:
         saved = resolved.request.resume
         if saved is None:
             given = resolved.request.conditioning
-            return cls(resolved=resolved, prediction_type=prediction_type, conditioning=given)
+            source = "" if given is None else "file"
+            return cls(resolved=resolved, prediction_type=prediction_type, conditioning=given, embeddings_from=source)
         step = saved.plan.step_at(saved.call)
         begins_there = bool(resolved.stages) and resolved.stages[0].place == "cloud"
         if saved.call != saved.plan.first_call(step) and begins_there:
@@ -85,6 +103,7 @@ class Trajectory:
             state=saved.state,
             plan=saved.plan,
             conditioning=saved.conditioning,
+            embeddings_from="" if saved.conditioning is None else "file",
             cloud_model=saved.cloud_model,
         )
 
@@ -165,8 +184,19 @@ class Trajectory:
         if started.similarity is not None:
             self.reuse_similarity = started.similarity
         self.plan, self.cloud_model, self.prediction_type = started.plan, started.model, prediction_type
-        self.conditioning = self.conditioning if started.conditioning is None else started.conditioning
+        if started.conditioning is not None:
+            self.embeddings_from = self.embeddings_from or ("cache" if started.are_texts_cached else "cloud")
+            self.conditioning = started.conditioning
+        self.samples = started.samples
         self.num_dropped_tokens = max(self.num_dropped_tokens, started.num_dropped_tokens)  # 0 for embeddings
+
+    def take_texts(self, made: MadeTexts) -> None:
+        """Takes over what this device made of the texts, where no cloud has sent its own meanwhile."""
+        self.tally.add(made.tally)
+        self.text_s += made.elapsed_s
+        if self.conditioning is None:
+            self.conditioning, self.embeddings_from = made.conditioning, "edge"
+            self.num_dropped_tokens = made.num_dropped_tokens
 
     def note_run(self, server: str, first_step: int, model: str = "") -> None:
         """Notes that a cloud has begun, or that it got on to the current step.
@@ -286,6 +316,7 @@ class Trajectory:
             request_id=request.request_id,
             plan=self.plan,
             conditioning=self.conditioning,
+            embeddings_from=self.embeddings_from,
             num_dropped_tokens=self.num_dropped_tokens,
             received_bytes=self.received_bytes,
             energy=energy,

@@ -14,6 +14,7 @@ from edge_client.inference.models import Models
 from edge_client.request import Resolved
 from edge_client.split.cost_model import Costs
 from hybridsd import noise
+from hybridsd.codec import VALUE_BYTES
 from hybridsd.errors import HybridSDError
 
 LINK_BYTES = 1 << 20
@@ -21,8 +22,8 @@ LINK_S = 0.5
 """A download is timed up to so many bytes or seconds, whichever comes first."""
 LINK_BYTES_PER_S = 1e7
 """Assumed of a link where the server has nothing to time it on."""
-_BYTES_PER_VALUE = {"residual": 0.25, "fp32": 8.0, "fp16": 4.0, "int8": 2.0}
-"""Of a state; most solvers carry 2 arrays."""
+_STATE_BYTES_PER_VALUE = {"residual": 0.25, **{name: 2.0 * size for name, size in VALUE_BYTES.items()}}
+"""Most solvers carry 2 arrays."""
 
 
 class Reachable(Protocol):
@@ -111,7 +112,7 @@ def measure(resolved: Resolved, bundle: Bundle, models: Models, cloud: Pool | Cl
     begin = time.perf_counter()
     models.decode(latents)
     decode_s = time.perf_counter() - begin
-    state_bytes = int(_BYTES_PER_VALUE[request.codec] * math.prod(resolved.latent_shape))
+    state_bytes = int(_STATE_BYTES_PER_VALUE[request.codec] * math.prod(resolved.latent_shape))
     edge_step_s *= calls_a_step
     costs = Costs(
         cloud_step_s=edge_step_s, edge_step_s=edge_step_s, text_s=text_s, decode_s=decode_s,

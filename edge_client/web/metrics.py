@@ -97,6 +97,10 @@ class Metrics:
         self.received_bytes = self._make(
             Counter, "received_bytes", "Bytes of the messages of clouds, of finished images, by codec.", "codec"
         )
+        self.embeddings = self._make(
+            Counter, "embeddings", "Finished images with steps of a cloud, by where their embeddings are from: edge,"
+            " cloud, cache or file; none where none are here.", "source",
+        )  # fmt: skip
         # Requests.
         self.requests = self._make(
             Counter, "http_requests", "Requests by route, never by path; other where there is none.", "method", "route",
@@ -183,6 +187,8 @@ class Metrics:
                 self.decode.observe(result.decode_s)
                 if result.planned_cloud_steps:
                     self.handoff.observe(result.first_step + cloud_steps)
+                if cloud_steps:
+                    self.embeddings.labels(result.embeddings_from or "none").inc()
                 if result.received_bytes:
                     self.received_bytes.labels(result.codec).inc(result.received_bytes)
 

@@ -6,6 +6,7 @@ Knows nothing of the network. Everything is checked before a byte of payload is 
 import hashlib
 import math
 import struct
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,19 +22,34 @@ from hybridsd.v1 import denoising_service_pb2, plan_pb2, tensor_pb2
 FLOAT32 = tensor_pb2.ENCODING_FLOAT32
 FLOAT16 = tensor_pb2.ENCODING_FLOAT16
 INT8 = tensor_pb2.ENCODING_INT8
+INT8_DEFLATE = tensor_pb2.ENCODING_INT8_DEFLATE
 
-ENCODINGS: dict[str, tensor_pb2.Encoding.ValueType] = {"fp32": FLOAT32, "fp16": FLOAT16, "int8": INT8}
+ENCODINGS: dict[str, tensor_pb2.Encoding.ValueType] = {
+    "fp32": FLOAT32, "fp16": FLOAT16, "int8": INT8, "int8z": INT8_DEFLATE,
+}  # fmt: skip
 """Encodings by the names that people use."""
 RESIDUAL = "residual"
 """The name of states that are sent as residuals (`hybridsd.closed_loop`)."""
+INT8_PSNR = 66.0
+"""What int8 can be trusted with."""
 CODECS = (RESIDUAL, *ENCODINGS)
 """How states can travel, by the names that people use."""
+SIMPLER = {"int8z": "int8"}
+"""What to ask a server for that does not know an encoding."""
+VALUE_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "int8z": 1}
+"""Of a value, by the same names; of one that is compressed at most."""
 
 MAX_VALUES = 2**22
 MAX_MAGNITUDE = 65504.0
 """What float16 holds. Latents and embeddings are near 1; whatever is larger would overflow on the way."""
 _MAX_AXIS = 65536
 _DTYPES: dict[int, np.dtype[Any]] = {FLOAT32: np.dtype("<f4"), FLOAT16: np.dtype("<f2"), INT8: np.dtype("i1")}
+_DTYPES[INT8_DEFLATE] = _DTYPES[INT8]
+_INT8 = (INT8, INT8_DEFLATE)
+_PLAIN, _DIFFERENCES = 0, 1
+"""The first byte of what is deflated: the rest as it is, or each row less the one before, modulo 256."""
+_STRATEGIES = (zlib.Z_HUFFMAN_ONLY, zlib.Z_DEFAULT_STRATEGY)
+"""What compresses noise best, and what repeats (chunks of padding) best."""
 
 
 def encode_tensor(array: NDArray[np.float32], encoding: tensor_pb2.Encoding.ValueType) -> tensor_pb2.Tensor:
@@ -42,7 +58,7 @@ def encode_tensor(array: NDArray[np.float32], encoding: tensor_pb2.Encoding.Valu
     Args:
         array: 1 to 4 axes, finite, of magnitude up to 65504 to be accepted. With INT8 each index of the first axis has
             a scale of its own: largest magnitude / 127.
-        encoding: FLOAT32 (exact), FLOAT16 (saturates at 65504) or INT8.
+        encoding: FLOAT32 (exact), FLOAT16 (saturates at 65504), INT8, or INT8_DEFLATE (the same values, smaller).
 
     Raises:
         InvalidRequest: TENSOR_INVALID if a value is not finite.
@@ -50,12 +66,13 @@ def encode_tensor(array: NDArray[np.float32], encoding: tensor_pb2.Encoding.Valu
     if not np.isfinite(array).all():
         raise Reason.TENSOR_INVALID.error("a tensor to send has values that are not finite")
     message = tensor_pb2.Tensor(encoding=encoding, shape=array.shape)
-    if encoding == INT8:
+    if encoding in _INT8:
         rows = array.reshape(array.shape[0], -1).astype(np.float32)
         scale = np.abs(rows).max(axis=1) / np.float32(127)
         safe = np.where(scale > 0, scale, np.float32(1))
         message.scale.extend(scale.tolist())
-        message.data = np.clip(np.rint(rows / safe[:, None]), -127, 127).astype(np.int8).tobytes()
+        values = np.clip(np.rint(rows / safe[:, None]), -127, 127).astype(np.int8)
+        message.data = values.tobytes() if encoding == INT8 else _deflate(values)
     elif encoding == FLOAT16:
         message.data = np.clip(array, -65504, 65504).astype("<f2").tobytes()
     else:
@@ -93,12 +110,20 @@ def decode_tensor(
     size = math.prod(actual)
     if size > MAX_VALUES:
         raise refuse(f"shape {list(actual)} holds {size} values; at most {MAX_VALUES} are allowed")
-    if len(message.data) != size * dtype.itemsize:
-        raise refuse(f"{len(message.data)} bytes for shape {list(actual)}; it must be {size * dtype.itemsize}")
-    expected_scales = actual[0] if message.encoding == INT8 else 0
+    data = message.data
+    if message.encoding == INT8_DEFLATE:
+        inflated = _inflate(data, actual[0], size)
+        if inflated is None:
+            raise refuse(
+                f"its data is no raw DEFLATE stream of 0 or 1 and {size} bytes, which shape {list(actual)} takes"
+            )
+        data = inflated
+    if len(data) != size * dtype.itemsize:
+        raise refuse(f"{len(data)} bytes for shape {list(actual)}; it must be {size * dtype.itemsize}")
+    expected_scales = actual[0] if message.encoding in _INT8 else 0
     if len(message.scale) != expected_scales:
         raise refuse(f"{len(message.scale)} scales; there must be {expected_scales}")
-    values: NDArray[np.float32] = np.frombuffer(message.data, dtype=dtype).reshape(actual).astype(np.float32)
+    values: NDArray[np.float32] = np.frombuffer(data, dtype=dtype).reshape(actual).astype(np.float32)
     if expected_scales:
         if values.min() < -127:
             raise refuse("a byte is -128; int8 values are in [-127, 127]")
@@ -112,13 +137,20 @@ def decode_tensor(
     return values
 
 
-def encoding_of(name: str) -> tensor_pb2.Encoding.ValueType:
-    """Returns how tensors are encoded with a name of `CODECS`: float16 beside residuals."""
-    return FLOAT16 if name == RESIDUAL else ENCODINGS[name]
+def tensors_with(name: str, psnr: float) -> str:
+    """Returns how tensors are encoded, of `ENCODINGS`, with a name of `CODECS`.
+
+    Args:
+        name: The codec.
+        psnr: Beside residuals of so many dB tensors are as true as that.
+    """
+    if name != RESIDUAL:
+        return name
+    return "int8z" if psnr <= INT8_PSNR else "fp16"
 
 
 def num_bytes(num_values: int, encoding: tensor_pb2.Encoding.ValueType) -> int:
-    """Returns the payload of a tensor of so many values."""
+    """Returns the most that the payload of a tensor of so many values takes."""
     return num_values * _DTYPES[encoding].itemsize
 
 
@@ -130,6 +162,33 @@ def encode_residual(residual: Residual) -> denoising_service_pb2.Residual:
 def decode_residual(message: denoising_service_pb2.Residual) -> Residual:
     """Returns a message as a residual, which `hybridsd.closed_loop.follow` checks."""
     return Residual(message.call, message.step, message.data)
+
+
+def _deflate(rows: NDArray[np.int8]) -> bytes:
+    """Returns the smallest raw DEFLATE stream (RFC 1951) that we know to make of rows, `[n, m]`."""
+    differences = rows.copy()
+    differences[1:] -= rows[:-1]  # modulo 256
+    streams = []
+    for kind, values in ((_PLAIN, rows), (_DIFFERENCES, differences)):
+        for strategy in _STRATEGIES:
+            packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, strategy)
+            streams.append(packer.compress(bytes([kind]) + values.tobytes()) + packer.flush())
+    return min(streams, key=len)
+
+
+def _inflate(data: bytes, num_rows: int, size: int) -> bytes | None:
+    """Returns the bytes of `num_rows` rows, `size` in all; None if the stream is none, or holds anything else."""
+    unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        found = unpacker.decompress(data, size + 2)  # one more than there may be tells that there is more
+    except zlib.error:
+        return None
+    if not unpacker.eof or unpacker.unused_data or len(found) != size + 1 or found[0] not in (_PLAIN, _DIFFERENCES):
+        return None
+    if found[0] == _PLAIN:
+        return found[1:]
+    differences = np.frombuffer(found, dtype=np.int8, offset=1).reshape(num_rows, -1)
+    return np.cumsum(differences, axis=0, dtype=np.int8).tobytes()  # modulo 256
 
 
 def tensor_digest(message: tensor_pb2.Tensor) -> bytes:

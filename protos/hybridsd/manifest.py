@@ -36,6 +36,7 @@ OPTIONAL_ROLES = (
     "safety_checker",
     "safety_checker_data",
     "model_card",
+    "text_encoder_digest",
 )
 
 GUIDANCE_KINDS = ("cfg", "embedded")
@@ -113,6 +114,9 @@ class Manifest:
             refers to it by name, so it lies in the same folder, and whoever loads the one needs no other path
         parity_report, quantization_report: JSON, how far the files are from the networks they were made of
         model_card: Markdown with the front matter of the Hugging Face hub
+        text_encoder_digest: 64 hexadecimal digits, the digest of the text encoders' source weights and tokenizers
+            (`hybridsd.text_identity`). A file rather than a key: older versions, which refuse keys that they do not
+            know, read such bundles. Without it clouds send embeddings
     """
 
     name: str

@@ -59,7 +59,7 @@ from tests.load.clients import request_of
 from tests.support.wire import measure
 
 CHILD_PARTS = ("devices", "loading")
-PARTS = ("engine", *CHILD_PARTS, "hybrid", "reuse", "wire", "codec", "start", "memory")
+PARTS = ("engine", *CHILD_PARTS, "hybrid", "reuse", "wire", "texts", "codec", "start", "memory")
 MIX = (
     # scheduler, guided: eight jobs that have nothing in common but the model
     ("dpmpp_2m", True), ("ddim", True), ("euler", True), ("pndm", True),
@@ -466,6 +466,7 @@ def bench_wire(folder: Path, codecs: Sequence[str]) -> None:
     say("'every' is what the edge asks for, to be able to take over: a state after each of 8 cloud steps")
     say("  codec  prompt    request     plan   embeds    state    other      all      aim")
     aims = {("fp16", "new"): "190 KiB", ("int8", "new"): "100 KiB", ("int8", "known"): "40 KiB"}
+    say("'own': the edge has the cloud's text encoder, and encodes the new prompt itself")
     for row in measure(folder, codecs):
         sizes = "".join(f"{row[key]:9d}" for key in ("request", "plan", "embeds", "state", "other", "all"))
         say(f"  {row['codec']:6s} {row['prompt']:6s} {sizes}  {aims.get((row['codec'], row['prompt']), ''):>7s}")
@@ -563,6 +564,10 @@ def main() -> None:
             say_reuse("in the engine", asyncio.run(reused_in_engine_s(model, 20 * repeats, calls)))
         if "wire" in wanted:
             bench_wire(Path(folder), codecs=("int8",) if options.smoke else tuple(codec.ENCODINGS))
+        if "texts" in wanted:
+            from tests.benchmarks.bench_texts import bench_texts  # onnx and transformers take seconds to import
+
+            bench_texts(smoke=options.smoke)
         if "codec" in wanted and not options.full:  # random weights say nothing about errors
             schedulers = SCHEDULERS[:1] if options.smoke else SCHEDULERS
             bench_states(model, family / "edge", schedulers, steps=steps, k=max(2, k))

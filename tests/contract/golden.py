@@ -4,6 +4,7 @@ Run `make golden` after a deliberate change; tests/contract/test_golden.py compa
 """
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import diffusers
 import numpy as np
 import torch
 
-from hybridsd import noise
+from hybridsd import codec, noise, text_identity
 from hybridsd.closed_loop import Track, checksum, lead, unpack
 from hybridsd.plan import initial_state, to_json
 from hybridsd.plan_compiler import compile_plan
@@ -124,6 +125,68 @@ def golden_residuals(name: str, steps: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+VALUES = [[0.5, -1.0, 127.0, 0.25], [0.0, 0.0, 0.0, 0.0], [0.001, -0.127, 0.064, 0.0015]]
+
+
+def golden_tensors() -> dict[str, Any]:
+    """An array in each encoding, bytes in hexadecimal, and what is decoded."""
+    array = np.array(VALUES, dtype=np.float32)
+    encodings = {}
+    for name in ("fp32", "fp16", "int8"):
+        message = codec.encode_tensor(array, codec.ENCODINGS[name])
+        encodings[name] = {
+            "encoding": message.encoding,
+            "data": message.data.hex(),
+            "scale": list(message.scale),
+            "digest": codec.tensor_digest(message).hex(),
+            "decoded": codec.decode_tensor(message).reshape(-1).tolist(),
+        }
+    rows = np.frombuffer(bytes.fromhex(encodings["int8"]["data"]), dtype=np.int8).reshape(array.shape)
+    differences = np.concatenate([rows[:1], rows[1:] - rows[:-1]])
+    streams = [_stored(bytes([kind]) + each.tobytes()).hex() for kind, each in enumerate((rows, differences))]
+    packed = {"encoding": int(codec.INT8_DEFLATE), "streams": streams}
+    encodings["int8z"] = {**packed, **{name: encodings["int8"][name] for name in ("scale", "decoded")}}
+    return {"shape": list(array.shape), "values": array.reshape(-1).tolist(), "encodings": encodings}
+
+
+def _stored(content: bytes) -> bytes:
+    """Returns a DEFLATE stream of one stored block (RFC 1951, 3.2.4)."""
+    return b"\x01" + struct.pack("<HH", len(content), 0xFFFF ^ len(content)) + content
+
+
+def golden_texts() -> dict[str, Any]:
+    """A text encoder of a few weights, its digest and a model's, and samples of embeddings."""
+    tensors = {"b.weight": np.array([[0.5, -2.0], [65504.0, 6e-8]], np.float16), "a.bias": np.array([1.0], np.float16)}
+    config = {"hidden_act": "quick_gelu", "num_attention_heads": 2, "layer_norm_eps": 1e-5}
+    tokenizer = {"vocabulary": {"a": 0, "é": 1, "aé": 2}, "merges": ["a é"], "bos": 3, "eos": 4, "pad": 0}
+    digests = {
+        str(layer): text_identity.encoder_digest(
+            tensors.items(),
+            config,
+            text_identity.Tokenizer(**tokenizer),
+            layer=layer,  # type: ignore[arg-type]
+        )
+        for layer in (text_identity.LAST, text_identity.LAST_BUT_ONE)
+    }
+    embeds, pooled = np.arange(50, dtype=np.float32).reshape(10, 5), np.arange(3, dtype=np.float32)
+    return {
+        "tensors": {
+            name: {"shape": list(each.shape), "data": each.astype("<f2").tobytes().hex()}
+            for name, each in tensors.items()
+        },
+        "config": config,
+        "tokenizer": tokenizer,
+        "encoder_digests": {layer: digest.hex() for layer, digest in digests.items()},
+        "model_digests": {
+            "-1": text_identity.model_digest([digests["-1"]], has_zeros_for_empty=False).hex(),
+            "-2 twice, zeros": text_identity.model_digest([digests["-2"]] * 2, has_zeros_for_empty=True).hex(),
+        },
+        "embeds_shape": [10, 5],
+        "pooled_shape": [3],
+        "sample_of_counting": text_identity.sample(embeds, pooled),
+    }
+
+
 def golden() -> dict[str, dict[str, Any]]:
     """Returns every golden file by name."""
     plans = {f"plan_{name}_{steps}.json": golden_plan(name, steps) for name, steps in PLANS}
@@ -135,7 +198,8 @@ def golden() -> dict[str, dict[str, Any]]:
         f"residuals_{name}_{steps}.json": golden_residuals(name, steps)
         for name, steps in (("dpmpp_2m", 6), ("euler_ancestral", 6))
     }
-    return {"noise.json": golden_noise(), **plans, **runs, **states}
+    others = {"noise.json": golden_noise(), "tensors.json": golden_tensors(), "texts.json": golden_texts()}
+    return {**others, **plans, **runs, **states}
 
 
 if __name__ == "__main__":

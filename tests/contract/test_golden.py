@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hybridsd import codec
 from hybridsd.closed_loop import Residual, Track, checksum, follow, unpack
 from hybridsd.plan import from_json, initial_state
+from hybridsd.v1 import tensor_pb2
 from tests.support.reference import run_from_seed
 
 _spec = importlib.util.spec_from_file_location("golden", Path(__file__).parent / "golden.py")
@@ -45,6 +47,20 @@ def test_every_golden_file_is_current() -> None:
     assert sorted(current) == FILES
     for name, content in current.items():
         assert_close(json.loads((golden.FOLDER / name).read_text()), json.loads(json.dumps(content)), name)
+
+
+@pytest.mark.parametrize("name", ["fp32", "fp16", "int8", "int8z"])
+def test_committed_tensors_are_decoded(name: str) -> None:
+    """Whatever stream the bytes are packed in, and whether they are differences or not."""
+    content = json.loads((golden.FOLDER / "tensors.json").read_text())
+    said = content["encodings"][name]
+    for data in said.get("streams", [said.get("data")]):
+        message = tensor_pb2.Tensor(
+            encoding=said["encoding"], shape=content["shape"], data=bytes.fromhex(data), scale=said["scale"]
+        )
+        np.testing.assert_array_equal(
+            codec.decode_tensor(message).reshape(-1), np.array(said["decoded"], dtype=np.float32)
+        )
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("plan_")])

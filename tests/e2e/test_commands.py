@@ -265,6 +265,15 @@ def test_bench_of_a_slow_link() -> None:
 
 
 @pytest.mark.slow
+def test_bench_of_texts() -> None:
+    """The tables of docs/numerics.md and docs/performance.md, with one layer of CLIP-L's shape."""
+    printed = run([sys.executable, "-m", "tests.benchmarks.bench_texts", "--smoke"], ROOT)
+
+    assert "| demo, 12 tokens | 16,395 | 8,333 |" in printed
+    assert "| demo | ONNX Runtime, half-storage |" in printed
+
+
+@pytest.mark.slow
 def test_bench_of_a_cache() -> None:
     """What docs/training.md says a cache saves, for a small picture: the shares are counted, not timed."""
     printed = run([sys.executable, "-m", "tests.benchmarks.bench_cache", "--size", "64", "--images", "1"], ROOT)

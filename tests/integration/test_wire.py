@@ -21,3 +21,5 @@ def test_bytes_for_a_512_picture(tmp_path: Path) -> None:
     assert int(rows["fp16", "new"]["state"]) >= 2 * 32 * KIB  # both arrays are there: the solver's memory too
     assert int(rows["fp16", "new"]["embeds"]) >= 77 * 768 * 2
     assert rows["int8", "known"]["embeds"] == 0
+    assert rows["int8", "own"]["embeds"] == 2 * 16 * 4  # samples of both texts
+    assert int(rows["int8", "own"]["all"]) - int(rows["int8", "own"]["state"]) <= KIB

@@ -22,7 +22,8 @@ def measure(folder: Path, codecs: Sequence[str] = tuple(codec.ENCODINGS)) -> Ite
     """Yields bytes by kind of message for each codec, at 512x512 with DPM-Solver++ 2M and guidance.
 
     The row "new" has the hand-off state only, the empty negative prompt known; "known" also knows prompt and plan;
-    "every" is "known" with a state after each of 8 cloud steps.
+    "every" is "known" with a state after each of 8 cloud steps; "own" is "new", the plan known, to an edge that has the
+    cloud's text encoder.
     """
     model = write_tiny_pipeline(folder / "sd1-shapes", context_length=77, embed_dim=768, size=512)
     with running_cloud(["--model", f"sd={model}", "--dtype", "fp32", "--prefix-cache", "0"], folder / "wire.log") as (
@@ -37,6 +38,9 @@ def measure(folder: Path, codecs: Sequence[str] = tuple(codec.ENCODINGS)) -> Ite
             negative, prompt, plan = (first[1][key] for key in ("negative", "prompt", "plan"))
             yield {"codec": name, "prompt": "new", **exchange(stub, encoding, [negative])[0]}
             known = [negative, prompt, plan]
+            models = stub.GetCapabilities(pb.GetCapabilitiesRequest()).models
+            encoder = models[0].text_encoder_digest
+            yield {"codec": name, "prompt": "own", **exchange(stub, encoding, [plan], text_encoder_digest=encoder)[0]}
             yield {"codec": name, "prompt": "known", **exchange(stub, encoding, known)[0]}
             yield {"codec": name, "prompt": "every", **exchange(stub, encoding, known, state_every=1, handoff=8)[0]}
         channel.close()
@@ -49,6 +53,7 @@ def exchange(
     *,
     state_every: int = 0,
     handoff: int = HANDOFF,
+    text_encoder_digest: bytes = b"",
 ) -> tuple[dict[str, int], dict[str, bytes]]:
     """Runs one request; returns bytes by kind, and the digests of what it brought."""
     request = pb.DenoiseRequest(
@@ -60,6 +65,7 @@ def exchange(
         state_every=state_every,
         encoding=encoding,  # type: ignore[arg-type]  # an int is what mypy-protobuf's own values are
         known_digests=known,
+        text_encoder_digest=text_encoder_digest,
     )
     sizes = dict.fromkeys(("request", "plan", "embeds", "state", "other"), 0)
     sizes["request"] = request.ByteSize()
@@ -70,7 +76,8 @@ def exchange(
         if kind == "started":
             started = response.started
             sizes["plan"] += started.plan.ByteSize()
-            embeds = started.prompt.embeds.ByteSize() + started.negative_prompt.embeds.ByteSize()
+            texts = (started.prompt, started.negative_prompt)
+            embeds = sum(text.embeds.ByteSize() + 4 * len(text.sample) for text in texts)
             sizes["embeds"] += embeds
             sizes["other"] += size - started.plan.ByteSize() - embeds
             digests = {

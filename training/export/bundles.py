@@ -30,6 +30,7 @@ from training.export.onnx_export import DATA_LIMIT, Parity, data_path, export_gr
 from training.export.quantize import export_quantized
 from training.export.safety import safety_graph
 from training.export.sdxl_bundle import SecondText, TextXL, bundle_sizes, check_text, pooled_dim, text_graphs
+from training.export.text_identity import bundle_text_digest
 from training.export.trajectories import Drawing, caption_drawings, caption_encoder
 from training.models.plan_table import EMBEDDED_SCHEDULERS, PLAN_STEPS, compile_plans, make_plan, write_plans
 
@@ -246,6 +247,10 @@ def export_bundle(
         if about.licence_text:
             files["licence"] = "LICENCE.txt"
             (partial / files["licence"]).write_text(about.licence_text, encoding="utf-8")
+        files["text_encoder_digest"] = "text_encoder.sha256"
+        tokenizer_paths = [partial / files[role] for role in ("tokenizer", "tokenizer_2") if role in files]
+        digest = bundle_text_digest(text_encoder, tokenizer_paths[0], second_text, tokenizer_paths[-1])
+        (partial / files["text_encoder_digest"]).write_text(digest + "\n", encoding="ascii")
         counts = {
             "unet": _count(unet),
             "text_encoder": _count(text_encoder),

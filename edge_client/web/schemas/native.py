@@ -77,7 +77,7 @@ class Hybrid(_RequestModel):
         examples=["large:8@cloud,small:*@edge"],
     )
     model: Annotated[str, StringConstraints(max_length=64)] = Field("", description="the cloud's model; else its first")
-    codec: Literal["residual", "fp32", "fp16", "int8"] = Field(
+    codec: Literal["residual", "fp32", "fp16", "int8", "int8z"] = Field(
         "residual", description="how the cloud's states travel: residual is smallest by far, fp32 exact"
     )
     state_psnr: float = Field(
@@ -215,6 +215,10 @@ class Image(BaseModel):
     fallback_message: str
     early_handoff_reason: str
     received_bytes: int
+    embeddings_from: str = Field(
+        "", description="where the text's embeddings are from: edge, encoded here; cloud, sent; cache, sent before; "
+        "file; empty where none are here"
+    )  # fmt: skip
     num_dropped_tokens: int = Field(0, description="tokens of the texts that did not fit and had no effect")
     untrained_steps: int = Field(
         0, description="drawn here above the noise level of the U-Net's training, since the cloud was lost; the image "

@@ -193,6 +193,7 @@ class DenoiseRequest(_message.Message):
     APPROXIMATE_REUSE_FIELD_NUMBER: _builtins.int
     RESIDUAL_CODING_FIELD_NUMBER: _builtins.int
     INITIAL_CODED_STATE_FIELD_NUMBER: _builtins.int
+    TEXT_ENCODER_DIGEST_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the job, so that a retry attaches instead of computing twice. 1 to 64 characters of `A-Z a-z 0-9 _ -`;
     empty lets the server choose. The same id with different content is INVALID_ARGUMENT (REQUEST_ID_REUSED).
@@ -236,6 +237,10 @@ class DenoiseRequest(_message.Message):
     """How the server encodes tensors. Not set is ENCODING_FLOAT16."""
     resume_call: _builtins.int
     """When attaching to a job: the caller holds the state before this call, and wants only later ones. 0: it holds none."""
+    text_encoder_digest: _builtins.bytes
+    """The digest of the caller's text encoders and tokenizers, 32 bytes (docs/protocol.md, "Digests"): where it is that of
+    the encoders that would make the embeddings, the server sends samples of them only. Empty: the caller has none.
+    """
     @_builtins.property
     def text(self) -> Global___TextConditioning:
         """Text, encoded by the server, which sends the embeddings back."""
@@ -343,10 +348,11 @@ class DenoiseRequest(_message.Message):
         approximate_reuse: Global___ApproximateReuse | None = ...,
         residual_coding: Global___ResidualCoding | None = ...,
         initial_coded_state: Global___CodedState | None = ...,
+        text_encoder_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_width", b"_width", "approximate_reuse", b"approximate_reuse", "call_skipping", b"call_skipping", "conditioning", b"conditioning", "embeddings", b"embeddings", "guidance_scale", b"guidance_scale", "height", b"height", "initial_coded_state", b"initial_coded_state", "initial_latents", b"initial_latents", "inpainting", b"inpainting", "plan", b"plan", "reattach_grace", b"reattach_grace", "residual_coding", b"residual_coding", "scheduler", b"scheduler", "solver", b"solver", "text", b"text", "width", b"width"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_width", b"_width", "approximate_reuse", b"approximate_reuse", "call_skipping", b"call_skipping", "conditioning", b"conditioning", "embeddings", b"embeddings", "encoding", b"encoding", "first_step", b"first_step", "guidance_scale", b"guidance_scale", "handoff_step", b"handoff_step", "height", b"height", "image_index", b"image_index", "initial_coded_state", b"initial_coded_state", "initial_latents", b"initial_latents", "initial_state", b"initial_state", "inpainting", b"inpainting", "known_digests", b"known_digests", "latent_space", b"latent_space", "loras", b"loras", "model", b"model", "model_changes", b"model_changes", "plan", b"plan", "preview_every", b"preview_every", "reattach_grace", b"reattach_grace", "request_id", b"request_id", "residual_coding", b"residual_coding", "resume_call", b"resume_call", "scheduler", b"scheduler", "seed", b"seed", "solver", b"solver", "state_every", b"state_every", "text", b"text", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_width", b"_width", "approximate_reuse", b"approximate_reuse", "call_skipping", b"call_skipping", "conditioning", b"conditioning", "embeddings", b"embeddings", "encoding", b"encoding", "first_step", b"first_step", "guidance_scale", b"guidance_scale", "handoff_step", b"handoff_step", "height", b"height", "image_index", b"image_index", "initial_coded_state", b"initial_coded_state", "initial_latents", b"initial_latents", "initial_state", b"initial_state", "inpainting", b"inpainting", "known_digests", b"known_digests", "latent_space", b"latent_space", "loras", b"loras", "model", b"model", "model_changes", b"model_changes", "plan", b"plan", "preview_every", b"preview_every", "reattach_grace", b"reattach_grace", "request_id", b"request_id", "residual_coding", b"residual_coding", "resume_call", b"resume_call", "scheduler", b"scheduler", "seed", b"seed", "solver", b"solver", "state_every", b"state_every", "text", b"text", "text_encoder_digest", b"text_encoder_digest", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
@@ -978,15 +984,26 @@ class Conditioning(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     EMBEDS_FIELD_NUMBER: _builtins.int
     POOLED_FIELD_NUMBER: _builtins.int
+    SAMPLE_FIELD_NUMBER: _builtins.int
     digest: _builtins.bytes
     """SHA-256 digest of the encoded tensors, 32 bytes."""
     @_builtins.property
     def embeds(self) -> _tensor_pb2.Tensor:
-        """The embeddings, `[n * context_length, embed_dim]`; absent when the caller sent them or named the digest."""
+        """The embeddings, `[n * context_length, embed_dim]`; absent when the caller sent them, named the digest, or has the
+        encoders that made them (`sample`).
+        """
 
     @_builtins.property
     def pooled(self) -> _tensor_pb2.Tensor:
         """The embedding of the whole text, `[pooled_dim]`; absent likewise, and where the model has none."""
+
+    @_builtins.property
+    def sample(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Set in place of `embeds` and `pooled` where the request's `text_encoder_digest` is that of the encoders that made
+        them: 16 of the values of `embeds`, and 16 of `pooled` where the model has one. Value i of 16 is element
+        `(2 i + 1) size / 32`, rounded down, in C order. For the caller to compare its own with; it asks again without
+        `text_encoder_digest` where they are too far off.
+        """
 
     def __init__(
         self,
@@ -994,10 +1011,11 @@ class Conditioning(_message.Message):
         digest: _builtins.bytes = ...,
         embeds: _tensor_pb2.Tensor | None = ...,
         pooled: _tensor_pb2.Tensor | None = ...,
+        sample: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["embeds", b"embeds", "pooled", b"pooled"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "embeds", b"embeds", "pooled", b"pooled"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "embeds", b"embeds", "pooled", b"pooled", "sample", b"sample"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1424,6 +1442,7 @@ class Model(_message.Message):
     SCHEDULER_NOTE_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     LOADED_ON_FIELD_NUMBER: _builtins.int
+    TEXT_ENCODER_DIGEST_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """The name to ask for it by."""
     latent_space: _builtins.str
@@ -1456,6 +1475,8 @@ class Model(_message.Message):
     """What of the scheduler in the model's own configuration the default one does not follow, for people; empty where all."""
     state: Global___ModelState.ValueType
     """Whether it is loaded. A job of one that is not begins when it is."""
+    text_encoder_digest: _builtins.bytes
+    """The digest of its text encoders and tokenizers, 32 bytes; empty before it was loaded for the first time."""
     @_builtins.property
     def schedulers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the schedulers that can be asked for, the default first; it is the model's own, and "own" where no name
@@ -1497,10 +1518,11 @@ class Model(_message.Message):
         scheduler_note: _builtins.str = ...,
         state: Global___ModelState.ValueType = ...,
         loaded_on: _abc.Iterable[_builtins.str] | None = ...,
+        text_encoder_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "default_guidance_scale", b"default_guidance_scale", "default_num_inference_steps", b"default_num_inference_steps", "default_size", b"default_size", "embed_dim", b"embed_dim", "guidance", b"guidance", "id", b"id", "latent_channels", b"latent_channels", "latent_space", b"latent_space", "loaded_on", b"loaded_on", "loras", b"loras", "num_parameters", b"num_parameters", "pooled_dim", b"pooled_dim", "prediction_type", b"prediction_type", "scheduler_note", b"scheduler_note", "schedulers", b"schedulers", "size_multiple", b"size_multiple", "sizes", b"sizes", "state", b"state", "vae_scale_factor", b"vae_scale_factor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "default_guidance_scale", b"default_guidance_scale", "default_num_inference_steps", b"default_num_inference_steps", "default_size", b"default_size", "embed_dim", b"embed_dim", "guidance", b"guidance", "id", b"id", "latent_channels", b"latent_channels", "latent_space", b"latent_space", "loaded_on", b"loaded_on", "loras", b"loras", "num_parameters", b"num_parameters", "pooled_dim", b"pooled_dim", "prediction_type", b"prediction_type", "scheduler_note", b"scheduler_note", "schedulers", b"schedulers", "size_multiple", b"size_multiple", "sizes", b"sizes", "state", b"state", "text_encoder_digest", b"text_encoder_digest", "vae_scale_factor", b"vae_scale_factor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

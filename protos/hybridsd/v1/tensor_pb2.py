@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18hybridsd/v1/tensor.proto\x12\x0bhybridsd.v1\"]\n\x06Tensor\x12\'\n\x08\x65ncoding\x18\x01 \x01(\x0e\x32\x15.hybridsd.v1.Encoding\x12\r\n\x05shape\x18\x02 \x03(\x05\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\r\n\x05scale\x18\x04 \x03(\x02*c\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x14\n\x10\x45NCODING_FLOAT32\x10\x01\x12\x14\n\x10\x45NCODING_FLOAT16\x10\x02\x12\x11\n\rENCODING_INT8\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18hybridsd/v1/tensor.proto\x12\x0bhybridsd.v1\"]\n\x06Tensor\x12\'\n\x08\x65ncoding\x18\x01 \x01(\x0e\x32\x15.hybridsd.v1.Encoding\x12\r\n\x05shape\x18\x02 \x03(\x05\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\r\n\x05scale\x18\x04 \x03(\x02*~\n\x08\x45ncoding\x12\x18\n\x14\x45NCODING_UNSPECIFIED\x10\x00\x12\x14\n\x10\x45NCODING_FLOAT32\x10\x01\x12\x14\n\x10\x45NCODING_FLOAT16\x10\x02\x12\x11\n\rENCODING_INT8\x10\x03\x12\x19\n\x15\x45NCODING_INT8_DEFLATE\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,7 +32,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hybridsd.v1.tensor_pb2', _g
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ENCODING']._serialized_start=136
-  _globals['_ENCODING']._serialized_end=235
+  _globals['_ENCODING']._serialized_end=262
   _globals['_TENSOR']._serialized_start=41
   _globals['_TENSOR']._serialized_end=134
 # @@protoc_insertion_point(module_scope)

@@ -33,6 +33,10 @@ class _EncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Encoding.Val
     """IEEE 754 binary16, 2 bytes a value. Finite values beyond 65504 saturate. The default."""
     ENCODING_INT8: _Encoding.ValueType  # 3
     """Signed bytes in `[-127, 127]`, 1 byte a value, times one float32 scale for each index of the first axis."""
+    ENCODING_INT8_DEFLATE: _Encoding.ValueType  # 4
+    """ENCODING_INT8 whose bytes are one raw DEFLATE stream (RFC 1951, no header). Servers that do not know it refuse a
+    request for it.
+    """
 
 class Encoding(_Encoding, metaclass=_EncodingEnumTypeWrapper):
     """How the numbers of a tensor are laid out in `Tensor.data`. Always little-endian, C order, no padding."""
@@ -45,6 +49,10 @@ ENCODING_FLOAT16: Encoding.ValueType  # 2
 """IEEE 754 binary16, 2 bytes a value. Finite values beyond 65504 saturate. The default."""
 ENCODING_INT8: Encoding.ValueType  # 3
 """Signed bytes in `[-127, 127]`, 1 byte a value, times one float32 scale for each index of the first axis."""
+ENCODING_INT8_DEFLATE: Encoding.ValueType  # 4
+"""ENCODING_INT8 whose bytes are one raw DEFLATE stream (RFC 1951, no header). Servers that do not know it refuse a
+request for it.
+"""
 Global___Encoding: _TypeAlias = Encoding  # noqa: Y015
 
 @_typing.final
@@ -60,9 +68,8 @@ class Tensor(_message.Message):
     encoding: Global___Encoding.ValueType
     """How `data` is laid out. An unknown or unspecified encoding is INVALID_ARGUMENT."""
     data: _builtins.bytes
-    """The values. Its length is exactly the product of `shape` times the bytes of a value; anything else
-    is INVALID_ARGUMENT. NaN, infinity and magnitudes above 65504
-    are INVALID_ARGUMENT.
+    """The values. Its length is exactly the product of `shape` times the bytes of a value, with ENCODING_INT8_DEFLATE once
+    it is inflated; anything else is INVALID_ARGUMENT. NaN, infinity and magnitudes above 65504 are INVALID_ARGUMENT.
     """
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -72,7 +79,7 @@ class Tensor(_message.Message):
 
     @_builtins.property
     def scale(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """With ENCODING_INT8 exactly `shape[0]` factors, each finite and 0 or more: value = scale[i] * byte for the
+        """With ENCODING_INT8 and ENCODING_INT8_DEFLATE exactly `shape[0]` factors, each finite and 0 or more: value = scale[i] * byte for the
         values whose first index is i. Empty with every other encoding.
         """
 

@@ -1,5 +1,8 @@
 """Tensors and plans survive the wire within their stated error, and nothing malformed gets through."""
 
+import tracemalloc
+import zlib
+
 import numpy as np
 import pytest
 
@@ -42,7 +45,62 @@ def test_sizes_on_the_wire() -> None:
     array = noise.initial_latents(0, 0, (4, 64, 64))
     sizes = {name: codec.encode_tensor(array, e).ByteSize() for name, e in codec.ENCODINGS.items()}
 
+    assert sizes.pop("int8z") < 15500  # noise has little to deflate
     assert {name: size // 64 * 64 for name, size in sizes.items()} == {"fp32": 65536, "fp16": 32768, "int8": 16384}
+
+
+def texts() -> np.ndarray:
+    """Embeddings of a short text: rows of padding, each near to the one before, and a feature of large values."""
+    rng = np.random.default_rng(0)
+    rows = np.cumsum(rng.normal(size=(77, 768)) * 0.1, axis=0) + rng.normal(size=768)
+    rows[:, 133] = -28.0
+    return rows.astype(np.float32)
+
+
+@pytest.mark.parametrize("array", [LATENTS, texts(), np.zeros((3, 5), np.float32), np.full((1,), -2.5, np.float32)])
+def test_int8z_is_int8_in_fewer_bytes(array: np.ndarray) -> None:
+    """The values are those of int8, to the last bit."""
+    plain, packed = (codec.encode_tensor(array, each) for each in (codec.INT8, codec.INT8_DEFLATE))
+    np.testing.assert_array_equal(codec.decode_tensor(packed), codec.decode_tensor(plain))
+    assert packed.scale == plain.scale
+    assert array.size < 100 or len(packed.data) < len(plain.data)
+
+
+def test_int8z_goes_by_differences_where_rows_are_near() -> None:
+    """Embeddings take a third of int8."""
+    assert len(codec.encode_tensor(texts(), codec.INT8_DEFLATE).data) < texts().size / 3
+
+
+def deflated(content: bytes, *, end: bool = True) -> bytes:
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return packer.compress(content) + packer.flush(zlib.Z_FINISH if end else zlib.Z_SYNC_FLUSH)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "DEFLATE"),
+        (bytes(7), "DEFLATE"),
+        (b"\xff" * 7, "DEFLATE"),
+        (zlib.compress(bytes(7)), "DEFLATE"),  # with a header
+        (deflated(bytes(6)), "DEFLATE"),
+        (deflated(bytes(8)), "DEFLATE"),
+        (deflated(b"\2" + bytes(6)), "DEFLATE"),
+        (deflated(bytes(7), end=False), "DEFLATE"),
+        (deflated(bytes(7)) + b"x", "DEFLATE"),
+        (deflated(b"\0\x80" + bytes(5)), "-128"),
+        (deflated(bytes(2**28)), "DEFLATE"),  # a bomb of 256 MiB
+    ],
+)
+def test_a_stream_that_is_none_is_refused(data: bytes, said: str) -> None:
+    message = tensor_pb2.Tensor(encoding=codec.INT8_DEFLATE, shape=[2, 3], data=data, scale=[1.0, 1.0])
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidRequest, match=said):
+            codec.decode_tensor(message, field="embeddings")
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_little_endian_on_the_wire() -> None:
@@ -122,7 +180,7 @@ def test_digest_names_content_encoding_and_shape() -> None:
     arrays = [np.ones((2, 3), dtype=np.float32), np.ones((3, 2), dtype=np.float32), np.zeros((2, 3), dtype=np.float32)]
     digests = {codec.tensor_digest(codec.encode_tensor(a, e)) for a in arrays for e in codec.ENCODINGS.values()}
 
-    assert len(digests) == 9
+    assert len(digests) == 12
     assert codec.tensor_digest(good()) in digests
 
 

@@ -209,6 +209,10 @@ class Adapters:
     def select(self, loras: object) -> None:
         self.selected.append(loras)
 
+    @property
+    def are_acting(self) -> bool:
+        return bool(self.selected[-1])
+
 
 class Texts:
     """Text encoders that count, and fail where they are told to."""
@@ -220,7 +224,8 @@ class Texts:
         self.calls += 1
         if isinstance(self.value, Exception):
             raise self.value
-        return Encoded(np.full((CONTEXT_LENGTH * (num_chunks or 1), 8), self.value, np.float32))
+        embeds = np.full((CONTEXT_LENGTH * (num_chunks or 1), 8), self.value, np.float32)
+        return Encoded(embeds, encoder_digest=b"of the encoder")
 
 
 def denoiser_of(texts: Texts, adapters: Adapters | None = None) -> DiffusersDenoiser:
@@ -242,6 +247,8 @@ def test_adapters_are_selected_before_every_network() -> None:
     output = denoiser.predict(latents(1), torch.zeros(1), conditions, style)
 
     assert adapters.selected == [style, (), style]
+    encoded = [denoiser.encode("a", TRUNCATE, loras) for loras in (style, ())]
+    assert [each.encoder_digest for each in encoded] == [b"", b"of the encoder"]  # an adapter makes it another
     assert (conditions.embeds.dtype, output.dtype) == (torch.bfloat16, torch.float32)
 
 

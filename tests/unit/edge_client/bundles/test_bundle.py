@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from edge_client.bundles.bundle import Bundle
 from edge_client.bundles.download import fetch
 from edge_client.paths import bundles_folder
 from hybridsd.errors import InternalError, InvalidRequest, ModelMismatch, NotFound, Reason
-from hybridsd.manifest import BundleFile
+from hybridsd.manifest import BundleFile, describe_file
 from tests.support.tiny_bundle import default_plans
 
 
@@ -147,3 +148,14 @@ def test_locate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundle_folder: 
     demo.symlink_to(bundle_folder)
     assert bundles.locate(None) == demo
     assert bundles.locate("/some/folder") == Path("/some/folder")
+
+
+@pytest.mark.parametrize("content", ["", "ab" * 16, "no digest"])
+def test_a_broken_digest_of_text_encoders_is_said(bundle: Bundle, tmp_path: Path, content: str) -> None:
+    """One that is missing is that of an older bundle: clouds send embeddings."""
+    assert bundle.text_encoder_digest() == b""
+    (tmp_path / "text_encoder.sha256").write_text(content)
+    file = describe_file(tmp_path, "text_encoder.sha256")
+    manifest = replace(bundle.manifest, files={**bundle.manifest.files, "text_encoder_digest": file})
+    with pytest.raises(InvalidRequest, match=r"text_encoder\.sha256"):
+        Bundle(tmp_path, manifest).text_encoder_digest()

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from onnx import TensorProto, numpy_helper
 from transformers import CLIPTextModel
 
 from cloud_server.rpc.bundle_service import load_bundle
+from edge_client.bundles.bundle import open_bundle
 from edge_client.inference.models import Models
 from edge_client.types import Conditioning
 from hybridsd.energy import Macs
@@ -29,6 +31,7 @@ from training.cost.cost import WHOLE, costs
 from training.export.bundles import Description, export_bundle, write_tokenizer
 from training.export.onnx_export import ParityError
 from training.export.quantize import INT8_TOLERANCE
+from training.export.text_identity import bundle_text_digest
 from training.models.plan_table import compile_plans
 
 pytestmark = pytest.mark.slow
@@ -227,6 +230,17 @@ def test_manifest_describes_the_files(parts: Parts, bundle: Path) -> None:
     assert Macs(tuple(manifest.macs["unet"])).at(cells) == pytest.approx(costs(parts.unet, feeds)[WHOLE].all_macs)
     assert manifest.licence == "Apache-2.0"
     assert (bundle / manifest.files["licence"].path).read_text() == "Do.\n"
+
+
+def test_a_bundle_names_its_text_encoder_by_content(parts: Parts, bundle: Path) -> None:
+    """By that of the source weights rounded to float16: whatever precision they have, and no other weights."""
+    written = (bundle / read_manifest(bundle).files["text_encoder_digest"].path).read_text().strip()
+    halved, other = deepcopy(parts.text_encoder).half(), deepcopy(parts.text_encoder)
+    with torch.no_grad():
+        next(iter(other.parameters())).mul_(1.01)
+    digests = [bundle_text_digest(each, bundle / "tokenizer.json") for each in (parts.text_encoder, halved, other)]
+    assert written == digests[0] == digests[1] != digests[2]
+    assert open_bundle(bundle).text_encoder_digest().hex() == written
 
 
 def test_the_cloud_hands_out_the_second_file(bundle: Path) -> None:

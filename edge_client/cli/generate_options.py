@@ -103,6 +103,11 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     ),
     click.option("--guidance-scale", "--cfg-scale", type=float, help="1 to 30; 1 is none. Default: the bundle's."),
     click.option(
+        "--guidance-rescale", type=float, default=0.0, show_default=True,
+        help="0 to 1: how far guidance is kept from making the image brighter and plainer; 0.7 for "
+        "zero-terminal-SNR models.",
+    ),
+    click.option(
         "--seed", type=int, default=-1, help="0 to 2^53-1; the same seed is the same image. Default -1: random."
     ),
     click.option(

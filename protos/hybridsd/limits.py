@@ -5,6 +5,8 @@ Both ends are included unless said otherwise. Sizes and steps have narrower limi
 
 MIN_GUIDANCE, MAX_GUIDANCE = 1.0, 30.0
 """guidance_scale; 1 is none."""
+MAX_GUIDANCE_RESCALE = 1.0
+"""guidance_rescale, from 0, which is none."""
 MAX_STEPS = 1000
 """num_inference_steps, from 1."""
 MAX_CALLS = 4 * MAX_STEPS

@@ -339,6 +339,7 @@ def _create(body: TextToImage, fields: dict[str, Any], model: str, gateway: Gate
             height=body.height,
             num_inference_steps=body.steps,
             guidance_scale=guidance,
+            guidance_rescale=body.guidance_rescale if is_guided else 0.0,
             seed=None if body.seed == -1 else body.seed,
             image_index=body.image_index,
             consecutive_seeds=True,

@@ -9,6 +9,7 @@ from edge_client.types import Mode, Place, SafetyAction
 from hybridsd.limits import (
     MAX_DEADLINE_S,
     MAX_GUIDANCE,
+    MAX_GUIDANCE_RESCALE,
     MAX_IMAGE_INDEX,
     MAX_LORA_WEIGHT,
     MAX_LORAS,
@@ -104,6 +105,11 @@ class JobCreate(_RequestModel):
     height: Side | None = None
     num_inference_steps: int | None = Field(None, ge=1, le=MAX_STEPS)
     guidance_scale: float | None = Field(None, ge=MIN_GUIDANCE, le=MAX_GUIDANCE, description="1: no guidance")
+    guidance_rescale: float = Field(
+        0.0, ge=0, le=MAX_GUIDANCE_RESCALE,
+        description="how far guidance is kept from making the image brighter and plainer; 0.7 for zero-terminal-SNR "
+        "models",
+    )  # fmt: skip
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="the same seed gives the same image; null: random")
     image_index: int = Field(
         0, ge=0, le=MAX_IMAGE_INDEX, description="of the first image: makes one image of an earlier job again"
@@ -190,6 +196,7 @@ class Image(BaseModel):
     num_inference_steps: int
     begin_step: int = Field(0, description="steps that the given image left out; num_inference_steps has the others")
     guidance_scale: float
+    guidance_rescale: float = 0.0
     mode: Mode
     cloud_model: str
     edge_model: str

@@ -191,6 +191,7 @@ class DenoiseRequest(_message.Message):
     INPAINTING_FIELD_NUMBER: _builtins.int
     CALL_SKIPPING_FIELD_NUMBER: _builtins.int
     APPROXIMATE_REUSE_FIELD_NUMBER: _builtins.int
+    GUIDANCE_RESCALE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the job, so that a retry attaches instead of computing twice. 1 to 64 characters of `A-Z a-z 0-9 _ -`;
     empty lets the server choose. The same id with different content is INVALID_ARGUMENT (REQUEST_ID_REUSED).
@@ -234,6 +235,10 @@ class DenoiseRequest(_message.Message):
     """How the server encodes tensors. Not set is ENCODING_FLOAT16."""
     resume_call: _builtins.int
     """When attaching to a job: the caller holds the state before this call, and wants only later ones. 0: it holds none."""
+    guidance_rescale: _builtins.float
+    """How far the guided output is brought back to the standard deviation of the conditional one, in `[0, 1]`
+    (docs/numerics.md). Not set is 0: not at all. Above 0 one of the models must compute classifier-free guidance.
+    """
     @_builtins.property
     def text(self) -> Global___TextConditioning:
         """Text, encoded by the server, which sends the embeddings back."""
@@ -331,11 +336,14 @@ class DenoiseRequest(_message.Message):
         inpainting: Global___Inpainting | None = ...,
         call_skipping: Global___CallSkipping | None = ...,
         approximate_reuse: Global___ApproximateReuse | None = ...,
+        guidance_rescale: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_width", b"_width", "approximate_reuse", b"approximate_reuse", "call_skipping", b"call_skipping", "conditioning", b"conditioning", "embeddings", b"embeddings", "guidance_scale", b"guidance_scale", "height", b"height", "initial_latents", b"initial_latents", "inpainting", b"inpainting", "plan", b"plan", "reattach_grace", b"reattach_grace", "scheduler", b"scheduler", "solver", b"solver", "text", b"text", "width", b"width"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "_height", b"_height", "_width", b"_width", "approximate_reuse", b"approximate_reuse", "call_skipping", b"call_skipping", "conditioning", b"conditioning", "embeddings", b"embeddings", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height", b"height", "initial_latents", b"initial_latents", "inpainting", b"inpainting", "plan", b"plan", "reattach_grace", b"reattach_grace", "scheduler", b"scheduler", "solver", b"solver", "text", b"text", "width", b"width"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_width", b"_width", "approximate_reuse", b"approximate_reuse", "call_skipping", b"call_skipping", "conditioning", b"conditioning", "embeddings", b"embeddings", "encoding", b"encoding", "first_step", b"first_step", "guidance_scale", b"guidance_scale", "handoff_step", b"handoff_step", "height", b"height", "image_index", b"image_index", "initial_latents", b"initial_latents", "initial_state", b"initial_state", "inpainting", b"inpainting", "known_digests", b"known_digests", "latent_space", b"latent_space", "loras", b"loras", "model", b"model", "model_changes", b"model_changes", "plan", b"plan", "preview_every", b"preview_every", "reattach_grace", b"reattach_grace", "request_id", b"request_id", "resume_call", b"resume_call", "scheduler", b"scheduler", "seed", b"seed", "solver", b"solver", "state_every", b"state_every", "text", b"text", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "_height", b"_height", "_width", b"_width", "approximate_reuse", b"approximate_reuse", "call_skipping", b"call_skipping", "conditioning", b"conditioning", "embeddings", b"embeddings", "encoding", b"encoding", "first_step", b"first_step", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "handoff_step", b"handoff_step", "height", b"height", "image_index", b"image_index", "initial_latents", b"initial_latents", "initial_state", b"initial_state", "inpainting", b"inpainting", "known_digests", b"known_digests", "latent_space", b"latent_space", "loras", b"loras", "model", b"model", "model_changes", b"model_changes", "plan", b"plan", "preview_every", b"preview_every", "reattach_grace", b"reattach_grace", "request_id", b"request_id", "resume_call", b"resume_call", "scheduler", b"scheduler", "seed", b"seed", "solver", b"solver", "state_every", b"state_every", "text", b"text", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__guidance_rescale: _TypeAlias = _typing.Literal["guidance_rescale"]  # noqa: Y015
+    _WhichOneofArgType__guidance_rescale: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale"]  # noqa: Y015
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
     _WhichOneofReturnType__height: _TypeAlias = _typing.Literal["height"]  # noqa: Y015
@@ -346,6 +354,8 @@ class DenoiseRequest(_message.Message):
     _WhichOneofArgType_conditioning: _TypeAlias = _typing.Literal["conditioning", b"conditioning"]  # noqa: Y015
     _WhichOneofReturnType_solver: _TypeAlias = _typing.Literal["scheduler", "plan"]  # noqa: Y015
     _WhichOneofArgType_solver: _TypeAlias = _typing.Literal["solver", b"solver"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__guidance_rescale) -> _WhichOneofReturnType__guidance_rescale | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__guidance_scale) -> _WhichOneofReturnType__guidance_scale | None: ...
     @_typing.overload
@@ -396,25 +406,34 @@ class ModelChange(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     GUIDANCE_SCALE_FIELD_NUMBER: _builtins.int
+    GUIDANCE_RESCALE_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """The first step that it runs."""
     model: _builtins.str
     """The id of a served model; empty keeps the model, for a change of guidance alone."""
     guidance_scale: _builtins.float
     """Its guidance_scale, in `[1, 30]`. Not set: that of the request."""
+    guidance_rescale: _builtins.float
+    """Its guidance_rescale, in `[0, 1]`. Not set: that of the request."""
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
         model: _builtins.str = ...,
         guidance_scale: _builtins.float | None = ...,
+        guidance_rescale: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "guidance_scale", b"guidance_scale"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "guidance_scale", b"guidance_scale", "model", b"model", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "model", b"model", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__guidance_rescale: _TypeAlias = _typing.Literal["guidance_rescale"]  # noqa: Y015
+    _WhichOneofArgType__guidance_rescale: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale"]  # noqa: Y015
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__guidance_rescale) -> _WhichOneofReturnType__guidance_rescale | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__guidance_scale) -> _WhichOneofReturnType__guidance_scale | None: ...
 
 Global___ModelChange: _TypeAlias = ModelChange  # noqa: Y015
@@ -773,6 +792,7 @@ class Started(_message.Message):
     PREDICTION_TYPE_FIELD_NUMBER: _builtins.int
     NUM_REUSED_CALLS_FIELD_NUMBER: _builtins.int
     REUSE_SIMILARITY_FIELD_NUMBER: _builtins.int
+    GUIDANCE_RESCALE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The id of the job: the request's, or one that the server chose."""
     model: _builtins.str
@@ -796,6 +816,8 @@ class Started(_message.Message):
     """Where those calls were run for another text (`DenoiseRequest.approximate_reuse`): how near it is, in `(0, 1]`. Not
     set: they are exactly those of this job.
     """
+    guidance_rescale: _builtins.float
+    """The guidance_rescale that runs, in `[0, 1]`. A server that does not know it says 0."""
     @_builtins.property
     def plan(self) -> _plan_pb2.Plan:
         """The plan; absent when the caller sent it or named its digest in `known_digests`."""
@@ -823,10 +845,11 @@ class Started(_message.Message):
         prediction_type: _builtins.str = ...,
         num_reused_calls: _builtins.int = ...,
         reuse_similarity: _builtins.float | None = ...,
+        guidance_rescale: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_reuse_similarity", b"_reuse_similarity", "negative_prompt", b"negative_prompt", "plan", b"plan", "prompt", b"prompt", "reuse_similarity", b"reuse_similarity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reuse_similarity", b"_reuse_similarity", "guidance_scale", b"guidance_scale", "latent_space", b"latent_space", "model", b"model", "negative_prompt", b"negative_prompt", "num_dropped_tokens", b"num_dropped_tokens", "num_reused_calls", b"num_reused_calls", "plan", b"plan", "plan_digest", b"plan_digest", "prediction_type", b"prediction_type", "prompt", b"prompt", "request_id", b"request_id", "reuse_similarity", b"reuse_similarity"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reuse_similarity", b"_reuse_similarity", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "latent_space", b"latent_space", "model", b"model", "negative_prompt", b"negative_prompt", "num_dropped_tokens", b"num_dropped_tokens", "num_reused_calls", b"num_reused_calls", "plan", b"plan", "plan_digest", b"plan_digest", "prediction_type", b"prediction_type", "prompt", b"prompt", "request_id", b"request_id", "reuse_similarity", b"reuse_similarity"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__reuse_similarity: _TypeAlias = _typing.Literal["reuse_similarity"]  # noqa: Y015
     _WhichOneofArgType__reuse_similarity: _TypeAlias = _typing.Literal["_reuse_similarity", b"_reuse_similarity"]  # noqa: Y015

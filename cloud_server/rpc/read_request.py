@@ -42,11 +42,12 @@ from hybridsd.limits import (
     MAX_GUIDANCE,
     MAX_GUIDANCE_RESCALE,
     MAX_IMAGE_INDEX,
+    MAX_SCHEDULER_CHARS,
     MAX_SEED,
     MAX_STEPS,
     MIN_GUIDANCE,
 )
-from hybridsd.plan import MAX_ARRAYS, MAX_NAME, Plan
+from hybridsd.plan import MAX_ARRAYS, Plan
 from hybridsd.v1 import denoising_service_pb2 as pb
 from hybridsd.v1 import tensor_pb2
 
@@ -409,7 +410,7 @@ def _steps(
         model: Whose defaults to take.
         request: The job; None where the plan alone is wanted.
     """
-    if len(spec.name) > MAX_NAME:
+    if len(spec.name) > MAX_SCHEDULER_CHARS:
         raise Reason.SCHEDULER_UNKNOWN.error(
             f"scheduler.name has {len(spec.name)} characters; choose one of {', '.join(model.info.schedulers)}",
             field="scheduler.name",

@@ -21,6 +21,7 @@ from hybridsd.limits import (
     MAX_GUIDANCE_RESCALE,
     MAX_IMAGE_INDEX,
     MAX_PROMPT_CHARS,
+    MAX_SCHEDULER_CHARS,
     MAX_SEED,
     MAX_SIZE,
     MAX_STEPS,
@@ -79,8 +80,8 @@ class TextToImage(BaseModel):
     prompt: str = Field("", max_length=MAX_PROMPT_CHARS)
     negative_prompt: str = Field("", max_length=MAX_PROMPT_CHARS)
     seed: int = Field(-1, ge=-1, le=MAX_SEED, description="-1: random")
-    sampler_name: str | None = Field(None, max_length=64)
-    sampler_index: str | None = Field(None, max_length=64)
+    sampler_name: str | None = Field(None, max_length=MAX_SCHEDULER_CHARS)
+    sampler_index: str | None = Field(None, max_length=MAX_SCHEDULER_CHARS)
     scheduler: str | None = Field(None, max_length=64, description="the noise schedule of the sampler")
     batch_size: int = Field(1, ge=1, le=MAX_IMAGES)
     n_iter: int = Field(1, ge=1, le=MAX_IMAGES)

@@ -14,6 +14,7 @@ from hybridsd.limits import (
     MAX_LORA_WEIGHT,
     MAX_LORAS,
     MAX_PROMPT_CHARS,
+    MAX_SCHEDULER_CHARS,
     MAX_SEED,
     MAX_SIZE,
     MAX_STEPS,
@@ -117,7 +118,7 @@ class JobCreate(_RequestModel):
     consecutive_seeds: bool = Field(
         False, description="image i uses seed + i; else all use the seed, with image_index + i"
     )
-    scheduler: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
+    scheduler: Annotated[str, StringConstraints(min_length=1, max_length=MAX_SCHEDULER_CHARS)] | None = None
     hybrid: Hybrid = Field(default_factory=Hybrid)
     image: str | None = Field(
         None, description="initial image: base64 or a data URL; a cloud that takes part gets its latents"

@@ -147,6 +147,8 @@ SCHEDULERS: tuple[SchedulerSpec, ...] = (
     _spec("tcd", "TCD", ["TCD"], frozenset({"timesteps", "eta"})),
 )
 
+_ENDS_ABOVE = ("DEISMultistepScheduler", "SASolverScheduler")
+"""With Karras levels they do not end at a noise level of 0 but at the last one given."""
 _OWN_SPEC = SchedulerSpec(name=OWN, diffusers_class="", aliases=(OWN,))
 _SCHEDULES = {
     **{name: name for name in SIGMAS},
@@ -349,6 +351,8 @@ def _modified(spec: SchedulerSpec, kind: str, modifier: str) -> SchedulerSpec:
         return replace(changed, overrides={**spec.overrides, ZERO_SNR: True})
     if kind == "sigmas" and key not in SIGMAS:
         levels = key
+        if value and spec.diffusers_class in _ENDS_ABOVE:
+            raise _refused(spec, modifier, "its last step stays at the last level; choose kl_optimal or karras")
         if value:
             numbers = [_number(part) for part in value.removesuffix("-0").split("-")]
             if not all(0.0 < number <= MAX_SIGMA for number in numbers) or numbers != sorted(

@@ -88,7 +88,7 @@ class TextToImage(BaseModel):
     steps: int | None = Field(None, ge=1, le=MAX_STEPS)
     cfg_scale: float | None = Field(None, ge=0, le=MAX_GUIDANCE, description="0 to 1: no guidance")
     guidance_rescale: float = Field(0.0, ge=0, le=MAX_GUIDANCE_RESCALE, description="0: off")
-    eta: float | None = Field(None, description="only the sampler's own: 0 of DDIM, 1 of ancestral ones")
+    eta: float | None = Field(None, description="0 to 1 with DDIM and TCD; else the sampler's own, 1 of ancestral ones")
     width: int | None = Field(None, ge=8, le=MAX_SIZE)
     height: int | None = Field(None, ge=8, le=MAX_SIZE)
     refiner_switch_at: float | None = Field(None, ge=0, le=1, description="share of steps that run in the cloud")

@@ -75,6 +75,13 @@ class SchedulerSpec:
         return self.aliases[0] if self.aliases else self.name
 
     @property
+    def modifiers(self) -> tuple[str, ...]:
+        """The modifiers that it takes and that need no value, in the order of `_KINDS`."""
+        return tuple(
+            name for kind, names in _KINDS.items() if kind in self.takes for name in names if not name.endswith("=")
+        )
+
+    @property
     def sigmas(self) -> tuple[str, ...]:
         """The schedules of noise levels, of diffusers' own, that it can be combined with."""
         return tuple(SIGMAS) if "sigmas" in self.takes else ()

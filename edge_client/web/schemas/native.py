@@ -333,6 +333,14 @@ class CloudInfo(BaseModel):
     dollars_per_hour: float | None = Field(description="while it computes, as the operator says; null: not known")
 
 
+class NamedScheduler(BaseModel):
+    """A scheduler that can be asked for."""
+
+    name: str
+    label: str
+    modifiers: list[str] = Field(description="what may follow its name, each after a +; more in docs/modes.md")
+
+
 class Capabilities(BaseModel):
     """Capabilities of this gateway and its cloud."""
 
@@ -340,7 +348,7 @@ class Capabilities(BaseModel):
     edge: EdgeInfo
     cloud: CloudInfo
     defaults: dict[str, Any]
-    schedulers: list[dict[str, str]]
+    schedulers: list[NamedScheduler]
     limits: dict[str, float]
     quality: list[dict[str, Any]]
     queue: dict[str, int]

@@ -32,9 +32,9 @@ class Trajectory:
     """R rows, 2 with classifier-free guidance (unconditional first), else 1."""
     num_rows: int
     guidance_scale: float
-    guidance_rescale: float
     call: int
     """The next call to run."""
+    guidance_rescale: float = 0.0
     state: list[torch.Tensor] = field(default_factory=list)
     """`[C, h, w]` each, float32; never written to, only replaced."""
     outputs: tuple[torch.Tensor, ...] = ()
@@ -188,7 +188,7 @@ def _enter(denoiser: Denoiser, stage: Stage, texts: Texts, request: JobRequest) 
     conditions = denoiser.conditions(rows, size=request.size, guidance_scale=stage.guidance_scale)
     group: Group = (stage.model, request.latent_shape, tuple(conditions.embeds.shape[1:]), request.loras)
     trajectory = Trajectory(
-        request, group, conditions, len(rows), stage.guidance_scale, stage.guidance_rescale, stage.first_call
+        request, group, conditions, len(rows), stage.guidance_scale, stage.first_call, stage.guidance_rescale
     )
     if request.known_latents is not None and request.mask is not None:
         trajectory.known = _on_device(request.known_latents, denoiser.device)

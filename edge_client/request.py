@@ -31,6 +31,8 @@ class Segment:
     """How many; None is the rest of its schedule."""
     guidance_scale: float | None = None
     """None is the image's."""
+    guidance_rescale: float | None = None
+    """None is the image's."""
     scheduler: str | None = None
     """Begins a timestep schedule of its own; None continues that of the segment before."""
     num_inference_steps: int | None = None
@@ -70,6 +72,8 @@ class Stage:
     schedule: TimestepSchedule
     begins_schedule: bool
     """Whether it enters by its noise level (`hybridsd.noise_levels`), and not by the state of the stage before."""
+    guidance_rescale: float = 0.0
+    """How far the guided output is brought back to the conditional one's standard deviation, 0 to 1."""
 
     def describe(self) -> str:
         """Returns it as `--segments` writes it."""
@@ -80,7 +84,8 @@ class Stage:
         )
         steps = "*" if self.steps is None else self.steps
         guidance = f"{self.guidance_scale!r}".removesuffix(".0")
-        return f"{self.model}:{steps}@{self.place}(guidance={guidance}{schedule})"
+        rescale = f",rescale={self.guidance_rescale!r}".removesuffix(".0") if self.guidance_rescale else ""
+        return f"{self.model}:{steps}@{self.place}(guidance={guidance}{rescale}{schedule})"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,6 +109,7 @@ class SavedState:
     """Which model ran them; empty when none did."""
     prompt: str = ""
     negative_prompt: str = ""
+    guidance_rescale: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,6 +146,8 @@ class Request:
     num_inference_steps: int | None = None
     cloud_steps: int | None = None
     guidance_scale: float | None = None
+    guidance_rescale: float = 0.0
+    """In [0, 1]; see `hybridsd.guidance`."""
     seed: int = 0
     image_index: int = 0
     width: int | None = None
@@ -200,6 +208,7 @@ class Resolved:
     num_inference_steps: int
     cloud_steps: int
     guidance_scale: float
+    guidance_rescale: float
     width: int
     height: int
     latent_shape: tuple[int, int, int]

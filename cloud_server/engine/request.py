@@ -27,6 +27,7 @@ class Stage:
     first_call: int
     model: str
     guidance_scale: float
+    guidance_rescale: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,8 @@ class JobRequest:
     text_options: TextOptions = DEFAULT_TEXT
     guidance_scale: float = 1.0
     """In [1, 30]; runs only with a negative prompt, or as an input of the model."""
+    guidance_rescale: float = 0.0
+    """In [0, 1]; runs only with a negative prompt."""
     more_stages: tuple[Stage, ...] = ()
     """Models that go on after `model`, their calls rising in (first_call, handoff_call)."""
     loras: tuple[tuple[str, float], ...] = ()
@@ -101,7 +104,10 @@ class JobRequest:
     @property
     def stages(self) -> tuple[Stage, ...]:
         """All its models, in order."""
-        return (Stage(self.first_call, self.model, self.guidance_scale), *self.more_stages)
+        return (
+            Stage(self.first_call, self.model, self.guidance_scale, self.guidance_rescale),
+            *self.more_stages,
+        )
 
     def is_state_due(self, call: int) -> bool:
         """Whether the state before `call` is to be published."""

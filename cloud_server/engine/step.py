@@ -13,6 +13,7 @@ import torch
 from cloud_server.engine.request import JobRequest, Latents, Stage
 from cloud_server.models.denoiser import Conditions, Denoiser, Encoded, Loras
 from hybridsd import noise, noise_levels
+from hybridsd.guidance import guide
 from hybridsd.plan import advance, initial_state, unet_input, x0_preview
 
 Group = tuple[str, tuple[int, int, int], tuple[int, ...], Loras]
@@ -33,6 +34,7 @@ class Trajectory:
     guidance_scale: float
     call: int
     """The next call to run."""
+    guidance_rescale: float = 0.0
     state: list[torch.Tensor] = field(default_factory=list)
     """`[C, h, w]` each, float32; never written to, only replaced."""
     outputs: tuple[torch.Tensor, ...] = ()
@@ -185,7 +187,9 @@ def _enter(denoiser: Denoiser, stage: Stage, texts: Texts, request: JobRequest) 
     rows = [negative_prompt, prompt] if guided and negative_prompt is not None else [prompt]
     conditions = denoiser.conditions(rows, size=request.size, guidance_scale=stage.guidance_scale)
     group: Group = (stage.model, request.latent_shape, tuple(conditions.embeds.shape[1:]), request.loras)
-    trajectory = Trajectory(request, group, conditions, len(rows), stage.guidance_scale, stage.first_call)
+    trajectory = Trajectory(
+        request, group, conditions, len(rows), stage.guidance_scale, stage.first_call, stage.guidance_rescale
+    )
     if request.known_latents is not None and request.mask is not None:
         trajectory.known = _on_device(request.known_latents, denoiser.device)
         trajectory.mask = _on_device(request.mask, denoiser.device)
@@ -275,7 +279,7 @@ def move(trajectory: Trajectory, result: Progress, *, ran: bool) -> Reached:
 def _guide(trajectory: Trajectory, output: torch.Tensor) -> torch.Tensor:
     if trajectory.num_rows == 1:
         return output[0]
-    return output[0] + trajectory.guidance_scale * (output[1] - output[0])
+    return guide(output[0], output[1], trajectory.guidance_scale, trajectory.guidance_rescale)
 
 
 def _advance(device: torch.device, trajectory: Trajectory, guided: torch.Tensor) -> Progress:

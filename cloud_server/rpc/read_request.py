@@ -7,7 +7,7 @@ event loop: hostile requests may take long to check. Counts are checked before c
 import hashlib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cloud_server.engine.caller import NOBODY, Caller
@@ -40,8 +40,17 @@ from cloud_server.rpc.write_states import ResidualCoding
 from hybridsd import codec
 from hybridsd.durations import to_seconds
 from hybridsd.errors import Reason
-from hybridsd.limits import MAX_EVERY, MAX_GUIDANCE, MAX_IMAGE_INDEX, MAX_SEED, MAX_STEPS, MIN_GUIDANCE
-from hybridsd.plan import MAX_ARRAYS, MAX_NAME, Plan
+from hybridsd.limits import (
+    MAX_EVERY,
+    MAX_GUIDANCE,
+    MAX_GUIDANCE_RESCALE,
+    MAX_IMAGE_INDEX,
+    MAX_SCHEDULER_CHARS,
+    MAX_SEED,
+    MAX_STEPS,
+    MIN_GUIDANCE,
+)
+from hybridsd.plan import MAX_ARRAYS, Plan
 from hybridsd.v1 import denoising_service_pb2 as pb
 from hybridsd.v1 import tensor_pb2
 
@@ -140,11 +149,12 @@ class RequestReader:
         shape, size = self._latent_shape(request, info)
         check_pixels(caller.quota, *size)
         _check_scalars(request)
-        guidance_scale = _guidance_scale(request, info)
-        changes = self._model_changes(request, info, guidance_scale)
-        stages = [(info, guidance_scale), *((other, scale) for _, other, scale in changes)]
+        guidance = _guidance(request, info)
+        changes = self._model_changes(request, info, guidance)
+        stages = [(info, guidance), *((other, own) for _, other, own in changes)]
         loras = read_loras(request, [other for other, _ in stages], lora_owner(caller))
-        is_guided = any(other.guidance == "cfg" and scale > 1.0 for other, scale in stages)
+        is_guided = any(own.is_computed(other) for other, own in stages)
+        _check_rescale(request, stages)
         prompt, negative_prompt = read_conditioning(request, [other for other, _ in stages], is_guided=is_guided)
         plan = None
         if request.HasField("plan"):
@@ -182,8 +192,11 @@ class RequestReader:
             prompt=prompt,
             negative_prompt=negative_prompt,
             text_options=text_options(request.text),
-            guidance_scale=checked.stages[0][1],
-            more_stages=tuple(Stage(plan.first_call(step), other.id, scale) for step, other, scale in changes),
+            guidance_scale=checked.stages[0][1].scale,
+            guidance_rescale=checked.stages[0][1].rescale,
+            more_stages=tuple(
+                Stage(plan.first_call(step), other.id, own.scale, own.rescale) for step, other, own in changes
+            ),
             loras=checked.loras,
             skipping=read_skipping(request),
             known_latents=known_latents,
@@ -221,8 +234,8 @@ class RequestReader:
         return replace(job, prefix=prefix, approximate_reuse=reuse), style
 
     def _model_changes(
-        self, request: pb.DenoiseRequest, first: ModelInfo, guidance_scale: float
-    ) -> list[tuple[int, ModelInfo, float]]:
+        self, request: pb.DenoiseRequest, first: ModelInfo, guidance: "_Guidance"
+    ) -> list[tuple[int, ModelInfo, "_Guidance"]]:
         """Returns step, model and guidance of each change."""
         if len(request.model_changes) > MAX_MODEL_CHANGES:
             raise Reason.FIELD_INVALID.error(
@@ -251,13 +264,12 @@ class RequestReader:
                     f"model {info.id} takes multiples of {info.size_multiple} pixels, not {sides[0]}x{sides[1]}",
                     field="width",
                 )
-            scale = change.guidance_scale if change.HasField("guidance_scale") else guidance_scale
-            if not MIN_GUIDANCE <= scale <= MAX_GUIDANCE:
-                raise Reason.GUIDANCE_INVALID.error(
-                    f"guidance_scale is {scale}; choose 1 (off) to {MAX_GUIDANCE:g}",
-                    field="model_changes.guidance_scale",
-                )
-            changes.append((change.step, info, scale))
+            own = _Guidance(
+                change.guidance_scale if change.HasField("guidance_scale") else guidance.scale,
+                change.guidance_rescale if change.HasField("guidance_rescale") else guidance.rescale,
+            )
+            own.check("model_changes.")
+            changes.append((change.step, info, own))
         return changes
 
     def _model(self, name: str, latent_space: str, *, field: str = "model") -> Description:
@@ -293,6 +305,30 @@ class RequestReader:
         return (info.latent_channels, height, width), (sizes[1], sizes[0])
 
 
+@dataclass(frozen=True, slots=True)
+class _Guidance:
+    """How strongly a model follows the prompt."""
+
+    scale: float
+    rescale: float
+
+    def check(self, prefix: str = "") -> None:
+        """Refuses what is out of range, in a field whose name begins with `prefix`."""
+        if not MIN_GUIDANCE <= self.scale <= MAX_GUIDANCE:
+            raise Reason.GUIDANCE_INVALID.error(
+                f"guidance_scale is {self.scale}; choose 1 (off) to {MAX_GUIDANCE:g}", field=f"{prefix}guidance_scale"
+            )
+        if not 0.0 <= self.rescale <= MAX_GUIDANCE_RESCALE:
+            raise Reason.GUIDANCE_INVALID.error(
+                f"guidance_rescale is {self.rescale}; choose 0 (off) to {MAX_GUIDANCE_RESCALE:g}",
+                field=f"{prefix}guidance_rescale",
+            )
+
+    def is_computed(self, info: ModelInfo) -> bool:
+        """Whether the model runs both with and without the prompt."""
+        return info.guidance == "cfg" and self.scale > 1.0
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Checked:
     """What is known of a request before its plan."""
@@ -300,8 +336,8 @@ class _Checked:
     model: Description
     shape: tuple[int, int, int]
     size: tuple[int, int]
-    stages: list[tuple[ModelInfo, float]]
-    changes: list[tuple[int, ModelInfo, float]]
+    stages: list[tuple[ModelInfo, _Guidance]]
+    changes: list[tuple[int, ModelInfo, _Guidance]]
     prompt: str | Encoded
     negative_prompt: str | Encoded | None
     loras: tuple[tuple[str, float], ...]
@@ -358,13 +394,27 @@ def _check_scalars(request: pb.DenoiseRequest) -> None:
             )
 
 
-def _guidance_scale(request: pb.DenoiseRequest, info: ModelInfo) -> float:
+def _guidance(request: pb.DenoiseRequest, info: ModelInfo) -> _Guidance:
     scale = request.guidance_scale if request.HasField("guidance_scale") else info.default_guidance_scale
-    if not MIN_GUIDANCE <= scale <= MAX_GUIDANCE:
-        raise Reason.GUIDANCE_INVALID.error(
-            f"guidance_scale is {scale}; choose 1 (off) to {MAX_GUIDANCE:g}", field="guidance_scale"
-        )
-    return scale
+    guidance = _Guidance(scale, request.guidance_rescale)
+    guidance.check()
+    return guidance
+
+
+def _check_rescale(request: pb.DenoiseRequest, stages: Sequence[tuple[ModelInfo, _Guidance]]) -> None:
+    """Refuses to bring back what is computed nowhere: by the request, or by a change for its own model."""
+    asked = [("guidance_rescale", stages)] if request.guidance_rescale > 0.0 else []
+    for change, stage in zip(request.model_changes, stages[1:], strict=True):
+        if change.guidance_rescale > 0.0:
+            asked.append(("model_changes.guidance_rescale", [stage]))
+    for field, of in asked:
+        if not any(guidance.is_computed(info) for info, guidance in of):
+            why = "takes guidance as an input" if of[0][0].guidance == "embedded" else "has guidance_scale 1"
+            raise Reason.GUIDANCE_INVALID.error(
+                f"model {of[0][0].id} {why}, so guidance_rescale has no effect; leave it out, or raise the"
+                " guidance_scale of a model that computes guidance",
+                field=field,
+            )
 
 
 def _steps(
@@ -377,7 +427,7 @@ def _steps(
         model: Whose defaults to take.
         request: The job; None where the plan alone is wanted.
     """
-    if len(spec.name) > MAX_NAME:
+    if len(spec.name) > MAX_SCHEDULER_CHARS:
         raise Reason.SCHEDULER_UNKNOWN.error(
             f"scheduler.name has {len(spec.name)} characters; choose one of {', '.join(model.info.schedulers)}",
             field="scheduler.name",

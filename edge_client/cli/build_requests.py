@@ -25,7 +25,7 @@ from hybridsd.prompting import TextOptions
 
 _FIXED_BY_STATE = (
     "prompt", "prompt_option", "negative_prompt", "prompts_file", "csv_file", "steps", "scheduler",
-    "guidance_scale", "seed", "num_images", "image_index", "width", "height",
+    "guidance_scale", "guidance_rescale", "seed", "num_images", "image_index", "width", "height",
 )  # fmt: skip
 
 
@@ -49,6 +49,7 @@ def read_requests(ctx: click.Context, options: dict[str, Any], manifest: Manifes
         num_inference_steps=steps,
         cloud_steps=cloud_steps,
         guidance_scale=options["guidance_scale"],
+        guidance_rescale=options["guidance_rescale"],
         seed=seed,
         **features,
         codec=options["codec"],

@@ -197,6 +197,7 @@ def _dry_json(resolved: Resolved, path: Path) -> dict[str, Any]:
         "cloud_steps": resolved.cloud_steps,
         "edge_steps": resolved.num_inference_steps - resolved.cloud_steps,
         "guidance_scale": resolved.guidance_scale,
+        "guidance_rescale": resolved.guidance_rescale,
         "width": resolved.width,
         "height": resolved.height,
         "stages": [stage.describe() for stage in resolved.stages],

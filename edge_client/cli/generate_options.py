@@ -100,9 +100,17 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
     click.option("--explain-split", is_flag=True, help="Print the estimates of an automatic split."),
     click.option("--steps", "--num-inference-steps", type=int, help="Steps in all. Default: the bundle's."),
     click.option(
-        "--scheduler", help=f"One of {', '.join(spec.name for spec in schedulers.SCHEDULERS)}. Default: the bundle's."
+        "--scheduler",
+        help=f"One of {', '.join(spec.name for spec in schedulers.SCHEDULERS)}; with modifiers, as in "
+        "dpmpp_2m_sde+beta+trailing, or as another tool names it, as in 'Euler a SGM Uniform'; see docs/modes.md. "
+        "Default: the bundle's.",
     ),
     click.option("--guidance-scale", "--cfg-scale", type=float, help="1 to 30; 1 is none. Default: the bundle's."),
+    click.option(
+        "--guidance-rescale", type=float, default=0.0, show_default=True,
+        help="0 to 1: how far guidance is kept from making the image brighter and plainer; 0.7 for "
+        "zero-terminal-SNR models.",
+    ),
     click.option(
         "--seed", type=int, default=-1, help="0 to 2^53-1; the same seed is the same image. Default -1: random."
     ),

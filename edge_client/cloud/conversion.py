@@ -192,6 +192,7 @@ class Conversation:
             model=segment.stages[0].model,
             latent_space=resolved.latent_space,
             guidance_scale=segment.stages[0].guidance_scale,
+            guidance_rescale=segment.stages[0].guidance_rescale or None,
             seed=request.seed,
             image_index=segment.image_index,
             width=resolved.width,
@@ -215,7 +216,11 @@ class Conversation:
             if request.text_options.long_prompt == "chunk":
                 message.text.long_prompt = pb.LONG_PROMPT_CHUNK
         for step, stage in segment.model_changes:
-            message.model_changes.add(step=step, model=stage.model, guidance_scale=stage.guidance_scale)
+            rescale = stage.guidance_rescale
+            message.model_changes.add(
+                step=step, model=stage.model, guidance_scale=stage.guidance_scale,
+                guidance_rescale=None if rescale == segment.stages[0].guidance_rescale else rescale,
+            )  # fmt: skip
         for name, weight in request.loras:
             message.loras.add(name=name, weight=weight)
         mask = None if request.image_input is None else request.image_input.mask_cells
@@ -309,6 +314,9 @@ class Conversation:
         guidance_scale = self._asked.stages[0].guidance_scale
         if not abs(started.guidance_scale - guidance_scale) <= 1e-9:  # NaN too
             _refuse(f"guidance_scale {started.guidance_scale}, not {guidance_scale}")
+        rescale = self._asked.stages[0].guidance_rescale
+        if not abs(started.guidance_rescale - rescale) <= 1e-9:
+            _refuse(f"guidance_rescale {started.guidance_rescale}, not {rescale}")
         if self._plan is not None and started.plan_digest != self._plan.digest():
             _refuse("another plan than the one that is followed already")
         plan = self._read_plan(started)

@@ -50,6 +50,13 @@ class Components:
                 "without guidance there is nothing to draw away from; leave the negative prompt out",
                 field="negative_prompt",
             )
+        rescaled = [stage for stage in resolved.stages if stage.guidance_rescale]
+        if rescaled and not any(map(self.takes_negative, rescaled)):
+            raise Reason.GUIDANCE_INVALID.error(
+                "no model of this image computes guidance: consistency models have it as an input; leave "
+                "`guidance_rescale` out",
+                field="guidance_rescale",
+            )
 
     def bundle_plan(self, schedule: TimestepSchedule) -> Plan | None:
         """Returns the bundle's own plan of a schedule; None where it has none."""

@@ -45,7 +45,10 @@ def run_edge_stage(stage: Stage, trajectory: Trajectory, components: Components)
 
     def predict(latents: Latents, timestep: float) -> Latents:
         sample = latents.astype(np.float32)
-        output = models.predict_noise(sample, timestep, conditioning, guidance_scale=stage.guidance_scale)
+        output = models.predict_noise(
+            sample, timestep, conditioning,
+            guidance_scale=stage.guidance_scale, guidance_rescale=stage.guidance_rescale,
+        )  # fmt: skip
         predicts, wanted = models.manifest.prediction_type, trajectory.prediction_type
         if predicts == wanted:
             return output

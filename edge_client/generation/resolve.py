@@ -14,6 +14,7 @@ from hybridsd.limits import (
     MAX_DEADLINE_S,
     MAX_EVERY,
     MAX_GUIDANCE,
+    MAX_GUIDANCE_RESCALE,
     MAX_IMAGE_INDEX,
     MAX_LORA_WEIGHT,
     MAX_LORAS,
@@ -61,11 +62,21 @@ def resolve(request: Request, manifest: Manifest) -> Resolved:
         raise Reason.GUIDANCE_INVALID.error(
             f"`guidance_scale` is {guidance}; choose {MIN_GUIDANCE:g} to {MAX_GUIDANCE:g}", field="guidance_scale"
         )
+    rescale = request.guidance_rescale
+    if not 0.0 <= rescale <= MAX_GUIDANCE_RESCALE:
+        raise Reason.GUIDANCE_INVALID.error(
+            f"`guidance_rescale` is {rescale}; choose 0 to {MAX_GUIDANCE_RESCALE:g}", field="guidance_rescale"
+        )
     everywhere = {segment.guidance_scale or guidance for segment in request.segments} or {guidance}
     if everywhere == {1} and request.negative_prompt:
         raise Reason.GUIDANCE_INVALID.error(
             "a negative prompt has no effect at `guidance_scale` 1; leave it out or raise `guidance_scale`",
             field="negative_prompt",
+        )
+    if everywhere == {1} and rescale:
+        raise Reason.GUIDANCE_INVALID.error(
+            "`guidance_rescale` has no effect at `guidance_scale` 1; leave it out or raise `guidance_scale`",
+            field="guidance_rescale",
         )
     if request.conditioning is not None:
         _check_conditioning(request.conditioning, manifest, guided=everywhere != {1})
@@ -77,10 +88,10 @@ def resolve(request: Request, manifest: Manifest) -> Resolved:
         steps = request.segments[0].num_inference_steps or steps
     schedule = TimestepSchedule(scheduler=scheduler, num_inference_steps=steps, begin_step=_begin_step(request, steps))
     if request.segments:
-        stages = _explicit_stages(request, schedule, float(guidance))
+        stages = _explicit_stages(request, schedule, float(guidance), rescale)
     else:
         count = _cloud_steps(request, schedule.num_steps, defaults.cloud_steps / defaults.num_inference_steps)
-        stages = _two_stages(request, schedule, count, float(guidance))
+        stages = _two_stages(request, schedule, count, float(guidance), rescale)
     if request.loras and not any(stage.place == "cloud" for stage in stages):
         raise Reason.FIELD_INVALID.error(
             "`loras` are of the cloud's model, and no step runs there; leave them out, or give the cloud steps",
@@ -102,6 +113,7 @@ def resolve(request: Request, manifest: Manifest) -> Resolved:
         num_inference_steps=schedule.num_steps,
         cloud_steps=sum(stage.steps or 0 for stage in stages if stage.place == "cloud"),
         guidance_scale=float(guidance),
+        guidance_rescale=rescale,
         width=width,
         height=height,
         latent_shape=shape,
@@ -128,6 +140,11 @@ def _resolve_saved(request: Request, saved: SavedState, manifest: Manifest) -> R
             f"it must be {MIN_GUIDANCE:g} to {MAX_GUIDANCE:g}",
             field="load_latents",
         )  # fmt: skip
+    if not 0.0 <= saved.guidance_rescale <= MAX_GUIDANCE_RESCALE:
+        raise Reason.STATE_INVALID.error(
+            f"the saved guidance_rescale is {saved.guidance_rescale}; it must be 0 to {MAX_GUIDANCE_RESCALE:g}",
+            field="load_latents",
+        )
     embeds, embed_shape = saved.conditioning, (manifest.context_length, manifest.embed_dim)
     if embeds is not None and not _is_chunks(embeds.prompt_embeds.shape, embed_shape):
         raise Reason.MODEL_UNKNOWN.error(
@@ -145,7 +162,9 @@ def _resolve_saved(request: Request, saved: SavedState, manifest: Manifest) -> R
     else:
         cloud_steps = _cloud_steps(request, steps, saved.cloud_steps / steps)
         schedule = TimestepSchedule(scheduler=saved.plan.scheduler, num_inference_steps=steps)
-        stages = _two_stages(request, schedule, cloud_steps, saved.guidance_scale, first_step=first_step)
+        stages = _two_stages(
+            request, schedule, cloud_steps, saved.guidance_scale, saved.guidance_rescale, first_step=first_step
+        )
     _check_cloud_only(request, stages)
     return Resolved(
         request=request,
@@ -154,6 +173,7 @@ def _resolve_saved(request: Request, saved: SavedState, manifest: Manifest) -> R
         num_inference_steps=steps,
         cloud_steps=cloud_steps,
         guidance_scale=saved.guidance_scale,
+        guidance_rescale=saved.guidance_rescale,
         width=width,
         height=height,
         latent_shape=(shape[0], shape[1], shape[2]),
@@ -372,7 +392,7 @@ def with_cloud_steps(resolved: Resolved, cloud_steps: int) -> Resolved:
     request, first = resolved.request, resolved.stages[0]
     saved = request.resume
     stages = _two_stages(
-        request, first.schedule, cloud_steps, first.guidance_scale,
+        request, first.schedule, cloud_steps, first.guidance_scale, first.guidance_rescale,
         first_step=0 if saved is None else saved.plan.step_at(saved.call),
     )  # fmt: skip
     mode = _mode(stages) if saved is None else _mode_of(cloud_steps, resolved.num_inference_steps)
@@ -390,11 +410,20 @@ def _mode_of(cloud_steps: int, steps: int) -> Mode:
 
 
 def _two_stages(
-    request: Request, schedule: TimestepSchedule, cloud_steps: int, guidance_scale: float, *, first_step: int = 0
+    request: Request,
+    schedule: TimestepSchedule,
+    cloud_steps: int,
+    guidance_scale: float,
+    guidance_rescale: float,
+    *,
+    first_step: int = 0,
 ) -> tuple[Stage, ...]:
     """Returns the stages of a plain split: the cloud up to `cloud_steps`, then the edge; none before `first_step`."""
     cloud, edge = max(cloud_steps - first_step, 0), schedule.num_steps - max(cloud_steps, first_step)
-    common = {"schedule": schedule, "guidance_scale": guidance_scale, "begins_schedule": False}
+    common = {
+        "schedule": schedule, "guidance_scale": guidance_scale, "guidance_rescale": guidance_rescale,
+        "begins_schedule": False,
+    }  # fmt: skip
     stages = (
         Stage(place="cloud", model=request.model, steps=cloud, **common),  # type: ignore[arg-type]
         Stage(place="edge", model="", steps=edge, **common),  # type: ignore[arg-type]
@@ -413,16 +442,18 @@ def _stages_of_the_rest(request: Request, saved: SavedState, first_step: int) ->
     steps = saved.plan.num_inference_steps
     rest = TimestepSchedule(scheduler=saved.plan.scheduler, num_inference_steps=steps, begin_step=first_step)
     whole = replace(rest, begin_step=0)
-    stages = _explicit_stages(request, rest, saved.guidance_scale)
+    stages = _explicit_stages(request, rest, saved.guidance_scale, saved.guidance_rescale)
     return tuple(replace(stage, schedule=whole) if stage.schedule == rest else stage for stage in stages)
 
 
-def _explicit_stages(request: Request, schedule: TimestepSchedule, guidance_scale: float) -> tuple[Stage, ...]:
+def _explicit_stages(
+    request: Request, schedule: TimestepSchedule, guidance_scale: float, guidance_rescale: float
+) -> tuple[Stage, ...]:
     if request.mode != "auto" or request.cloud_steps is not None:
         raise Reason.SPLIT_INVALID.error(
             "`segments` say what runs where; leave out `mode` and `cloud_steps`", field="segments"
         )
-    return resolve_segments(request.segments, schedule, guidance_scale)
+    return resolve_segments(request.segments, schedule, guidance_scale, guidance_rescale)
 
 
 def _begin_step(request: Request, steps: int) -> int:

@@ -86,6 +86,7 @@ class Result:
     scheduler: str
     num_inference_steps: int
     guidance_scale: float
+    guidance_rescale: float
     seed: int
     image_index: int
     width: int

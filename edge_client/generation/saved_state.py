@@ -42,6 +42,7 @@ def saved_state(result: Result, latent_space: str, at: StepDone | None = None) -
         state=(result.latents,) if at is None else at.state,
         conditioning=result.conditioning,
         guidance_scale=result.guidance_scale,
+        guidance_rescale=result.guidance_rescale,
         seed=result.seed,
         image_index=result.image_index,
         latent_space=latent_space,
@@ -59,6 +60,7 @@ def dump(saved: SavedState) -> bytes:
         "format": FORMAT,
         "call": saved.call,
         "guidance_scale": saved.guidance_scale,
+        "guidance_rescale": saved.guidance_rescale,
         "seed": saved.seed,
         "image_index": saved.image_index,
         "latent_space": saved.latent_space,
@@ -116,6 +118,7 @@ def load(path: Path) -> SavedState | Latents:
             state=tuple(arrays["state"].astype(np.float32)),
             conditioning=None if embeddings["prompt_embeds"] is None else Conditioning(**embeddings),  # type: ignore[arg-type]
             guidance_scale=float(head["guidance_scale"]),
+            guidance_rescale=float(head.get("guidance_rescale", 0.0)),
             seed=int(head["seed"]),
             image_index=int(head["image_index"]),
             latent_space=str(head["latent_space"]),

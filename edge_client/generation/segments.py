@@ -7,13 +7,14 @@
 `resolve_segments` checks them and fills in what they leave out.
 """
 
+import math
 import re
 
 from edge_client.request import Segment, Stage, TimestepSchedule
 from edge_client.types import Place
 from hybridsd import schedulers
 from hybridsd.errors import HybridSDError, InvalidRequest, Reason
-from hybridsd.limits import MAX_GUIDANCE, MAX_STEPS, MIN_GUIDANCE
+from hybridsd.limits import MAX_GUIDANCE, MAX_GUIDANCE_RESCALE, MAX_STEPS, MIN_GUIDANCE
 
 MAX_SEGMENTS = 8
 MAX_SCHEDULES = 4
@@ -41,30 +42,31 @@ def _parse(text: str) -> Segment:
     options = {}
     for pair in filter(None, (found["options"] or "").split(",")):
         name, equals, value = (part.strip() for part in pair.partition("="))
-        if not equals or name not in ("guidance", "scheduler", "steps"):
-            raise _refuse(f"option {pair.strip()[:40]!r} is unknown; use guidance=, scheduler= or steps=")
+        if not equals or name not in ("guidance", "rescale", "scheduler", "steps"):
+            raise _refuse(f"option {pair.strip()[:40]!r} is unknown; use guidance=, rescale=, scheduler= or steps=")
         options[name] = value
     place: Place = "cloud" if found["place"] == "cloud" else "edge"
     return Segment(
         place=place,
         model=found["model"].strip(),
         steps=None if found["steps"] == "*" else int(found["steps"]),
-        guidance_scale=_guidance(options.get("guidance")),
+        guidance_scale=_number("guidance", options.get("guidance"), MIN_GUIDANCE, MAX_GUIDANCE),
+        guidance_rescale=_number("rescale", options.get("rescale"), 0.0, MAX_GUIDANCE_RESCALE),
         scheduler=_scheduler(options.get("scheduler")),
         num_inference_steps=_steps(options.get("steps")),
     )
 
 
-def _guidance(text: str | None) -> float | None:
+def _number(name: str, text: str | None, least: float, most: float) -> float | None:
     if text is None:
         return None
     try:
         value = float(text)
     except ValueError:
-        value = 0.0
-    if not MIN_GUIDANCE <= value <= MAX_GUIDANCE:
+        value = math.nan
+    if not least <= value <= most:
         raise Reason.GUIDANCE_INVALID.error(
-            f"guidance of `segments` is {text[:20]!r}; choose {MIN_GUIDANCE:g} to {MAX_GUIDANCE:g}", field="segments"
+            f"{name} of `segments` is {text[:20]!r}; choose {least:g} to {most:g}", field="segments"
         )
     return value
 
@@ -91,7 +93,7 @@ def _refuse(what: str) -> HybridSDError:
 
 
 def resolve_segments(
-    segments: tuple[Segment, ...], first: TimestepSchedule, guidance_scale: float
+    segments: tuple[Segment, ...], first: TimestepSchedule, guidance_scale: float, guidance_rescale: float = 0.0
 ) -> tuple[Stage, ...]:
     """Returns the stages of segments.
 
@@ -99,9 +101,10 @@ def resolve_segments(
         segments: One or more.
         first: The schedule to begin with; that of the first segment, where it has one.
         guidance_scale: Of segments that do not say.
+        guidance_rescale: Of those of them that have guidance.
 
     Raises:
-        InvalidRequest: SPLIT_INVALID, saying what does not fit.
+        InvalidRequest: SPLIT_INVALID, saying what does not fit; GUIDANCE_INVALID for a rescale without guidance.
     """
     stages: list[Stage] = []
     schedule, left, num_schedules = first, first.num_steps, 1
@@ -135,10 +138,18 @@ def resolve_segments(
         begins = bool(index) and segment.begins_schedule
         fixed = None if rest and begins else steps_here
         if steps_here or fixed is None:
+            scale = guidance_scale if segment.guidance_scale is None else segment.guidance_scale
+            if scale == 1 and segment.guidance_rescale:
+                raise Reason.GUIDANCE_INVALID.error(
+                    f"segment {index + 1} of `segments` has guidance 1, so its rescale has no effect; leave it out, or "
+                    "raise its guidance",
+                    field="segments",
+                )
+            rescale = guidance_rescale if segment.guidance_rescale is None else segment.guidance_rescale
             stages.append(
                 Stage(
                     place=segment.place, model=segment.model, steps=fixed, schedule=schedule, begins_schedule=begins,
-                    guidance_scale=guidance_scale if segment.guidance_scale is None else segment.guidance_scale,
+                    guidance_scale=scale, guidance_rescale=rescale if scale > 1 else 0.0,
                 )
             )  # fmt: skip
     if not stages:

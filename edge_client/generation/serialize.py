@@ -25,7 +25,8 @@ _FIELD = re.compile(r'\s*(?P<name>\w[\w \-/]{1,63}):\s*(?P<value>"(?:\\.|[^\\"])
 """A field of `parameters`, as AUTOMATIC1111 writes it."""
 _REST_FIELDS = (
     "prompt", "negative_prompt", "seed", "image_index", "width", "height", "scheduler", "num_inference_steps",
-    "begin_step", "guidance_scale", "mode", "cloud_model", "edge_model", "planned_cloud_steps", "actual_cloud_steps",
+    "begin_step", "guidance_scale", "guidance_rescale", "mode", "cloud_model", "edge_model", "planned_cloud_steps",
+    "actual_cloud_steps",
     "reused_cloud_steps", "reuse_similarity", "fallback_message", "early_handoff_reason", "received_bytes",
     "embeddings_from", "num_dropped_tokens", "untrained_steps", "high_noise_steps", "decode_s", "elapsed_s", "trace_id",
 )  # fmt: skip
@@ -114,6 +115,7 @@ def provenance(result: Result) -> dict[str, Any]:
         "num_inference_steps": result.num_inference_steps,
         "begin_step": result.begin_step,  # steps that the given image left out, beside `num_inference_steps`
         "guidance_scale": result.guidance_scale,
+        **({"guidance_rescale": result.guidance_rescale} if result.guidance_rescale else {}),
         "width": result.width,
         "height": result.height,
         "drawn_size": None if result.drawn_size is None else list(result.drawn_size),  # before it was resized
@@ -180,6 +182,7 @@ def replay(record: Mapping[str, Any]) -> dict[str, Any]:
             "guidance_scale", "width", "height",
         )
     }  # fmt: skip
+    body["guidance_rescale"] = record.get("guidance_rescale", 0.0)
     body["num_inference_steps"] = record["num_inference_steps"] + record["begin_step"]
     body["fit_size"] = record["drawn_size"] is not None
     body["loras"] = [{"name": name, "weight": weight} for name, weight in record["loras"].items()]
@@ -206,6 +209,7 @@ def parameters(result: Result) -> str:
         "Steps": result.num_inference_steps + result.begin_step,
         "Sampler": _sampler(result.scheduler),
         "CFG scale": _number(result.guidance_scale),
+        "CFG rescale": _number(result.guidance_rescale) if result.guidance_rescale else None,
         "Seed": result.seed,
         "Size": f"{result.width}x{result.height}",
         "Model": model,

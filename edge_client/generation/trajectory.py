@@ -305,6 +305,7 @@ class Trajectory:
             scheduler=resolved.scheduler,
             num_inference_steps=resolved.num_inference_steps,
             guidance_scale=resolved.guidance_scale,
+            guidance_rescale=resolved.guidance_rescale,
             seed=request.seed,
             image_index=request.image_index,
             width=image_u8.shape[1],

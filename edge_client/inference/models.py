@@ -115,11 +115,17 @@ class Models:
         return conditioning, sum(part.num_dropped for part in encoded)
 
     def predict_noise(
-        self, latents: Latents, timestep: float, conditioning: Conditioning, *, guidance_scale: float
+        self,
+        latents: Latents,
+        timestep: float,
+        conditioning: Conditioning,
+        *,
+        guidance_scale: float,
+        guidance_rescale: float = 0.0,
     ) -> Latents:
         """Runs the U-Net that the bundle has for the timestep once; see `UNet`."""
         unet = UNet(self._open(self.manifest.unet_role(timestep)), self.manifest)
-        return unet(latents, timestep, conditioning, guidance_scale=guidance_scale)
+        return unet(latents, timestep, conditioning, guidance_scale=guidance_scale, guidance_rescale=guidance_rescale)
 
     def release(self, role: str) -> None:
         """Frees the memory of a model; it is loaded again when it is needed."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from edge_client.inference.networks import Network
 from edge_client.types import Conditioning, Latents
 from hybridsd.errors import HybridSDError, Reason
+from hybridsd.guidance import guide, rescale
 from hybridsd.manifest import Manifest
 
 Guidance = Literal["cfg", "embedded", "fused"]
@@ -49,7 +50,13 @@ class UNet:
             )
 
     def __call__(
-        self, latents: Latents, timestep: float, conditioning: Conditioning, *, guidance_scale: float
+        self,
+        latents: Latents,
+        timestep: float,
+        conditioning: Conditioning,
+        *,
+        guidance_scale: float,
+        guidance_rescale: float = 0.0,
     ) -> Latents:
         """Predicts the noise in `latents` (or what the model predicts), guided.
 
@@ -59,6 +66,8 @@ class UNet:
             conditioning: Embeddings, `[n * T, D]`, and for SDXL pooled ones, `[P]`. A U-Net with embedded guidance has
                 no use for the negative ones.
             guidance_scale: 1 or more. At 1 negative embeddings are not needed, and "cfg" runs a single row.
+            guidance_rescale: In [0, 1]; see `hybridsd.guidance`. One that is "fused" runs a second time for it, for its
+                output without guidance; one that is "embedded" computes no guidance, and has none to rescale.
 
         Returns:
             The model's output, same shape as `latents`, float32.
@@ -88,7 +97,9 @@ class UNet:
         )
         guided: Latents = output[0]
         if batch == 2:
-            guided = output[0] + np.float32(guidance_scale) * (output[1] - output[0])
+            guided = guide(output[0], output[1], guidance_scale, guidance_rescale)
+        elif self.guidance == "fused" and guidance_scale > 1 and guidance_rescale > 0:
+            guided = rescale(self(latents, timestep, conditioning, guidance_scale=1.0), guided, guidance_rescale)
         return guided
 
     def _rows(

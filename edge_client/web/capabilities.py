@@ -64,7 +64,7 @@ async def capabilities(gateway: Gateway) -> dict[str, Any]:
             "height": defaults.height,
         },
         "schedulers": [
-            {"name": spec.name, "label": spec.label}
+            {"name": spec.name, "label": spec.label, "modifiers": list(spec.modifiers)}
             for spec in schedulers.SCHEDULERS
         ],
         "limits": {

@@ -5,8 +5,12 @@ Both ends are included unless said otherwise. Sizes and steps have narrower limi
 
 MIN_GUIDANCE, MAX_GUIDANCE = 1.0, 30.0
 """guidance_scale; 1 is none."""
+MAX_GUIDANCE_RESCALE = 1.0
+"""guidance_rescale, from 0, which is none."""
 MAX_STEPS = 1000
 """num_inference_steps, from 1."""
+MAX_SCHEDULER_CHARS = 1024
+"""Of the name of a scheduler with its modifiers, timesteps or noise levels of one's own included."""
 MAX_CALLS = 4 * MAX_STEPS
 """Calls of the U-Net in one plan."""
 MAX_SIZE = 4096

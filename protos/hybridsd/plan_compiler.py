@@ -158,6 +158,12 @@ def _check_options(scheduler: Any, name: str) -> None:
     for option in ("thresholding", "clip_sample"):
         if option in options and scheduler.config.get(option):
             raise _not_affine(name, f"{option} clips values; set {option} to false")
+    if "variance_type" in options and str(scheduler.config.get("variance_type")).startswith("learned"):
+        raise Reason.SCHEDULER_NOT_AFFINE.error(
+            f"scheduler {name} has variance_type {scheduler.config['variance_type']}: its model predicts a variance"
+            " beside the noise, which models here do not; set variance_type to fixed_small, or choose another model",
+            field="scheduler",
+        )
     continuous = scheduler.config.get("timestep_type") == "continuous"
     if "sigma_data" in options or (continuous and scheduler.config.get("prediction_type") == "v_prediction"):
         raise Reason.SCHEDULER_NOT_AFFINE.error(
@@ -295,7 +301,7 @@ class _Probe:
                 raise _Breakdown(str(error)) from error
         elif problem := _timesteps_problem(self.scheduler, self.num_steps):
             raise _Breakdown(problem)
-        if self._first and hasattr(self.scheduler, "set_begin_index"):
+        if hasattr(self.scheduler, "set_begin_index"):  # else it looks for the timestep, and takes a second one of it
             self.scheduler.set_begin_index(self._first)
 
     def _call(self, index: int, sample: Floats, output: Floats, noise: Floats) -> tuple[Floats, Floats]:
@@ -329,13 +335,22 @@ class _Probe:
             try:
                 fed, result = self._call(i, *basis)
                 if not (np.isfinite(fed).all() and np.isfinite(result).all()):
-                    raise ZeroDivisionError("its weights are not finite")  # two equal timesteps, mostly
+                    raise ZeroDivisionError(self._not_finite())
             except Exception as error:  # diffusers has many ways to break down
                 raise _Breakdown(f"it breaks down at call {i} ({error})") from error
             self.in_scales.append(float(fed[3 * i]))
             self._sigmas.append(self._current_sigmas())
             weights.append(result[: 3 * (i + 1)].reshape(i + 1, 3))
         return weights
+
+    def _not_finite(self) -> str:
+        """Says why weights are not finite: two equal timesteps, mostly; or a solver that divides by the last level."""
+        config = self.scheduler.config
+        odd = {"solver_type": "bh1", "predict_x0": False, "lower_order_final": False}
+        found = [f"{name} {value}" for name, value in odd.items() if config.get(name) == value]
+        if "solver_type" in config and "predict_x0" in config and found:  # UniPC
+            return f"its weights are not finite with {found[0]}: set final_sigmas_type to sigma_min"
+        return "its weights are not finite"
 
     def _current_sigmas(self) -> tuple[float, ...]:
         """Returns the noise levels that the call which just ran may have had; empty where there are only timesteps."""

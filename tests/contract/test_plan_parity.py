@@ -308,6 +308,7 @@ def test_previews_are_of_the_sigma_and_not_of_the_rounded_timestep(name: str, st
         ("DDIMScheduler", {"clip_sample": True}, "clip_sample"),
         ("LCMScheduler", {"clip_sample": True}, "clip_sample"),
         ("DPMSolverMultistepScheduler", {"thresholding": True}, "thresholding"),
+        ("DDPMScheduler", {"variance_type": "learned_range", "clip_sample": False}, "set variance_type to fixed_small"),
     ],
 )
 def test_non_affine_option_is_refused_by_name(class_name: str, overrides: dict[str, Any], option: str) -> None:
@@ -359,10 +360,7 @@ def test_a_small_error_shows_beside_large_samples() -> None:
 
 @pytest.mark.parametrize(
     ("class_name", "overrides"),
-    [
-        ("UniPCMultistepScheduler", {"solver_type": "bh1", "timestep_spacing": "trailing"}),
-        ("DDPMScheduler", {"variance_type": "learned_range", "clip_sample": False}),
-    ],
+    [("UniPCMultistepScheduler", {"solver_type": "bh1", "timestep_spacing": "trailing"})],
 )
 @pytest.mark.parametrize("steps", [1, 8])
 def test_where_no_number_of_steps_works_none_is_advised(

@@ -610,8 +610,14 @@ def test_a_dropped_image_gives_its_settings_back(page: Page) -> None:
     """What this gateway drew comes back whole; AUTOMATIC1111's text as far as it is known here."""
     fill_in(page, steps=6, cloud_steps=2, seed=4711)
     page.locator("#scheduler").select_option("euler")
+    page.locator("#schedule").select_option("trailing")
+    page.locator("#rescale").fill("0.5")
     generate(page)
     finish(page)
+    made = api(page, "/v1/jobs?limit=1")["jobs"][0]["images"][0]
+    assert (made["scheduler"], made["guidance_rescale"]) == ("euler+trailing", 0.5)
+    page.locator("#schedule").select_option("")
+    page.locator("#rescale").fill("0")
     own = page.request.get(api(page, "/v1/jobs?limit=1")["jobs"][0]["images"][0]["url"]).body()
     fill_in(page, steps=25, cloud_steps=8, seed=1, prompt="something else")
     drop(page, "own.png", own)
@@ -619,6 +625,8 @@ def test_a_dropped_image_gives_its_settings_back(page: Page) -> None:
     expect(page.get_by_test_id("form-note")).to_contain_text("settings of this image")
     for name, value in {"prompt": PROMPT, "steps": "6", "seed": "4711", "split": "2", "scheduler": "euler"}.items():
         expect(page.locator(f"#{name}")).to_have_value(value)
+    expect(page.locator("#schedule")).to_have_value("trailing")
+    expect(page.locator("#rescale")).to_have_value("0.5")
 
     text = (
         "a cat\nNegative prompt: a dog\nSteps: 9, Sampler: Nonsense, CFG scale: 3, Seed: 5, Size: 96x64, Model: other"
@@ -638,6 +646,10 @@ def test_settings_can_be_taken_without_a_mouse(page: Page) -> None:
     file.set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": png(96, 64, parameters=text)})
     expect(page.get_by_test_id("prompt")).to_have_value("a cat")
     expect(page.locator("#scheduler")).to_have_value("euler_ancestral")
+    text = "a cat\nSteps: 9, Sampler: DPM++ 2M, Schedule type: SGM Uniform, CFG scale: 3, Seed: 5, Size: 96x64"
+    file.set_input_files({"name": "c.png", "mimeType": "image/png", "buffer": png(96, 64, parameters=text)})
+    expect(page.locator("#schedule")).to_have_value("trailing")
+    expect(page.locator("#scheduler")).to_have_value("dpmpp_2m")
     file.set_input_files({"name": "b.png", "mimeType": "image/png", "buffer": png(96, 64)})
 
     expect(page.locator("[data-field=settings]")).to_contain_text("does not say how it was made")

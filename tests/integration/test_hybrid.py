@@ -65,14 +65,15 @@ def one_process(model: Model, models: Models, scheduler: str, call: int, asked: 
     guided = guidance != 1
     rows = torch.from_numpy(np.stack([negative, prompt] if guided else [prompt]))
     conditioning = Conditioning(prompt_embeds=prompt, negative_prompt_embeds=negative if guided else None)
-    predict_there = predict_by(model.denoiser, Conditions(rows), guidance)
+    rescale = asked.guidance_rescale
+    predict_there = predict_by(model.denoiser, Conditions(rows), guidance, rescale)
     done = 0
 
     def predict(x: np.ndarray, t: float) -> np.ndarray:
         nonlocal done
         done += 1
         if done > call:
-            return models.predict_noise(x, t, conditioning, guidance_scale=guidance)
+            return models.predict_noise(x, t, conditioning, guidance_scale=guidance, guidance_rescale=rescale)
         return predict_there(x, t)
 
     *_, last = run_from_seed(plan, predict, seed=asked.seed, image_index=asked.image_index, shape=SHAPE)
@@ -105,6 +106,21 @@ def test_without_guidance(
     np.testing.assert_allclose(expected, result.latents, rtol=0, atol=EXACT * max(1.0, float(np.abs(expected).max())))
 
 
+@pytest.mark.parametrize("k", [1, 3, 6])
+def test_rescaled_guidance_is_the_same_on_both_sides(
+    k: int, server: CloudServer, connect: Connect, model: Model, bundle: Bundle, models: Models
+) -> None:
+    """Wherever it is split, the image is that of one process that rescales every output; and it is another image."""
+    asked = request("dpmpp_2m", k, guidance_scale=7.0, guidance_rescale=0.7)
+    result, _ = run(asked, bundle, models, connect(server))
+    plain, _ = run(replace(asked, guidance_rescale=0.0, request_id="plain"), bundle, models, connect(server))
+    expected = one_process(model, models, "dpmpp_2m", k, asked)
+
+    assert result.guidance_rescale == 0.7
+    np.testing.assert_allclose(expected, result.latents, rtol=0, atol=EXACT * max(1.0, float(np.abs(expected).max())))
+    assert np.abs(plain.latents - result.latents).max() > 1e-2
+
+
 def test_codec_error_is_small_and_ordered(
     server: CloudServer, connect: Connect, bundle: Bundle, models: Models
 ) -> None:
@@ -122,12 +138,12 @@ def test_codec_error_is_small_and_ordered(
 
 
 @pytest.mark.parametrize("j", range(1, 6))
-@pytest.mark.parametrize("scheduler", ["dpmpp_2m", "euler_ancestral"])
+@pytest.mark.parametrize(("scheduler", "rescale"), [("dpmpp_2m", 0.0), ("euler_ancestral", 0.0), ("dpmpp_2m", 0.7)])
 def test_takeover_after_any_step_is_the_deliberate_split(
-    scheduler: str, j: int, connect: Connect, model: Model, bundle: Bundle, models: Models
+    scheduler: str, rescale: float, j: int, connect: Connect, model: Model, bundle: Bundle, models: Models
 ) -> None:
     """A cloud that stops after step j leaves the image that was split at j on purpose."""
-    asked = request(scheduler, STEPS, fallback=True)
+    asked = request(scheduler, STEPS, fallback=True, guidance_rescale=rescale)
     events: list[Any] = []
     with running_server(model, GatedDenoiser(model.denoiser, calls=j)) as dying:
         for event in generate(resolve(asked, bundle.manifest), bundle, models, connect(dying)):

@@ -189,6 +189,33 @@ def test_a_consistency_model_at_the_edge(tmp_path: Path, cloud: Cloud) -> None:
     assert not np.array_equal(alone.latents, stronger.latents)
 
 
+@pytest.mark.parametrize("cloud_steps", [1, 2])
+def test_two_consistency_models_share_four_steps(
+    cloud_steps: int, tmp_path: Path, cloud: Cloud, served: CloudServer
+) -> None:
+    """Splits 1,3 and 2,2 of 4 steps, an LCM on either side: the image of one process that runs both."""
+    with edge(tmp_path / "lcm", kind="lcm") as (bundle, models):
+        asked = ask(model="lcm", scheduler="lcm", num_inference_steps=4, cloud_steps=cloud_steps)
+        result = run(asked, bundle, models, cloud)
+        lcm, conditioning, done = served.loaded["lcm"], conditioning_of(served.loaded["lcm"]), 0
+
+        def predict(sample: np.ndarray, timestep: float) -> np.ndarray:
+            nonlocal done
+            done += 1
+            if done <= cloud_steps:
+                rows = [Encoded(conditioning.prompt_embeds)]
+                conditions = lcm.denoiser.conditions(rows, size=(64, 64), guidance_scale=3.0)
+                return predict_by(lcm.denoiser, conditions, 3.0)(sample, timestep)
+            return models.predict_noise(sample, timestep, conditioning, guidance_scale=3.0)
+
+        *_, last = run_from_seed(lcm.plans.plan("lcm", 4), predict, seed=4, shape=(4, 8, 8))
+
+    assert (result.actual_cloud_steps, len(result.steps)) == (cloud_steps, 4)
+    np.testing.assert_allclose(
+        last.state[0], result.latents, rtol=0, atol=EXACT * max(1.0, np.abs(last.state[0]).max())
+    )
+
+
 def conditioning_of(model: Model) -> Conditioning:
     """Returns what the cloud sends of the texts; nothing negative of a consistency model."""
     prompt, negative = (model.denoiser.encode(text, TextOptions()) for text in ("a fox", ""))

@@ -35,12 +35,18 @@ def run_from_seed(
     )
 
 
-def guided(output: Any, guidance_scale: float) -> Any:
+def guided(output: Any, guidance_scale: float, guidance_rescale: float = 0.0) -> Any:
     """Joins the rows of one job: the unconditional one and the prompt's, or the latter alone."""
-    return output[0] if len(output) == 1 else output[0] + guidance_scale * (output[1] - output[0])
+    if len(output) == 1:
+        return output[0]
+    joined = output[0] + guidance_scale * (output[1] - output[0])
+    rescaled = joined * (output[1].std() / joined.std())  # Lin et al. (2024), eq. 15 and 16
+    return guidance_rescale * rescaled + (1.0 - guidance_rescale) * joined if guidance_rescale else joined
 
 
-def predict_by(denoiser: Denoiser, conditions: Conditions, guidance_scale: float) -> Predict:
+def predict_by(
+    denoiser: Denoiser, conditions: Conditions, guidance_scale: float, guidance_rescale: float = 0.0
+) -> Predict:
     """Returns a model of the cloud as `denoise` calls it, for arrays of numpy or torch."""
     import torch
 
@@ -49,7 +55,8 @@ def predict_by(denoiser: Denoiser, conditions: Conditions, guidance_scale: float
     def predict(sample: Any, timestep: float) -> Any:
         rows = torch.as_tensor(sample, dtype=torch.float32)[None].repeat(num_rows, 1, 1, 1)
         with torch.inference_mode():
-            output = guided(denoiser.predict(rows, torch.full((num_rows,), timestep), conditions), guidance_scale)
+            output = denoiser.predict(rows, torch.full((num_rows,), timestep), conditions)
+            output = guided(output, guidance_scale, guidance_rescale)
         return output.numpy() if isinstance(sample, np.ndarray) else output
 
     return predict

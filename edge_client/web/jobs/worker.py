@@ -264,6 +264,7 @@ class JobWorker:
             num_inference_steps=steps,
             cloud_steps=None if self.cloud is None and hybrid.mode == "auto" else cloud_steps,
             guidance_scale=create.guidance_scale,
+            guidance_rescale=create.guidance_rescale,
             width=width,
             height=height,
             output_size=output_size,

@@ -327,8 +327,7 @@ def _create(body: TextToImage, fields: dict[str, Any], model: str, gateway: Gate
     check_syntax(body.negative_prompt, "negative_prompt")
     guidance = None if body.cfg_scale is None else max(body.cfg_scale, MIN_GUIDANCE)
     is_guided = (defaults.guidance_scale if guidance is None else guidance) > 1
-    scheduler = _scheduler(body, schedulers.find(defaults.scheduler))
-    _check_eta(body.eta, scheduler or schedulers.find(defaults.scheduler))
+    scheduler = _with_eta(body.eta, _scheduler(body, schedulers.find(defaults.scheduler)), defaults.scheduler)
     with request_validation():
         return JobCreate(
             id=body.force_task_id,
@@ -339,6 +338,7 @@ def _create(body: TextToImage, fields: dict[str, Any], model: str, gateway: Gate
             height=body.height,
             num_inference_steps=body.steps,
             guidance_scale=guidance,
+            guidance_rescale=body.guidance_rescale if is_guided else 0.0,
             seed=None if body.seed == -1 else body.seed,
             image_index=body.image_index,
             consecutive_seeds=True,
@@ -426,14 +426,20 @@ def _is_known(name: str) -> bool:
     return True
 
 
-def _check_eta(eta: float | None, sampler: schedulers.SchedulerSpec) -> None:
-    """Makes sure that the share of fresh noise is the sampler's own; those that draw none do not read it."""
+def _with_eta(
+    eta: float | None, chosen: schedulers.SchedulerSpec | None, default: str
+) -> schedulers.SchedulerSpec | None:
+    """Returns a sampler with the share of fresh noise that is asked for; those that draw none do not read it."""
+    sampler = chosen or schedulers.find(default)
+    if eta is not None and "eta" in sampler.takes:
+        return schedulers.find(f"{sampler.name}+eta={eta:g}") if eta != sampler.step_options["eta"] else chosen
     words = sampler.label.split()
-    own = 0.0 if words[0] == "DDIM" else 1.0 if "a" in words or "SDE" in words else eta
+    own = 1.0 if "a" in words or "SDE" in words else eta
     if eta not in (None, own):
         raise Reason.FIELD_INVALID.error(
             f"`eta` is {eta:g}, which is not supported; give {own:g} for {sampler.label}, or leave it out", field="eta"
         )
+    return chosen
 
 
 def _output(settings: dict[str, Any]) -> tuple[Format, int]:

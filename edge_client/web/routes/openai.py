@@ -284,8 +284,8 @@ async def _create(body: Generation, image: bytes | None, mask: bytes | None, gat
     partial = body.partial_images or 0
     fields = body.model_dump(
         include={
-            "prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "seed", "scheduler", "strength",
-            "fit_size",
+            "prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "guidance_rescale", "seed",
+            "scheduler", "strength", "fit_size",
         }
     )  # fmt: skip
     images = {

@@ -16,7 +16,16 @@ from edge_client.images.inputs import Fit
 from edge_client.types import SafetyAction
 from edge_client.web.schemas.native import JOB_ID, MAX_IMAGES, Hybrid
 from hybridsd.errors import Reason
-from hybridsd.limits import MAX_GUIDANCE, MAX_IMAGE_INDEX, MAX_PROMPT_CHARS, MAX_SEED, MAX_SIZE, MAX_STEPS
+from hybridsd.limits import (
+    MAX_GUIDANCE,
+    MAX_GUIDANCE_RESCALE,
+    MAX_IMAGE_INDEX,
+    MAX_PROMPT_CHARS,
+    MAX_SCHEDULER_CHARS,
+    MAX_SEED,
+    MAX_SIZE,
+    MAX_STEPS,
+)
 from hybridsd.prompting import LongPrompt
 
 HARMLESS = frozenset({
@@ -71,14 +80,15 @@ class TextToImage(BaseModel):
     prompt: str = Field("", max_length=MAX_PROMPT_CHARS)
     negative_prompt: str = Field("", max_length=MAX_PROMPT_CHARS)
     seed: int = Field(-1, ge=-1, le=MAX_SEED, description="-1: random")
-    sampler_name: str | None = Field(None, max_length=64)
-    sampler_index: str | None = Field(None, max_length=64)
+    sampler_name: str | None = Field(None, max_length=MAX_SCHEDULER_CHARS)
+    sampler_index: str | None = Field(None, max_length=MAX_SCHEDULER_CHARS)
     scheduler: str | None = Field(None, max_length=64, description="the noise schedule of the sampler")
     batch_size: int = Field(1, ge=1, le=MAX_IMAGES)
     n_iter: int = Field(1, ge=1, le=MAX_IMAGES)
     steps: int | None = Field(None, ge=1, le=MAX_STEPS)
     cfg_scale: float | None = Field(None, ge=0, le=MAX_GUIDANCE, description="0 to 1: no guidance")
-    eta: float | None = Field(None, description="only the sampler's own: 0 of DDIM, 1 of ancestral ones")
+    guidance_rescale: float = Field(0.0, ge=0, le=MAX_GUIDANCE_RESCALE, description="0: off")
+    eta: float | None = Field(None, description="0 to 1 with DDIM and TCD; else the sampler's own, 1 of ancestral ones")
     width: int | None = Field(None, ge=8, le=MAX_SIZE)
     height: int | None = Field(None, ge=8, le=MAX_SIZE)
     refiner_switch_at: float | None = Field(None, ge=0, le=1, description="share of steps that run in the cloud")
@@ -216,6 +226,7 @@ def read_infotext(text: str) -> dict[str, Any]:
 _INFOTEXT: Mapping[str, tuple[str, Any]] = {
     "Prompt": ("prompt", str), "Negative prompt": ("negative_prompt", str), "Steps": ("steps", int),
     "Sampler": ("sampler_name", str), "Schedule type": ("scheduler", str), "CFG scale": ("cfg_scale", float),
+    "CFG rescale": ("guidance_rescale", float),
     "Seed": ("seed", int), "Denoising strength": ("denoising_strength", float), "Mask blur": ("mask_blur", float),
     "Mask mode": ("inpainting_mask_invert", {"Inpaint masked": 0, "Inpaint not masked": 1}.__getitem__),
     "Fit": ("fit", str), "Image index": ("image_index", int), "Long prompt": ("long_prompt", str),

@@ -10,10 +10,12 @@ from hybridsd.closed_loop import DEFAULT_PSNR, MAX_PSNR, MIN_PSNR
 from hybridsd.limits import (
     MAX_DEADLINE_S,
     MAX_GUIDANCE,
+    MAX_GUIDANCE_RESCALE,
     MAX_IMAGE_INDEX,
     MAX_LORA_WEIGHT,
     MAX_LORAS,
     MAX_PROMPT_CHARS,
+    MAX_SCHEDULER_CHARS,
     MAX_SEED,
     MAX_SIZE,
     MAX_STEPS,
@@ -114,6 +116,11 @@ class JobCreate(_RequestModel):
     height: Side | None = None
     num_inference_steps: int | None = Field(None, ge=1, le=MAX_STEPS)
     guidance_scale: float | None = Field(None, ge=MIN_GUIDANCE, le=MAX_GUIDANCE, description="1: no guidance")
+    guidance_rescale: float = Field(
+        0.0, ge=0, le=MAX_GUIDANCE_RESCALE,
+        description="how far guidance is kept from making the image brighter and plainer; 0.7 for zero-terminal-SNR "
+        "models",
+    )  # fmt: skip
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="the same seed gives the same image; null: random")
     image_index: int = Field(
         0, ge=0, le=MAX_IMAGE_INDEX, description="of the first image: makes one image of an earlier job again"
@@ -121,7 +128,7 @@ class JobCreate(_RequestModel):
     consecutive_seeds: bool = Field(
         False, description="image i uses seed + i; else all use the seed, with image_index + i"
     )
-    scheduler: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
+    scheduler: Annotated[str, StringConstraints(min_length=1, max_length=MAX_SCHEDULER_CHARS)] | None = None
     hybrid: Hybrid = Field(default_factory=Hybrid)
     image: str | None = Field(
         None, description="initial image: base64 or a data URL; a cloud that takes part gets its latents"
@@ -200,6 +207,7 @@ class Image(BaseModel):
     num_inference_steps: int
     begin_step: int = Field(0, description="steps that the given image left out; num_inference_steps has the others")
     guidance_scale: float
+    guidance_rescale: float = 0.0
     mode: Mode
     cloud_model: str
     edge_model: str
@@ -339,6 +347,14 @@ class CloudInfo(BaseModel):
     dollars_per_hour: float | None = Field(description="while it computes, as the operator says; null: not known")
 
 
+class NamedScheduler(BaseModel):
+    """A scheduler that can be asked for."""
+
+    name: str
+    label: str
+    modifiers: list[str] = Field(description="what may follow its name, each after a +; more in docs/modes.md")
+
+
 class Capabilities(BaseModel):
     """Capabilities of this gateway and its cloud."""
 
@@ -346,7 +362,7 @@ class Capabilities(BaseModel):
     edge: EdgeInfo
     cloud: CloudInfo
     defaults: dict[str, Any]
-    schedulers: list[dict[str, str]]
+    schedulers: list[NamedScheduler]
     limits: dict[str, float]
     quality: list[dict[str, Any]]
     queue: dict[str, int]

@@ -5,7 +5,15 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from edge_client.web.schemas.native import MAX_IMAGES, Format, Hybrid, Prompt
-from hybridsd.limits import MAX_GUIDANCE, MAX_PROMPT_CHARS, MAX_SEED, MAX_STEPS, MIN_GUIDANCE
+from hybridsd.limits import (
+    MAX_GUIDANCE,
+    MAX_GUIDANCE_RESCALE,
+    MAX_PROMPT_CHARS,
+    MAX_SCHEDULER_CHARS,
+    MAX_SEED,
+    MAX_STEPS,
+    MIN_GUIDANCE,
+)
 
 
 class Generation(BaseModel):
@@ -28,8 +36,9 @@ class Generation(BaseModel):
     negative_prompt: str = Field("", max_length=MAX_PROMPT_CHARS)
     num_inference_steps: int | None = Field(None, ge=1, le=MAX_STEPS)
     guidance_scale: float | None = Field(None, ge=MIN_GUIDANCE, le=MAX_GUIDANCE)
+    guidance_rescale: float = Field(0.0, ge=0, le=MAX_GUIDANCE_RESCALE, description="0: off")
     seed: int | None = Field(None, ge=0, le=MAX_SEED)
-    scheduler: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
+    scheduler: Annotated[str, StringConstraints(min_length=1, max_length=MAX_SCHEDULER_CHARS)] | None = None
     strength: float | None = Field(None, gt=0, le=1, description="how much an edit changes the image")
     fit_size: bool | None = Field(
         None, description="draw the nearest size that the models have, and resize; null: as the gateway is set"

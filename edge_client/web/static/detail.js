@@ -22,6 +22,7 @@ export function requestOf({ job, image }) {
     height: image.height,
     num_inference_steps: job.request.num_inference_steps ?? image.num_inference_steps,  // fewer ran with a strength
     guidance_scale: image.guidance_scale,
+    guidance_rescale: image.guidance_rescale ?? 0,
     seed: image.seed,
     scheduler: image.scheduler,
     ...(image.image_index ? { image_index: image.image_index } : {}),  // one of several with one seed
@@ -219,7 +220,7 @@ function facts(job, image) {
     ["Adapters", adapters],
     ["Scheduler", image.scheduler],
     ["Steps", asked > image.num_inference_steps ? `${image.num_inference_steps} of ${asked}` : image.num_inference_steps],
-    ["Guidance", image.guidance_scale],
+    ["Guidance", image.guidance_rescale ? `${image.guidance_scale}, rescaled by ${image.guidance_rescale}` : image.guidance_scale],
     ["Size", `${image.width} × ${image.height}`],
     ["Seed", image.seed],
     ["Began with", job.request.image && `an image${job.request.mask ? " and a mask" : ""}`],

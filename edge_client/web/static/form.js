@@ -3,7 +3,7 @@
 import { Adapters } from "./adapters.js";
 import { byId, make, setText } from "./dom.js";
 import { keep, readKeptJson } from "./kept.js";
-import { labelOf, listNumbers, offlinePlans, schedulerName, sentence } from "./problems.js";
+import { labelOf, listNumbers, modifierName, offlinePlans, schedulerName, sentence } from "./problems.js";
 import { effectiveSteps } from "./run.js";
 import { StartImage } from "./start_image.js";
 
@@ -20,12 +20,12 @@ const SHAPES = [
 ];
 /** Controls that are kept between visits, by id. */
 const KEPT = [
-  "prompt", "negative", "steps", "scheduler", "guidance", "size", "width", "height", "seed", "random-seed", "count",
+  "prompt", "negative", "steps", "scheduler", "schedule", "guidance", "rescale", "size", "width", "height", "seed", "random-seed", "count",
   "split", "auto-split", "max-seconds", "strength", "fit", "quality-metric",
   "long-prompt", "prompt-weighting",
 ];
 /** Numbers, by id. An empty one would silently become a default, so those that must be there are `required`. */
-const NUMBERS = ["steps", "guidance", "width", "height", "seed", "max-seconds"];
+const NUMBERS = ["steps", "guidance", "rescale", "width", "height", "seed", "max-seconds"];
 
 export class Form {
   #split;
@@ -94,9 +94,10 @@ export class Form {
       height,
       num_inference_steps: byId("steps").valueAsNumber,
       guidance_scale: byId("guidance").valueAsNumber,
+      guidance_rescale: byId("guidance").valueAsNumber > 1 ? byId("rescale").valueAsNumber : 0,
       consecutive_seeds: true,  // so that each image can be made again alone
       seed: byId("random-seed").checked || byId("seed").value === "" ? null : byId("seed").valueAsNumber,
-      scheduler: byId("scheduler").value,
+      scheduler: this.#scheduler,
       hybrid: this.#split.request(),
       ...(this.#imageIndex && !byId("random-seed").checked ? { image_index: this.#imageIndex } : {}),
       long_prompt: byId("long-prompt").checked ? "chunk" : "truncate",
@@ -130,13 +131,14 @@ export class Form {
     this.clearProblems();
     const values = {
       prompt: request.prompt, negative: request.negative_prompt, count: request.n, seed: request.seed,
-      steps: request.num_inference_steps, guidance: request.guidance_scale, width: request.width,
+      steps: request.num_inference_steps, guidance: request.guidance_scale, rescale: request.guidance_rescale ?? 0, width: request.width,
       height: request.height, strength: request.strength ?? asked.strength,
     };
     for (const [id, value] of Object.entries(values)) {
       if (value !== undefined && value !== null) byId(id).value = String(value);
     }
-    const missing = this.#choose({ scheduler: request.scheduler, fit: request.fit ?? asked.fit, "cloud-model": request.hybrid?.model });
+    const scheduler = this.#chooseScheduler(request.scheduler);
+    const missing = this.#choose({ scheduler, fit: request.fit ?? asked.fit, "cloud-model": request.hybrid?.model });
     byId("random-seed").checked = request.seed === undefined;
     this.#imageIndex = request.image_index ?? 0;
     byId("long-prompt").checked = request.long_prompt === "chunk";
@@ -283,6 +285,8 @@ export class Form {
     const { defaults } = this.#capabilities;
     byId("steps").value = String(defaults.num_inference_steps);
     byId("scheduler").value = defaults.scheduler;
+    this.#offerSchedules();
+    byId("rescale").value = "0";
     byId("guidance").value = String(defaults.guidance_scale);
     byId("width").value = String(defaults.width);
     byId("height").value = String(defaults.height);
@@ -296,6 +300,7 @@ export class Form {
     if (kept.steps >= 1) byId("split").max = String(kept.steps);
     for (const id of KEPT) {
       const control = byId(id);
+      if (id === "schedule") this.#offerSchedules();
       if (!(id in kept)) continue;
       if (control.type === "checkbox") control.checked = kept[id];
       else if (control.tagName !== "SELECT" || isOffered(control, kept[id])) control.value = kept[id];
@@ -323,16 +328,57 @@ export class Form {
     setText(byId("strength-hint"), asked >= 1
       ? `${drawn} of ${asked} steps are drawn; the split is of these.`
       : "How much of the image is drawn anew.");
+    this.#offerSchedules();
+    byId("rescale").disabled = !(byId("guidance").valueAsNumber > 1);
     this.#start.setSize(width, height);
     this.#split.numSteps = drawn;
     this.#split.setWanted({
       width, height, num_inference_steps: asked, guidance_scale: byId("guidance").valueAsNumber,
-      scheduler: byId("scheduler").value, model: byId("cloud-model").value, loras: this.#adapters.chosen, isFromImage,
+      scheduler: this.#scheduler, model: byId("cloud-model").value, loras: this.#adapters.chosen, isFromImage,
     });
     this.#adapters.show(this.#hasCloudSteps);
     const hint = this.#offlineHint();
     byId("offline-hint").hidden = !hint;
     setText(byId("offline-hint"), hint);
+  }
+
+  /** The scheduler with its schedule type, as a request names it. */
+  get #scheduler() {
+    const [name, schedule] = [byId("scheduler").value, byId("schedule").value];
+    return schedule ? `${name}+${schedule}` : name;
+  }
+
+  /** Offers the schedule types of the chosen scheduler. */
+  #offerSchedules() {
+    const chosen = byId("scheduler").value;
+    const modifiers = this.#capabilities?.schedulers.find(({ name }) => name === chosen)?.modifiers ?? [];
+    const offered = [...byId("schedule").options].slice(1).map(({ value }) => value);
+    if (byId("schedule").options.length && modifiers.join() === offered.join()) return;
+    const before = byId("schedule").value;
+    const choices = modifiers.map((name) => ({ value: name, label: modifierName(name) }));
+    offer("schedule", [{ value: "", label: "Automatic" }, ...choices]);
+    byId("schedule").value = modifiers.includes(before) ? before : "";
+  }
+
+  /** Chooses the schedule type that a name ends with. @returns {string|undefined} the name to choose a scheduler by */
+  #chooseScheduler(wanted) {
+    if (!wanted || isOffered(byId("scheduler"), wanted)) {
+      if (wanted) byId("schedule").value = "";
+      return wanted;
+    }
+    const { schedulers } = this.#capabilities;
+    const [base, modifier] = [wanted.slice(0, wanted.indexOf("+")), wanted.slice(wanted.indexOf("+") + 1)];
+    if (schedulers.find(({ name }) => name === base)?.modifiers.includes(modifier)) {
+      byId("scheduler").value = base;
+      this.#offerSchedules();
+      byId("schedule").value = modifier;
+      return base;
+    }
+    if (schedulers.some(({ name }) => name === base)) {  // several modifiers, or one with a value
+      byId("scheduler").append(make("option", { value: wanted }, schedulerName(wanted, this.#capabilities)));
+      byId("schedule").value = "";
+    }
+    return wanted;
   }
 
   get #hasCloudSteps() {
@@ -353,7 +399,7 @@ export class Form {
     if (!this.#capabilities) return "";
     const { cloud, edge } = this.#capabilities;
     const steps = byId("steps").valueAsNumber;
-    const scheduler = byId("scheduler").value;
+    const scheduler = this.#scheduler;
     const own = offlinePlans(scheduler, this.#capabilities);
     if (own?.steps.includes(steps)) return "";
     const isAway = cloud.configured && !cloud.reachable ? ", and it is away" : "";

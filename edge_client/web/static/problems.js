@@ -3,7 +3,7 @@
 /** What the page calls the fields of a request. */
 const LABELS = {
   prompt: "Prompt", negative_prompt: "Negative prompt", n: "Images", width: "Width", height: "Height",
-  num_inference_steps: "Steps", guidance_scale: "Guidance", seed: "Seed", scheduler: "Scheduler", image: "The image",
+  num_inference_steps: "Steps", guidance_scale: "Guidance", guidance_rescale: "Guidance rescale", seed: "Seed", scheduler: "Scheduler", image: "The image",
   mask: "The mask", strength: "Strength", fit: "Fit", loras: "Adapters", lora: "Adapter", cloud_steps: "Steps in the cloud",
   split: "The split", hybrid: "The split", mode: "The split", model: "Large model", max_latency_ms: "Seconds",
 };
@@ -99,7 +99,27 @@ export function listNumbers(numbers) {
 
 /** @returns {string} the name of a scheduler for people */
 export function schedulerName(name, capabilities) {
-  return capabilities.schedulers.find((each) => each.name === name)?.label ?? name;
+  const [base, ...modifiers] = name.split("+");
+  const label = capabilities.schedulers.find((each) => each.name === base)?.label;
+  return label ? [label, ...modifiers.map(modifierName)].join(", ") : name;
+}
+
+const MODIFIERS = {
+  karras: "Karras", exponential: "Exponential", beta: "Beta", kl_optimal: "KL Optimal", leading: "DDIM Uniform",
+  linspace: "Uniform", trailing: "SGM Uniform (trailing)", ays: "Align Your Steps", ays_xl: "Align Your Steps, SDXL",
+  zero_snr: "Zero terminal SNR",
+};
+
+/** @returns {string} what AUTOMATIC1111 calls a modifier of schedulers */
+export function modifierName(name) {
+  return MODIFIERS[name] ?? name;
+}
+
+/** @returns {string|undefined} the modifier that an image of AUTOMATIC1111 calls its schedule type */
+export function modifierOf(label) {
+  const wanted = String(label ?? "").toLowerCase();
+  const names = { ...MODIFIERS, trailing: "SGM Uniform", linspace: undefined };  // Uniform is the model's own there
+  return Object.keys(names).find((name) => names[name]?.toLowerCase() === wanted);
 }
 
 function isPlanMissing({ reason, field }) {

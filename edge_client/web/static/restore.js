@@ -2,6 +2,7 @@
 
 import { readInfo } from "./api.js";
 import { readDataUrl } from "./pictures.js";
+import { modifierOf } from "./problems.js";
 
 const ADAPTER = /<lora:([^:<>]{1,64})(?::(-?[\d.]+))?>/g;
 
@@ -29,6 +30,7 @@ function fromOwn(text) {
   const values = {
     prompt: made.prompt, negative_prompt: String(made.negative_prompt ?? ""), seed: number(made.seed),
     num_inference_steps: number((number(made.num_inference_steps) ?? NaN) + leftOut), guidance_scale: number(made.guidance_scale),
+    guidance_rescale: number(made.guidance_rescale),
     width: number(made.width), height: number(made.height), scheduler: String(made.scheduler ?? ""),
     cloud_steps: number(made.handoff?.actual), model: String(made.cloud_model ?? ""),
     strength: number(made.image?.strength), fit: made.fit,
@@ -57,13 +59,18 @@ function fromParameters(fields, { schedulers }) {
   const [width, height] = String(fields.Size ?? "").split("x").map(number);
   const wanted = [fields.Sampler, fields["Schedule type"]].filter((part) => part && part !== "Automatic").join(" ");
   const isNamed = (name) => ({ label, name: id }) => [label, id].some((each) => each?.toLowerCase() === name.toLowerCase());
-  const scheduler = schedulers.find(isNamed(wanted)) ?? schedulers.find(isNamed(String(fields.Sampler ?? "")));
+  const [, sampler, modifier = modifierOf(fields["Schedule type"])] =  // "DPM++ 2M+trailing" is ours
+    /^(.*?)(?:\+([a-z_].*))?$/.exec(String(fields.Sampler ?? ""));
+  const base = schedulers.find(isNamed(sampler));
+  const combined = base && modifier ? { name: `${base.name}+${modifier}` } : base;
+  const scheduler = schedulers.find(isNamed(wanted)) ?? combined;
   const loras = [...fields.Prompt.matchAll(ADAPTER)].map(([, name, weight]) => ({ name, weight: Number(weight ?? 1) || 0 }));
   const notes = scheduler || !wanted ? [] : [`Its sampler, ${wanted}, is not known here.`];
   if (fields.Model) notes.push(`It was drawn by ${fields.Model}.`);
   const values = {
     prompt: fields.Prompt.replace(ADAPTER, "").trim(), negative_prompt: fields["Negative prompt"] ?? "",
     seed: number(fields.Seed), num_inference_steps: number(fields.Steps), guidance_scale: number(fields["CFG scale"]),
+    guidance_rescale: number(fields["CFG rescale"]),
     width, height, scheduler: scheduler?.name ?? "", cloud_steps: number(fields["Cloud steps"]), model: "",
     strength: number(fields["Denoising strength"]), loras, long_prompt: "chunk", prompt_weighting: true,
   };

@@ -194,6 +194,7 @@ class DenoiseRequest(_message.Message):
     RESIDUAL_CODING_FIELD_NUMBER: _builtins.int
     INITIAL_CODED_STATE_FIELD_NUMBER: _builtins.int
     TEXT_ENCODER_DIGEST_FIELD_NUMBER: _builtins.int
+    GUIDANCE_RESCALE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the job, so that a retry attaches instead of computing twice. 1 to 64 characters of `A-Z a-z 0-9 _ -`;
     empty lets the server choose. The same id with different content is INVALID_ARGUMENT (REQUEST_ID_REUSED).
@@ -240,6 +241,10 @@ class DenoiseRequest(_message.Message):
     text_encoder_digest: _builtins.bytes
     """The digest of the caller's text encoders and tokenizers, 32 bytes (docs/protocol.md, "Digests"): where it is that of
     the encoders that would make the embeddings, the server sends samples of them only. Empty: the caller has none.
+    """
+    guidance_rescale: _builtins.float
+    """How far the guided output is brought back to the standard deviation of the conditional one, in `[0, 1]`
+    (docs/numerics.md). Not set is 0: not at all. Above 0 one of the models must compute classifier-free guidance.
     """
     @_builtins.property
     def text(self) -> Global___TextConditioning:
@@ -349,11 +354,14 @@ class DenoiseRequest(_message.Message):
         residual_coding: Global___ResidualCoding | None = ...,
         initial_coded_state: Global___CodedState | None = ...,
         text_encoder_digest: _builtins.bytes = ...,
+        guidance_rescale: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_width", b"_width", "approximate_reuse", b"approximate_reuse", "call_skipping", b"call_skipping", "conditioning", b"conditioning", "embeddings", b"embeddings", "guidance_scale", b"guidance_scale", "height", b"height", "initial_coded_state", b"initial_coded_state", "initial_latents", b"initial_latents", "inpainting", b"inpainting", "plan", b"plan", "reattach_grace", b"reattach_grace", "residual_coding", b"residual_coding", "scheduler", b"scheduler", "solver", b"solver", "text", b"text", "width", b"width"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "_height", b"_height", "_width", b"_width", "approximate_reuse", b"approximate_reuse", "call_skipping", b"call_skipping", "conditioning", b"conditioning", "embeddings", b"embeddings", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "height", b"height", "initial_coded_state", b"initial_coded_state", "initial_latents", b"initial_latents", "inpainting", b"inpainting", "plan", b"plan", "reattach_grace", b"reattach_grace", "residual_coding", b"residual_coding", "scheduler", b"scheduler", "solver", b"solver", "text", b"text", "width", b"width"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "_height", b"_height", "_width", b"_width", "approximate_reuse", b"approximate_reuse", "call_skipping", b"call_skipping", "conditioning", b"conditioning", "embeddings", b"embeddings", "encoding", b"encoding", "first_step", b"first_step", "guidance_scale", b"guidance_scale", "handoff_step", b"handoff_step", "height", b"height", "image_index", b"image_index", "initial_coded_state", b"initial_coded_state", "initial_latents", b"initial_latents", "initial_state", b"initial_state", "inpainting", b"inpainting", "known_digests", b"known_digests", "latent_space", b"latent_space", "loras", b"loras", "model", b"model", "model_changes", b"model_changes", "plan", b"plan", "preview_every", b"preview_every", "reattach_grace", b"reattach_grace", "request_id", b"request_id", "residual_coding", b"residual_coding", "resume_call", b"resume_call", "scheduler", b"scheduler", "seed", b"seed", "solver", b"solver", "state_every", b"state_every", "text", b"text", "text_encoder_digest", b"text_encoder_digest", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "_height", b"_height", "_width", b"_width", "approximate_reuse", b"approximate_reuse", "call_skipping", b"call_skipping", "conditioning", b"conditioning", "embeddings", b"embeddings", "encoding", b"encoding", "first_step", b"first_step", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "handoff_step", b"handoff_step", "height", b"height", "image_index", b"image_index", "initial_coded_state", b"initial_coded_state", "initial_latents", b"initial_latents", "initial_state", b"initial_state", "inpainting", b"inpainting", "known_digests", b"known_digests", "latent_space", b"latent_space", "loras", b"loras", "model", b"model", "model_changes", b"model_changes", "plan", b"plan", "preview_every", b"preview_every", "reattach_grace", b"reattach_grace", "request_id", b"request_id", "residual_coding", b"residual_coding", "resume_call", b"resume_call", "scheduler", b"scheduler", "seed", b"seed", "solver", b"solver", "state_every", b"state_every", "text", b"text", "text_encoder_digest", b"text_encoder_digest", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__guidance_rescale: _TypeAlias = _typing.Literal["guidance_rescale"]  # noqa: Y015
+    _WhichOneofArgType__guidance_rescale: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale"]  # noqa: Y015
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
     _WhichOneofReturnType__height: _TypeAlias = _typing.Literal["height"]  # noqa: Y015
@@ -364,6 +372,8 @@ class DenoiseRequest(_message.Message):
     _WhichOneofArgType_conditioning: _TypeAlias = _typing.Literal["conditioning", b"conditioning"]  # noqa: Y015
     _WhichOneofReturnType_solver: _TypeAlias = _typing.Literal["scheduler", "plan"]  # noqa: Y015
     _WhichOneofArgType_solver: _TypeAlias = _typing.Literal["solver", b"solver"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__guidance_rescale) -> _WhichOneofReturnType__guidance_rescale | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__guidance_scale) -> _WhichOneofReturnType__guidance_scale | None: ...
     @_typing.overload
@@ -386,8 +396,8 @@ class ResidualCoding(_message.Message):
     PRECISION_FIELD_NUMBER: _builtins.int
     MAX_STATE_BYTES_FIELD_NUMBER: _builtins.int
     precision: _builtins.float
-    """How far what the U-Net sees of a state may be from the truth, as the width of a quantiser's steps: errors are half of
-    it at most. In `[1e-4, 1]`; not set is 0.03. States before the hand-off may be up to twice as coarse, and coarser
+    """How far what the U-Net sees of a state may be from the truth, as the width of a quantiser's steps: errors are about half of
+    it. In `[1e-4, 1]`; not set is 0.03. States before the hand-off may be up to twice as coarse, and coarser
     where the link falls behind.
     """
     max_state_bytes: _builtins.int
@@ -422,7 +432,7 @@ class Residual(_message.Message):
     step: _builtins.float
     """Width of the quantiser's steps, above 0, a float32."""
     data: _builtins.bytes
-    """Whole numbers of the shape of the latents, in `[-16383, 16383]`, as docs/protocol.md packs them."""
+    """Whole numbers of the shape of the latents, in `[-16383, 16383]`, as docs/numerics.md packs them."""
     def __init__(
         self,
         *,
@@ -537,25 +547,34 @@ class ModelChange(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     GUIDANCE_SCALE_FIELD_NUMBER: _builtins.int
+    GUIDANCE_RESCALE_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """The first step that it runs."""
     model: _builtins.str
     """The id of a served model; empty keeps the model, for a change of guidance alone."""
     guidance_scale: _builtins.float
     """Its guidance_scale, in `[1, 30]`. Not set: that of the request."""
+    guidance_rescale: _builtins.float
+    """Its guidance_rescale, in `[0, 1]`. Not set: that of the request."""
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
         model: _builtins.str = ...,
         guidance_scale: _builtins.float | None = ...,
+        guidance_rescale: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "guidance_scale", b"guidance_scale"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale", "guidance_scale", b"guidance_scale", "model", b"model", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale", "_guidance_scale", b"_guidance_scale", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "model", b"model", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__guidance_rescale: _TypeAlias = _typing.Literal["guidance_rescale"]  # noqa: Y015
+    _WhichOneofArgType__guidance_rescale: _TypeAlias = _typing.Literal["_guidance_rescale", b"_guidance_rescale"]  # noqa: Y015
     _WhichOneofReturnType__guidance_scale: _TypeAlias = _typing.Literal["guidance_scale"]  # noqa: Y015
     _WhichOneofArgType__guidance_scale: _TypeAlias = _typing.Literal["_guidance_scale", b"_guidance_scale"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__guidance_rescale) -> _WhichOneofReturnType__guidance_rescale | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__guidance_scale) -> _WhichOneofReturnType__guidance_scale | None: ...
 
 Global___ModelChange: _TypeAlias = ModelChange  # noqa: Y015
@@ -914,6 +933,7 @@ class Started(_message.Message):
     PREDICTION_TYPE_FIELD_NUMBER: _builtins.int
     NUM_REUSED_CALLS_FIELD_NUMBER: _builtins.int
     REUSE_SIMILARITY_FIELD_NUMBER: _builtins.int
+    GUIDANCE_RESCALE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The id of the job: the request's, or one that the server chose."""
     model: _builtins.str
@@ -937,6 +957,8 @@ class Started(_message.Message):
     """Where those calls were run for another text (`DenoiseRequest.approximate_reuse`): how near it is, in `(0, 1]`. Not
     set: they are exactly those of this job.
     """
+    guidance_rescale: _builtins.float
+    """The guidance_rescale that runs, in `[0, 1]`. A server that does not know it says 0."""
     @_builtins.property
     def plan(self) -> _plan_pb2.Plan:
         """The plan; absent when the caller sent it or named its digest in `known_digests`."""
@@ -964,10 +986,11 @@ class Started(_message.Message):
         prediction_type: _builtins.str = ...,
         num_reused_calls: _builtins.int = ...,
         reuse_similarity: _builtins.float | None = ...,
+        guidance_rescale: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_reuse_similarity", b"_reuse_similarity", "negative_prompt", b"negative_prompt", "plan", b"plan", "prompt", b"prompt", "reuse_similarity", b"reuse_similarity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reuse_similarity", b"_reuse_similarity", "guidance_scale", b"guidance_scale", "latent_space", b"latent_space", "model", b"model", "negative_prompt", b"negative_prompt", "num_dropped_tokens", b"num_dropped_tokens", "num_reused_calls", b"num_reused_calls", "plan", b"plan", "plan_digest", b"plan_digest", "prediction_type", b"prediction_type", "prompt", b"prompt", "request_id", b"request_id", "reuse_similarity", b"reuse_similarity"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reuse_similarity", b"_reuse_similarity", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "latent_space", b"latent_space", "model", b"model", "negative_prompt", b"negative_prompt", "num_dropped_tokens", b"num_dropped_tokens", "num_reused_calls", b"num_reused_calls", "plan", b"plan", "plan_digest", b"plan_digest", "prediction_type", b"prediction_type", "prompt", b"prompt", "request_id", b"request_id", "reuse_similarity", b"reuse_similarity"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__reuse_similarity: _TypeAlias = _typing.Literal["reuse_similarity"]  # noqa: Y015
     _WhichOneofArgType__reuse_similarity: _TypeAlias = _typing.Literal["_reuse_similarity", b"_reuse_similarity"]  # noqa: Y015

@@ -27,6 +27,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "private": {"hybrid": HERE},
     "skip": {"hybrid": {"mode": "cloud", "cloud_skip": "2,1,0.25"}},
     "segments": {"hybrid": {"segments": ":2@edge,:2@cloud(guidance=2.5),:2@edge"}},
+    "rescaled": {"guidance_scale": 7.0, "guidance_rescale": 0.7, "hybrid": {"mode": "edge"}},
+    "rescaled segment": {"hybrid": {"segments": ":2@edge(guidance=7,rescale=0.35),:4@edge"}},
     "two schedules": {
         "hybrid": {"segments": ":3@cloud,:*@edge(scheduler=dpmpp_2m,steps=6)"}, "num_inference_steps": 6
     },

@@ -41,6 +41,22 @@ def test_every_old_name_is_still_there() -> None:
         ("tcd+eta=0.3", "tcd+eta=0.3"),
         ("DPMSolverMultistepScheduler", "dpmpp_2m"),
         ("own", "own"),
+        ("EulerAncestralDiscreteScheduler+trailing", "euler_ancestral+trailing"),
+        ("DPM++ 2M SDE Heun Karras", "dpmpp_2m_sde_heun+karras"),
+        ("dpmpp_2m_sde_gpu karras", "dpmpp_2m_sde_karras"),
+        ("dpm_2_ancestral", "kdpm2_a"),
+        ("uni_pc_bh2 sgm_uniform", "unipc+trailing"),
+        ("euler_sgm_uniform", "euler+trailing"),
+        ("Euler a SGM Uniform", "euler_ancestral+trailing"),
+        ("DPM++ 2M DDIM uniform", "dpmpp_2m+leading"),
+        ("DPM++ 2M KL Optimal", "dpmpp_2m+kl_optimal"),
+        ("dpmpp_2m+align_your_steps", "dpmpp_2m+ays"),
+        ("DPM++ 2M Automatic", "dpmpp_2m"),
+        ("Heun Normal", "heun"),
+        ("Euler Polyexponential", "euler+exponential"),
+        ("euler+sigmas=14.60-6.5-0.4-0", "euler+sigmas=14.6-6.5-0.4"),
+        ("tcd+timesteps=800+eta=1", "tcd+eta=1+timesteps=800"),
+        ("heun+zero_snr+trailing", "heun+trailing+zero_snr"),
     ],
 )
 def test_what_means_the_same_has_one_name(written: str, name: str) -> None:
@@ -65,6 +81,15 @@ def test_what_means_the_same_has_one_name(written: str, name: str) -> None:
         ("euler+timesteps=", "give timesteps"),
         ("euler+", "''"),
         ("+" * 2000, "unknown"),
+        ("DPM fast", "diffusers does not have; choose dpmpp_2m"),
+        ("DPM++ 2S a Karras", "choose dpmpp_2s or euler_ancestral"),
+        ("Restart", "choose dpmpp_2m_sde"),
+        ("euler+sigmas=1-2", "falling numbers above 0"),
+        ("euler+sigmas=nan", "falling numbers above 0"),
+        ("euler+sigmas=", "give noise levels"),
+        ("euler_ancestral+sigmas=14-2", "choose leading, linspace, trailing"),
+        ("deis+sigmas=14-2", "stays at the last level"),
+        ("euler+kl_optimal+ays", "either noise levels or timesteps"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_does(written: str, says: str) -> None:
@@ -112,6 +137,12 @@ def test_aligned_steps_begin_at_pure_noise(name: str) -> None:
 
     assert plan.rows[0].timestep == 999
     assert len(plan.rows) == 4
+
+
+def test_own_sigmas_are_as_many_as_there_are_steps() -> None:
+    """Otherwise the number that they are is said."""
+    with pytest.raises(InvalidRequest, match=r"2 noise levels of its own.*set `steps` to 2"):
+        compile_named(diffusers, BETAS, "dpmpp_2m+sigmas=14-2", 4, torch.from_numpy)
 
 
 def test_own_timesteps_are_as_many_as_there_are_steps() -> None:

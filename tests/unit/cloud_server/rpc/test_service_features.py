@@ -444,6 +444,12 @@ WRONG_CHANGES = [
     (changing(2, guidance_scale=0.5), "GUIDANCE_INVALID", "model_changes.guidance_scale"),
     (changing(2, guidance_scale=30.5), "GUIDANCE_INVALID", "model_changes.guidance_scale"),
     (changing(2, guidance_scale=NAN), "GUIDANCE_INVALID", "model_changes.guidance_scale"),
+    (changing(2, guidance_rescale=1.01), "GUIDANCE_INVALID", "model_changes.guidance_rescale"),
+    (changing(2, guidance_scale=1.0, guidance_rescale=0.5), "GUIDANCE_INVALID", "model_changes.guidance_rescale"),
+    ({"guidance_rescale": -0.01}, "GUIDANCE_INVALID", "guidance_rescale"),
+    ({"guidance_rescale": 1.01}, "GUIDANCE_INVALID", "guidance_rescale"),
+    ({"guidance_rescale": NAN}, "GUIDANCE_INVALID", "guidance_rescale"),
+    ({"guidance_rescale": 0.7, "guidance_scale": 1.0}, "GUIDANCE_INVALID", "guidance_rescale"),
     (
         {"text": None, "embeddings": Embeddings(prompt_embeds=full(0.5, (12, 8))), "guidance_scale": 1.0,
          **changing(2, guidance_scale=3.0)},
@@ -498,6 +504,7 @@ WRONG_FOR_LCM = [
          "embeddings": Embeddings(prompt_embeds=full(0.5, (12, 8)), negative_prompt_embeds=full(0.5, (12, 8)))},
         "GUIDANCE_INVALID", "embeddings.negative_prompt_embeds",
     ),
+    ({**LCM, "guidance_rescale": 0.7}, "GUIDANCE_INVALID", "guidance_rescale"),
     ({"model": "lcm"}, "SCHEDULER_UNKNOWN", "scheduler.name"),
     ({"model": "lcm", "scheduler": Spec(name="ddim")}, "SCHEDULER_UNKNOWN", "scheduler.name"),
 ]  # fmt: skip

@@ -492,6 +492,21 @@ def test_previews_and_steps_become_pictures(shell: Shell) -> None:
         assert "is there already" in shell("generate", "a red fox", *extra, "-o", "fox.png", code=2).stderr
 
 
+def test_rescaled_guidance_is_in_the_file(shell: Shell) -> None:
+    """And in a dry run; the scheduler may be called as another tool calls it."""
+    words = ("--mode", "edge", "--guidance-scale", "7", "--guidance-rescale", "0.7", "--scheduler", "DDIM Automatic")
+    shell("generate", "a red fox", "--seed", "5", *words)
+    _, provenance, parameters = files.read_png(shell.folder / "a-red-fox-5.png")
+    told = json.loads(shell("generate", "a red fox", "--dry-run", *words).stdout)["images"][0]
+    refused = shell("generate", "a fox", "--mode", "edge", "--guidance-rescale", "0.7", "--cfg-scale", "1", code=2)
+
+    assert (told["guidance_rescale"], told["scheduler"]) == (0.7, "ddim")
+    assert provenance is not None
+    assert provenance["guidance_rescale"] == 0.7
+    assert "CFG scale: 7, CFG rescale: 0.7" in str(parameters)
+    assert "--guidance-rescale has no effect at --guidance-scale 1" in refused.stderr
+
+
 def test_dry_run_does_nothing(shell: Shell, fake: FakeCloud) -> None:
     """--dry-run shows the request with its defaults filled in and the split, and asks nobody."""
     told = json.loads(shell("generate", "a red fox", "--dry-run", "--steps", "10", "--seed", "1").stdout)

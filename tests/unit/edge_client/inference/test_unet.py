@@ -52,12 +52,15 @@ def test_fused_guidance_is_guidance(plain: Kind, fused: Kind, num_chunks: int, t
     told = texts(by_rows, num_chunks)
     found = []
     for scale in (1.0, 2.5, 7.0):
-        expected = by_rows.predict_noise(LATENTS, 321.5, told, guidance_scale=scale)
-        found.append(in_file.predict_noise(LATENTS, 321.5, told, guidance_scale=scale))
+        for rescale in (0.7, 0.0):
+            how = {"guidance_scale": scale, "guidance_rescale": rescale}
+            expected = by_rows.predict_noise(LATENTS, 321.5, told, **how)
+            found.append(in_file.predict_noise(LATENTS, 321.5, told, **how))
 
-        assert found[-1].shape == LATENTS.shape
-        assert np.abs(found[-1] - expected).max() < EXACT * np.abs(expected).max()
-    assert np.abs(found[2] - found[1]).max() > 1e-2 * np.abs(found[1]).max()
+            assert found[-1].shape == LATENTS.shape
+            assert np.abs(found[-1] - expected).max() < EXACT * np.abs(expected).max()
+    assert np.std(found[4]) < 0.9 * np.std(found[5])  # at 7, rescaled and not
+    assert np.abs(found[5] - found[3]).max() > 1e-2 * np.abs(found[3]).max()
 
 
 @pytest.mark.parametrize(("plain", "fused"), PAIRS)

@@ -15,6 +15,7 @@ from edge_client.types import Latents
 from hybridsd import noise, noise_levels, tracing
 from hybridsd.errors import Reason
 from hybridsd.plan import PlanRow, denoise, initial_state
+from hybridsd.skipping import Skips
 
 
 def run_edge_stage(stage: Stage, trajectory: Trajectory, components: Components) -> Iterator[StepDone]:
@@ -43,7 +44,12 @@ def run_edge_stage(stage: Stage, trajectory: Trajectory, components: Components)
             field="scheduler",
         )
 
+    skips: Skips[Latents] = Skips(request.edge_skipping, stop)
+
     def predict(latents: Latents, timestep: float) -> Latents:
+        return skips.output(trajectory.call, plan.rows[trajectory.call], lambda: run_unet(latents, timestep))
+
+    def run_unet(latents: Latents, timestep: float) -> Latents:
         sample = latents.astype(np.float32)
         output = models.predict_noise(sample, timestep, conditioning, guidance_scale=stage.guidance_scale)
         predicts, wanted = models.manifest.prediction_type, trajectory.prediction_type
@@ -81,10 +87,11 @@ def run_edge_stage(stage: Stage, trajectory: Trajectory, components: Components)
             state = tuple(array.astype(np.float32, copy=False) for array in done.state)
             timestep = plan.rows[done.call - 1].timestep
             unet = models.manifest.unet_role(timestep)
-            trajectory.tally.count(models.manifest, unet, cells, rows)
+            if not skips.is_skipped:
+                trajectory.tally.count(models.manifest, unet, cells, rows)
             yield trajectory.record(
                 plan, done.call, "edge", elapsed_s, state, done.x0_preview,
-                unet=unet, is_trained=models.manifest.is_trained_for(timestep),
+                unet=unet, is_trained=models.manifest.is_trained_for(timestep), is_skipped=skips.is_skipped,
             )  # fmt: skip
             last = time.perf_counter()
 

@@ -121,6 +121,7 @@ class Trajectory:
         *,
         unet: str = "unet",
         is_trained: bool = True,
+        is_skipped: bool = False,
     ) -> StepDone:
         """Notes that the calls before `call` are done, and returns the last of them as an event."""
         done = range(self.call + 1, call + 1)  # the cloud sends a state after some calls only
@@ -132,6 +133,7 @@ class Trajectory:
                 elapsed_s=elapsed_s / len(done),
                 unet=unet,
                 is_trained=is_trained,
+                is_skipped=is_skipped,
             )
             for each in done
         ]

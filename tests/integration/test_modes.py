@@ -25,10 +25,11 @@ from edge_client.generation.segments import parse_segments
 from edge_client.images.pixels import to_cells, to_u8
 from edge_client.inference.models import Models
 from edge_client.request import Request, SavedState
-from edge_client.types import CallSkipping, Conditioning, ImageInput
+from edge_client.types import Conditioning, ImageInput
 from hybridsd import noise_levels
 from hybridsd.errors import HybridSDError, InvalidRequest, Reason
 from hybridsd.prompting import TextOptions
+from hybridsd.skipping import CallSkipping
 from tests.integration.conftest import serving
 from tests.support.reference import guided, predict_by, run_from_seed
 from tests.support.tiny_bundle import write_bundle

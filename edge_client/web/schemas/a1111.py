@@ -223,7 +223,7 @@ _INFOTEXT: Mapping[str, tuple[str, Any]] = {
 }  # fmt: skip
 _INFOTEXT_HYBRID: Mapping[str, str] = {
     "Model": "model", "Hybrid mode": "mode", "Cloud steps": "cloud_steps", "Segments": "segments",
-    "Cloud skip": "cloud_skip", "Codec": "codec", "Private": "private",
+    "Cloud skip": "cloud_skip", "Edge skip": "edge_skip", "Codec": "codec", "Private": "private",
 }  # fmt: skip
 _INFOTEXT_HARMLESS = frozenset({
     "Model hash", "Version", "VAE", "VAE hash", "Lora hashes", "Edge model", "Planned cloud steps", "Fallback",

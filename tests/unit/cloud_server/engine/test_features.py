@@ -9,11 +9,12 @@ import torch
 
 from cloud_server.engine.engine import Engine
 from cloud_server.engine.events import Finished
-from cloud_server.engine.request import Skipping, Stage
+from cloud_server.engine.request import Stage
 from cloud_server.models.load import Model
 from hybridsd import noise
 from hybridsd.plan import advance, initial_state, unet_input
 from hybridsd.prompting import TextOptions
+from hybridsd.skipping import CallSkipping
 from tests.support.engine_fakes import PROMPT, SHAPE, GatedDenoiser, events_of, job_request, states
 from tests.support.reference import predict_by
 
@@ -69,7 +70,7 @@ async def test_skipped_calls_equal_the_plain_loop(
     """Each skipped call costs no U-Net, is published, and ends where extrapolation by hand ends."""
     engine = make_engine({"tiny": tiny_model.denoiser})
     plan = tiny_model.plans.plan(scheduler, 8)
-    request = job_request(tiny_model, plan=plan, size=SIZE, skipping=Skipping(3, skipped, 0.3))
+    request = job_request(tiny_model, plan=plan, size=SIZE, skipping=CallSkipping(3, skipped, 0.3))
 
     events = await events_of(engine, request)
     expected, num_calls = skipped_by_hand(tiny_model, request)

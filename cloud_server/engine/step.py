@@ -274,8 +274,8 @@ def move(trajectory: Trajectory, result: Progress, *, ran: bool) -> Reached:
         trajectory.history = skipping_rules.skipped(trajectory.history)
     elif skipping is not None:
         trajectory.history = skipping_rules.ran(
-            skipping, trajectory.history, call, result.output, trajectory.request.plan.rows[call],
-            num_calls=trajectory.num_calls, off_device=off_device,
+            skipping, trajectory.history, call, result.output, num_calls=trajectory.num_calls,
+            num_rows=len(trajectory.request.plan.rows), off_device=off_device,
         )  # fmt: skip
     return Reached(result.call, result.state, result.x0_preview, trajectory.history, trajectory.num_calls)
 

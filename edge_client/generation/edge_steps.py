@@ -44,10 +44,10 @@ def run_edge_stage(stage: Stage, trajectory: Trajectory, components: Components)
             field="scheduler",
         )
 
-    skips: Skips[Latents] = Skips(request.edge_skipping, stop)
+    skips: Skips[Latents] = Skips(request.edge_skipping, stop, len(plan.rows))
 
     def predict(latents: Latents, timestep: float) -> Latents:
-        return skips.output(trajectory.call, plan.rows[trajectory.call], lambda: run_unet(latents, timestep))
+        return skips.output(trajectory.call, lambda: run_unet(latents, timestep))
 
     def run_unet(latents: Latents, timestep: float) -> Latents:
         sample = latents.astype(np.float32)

@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybridsd.errors import Reason
-from hybridsd.plan import PlanRow
 
 A = TypeVar("A", bound=Any)
 """A latent-shaped array: `numpy.ndarray` or `torch.Tensor`, float32."""
@@ -41,7 +40,8 @@ class CallSkipping:
     """Which calls are left out; see `hybridsd.v1.CallSkipping`."""
 
     warm_up_calls: int = 4
-    """Calls of the job that run before the first is skipped, in [2, 1000]."""
+    """Calls of the job that run before the first is skipped, in [2, 1000]. With a tolerance the plan's first rows, that
+    run whoever runs them, in [0, 1000]; 0: a quarter."""
     skipped_calls: int = 1
     """Calls that are skipped after each one that runs; with a tolerance the most in a row. In [1, 8]."""
     extrapolation: float = DEFAULT_EXTRAPOLATION
@@ -53,7 +53,7 @@ class CallSkipping:
     def adaptive(
         cls,
         tolerance: float = DEFAULT_TOLERANCE,
-        warm_up_calls: int = 3,
+        warm_up_calls: int = 0,
         skipped_calls: int = 4,
         extrapolation: float = ADAPTIVE_EXTRAPOLATION,
     ) -> "CallSkipping":
@@ -97,7 +97,7 @@ class CallSkipping:
     def fault(self) -> tuple[str, float, str] | None:
         """Returns a field that is out of its range, its value, and the range in words; None where all are well."""
         for name, low, high in (
-            ("warm_up_calls", 2, 1000),
+            ("warm_up_calls", 2 if self.tolerance is None else 0, 1000),
             ("skipped_calls", 1, MAX_SKIPPED_CALLS),
             ("extrapolation", 0, 1),
         ):
@@ -130,9 +130,9 @@ def ran(
     history: History[A],
     call: int,
     output: A,
-    row: PlanRow,
     *,
     num_calls: int,
+    num_rows: int,
     off_device: Callable[[A], Values] = np.asarray,
 ) -> History[A]:
     """Returns what is known when a call has run, with the decision how many after it may be skipped.
@@ -144,20 +144,18 @@ def ran(
         history: From before the call, of the same model.
         call: Which call.
         output: Of the U-Net, after guidance.
-        row: Of the plan, for the call.
         num_calls: Calls of the job that have run, this one included.
+        num_rows: Of the plan.
         off_device: Returns an array of numpy.
     """
     outputs, calls = (*history.outputs[-1:], output), (*history.calls[-1:], call)
     num_left = 0
-    if len(outputs) == 2 and num_calls >= skipping.warm_up_calls:
-        num_left = skipping.skipped_calls
-        if skipping.tolerance is not None and len(history.outputs) < 2:
-            num_left = 0
-        elif skipping.tolerance is not None:
-            error = relative_error(off_device(extrapolate(skipping, history, call)), off_device(output))
-            error *= math.sqrt(abs(row.x0_output) or 1.0)
-            num_left = min(num_left, num_within(skipping.tolerance, error, call - history.calls[-1]))
+    if skipping.tolerance is None:
+        if len(outputs) == 2 and num_calls >= skipping.warm_up_calls:
+            num_left = skipping.skipped_calls
+    elif len(history.outputs) == 2 and call + 1 >= (skipping.warm_up_calls or math.ceil(num_rows / 4)):
+        error = relative_error(off_device(extrapolate(skipping, history, call)), off_device(output))
+        num_left = min(skipping.skipped_calls, num_within(skipping.tolerance, error, call - history.calls[-1]))
     return History(outputs, calls, num_left)
 
 
@@ -182,15 +180,15 @@ def extrapolate(skipping: CallSkipping, history: History[A], call: int) -> A:
 class Skips(Generic[A]):
     """A rule at work, where calls run one by one."""
 
-    def __init__(self, skipping: CallSkipping | None, stop: int) -> None:
-        """Takes the rule, or None to run each call, and the first call that is not the job's any more."""
-        self._skipping, self._stop = skipping, stop
+    def __init__(self, skipping: CallSkipping | None, stop: int, num_rows: int) -> None:
+        """Takes the rule, or None to run each call, the first call that is not the job's, and the plan's rows."""
+        self._skipping, self._stop, self._num_rows = skipping, stop, num_rows
         self._history: History[A] = History()
         self._num_calls = 0
         self.is_skipped = False
         """Whether the last call was."""
 
-    def output(self, call: int, row: PlanRow, run: Callable[[], A]) -> A:
+    def output(self, call: int, run: Callable[[], A]) -> A:
         """Returns the output of a call: of the U-Net, which `run` runs, or extrapolated."""
         rule = self._skipping
         if rule is None:
@@ -202,7 +200,7 @@ class Skips(Generic[A]):
             return guess
         output = run()
         self._num_calls += 1
-        self._history = ran(rule, self._history, call, output, row, num_calls=self._num_calls)
+        self._history = ran(rule, self._history, call, output, num_calls=self._num_calls, num_rows=self._num_rows)
         return output
 
 

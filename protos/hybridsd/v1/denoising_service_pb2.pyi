@@ -490,7 +490,7 @@ class CallSkipping(_message.Message):
 
     With `tolerance` by a criterion (docs/numerics.md): each call that runs shows the error of the extrapolation to it, and
     as many calls are skipped after it as keep the sum of such errors within the tolerance. The job's last call runs. What
-    is known of the calls is not part of a `State`: whoever takes over begins with a warm-up.
+    is known of the calls is not part of a `State`: whoever takes over has to run three before one can be skipped.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -501,7 +501,9 @@ class CallSkipping(_message.Message):
     TOLERANCE_FIELD_NUMBER: _builtins.int
     MAX_SKIPPED_CALLS_FIELD_NUMBER: _builtins.int
     warm_up_calls: _builtins.int
-    """Calls that run before the first is skipped, in `[2, 1000]`."""
+    """Calls of the job that run before the first is skipped, in `[2, 1000]`. With a tolerance the plan's first rows, which
+    are run by whoever runs them, in `[0, 1000]`; 0 is a quarter of its rows.
+    """
     skipped_calls: _builtins.int
     """Calls that are skipped after each one that runs, in `[1, 8]`; 0 with a tolerance, so that a server that knows no
     criterion refuses.

@@ -55,8 +55,8 @@ class Drawn:
 def rules(steps: int) -> tuple[str, ...]:
     """Returns what is compared, as `--cloud-skip` takes it: patterns with two warm-ups, and tolerances."""
     quarter = math.ceil(steps / 4)
-    patterns = [f"{warm_up},{skipped},0.3" for warm_up, skipped in ((4, 1), (quarter, 1), (quarter, 2), (quarter, 3))]
-    return (*patterns, *(f"adaptive:{tolerance}" for tolerance in (0.05, 0.1, 0.2, 0.4)))
+    patterns = [f"{warm_up},{skipped},0.3" for warm_up, skipped in ((4, 1), (quarter, 1), (quarter, 2))]
+    return (*patterns, *(f"adaptive:{tolerance}" for tolerance in (0.05, 0.1, 0.2)))
 
 
 def scenes(indices: Sequence[int]) -> list[tuple[str, list[int]]]:

@@ -105,6 +105,7 @@ def jobs_of_all_sorts(model: Model) -> list[JobRequest]:
         job_request(model, seed=1),
         job_request(model, seed=2, plan=ancestral),
         job_request(model, seed=3, skipping=CallSkipping(2, 1, 0.5)),
+        job_request(model, seed=6, plan=model.plans.plan("ddim", 12), skipping=CallSkipping.adaptive(1.0)),
         job_request(model, seed=4, more_stages=(Stage(3, "tiny", 2.0),)),
         job_request(model, seed=5, state_every=0),
     ]

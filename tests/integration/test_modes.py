@@ -357,6 +357,11 @@ def test_skipped_calls_are_counted(bundle: Bundle, models: Models, cloud: Cloud)
     assert result.usage is not None
     assert (result.usage.num_calls, result.usage.num_skipped_calls) == (4, 2)
 
+    adaptive = CallSkipping.adaptive(1.0, 3, 8)
+    result = run(ask(mode="cloud", call_skipping=adaptive), bundle, models, cloud)
+    assert result.usage is not None
+    assert (result.usage.num_calls, result.usage.num_skipped_calls) == (4, 2)  # three, and the last
+
 
 def test_an_unknown_adapter_is_refused(bundle: Bundle, models: Models, cloud: Cloud) -> None:
     """A name that the model does not offer is an error, and not an image without it."""

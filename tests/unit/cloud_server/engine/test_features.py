@@ -126,7 +126,13 @@ async def test_the_criterion_decides_as_numpy_does(
 async def test_jobs_of_all_rules_share_calls(tiny_model: Model, make_engine: MakeEngine) -> None:
     """What one job skips is no other's: in a batch each is drawn as it is alone."""
     plan = tiny_model.plans.plan("dpmpp_2m", 16)
-    rules = [None, CallSkipping(4, 1), CallSkipping.adaptive(1.0), CallSkipping.adaptive(1e-9), CallSkipping.adaptive(0.3)]
+    rules = [
+        None,
+        CallSkipping(4, 1),
+        CallSkipping.adaptive(1.0),
+        CallSkipping.adaptive(1e-9),
+        CallSkipping.adaptive(0.3),
+    ]
     requests = [
         job_request(tiny_model, plan=plan, size=SIZE, seed=seed, skipping=rule) for seed, rule in enumerate(rules)
     ]

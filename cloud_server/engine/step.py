@@ -275,7 +275,7 @@ def move(trajectory: Trajectory, result: Progress, *, ran: bool) -> Reached:
     elif skipping is not None:
         trajectory.history = skipping_rules.ran(
             skipping, trajectory.history, call, result.output, num_calls=trajectory.num_calls,
-            num_rows=len(trajectory.request.plan.rows), off_device=off_device,
+            num_rows=len(trajectory.request.plan.rows), stop=trajectory.request.handoff_call, off_device=off_device,
         )  # fmt: skip
     return Reached(result.call, result.state, result.x0_preview, trajectory.history, trajectory.num_calls)
 

@@ -133,11 +133,12 @@ def ran(
     *,
     num_calls: int,
     num_rows: int,
+    stop: int,
     off_device: Callable[[A], Values] = np.asarray,
 ) -> History[A]:
     """Returns what is known when a call has run, with the decision how many after it may be skipped.
 
-    Only the criterion looks at values, after the warm-up, so that only then a device is waited for.
+    Only the criterion looks at values, and only where they decide: so seldom a device is waited for.
 
     Args:
         skipping: The rule.
@@ -146,11 +147,14 @@ def ran(
         output: Of the U-Net, after guidance.
         num_calls: Calls of the job that have run, this one included.
         num_rows: Of the plan.
+        stop: The first call that is not the job's.
         off_device: Returns an array of numpy.
     """
     outputs, calls = (*history.outputs[-1:], output), (*history.calls[-1:], call)
     num_left = 0
-    if skipping.tolerance is None:
+    if call + 1 >= stop - skipping.num_last_calls:
+        pass  # the next call runs, or is not the job's
+    elif skipping.tolerance is None:
         if len(outputs) == 2 and num_calls >= skipping.warm_up_calls:
             num_left = skipping.skipped_calls
     elif len(history.outputs) == 2 and call + 1 >= (skipping.warm_up_calls or math.ceil(num_rows / 4)):
@@ -200,7 +204,9 @@ class Skips(Generic[A]):
             return guess
         output = run()
         self._num_calls += 1
-        self._history = ran(rule, self._history, call, output, num_calls=self._num_calls, num_rows=self._num_rows)
+        self._history = ran(
+            rule, self._history, call, output, num_calls=self._num_calls, num_rows=self._num_rows, stop=self._stop
+        )
         return output
 
 

@@ -141,6 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measures what is not known, and prints a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--captions", type=int, default=60)
+    parser.add_argument("--rule", action="append", help="one of those that are compared; repeatable (default: all)")
     parser.add_argument("--judge", type=Path, help="a family's folder `judge`, or `classifier`")
     parser.add_argument("--records", type=Path, help="a file of what was measured: it is read, and added to")
     parser.add_argument("--threads", type=int, default=1)
@@ -160,6 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for first in range(0, count, AT_ONCE):
         for solver in solvers:
             for rule in (ALL, *rules(solver[1])):
+                if rule != ALL and options.rule and rule not in options.rule:
+                    continue
                 wanted = range(first, min(first + AT_ONCE, count))
                 indices = [index for index in wanted if (f"{solver[0]} {solver[1]}", rule, index) not in known]
                 if not indices:

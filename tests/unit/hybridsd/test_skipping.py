@@ -15,6 +15,7 @@ from hybridsd.skipping import (
     Skips,
     extrapolate,
     num_within,
+    ran,
     relative_error,
 )
 
@@ -192,3 +193,24 @@ def test_torch_and_numpy_decide_alike(tolerance: float) -> None:
 
     assert theirs == letters
     np.testing.assert_array_equal(found, [tensor.numpy() for tensor in tensors])
+
+
+def test_values_are_looked_at_only_where_they_decide() -> None:
+    """A device is waited for neither in the warm-up, nor where the next call runs anyway; by a pattern never."""
+    looked: list[Any] = []
+
+    def off_device(values: Any) -> Any:
+        looked.append(values)
+        return values
+
+    for rule, expected in ((CallSkipping(4, 1), []), (CallSkipping.adaptive(1e-9), [6, 6, 7, 7, 8, 8])):
+        history: History[Any] = History()
+        looked.clear()
+        calls = []
+        for call in range(11):
+            before = len(looked)
+            history = ran(
+                rule, history, call, rough(call), num_calls=call + 1, num_rows=25, stop=11, off_device=off_device
+            )
+            calls += [call] * (len(looked) - before)
+        assert calls == expected

@@ -47,7 +47,8 @@ def run_edge_stage(stage: Stage, trajectory: Trajectory, components: Components)
     skips: Skips[Latents] = Skips(request.edge_skipping, stop, len(plan.rows))
 
     def predict(latents: Latents, timestep: float) -> Latents:
-        return skips.output(trajectory.call, lambda: run_unet(latents, timestep))
+        role = models.manifest.unet_role(timestep)
+        return skips.output(trajectory.call, lambda: run_unet(latents, timestep), role)
 
     def run_unet(latents: Latents, timestep: float) -> Latents:
         sample = latents.astype(np.float32)

@@ -11,7 +11,7 @@ a tolerance, each in proportion to its distance. docs/numerics.md has the formul
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -189,14 +189,23 @@ class Skips(Generic[A]):
         self._skipping, self._stop, self._num_rows = skipping, stop, num_rows
         self._history: History[A] = History()
         self._num_calls = 0
+        self._model: Hashable = None
         self.is_skipped = False
         """Whether the last call was."""
 
-    def output(self, call: int, run: Callable[[], A]) -> A:
-        """Returns the output of a call: of the U-Net, which `run` runs, or extrapolated."""
+    def output(self, call: int, run: Callable[[], A], model: Hashable = None) -> A:
+        """Returns the output of a call, of the U-Net or extrapolated.
+
+        Args:
+            call: Which.
+            run: Runs the U-Net.
+            model: Which U-Net; of another one nothing is known.
+        """
         rule = self._skipping
         if rule is None:
             return run()
+        if model != self._model:
+            self._history, self._model = History(), model
         self.is_skipped = self._history.num_left > 0 and call < self._stop - rule.num_last_calls
         if self.is_skipped:
             guess = extrapolate(rule, self._history, call)

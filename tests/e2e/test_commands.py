@@ -241,7 +241,7 @@ def test_completion(words: str, variable: str, says: str) -> None:
 
 @pytest.mark.slow
 def test_bench_of_skipped_calls(tmp_path: Path) -> None:
-    """The table of docs/modes.md, for one caption and a judge that knows nothing; what is recorded is not drawn again."""
+    """The table of docs/modes.md, for one caption and a judge that knows nothing; what is known is not drawn again."""
     save_file(Classifier(width=8).state_dict(), tmp_path / WEIGHTS_NAME)
     records = tmp_path / "records.jsonl"
     command = [sys.executable, "-m", "tests.benchmarks.bench_skipping", "--smoke", "--judge", str(tmp_path)]

@@ -143,6 +143,16 @@ def test_bounds() -> None:
     assert run(CallSkipping.adaptive(1.0, 3, 8), lambda _: BASE, 14)[0] == "RRR........R.R"
 
 
+def test_another_model_is_another_trajectory() -> None:
+    """It runs three calls of its own, first the one that the other's outputs would have skipped."""
+    skips: Skips[Any] = Skips(CallSkipping.adaptive(1.0, 3, 4), 24, 24)
+    letters = ""
+    for call in range(12):
+        skips.output(call, lambda: BASE, "high" if call < 5 else "low")
+        letters += "." if skips.is_skipped else "R"
+    assert letters == "RRR..RRR...."
+
+
 def test_outputs_that_are_nothing_are_run() -> None:
     """Neither zeros nor what is not finite can be measured against."""
     assert run(CallSkipping.adaptive(1.0), lambda _: 0 * BASE, 6)[0] == "RRRRRR"

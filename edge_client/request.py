@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 from edge_client.types import (
     ApproximateReuse,
-    CallSkipping,
     Conditioning,
     ImageInput,
     Latents,
@@ -17,6 +16,7 @@ from hybridsd.closed_loop import DEFAULT_PSNR
 from hybridsd.codec import RESIDUAL
 from hybridsd.plan import Plan
 from hybridsd.prompting import DEFAULT_TEXT, TextOptions
+from hybridsd.skipping import CallSkipping
 from hybridsd.trace_context import TraceContext, current_or_new
 
 
@@ -183,6 +183,9 @@ class Request:
     loras: tuple[tuple[str, float], ...] = ()
     """Adapters of the cloud, with their weights."""
     call_skipping: CallSkipping | None = None
+    """Calls that the cloud leaves out; None: none."""
+    edge_skipping: CallSkipping | None = None
+    """Calls that this device leaves out of those that it runs, a takeover's as well; None: none."""
     approximate_reuse: ApproximateReuse | None = None
     """None: the cloud reuses only what is exactly this image."""
     safety: SafetyAction = "off"

@@ -38,38 +38,6 @@ class Conditioning:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CallSkipping:
-    """Calls that the cloud leaves out (EC-Diff, arXiv 2507.11980); see `hybridsd.v1.CallSkipping`."""
-
-    warm_up_calls: int = 4
-    """In [2, 1000]."""
-    skipped_calls: int = 1
-    """In [1, 8]."""
-    extrapolation: float = 0.3
-    """In [0, 1]."""
-
-    def describe(self) -> str:
-        """Returns it as `parse` reads it."""
-        return f"{self.warm_up_calls},{self.skipped_calls},{self.extrapolation!r}"
-
-    @classmethod
-    def parse(cls, text: str) -> "CallSkipping":
-        """Returns what "WARMUP,SKIP" or "WARMUP,SKIP,A" says; its ranges are checked with the request.
-
-        Raises:
-            InvalidRequest: FIELD_INVALID if it is neither.
-        """
-        try:
-            warm_up, skipped, *rest = text.split(",")
-            (extrapolation,) = map(float, rest or ["0.3"])
-            return cls(warm_up_calls=int(warm_up), skipped_calls=int(skipped), extrapolation=extrapolation)
-        except ValueError as error:
-            raise Reason.FIELD_INVALID.error(
-                f"`cloud_skip` is {text[:40]!r}; give WARMUP,SKIP or WARMUP,SKIP,A", field="cloud_skip"
-            ) from error
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class ApproximateReuse:
     """What the cloud may take over from an image of a near text; see `hybridsd.v1.ApproximateReuse`."""
 

@@ -15,7 +15,8 @@ import torch
 from cloud_server.engine import step
 from cloud_server.engine.events import Snapshot
 from cloud_server.engine.job import Job
-from cloud_server.engine.step import Group, Progress, Reached, Trajectory
+from cloud_server.engine.request import JobRequest
+from cloud_server.engine.step import Checkpoint, Group, Progress, Reached, Trajectory
 from cloud_server.metrics import Metrics
 from cloud_server.models.denoiser import Conditions, Denoiser
 from cloud_server.models.devices import Wait, beside, mark
@@ -138,10 +139,7 @@ class Executor:
         assert isinstance(call.outcome, Progress)
         trajectory, request = call.trajectory, call.job.request
         reached = [step.move(trajectory, call.outcome, ran=True)]
-        for _ in range(0 if request.skipping is None else request.skipping.skipped_calls):
-            skipped = step.skip(self.device, trajectory)
-            if skipped is None:
-                break
+        while (skipped := step.skip(self.device, trajectory)) is not None:
             reached.append(step.move(trajectory, skipped, ran=False))
         call.reached = reached
         if trajectory.call >= request.handoff_call:
@@ -179,7 +177,15 @@ class Executor:
             torch.AcceleratorError: If the device is lost to this process.
         """
         with beside(self.device):
-            return [snapshot for reached in call.reached if (snapshot := _publish(call.job, reached)) is not None]
+            copies = [_copy(call.job.request, reached) for reached in call.reached]
+        snapshots = []
+        call.job.checkpoint = copies[-1][0]  # not before those of skipped calls: which ones are is known only behind it
+        for _, snapshot in copies:
+            if snapshot is not None:
+                snapshots.append(snapshot)
+                if call.job.request.is_state_due(snapshot.call):
+                    call.job.post(snapshot)
+        return snapshots
 
     def _conditions(self, trajectories: list[Trajectory], groups: set[Group]) -> Conditions:
         """Returns the joined conditions of a batch: the last one of its group, when the batch has not changed."""
@@ -193,23 +199,18 @@ class Executor:
         return joined
 
 
-def _publish(job: Job, reached: Reached) -> Snapshot | None:
-    """Keeps where a job is, and posts it where it is due; returns it then, and where other jobs may begin with it."""
+def _copy(request: JobRequest, reached: Reached) -> tuple[Checkpoint, Snapshot | None]:
+    """Returns where a job is, off the device, and as a state that is due or that other jobs may begin with."""
     checkpoint = step.checkpoint(reached)
     preview = None if reached.x0_preview is None else step.off_device(reached.x0_preview)
+    if not request.is_state_due(reached.call) and not request.is_state_kept(reached.call):
+        return checkpoint, None
     arrays = checkpoint.state if preview is None else (*checkpoint.state, preview)
-    is_due, is_kept = job.request.is_state_due(reached.call), job.request.is_state_kept(reached.call)
-    if (is_due or is_kept) and not all(np.isfinite(array).all() for array in arrays):
+    if not all(np.isfinite(array).all() for array in arrays):
         raise Reason.OUTPUT_NOT_FINITE.error(
             f"the model's output is not finite before call {reached.call}; change the input, or serve another dtype"
         )
-    job.checkpoint = checkpoint
-    if not is_due and not is_kept:
-        return None
-    snapshot = Snapshot(reached.call, checkpoint.state, preview, reached.call == job.request.handoff_call)
-    if is_due:
-        job.post(snapshot)
-    return snapshot
+    return checkpoint, Snapshot(reached.call, checkpoint.state, preview, reached.call == request.handoff_call)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -18,6 +18,7 @@ from cloud_server.engine.step import Checkpoint, Texts, Trajectory
 from hybridsd import trace_context
 from hybridsd.energy import Energy
 from hybridsd.errors import HybridSDError, Reason
+from hybridsd.skipping import History
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +91,7 @@ class Job:
         """What other texts are compared with its own by, where they may be."""
         self.texts: tuple[Texts, ...] = () if held is None else held.texts
         """Of each stage."""
-        self.checkpoint: Checkpoint | None = None if held is None else Checkpoint(held.call, held.arrays, (), 0)
+        self.checkpoint: Checkpoint | None = None if held is None else Checkpoint(held.call, held.arrays, History(), 0)
         """The last state that came off its device: from here it can go on, on another."""
         self.first_call_s: float | None = None
         self.first_state_s: float | None = None
@@ -237,7 +238,7 @@ class Job:
     def begin_with(self, held: Held, similarity: float) -> None:
         """Takes a state of a job with a near text to begin with; its own texts are read already."""
         self.held, self.similarity = held, similarity
-        self.checkpoint = Checkpoint(held.call, held.arrays, (), 0)
+        self.checkpoint = Checkpoint(held.call, held.arrays, History(), 0)
 
     def begin_afresh(self) -> None:
         """Forgets the state that it was to begin with, and which is not its model's any more."""

@@ -10,6 +10,7 @@ from cloud_server.models.denoiser import Encoded
 from hybridsd.limits import MAX_REUSED_CALLS
 from hybridsd.plan import Plan
 from hybridsd.prompting import DEFAULT_TEXT, TextOptions
+from hybridsd.skipping import CallSkipping
 
 Latents = NDArray[np.float32]
 """`[channels, height / vae_scale_factor, width / vae_scale_factor]`, VP scale at the input of the U-Net."""
@@ -28,15 +29,6 @@ class Stage:
     model: str
     guidance_scale: float
     guidance_rescale: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Skipping:
-    """Calls that are left out (EC-Diff, arXiv 2507.11980)."""
-
-    warm_up_calls: int
-    skipped_calls: int
-    extrapolation: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +64,7 @@ class JobRequest:
     """Models that go on after `model`, their calls rising in (first_call, handoff_call)."""
     loras: tuple[tuple[str, float], ...] = ()
     """Adapters, sorted by name, with their weights."""
-    skipping: Skipping | None = None
+    skipping: CallSkipping | None = None
     known_latents: Latents | None = field(default=None, repr=False)
     """Clean latents to end in where `mask` is 0."""
     mask: Latents | None = field(default=None, repr=False)

@@ -13,8 +13,10 @@ import torch
 from cloud_server.engine.request import JobRequest, Latents, Stage
 from cloud_server.models.denoiser import Conditions, Denoiser, Encoded, Loras
 from hybridsd import noise, noise_levels
+from hybridsd import skipping as skipping_rules
 from hybridsd.guidance import guide
 from hybridsd.plan import advance, initial_state, unet_input, x0_preview
+from hybridsd.skipping import History
 
 Group = tuple[str, tuple[int, int, int], tuple[int, ...], Loras]
 """Jobs that fit into one call: model, latent shape, shape of the embeddings, adapters."""
@@ -37,8 +39,8 @@ class Trajectory:
     guidance_rescale: float = 0.0
     state: list[torch.Tensor] = field(default_factory=list)
     """`[C, h, w]` each, float32; never written to, only replaced."""
-    outputs: tuple[torch.Tensor, ...] = ()
-    """The last two guided outputs of this model, the older first; kept where calls are skipped."""
+    history: History[torch.Tensor] = field(default_factory=History)
+    """Of this model's calls, where some are skipped."""
     num_calls: int = 0
     """Calls of the U-Net that were run for the job."""
     known: torch.Tensor | None = None
@@ -59,8 +61,8 @@ class Checkpoint:
     call: int
     """The next call to run."""
     state: tuple[Latents, ...]
-    outputs: tuple[Latents, ...]
-    """See `Trajectory.outputs`."""
+    history: History[Latents]
+    """See `Trajectory.history`."""
     num_calls: int
     """See `Trajectory.num_calls`."""
 
@@ -86,8 +88,8 @@ class Reached:
     """The next call to run."""
     state: list[torch.Tensor]
     x0_preview: torch.Tensor | None
-    outputs: tuple[torch.Tensor, ...]
-    """See `Trajectory.outputs`."""
+    history: History[torch.Tensor]
+    """See `Trajectory.history`."""
     num_calls: int
     """See `Trajectory.num_calls`."""
 
@@ -125,7 +127,7 @@ def begin(
     if checkpoint is not None:
         trajectory.state = [_on_device(latents, device) for latents in checkpoint.state]
         if call > request.stages[current].first_call:  # else they are another model's
-            trajectory.outputs = tuple(_on_device(output, device) for output in checkpoint.outputs)
+            trajectory.history = checkpoint.history.map(lambda output: _on_device(output, device))
         trajectory.num_calls = checkpoint.num_calls
     elif request.initial_state:
         trajectory.state = [_on_device(latents, device) for latents in request.initial_state]
@@ -153,7 +155,7 @@ def move_to(trajectory: Trajectory, device: torch.device) -> None:
         return
     trajectory.conditions = trajectory.conditions.to(device)
     trajectory.state = [latents.to(device) for latents in trajectory.state]
-    trajectory.outputs = tuple(output.to(device) for output in trajectory.outputs)
+    trajectory.history = trajectory.history.map(lambda output: output.to(device))
     trajectory.known = None if trajectory.known is None else trajectory.known.to(device)
     trajectory.mask = None if trajectory.mask is None else trajectory.mask.to(device)
     if trajectory.next_stage is not None:
@@ -165,7 +167,7 @@ def checkpoint(reached: Reached) -> Checkpoint:
     return Checkpoint(
         reached.call,
         tuple(off_device(latents) for latents in reached.state),
-        tuple(off_device(output) for output in reached.outputs),
+        reached.history.map(off_device),
         reached.num_calls,
     )
 
@@ -247,33 +249,39 @@ def skip(device: torch.device, trajectory: Trajectory) -> Progress | None:
     """Runs the next call without the U-Net where the job says so: its output is extrapolated from the last two.
 
     Returns:
-        None where the call has to be run: too few have been, or the model changes, or the job is done.
+        None where the call has to be run: it is not to be skipped, or the model changes, or the job is done.
     """
     request, skipping = trajectory.request, trajectory.request.skipping
+    if skipping is None or trajectory.history.num_left < 1:
+        return None
     is_change = any(stage.first_call == trajectory.call for stage in request.more_stages)
-    if skipping is None or is_change or trajectory.call >= request.handoff_call or len(trajectory.outputs) < 2:
+    if is_change or trajectory.call >= request.handoff_call - skipping.num_last_calls:
         return None
-    if trajectory.num_calls < skipping.warm_up_calls:
-        return None
-    previous, last = trajectory.outputs
-    return _advance(device, trajectory, last + skipping.extrapolation * (last - previous))
+    return _advance(device, trajectory, skipping_rules.extrapolate(skipping, trajectory.history, trajectory.call))
 
 
 def move(trajectory: Trajectory, result: Progress, *, ran: bool) -> Reached:
     """Takes a job to where a call led, and says where that is.
+
+    Where the job skips by a criterion, a call that ran is waited for, as far as it has a say in what is skipped.
 
     Args:
         trajectory: The job.
         result: Of its next call.
         ran: Whether the U-Net ran, and the output was not extrapolated.
     """
+    skipping, call = trajectory.request.skipping, trajectory.call
     trajectory.call, trajectory.state = result.call, result.state
     trajectory.noises = {call: drawn for call, drawn in trajectory.noises.items() if call >= result.call}
-    if ran:
-        trajectory.num_calls += 1
-        if trajectory.request.skipping is not None:
-            trajectory.outputs = (*trajectory.outputs[-1:], result.output)
-    return Reached(result.call, result.state, result.x0_preview, trajectory.outputs, trajectory.num_calls)
+    trajectory.num_calls += ran
+    if skipping is not None and not ran:
+        trajectory.history = skipping_rules.skipped(trajectory.history)
+    elif skipping is not None:
+        trajectory.history = skipping_rules.ran(
+            skipping, trajectory.history, call, result.output, num_calls=trajectory.num_calls,
+            num_rows=len(trajectory.request.plan.rows), stop=trajectory.request.handoff_call, off_device=off_device,
+        )  # fmt: skip
+    return Reached(result.call, result.state, result.x0_preview, trajectory.history, trajectory.num_calls)
 
 
 def _guide(trajectory: Trajectory, output: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ Knows the messages and the models' descriptions. Knows nothing of the engine or 
 
 from collections.abc import Sequence
 
-from cloud_server.engine.request import ApproximateReuse, Latents, Skipping
+from cloud_server.engine.request import ApproximateReuse, Latents
 from cloud_server.models.catalog import visible_loras
 from cloud_server.models.load import ModelInfo
 from cloud_server.models.loras import key_of
@@ -15,9 +15,9 @@ from hybridsd.closed_loop import DEFAULT_PRECISION, MAX_PRECISION, MIN_PRECISION
 from hybridsd.errors import HybridSDError, Reason
 from hybridsd.limits import MAX_LORA_WEIGHT, MAX_LORAS, MAX_REUSED_CALLS
 from hybridsd.plan import Plan, PlanRow, initial_state
+from hybridsd.skipping import ADAPTIVE_EXTRAPOLATION, DEFAULT_EXTRAPOLATION, CallSkipping
 from hybridsd.v1 import denoising_service_pb2 as pb
 
-DEFAULT_EXTRAPOLATION = 0.3
 DEFAULT_SIMILARITY = 0.95
 """In the demo family 24 of 25 paraphrases are nearer, and hardly any other scene (docs/reuse.md)."""
 MIN_X0_OUTPUT = 1e-6
@@ -168,7 +168,7 @@ def read_inpainting(
     return known, mask
 
 
-def read_skipping(request: pb.DenoiseRequest) -> Skipping | None:
+def read_skipping(request: pb.DenoiseRequest) -> CallSkipping | None:
     """Returns which calls to leave out; None where all are to be computed.
 
     Raises:
@@ -177,17 +177,26 @@ def read_skipping(request: pb.DenoiseRequest) -> Skipping | None:
     if not request.HasField("call_skipping"):
         return None
     given = request.call_skipping
-    extrapolation = given.extrapolation if given.HasField("extrapolation") else DEFAULT_EXTRAPOLATION
-    for name, value, low, high in (
-        ("warm_up_calls", given.warm_up_calls, 2, 1000),
-        ("skipped_calls", given.skipped_calls, 1, 8),
-        ("extrapolation", extrapolation, 0.0, 1.0),
-    ):
-        if not low <= value <= high:
-            raise Reason.FIELD_INVALID.error(
-                f"call_skipping.{name} is {value}; choose {low} to {high}", field=f"call_skipping.{name}"
-            )
-    return Skipping(given.warm_up_calls, given.skipped_calls, extrapolation)
+    tolerance = given.tolerance if given.HasField("tolerance") else None
+    field, other = ("skipped_calls", "max_skipped_calls")
+    if tolerance is not None:
+        field, other = other, field
+    if getattr(given, other) != 0:
+        raise Reason.FIELD_INVALID.error(
+            f"call_skipping.{other} is {getattr(given, other)} {'with' if field != 'skipped_calls' else 'without'} a"
+            f" tolerance; leave it 0, and give {field}",
+            field=f"call_skipping.{other}",
+        )
+    usual = DEFAULT_EXTRAPOLATION if tolerance is None else ADAPTIVE_EXTRAPOLATION
+    extrapolation = given.extrapolation if given.HasField("extrapolation") else usual
+    skipping = CallSkipping(given.warm_up_calls, getattr(given, field), extrapolation, tolerance)
+    if (fault := skipping.fault()) is not None:
+        name, value, allowed = fault
+        name = field if name == "skipped_calls" else name
+        raise Reason.FIELD_INVALID.error(
+            f"call_skipping.{name} is {value}; choose {allowed}", field=f"call_skipping.{name}"
+        )
+    return skipping
 
 
 def read_approximate_reuse(request: pb.DenoiseRequest) -> ApproximateReuse | None:

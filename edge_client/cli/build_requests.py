@@ -16,12 +16,13 @@ from edge_client.images import inputs
 from edge_client.images.inputs import read_image
 from edge_client.request import Request, SavedState
 from edge_client.split.handoff_policy import Goals
-from edge_client.types import MODES, ApproximateReuse, CallSkipping, Conditioning, ImageInput, Mode
+from edge_client.types import MODES, ApproximateReuse, Conditioning, ImageInput, Mode
 from hybridsd import prompt_files
 from hybridsd.errors import HybridSDError, InvalidRequest, Reason
 from hybridsd.limits import MAX_DEADLINE_S
 from hybridsd.manifest import Manifest
 from hybridsd.prompting import TextOptions
+from hybridsd.skipping import CallSkipping
 
 _FIXED_BY_STATE = (
     "prompt", "prompt_option", "negative_prompt", "prompts_file", "csv_file", "steps", "scheduler",
@@ -300,6 +301,9 @@ def read_modes(options: dict[str, Any], manifest: Manifest) -> dict[str, Any]:
         "text_options": TextOptions(options["long_prompt"], options["prompt_weighting"]),
         "loras": tuple(map(_lora, options["loras"])),
         "call_skipping": None if options["cloud_skip"] is None else CallSkipping.parse(options["cloud_skip"]),
+        "edge_skipping": None
+        if options["edge_skip"] is None
+        else CallSkipping.parse(options["edge_skip"], "edge_skip"),
         "approximate_reuse": None
         if options["approximate_reuse"] is None
         else ApproximateReuse.parse(options["approximate_reuse"]),

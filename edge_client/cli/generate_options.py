@@ -17,6 +17,7 @@ from hybridsd.closed_loop import DEFAULT_PSNR, MAX_PSNR, MIN_PSNR
 from hybridsd.codec import CODECS, RESIDUAL
 from hybridsd.limits import MAX_IMAGE_INDEX
 from hybridsd.prompting import LongPrompt
+from hybridsd.skipping import DEFAULT_TOLERANCE
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -173,9 +174,14 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         help="Adapter of the cloud's model. Repeatable.",
     ),
     click.option(
-        "--cloud-skip", metavar="WARMUP,SKIP[,A]",
-        help="Let the cloud run WARMUP calls, then skip SKIP after each that it runs, and extrapolate (A, 0.3). "
-        "Faster, at a price in quality; see docs/modes.md.",
+        "--cloud-skip", metavar="adaptive[:TOLERANCE]|WARMUP,SKIP[,A]",
+        help="Let the cloud skip calls of its U-Net, and extrapolate them. adaptive: as long as the error that it "
+        f"measures stays within TOLERANCE ({DEFAULT_TOLERANCE:g}). Or by a pattern: it runs WARMUP calls, then skips "
+        "SKIP after each that it runs (A, 0.3). Faster, at a price in quality; see docs/modes.md.",
+    ),
+    click.option(
+        "--edge-skip", metavar="adaptive[:TOLERANCE]|WARMUP,SKIP[,A]",
+        help="The same for the calls that this device runs, those of a takeover as well.",
     ),
     click.option(
         "--approximate-reuse", metavar="CALLS[,SIMILARITY]",

@@ -211,7 +211,8 @@ def _summary(result: Result) -> str:
             kept += f" for a text near by {result.reuse_similarity:.3f}"
         parts.append(f"cloud {num_cloud} steps{where}{kept} {cloud_s:.2f} s, {kib:.0f} KiB")
     if num_edge:
-        parts.append(f"edge {num_edge} steps {edge_s:.2f} s")
+        skipped = f", {result.num_edge_skipped_calls} calls skipped," if result.num_edge_skipped_calls else ""
+        parts.append(f"edge {num_edge} steps{skipped} {edge_s:.2f} s")
     if result.high_noise_steps:
         parts.append(f"{result.high_noise_steps} of them by unet_high_noise")
     if result.untrained_steps:

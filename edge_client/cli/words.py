@@ -11,15 +11,17 @@ _OPTIONS = {
     "csv_file": "--csv",
     "deadline_s": "--deadline",
     "edge_models": "--edge-model",
-    "extrapolation": "A of --cloud-skip",
+    "edge_skipping": "--edge-skip",
+    "extrapolation": "A",
     "initial_latents": "--load-latents",
     "loras": "--lora",
     "num_inference_steps": "--steps",
     "resume": "--load-latents",
     "safety": "--safety-checker",
-    "skipped_calls": "SKIP of --cloud-skip",
+    "skipped_calls": "SKIP",
     "token": "HYBRIDSD_EDGE_TOKEN",
-    "warm_up_calls": "WARMUP of --cloud-skip",
+    "tolerance": "TOLERANCE",
+    "warm_up_calls": "WARMUP",
 }
 """Where it is not the field's own name."""
 

@@ -231,9 +231,14 @@ class Conversation:
             message.approximate_reuse.max_calls = request.approximate_reuse.max_calls
             message.approximate_reuse.min_similarity = request.approximate_reuse.min_similarity
         if request.call_skipping is not None:
-            message.call_skipping.warm_up_calls = request.call_skipping.warm_up_calls
-            message.call_skipping.skipped_calls = request.call_skipping.skipped_calls
-            message.call_skipping.extrapolation = request.call_skipping.extrapolation
+            skipping = request.call_skipping
+            message.call_skipping.warm_up_calls = skipping.warm_up_calls
+            message.call_skipping.extrapolation = skipping.extrapolation
+            if skipping.tolerance is None:
+                message.call_skipping.skipped_calls = skipping.skipped_calls
+            else:
+                message.call_skipping.max_skipped_calls = skipping.skipped_calls
+                message.call_skipping.tolerance = skipping.tolerance
         if segment.sent_plan is not None:
             message.plan.CopyFrom(codec.encode_plan(segment.sent_plan))
         else:

@@ -15,6 +15,7 @@ from edge_client.types import Latents
 from hybridsd import noise, noise_levels, tracing
 from hybridsd.errors import Reason
 from hybridsd.plan import PlanRow, denoise, initial_state
+from hybridsd.skipping import Skips
 
 
 def run_edge_stage(stage: Stage, trajectory: Trajectory, components: Components) -> Iterator[StepDone]:
@@ -43,7 +44,13 @@ def run_edge_stage(stage: Stage, trajectory: Trajectory, components: Components)
             field="scheduler",
         )
 
+    skips: Skips[Latents] = Skips(request.edge_skipping, stop, len(plan.rows))
+
     def predict(latents: Latents, timestep: float) -> Latents:
+        role = models.manifest.unet_role(timestep)
+        return skips.output(trajectory.call, lambda: run_unet(latents, timestep), role)
+
+    def run_unet(latents: Latents, timestep: float) -> Latents:
         sample = latents.astype(np.float32)
         output = models.predict_noise(
             sample, timestep, conditioning,
@@ -84,9 +91,10 @@ def run_edge_stage(stage: Stage, trajectory: Trajectory, components: Components)
             state = tuple(array.astype(np.float32, copy=False) for array in done.state)
             timestep = plan.rows[done.call - 1].timestep
             unet = models.manifest.unet_role(timestep)
-            trajectory.tally.count(models.manifest, unet, cells, rows)
+            if not skips.is_skipped:
+                trajectory.tally.count(models.manifest, unet, cells, rows)
             yield trajectory.record(
                 plan, done.call, "edge", elapsed_s, state, done.x0_preview,
-                unet=unet, is_trained=models.manifest.is_trained_for(timestep),
+                unet=unet, is_trained=models.manifest.is_trained_for(timestep), is_skipped=skips.is_skipped,
             )  # fmt: skip
             last = time.perf_counter()

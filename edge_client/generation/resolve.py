@@ -4,7 +4,7 @@ from dataclasses import fields, replace
 
 from edge_client.generation.segments import resolve_segments
 from edge_client.request import Patience, Request, Resolved, SavedState, Stage, TimestepSchedule
-from edge_client.types import ApproximateReuse, CallSkipping, Conditioning, ImageInput, Mode
+from edge_client.types import ApproximateReuse, Conditioning, ImageInput, Mode
 from hybridsd import schedulers
 from hybridsd.closed_loop import MAX_PSNR, MIN_PSNR
 from hybridsd.codec import CODECS
@@ -27,6 +27,7 @@ from hybridsd.limits import (
     MIN_LORA_WEIGHT,
 )
 from hybridsd.manifest import Manifest
+from hybridsd.skipping import CallSkipping
 
 
 def _with_saved(request: Request, saved: SavedState) -> Request:
@@ -277,7 +278,8 @@ def _check_rest(request: Request, manifest: Manifest, width: int, height: int) -
             field="width",
         )
     _check_loras(request.loras)
-    _check_skipping(request.call_skipping)
+    _check_skipping("call_skipping", request.call_skipping)
+    _check_skipping("edge_skipping", request.edge_skipping)
     _check_reuse(request.approximate_reuse, request.call_skipping)
     _check_image(request.image_input, width, height)
     _check_patience(request.patience)
@@ -328,16 +330,11 @@ def _check_cloud_only(request: Request, stages: tuple[Stage, ...]) -> None:
             )
 
 
-def _check_skipping(skipping: CallSkipping | None) -> None:
-    if skipping is None:
-        return
-    for name, value, low, high in (
-        ("warm_up_calls", skipping.warm_up_calls, 2, 1000),
-        ("skipped_calls", skipping.skipped_calls, 1, 8),
-        ("extrapolation", skipping.extrapolation, 0, 1),
-    ):
-        if not low <= value <= high:
-            raise Reason.FIELD_INVALID.error(f"`{name}` is {value}; choose {low} to {high}", field="call_skipping")
+def _check_skipping(field: str, skipping: CallSkipping | None) -> None:
+    fault = None if skipping is None else skipping.fault()
+    if fault is not None:
+        name, value, allowed = fault
+        raise Reason.FIELD_INVALID.error(f"`{name}` of `{field}` is {value}; choose {allowed}", field=field)
 
 
 def _check_reuse(reuse: ApproximateReuse | None, skipping: CallSkipping | None) -> None:

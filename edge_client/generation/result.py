@@ -23,6 +23,8 @@ class StepRecord:
     """The role of the U-Net in the bundle, of a step of the edge."""
     is_trained: bool = True
     """False where the edge's U-Net is not trained for the noise level of the call."""
+    is_skipped: bool = False
+    """True where the edge extrapolated the output of its U-Net."""
 
 
 def count_cloud_steps(steps: Iterable[StepRecord], first_step: int, plan: Plan) -> int:
@@ -143,6 +145,11 @@ class Result:
     def untrained_steps(self) -> int:
         """Steps that the edge drew above the noise level that its U-Net is trained for: the cloud was lost there."""
         return len({record.step for record in self.steps if not record.is_trained})
+
+    @property
+    def num_edge_skipped_calls(self) -> int:
+        """Calls of the edge whose output was extrapolated; those of the cloud are in its usage."""
+        return sum(record.is_skipped for record in self.steps)
 
     @property
     def trace_id(self) -> str:

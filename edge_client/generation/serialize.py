@@ -135,6 +135,7 @@ def provenance(result: Result) -> dict[str, Any]:
         "loras": dict(result.loras),
         "unapplied_loras": list(result.unapplied),  # in steps that the edge ran instead of the cloud
         "cloud_skip": None if request.call_skipping is None else request.call_skipping.describe(),
+        "edge_skip": None if request.edge_skipping is None else request.edge_skipping.describe(),
         **_reuse_json(result),
         "private": request.private,
         "image": None if result.strength is None else {"strength": result.strength, "mask": result.has_mask},
@@ -192,6 +193,7 @@ def replay(record: Mapping[str, Any]) -> dict[str, Any]:
         body |= {name: record[name] for name in ("fit", "mask_blur", "invert_mask")}
     hybrid: dict[str, Any] = {name: record[name] for name in ("codec", "private", "cloud_skip")}
     hybrid |= {name: record[name] for name in ("state_psnr", "max_state_bytes") if name in record}  # since 2026-12
+    hybrid["edge_skip"] = record.get("edge_skip")  # images of earlier versions have none
     if record["segments"] is not None:
         hybrid["segments"] = record["segments"]
     else:
@@ -238,6 +240,7 @@ def parameters(result: Result) -> str:
         "Dropped tokens": result.num_dropped_tokens or None,
         "Segments": ",".join(result.stages) if request.segments else None,
         "Cloud skip": None if request.call_skipping is None else request.call_skipping.describe(),
+        "Edge skip": None if request.edge_skipping is None else request.edge_skipping.describe(),
         "Approximate reuse": None
         if result.reuse_similarity is None
         else f"{result.reused_cloud_steps} steps of a text near by {result.reuse_similarity:.3f}",
@@ -307,6 +310,7 @@ def _step_json(record: StepRecord) -> dict[str, Any]:
         "step": record.step, "call": record.call, "place": record.place,
         **({} if record.unet == "unet" else {"unet": record.unet}),
         **({} if record.is_trained else {"untrained": True}),
+        **({"skipped": True} if record.is_skipped else {}),
     }  # fmt: skip
 
 

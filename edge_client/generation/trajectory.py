@@ -144,6 +144,7 @@ class Trajectory:
         unet: str = "unet",
         is_trained: bool = True,
         coded_state: CodedState | None = None,
+        is_skipped: bool = False,
     ) -> StepDone:
         """Notes that the calls before `call` are done, and returns the last of them as an event."""
         done = range(self.call + 1, call + 1)  # the cloud sends a state after some calls only
@@ -155,6 +156,7 @@ class Trajectory:
                 elapsed_s=elapsed_s / len(done),
                 unet=unet,
                 is_trained=is_trained,
+                is_skipped=is_skipped,
             )
             for each in done
         ]

@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 
 from edge_client.web.logs import note
 from hybridsd.errors import HybridSDError, Reason, name_fields
+from hybridsd.skipping import PATTERN
 
 log = structlog.get_logger()
 
@@ -207,7 +208,7 @@ _PATTERNS = {
     r"^[A-Za-z0-9_-]{1,64}$": "send 1 to 64 letters, digits, - and _",
     r"^\d{1,4},\d{1,4}$": "send cloud and edge steps, such as 8,17",
     r"^[1-3](,[01](\.\d{1,20})?)?$": "send calls, 1 to 3, and how near a text must be, such as 3 or 3,0.95",
-    r"^\d{1,4},\d{1,4}(,\d(\.\d{1,20})?)?$": "send warm-up and skipped calls, such as 4,1 or 4,1,0.3 (extrapolated)",
+    f"^{PATTERN}$": "send adaptive:TOLERANCE, such as adaptive:0.1, or warm-up and skipped calls, such as 4,1,0.3",
     r"^(auto|\d{1,4}x\d{1,4})$": "send WIDTHxHEIGHT, such as 512x512, or auto",
 }
 """What to send where a text has to match; see the schemas."""

@@ -14,6 +14,7 @@ from hybridsd.errors import InvalidRequest, Reason
 from hybridsd.plan import Plan, denoise, from_json, initial_state, to_json
 from hybridsd.plan_compiler import compile_named, compile_plan
 from hybridsd.schedulers import SCHEDULERS, find, timesteps_of
+from hybridsd.skipping import CallSkipping, Skips
 
 pytestmark = pytest.mark.slow
 
@@ -217,6 +218,39 @@ def test_executor_on_torch_equals_numpy(name: str) -> None:
         assert a.call == b.call
         np.testing.assert_allclose(a.state[0], b.state[0].numpy(), rtol=0, atol=1e-5)
         np.testing.assert_allclose(a.x0_preview, b.x0_preview.numpy(), rtol=0, atol=2e-5 * np.abs(a.x0_preview).max())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_calls_are_skipped_alike_on_torch_and_numpy(name: str) -> None:
+    """By the criterion, with every solver: to a finite picture, and a takeover in the middle to one as well."""
+    plan = compiled(name, 15)
+    latents, noises = draws(len(plan.rows))
+    rule = CallSkipping.adaptive(1.0)
+
+    def drawn(array: Any, state: Any, start: int = 0) -> tuple[str, list[Any]]:
+        skips: Skips[Any] = Skips(rule, len(plan.rows), len(plan.rows))
+        letters, states, calls = "", [], iter(range(start, len(plan.rows)))
+
+        def predict(x: Any, t: float) -> Any:
+            return skips.output(next(calls), lambda: array(large(np.asarray(x), t)))
+
+        for done in denoise(plan, state, predict, lambda call: array(noises[call]), start=start):
+            letters += "." if skips.is_skipped else "R"
+            states.append([np.asarray(each) for each in done.state])
+        return letters, states
+
+    letters, states = drawn(np.asarray, initial_state(plan, latents))
+    theirs, tensors = drawn(torch.from_numpy, initial_state(plan, torch.from_numpy(latents)))
+
+    assert letters == theirs
+    assert "." in letters
+    assert letters[-1] == "R"
+    np.testing.assert_allclose(states[-1][0], tensors[-1][0], rtol=0, atol=1e-4 * max(1, np.abs(states[-1][0]).max()))
+    assert np.isfinite(states[-1][0]).all()
+    middle = len(plan.rows) // 2
+    after, ended = drawn(np.asarray, states[middle - 1], middle)
+    assert after.startswith("RRR")  # what was measured before is not in a state
+    assert np.isfinite(ended[-1][0]).all()
 
 
 @pytest.mark.parametrize(("name", "arrays"), [("ddim", 1), ("euler", 1), ("lcm", 1), ("dpmpp_2m", 2), ("pndm", 4)])

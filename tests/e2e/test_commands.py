@@ -240,12 +240,22 @@ def test_completion(words: str, variable: str, says: str) -> None:
 
 
 @pytest.mark.slow
-def test_bench_of_skipped_calls() -> None:
-    """The table of docs/modes.md, for one caption."""
-    printed = run([sys.executable, "-m", "tests.benchmarks.bench_skipping", "--smoke"], ROOT)
+def test_bench_of_skipped_calls(tmp_path: Path) -> None:
+    """The table of docs/modes.md, for one caption and a judge that knows nothing; what is known is not drawn again."""
+    save_file(Classifier(width=8).state_dict(), tmp_path / WEIGHTS_NAME)
+    records = tmp_path / "records.jsonl"
+    command = [sys.executable, "-m", "tests.benchmarks.bench_skipping", "--smoke", "--judge", str(tmp_path)]
+    command += ["--records", str(records), "--rule", "2,1,0.3", "--rule", "adaptive:0.1"]
+    printed = run(command, ROOT)
+    kept = records.read_text(encoding="utf-8")
 
     assert printed.startswith("machine: ")
-    assert "PSNR" in printed
+    assert "| ddim 5 | every call | 1 | 5.0 | 0% | - | - | 0.0% |" in printed
+    assert "| ddim 5 | 2,1,0.3 | 1 | 3.0 | 40% |" in printed
+    assert "| ddim 5 | adaptive:0.1 | 1 |" in printed
+    assert kept.count("\n") == 3
+    assert run(command, ROOT).splitlines()[1:] == printed.splitlines()[1:]
+    assert records.read_text(encoding="utf-8") == kept
 
 
 @pytest.mark.slow

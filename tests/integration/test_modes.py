@@ -25,10 +25,11 @@ from edge_client.generation.segments import parse_segments
 from edge_client.images.pixels import to_cells, to_u8
 from edge_client.inference.models import Models
 from edge_client.request import Request, SavedState
-from edge_client.types import CallSkipping, Conditioning, ImageInput
+from edge_client.types import Conditioning, ImageInput
 from hybridsd import noise_levels
 from hybridsd.errors import HybridSDError, InvalidRequest, Reason
 from hybridsd.prompting import TextOptions
+from hybridsd.skipping import CallSkipping
 from tests.integration.conftest import serving
 from tests.support.reference import guided, predict_by, run_from_seed
 from tests.support.tiny_bundle import write_bundle
@@ -382,6 +383,11 @@ def test_skipped_calls_are_counted(bundle: Bundle, models: Models, cloud: Cloud)
 
     assert result.usage is not None
     assert (result.usage.num_calls, result.usage.num_skipped_calls) == (4, 2)
+
+    adaptive = CallSkipping.adaptive(1.0, 3, 8)
+    result = run(ask(mode="cloud", call_skipping=adaptive), bundle, models, cloud)
+    assert result.usage is not None
+    assert (result.usage.num_calls, result.usage.num_skipped_calls) == (4, 2)  # three, and the last
 
 
 def test_an_unknown_adapter_is_refused(bundle: Bundle, models: Models, cloud: Cloud) -> None:

@@ -19,8 +19,9 @@ from edge_client.generation.resolve import resolve
 from edge_client.images.pixels import to_cells
 from edge_client.inference.models import Models
 from edge_client.request import Request
-from edge_client.types import CallSkipping, ImageInput
+from edge_client.types import ImageInput
 from hybridsd import closed_loop
+from hybridsd.skipping import CallSkipping
 from hybridsd.v1 import denoising_service_pb2 as pb
 from tests.integration.conftest import Connect, running_server
 from tests.integration.test_clouds import OpenPool, draw, open_pool, prefer  # noqa: F401
@@ -31,11 +32,13 @@ PART = 5
 NEAR = 0.1
 """Of the largest value: what residuals may cost."""
 SIDE = 128
-"""At 64 pixels a state is 1 KiB whole, and its Huffman codes take half of that."""
+"""At 64 pixels a state is 1 KiB whole, and its Huffman codes take half of that; above 66 dB whole states are fp16."""
 
 
 def ask(scheduler: str = "dpmpp_2m", **changes: Any) -> Request:
-    return request(scheduler, PART, **{"width": SIDE, "height": SIDE, "codec": "residual", **changes})
+    return request(
+        scheduler, PART, **{"width": SIDE, "height": SIDE, "codec": "residual", "state_psnr": 70.0, **changes}
+    )
 
 
 @pytest.fixture

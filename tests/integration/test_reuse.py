@@ -18,10 +18,11 @@ from edge_client.generation.resolve import resolve
 from edge_client.generation.serialize import png_text, replay, result_json
 from edge_client.inference import text_encoder
 from edge_client.inference.models import Models
-from edge_client.types import ApproximateReuse, CallSkipping
+from edge_client.types import ApproximateReuse
 from edge_client.web.app import create_app
 from edge_client.web.settings import Settings
 from hybridsd.errors import InternalError, InvalidRequest
+from hybridsd.skipping import CallSkipping
 from hybridsd.v1 import denoising_service_pb2 as pb
 from tests.integration.conftest import Connect, running_server
 from tests.integration.test_hybrid import request, run

@@ -30,7 +30,7 @@ from edge_client.inference.models import Models
 from edge_client.request import Request, Resolved
 from edge_client.split.auto_split import AutoSplit, check_goals, choose_split
 from edge_client.split.handoff_policy import Goals
-from edge_client.types import ApproximateReuse, CallSkipping, Latents
+from edge_client.types import ApproximateReuse, Latents
 from edge_client.web.errors import in_words
 from edge_client.web.jobs.quotas import Work
 from edge_client.web.jobs.uploads import Upload
@@ -39,6 +39,7 @@ from edge_client.web.schemas.native import JobCreate
 from hybridsd.errors import Reason
 from hybridsd.limits import MAX_SEED
 from hybridsd.prompting import TextOptions
+from hybridsd.skipping import CallSkipping
 
 TICK_S = 0.2
 """Seconds between checks for cancellation while the cloud is silent."""
@@ -278,6 +279,7 @@ class JobWorker:
             image_input=image_input,
             text_options=TextOptions(create.long_prompt, create.prompt_weighting),
             call_skipping=None if hybrid.cloud_skip is None else CallSkipping.parse(hybrid.cloud_skip),
+            edge_skipping=None if hybrid.edge_skip is None else CallSkipping.parse(hybrid.edge_skip, "edge_skip"),
             approximate_reuse=None
             if hybrid.approximate_reuse is None
             else ApproximateReuse.parse(hybrid.approximate_reuse),

@@ -234,8 +234,8 @@ _INFOTEXT: Mapping[str, tuple[str, Any]] = {
 }  # fmt: skip
 _INFOTEXT_HYBRID: Mapping[str, str] = {
     "Model": "model", "Hybrid mode": "mode", "Cloud steps": "cloud_steps", "Segments": "segments",
-    "Cloud skip": "cloud_skip", "Codec": "codec", "Max state bytes": "max_state_bytes", "Private": "private",
-    "State PSNR": "state_psnr",
+    "Cloud skip": "cloud_skip", "Edge skip": "edge_skip", "Codec": "codec", "Max state bytes": "max_state_bytes",
+    "Private": "private", "State PSNR": "state_psnr",
 }  # fmt: skip
 _INFOTEXT_HARMLESS = frozenset({
     "Model hash", "Version", "VAE", "VAE hash", "Lora hashes", "Edge model", "Planned cloud steps", "Fallback",

@@ -23,6 +23,7 @@ from hybridsd.limits import (
     MIN_LORA_WEIGHT,
 )
 from hybridsd.prompting import LongPrompt
+from hybridsd.skipping import PATTERN
 
 MAX_IMAGES = 10
 MAX_PREVIEWS = 20
@@ -32,6 +33,8 @@ JOB_ID = r"^[A-Za-z0-9_-]{1,64}$"
 State = Literal["queued", "running", "completed", "failed", "cancelled"]
 Prompt = Annotated[str, StringConstraints(min_length=1, max_length=MAX_PROMPT_CHARS, pattern=r"\S")]
 Format = Literal["png", "jpeg", "webp"]
+Skipping = Annotated[str, StringConstraints(pattern=f"^{PATTERN}$")]
+"""As `CallSkipping.parse` reads it."""
 Side = Annotated[int, Field(json_schema_extra={"minimum": 8, "maximum": MAX_SIZE})]
 """Checked with the models' limits, in one message."""
 
@@ -91,9 +94,14 @@ class Hybrid(_RequestModel):
     )
     private: bool = Field(False, description="encode the prompt on this device; the cloud gets its embeddings")
     fallback: bool = Field(True, description="continue on this device if the cloud fails, is busy or too slow")
-    cloud_skip: Annotated[str, StringConstraints(pattern=r"^\d{1,4},\d{1,4}(,\d(\.\d{1,20})?)?$")] | None = Field(
-        None, description="calls that the cloud leaves out: warm-up, skipped, extrapolation", examples=["4,1,0.3"]
-    )
+    cloud_skip: Skipping | None = Field(
+        None, description="calls that the cloud leaves out: adaptive:TOLERANCE, a relative error above 0 up to 1, or a "
+        "pattern of warm-up, skipped, extrapolation; docs/modes.md", examples=["adaptive:0.05", "4,1,0.3"],
+    )  # fmt: skip
+    edge_skip: Skipping | None = Field(
+        None, description="calls that this device leaves out of those that it runs, in the same words",
+        examples=["adaptive:0.05"],
+    )  # fmt: skip
     approximate_reuse: Annotated[str, StringConstraints(pattern=r"^[1-3](,[01](\.\d{1,20})?)?$")] | None = Field(
         None, description="calls that the cloud may take over from an image of a near text, and how near it must be;"
         " see docs/reuse.md", examples=["3,0.95"],

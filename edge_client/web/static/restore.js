@@ -47,6 +47,7 @@ function fromOwn(text) {
 function notOnThePage(made) {
   const differs = {
     segments: Boolean(made.segments), cloud_skip: Boolean(made.cloud_skip),
+    edge_skip: Boolean(made.edge_skip),
     approximate_reuse: Boolean(made.approximate_reuse),
     codec: (made.codec ?? "fp16") !== "fp16", private: made.private === true,
     initial_latents: Boolean(made.initial_latents),

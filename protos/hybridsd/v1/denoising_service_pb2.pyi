@@ -643,8 +643,14 @@ Global___Inpainting: _TypeAlias = Inpainting  # noqa: Y015
 
 @_typing.final
 class CallSkipping(_message.Message):
-    """Leaves out calls and extrapolates their output from the last two that ran, last + extrapolation * (last - previous);
-    after EC-Diff (arXiv 2507.11980). The last call before a change of model, or the hand-off, may be skipped as well.
+    """Leaves out calls and extrapolates their output from the last two that ran, last + extrapolation * (last - previous).
+
+    Without `tolerance` by a fixed pattern, after EC-Diff (arXiv 2507.11980). The last call before a change of model, or
+    the hand-off, may be skipped as well.
+
+    With `tolerance` by a criterion (docs/numerics.md): each call that runs shows the error of the extrapolation to it, and
+    as many calls are skipped after it as keep the sum of such errors within the tolerance. The job's last call runs. What
+    is known of the calls is not part of a `State`: whoever takes over has to run three before one can be skipped.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -652,26 +658,43 @@ class CallSkipping(_message.Message):
     WARM_UP_CALLS_FIELD_NUMBER: _builtins.int
     SKIPPED_CALLS_FIELD_NUMBER: _builtins.int
     EXTRAPOLATION_FIELD_NUMBER: _builtins.int
+    TOLERANCE_FIELD_NUMBER: _builtins.int
+    MAX_SKIPPED_CALLS_FIELD_NUMBER: _builtins.int
     warm_up_calls: _builtins.int
-    """Calls that run before the first is skipped, in `[2, 1000]`."""
+    """Calls of the job that run before the first is skipped, in `[2, 1000]`. With a tolerance the plan's first rows, which
+    are run by whoever runs them, in `[0, 1000]`; 0 is a quarter of its rows.
+    """
     skipped_calls: _builtins.int
-    """Calls that are skipped after each one that runs, in `[1, 8]`."""
+    """Calls that are skipped after each one that runs, in `[1, 8]`; 0 with a tolerance, so that a server that knows no
+    criterion refuses.
+    """
     extrapolation: _builtins.float
-    """In `[0, 1]`. Not set is 0.3; 0 repeats the last output."""
+    """In `[0, 1]`. Not set is 0.3, with a tolerance 0.7; 0 repeats the last output."""
+    tolerance: _builtins.float
+    """Of the relative errors of calls that are skipped in a row, summed, in `(0, 1]`."""
+    max_skipped_calls: _builtins.int
+    """With a tolerance, the most calls that are skipped in a row, in `[1, 8]`; without one 0."""
     def __init__(
         self,
         *,
         warm_up_calls: _builtins.int = ...,
         skipped_calls: _builtins.int = ...,
         extrapolation: _builtins.float | None = ...,
+        tolerance: _builtins.float | None = ...,
+        max_skipped_calls: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_extrapolation", b"_extrapolation", "extrapolation", b"extrapolation"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_extrapolation", b"_extrapolation", "_tolerance", b"_tolerance", "extrapolation", b"extrapolation", "tolerance", b"tolerance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_extrapolation", b"_extrapolation", "extrapolation", b"extrapolation", "skipped_calls", b"skipped_calls", "warm_up_calls", b"warm_up_calls"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_extrapolation", b"_extrapolation", "_tolerance", b"_tolerance", "extrapolation", b"extrapolation", "max_skipped_calls", b"max_skipped_calls", "skipped_calls", b"skipped_calls", "tolerance", b"tolerance", "warm_up_calls", b"warm_up_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__extrapolation: _TypeAlias = _typing.Literal["extrapolation"]  # noqa: Y015
     _WhichOneofArgType__extrapolation: _TypeAlias = _typing.Literal["_extrapolation", b"_extrapolation"]  # noqa: Y015
+    _WhichOneofReturnType__tolerance: _TypeAlias = _typing.Literal["tolerance"]  # noqa: Y015
+    _WhichOneofArgType__tolerance: _TypeAlias = _typing.Literal["_tolerance", b"_tolerance"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__extrapolation) -> _WhichOneofReturnType__extrapolation | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tolerance) -> _WhichOneofReturnType__tolerance | None: ...
 
 Global___CallSkipping: _TypeAlias = CallSkipping  # noqa: Y015
 

@@ -91,7 +91,8 @@ def test_what_is_promised_instead_is_taken(client: httpx.Client) -> None:
         ({"split": "3,3"}, ("hybrid.split 3,3", "hybrid.cloud_steps")),
         ({"split": "3,3", "max_latency_ms": 5}, ("hybrid.split", "hybrid.cloud_steps")),
         ({"mode": "edge", "max_latency_ms": 5}, ("hybrid.mode", "hybrid.segments")),
-        ({"cloud_skip": "0.1"}, ("4,1,0.3",)),
+        ({"cloud_skip": "0.1"}, ("4,1,0.3", "adaptive")),
+        ({"edge_skip": "adaptive:1.5"}, ("edge_skip", "1.5", "above 0 up to 1")),
     ],
 )
 def test_fields_are_named_as_they_are_sent(

@@ -26,6 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "split": {"hybrid": {"split": "2,4", "codec": "int8"}},
     "private": {"hybrid": HERE},
     "skip": {"hybrid": {"mode": "cloud", "cloud_skip": "2,1,0.25"}},
+    "adaptive": {"hybrid": {"split": "3,3", "cloud_skip": "adaptive:0.5", "edge_skip": "adaptive:1.0,3,2"}},
     "segments": {"hybrid": {"segments": ":2@edge,:2@cloud(guidance=2.5),:2@edge"}},
     "rescaled": {"guidance_scale": 7.0, "guidance_rescale": 0.7, "hybrid": {"mode": "edge"}},
     "rescaled segment": {"hybrid": {"segments": ":2@edge(guidance=7,rescale=0.35),:4@edge"}},

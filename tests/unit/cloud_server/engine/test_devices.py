@@ -12,10 +12,11 @@ import torch
 from cloud_server.engine.engine import Engine
 from cloud_server.engine.events import Event, Failed, Finished, Snapshot
 from cloud_server.engine.executor import Executor
-from cloud_server.engine.request import JobRequest, Skipping, Stage
+from cloud_server.engine.request import JobRequest, Stage
 from cloud_server.engine.texts import TextReader
 from cloud_server.models.load import Model
 from hybridsd.errors import HybridSDError, Reason
+from hybridsd.skipping import CallSkipping
 from tests.support.engine_fakes import (
     FailingDenoiser,
     GatedDenoiser,
@@ -103,7 +104,8 @@ def jobs_of_all_sorts(model: Model) -> list[JobRequest]:
     return [
         job_request(model, seed=1),
         job_request(model, seed=2, plan=ancestral),
-        job_request(model, seed=3, skipping=Skipping(2, 1, 0.5)),
+        job_request(model, seed=3, skipping=CallSkipping(2, 1, 0.5)),
+        job_request(model, seed=6, plan=model.plans.plan("ddim", 12), skipping=CallSkipping.adaptive(1.0)),
         job_request(model, seed=4, more_stages=(Stage(3, "tiny", 2.0),)),
         job_request(model, seed=5, state_every=0),
     ]

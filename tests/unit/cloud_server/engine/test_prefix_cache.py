@@ -13,7 +13,7 @@ from cloud_server.engine.engine import Engine
 from cloud_server.engine.event_buffer import EventBuffer
 from cloud_server.engine.events import Event, Finished, Snapshot, Started
 from cloud_server.engine.prefix_cache import Held, Key, PrefixCache, prefix_digest
-from cloud_server.engine.request import JobRequest, Skipping, Stage
+from cloud_server.engine.request import JobRequest, Stage
 from cloud_server.metrics import Metrics
 from cloud_server.models.denoiser import Encoded
 from cloud_server.models.load import Model
@@ -21,6 +21,7 @@ from cloud_server.models.served import FixedModels
 from hybridsd.energy import Energy
 from hybridsd.errors import CloudBusy
 from hybridsd.prompting import TextOptions
+from hybridsd.skipping import CallSkipping
 from hybridsd.tokens import Quota
 from tests.support.engine_fakes import GatedDenoiser, job_request, read_to_end, read_to_start, states
 
@@ -251,7 +252,7 @@ async def test_skipped_calls_are_answered_and_not_gone_on_from(
 ) -> None:
     """Which calls are skipped behind a hand-off depends on those before it."""
     engine = make_engine({"tiny": opened}, prefix_cache_bytes=MIB)
-    skipping = Skipping(2, 2, 0.3)
+    skipping = CallSkipping(2, 2, 0.3)
     first = await run(engine, keyed(tiny_model, handoff_call=4, skipping=skipping))
     num_calls = len(opened.rows)
     again = await run(engine, keyed(tiny_model, handoff_call=4, skipping=skipping))
@@ -334,7 +335,7 @@ def test_all_that_decides_the_bits_is_in_the_digest_and_no_more(tiny_model: Mode
         {"loras": (("ink", 1.0),)}, {"loras": (("ink", 0.5),)}, {"seed": 1}, {"image_index": 1},
         {"latent_shape": (4, 8, 16)}, {"size": (64, 64)}, {"first_call": 1, "initial_state": (latents,)},
         {"initial_state": (latents,)}, {"initial_state": (latents + 1,)}, {"initial_latents": latents},
-        {"initial_latents": latents + 1}, {"skipping": Skipping(2, 1, 0.3)}, {"known_latents": latents},
+        {"initial_latents": latents + 1}, {"skipping": CallSkipping(2, 1, 0.3)}, {"known_latents": latents},
         {"known_latents": latents, "mask": latents[:1]}, {"known_latents": latents, "mask": latents[:1] + 1},
         {"plan": tiny_model.plans.plan("dpmpp_2m", 7)}, {"plan": tiny_model.plans.plan("ddim", 6)},
     ]  # fmt: skip

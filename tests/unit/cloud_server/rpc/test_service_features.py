@@ -411,6 +411,12 @@ def skipping(warm_up: int = 2, skipped: int = 1, extrapolation: float = 0.3) -> 
     }  # fmt: skip
 
 
+def adaptive(tolerance: float, warm_up: int = 0, most: int = 4, **others: Any) -> dict[str, Any]:
+    return {
+        "call_skipping": Skipping(tolerance=tolerance, warm_up_calls=warm_up, max_skipped_calls=most, **others)
+    }  # fmt: skip
+
+
 def changing(*steps: int, **change: Any) -> dict[str, Any]:
     return {"model_changes": [Change(step=step, **change) for step in steps]}
 
@@ -495,6 +501,19 @@ WRONG_SKIPPING = [
     (skipping(extrapolation=1.01), "FIELD_INVALID", "call_skipping.extrapolation"),
     (skipping(extrapolation=NAN), "FIELD_INVALID", "call_skipping.extrapolation"),
     ({"call_skipping": Skipping()}, "FIELD_INVALID", "call_skipping.warm_up_calls"),
+    (adaptive(0.0), "FIELD_INVALID", "call_skipping.tolerance"),
+    (adaptive(1.01), "FIELD_INVALID", "call_skipping.tolerance"),
+    (adaptive(NAN), "FIELD_INVALID", "call_skipping.tolerance"),
+    (adaptive(0.1, warm_up=-1), "FIELD_INVALID", "call_skipping.warm_up_calls"),
+    (adaptive(0.1, most=0), "FIELD_INVALID", "call_skipping.max_skipped_calls"),
+    (adaptive(0.1, most=9), "FIELD_INVALID", "call_skipping.max_skipped_calls"),
+    (adaptive(0.1, extrapolation=2.0), "FIELD_INVALID", "call_skipping.extrapolation"),
+    (adaptive(0.1, skipped_calls=1), "FIELD_INVALID", "call_skipping.skipped_calls"),
+    (
+        {"call_skipping": Skipping(warm_up_calls=2, skipped_calls=1, max_skipped_calls=1)},
+        "FIELD_INVALID",
+        "call_skipping.max_skipped_calls",
+    ),
 ]
 LCM = {"model": "lcm", "scheduler": Spec(name="lcm", num_inference_steps=6)}
 WRONG_FOR_LCM = [

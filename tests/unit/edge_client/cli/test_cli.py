@@ -707,6 +707,8 @@ def test_an_image_and_a_mask_come_from_files(shell: Shell, tmp_path: Path) -> No
         (["--segments", "nonsense"], "MODEL:STEPS@PLACE"),
         (["--lora", "style:much"], "NAME:WEIGHT"),
         (["--cloud-skip", "many"], "WARMUP,SKIP"),
+        (["--edge-skip", "adaptive:much"], "adaptive:TOLERANCE"),
+        (["--edge-skip", "adaptive:0", "--mode", "edge"], "TOLERANCE of --edge-skip is 0"),
         (["--safety-checker", "blank", "--mode", "edge"], "no safety checker"),
     ):
         refused = shell("generate", "a red fox", *wrong, code=2)

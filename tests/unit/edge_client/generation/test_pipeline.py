@@ -25,7 +25,7 @@ from edge_client.generation.serialize import parameters, result_json
 from edge_client.images.pixels import to_u8
 from edge_client.inference.models import Models
 from edge_client.request import Patience, Request
-from edge_client.types import CallSkipping, ImageInput
+from edge_client.types import ImageInput
 from hybridsd.codec import FLOAT32, encode_plan, encode_tensor, tensor_digest
 from hybridsd.errors import (
     AccessDenied,
@@ -38,6 +38,7 @@ from hybridsd.errors import (
     ModelMismatch,
     Reason,
 )
+from hybridsd.skipping import CallSkipping
 from hybridsd.v1 import denoising_service_pb2 as pb
 from tests.support.fake_cloud import FakeCloud, Running, one_process, text_embeds
 from tests.support.patience import HANG_S

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support import cpu_report
 from tests.support.patience import HANG_S
 from tests.support.postgres import Postgres, running_postgres
 
@@ -18,6 +19,15 @@ _LONG = (
     "contract/test_plan_parity.py", "faults/cloud/test_mutated_requests.py", "unit/training/", "e2e/", "integration/",
 )  # fmt: skip
 """By the CPU seconds that they take: the first ones over a minute, the last files that are not named below ten."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds --cpu-report."""
+    cpu_report.add_option(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    cpu_report.configure(config)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

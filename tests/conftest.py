@@ -1,5 +1,6 @@
 """The order of the tests: the longest files first, so that all workers end together (`make test` runs pytest -n 3)."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -38,6 +39,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((number for number, part in enumerate(_LONG) if part in path), len(_LONG))
 
     items.sort(key=rank)  # stable: within a file and between the others nothing changes
+
+
+def _freeze() -> None:
+    """Takes what lives now out of the collector's rounds: torch, diffusers and thousands of tests are a million objects.
+
+    Each full round would look at them all, for half a second, and libraries ask for rounds (accelerate, datasets).
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    _freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Freezes what the tests of a file have imported, too, once its fixtures are gone."""
+    yield
+    if nextitem is not None and nextitem.path != item.path:
+        _freeze()
 
 
 @pytest.fixture(scope="session")

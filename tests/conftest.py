@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _freeze() -> None:
-    """Takes what lives now out of the collector's rounds: torch, diffusers and thousands of tests are a million objects.
+    """Takes what lives now out of the collector's rounds: torch, diffusers and these tests are a million objects.
 
     Each full round would look at them all, for half a second, and libraries ask for rounds (accelerate, datasets).
     """
@@ -50,8 +50,15 @@ def _freeze() -> None:
     gc.freeze()
 
 
-def pytest_collection_finish() -> None:
-    _freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Imports without rounds of the collector: there is no garbage yet."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        _freeze()
 
 
 @pytest.hookimpl(wrapper=True)

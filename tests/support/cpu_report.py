@@ -1,7 +1,7 @@
 """`pytest --cpu-report`: the CPU seconds of each test and fixture, their child processes' included.
 
-On a busy machine a wall clock measures the neighbours. CPU seconds, of all threads and processes that a test starts, are
-what the suite costs wherever it runs.
+On a busy machine a wall clock measures the neighbours. CPU seconds, of all threads and processes that a test starts,
+are what the suite costs wherever it runs.
 """
 
 import os

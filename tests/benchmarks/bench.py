@@ -2,7 +2,7 @@
 
 Not a test: nothing here passes or fails. Each line names the aim. The default is the demo family; `--full` takes
 full-size shapes with random weights: SD 1.4's 860M U-Net in the cloud, a 224M one at the edge, 512x512. `--smoke` runs
-everything at its smallest size, with models of a few thousand weights: its numbers say nothing, but all of it has run.
+everything at its smallest size: its numbers say nothing, but all of it has run.
 """
 
 import argparse
@@ -565,16 +565,6 @@ def bench_start(bundle_folder: Path, repeats: int) -> None:
         say(f"start of {name}: {statistics.median(taken):.2f} CPU s")
 
 
-def write_smallest(folder: Path) -> Path:
-    """Writes `folder/large` and `folder/edge` with random weights that step in milliseconds; returns `folder`."""
-    from tests.support.tiny_bundle import write_bundle
-    from tests.support.tiny_pipeline import LATENT_SPACE, write_tiny_pipeline
-
-    write_tiny_pipeline(folder / "large")
-    write_bundle(folder / "edge", latent_space=LATENT_SPACE)
-    return folder
-
-
 def main() -> None:
     """Runs the benchmarks that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -601,8 +591,6 @@ def main() -> None:
 
             say("writing full-size models with random weights ...")
             family, steps, k, calls = write_full_size(Path(folder)), 6, 2, 2
-        elif options.smoke:
-            family = write_smallest(Path(folder))
         placement = place(dtype=options.dtype)
         say(f"machine: {machine()}")
         say(f"cloud: {placement.device} ({placement.device_reason}), {placement.dtype} ({placement.dtype_reason})")

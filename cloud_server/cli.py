@@ -4,11 +4,13 @@ Every flag is also a variable HYBRIDSD_CLOUD_...; a flag wins. Knows nothing of 
 """
 
 import asyncio
+import gc
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -143,6 +145,22 @@ main.add_command(jobs)
 main.add_command(models_commands)
 
 
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Imports without rounds of the garbage collector, and takes what they leave out of later ones.
+
+    torch and diffusers are 400,000 objects that stay: to look at them again and again is a seventh of a server's start,
+    and each full round later would hold up steps and streams for a quarter of a second. Models may go again: they are
+    loaded afterwards.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
 @main.command()
 @_options(*_MODEL_OPTIONS, *_SERVE_OPTIONS)
 def serve(log_format: logs.LogFormat, token_file: Path | None, **options: Any) -> None:
@@ -162,8 +180,9 @@ def serve(log_format: logs.LogFormat, token_file: Path | None, **options: Any) -
         settings = preflight.provide_certificate(settings)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
-    from cloud_server.models.load import ModelError
-    from cloud_server.rpc import server as process  # torch and diffusers take seconds to import; --help must not
+    with _importing():
+        from cloud_server.models.load import ModelError
+        from cloud_server.rpc import server as process  # torch and diffusers take seconds to import; --help must not
     from hybridsd.errors import HybridSDError
 
     try:
@@ -390,7 +409,8 @@ def _registry(settings: Settings, placements: "Sequence[Placement]", metrics: "M
         raise ModelError("the devices are best at different precisions; choose one for all with --dtype")
     (dtype,) = dtypes
     specs = _specs(settings)
-    import_networks()
+    with _importing():
+        import_networks()
     registry = ModelRegistry(
         [placement.device for placement in placements],
         dtype=dtype,

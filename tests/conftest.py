@@ -1,10 +1,12 @@
 """The order of the tests: the longest files first, so that all workers end together (`make test` runs pytest -n 3)."""
 
+import gc
 import os
 from collections.abc import Iterator
 
 import pytest
 
+from tests.support import cpu_report
 from tests.support.patience import HANG_S
 from tests.support.postgres import Postgres, running_postgres
 
@@ -20,6 +22,15 @@ _LONG = (
 """By the CPU seconds that they take: the first ones over a minute, the last files that are not named below ten."""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds --cpu-report."""
+    cpu_report.add_option(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    cpu_report.configure(config)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sorts what starts processes or trains networks to the front: it takes minutes, everything else seconds."""
 
@@ -28,6 +39,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((number for number, part in enumerate(_LONG) if part in path), len(_LONG))
 
     items.sort(key=rank)  # stable: within a file and between the others nothing changes
+
+
+def _freeze() -> None:
+    """Takes what lives now out of the collector's rounds: torch, diffusers and these tests are a million objects.
+
+    Each full round would look at them all, for half a second, and libraries ask for rounds (accelerate, datasets).
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Imports without rounds of the collector: there is no garbage yet."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        _freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Freezes what the tests of a file have imported, too, once its fixtures are gone."""
+    yield
+    if nextitem is not None and nextitem.path != item.path:
+        _freeze()
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import structlog
@@ -19,6 +20,17 @@ SIDES = (1, 2, 3)
 """Latents that are counted, in the smallest sides that the U-Net takes: three points, it grows with their square."""
 
 
+_COUNTED: dict[Hashable, Macs] = {}
+"""By architecture: networks that differ in their weights alone cost the same, and counting takes seconds."""
+
+
+def _architecture(unet: torch.nn.Module) -> Hashable:
+    """Returns what the cost depends on: what diffusers says of the network, and the shape of each weight."""
+    config = {name: value for name, value in getattr(unet, "config", {}).items() if not name.startswith("_")}
+    shapes = tuple((name, tuple(value.shape)) for name, value in unet.named_parameters())
+    return type(unet), repr(sorted(config.items())), shapes
+
+
 def count_macs(
     unet: torch.nn.Module, *, channels: int, side: int, tokens: int, features: int, pooled: int = 0, guidance: int = 0
 ) -> Macs | None:
@@ -33,6 +45,20 @@ def count_macs(
         pooled: Features of the pooled text; 0: it takes none.
         guidance: Features of the embedded guidance; 0: it takes none.
     """
+    key = (_architecture(unet), channels, side, tokens, features, pooled, guidance)
+    if key not in _COUNTED:
+        counted = _count(
+            unet, channels=channels, side=side, tokens=tokens, features=features, pooled=pooled, guidance=guidance
+        )
+        if counted is None:
+            return None
+        _COUNTED[key] = counted
+    return _COUNTED[key]
+
+
+def _count(
+    unet: torch.nn.Module, *, channels: int, side: int, tokens: int, features: int, pooled: int, guidance: int
+) -> Macs | None:
     meta = torch.device("meta")
     dtype = next(unet.parameters()).dtype
     tensors = {name: value.to(meta) for name, value in (*unet.named_parameters(), *unet.named_buffers())}

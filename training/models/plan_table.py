@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import pickle
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,20 @@ def make_plan(base_config: Mapping[str, Any], scheduler: str, steps: int) -> pla
     return compile_named(diffusers, base_config, scheduler, steps, torch.from_numpy)
 
 
+@functools.lru_cache(maxsize=1024)
+def _compiled(config: bytes, scheduler: str, steps: int, begin: int) -> str:
+    """Compiles a plan to JSON. The bundles of a family have the same hundreds, which take seconds: each is made once.
+
+    Args:
+        config: The configuration of the model's own scheduler, pickled.
+        scheduler: Its name in `hybridsd.schedulers`.
+        steps: num_inference_steps.
+        begin: The step that it begins with.
+    """
+    base_config = pickle.loads(config)
+    return plans.to_json(compile_named(diffusers, base_config, scheduler, steps, torch.from_numpy, begin_step=begin))
+
+
 def compile_plans(
     scheduler_config: Mapping[str, Any],
     step_counts: Sequence[int] = PLAN_STEPS,
@@ -59,30 +75,25 @@ def compile_plans(
             which is what drawing over an image takes (img2img).
     """
     table: Table = {}
+    config = pickle.dumps(dict(scheduler_config))
 
-    def add(key: str, compiled: Callable[[], plans.Plan]) -> None:
+    def add(key: str, name: str, steps: int, begin: int = 0) -> None:
         try:
-            table[key] = json.loads(plans.to_json(compiled()))
+            table[key] = json.loads(_compiled(config, name, steps, begin))
         except Exception as error:  # diffusers has many ways to dislike a number of steps
             log.info("no plan %s: %s", key, error)
-
-    def compiled(name: str, steps: int, begin: int = 0) -> plans.Plan:
-        return compile_named(diffusers, scheduler_config, name, steps, torch.from_numpy, begin_step=begin)
 
     all_names = list(names or [spec.name for spec in schedulers.SCHEDULERS])
     if default is not None:  # which may have modifiers
         all_names.append(schedulers.find(default[0]).name)
     for name in dict.fromkeys(all_names):
         for steps in step_counts:
-            add(f"{name}/{steps}", lambda name=name, steps=steps: compiled(name, steps))  # type: ignore[misc]
+            add(f"{name}/{steps}", name, steps)
     if default is not None:
         name = schedulers.find(default[0]).name
         for steps in _begun(step_counts, default[1]):
             for begin in range(1, steps) if f"{name}/{steps}" in table else ():
-                add(
-                    f"{name}/{steps}@{begin}",
-                    lambda steps=steps, begin=begin: compiled(name, steps, begin),  # type: ignore[misc]
-                )
+                add(f"{name}/{steps}@{begin}", name, steps, begin)
     return table
 
 

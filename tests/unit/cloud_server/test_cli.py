@@ -1,6 +1,7 @@
 """The command line: flags and variables, refusals, `check`, and a real process that is told to stop."""
 
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -170,3 +171,13 @@ def test_models_beyond_the_budget_wait_until_they_are_needed(tmp_path: Path) -> 
     assert registry.catalog["second"].info == load_model(names[1], place("cpu", "fp32")).info
     with pytest.raises(ModelError, match="--memory-budget is"):
         cli._registry(replace(settings, memory_budget=1e-9), cli._placements(settings), Metrics())
+
+
+def test_what_is_imported_is_no_work_for_the_collector() -> None:
+    """It is off meanwhile, on afterwards, and does not look at what was there again."""
+    gc.unfreeze()
+    with cli._importing():
+        assert not gc.isenabled()
+
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 1000

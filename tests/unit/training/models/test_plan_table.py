@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from hybridsd.manifest import describe_file, read_manifest, verify_files
 from hybridsd.plan import from_json
 from tests.support.tiny_bundle import write_bundle
+from training.models import plan_table
 from training.models.plan_table import MAX_BEGUN_STEPS, compile_plans, rewrite_plans
 
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -72,3 +74,23 @@ def test_a_default_with_modifiers_is_there() -> None:
     assert {"ddim/4", "euler+trailing/4", "euler+trailing/4@3"} <= table.keys()
     assert [row["timestep"] for row in table["euler+trailing/4"]["rows"]] == [999.0, 749.0, 499.0, 249.0]
     assert "own/4" in own
+
+
+def test_bundles_of_one_noise_schedule_share_their_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each plan is compiled once a process; of another schedule anew. Who changes a table changes no other."""
+    made = []
+    real = plan_table.compile_named
+
+    def compile_named(*arguments: Any, **options: Any) -> Any:
+        made.append(arguments[1]["beta_end"])
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(plan_table, "compile_named", compile_named)
+    plan_table._compiled.cache_clear()
+    first, second = (compile_plans(SCHEDULER, (3,), names=("ddim",)) for _ in range(2))
+    other = compile_plans({**SCHEDULER, "beta_end": 0.02}, (3,), names=("ddim",))
+
+    assert made == [SCHEDULER["beta_end"], 0.02]
+    assert first == second != other
+    first["ddim/3"].clear()
+    assert second["ddim/3"]

@@ -10,8 +10,8 @@ from cloud_server.models.catalog import visible_loras
 from cloud_server.models.load import ModelInfo
 from cloud_server.models.loras import key_of
 from cloud_server.rpc.write_states import ResidualCoding
-from hybridsd import codec, noise
-from hybridsd.closed_loop import DEFAULT_PRECISION, MAX_PRECISION, MIN_PRECISION, Track, follow
+from hybridsd import codec, noise, noise_levels
+from hybridsd.closed_loop import DEFAULT_PRECISION, MAX_PRECISION, MIN_PRECISION, Track, follow, unpack_latents
 from hybridsd.errors import HybridSDError, Reason
 from hybridsd.limits import MAX_LORA_WEIGHT, MAX_LORAS, MAX_REUSED_CALLS
 from hybridsd.plan import Plan, PlanRow, initial_state
@@ -96,43 +96,51 @@ def read_residual_coding(request: pb.DenoiseRequest) -> ResidualCoding | None:
 
 
 def read_coded_state(
-    request: pb.DenoiseRequest, plan: Plan, first_call: int, shape: tuple[int, int, int]
+    request: pb.DenoiseRequest, plan: Plan, first_call: int, shape: tuple[int, int, int], prediction_type: str
 ) -> tuple[Latents, ...]:
     """Returns the state that `initial_coded_state` leads to.
 
     Raises:
         HybridSDError: STATE_INVALID, TENSOR_INVALID.
     """
-    coded = request.initial_coded_state
+    coded, has_latents = request.initial_coded_state, request.HasField("initial_latents")
+    has_image = coded.HasField("image")
 
     def refuse(what: str) -> HybridSDError:
         return Reason.STATE_INVALID.error(f"initial_coded_state: {what}", field="initial_coded_state")
 
+    def draw_noise(call: int) -> Latents:
+        return noise.call_noise(request.seed, request.image_index, call, shape)
+
     if request.initial_state:
         raise refuse("it takes the place of initial_state; leave one of them out")
-    if not request.first_step:
-        raise refuse("first_step is 0; it goes with a later one")
-    if coded.arrays and request.HasField("initial_latents"):
-        raise refuse("it has arrays, so initial_latents have no use; leave them out")
-    if len(coded.states) > first_call or not coded.states or coded.states[-1].call != first_call:
+    if not request.first_step and not has_image:
+        raise refuse("first_step is 0; without an image it goes with a later one")
+    if has_latents and (coded.arrays or has_image):
+        raise refuse("it has arrays or an image, so initial_latents have no use; leave them out")
+    if coded.arrays and has_image:
+        raise refuse("it has arrays and an image; leave one of them out")
+    if coded.call and not coded.arrays:
+        raise refuse(f"it has no arrays, so its call must be 0, not {coded.call}")
+    if len(coded.states) > first_call or (coded.states[-1].call if coded.states else coded.call) != first_call:
         raise refuse(f"its states must lead, one after another, to call {first_call}")
     if coded.arrays:
-        if not 0 <= coded.call < first_call or len(coded.arrays) != plan.num_arrays(coded.call):
+        if not 0 <= coded.call <= first_call or len(coded.arrays) != plan.num_arrays(coded.call):
             raise refuse(f"{len(coded.arrays)} arrays before call {coded.call} are no state of the plan")
         state = [codec.decode_tensor(array, shape=shape, field="initial_coded_state") for array in coded.arrays]
-    elif coded.call:
-        raise refuse(f"it has no arrays, so its call must be 0, not {coded.call}")
-    elif request.HasField("initial_latents"):
+    elif has_latents:
         state = initial_state(plan, codec.decode_tensor(request.initial_latents, shape=shape, field="initial_latents"))
     else:
-        state = initial_state(plan, noise.initial_latents(request.seed, request.image_index, shape))
+        drawn = noise.initial_latents(request.seed, request.image_index, shape)
+        if has_image:
+            image = unpack_latents(coded.image.step, coded.image.data, shape)
+            state = noise_levels.begin_from(plan, image, drawn, prediction_type)
+        else:
+            state = initial_state(plan, drawn)
     track = Track.begin(coded.call, state)
     for each in coded.states:
         residuals = [codec.decode_residual(residual) for residual in each.residuals]
-        track = follow(
-            plan, track, each.call, residuals,
-            lambda call: noise.call_noise(request.seed, request.image_index, call, shape),
-        )  # fmt: skip
+        track = follow(plan, track, each.call, residuals, draw_noise)
     return track.state
 
 
@@ -158,7 +166,11 @@ def read_inpainting(
             " latents that are to be kept; leave `inpainting` out, or choose another scheduler",
             field="plan" if request.HasField("plan") else "scheduler",
         )
-    known = codec.decode_tensor(request.inpainting.latents, shape=shape, field="inpainting.latents")
+    if request.inpainting.HasField("packed_latents"):
+        packed = request.inpainting.packed_latents
+        known = unpack_latents(packed.step, packed.data, shape)
+    else:
+        known = codec.decode_tensor(request.inpainting.latents, shape=shape, field="inpainting.latents")
     mask = codec.decode_tensor(request.inpainting.mask, shape=(1, *shape[1:]), field="inpainting.mask")
     if mask.min() < 0.0 or mask.max() > 1.0:
         raise Reason.TENSOR_INVALID.error(

@@ -183,7 +183,7 @@ class RequestReader:
         first_call, handoff_call = _split(request, plan)
         _check_message_size(request, plan, shape)
         check_text_size(request, info, num_texts=1 if negative_prompt is None else 2)
-        initial_state, initial_latents = _start(request, plan, first_call, shape)
+        initial_state, initial_latents = _start(request, plan, first_call, shape, info.prediction_type)
         known_latents, mask = read_inpainting(request, shape, plan.rows[first_call:handoff_call])
         job = JobRequest(
             request_id=request.request_id or new_request_id(),
@@ -482,11 +482,11 @@ def _split(request: pb.DenoiseRequest, plan: Plan) -> tuple[int, int]:
 
 
 def _start(
-    request: pb.DenoiseRequest, plan: Plan, first_call: int, shape: tuple[int, int, int]
+    request: pb.DenoiseRequest, plan: Plan, first_call: int, shape: tuple[int, int, int], prediction_type: str
 ) -> tuple[tuple[Latents, ...], Latents | None]:
     """Returns the initial state and latents that the caller sent: at most one of them."""
     if request.HasField("initial_coded_state"):
-        return read_coded_state(request, plan, first_call, shape), None
+        return read_coded_state(request, plan, first_call, shape, prediction_type), None
     if request.HasField("initial_latents"):
         if request.first_step or request.initial_state:
             raise Reason.STATE_INVALID.error(

@@ -25,7 +25,7 @@ from edge_client.cloud.types import (
 )
 from edge_client.types import Conditioning, Latents
 from hybridsd import codec, noise
-from hybridsd.closed_loop import Track, checksum, follow, precision_of
+from hybridsd.closed_loop import IMAGE_STEP, Track, checksum, follow, pack_latents, precision_of
 from hybridsd.durations import to_seconds
 from hybridsd.energy import Energy
 from hybridsd.energy import read as read_energy
@@ -117,7 +117,7 @@ class Conversation:
         copy = pb.DenoiseRequest()
         copy.CopyFrom(message)
         copy.resume_call = resume_call
-        self._was_coded = copy.HasField("initial_coded_state")
+        self._was_coded = copy.HasField("initial_coded_state") or copy.inpainting.HasField("packed_latents")
         if self._takes_residuals:
             copy.residual_coding.precision = precision_of(self._segment.request.state_psnr)
             copy.residual_coding.max_state_bytes = self._segment.request.max_state_bytes
@@ -140,7 +140,7 @@ class Conversation:
 
     def is_simpler_without(self, error: InvalidRequest) -> bool:
         """Leaves out what an older server does not know; returns whether that is what it refused."""
-        if error.reason is Reason.STATE_INVALID and self._was_coded:
+        if self._was_coded and (error.reason is Reason.STATE_INVALID or error.field == "inpainting.latents"):
             self._sends_coded = self._was_coded = False
         elif error.field == "encoding" and self._tensors in codec.SIMPLER:
             self._tensors = codec.SIMPLER[self._tensors]
@@ -225,7 +225,11 @@ class Conversation:
             message.loras.add(name=name, weight=weight)
         mask = None if request.image_input is None else request.image_input.mask_cells
         if segment.image_latents is not None and mask is not None:
-            message.inpainting.latents.CopyFrom(self._encode_exactly(segment.image_latents))
+            packed = _pack(segment.image_latents) if self._sends_coded else None
+            if packed is None:
+                message.inpainting.latents.CopyFrom(self._encode_exactly(segment.image_latents))
+            else:
+                message.inpainting.packed_latents.CopyFrom(packed)
             message.inpainting.mask.CopyFrom(self._encode_exactly(mask))
         if request.approximate_reuse is not None:
             message.approximate_reuse.max_calls = request.approximate_reuse.max_calls
@@ -244,7 +248,9 @@ class Conversation:
         else:
             message.scheduler.name = segment.schedule.scheduler
             message.scheduler.num_inference_steps = segment.schedule.num_inference_steps
-        begins_with_noise = not coded.arrays if coded is not None else not segment.initial_state
+        begins_with_noise = not segment.initial_state
+        if coded is not None:
+            begins_with_noise = not coded.arrays and not coded.HasField("image")
         if request.initial_latents is not None and begins_with_noise:
             message.initial_latents.CopyFrom(self._encode_exactly(request.initial_latents))
         return message
@@ -266,13 +272,14 @@ class Conversation:
 
     def _encode_coded(self, coded: CodedState) -> pb.CodedState | None:
         """Returns a state as it came; None where it came whole."""
-        if not coded.states:
+        image = None if coded.image is None else _pack(coded.image)
+        if (coded.image is None) != (image is None) or not (coded.states or image):
             return None
         states = [
             pb.Residuals(call=call, residuals=map(codec.encode_residual, residuals)) for call, residuals in coded.states
         ]
         arrays = [self._encode_exactly(array) for array in coded.arrays]
-        return pb.CodedState(call=coded.call, arrays=arrays, states=states)
+        return pb.CodedState(call=coded.call, arrays=arrays, states=states, image=image)
 
     def _encode_exactly(self, array: Latents) -> tensor_pb2.Tensor:
         """Encodes an array in the smallest way that loses nothing: as the cloud sent it, where it did."""
@@ -491,7 +498,9 @@ class Conversation:
         """Returns the first state of the request, and how another cloud would hear of it."""
         asked = self._asked
         if asked.initial_state:
-            coded = CodedState(call=asked.first_call, arrays=asked.initial_state)
+            coded = asked.coded_state
+            if coded is None or coded.states:
+                coded = CodedState(call=asked.first_call, arrays=asked.initial_state)
             return Track.begin(asked.first_call, asked.initial_state), coded
         latents = asked.request.initial_latents
         if latents is None:
@@ -501,6 +510,11 @@ class Conversation:
     def _draw_noise(self, call: int) -> Latents:
         segment = self._segment
         return noise.call_noise(segment.request.seed, segment.image_index, call, segment.resolved.latent_shape)
+
+
+def _pack(latents: Latents) -> pb.PackedLatents | None:
+    data = pack_latents(latents)
+    return None if data is None else pb.PackedLatents(step=IMAGE_STEP, data=data)
 
 
 def check_plan(plan: Plan, prediction_type: str, *, has_mask: bool = False) -> None:

@@ -30,6 +30,8 @@ class CodedState:
     """The call that the known state is before."""
     arrays: tuple[Latents, ...]
     """Of the known state; empty: that of the seed, before call 0."""
+    image: Latents | None = None
+    """Clean latents that the noise of the seed is added to, in place of arrays."""
     states: tuple[tuple[int, tuple[Residual, ...]], ...] = ()
     """For each state since, its call and its residuals."""
 

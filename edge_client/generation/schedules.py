@@ -5,11 +5,13 @@ from dataclasses import replace
 import numpy as np
 
 from edge_client.cloud.pool import Pool
-from edge_client.cloud.types import CLOUD_FAILURES
+from edge_client.cloud.types import CLOUD_FAILURES, CodedState
 from edge_client.generation.components import Components
 from edge_client.generation.trajectory import Trajectory
 from edge_client.request import TimestepSchedule
 from hybridsd import noise_levels
+from hybridsd.closed_loop import to_steps
+from hybridsd.codec import RESIDUAL
 from hybridsd.errors import HybridSDError, Reason
 from hybridsd.manifest import Manifest
 from hybridsd.plan import Plan
@@ -82,11 +84,15 @@ def start_from_image(trajectory: Trajectory, components: Components) -> None:
         trajectory.image_latents = components.models.encode_image(given.image)
         cells = trajectory.image_latents.shape[1] * trajectory.image_latents.shape[2]
         trajectory.tally.count(components.models.manifest, "vae_encoder", cells)
+    resolved = trajectory.resolved
+    if resolved.request.codec == RESIDUAL and any(stage.place == "cloud" for stage in resolved.stages):
+        trajectory.image_latents = to_steps(trajectory.image_latents)  # a fifth of the bytes
     trajectory.plan = find_plan(trajectory.resolved.stages[0].schedule, trajectory, components)
     state = noise_levels.begin_from(
         trajectory.plan, trajectory.image_latents, trajectory.initial_noise(), trajectory.prediction_type
     )
     trajectory.state = tuple(array.astype(np.float32) for array in state)
+    trajectory.coded_state = CodedState(call=0, arrays=(), image=trajectory.image_latents)
 
 
 def enter_schedule(schedule: TimestepSchedule, trajectory: Trajectory, components: Components) -> bool:

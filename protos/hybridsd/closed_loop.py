@@ -40,6 +40,8 @@ MIN_PRECISION, DEFAULT_PRECISION, MAX_PRECISION = 1e-4, 0.03, 1.0
 """Of `lead`."""
 MIN_PSNR, DEFAULT_PSNR, MAX_PSNR = 34.0, 64.0, 110.0
 """The same as the PSNR of the image in dB; see `precision_of`."""
+IMAGE_STEP = 2.0**-7
+"""Of latents of an image, whose deviation is near 1."""
 _SLOPES = 16
 """What the weights of `pack` are divided by."""
 
@@ -220,6 +222,37 @@ def _correction(residual: Residual | None, shape: Sequence[int]) -> F32 | None:
     if not (math.isfinite(residual.step) and 0 < residual.step == float(np.float32(residual.step))):
         raise _refuse(f"the step of a quantiser is {residual.step}; it must be above 0 and exact in float32")
     return np.float32(residual.step) * unpack(residual.data, shape).astype(np.float32)
+
+
+def to_steps(latents: F32) -> F32:
+    """Returns latents of an image on the grid of `IMAGE_STEP`, as `pack_latents` takes them."""
+    values = np.clip(np.rint(latents / np.float32(IMAGE_STEP)), -MAX_QUANTUM, MAX_QUANTUM)
+    stepped: F32 = values.astype(np.float32) * np.float32(IMAGE_STEP)
+    return stepped
+
+
+def pack_latents(latents: F32) -> bytes | None:
+    """Returns latents as whole numbers of `IMAGE_STEP`; None if they are not on that grid.
+
+    Args:
+        latents: [C, h, w], float32.
+    """
+    if not np.array_equal(to_steps(latents), latents):
+        return None
+    return pack(np.rint(latents / np.float32(IMAGE_STEP)).astype(np.int32))
+
+
+def unpack_latents(step: float, data: bytes, shape: Sequence[int]) -> F32:
+    """Returns what `pack_latents` packed; nothing about it is trusted.
+
+    Raises:
+        InvalidRequest: TENSOR_INVALID.
+    """
+    latents = _correction(Residual(0, step, data), shape)
+    assert latents is not None
+    if not np.isfinite(latents).all():
+        raise _refuse("latents are not finite")
+    return latents
 
 
 def pack(quanta: NDArray[np.int32]) -> bytes:

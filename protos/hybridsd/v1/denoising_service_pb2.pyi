@@ -319,7 +319,9 @@ class DenoiseRequest(_message.Message):
 
     @_builtins.property
     def initial_coded_state(self) -> Global___CodedState:
-        """The state before the first call of `first_step`, above 0, as a server sent it: in place of `initial_state`."""
+        """The state before the first call of `first_step` in fewer bytes, as a server sent it, or of an image to begin with: in
+        place of `initial_state`.
+        """
 
     def __init__(
         self,
@@ -450,13 +452,14 @@ Global___Residual: _TypeAlias = Residual  # noqa: Y015
 
 @_typing.final
 class CodedState(_message.Message):
-    """A solver state as it was sent: a state that both ends know, and residuals that lead from it to another."""
+    """A solver state in few bytes: one that both ends know, and residuals that lead from it to another."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     CALL_FIELD_NUMBER: _builtins.int
     ARRAYS_FIELD_NUMBER: _builtins.int
     STATES_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
     call: _builtins.int
     """The call that the known state is before, 0 or more."""
     @_builtins.property
@@ -465,7 +468,13 @@ class CodedState(_message.Message):
 
     @_builtins.property
     def states(self) -> _containers.RepeatedCompositeFieldContainer[Global___Residuals]:
-        """Of calls from `call` on, for each state that was sent since."""
+        """Of calls from `call` on, for each state that was sent since; may be empty with an image only."""
+
+    @_builtins.property
+    def image(self) -> Global___PackedLatents:
+        """In place of arrays, with `call` 0: clean latents of an image, which the noise of the seed is added to
+        (docs/numerics.md, "Noise levels").
+        """
 
     def __init__(
         self,
@@ -473,14 +482,41 @@ class CodedState(_message.Message):
         call: _builtins.int = ...,
         arrays: _abc.Iterable[_tensor_pb2.Tensor] | None = ...,
         states: _abc.Iterable[Global___Residuals] | None = ...,
+        image: Global___PackedLatents | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["image", b"image"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrays", b"arrays", "call", b"call", "states", b"states"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrays", b"arrays", "call", b"call", "image", b"image", "states", b"states"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CodedState: _TypeAlias = CodedState  # noqa: Y015
+
+@_typing.final
+class PackedLatents(_message.Message):
+    """Latents as whole numbers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    step: _builtins.float
+    """What they are times, above 0, a float32."""
+    data: _builtins.bytes
+    """As of a `Residual`."""
+    def __init__(
+        self,
+        *,
+        step: _builtins.float = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PackedLatents: _TypeAlias = PackedLatents  # noqa: Y015
 
 @_typing.final
 class Residuals(_message.Message):
@@ -617,6 +653,7 @@ class Inpainting(_message.Message):
 
     LATENTS_FIELD_NUMBER: _builtins.int
     MASK_FIELD_NUMBER: _builtins.int
+    PACKED_LATENTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def latents(self) -> _tensor_pb2.Tensor:
         """Latents of the picture to keep, as the U-Net sees them, `[channels, height / vae_scale_factor,
@@ -627,15 +664,20 @@ class Inpainting(_message.Message):
     def mask(self) -> _tensor_pb2.Tensor:
         """Where to draw: 1 draws, 0 keeps, between blends; `[1, height / vae_scale_factor, width / vae_scale_factor]`."""
 
+    @_builtins.property
+    def packed_latents(self) -> Global___PackedLatents:
+        """In place of `latents`, in fewer bytes."""
+
     def __init__(
         self,
         *,
         latents: _tensor_pb2.Tensor | None = ...,
         mask: _tensor_pb2.Tensor | None = ...,
+        packed_latents: Global___PackedLatents | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["latents", b"latents", "mask", b"mask"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["latents", b"latents", "mask", b"mask", "packed_latents", b"packed_latents"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["latents", b"latents", "mask", b"mask"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["latents", b"latents", "mask", b"mask", "packed_latents", b"packed_latents"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -196,12 +196,12 @@ def test_an_image_to_begin_with_goes_up_small(
     mask = np.zeros((1, SIDE, SIDE), np.float32)
     mask[:, :, : SIDE // 2] = 1.0
     kept = {"mask": mask, "mask_cells": to_cells(mask, 8)} if has_mask else {}
-    asked = replace(ask(image_input=ImageInput(image=image.copy(), strength=0.7, **kept)), cloud_steps=3)
-    exact, _ = run(replace(asked, codec="fp32"), bundle, models, connect(server))
+    given = ImageInput(image=image.copy(), strength=0.7, **kept)
+    exact, _ = run(replace(ask(image_input=given, codec="fp32"), cloud_steps=3), bundle, models, connect(server))
     del requests[:], states[:]
     if is_old:
         monkeypatch.setattr(read_request.RequestReader, "_check", _forgetting(read_request.RequestReader._check))
-    result, _ = run(asked, bundle, models, connect(server))
+    result, _ = run(replace(ask(image_input=given), cloud_steps=3), bundle, models, connect(server))
 
     assert near(result, exact)
     assert requests[0].initial_coded_state.HasField("image")
@@ -227,10 +227,10 @@ WRONG_STATES: dict[str, tuple[dict[str, Any], str]] = {
         {"first_step": 2, "initial_coded_state": pb.CodedState(call=1, states=TO_2)}, "must be 0, not 1"
     ),
     "too many arrays": (
-        {"first_step": 2, "initial_coded_state": pb.CodedState(arrays=[ZEROS] * 3, states=TO_2)}, "3 arrays before call 0"
+        {"first_step": 2, "initial_coded_state": pb.CodedState(arrays=[ZEROS] * 3, states=TO_2)}, "3 arrays before"
     ),
     "two of them": (
-        {"first_step": 2, "initial_state": [ZEROS], "initial_coded_state": pb.CodedState(states=TO_2)}, "takes the place"
+        {"first_step": 2, "initial_state": [ZEROS], "initial_coded_state": pb.CodedState(states=TO_2)}, "the place"
     ),
     "arrays and an image": (
         {"first_step": 2, "initial_coded_state": pb.CodedState(arrays=[ZEROS], states=TO_2, image=pb.PackedLatents())},

@@ -82,6 +82,7 @@ class AnswerStyle:
     """States up to this call are not wanted."""
     residual_coding: ResidualCoding | None = None
     """None: states go whole."""
+    has_coded_state: bool = False
     text_encoder_digest: bytes = b""
     """Of the caller's text encoders; empty where it has none."""
 
@@ -226,6 +227,7 @@ class RequestReader:
             negative_prompt_digest=sent_digest(embeddings, "negative_") if embeddings and guided else None,
             resume_call=request.resume_call,
             residual_coding=read_residual_coding(request),
+            has_coded_state=request.HasField("initial_coded_state"),
             text_encoder_digest=request.text_encoder_digest,
         )
         prefix, reuse = prefix_digest(job, plan_digest), read_approximate_reuse(request)

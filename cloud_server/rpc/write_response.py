@@ -99,6 +99,7 @@ def _started(event: Started, request: JobRequest, style: AnswerStyle) -> pb.Star
         negative_prompt=None if negative is None else _conditioning(negative, style, style.negative_prompt_digest),
         guidance_scale=request.guidance_scale,
         guidance_rescale=request.guidance_rescale,
+        has_coded_state=style.has_coded_state,
         num_dropped_tokens=dropped,
         num_reused_calls=event.num_reused_calls,
         reuse_similarity=event.similarity,

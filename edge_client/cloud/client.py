@@ -16,7 +16,7 @@ from edge_client.addresses import is_loopback
 from edge_client.cache import Cache
 from edge_client.cloud.breaker import Breaker
 from edge_client.cloud.connection import Connection, Connections, read_target
-from edge_client.cloud.conversion import Conversation, Diverged, check_plan
+from edge_client.cloud.conversion import Conversation, Diverged, Unread, check_plan
 from edge_client.cloud.progress import Progress
 from edge_client.cloud.status import translate
 from edge_client.cloud.stream import NOTHING, Inbox
@@ -511,10 +511,13 @@ class RemoteJob:
             except Diverged as diverged:
                 log.warning("%s: %s; asking for whole states", self._cloud.target, diverged)
                 self._conversation.refuse_residuals()
+            except Unread as unread:
+                log.warning("%s: %s; asking anew", self._cloud.target, unread)
+                self.cancel()
+                self._conversation.begin_anew()
             except InvalidRequest as error:
-                if (
-                    rest is not None and error.reason is Reason.REQUEST_ID_REUSED
-                ):  # it knows the job, as another request
+                is_known = error.reason is Reason.REQUEST_ID_REUSED  # the job, as another request
+                if rest is not None and is_known:
                     rest = None
                 elif not self._conversation.is_simpler_without(error):
                     raise
@@ -536,7 +539,7 @@ class RemoteJob:
             cloud.lend() as connection,
             tracing.start(_DENOISE, trace, kind="CLIENT", attributes=attributes) as span,
         ):
-            metadata = cloud.metadata(self._segment.request_id, self._segment.request.user, span.context)
+            metadata = cloud.metadata(self._conversation.request_id, self._segment.request.user, span.context)
             call = connection.denoising.Denoise(message, timeout=timeout_s, metadata=metadata)
 
             def failed(error: Any) -> HybridSDError:
@@ -628,4 +631,4 @@ class RemoteJob:
     def cancel(self, *, wait_s: float = 0.0) -> None:
         """Asks the server to stop the job; see `Cloud.cancel`."""
         request = self._segment.request
-        self._cloud.cancel(self._segment.request_id, user=request.user, wait_s=wait_s, trace=request.trace)
+        self._cloud.cancel(self._conversation.request_id, user=request.user, wait_s=wait_s, trace=request.trace)

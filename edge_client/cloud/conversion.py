@@ -38,6 +38,7 @@ from hybridsd.v1 import plan_pb2, tensor_pb2
 REATTACH_GRACE_S = 5
 """How long the server keeps a job whose stream broke, so that we can attach again."""
 MAX_KNOWN_DIGESTS = 64
+_MAX_REQUEST_ID = 64
 _ROW_BYTES = 256
 """A row of a plan takes about so many; and there may be two of them for a step."""
 _PLAN_TOLERANCE = 0.05
@@ -51,6 +52,10 @@ _EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds"
 
 class Diverged(Exception):
     """Residuals led to another state here than in the cloud: its arithmetic is not ours."""
+
+
+class Unread(Exception):
+    """The cloud is too old to know the state that it was to begin with, and begins with something else."""
 
 
 class Conversation:
@@ -77,10 +82,10 @@ class Conversation:
         self._load_known()
         self._own_messages, self._own = self._encode_own()
         self._takes_residuals = segment.request.codec == codec.RESIDUAL
-        self._sends_coded, self._was_coded = True, False
+        self._sends_coded, self._was_coded, self.request_id = True, False, segment.request_id
         self._message = self._build(segment)
         self._track: Track | None = None
-        self._begins_with_request = False
+        self._begins_with_request = self._asks_coded = False
         self._coded: CodedState | None = None
 
     @property
@@ -117,7 +122,8 @@ class Conversation:
         copy = pb.DenoiseRequest()
         copy.CopyFrom(message)
         copy.resume_call = resume_call
-        self._was_coded = copy.HasField("initial_coded_state") or copy.inpainting.HasField("packed_latents")
+        self._asks_coded = copy.HasField("initial_coded_state")
+        self._was_coded = self._asks_coded or copy.inpainting.HasField("packed_latents")
         if self._takes_residuals:
             copy.residual_coding.precision = precision_of(self._segment.request.state_psnr)
             copy.residual_coding.max_state_bytes = self._segment.request.max_state_bytes
@@ -137,6 +143,11 @@ class Conversation:
     def refuse_residuals(self) -> None:
         """Asks for whole states from now on: residuals lead elsewhere here than they do in the cloud."""
         self._takes_residuals = False
+
+    def begin_anew(self) -> None:
+        """Sends states whole from now on, as another job: the cloud has begun this one with something else."""
+        self._sends_coded, self.request_id = False, f"{self.request_id[: _MAX_REQUEST_ID - 2]}-w"
+        self._message = self._build(self._segment)
 
     def is_simpler_without(self, error: InvalidRequest) -> bool:
         """Leaves out what an older server does not know; returns whether that is what it refused."""
@@ -188,7 +199,7 @@ class Conversation:
         if coded is not None and coded.ByteSize() >= sum(tensor.ByteSize() for tensor in exact):
             coded = None
         message = pb.DenoiseRequest(
-            request_id=segment.request_id,
+            request_id=self.request_id,
             model=segment.stages[0].model,
             latent_space=resolved.latent_space,
             guidance_scale=segment.stages[0].guidance_scale,
@@ -321,6 +332,8 @@ class Conversation:
 
     def _started(self, started: pb.Started) -> CloudStarted:
         segment, latent_space = self._segment, self._segment.resolved.latent_space
+        if self._asks_coded and not started.has_coded_state:
+            raise Unread("it does not know states in few bytes")
         if latent_space and started.latent_space != latent_space:
             _refuse(f"latent space {started.latent_space[:64]!r}, not {latent_space!r}")
         guidance_scale = self._asked.stages[0].guidance_scale

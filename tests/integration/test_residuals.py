@@ -208,7 +208,7 @@ def test_an_image_to_begin_with_goes_up_small(
     assert not requests[0].initial_state
     assert requests[0].inpainting.HasField("packed_latents") == has_mask
     assert len(requests) == 1 + is_old
-    if is_old:
+    if is_old:  # it refuses what it misses, or begins with noise, and is asked anew
         assert requests[1].initial_state
         assert requests[1].inpainting.HasField("latents") == has_mask
         assert requests[0].ByteSize() < requests[1].ByteSize() / 1.5

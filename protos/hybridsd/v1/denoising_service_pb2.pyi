@@ -998,6 +998,7 @@ class Started(_message.Message):
     PREDICTION_TYPE_FIELD_NUMBER: _builtins.int
     NUM_REUSED_CALLS_FIELD_NUMBER: _builtins.int
     REUSE_SIMILARITY_FIELD_NUMBER: _builtins.int
+    HAS_CODED_STATE_FIELD_NUMBER: _builtins.int
     GUIDANCE_RESCALE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The id of the job: the request's, or one that the server chose."""
@@ -1022,6 +1023,8 @@ class Started(_message.Message):
     """Where those calls were run for another text (`DenoiseRequest.approximate_reuse`): how near it is, in `(0, 1]`. Not
     set: they are exactly those of this job.
     """
+    has_coded_state: _builtins.bool
+    """Whether `initial_coded_state` was read. A server that does not know it says false, and may have begun with noise."""
     guidance_rescale: _builtins.float
     """The guidance_rescale that runs, in `[0, 1]`. A server that does not know it says 0."""
     @_builtins.property
@@ -1051,11 +1054,12 @@ class Started(_message.Message):
         prediction_type: _builtins.str = ...,
         num_reused_calls: _builtins.int = ...,
         reuse_similarity: _builtins.float | None = ...,
+        has_coded_state: _builtins.bool = ...,
         guidance_rescale: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_reuse_similarity", b"_reuse_similarity", "negative_prompt", b"negative_prompt", "plan", b"plan", "prompt", b"prompt", "reuse_similarity", b"reuse_similarity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reuse_similarity", b"_reuse_similarity", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "latent_space", b"latent_space", "model", b"model", "negative_prompt", b"negative_prompt", "num_dropped_tokens", b"num_dropped_tokens", "num_reused_calls", b"num_reused_calls", "plan", b"plan", "plan_digest", b"plan_digest", "prediction_type", b"prediction_type", "prompt", b"prompt", "request_id", b"request_id", "reuse_similarity", b"reuse_similarity"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reuse_similarity", b"_reuse_similarity", "guidance_rescale", b"guidance_rescale", "guidance_scale", b"guidance_scale", "has_coded_state", b"has_coded_state", "latent_space", b"latent_space", "model", b"model", "negative_prompt", b"negative_prompt", "num_dropped_tokens", b"num_dropped_tokens", "num_reused_calls", b"num_reused_calls", "plan", b"plan", "plan_digest", b"plan_digest", "prediction_type", b"prediction_type", "prompt", b"prompt", "request_id", b"request_id", "reuse_similarity", b"reuse_similarity"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__reuse_similarity: _TypeAlias = _typing.Literal["reuse_similarity"]  # noqa: Y015
     _WhichOneofArgType__reuse_similarity: _TypeAlias = _typing.Literal["_reuse_similarity", b"_reuse_similarity"]  # noqa: Y015

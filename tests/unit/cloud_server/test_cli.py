@@ -168,7 +168,8 @@ def test_models_beyond_the_budget_wait_until_they_are_needed(tmp_path: Path) -> 
     settings = Settings(models=names, device="cpu*2", dtype="fp32", memory_budget=1.5 * size_bytes / 2**30)
     registry = cli._registry(settings, cli._placements(settings), Metrics())
     assert [(view.id, view.state.value) for view in registry.views()] == [("first", "warm"), ("second", "cold")]
-    assert registry.catalog["second"].info == load_model(names[1], place("cpu", "fp32")).info
+    loaded = load_model(names[1], place("cpu", "fp32")).info
+    assert registry.catalog["second"].info == replace(loaded, text_encoder_digest=b"")  # which is of weights
     with pytest.raises(ModelError, match="--memory-budget is"):
         cli._registry(replace(settings, memory_budget=1e-9), cli._placements(settings), Metrics())
 

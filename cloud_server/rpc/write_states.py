@@ -105,7 +105,7 @@ class StateWriter:
                 break
             coarseness *= 2.0
         whole_bytes = sum(codec.num_bytes(array.size, self._encoding) for array in event.arrays)
-        is_close = closed_loop.error(request.plan, reached, event.arrays) <= _MAX_ERROR * coarseness * wanted
+        is_close = closed_loop.largest_error(request.plan, reached, event.arrays) <= _MAX_ERROR * coarseness * wanted
         return (residuals, reached) if is_close and num_bytes < whole_bytes else None
 
     def _draw_noise(self, call: int) -> Latents:

@@ -127,11 +127,12 @@ def lead(
         if track.call in changed:
             gains = views @ _effects(plan, sorted(changed), call)  # of each output, on each view
             changed.discard(track.call)
-            if seen := float(np.abs(gains[:, 0]).max()):
+            seen = float(np.abs(gains[:, 0]).max())
+            step = np.float32(precision / seen) if 0.0 < seen < math.inf else np.float32(0)
+            if 0.0 < step < math.inf and np.isfinite(gains).all():
                 weights = np.linalg.pinv(gains)[0] @ views  # least squares over all views: see the tests for why
-                error = combine(weights.tolist(), _missing(plan, track, call, target, noise))
-                step = np.float32(precision / seen)
-                quanta = np.clip(np.rint(error / step), -MAX_QUANTUM, MAX_QUANTUM).astype(np.int32)
+                wanted = combine(weights.tolist(), _missing(plan, track, call, target, noise)) / step
+                quanta = np.clip(np.rint(np.nan_to_num(wanted)), -MAX_QUANTUM, MAX_QUANTUM).astype(np.int32)
                 residuals.append(Residual(track.call, float(step), pack(quanta)))
                 correction = step * quanta.astype(np.float32)
         track = _next(plan, track, correction, noise)
@@ -143,7 +144,7 @@ def precision_of(psnr: float) -> float:
     return float(DEFAULT_PRECISION * 10 ** ((DEFAULT_PSNR - psnr) / 20))
 
 
-def error(plan: Plan, track: Track, target: Sequence[F32]) -> float:
+def largest_error(plan: Plan, track: Track, target: Sequence[F32]) -> float:
     """Returns the largest error of what the next call's U-Net sees where the receiver is, instead of at the target."""
     view = _views(plan, track.call)[0]
     return float(np.abs(combine(view, track.state) - combine(view, target)).max())

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hybridsd import codec
-from hybridsd.closed_loop import MAX_QUANTUM, Residual, Track, checksum, error, follow, lead, pack, unpack
+from hybridsd.closed_loop import MAX_QUANTUM, Residual, Track, checksum, follow, largest_error, lead, pack, unpack
 from hybridsd.errors import InvalidRequest, Reason
 from hybridsd.plan import Plan, advance, combine, denoise, initial_state
 from tests.contract.test_plan_parity import NAMES, compiled, draws
@@ -176,7 +176,7 @@ def test_states_that_were_not_sent_are_made_up_for(name: str) -> None:
         assert checksum(ahead.state) == checksum(behind.state)
         had, wanted = (seen(plan, call, state) for state in (behind.state, states[call]))
         assert np.abs(had - wanted).max() <= 4 * PRECISION + 1e-4 * np.abs(wanted).max(), call
-        assert error(plan, behind, states[call]) == np.abs(had - wanted).max()
+        assert largest_error(plan, behind, states[call]) == np.abs(had - wanted).max()
 
 
 def test_a_checksum_is_of_every_array() -> None:

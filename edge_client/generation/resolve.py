@@ -22,6 +22,7 @@ from hybridsd.limits import (
     MAX_REUSED_CALLS,
     MAX_SEED,
     MAX_SIZE,
+    MAX_STATE_BYTES,
     MAX_STEPS,
     MIN_GUIDANCE,
     MIN_LORA_WEIGHT,
@@ -260,9 +261,10 @@ def _check_rest(request: Request, manifest: Manifest, width: int, height: int) -
         raise Reason.FIELD_INVALID.error(
             f"`state_psnr` is {request.state_psnr:g}; choose {MIN_PSNR:g} to {MAX_PSNR:g} dB", field="state_psnr"
         )
-    if request.max_state_bytes < 0:
+    if not 0 <= request.max_state_bytes <= MAX_STATE_BYTES:
         raise Reason.FIELD_INVALID.error(
-            f"`max_state_bytes` is {request.max_state_bytes}; choose 0 (no limit) or more", field="max_state_bytes"
+            f"`max_state_bytes` is {request.max_state_bytes}; choose 0 (no limit) to {MAX_STATE_BYTES}",
+            field="max_state_bytes",
         )
     if not 0 <= request.preview_every <= MAX_EVERY:
         raise Reason.FIELD_INVALID.error(

@@ -25,7 +25,7 @@ from edge_client.cloud.types import (
 )
 from edge_client.types import Conditioning, Latents
 from hybridsd import codec, noise
-from hybridsd.closed_loop import IMAGE_STEP, Track, checksum, follow, pack_latents, precision_of
+from hybridsd.closed_loop import IMAGE_STEP, Track, checksum, follow, is_far, pack_latents, precision_of
 from hybridsd.durations import to_seconds
 from hybridsd.energy import Energy
 from hybridsd.energy import read as read_energy
@@ -117,7 +117,7 @@ class Conversation:
             InvalidRequest: SIZE_INVALID if it is larger than a message may be.
         """
         self._asked = self._segment if rest is None else rest
-        self._track, self._begins_with_request = None, resume_call <= self._asked.first_call
+        self._track, self._coded, self._begins_with_request = None, None, resume_call <= self._asked.first_call
         message = self._build(rest) if rest is not None else self._message
         copy = pb.DenoiseRequest()
         copy.CopyFrom(message)
@@ -282,7 +282,9 @@ class Conversation:
         return message, Conditioning(**{name: seen.get(name) for name in _EMBEDDINGS})  # type: ignore[arg-type]
 
     def _encode_coded(self, coded: CodedState) -> pb.CodedState | None:
-        """Returns a state as it came; None where it came whole."""
+        """Returns a state as it came; None where it came whole, or long after one that did."""
+        if coded.states and is_far(coded.states[-1][0] - coded.call, self._segment.resolved.latent_shape):
+            return None
         image = None if coded.image is None else _pack(coded.image)
         if (coded.image is None) != (image is None) or not (coded.states or image):
             return None

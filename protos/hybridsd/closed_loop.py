@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybridsd.errors import HybridSDError, Reason
+from hybridsd.limits import MAX_FOLLOWED_VALUES
 from hybridsd.plan import Plan, PlanRow, advance, combine
 
 F32 = NDArray[np.float32]
@@ -73,6 +74,11 @@ class Residual:
     """Of the quantiser, exact in float32, above 0."""
     data: bytes
     """The whole numbers; see `pack`."""
+
+
+def is_far(num_calls: int, shape: Sequence[int]) -> bool:
+    """Whether so many calls are too much to follow for latents of a shape: the state goes whole."""
+    return num_calls * math.prod(shape) > MAX_FOLLOWED_VALUES
 
 
 def follow(plan: Plan, track: Track, call: int, residuals: Sequence[Residual], noise: Noise) -> Track:

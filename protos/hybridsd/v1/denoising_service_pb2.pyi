@@ -452,7 +452,9 @@ Global___Residual: _TypeAlias = Residual  # noqa: Y015
 
 @_typing.final
 class CodedState(_message.Message):
-    """A solver state in few bytes: one that both ends know, and residuals that lead from it to another."""
+    """A solver state in few bytes: one that both ends know, and residuals that lead from it to another, over so many calls
+    that calls times values of the latents are at most 2^23; what is further away is STATE_INVALID, and goes whole.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

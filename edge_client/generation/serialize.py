@@ -16,7 +16,6 @@ from edge_client.request import Request
 from edge_client.types import ImageInput
 from hybridsd import schedulers
 from hybridsd.closed_loop import DEFAULT_PSNR
-from hybridsd.codec import RESIDUAL
 from hybridsd.errors import HybridSDError, Reason
 
 MAX_PARAMETERS_CHARS = 65_536
@@ -244,7 +243,7 @@ def parameters(result: Result) -> str:
         "Approximate reuse": None
         if result.reuse_similarity is None
         else f"{result.reused_cloud_steps} steps of a text near by {result.reuse_similarity:.3f}",
-        "Codec": None if result.codec == RESIDUAL else result.codec,
+        "Codec": result.codec if result.actual_cloud_steps else None,  # texts of earlier versions leave fp16 out
         "State PSNR": None if request.state_psnr == DEFAULT_PSNR else _number(request.state_psnr),
         "Max state bytes": request.max_state_bytes or None,
         "Private": True if request.private else None,

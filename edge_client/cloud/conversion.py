@@ -341,9 +341,13 @@ class Conversation:
         guidance_scale = self._asked.stages[0].guidance_scale
         if not abs(started.guidance_scale - guidance_scale) <= 1e-9:  # NaN too
             _refuse(f"guidance_scale {started.guidance_scale}, not {guidance_scale}")
-        rescale = self._asked.stages[0].guidance_rescale
+        later = (stage.guidance_rescale for _, stage in self._asked.model_changes)
+        rescale = max(self._asked.stages[0].guidance_rescale, *later, 0.0)
         if not abs(started.guidance_rescale - rescale) <= 1e-9:
-            _refuse(f"guidance_rescale {started.guidance_rescale}, not {rescale}")
+            _refuse(
+                f"guidance_rescale {started.guidance_rescale}, not {rescale}; where it is an older server, leave "
+                "guidance_rescale out"
+            )
         if self._plan is not None and started.plan_digest != self._plan.digest():
             _refuse("another plan than the one that is followed already")
         plan = self._read_plan(started)

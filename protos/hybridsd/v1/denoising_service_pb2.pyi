@@ -1028,7 +1028,7 @@ class Started(_message.Message):
     has_coded_state: _builtins.bool
     """Whether `initial_coded_state` was read. A server that does not know it says false, and may have begun with noise."""
     guidance_rescale: _builtins.float
-    """The guidance_rescale that runs, in `[0, 1]`. A server that does not know it says 0."""
+    """The largest guidance_rescale of the models that run, in `[0, 1]`. A server that does not know it says 0."""
     @_builtins.property
     def plan(self) -> _plan_pb2.Plan:
         """The plan; absent when the caller sent it or named its digest in `known_digests`."""

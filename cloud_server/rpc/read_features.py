@@ -141,7 +141,7 @@ def read_coded_state(
             state = initial_state(plan, drawn)
     track = Track.begin(coded.call, state)
     for each in coded.states:
-        residuals = [codec.decode_residual(residual) for residual in each.residuals]
+        residuals = codec.decode_residuals(each.residuals, each.call - track.call)
         track = follow(plan, track, each.call, residuals, draw_noise)
     return track.state
 

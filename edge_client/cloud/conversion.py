@@ -506,7 +506,7 @@ class Conversation:
             self._begins_with_request = False
         if self._track is None or self._coded is None:
             _refuse("residuals before any state that they begin with")
-        residuals = tuple(codec.decode_residual(residual) for residual in state.residuals)
+        residuals = codec.decode_residuals(state.residuals, state.call - self._track.call)
         self._track = follow(plan, self._track, state.call, residuals, self._draw_noise)
         if checksum(self._track.state) != state.checksum:
             raise Diverged(f"the state before call {state.call} is another one here than in the cloud")

@@ -98,7 +98,8 @@ def follow(plan: Plan, track: Track, call: int, residuals: Sequence[Residual], n
         raise _refuse(f"they lead from call {track.call} to {call}, in a plan of {len(plan.rows)}")
     calls = [residual.call for residual in residuals]
     if not all(track.call <= each < call for each in calls) or sorted(set(calls)) != calls:
-        raise _refuse(f"they are of calls {calls}; each must be in [{track.call}, {call}), and later than the last")
+        shown = f"{', '.join(map(str, calls[:8]))}{', ...' if len(calls) > 8 else ''}"
+        raise _refuse(f"they are of calls {shown}; each must be in [{track.call}, {call}), and later than the last")
     by_call = dict(zip(calls, residuals, strict=True))
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is not finite
         for at in range(track.call, call):

@@ -252,6 +252,10 @@ WRONG_STATES: dict[str, tuple[dict[str, Any], str]] = {
         {"first_step": 2, "initial_coded_state": pb.CodedState(states=[
             pb.Residuals(call=2, residuals=[pb.Residual(call=2, step=0.5, data=b"x")])])}, "of calls"
     ),
+    "more residuals than calls": (
+        {"first_step": 2, "initial_coded_state": pb.CodedState(states=[
+            pb.Residuals(call=2, residuals=[pb.Residual()] * 100_000)])}, "100000 for 2 calls"
+    ),
     "a precision of 2": ({"residual_coding": pb.ResidualCoding(precision=2.0)}, "precision is 2"),
     "bytes below 0": ({"residual_coding": pb.ResidualCoding(max_state_bytes=-1)}, "max_state_bytes is -1"),
 }  # fmt: skip

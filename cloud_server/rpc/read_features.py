@@ -125,7 +125,9 @@ def read_coded_state(
     if len(coded.states) > first_call or (coded.states[-1].call if coded.states else coded.call) != first_call:
         raise refuse(f"its states must lead, one after another, to call {first_call}")
     if is_far(first_call - coded.call, shape):
-        raise refuse(f"it leads over {first_call - coded.call} calls, too many at this size; give initial_state instead")
+        raise refuse(
+            f"it leads over {first_call - coded.call} calls, too many at this size; give initial_state instead"
+        )
     if coded.arrays:
         if not 0 <= coded.call <= first_call or len(coded.arrays) != plan.num_arrays(coded.call):
             raise refuse(f"{len(coded.arrays)} arrays before call {coded.call} are no state of the plan")

@@ -164,9 +164,7 @@ def decode_residual(message: denoising_service_pb2.Residual) -> Residual:
     return Residual(message.call, message.step, message.data)
 
 
-def decode_residuals(
-    messages: Sequence[denoising_service_pb2.Residual], num_calls: int
-) -> tuple[Residual, ...]:
+def decode_residuals(messages: Sequence[denoising_service_pb2.Residual], num_calls: int) -> tuple[Residual, ...]:
     """Returns messages as residuals over so many calls, which `hybridsd.closed_loop.follow` checks.
 
     Raises:

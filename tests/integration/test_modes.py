@@ -124,7 +124,9 @@ def test_segments_in_any_order_are_one_run(
     assert result.actual_cloud_steps == sum(stage.place == "cloud" for stage in stages)
 
 
-@pytest.mark.parametrize("part", ["tiny:2@cloud(rescale=0.7),other:2@cloud(rescale=0)", "tiny:2@cloud,other:2@cloud(rescale=0.7)"])
+@pytest.mark.parametrize(
+    "part", ["tiny:2@cloud(rescale=0.7),other:2@cloud(rescale=0)", "tiny:2@cloud,other:2@cloud(rescale=0.7)"]
+)
 @pytest.mark.parametrize("is_old", [False, True])
 def test_a_rescale_that_a_cloud_does_not_know_is_not_dropped(
     part: str, is_old: bool, bundle: Bundle, models: Models, cloud: Cloud, monkeypatch: pytest.MonkeyPatch

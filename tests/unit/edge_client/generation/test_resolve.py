@@ -62,7 +62,7 @@ def test_a_rescale_without_effect_is_refused(changes: dict[str, Any], says: str,
 )
 def test_how_true_states_are_is_checked(changes: dict[str, Any], bundle: Bundle) -> None:
     """A message holds no more than 32 bits of `max_state_bytes`."""
-    with pytest.raises(InvalidRequest, match="choose (0|34)") as refused:
+    with pytest.raises(InvalidRequest, match=r"choose (0|34)") as refused:
         resolve(Request(prompt="x", **changes), bundle.manifest)
     assert refused.value.field == next(iter(changes))
 

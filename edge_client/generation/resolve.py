@@ -6,8 +6,8 @@ from edge_client.generation.segments import resolve_segments
 from edge_client.request import Patience, Request, Resolved, SavedState, Stage, TimestepSchedule
 from edge_client.types import ApproximateReuse, Conditioning, ImageInput, Mode
 from hybridsd import schedulers
-from hybridsd.closed_loop import MAX_PSNR, MIN_PSNR
-from hybridsd.codec import CODECS
+from hybridsd.closed_loop import DEFAULT_PSNR, MAX_PSNR, MIN_PSNR
+from hybridsd.codec import CODECS, RESIDUAL
 from hybridsd.errors import Reason
 from hybridsd.limits import (
     MAX_CHUNKS,
@@ -266,6 +266,13 @@ def _check_rest(request: Request, manifest: Manifest, width: int, height: int) -
             f"`max_state_bytes` is {request.max_state_bytes}; choose 0 (no limit) to {MAX_STATE_BYTES}",
             field="max_state_bytes",
         )
+    for name, given in (("state_psnr", request.state_psnr != DEFAULT_PSNR), ("max_state_bytes", request.max_state_bytes)):
+        if given and request.codec != RESIDUAL:
+            raise Reason.FIELD_INVALID.error(
+                f"`{name}` is {getattr(request, name):g}, which `codec` {request.codec} does not go by; leave it out, or "
+                f"set `codec` to {RESIDUAL}",
+                field=name,
+            )
     if not 0 <= request.preview_every <= MAX_EVERY:
         raise Reason.FIELD_INVALID.error(
             f"`preview_every` is {request.preview_every}; choose 0 to {MAX_EVERY}", field="preview_every"

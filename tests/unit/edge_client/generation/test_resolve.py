@@ -67,6 +67,13 @@ def test_how_true_states_are_is_checked(changes: dict[str, Any], bundle: Bundle)
     assert refused.value.field == next(iter(changes))
 
 
+@pytest.mark.parametrize("changes", [{"max_state_bytes": 1000}, {"state_psnr": 80.0}])
+def test_how_true_states_are_is_not_dropped_with_another_codec(changes: dict[str, Any], bundle: Bundle) -> None:
+    with pytest.raises(InvalidRequest, match="`codec` fp16 does not go by; leave it out") as refused:
+        resolve(Request(prompt="x", codec="fp16", **changes), bundle.manifest)
+    assert refused.value.field == next(iter(changes))
+
+
 def test_a_saved_state_keeps_its_rescale(result: Result, bundle: Bundle, tmp_path: Path) -> None:
     """What goes on from it is guided as it began; a state of an earlier version was not rescaled."""
     path = tmp_path / "s.npz"

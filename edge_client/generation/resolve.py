@@ -266,11 +266,12 @@ def _check_rest(request: Request, manifest: Manifest, width: int, height: int) -
             f"`max_state_bytes` is {request.max_state_bytes}; choose 0 (no limit) to {MAX_STATE_BYTES}",
             field="max_state_bytes",
         )
-    for name, given in (("state_psnr", request.state_psnr != DEFAULT_PSNR), ("max_state_bytes", request.max_state_bytes)):
-        if given and request.codec != RESIDUAL:
+    for name, usual in (("state_psnr", DEFAULT_PSNR), ("max_state_bytes", 0)):
+        value = getattr(request, name)
+        if value != usual and request.codec != RESIDUAL:
             raise Reason.FIELD_INVALID.error(
-                f"`{name}` is {getattr(request, name):g}, which `codec` {request.codec} does not go by; leave it out, or "
-                f"set `codec` to {RESIDUAL}",
+                f"`{name}` is {value:g}, which `codec` {request.codec} does not go by; leave it out, or set `codec` to "
+                f"{RESIDUAL}",
                 field=name,
             )
     if not 0 <= request.preview_every <= MAX_EVERY:

@@ -506,6 +506,8 @@ class Conversation:
             self._begins_with_request = False
         if self._track is None or self._coded is None:
             _refuse("residuals before any state that they begin with")
+        if is_far(state.call - self._track.call, self._track.x0.shape):
+            _refuse(f"residuals from call {self._track.call} to {state.call}, too many at this size")
         residuals = codec.decode_residuals(state.residuals, state.call - self._track.call)
         self._track = follow(plan, self._track, state.call, residuals, self._draw_noise)
         if checksum(self._track.state) != state.checksum:

@@ -184,7 +184,7 @@ class PrefixCache:
 def prefix_digest(request: JobRequest, plan_digest: bytes, *, has_prompt: bool = True) -> bytes:
     """Returns the digest of all in a request that decides the bits of its states, but for models' contents and owners.
 
-    How far it runs, what it shows and how it is sent are not in it.
+    How far it runs is in it only where that decides which calls are skipped; what it shows and how it is sent never.
 
     Args:
         request: The job.
@@ -212,6 +212,8 @@ def prefix_digest(request: JobRequest, plan_digest: bytes, *, has_prompt: bool =
     add(request.text_options, request.stages, request.loras, request.skipping, request.seed, request.image_index)
     add(request.latent_shape, request.size, plan_digest, request.first_call, len(request.initial_state))
     add_arrays(*request.initial_state, request.initial_latents, request.known_latents, request.mask)
+    if request.skipping is not None and request.skipping.num_last_calls:
+        add(request.handoff_call)  # the calls before it are not skipped
     return sha.digest()
 
 

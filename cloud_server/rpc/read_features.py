@@ -11,7 +11,7 @@ from cloud_server.models.load import ModelInfo
 from cloud_server.models.loras import key_of
 from cloud_server.rpc.write_states import ResidualCoding
 from hybridsd import codec, noise, noise_levels
-from hybridsd.closed_loop import DEFAULT_PRECISION, MAX_PRECISION, MIN_PRECISION, Track, follow, unpack_latents
+from hybridsd.closed_loop import DEFAULT_PRECISION, MAX_PRECISION, MIN_PRECISION, Track, follow, is_far, unpack_latents
 from hybridsd.errors import HybridSDError, Reason
 from hybridsd.limits import MAX_LORA_WEIGHT, MAX_LORAS, MAX_REUSED_CALLS
 from hybridsd.plan import Plan, PlanRow, initial_state
@@ -124,6 +124,10 @@ def read_coded_state(
         raise refuse(f"it has no arrays, so its call must be 0, not {coded.call}")
     if len(coded.states) > first_call or (coded.states[-1].call if coded.states else coded.call) != first_call:
         raise refuse(f"its states must lead, one after another, to call {first_call}")
+    if is_far(first_call - coded.call, shape):
+        raise refuse(
+            f"it leads over {first_call - coded.call} calls, too many at this size; give initial_state instead"
+        )
     if coded.arrays:
         if not 0 <= coded.call <= first_call or len(coded.arrays) != plan.num_arrays(coded.call):
             raise refuse(f"{len(coded.arrays)} arrays before call {coded.call} are no state of the plan")
@@ -139,7 +143,7 @@ def read_coded_state(
             state = initial_state(plan, drawn)
     track = Track.begin(coded.call, state)
     for each in coded.states:
-        residuals = [codec.decode_residual(residual) for residual in each.residuals]
+        residuals = codec.decode_residuals(each.residuals, each.call - track.call)
         track = follow(plan, track, each.call, residuals, draw_noise)
     return track.state
 

@@ -98,7 +98,7 @@ def _started(event: Started, request: JobRequest, style: AnswerStyle) -> pb.Star
         prompt=_conditioning(event.prompt, style, style.prompt_digest),
         negative_prompt=None if negative is None else _conditioning(negative, style, style.negative_prompt_digest),
         guidance_scale=request.guidance_scale,
-        guidance_rescale=request.guidance_rescale,
+        guidance_rescale=max(stage.guidance_rescale for stage in request.stages),
         has_coded_state=style.has_coded_state,
         num_dropped_tokens=dropped,
         num_reused_calls=event.num_reused_calls,

@@ -3,6 +3,7 @@
 Knows nothing of the engine's workings or the network.
 """
 
+import functools
 from dataclasses import dataclass
 
 from cloud_server.engine.events import Snapshot
@@ -65,7 +66,7 @@ class StateWriter:
             return message
         track = self._begin() if self._begins_with_request else self._track
         self._begins_with_request = False
-        found = None if track is None or event.call <= track.call else self._lead(track, event, self._coding)
+        found = None if track is None else self._lead(track, event, self._coding)
         if found is not None:
             residuals, self._track = found
             message.residuals.extend(codec.encode_residual(residual) for residual in residuals)
@@ -87,10 +88,13 @@ class StateWriter:
 
     def _lead(self, track: Track, event: Snapshot, coding: ResidualCoding) -> tuple[list[Residual], Track] | None:
         """Returns the residuals, and where they lead; None where the state goes whole."""
-        request = self._request
+        request, num_calls = self._request, event.call - track.call
+        if num_calls < 1 or closed_loop.is_far(num_calls, request.latent_shape):
+            return None
+        draw_noise = functools.cache(self._draw_noise)  # it takes as long as a fast step
         wanted = coding.precision
         if not event.is_handoff:
-            missed = event.call - track.call > max(1, request.state_every)
+            missed = num_calls > min(filter(None, (request.state_every, request.preview_every)), default=1)
             self._slowness = min(self._slowness * _SLOWER, _MAX_SLOWNESS) if missed else self._slowness / _FASTER
             self._slowness = max(self._slowness, 1.0)
             left, calls = request.handoff_call - event.call, request.handoff_call - request.first_call - 1
@@ -98,7 +102,7 @@ class StateWriter:
         coarseness = 1.0
         while True:
             residuals, reached = closed_loop.lead(
-                request.plan, track, event.call, event.arrays, coarseness * wanted, self._draw_noise
+                request.plan, track, event.call, event.arrays, coarseness * wanted, draw_noise
             )
             num_bytes = sum(len(residual.data) for residual in residuals)
             if not 0 < coding.max_state_bytes < num_bytes or coarseness >= _MAX_COARSENESS:

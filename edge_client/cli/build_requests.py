@@ -18,6 +18,7 @@ from edge_client.request import Request, SavedState
 from edge_client.split.handoff_policy import Goals
 from edge_client.types import MODES, ApproximateReuse, Conditioning, ImageInput, Mode
 from hybridsd import prompt_files
+from hybridsd.codec import RESIDUAL
 from hybridsd.errors import HybridSDError, InvalidRequest, Reason
 from hybridsd.limits import MAX_DEADLINE_S
 from hybridsd.manifest import Manifest
@@ -54,8 +55,7 @@ def read_requests(ctx: click.Context, options: dict[str, Any], manifest: Manifes
         seed=seed,
         **features,
         codec=options["codec"],
-        state_psnr=options["state_psnr"],
-        max_state_bytes=options["max_state_bytes"],
+        **_of_residuals(ctx, options),
         deadline_s=options["deadline"],
         fallback=not options["no_fallback"],
         private=options["private"],
@@ -106,6 +106,12 @@ _OF_THE_CLOUD = {
 """Options that say how the cloud runs its steps."""
 _AS_HERE = {"codec": "fp32", "state_every": 1}
 """Values that ask for no more than this device does anyway: exact numbers, and every state."""
+
+
+def _of_residuals(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:
+    """Returns how true states are; with another codec only what is on the command line, which is refused then."""
+    names = ("state_psnr", "max_state_bytes")
+    return {name: options[name] for name in names if options["codec"] == RESIDUAL or _on_the_line(ctx, name)}
 
 
 def check_cloud_options(ctx: click.Context, request: Request) -> None:

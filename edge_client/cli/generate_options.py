@@ -15,7 +15,7 @@ from edge_client.types import MODES, SafetyAction
 from hybridsd import schedulers
 from hybridsd.closed_loop import DEFAULT_PSNR, MAX_PSNR, MIN_PSNR
 from hybridsd.codec import CODECS, RESIDUAL
-from hybridsd.limits import MAX_IMAGE_INDEX
+from hybridsd.limits import MAX_IMAGE_INDEX, MAX_STATE_BYTES
 from hybridsd.prompting import LongPrompt
 from hybridsd.skipping import DEFAULT_TOLERANCE
 
@@ -137,7 +137,7 @@ _OPTIONS: tuple[Callable[[Any], Any], ...] = (
         help="With --codec residual: how true the states are, as PSNR of the image in dB; 6 more cost 1 bit a value.",
     ),
     click.option(
-        "--max-state-bytes", type=click.IntRange(min=0), default=0, show_default=True,
+        "--max-state-bytes", type=click.IntRange(0, MAX_STATE_BYTES), default=0, show_default=True,
         help="With --codec residual: states that would take more bytes are less true; 0: no limit.",
     ),
     click.option(

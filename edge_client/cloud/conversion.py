@@ -25,7 +25,7 @@ from edge_client.cloud.types import (
 )
 from edge_client.types import Conditioning, Latents
 from hybridsd import codec, noise
-from hybridsd.closed_loop import IMAGE_STEP, Track, checksum, follow, pack_latents, precision_of
+from hybridsd.closed_loop import IMAGE_STEP, Track, checksum, follow, is_far, pack_latents, precision_of
 from hybridsd.durations import to_seconds
 from hybridsd.energy import Energy
 from hybridsd.energy import read as read_energy
@@ -117,7 +117,7 @@ class Conversation:
             InvalidRequest: SIZE_INVALID if it is larger than a message may be.
         """
         self._asked = self._segment if rest is None else rest
-        self._track, self._begins_with_request = None, resume_call <= self._asked.first_call
+        self._track, self._coded, self._begins_with_request = None, None, resume_call <= self._asked.first_call
         message = self._build(rest) if rest is not None else self._message
         copy = pb.DenoiseRequest()
         copy.CopyFrom(message)
@@ -282,7 +282,9 @@ class Conversation:
         return message, Conditioning(**{name: seen.get(name) for name in _EMBEDDINGS})  # type: ignore[arg-type]
 
     def _encode_coded(self, coded: CodedState) -> pb.CodedState | None:
-        """Returns a state as it came; None where it came whole."""
+        """Returns a state as it came; None where it came whole, or long after one that did."""
+        if coded.states and is_far(coded.states[-1][0] - coded.call, self._segment.resolved.latent_shape):
+            return None
         image = None if coded.image is None else _pack(coded.image)
         if (coded.image is None) != (image is None) or not (coded.states or image):
             return None
@@ -339,9 +341,13 @@ class Conversation:
         guidance_scale = self._asked.stages[0].guidance_scale
         if not abs(started.guidance_scale - guidance_scale) <= 1e-9:  # NaN too
             _refuse(f"guidance_scale {started.guidance_scale}, not {guidance_scale}")
-        rescale = self._asked.stages[0].guidance_rescale
+        later = (stage.guidance_rescale for _, stage in self._asked.model_changes)
+        rescale = max(self._asked.stages[0].guidance_rescale, *later, 0.0)
         if not abs(started.guidance_rescale - rescale) <= 1e-9:
-            _refuse(f"guidance_rescale {started.guidance_rescale}, not {rescale}")
+            _refuse(
+                f"guidance_rescale {started.guidance_rescale}, not {rescale}; where it is an older server, leave "
+                "guidance_rescale out"
+            )
         if self._plan is not None and started.plan_digest != self._plan.digest():
             _refuse("another plan than the one that is followed already")
         plan = self._read_plan(started)
@@ -500,7 +506,9 @@ class Conversation:
             self._begins_with_request = False
         if self._track is None or self._coded is None:
             _refuse("residuals before any state that they begin with")
-        residuals = tuple(codec.decode_residual(residual) for residual in state.residuals)
+        if is_far(state.call - self._track.call, self._track.x0.shape):
+            _refuse(f"residuals from call {self._track.call} to {state.call}, too many at this size")
+        residuals = codec.decode_residuals(state.residuals, state.call - self._track.call)
         self._track = follow(plan, self._track, state.call, residuals, self._draw_noise)
         if checksum(self._track.state) != state.checksum:
             raise Diverged(f"the state before call {state.call} is another one here than in the cloud")

@@ -6,8 +6,8 @@ from edge_client.generation.segments import resolve_segments
 from edge_client.request import Patience, Request, Resolved, SavedState, Stage, TimestepSchedule
 from edge_client.types import ApproximateReuse, Conditioning, ImageInput, Mode
 from hybridsd import schedulers
-from hybridsd.closed_loop import MAX_PSNR, MIN_PSNR
-from hybridsd.codec import CODECS
+from hybridsd.closed_loop import DEFAULT_PSNR, MAX_PSNR, MIN_PSNR
+from hybridsd.codec import CODECS, RESIDUAL
 from hybridsd.errors import Reason
 from hybridsd.limits import (
     MAX_CHUNKS,
@@ -22,6 +22,7 @@ from hybridsd.limits import (
     MAX_REUSED_CALLS,
     MAX_SEED,
     MAX_SIZE,
+    MAX_STATE_BYTES,
     MAX_STEPS,
     MIN_GUIDANCE,
     MIN_LORA_WEIGHT,
@@ -260,10 +261,19 @@ def _check_rest(request: Request, manifest: Manifest, width: int, height: int) -
         raise Reason.FIELD_INVALID.error(
             f"`state_psnr` is {request.state_psnr:g}; choose {MIN_PSNR:g} to {MAX_PSNR:g} dB", field="state_psnr"
         )
-    if request.max_state_bytes < 0:
+    if not 0 <= request.max_state_bytes <= MAX_STATE_BYTES:
         raise Reason.FIELD_INVALID.error(
-            f"`max_state_bytes` is {request.max_state_bytes}; choose 0 (no limit) or more", field="max_state_bytes"
+            f"`max_state_bytes` is {request.max_state_bytes}; choose 0 (no limit) to {MAX_STATE_BYTES}",
+            field="max_state_bytes",
         )
+    for name, usual in (("state_psnr", DEFAULT_PSNR), ("max_state_bytes", 0)):
+        value = getattr(request, name)
+        if value != usual and request.codec != RESIDUAL:
+            raise Reason.FIELD_INVALID.error(
+                f"`{name}` is {value:g}, which `codec` {request.codec} does not go by; leave it out, or set `codec` to "
+                f"{RESIDUAL}",
+                field=name,
+            )
     if not 0 <= request.preview_every <= MAX_EVERY:
         raise Reason.FIELD_INVALID.error(
             f"`preview_every` is {request.preview_every}; choose 0 to {MAX_EVERY}", field="preview_every"

@@ -16,7 +16,6 @@ from edge_client.request import Request
 from edge_client.types import ImageInput
 from hybridsd import schedulers
 from hybridsd.closed_loop import DEFAULT_PSNR
-from hybridsd.codec import RESIDUAL
 from hybridsd.errors import HybridSDError, Reason
 
 MAX_PARAMETERS_CHARS = 65_536
@@ -244,9 +243,7 @@ def parameters(result: Result) -> str:
         "Approximate reuse": None
         if result.reuse_similarity is None
         else f"{result.reused_cloud_steps} steps of a text near by {result.reuse_similarity:.3f}",
-        "Codec": None if result.codec == RESIDUAL else result.codec,
-        "State PSNR": None if request.state_psnr == DEFAULT_PSNR else _number(request.state_psnr),
-        "Max state bytes": request.max_state_bytes or None,
+        **(_codec(result) if result.actual_cloud_steps else {}),
         "Private": True if request.private else None,
         "Drawn size": None if result.drawn_size is None else "{}x{}".format(*result.drawn_size),
         "Initial latents": _digest(request.initial_latents),
@@ -259,6 +256,16 @@ def parameters(result: Result) -> str:
         lines.append(f"Negative prompt: {_weighed(result.negative_prompt, weighting=options.weighting)}")
     written = ", ".join(f"{key}: {_quoted(value)}" for key, value in fields.items() if value is not None)
     return "\n".join([*lines, written])
+
+
+def _codec(result: Result) -> dict[str, object]:
+    """Returns how the cloud's states came. Texts of earlier versions leave "fp16" out."""
+    request = result.request
+    return {
+        "Codec": result.codec,
+        "State PSNR": None if request.state_psnr == DEFAULT_PSNR else _number(request.state_psnr),
+        "Max state bytes": request.max_state_bytes or None,
+    }
 
 
 def parse_parameters(text: str) -> dict[str, str]:

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybridsd.errors import HybridSDError, Reason
+from hybridsd.limits import MAX_FOLLOWED_VALUES
 from hybridsd.plan import Plan, PlanRow, advance, combine
 
 F32 = NDArray[np.float32]
@@ -75,6 +76,11 @@ class Residual:
     """The whole numbers; see `pack`."""
 
 
+def is_far(num_calls: int, shape: Sequence[int]) -> bool:
+    """Whether so many calls are too much to follow for latents of a shape: the state goes whole."""
+    return num_calls * math.prod(shape) > MAX_FOLLOWED_VALUES
+
+
 def follow(plan: Plan, track: Track, call: int, residuals: Sequence[Residual], noise: Noise) -> Track:
     """Returns where the receiver is when it has a later state.
 
@@ -92,7 +98,8 @@ def follow(plan: Plan, track: Track, call: int, residuals: Sequence[Residual], n
         raise _refuse(f"they lead from call {track.call} to {call}, in a plan of {len(plan.rows)}")
     calls = [residual.call for residual in residuals]
     if not all(track.call <= each < call for each in calls) or sorted(set(calls)) != calls:
-        raise _refuse(f"they are of calls {calls}; each must be in [{track.call}, {call}), and later than the last")
+        shown = f"{', '.join(map(str, calls[:8]))}{', ...' if len(calls) > 8 else ''}"
+        raise _refuse(f"they are of calls {shown}; each must be in [{track.call}, {call}), and later than the last")
     by_call = dict(zip(calls, residuals, strict=True))
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is not finite
         for at in range(track.call, call):

@@ -164,6 +164,19 @@ def decode_residual(message: denoising_service_pb2.Residual) -> Residual:
     return Residual(message.call, message.step, message.data)
 
 
+def decode_residuals(messages: Sequence[denoising_service_pb2.Residual], num_calls: int) -> tuple[Residual, ...]:
+    """Returns messages as residuals over so many calls, which `hybridsd.closed_loop.follow` checks.
+
+    Raises:
+        InvalidRequest: TENSOR_INVALID if they are more than calls; a message has room for millions.
+    """
+    if len(messages) > max(num_calls, 0):
+        raise Reason.TENSOR_INVALID.error(
+            f"residuals: there are {len(messages)} for {num_calls} calls; give at most one for each", field="residuals"
+        )
+    return tuple(map(decode_residual, messages))
+
+
 def _deflate(rows: NDArray[np.int8]) -> bytes:
     """Returns the smallest raw DEFLATE stream (RFC 1951) that we know to make of rows, `[n, m]`."""
     differences = rows.copy()

@@ -24,6 +24,10 @@ MAX_CHUNKS = 4
 """Chunks of one context length that a text may take; tokens beyond them are dropped."""
 MAX_EVERY = 1000
 """Of `state_every` and `preview_every`, from 0."""
+MAX_STATE_BYTES = 2**31 - 1
+"""Of `max_state_bytes`, from 0, which is no limit."""
+MAX_FOLLOWED_VALUES = 2**23
+"""Calls that a state in few bytes leads over, times values of the latents: 128 calls at 1024x1024, some seconds."""
 MAX_LORAS = 8
 """Adapters of one image."""
 MIN_LORA_WEIGHT, MAX_LORA_WEIGHT = -4.0, 4.0

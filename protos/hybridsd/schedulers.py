@@ -211,7 +211,10 @@ def find(name: str) -> SchedulerSpec:
             field="scheduler",
         )
     spec, modifiers = found
-    kinds = {_kind(modifier): modifier for modifier in modifiers}
+    kinds: dict[str, str] = {}
+    for modifier in modifiers:
+        if (other := kinds.setdefault(_kind(modifier), modifier)) != modifier:
+            raise _refused(spec, modifier, f"{other[:40]!r} is of the same kind; give one of them")
     if spec.name.endswith("_karras"):
         spec = _BY_NAME[spec.name.removesuffix("_karras")]
         kinds.setdefault("sigmas", "karras")

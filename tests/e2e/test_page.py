@@ -281,7 +281,7 @@ def test_everything_can_be_reached_by_keyboard(page: Page) -> None:
     page.get_by_label("random each time").uncheck()
     page.get_by_test_id("prompt").focus()
     names = []
-    for _ in range(12):
+    for _ in range(16):
         page.keyboard.press("Tab")
         names.append(page.evaluate("document.activeElement.id"))
         style = page.evaluate(

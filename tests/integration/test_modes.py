@@ -12,6 +12,7 @@ import pytest
 from cloud_server.models.denoiser import Encoded
 from cloud_server.models.devices import place
 from cloud_server.models.load import Model, load_model
+from cloud_server.rpc.read_request import RequestReader
 from cloud_server.rpc.server import CloudServer
 from edge_client.bundles.bundle import Bundle, open_bundle
 from edge_client.cache import Cache
@@ -30,6 +31,7 @@ from hybridsd import noise_levels
 from hybridsd.errors import HybridSDError, InvalidRequest, Reason
 from hybridsd.prompting import TextOptions
 from hybridsd.skipping import CallSkipping
+from hybridsd.v1 import denoising_service_pb2 as pb
 from tests.integration.conftest import serving
 from tests.support.reference import guided, predict_by, run_from_seed
 from tests.support.tiny_bundle import write_bundle
@@ -120,6 +122,30 @@ def test_segments_in_any_order_are_one_run(
     assert np.abs(result.latents - last.state[0]).max() < EXACT
     assert [record.place for record in result.steps] == [stage.place for stage in stages]
     assert result.actual_cloud_steps == sum(stage.place == "cloud" for stage in stages)
+
+
+@pytest.mark.parametrize(
+    "part", ["tiny:2@cloud(rescale=0.7),other:2@cloud(rescale=0)", "tiny:2@cloud,other:2@cloud(rescale=0.7)"]
+)
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_rescale_that_a_cloud_does_not_know_is_not_dropped(
+    part: str, is_old: bool, bundle: Bundle, models: Models, cloud: Cloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of whichever model it is."""
+    check = RequestReader._check
+
+    def forget(self: Any, message: pb.DenoiseRequest, *args: Any) -> Any:
+        for each in (message, *message.model_changes):
+            each.ClearField("guidance_rescale")
+        return check(self, message, *args)
+
+    request = ask(segments=parse_segments(f"{part},e:2@edge"))
+    if not is_old:
+        assert run(request, bundle, models, cloud).actual_cloud_steps == 4
+        return
+    monkeypatch.setattr(RequestReader, "_check", forget)
+    with pytest.raises(HybridSDError, match="guidance_rescale"):
+        run(request, bundle, models, cloud)
 
 
 def cloud_conditioning(model: Model) -> Any:

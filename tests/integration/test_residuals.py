@@ -12,9 +12,11 @@ import pytest
 
 from cloud_server.models.load import Model
 from cloud_server.rpc import denoising_service, read_request
+from cloud_server.rpc.read_features import read_coded_state
 from cloud_server.rpc.server import CloudServer
 from edge_client.bundles.bundle import Bundle
 from edge_client.cloud import conversion
+from edge_client.cloud.types import CloudState
 from edge_client.generation.events import StepDone
 from edge_client.generation.pipeline import generate
 from edge_client.generation.resolve import resolve
@@ -23,6 +25,7 @@ from edge_client.inference.models import Models
 from edge_client.request import Request
 from edge_client.types import ImageInput
 from hybridsd import closed_loop, codec
+from hybridsd.errors import InvalidRequest, Reason
 from hybridsd.skipping import CallSkipping
 from hybridsd.v1 import denoising_service_pb2 as pb
 from hybridsd.v1 import denoising_service_pb2_grpc
@@ -40,9 +43,8 @@ SIDE = 128
 
 
 def ask(scheduler: str = "dpmpp_2m", **changes: Any) -> Request:
-    return request(
-        scheduler, PART, **{"width": SIDE, "height": SIDE, "codec": "residual", "state_psnr": 70.0, **changes}
-    )
+    fields = {"width": SIDE, "height": SIDE, "codec": "residual", **changes}
+    return request(scheduler, PART, **{"state_psnr": 70.0, **fields} if fields["codec"] == "residual" else fields)
 
 
 @pytest.fixture
@@ -104,7 +106,7 @@ def test_it_is_the_default(
     run(asked, bundle, models, connect(server))
     residuals = sum(state.ByteSize() for state in states)
     del states[:]
-    run(replace(ask(), codec="fp16"), bundle, models, connect(server))
+    run(ask(codec="fp16"), bundle, models, connect(server))
 
     assert residuals < sum(state.ByteSize() for state in states) / 3
 
@@ -249,6 +251,10 @@ WRONG_STATES: dict[str, tuple[dict[str, Any], str]] = {
         {"first_step": 2, "initial_coded_state": pb.CodedState(states=[
             pb.Residuals(call=2, residuals=[pb.Residual(call=2, step=0.5, data=b"x")])])}, "of calls"
     ),
+    "more residuals than calls": (
+        {"first_step": 2, "initial_coded_state": pb.CodedState(states=[
+            pb.Residuals(call=2, residuals=[pb.Residual()] * 100_000)])}, "100000 for 2 calls"
+    ),
     "a precision of 2": ({"residual_coding": pb.ResidualCoding(precision=2.0)}, "precision is 2"),
     "bytes below 0": ({"residual_coding": pb.ResidualCoding(max_state_bytes=-1)}, "max_state_bytes is -1"),
 }  # fmt: skip
@@ -267,6 +273,27 @@ def test_wrong_states_are_refused(name: str, server: CloudServer) -> None:
     assert re.search(message, caught.value.details() or "")
 
 
+def test_states_over_many_calls_are_not_followed(
+    server: CloudServer, open_pool: OpenPool, model: Model, bundle: Bundle, models: Models,  # noqa: F811
+    requests: list[pb.DenoiseRequest], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """4000 calls of a large image would keep a server busy for minutes: it refuses, and the edge does not ask."""
+    monkeypatch.setattr(closed_loop, "MAX_FOLLOWED_VALUES", 4 * (SIDE // 8) ** 2)
+    states = [pb.Residuals(call=1), pb.Residuals(call=2)]
+    asked = pb.DenoiseRequest(first_step=2, initial_coded_state=pb.CodedState(states=states))
+    with pytest.raises(InvalidRequest, match="over 2 calls, too many") as refused:
+        read_coded_state(asked, model.plans.plan("ddim", STEPS), 2, (4, SIDE // 8, SIDE // 8), "epsilon")
+    assert refused.value.reason is Reason.STATE_INVALID  # at which the edge sends it whole
+
+    with running_server(model, GatedDenoiser(model.denoiser, calls=2)) as dying:
+        pool = open_pool(dying, server)
+        prefer(pool, dying.port)
+        draw(ask(fallback=True), bundle, models, pool, lambda event: stop_hard(dying) if event.step == 1 else None)
+    rests = [each for each in requests if each.first_step == 2]
+    assert rests[-1].initial_state
+    assert not any(each.HasField("initial_coded_state") for each in rests)
+
+
 def test_whole_states_are_asked_for_where_arithmetic_differs(
     server: CloudServer, connect: Connect, bundle: Bundle, models: Models, states: list[pb.State],
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
@@ -283,6 +310,32 @@ def test_whole_states_are_asked_for_where_arithmetic_differs(
     assert len([event for event in events if isinstance(event, StepDone)]) >= STEPS - PART + 1
     assert states[-1].arrays
     assert "asking for whole states" in caplog.text
+
+
+def test_whole_states_that_follow_are_not_taken_for_earlier_ones(
+    server: CloudServer, connect: Connect, bundle: Bundle, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where arithmetic differs on the way: another cloud must not be sent the residuals that led to a state before."""
+    check, checked, seen = conversion.checksum, [], []
+
+    def differ(state: Any) -> int:
+        checked.append(check(state))
+        return checked[-1] if len(checked) < 3 else checked[-1] + 1
+
+    read = conversion.Conversation.read
+
+    def spy(self: Any, message: pb.DenoiseResponse) -> Any:
+        event = read(self, message)
+        if isinstance(event, CloudState):
+            seen.append((event.call, event.coded))
+        return event
+
+    monkeypatch.setattr(conversion, "checksum", differ)
+    monkeypatch.setattr(conversion.Conversation, "read", spy)
+    run(ask(), bundle, models, connect(server))
+
+    assert seen[-1][0] == PART
+    assert [coded is not None for _, coded in seen] == [call < 3 for call, _ in seen]
 
 
 def test_an_older_cloud_sends_whole_states(

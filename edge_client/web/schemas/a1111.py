@@ -214,6 +214,8 @@ def read_infotext(text: str) -> dict[str, Any]:
             given |= {"width": width, "height": height}
         elif name not in _INFOTEXT_HARMLESS and (name, value) not in _INFOTEXT_NEUTRAL:
             raise _refuse("infotext", f"{name}: {value[:40]} is not supported; take it out")
+    if "mode" in hybrid:
+        hybrid.setdefault("codec", "fp16")  # what it meant, in texts of earlier versions, not to name one
     if "segments" in hybrid:
         del hybrid["mode"]
     if hybrid.get("mode") != "hybrid":

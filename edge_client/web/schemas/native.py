@@ -18,6 +18,7 @@ from hybridsd.limits import (
     MAX_SCHEDULER_CHARS,
     MAX_SEED,
     MAX_SIZE,
+    MAX_STATE_BYTES,
     MAX_STEPS,
     MIN_GUIDANCE,
     MIN_LORA_WEIGHT,
@@ -90,7 +91,7 @@ class Hybrid(_RequestModel):
         description="with residual: how true the states are, as the PSNR of the image in dB",
     )  # fmt: skip
     max_state_bytes: int = Field(
-        0, ge=0, le=2**31 - 1, description="with residual: states that would take more are less true; 0: no limit"
+        0, ge=0, le=MAX_STATE_BYTES, description="with residual: states that would take more are less true; 0: no limit"
     )
     private: bool = Field(False, description="encode the prompt on this device; the cloud gets its embeddings")
     fallback: bool = Field(True, description="continue on this device if the cloud fails, is busy or too slow")

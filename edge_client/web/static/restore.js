@@ -49,7 +49,7 @@ function notOnThePage(made) {
     segments: Boolean(made.segments), cloud_skip: Boolean(made.cloud_skip),
     edge_skip: Boolean(made.edge_skip),
     approximate_reuse: Boolean(made.approximate_reuse),
-    codec: !["residual", "fp16"].includes(made.codec ?? "fp16"),  // which look alike
+    codec: made.mode !== "edge" && (made.codec ?? "fp16") !== "residual",
     state_psnr: (made.state_psnr ?? 64) !== 64, max_state_bytes: Boolean(made.max_state_bytes),
     private: made.private === true,
     initial_latents: Boolean(made.initial_latents),

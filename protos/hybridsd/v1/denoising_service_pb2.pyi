@@ -452,7 +452,9 @@ Global___Residual: _TypeAlias = Residual  # noqa: Y015
 
 @_typing.final
 class CodedState(_message.Message):
-    """A solver state in few bytes: one that both ends know, and residuals that lead from it to another."""
+    """A solver state in few bytes: one that both ends know, and residuals that lead from it to another, over so many calls
+    that calls times values of the latents are at most 2^23; what is further away is STATE_INVALID, and goes whole.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1026,7 +1028,7 @@ class Started(_message.Message):
     has_coded_state: _builtins.bool
     """Whether `initial_coded_state` was read. A server that does not know it says false, and may have begun with noise."""
     guidance_rescale: _builtins.float
-    """The guidance_rescale that runs, in `[0, 1]`. A server that does not know it says 0."""
+    """The largest guidance_rescale of the models that run, in `[0, 1]`. A server that does not know it says 0."""
     @_builtins.property
     def plan(self) -> _plan_pb2.Plan:
         """The plan; absent when the caller sent it or named its digest in `known_digests`."""

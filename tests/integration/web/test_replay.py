@@ -24,6 +24,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "edge": {"hybrid": {"mode": "edge"}},
     "cloud": {"hybrid": {"mode": "cloud", "codec": "fp32"}},
     "split": {"hybrid": {"split": "2,4", "codec": "int8"}},
+    "fine states": {"hybrid": {"split": "2,4", "state_psnr": 90.0, "max_state_bytes": 5000}},
+    "fine states of nobody": {"hybrid": {"mode": "edge", "state_psnr": 90.0}},
     "private": {"hybrid": HERE},
     "skip": {"hybrid": {"mode": "cloud", "cloud_skip": "2,1,0.25"}},
     "adaptive": {"hybrid": {"split": "3,3", "cloud_skip": "adaptive:0.5", "edge_skip": "adaptive:1.0,3,2"}},

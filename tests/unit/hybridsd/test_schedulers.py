@@ -77,6 +77,8 @@ def test_what_means_the_same_has_one_name(written: str, name: str) -> None:
         ("ddim+eta=2", "eta=0 to eta=1"),
         ("unipc+order=9", "order=1, order=2"),
         ("euler_karras+ays", "either noise levels or timesteps"),
+        ("euler+karras+beta", "'karras' is of the same kind; give one of them"),
+        ("ddim+eta=0.5+eta=1", "'eta=0.5' is of the same kind"),
         ("euler+timesteps=1-2", "falling numbers of 0 to 999"),
         ("euler+timesteps=", "give timesteps"),
         ("euler+", "''"),

@@ -345,6 +345,21 @@ def test_all_that_decides_the_bits_is_in_the_digest_and_no_more(tiny_model: Mode
     assert keyed(tiny_model, **same_bits).prefix == base.prefix
 
 
+async def test_a_state_on_the_way_is_no_end_where_the_last_call_must_run(
+    tiny_model: Model, make_engine: MakeEngine, opened: GatedDenoiser
+) -> None:
+    """A criterion skips none before the hand-off: a longer job may have skipped there, and published what it led to."""
+    skipping = CallSkipping.adaptive(1.0, warm_up_calls=2)
+    expected = await run(make_engine({"tiny": opened}), keyed(tiny_model, handoff_call=4, skipping=skipping))
+    engine = make_engine({"tiny": opened}, prefix_cache_bytes=MIB)
+    longer = await run(engine, keyed(tiny_model, handoff_call=6, skipping=skipping, state_every=1))
+    found = await run(engine, keyed(tiny_model, handoff_call=4, skipping=skipping))
+
+    on_the_way = next(event for event in longer if isinstance(event, Snapshot) and event.call == 4)
+    assert not np.array_equal(on_the_way.arrays[0], handoff(expected).arrays[0])
+    assert same(handoff(found), handoff(expected))
+
+
 class TestPrefixCache:
     """The store alone."""
 

@@ -107,6 +107,22 @@ def test_a_reader_that_falls_behind_gets_coarser_states() -> None:
     assert error(every_other[-1], behind[-1]) <= 0.6 * CODING.precision  # never the hand-off
 
 
+def test_a_reader_of_previews_alone_does_not_fall_behind() -> None:
+    """Without `state_every` states come as often as previews."""
+    job, events = replace(JOB, state_every=0, preview_every=2), snapshots()[1::2]
+    steps = [message.residuals[-1].step for message in write(events, job)]
+    usual = [message.residuals[-1].step for message in write(events, replace(JOB, state_every=2))]
+    assert steps == usual
+
+
+def test_a_state_many_calls_away_goes_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To follow them would take longer than its bytes do."""
+    monkeypatch.setattr(closed_loop, "MAX_FOLLOWED_VALUES", 5 * 4 * 32 * 32)
+    events = snapshots()
+    assert [len(message.arrays) > 0 for message in write([events[4], events[-1]])] == [False, False]
+    assert [len(message.arrays) > 0 for message in write([events[5], events[-1]])] == [True, False]
+
+
 def test_states_keep_to_a_limit_of_bytes() -> None:
     free, bound = write(snapshots()), write(snapshots(), max_state_bytes=700)
 

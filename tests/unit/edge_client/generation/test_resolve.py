@@ -57,6 +57,23 @@ def test_a_rescale_without_effect_is_refused(changes: dict[str, Any], says: str,
     assert says in refused.value.message
 
 
+@pytest.mark.parametrize(
+    "changes", [{"max_state_bytes": -1}, {"max_state_bytes": 2**31}, {"state_psnr": 33.9}, {"state_psnr": float("nan")}]
+)
+def test_how_true_states_are_is_checked(changes: dict[str, Any], bundle: Bundle) -> None:
+    """A message holds no more than 32 bits of `max_state_bytes`."""
+    with pytest.raises(InvalidRequest, match=r"choose (0|34)") as refused:
+        resolve(Request(prompt="x", **changes), bundle.manifest)
+    assert refused.value.field == next(iter(changes))
+
+
+@pytest.mark.parametrize("changes", [{"max_state_bytes": 1000}, {"state_psnr": 80.0}])
+def test_how_true_states_are_is_not_dropped_with_another_codec(changes: dict[str, Any], bundle: Bundle) -> None:
+    with pytest.raises(InvalidRequest, match="`codec` fp16 does not go by; leave it out") as refused:
+        resolve(Request(prompt="x", codec="fp16", **changes), bundle.manifest)
+    assert refused.value.field == next(iter(changes))
+
+
 def test_a_saved_state_keeps_its_rescale(result: Result, bundle: Bundle, tmp_path: Path) -> None:
     """What goes on from it is guided as it began; a state of an earlier version was not rescaled."""
     path = tmp_path / "s.npz"

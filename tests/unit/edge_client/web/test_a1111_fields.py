@@ -106,3 +106,11 @@ def test_an_infotext_gives_what_is_not_sent() -> None:
 
     assert (body.prompt, body.negative_prompt, body.steps, body.seed) == ("a fox,\nred", "blurry", 20, 4)
     assert (body.sampler_name, body.scheduler, body.width, body.height) == ("DPM++ 2M", "Karras", 512, 256)
+
+
+def test_an_infotext_of_an_earlier_version_means_the_codec_of_then() -> None:
+    """Which was fp16 where it names none; that of another tool means our default."""
+    ours = "a fox\nSteps: 20, Hybrid mode: hybrid, Cloud steps: 8"
+    assert TextToImage.model_validate({"infotext": ours}).hybrid.codec == "fp16"
+    assert TextToImage.model_validate({"infotext": f"{ours}, Codec: residual"}).hybrid.codec == "residual"
+    assert TextToImage.model_validate({"infotext": "a fox\nSteps: 20"}).hybrid.codec == "residual"

@@ -256,8 +256,8 @@ def test_every_image_is_finished_when_a_replica_is_killed(
 ) -> None:
     """Both work; after kill -9 of one the other goes on from the last states, and Ray starts another."""
     images = Images(cloud, bundle, models)
+    killed = next(iter(replicas(ray_cloud)))  # before: Ray takes its time to say, and images do not wait
     images.begin(threads, ray_cloud)
-    killed = next(iter(replicas(ray_cloud)))
     os.kill(killed, signal.SIGKILL)
     results = images.wait()
     assert {one.actual_cloud_steps for one in results} == {STEPS - 1}

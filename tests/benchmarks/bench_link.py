@@ -43,7 +43,7 @@ def main() -> None:
     options = parser.parse_args()
     size, split, codecs = (128, "2,2", CODECS[1:]) if options.smoke else (512, "8,17", CODECS)
     say(f"machine: {machine()}")
-    cloud = ["--model", f"demo={DEMO / 'large'}", "--dtype", "fp32", "--prefix-cache", "0"]
+    cloud = ["--model", f"demo={DEMO / 'large'}", "--dtype", "fp32", "--prefix-cache", "0", "--max-size", "512"]
     with tempfile.TemporaryDirectory() as name, running_cloud(cloud, Path(name) / "log") as (address, _):
         port = int(address.rpartition(":")[2])
         with SlowLink(port) as link:

@@ -81,8 +81,9 @@ class Postgres:
         while True:
             try:
                 psycopg.connect(self.address, connect_timeout=2).close()
-            except psycopg.OperationalError:
+            except psycopg.OperationalError as error:
                 if self._server.poll() is not None or time.monotonic() > give_up_at:
+                    error.add_note((self._folder / "log").read_text(errors="replace")[-2000:])
                     raise
                 time.sleep(0.05)
             else:

@@ -16,8 +16,9 @@ from edge_client.addresses import is_loopback
 from edge_client.cache import Cache
 from edge_client.cloud.breaker import Breaker
 from edge_client.cloud.connection import Connection, Connections, read_target
-from edge_client.cloud.conversion import Conversation, Diverged, Unread, check_plan
+from edge_client.cloud.conversion import Conversation, Unread, check_plan
 from edge_client.cloud.progress import Progress
+from edge_client.cloud.read_states import Diverged
 from edge_client.cloud.status import translate
 from edge_client.cloud.stream import NOTHING, Inbox
 from edge_client.cloud.token_file import check_token

@@ -12,6 +12,7 @@ import numpy as np
 from google.protobuf.duration_pb2 import Duration
 
 from edge_client.cache import Cache
+from edge_client.cloud.read_states import StateReader
 from edge_client.cloud.types import (
     CloudEvent,
     CloudSegment,
@@ -24,14 +25,14 @@ from edge_client.cloud.types import (
     printable,
 )
 from edge_client.types import Conditioning, Latents
-from hybridsd import codec, noise
-from hybridsd.closed_loop import IMAGE_STEP, Track, checksum, follow, is_far, pack_latents, precision_of
+from hybridsd import codec
+from hybridsd.closed_loop import IMAGE_STEP, is_far, pack_latents, precision_of
 from hybridsd.durations import to_seconds
 from hybridsd.energy import Energy
 from hybridsd.energy import read as read_energy
 from hybridsd.errors import InvalidRequest, Reason
 from hybridsd.limits import MAX_CHUNKS, MAX_REQUEST_BYTES
-from hybridsd.plan import MAX_ARRAYS, Plan, initial_state
+from hybridsd.plan import MAX_ARRAYS, Plan
 from hybridsd.v1 import denoising_service_pb2 as pb
 from hybridsd.v1 import plan_pb2, tensor_pb2
 
@@ -48,10 +49,6 @@ _CLOUD_TOLERANCE = 0.05
 _SIMILARITY_SLACK = 1e-3
 """By how much a similarity may be off: it is computed in float32."""
 _EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-
-
-class Diverged(Exception):
-    """Residuals led to another state here than in the cloud: its arithmetic is not ours."""
 
 
 class Unread(Exception):
@@ -84,9 +81,8 @@ class Conversation:
         self._takes_residuals = segment.request.codec == codec.RESIDUAL
         self._sends_coded, self._was_coded, self.request_id = True, False, segment.request_id
         self._message = self._build(segment)
-        self._track: Track | None = None
-        self._begins_with_request = self._asks_coded = False
-        self._coded: CodedState | None = None
+        self._asks_coded = False
+        self._states: StateReader | None = None
 
     @property
     def plan(self) -> Plan | None:
@@ -117,7 +113,9 @@ class Conversation:
             InvalidRequest: SIZE_INVALID if it is larger than a message may be.
         """
         self._asked = self._segment if rest is None else rest
-        self._track, self._coded, self._begins_with_request = None, None, resume_call <= self._asked.first_call
+        self._states = StateReader(
+            self._asked, holds_later=resume_call > self._asked.first_call, takes_residuals=self._takes_residuals
+        )
         message = self._build(rest) if rest is not None else self._message
         copy = pb.DenoiseRequest()
         copy.CopyFrom(message)
@@ -465,7 +463,7 @@ class Conversation:
 
     def _state(self, state: pb.State) -> CloudState:
         plan = self._plan
-        if plan is None or not self._started_once:
+        if plan is None or self._states is None or not self._started_once:
             _refuse("a state before it said which plan it follows")
         last = plan.first_call(self._segment.handoff_step)
         if not self._segment.first_call < state.call <= last:
@@ -476,61 +474,11 @@ class Conversation:
         preview = state.x0_preview if state.HasField("x0_preview") else None
         return CloudState(
             call=state.call,
-            arrays=self._follow(plan, state) if state.HasField("checksum") else self._whole(plan, state),
+            arrays=self._states.read(plan, state),
             x0_preview=None if preview is None else codec.decode_tensor(preview, shape=shape, field="x0_preview"),
             is_handoff=state.is_handoff,
-            coded=self._coded,
+            coded=self._states.coded,
         )
-
-    def _whole(self, plan: Plan, state: pb.State) -> tuple[Latents, ...]:
-        """Returns the arrays of a state that came whole."""
-        if len(state.arrays) != plan.num_arrays(state.call):
-            _refuse(f"a state of {len(state.arrays)} arrays; it must have {plan.num_arrays(state.call)}")
-        shape = self._segment.resolved.latent_shape
-        arrays = tuple(codec.decode_tensor(array, shape=shape, field="state") for array in state.arrays)
-        self._begins_with_request = False
-        if self._takes_residuals:
-            self._track, self._coded = Track.begin(state.call, arrays), CodedState(call=state.call, arrays=arrays)
-        return arrays
-
-    def _follow(self, plan: Plan, state: pb.State) -> tuple[Latents, ...]:
-        """Returns the arrays that residuals lead to.
-
-        Raises:
-            Diverged: They are not those that the cloud has.
-        """
-        if not self._takes_residuals:
-            _refuse("residuals, which were not asked for")
-        if self._begins_with_request:
-            self._track, self._coded = self._begin(plan)
-            self._begins_with_request = False
-        if self._track is None or self._coded is None:
-            _refuse("residuals before any state that they begin with")
-        if is_far(state.call - self._track.call, self._track.x0.shape):
-            _refuse(f"residuals from call {self._track.call} to {state.call}, too many at this size")
-        residuals = codec.decode_residuals(state.residuals, state.call - self._track.call)
-        self._track = follow(plan, self._track, state.call, residuals, self._draw_noise)
-        if checksum(self._track.state) != state.checksum:
-            raise Diverged(f"the state before call {state.call} is another one here than in the cloud")
-        self._coded = replace(self._coded, states=(*self._coded.states, (state.call, residuals)))
-        return self._track.state
-
-    def _begin(self, plan: Plan) -> tuple[Track, CodedState]:
-        """Returns the first state of the request, and how another cloud would hear of it."""
-        asked = self._asked
-        if asked.initial_state:
-            coded = asked.coded_state
-            if coded is None or coded.states:
-                coded = CodedState(call=asked.first_call, arrays=asked.initial_state)
-            return Track.begin(asked.first_call, asked.initial_state), coded
-        latents = asked.request.initial_latents
-        if latents is None:
-            latents = noise.initial_latents(asked.request.seed, asked.image_index, asked.resolved.latent_shape)
-        return Track.begin(0, initial_state(plan, latents)), CodedState(call=0, arrays=())
-
-    def _draw_noise(self, call: int) -> Latents:
-        segment = self._segment
-        return noise.call_noise(segment.request.seed, segment.image_index, call, segment.resolved.latent_shape)
 
 
 def _pack(latents: Latents) -> pb.PackedLatents | None:

@@ -15,7 +15,7 @@ from cloud_server.rpc import denoising_service, read_request
 from cloud_server.rpc.read_features import read_coded_state
 from cloud_server.rpc.server import CloudServer
 from edge_client.bundles.bundle import Bundle
-from edge_client.cloud import conversion
+from edge_client.cloud import conversion, read_states
 from edge_client.cloud.types import CloudState
 from edge_client.generation.events import StepDone
 from edge_client.generation.pipeline import generate
@@ -316,7 +316,7 @@ def test_whole_states_that_follow_are_not_taken_for_earlier_ones(
     server: CloudServer, connect: Connect, bundle: Bundle, models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where arithmetic differs on the way: another cloud must not be sent the residuals that led to a state before."""
-    check, checked, seen = conversion.checksum, [], []
+    check, checked, seen = read_states.checksum, [], []
 
     def differ(state: Any) -> int:
         checked.append(check(state))
@@ -330,7 +330,7 @@ def test_whole_states_that_follow_are_not_taken_for_earlier_ones(
             seen.append((event.call, event.coded))
         return event
 
-    monkeypatch.setattr(conversion, "checksum", differ)
+    monkeypatch.setattr(read_states, "checksum", differ)
     monkeypatch.setattr(conversion.Conversation, "read", spy)
     run(ask(), bundle, models, connect(server))
 
